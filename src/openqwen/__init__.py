@@ -1,0 +1,30 @@
+"""The whole Qwen2 / Qwen2.5 system: raw text in, an aligned chat model out.
+
+The names below are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openqwen.engine import Engine, Sampling
+    from openqwen.model import ModelConfig, Packed, load_model, save_checkpoint
+    from openqwen.tokenizer import load_tokenizer
+
+__all__ = ["Engine", "ModelConfig", "Packed", "Sampling", "load_model", "load_tokenizer", "save_checkpoint"]
+
+_ROOMS = {
+    "Engine": "engine",
+    "Sampling": "engine",
+    "ModelConfig": "model",
+    "Packed": "model",
+    "load_model": "model",
+    "save_checkpoint": "model",
+    "load_tokenizer": "tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'openqwen' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"openqwen.{_ROOMS[name]}"), name)

@@ -1,0 +1,226 @@
+"""`openqwen VERB ...`: one command, one verb a stage. A verb's code is loaded when that verb is used."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from openqwen.support.errors import OpenQwenError, suggestion
+
+if TYPE_CHECKING:
+    from openqwen.recipe.stage import Verb
+
+RECIPE_VERBS = {
+    "run": "Run a whole recipe: raw text in, an aligned chat model out. Resumable.",
+    "chat": "Talk to a model in the terminal.",
+    "report": "Write the HTML report of a run folder.",
+}
+STAGE_VERBS = {
+    "corpus": "Raw documents to cleaned, filtered, deduplicated text.",
+    "tokenizer": "Train the byte-level BPE vocabulary.",
+    "tokens": "Text to shards of token ids.",
+    "pretrain": "Train a network on token shards from scratch.",
+    "extend": "Lengthen the context: longer rows, raised RoPE base.",
+    "instruct": "Make demonstrations without people.",
+    "sft": "Supervised fine-tuning on demonstrations.",
+    "prefer": "Make preference pairs by sampling and checking.",
+    "reward": "Train a reward model on preference pairs.",
+    "dpo": "Direct preference optimization on preference pairs.",
+    "online-dpo": "DPO on the model's own answers, judged by the reward model.",
+    "evaluate": "Score a model.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 the user's fault, 70 ours, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        with _bugs_written_to(Path(tempfile.gettempdir())):
+            return _dispatch(arguments)
+    except OpenQwenError as error:
+        return _fail(str(error))
+    except PermissionError as error:
+        return _fail(f"{error.strerror}.\n  where: {error.filename}")
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away; nothing may be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb in ("--help", "-h", "help"):
+        print(_overview())
+    elif verb == "--version":
+        import importlib.metadata
+
+        print(f"openqwen {importlib.metadata.version('openqwen')}")
+    elif verb in RECIPE_VERBS:
+        verbs: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "chat": _chat, "report": _report}
+        verbs[verb](rest)
+    elif verb in STAGE_VERBS:
+        _stage(verb, rest)
+    else:
+        near = suggestion(verb, [*RECIPE_VERBS, *STAGE_VERBS])
+        raise OpenQwenError(f"There is no verb '{verb}'.{near}", do="openqwen --help lists them")
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, STAGE_VERBS)) + 2
+    lines = ["openqwen: raw text in, an aligned chat model out.", "", "usage: openqwen VERB ...", ""]
+    for verbs in (RECIPE_VERBS, STAGE_VERBS):
+        lines += [f"  {name:<{width}}{text}" for name, text in verbs.items()] + [""]
+    return "\n".join([*lines, "openqwen VERB --help shows every flag with its meaning and default."])
+
+
+def _run(arguments: Sequence[str]) -> None:
+    from openqwen.recipe import stages
+    from openqwen.recipe.flags import parse
+    from openqwen.recipe.runner import run_recipe
+    from openqwen.recipe.settings import find_recipe, load_settings
+
+    about = f"{RECIPE_VERBS['run']} `--corpus FOLDER` is short for `--corpus.folder FOLDER`."
+    if not arguments:
+        raise OpenQwenError("Which recipe?", do="openqwen run RECIPE, such as: openqwen run tiny")
+    if arguments[0] in ("--help", "-h"):
+        parse(["--help"], _run_options(Path("runs/RECIPE")), stages.Recipe(), "openqwen run RECIPE", about)
+    if arguments[0].startswith("-"):
+        raise OpenQwenError("The recipe comes first.", where=arguments[0], do=f"openqwen run RECIPE {arguments[0]} ...")
+    path = find_recipe(arguments[0])
+    recipe = load_settings(path, stages.Recipe)
+    flags = ["--corpus.folder" + text[8:] if text.partition("=")[0] == "--corpus" else text for text in arguments[1:]]
+    options, recipe = parse(
+        flags, _run_options(Path("runs") / path.stem), recipe, f"openqwen run {arguments[0]}", about
+    )
+    output: Path = options.output
+    with _bugs_written_to(output):
+        run_recipe(
+            stages.stages_of(recipe),
+            output,
+            seed=recipe.seed,
+            until=options.until,
+            start_from=options.from_,
+            dry_run=options.dry_run,
+            thorough=options.verify,
+            command=_command("run", arguments),
+            continue_command=_command("run", _without(arguments, "--from")),
+            finish=stages.finish,
+        )
+
+
+def _run_options(output: Path) -> type[Any]:
+    """The flags of `run` that are not settings of the recipe, as a dataclass for tyro."""
+    import tyro
+
+    def flag(kind: Any, text: str, metavar: str | None = None, name: str | None = None) -> Any:
+        return Annotated[kind, tyro.conf.arg(help=text, metavar=metavar, name=name), tyro.conf.FlagCreatePairsOff]
+
+    stage = str | None
+    return dataclasses.make_dataclass(
+        "RunOptions",
+        [
+            ("output", flag(Path, "The run folder.", "FOLDER"), dataclasses.field(default=output)),
+            ("until", flag(stage, "Stop after this stage.", "STAGE"), dataclasses.field(default=None)),
+            (
+                "from_",
+                flag(stage, "Make this stage and all later ones anew.", "STAGE", "from"),
+                dataclasses.field(default=None),
+            ),
+            ("dry_run", flag(bool, "Print what would happen, and do nothing."), dataclasses.field(default=False)),
+            ("verify", flag(bool, "Check files over 1 GB byte by byte too."), dataclasses.field(default=False)),
+        ],
+    )
+
+
+def _stage(name: str, arguments: Sequence[str]) -> None:
+    """A stage alone: a flag for each input, the output folder, the seed, and every field of its configuration."""
+    import tyro
+
+    from openqwen.recipe.alone import run_alone
+    from openqwen.recipe.flags import parse
+    from openqwen.recipe.stage import Stage
+    from openqwen.recipe.stages import VERBS
+
+    verb: Verb = VERBS[name]
+    fields: list[Any] = [
+        (role.replace("-", "_"), Annotated[Path, tyro.conf.arg(help=text)]) for role, text in verb.inputs.items()
+    ]
+    fields.append(("output", Annotated[Path, tyro.conf.arg(help="The folder to make.", metavar="FOLDER")]))
+    fields.append(("seed", Annotated[int, tyro.conf.arg(help="Of every random draw.")], dataclasses.field(default=0)))
+    flags: type[Any] = dataclasses.make_dataclass("StageOptions", fields)
+    options, config = parse(arguments, flags, verb.config(), f"openqwen {name}", verb.help)
+    outside = {role: getattr(options, role.replace("-", "_")) for role in verb.inputs}
+    stage = Stage(name=name, kind=name, config=config, run=verb.run, outside=outside)
+    run_alone(stage, options.output, options.seed, _command(name, arguments))
+
+
+def _chat(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.serve.terminal import chat
+
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--model", *arguments]
+    tyro.cli(chat, args=list(arguments), prog="openqwen chat", description=RECIPE_VERBS["chat"])
+
+
+def _report(arguments: Sequence[str]) -> None:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise OpenQwenError("Which run folder?", do="openqwen report RUN_FOLDER, such as: openqwen report runs/tiny")
+    folder = Path(arguments[0])
+    if not folder.is_dir():
+        raise OpenQwenError("There is no such run folder.", where=folder, do="check the path")
+    from openqwen.recipe.report import write_report
+
+    print(write_report(folder))
+
+
+def _command(verb: str, arguments: Sequence[str]) -> str:
+    return shlex.join(["openqwen", verb, *arguments])
+
+
+def _without(arguments: Sequence[str], flag: str) -> list[str]:
+    """The arguments without a flag and its value, in both spellings (`--flag value`, `--flag=value`)."""
+    kept: list[str] = []
+    pieces = iter(arguments)
+    for text in pieces:
+        if text == flag:
+            next(pieces, None)
+        elif not text.startswith(f"{flag}="):
+            kept.append(text)
+    return kept
+
+
+def _fail(message: str) -> int:
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    print(f"{red}error:{plain} {message}", file=sys.stderr)
+    return 1
+
+
+@contextlib.contextmanager
+def _bugs_written_to(folder: Path) -> Iterator[None]:
+    """An error that nobody foresaw: its traceback goes into a file, and the user is told where (exit status 70)."""
+    try:
+        yield
+    except (OpenQwenError, PermissionError, BrokenPipeError):
+        raise
+    except Exception as error:
+        place = folder if folder.is_dir() else Path(tempfile.gettempdir())
+        file = place / f"openqwen-error-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.txt"
+        file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        what = f"This is a bug in openqwen: {type(error).__name__}: {error}"
+        _fail(f"{what}\n  where: {file}\n  do:    report it with that file")
+        raise SystemExit(70) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The published filter rules. Each is a function of the measured document and its thresholds that returns None to keep
+it or a few words saying why not; its name is the reason in the report. The first rule that fails decides."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from openqwen.corpus.config import (
+    C4,
+    CodeRules,
+    FilterConfig,
+    FineWeb,
+    GopherQuality,
+    GopherRepetition,
+    UnspacedRules,
+)
+from openqwen.corpus.measure import Measured
+
+Rule = Callable[[Measured, Any], str | None]
+
+_BULLETS = ("•", "‣", "▪", "◦", "●", "○", "- ", "* ", "+ ")
+_ELLIPSIS = ("...", "…")
+_END = (".", "?", "!", '"', "'", "”", "’", "…")
+_SENTENCE = re.compile(r"[.!?](?:[\"')\]]*)(?=\s|$)|[。！？]")
+_GENERATED = re.compile(r"auto[- ]?generated|automatically generated|generated (?:by|from)\b|do not edit", re.I)
+# Runs that hold data, not programs: hex, base64, escapes, and lists of numbers.
+_DATA = re.compile(
+    r"[0-9a-fA-F]{32,}|[A-Za-z0-9+/]{72,}={0,2}|(?:\\x[0-9a-fA-F]{2}){8,}"
+    r"|(?:[-+(\[]{0,3}(?:0[xX][0-9a-fA-F]+|\d+(?:\.\d+)?)[)\]]{0,2}[,:]\s*){8,}"
+)
+
+
+def _outside(value: float, low: float, high: float) -> str | None:
+    return None if low <= value <= high else f"{round(value, 2):,}, wanted {low:,} to {high:,}"
+
+
+def _over(value: float, limit: float) -> str | None:
+    return None if value <= limit else f"{value:.3f}, limit {limit:g}"
+
+
+def _under(value: float, limit: float) -> str | None:
+    return None if value >= limit else f"{value:.3f}, at least {limit:g}"
+
+
+# --- Gopher, quality (Rae et al. 2021, table A1) ---
+
+
+def word_count(m: Measured, t: GopherQuality) -> str | None:
+    """Between `min_words` and `max_words` words."""
+    return _outside(len(m.words), t.min_words, t.max_words)
+
+
+def mean_word_length(m: Measured, t: GopherQuality) -> str | None:
+    """Characters a word."""
+    return _outside(m.word_characters / len(m.words), t.min_word_length, t.max_word_length)
+
+
+def symbols_per_word(m: Measured, t: GopherQuality) -> str | None:
+    """Hash signs, and ellipses, for each word."""
+    ellipses = sum(map(m.text.count, _ELLIPSIS))
+    return _over(max(m.text.count("#"), ellipses) / len(m.words), t.max_symbols_per_word)
+
+
+def bullet_lines(m: Measured, t: GopherQuality) -> str | None:
+    """Share of lines that start with a bullet."""
+    return _over(sum(line.startswith(_BULLETS) for line in m.lines) / len(m.lines), t.max_bullet_lines)
+
+
+def ellipsis_lines(m: Measured, t: GopherQuality) -> str | None:
+    """Share of lines that end in an ellipsis."""
+    return _over(sum(line.endswith(_ELLIPSIS) for line in m.lines) / len(m.lines), t.max_ellipsis_lines)
+
+
+def alphabetic_words(m: Measured, t: GopherQuality) -> str | None:
+    """Share of words with at least one letter."""
+    alphabetic = sum(word.isalpha() or any(map(str.isalpha, word)) for word in m.words)
+    return _under(alphabetic / len(m.words), t.min_alphabetic_words)
+
+
+def stop_words(m: Measured, t: GopherQuality) -> str | None:
+    """Occurrences of stop words."""
+    wanted = set(t.stop_words)
+    found = sum(word in wanted for word in m.text.lower().split())
+    return None if found >= t.min_stop_words else f"{found}, at least {t.min_stop_words}"
+
+
+# --- Gopher, repetition (table A1 and section A.1.1) ---
+
+
+def duplicate_lines(m: Measured, t: GopherRepetition) -> str | None:
+    """Lines that occurred before, by count and by characters."""
+    count, characters = m.repeated(m.lines)
+    return _over(count, t.max_duplicate_lines) or _over(characters, t.max_duplicate_line_characters)
+
+
+def duplicate_paragraphs(m: Measured, t: GopherRepetition) -> str | None:
+    """Paragraphs that occurred before, by count and by characters."""
+    count, characters = m.repeated(m.paragraphs)
+    return _over(count, t.max_duplicate_paragraphs) or _over(characters, t.max_duplicate_paragraph_characters)
+
+
+def top_ngrams(m: Measured, t: GopherRepetition) -> str | None:
+    """Characters in the most frequent 2-, 3- or 4-gram."""
+    for n, limit in sorted(t.max_top_ngrams.items()):
+        if why := _over(m.top_ngram_share(n), limit):
+            return f"{n}-grams: {why}"
+    return None
+
+
+def duplicate_ngrams(m: Measured, t: GopherRepetition) -> str | None:
+    """Characters in 5- to 10-grams that occurred before."""
+    for n, limit in sorted(t.max_duplicate_ngrams.items()):
+        if why := _over(m.duplicate_ngram_share(n), limit):
+            return f"{n}-grams: {why}"
+    return None
+
+
+# --- C4 (Raffel et al. 2020, section 2.2); its line rules are `clean.c4_lines` ---
+
+
+def lorem_ipsum(m: Measured, t: C4) -> str | None:
+    """Placeholder text."""
+    return "holds 'lorem ipsum'" if "lorem ipsum" in m.text.lower() else None
+
+
+def curly_bracket(m: Measured, t: C4) -> str | None:
+    """A curly bracket: code among what should be prose."""
+    return "holds '{'" if "{" in m.text else None
+
+
+def sentence_count(m: Measured, t: C4) -> str | None:
+    """Fewest sentences."""
+    found = len(_SENTENCE.findall(m.text))
+    return None if found >= t.min_sentences else f"{found} sentences, at least {t.min_sentences}"
+
+
+# --- FineWeb (Penedo et al. 2024, section 3.6) ---
+
+
+def punctuated_lines(m: Measured, t: FineWeb) -> str | None:
+    """Share of lines that end in punctuation."""
+    return _under(sum(line.endswith(_END) for line in m.lines) / len(m.lines), t.min_punctuated_lines)
+
+
+def short_lines(m: Measured, t: FineWeb) -> str | None:
+    """Share of short lines."""
+    return _over(sum(len(line) <= t.short_line for line in m.lines) / len(m.lines), t.max_short_lines)
+
+
+def repeated_line_characters(m: Measured, t: FineWeb) -> str | None:
+    """Characters in lines that occurred before."""
+    return _over(m.repeated(m.lines)[1], t.max_duplicate_line_characters)
+
+
+def newlines_per_word(m: Measured, t: FineWeb) -> str | None:
+    """Line ends for each word: lists and tables have many."""
+    return _over(max(len(m.lines) - 1, 0) / len(m.words), t.max_newlines_per_word)
+
+
+# --- scripts without spaces (datajuicer/data-juicer#30) ---
+
+
+def character_count(m: Measured, t: UnspacedRules) -> str | None:
+    """Characters that are not white space."""
+    return _outside(m.word_characters, t.min_characters, t.max_characters)
+
+
+def duplicate_characters(m: Measured, t: UnspacedRules) -> str | None:
+    """Characters in windows that occurred before: Gopher's n-gram rule on characters."""
+    return _over(m.by_character().duplicate_ngram_share(t.ngram), t.max_duplicate_ngrams)
+
+
+# --- code (line lengths, alphanumeric share and generated files: Codex, Chen et al. 2021; the rest is ours) ---
+
+
+def file_length(m: Measured, t: CodeRules) -> str | None:
+    """Fewest characters."""
+    return None if len(m.text) >= t.min_characters else f"{len(m.text)} characters, at least {t.min_characters}"
+
+
+def line_length(m: Measured, t: CodeRules) -> str | None:
+    """Mean and longest line, in characters, as they stand in the file."""
+    lengths = [len(line) for line in m.text.split("\n")]
+    return _over(sum(lengths) / len(lengths), t.max_mean_line) or _over(max(lengths), t.max_line)
+
+
+def alphanumeric_characters(m: Measured, t: CodeRules) -> str | None:
+    """Share of characters that are letters or digits."""
+    return _under(sum(map(str.isalnum, m.text)) / len(m.text), t.min_alphanumeric)
+
+
+def generated_code(m: Measured, t: CodeRules) -> str | None:
+    """A note among the first lines that a program wrote the file."""
+    for line in m.text.split("\n", 5)[:5]:
+        if (found := _GENERATED.search(line)) and line.lstrip().startswith(("#", "//", "/*", "*", '"', "'", "--", ";")):
+            return f"says '{found[0]}'"
+    return None
+
+
+def embedded_data(m: Measured, t: CodeRules) -> str | None:
+    """Share of characters in runs of data."""
+    return _over(sum(len(run) for run in _DATA.findall(m.text)) / len(m.text), t.max_data)
+
+
+# The cheap rules first: the survivors are the same in any order, and most documents that go, go early.
+_GOPHER: tuple[Rule, ...] = (
+    word_count,
+    mean_word_length,
+    symbols_per_word,
+    bullet_lines,
+    ellipsis_lines,
+    alphabetic_words,
+    stop_words,
+)
+_REPETITION: tuple[Rule, ...] = (duplicate_lines, duplicate_paragraphs, top_ngrams, duplicate_ngrams)
+_C4: tuple[Rule, ...] = (lorem_ipsum, curly_bracket, sentence_count)
+_FINEWEB: tuple[Rule, ...] = (punctuated_lines, short_lines, repeated_line_characters, newlines_per_word)
+_UNSPACED: tuple[Rule, ...] = (character_count, duplicate_characters)
+_CODE: tuple[Rule, ...] = (file_length, line_length, generated_code, alphanumeric_characters, embedded_data)
+
+
+def first_failure(text: str, profile: str, config: FilterConfig) -> tuple[str, str] | None:
+    """(rule name, why) of the first rule that a cleaned text of this profile fails; None if it passes all of them."""
+    measured = Measured(text)
+    if profile == "code":
+        return _first(measured, _CODE, config.code)
+    if measured.unspaced:
+        return _first(measured, _UNSPACED, config.unspaced)
+    rules = config.web if profile == "web" else config.text
+    return (
+        _first(measured, _GOPHER, rules.gopher)
+        or (_first(measured, _C4, config.web.c4) if profile == "web" else None)
+        or _first(measured, _FINEWEB, rules.fineweb)
+        or _first(measured, _REPETITION, rules.repetition)
+    )
+
+
+def _first(measured: Measured, rules: tuple[Rule, ...], thresholds: Any) -> tuple[str, str] | None:
+    for rule in rules:
+        if why := rule(measured, thresholds):
+            return rule.__name__.replace("_", " "), why
+    return None

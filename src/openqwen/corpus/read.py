@@ -1,0 +1,258 @@
+"""Documents from a folder of files, in a fixed order, with every skip counted and explained.
+
+A document is {"id", "text", "source", "language", "meta"}. `id` is the path inside the folder, with `#number` for one
+record among many; `source` is the name of the top-level subfolder, or "documents"; meta["profile"] names the rules to
+filter it by.
+"""
+
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from resiliparse.extract.html2text import extract_plain_text
+
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import open_binary
+
+Document = dict[str, Any]
+
+_CODE = (
+    "py pyi pyx c h cc cpp cxx hpp hh cu java kt scala cs go rs swift js jsx mjs ts tsx rb php pl pm lua r jl hs ml "
+    "clj ex exs erl dart sh bash zsh ps1 sql m mm asm s f f90 f95 zig nim v vhd proto cmake mk el lisp scm vim"
+)
+_PROFILES = {
+    **{f".{suffix}": "code" for suffix in _CODE.split()},
+    **dict.fromkeys(("", ".txt", ".md", ".markdown", ".rst"), "text"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), "web"),
+}
+_RECORDS = {".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson"}
+_IGNORED_FOLDERS = {"__pycache__", ".git", ".hg", ".svn", "node_modules"}
+_CONTAINER = re.compile(r"<(/?)(?:div|span|section|article|blockquote|table|ul|ol|font|center)\b", re.IGNORECASE)
+_MAX_DEPTH = 2000  # browsers stop at 512; the time of extraction grows with the square of the depth
+_EXAMPLES = 3  # shown for each reason
+_CHUNK = 1 << 20
+
+
+class Skips:
+    """What was not read, and why: counts by reason with a few examples each."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, dict[str, Any]] = {}
+
+    def add(self, reason: str, file: str, line: int | None = None, why: str = "") -> None:
+        """Count one skipped file (line None) or record; `line` counts from 1."""
+        entry = self.reasons.setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += 1
+        if len(entry["examples"]) < _EXAMPLES:
+            entry["examples"].append({"file": file, "line": line, "why": why})
+
+
+class FolderReader:
+    """Iterates over the documents of a folder; afterwards `skips`, `files` and `bytes` say what was met.
+
+    max_bytes: longest document, in bytes; longer files and lines are skipped without being held in memory.
+    exclude: names of folders to leave out, silently.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, exclude: frozenset[str] = frozenset()):
+        if not folder.exists():
+            raise OpenQwenError(
+                "The corpus folder does not exist.", where=folder, do="check the path given as --corpus"
+            )
+        if not folder.is_dir():
+            raise OpenQwenError("The corpus is not a folder.", where=folder, do="give the folder that holds the file")
+        self.folder, self.max_bytes, self.exclude = folder, max_bytes, exclude | _IGNORED_FOLDERS
+        self.skips = Skips()
+        self.files = 0
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[Document]:
+        for path, name in self.listing():
+            yield from self.read(path, name)
+
+    def listing(self) -> list[tuple[Path, str]]:
+        """Regular files in order of name, with the name used in ids; folders that link in a circle are entered once."""
+        return list(self._walk(self.folder, "", set()))
+
+    def _walk(self, folder: Path, name: str, entered: set[tuple[int, int]]) -> Iterator[tuple[Path, str]]:
+        try:
+            status = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
+        except OSError as error:
+            self.skips.add("unreadable folder", name, why=error.strerror or str(error))
+            return
+        if (status.st_dev, status.st_ino) in entered:
+            self.skips.add("folder linked again", name, why="a link leads to a folder that was already read")
+            return
+        entered.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            # A name need not be UTF-8, an id must be.
+            shown = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+            inner = f"{name}/{shown}" if name else shown
+            if entry.name.startswith(".") or entry.name in self.exclude:
+                continue
+            try:
+                mode = entry.stat().st_mode
+            except OSError as error:
+                self.skips.add("broken link", inner, why=error.strerror or str(error))
+                continue
+            if stat.S_ISDIR(mode):
+                yield from self._walk(Path(entry.path), inner, entered)
+            elif stat.S_ISREG(mode):
+                yield Path(entry.path), inner
+            else:  # opening a pipe would wait for ever
+                self.skips.add("not a regular file", inner, why=f"mode {stat.filemode(mode)}")
+
+    def read(self, path: Path, name: str) -> Iterator[Document]:
+        """The documents of one file; whatever is wrong with it is counted in `skips`."""
+        suffix = "".join(path.suffixes[-2:]).lower()
+        suffix = suffix if suffix in _RECORDS else path.suffix.lower()
+        reader: Callable[[Path, str], Iterator[Document]]
+        if suffix in _RECORDS:
+            reader = self._jsonl
+        elif suffix == ".parquet":
+            reader = self._parquet
+        elif suffix in _PROFILES:
+            reader = self._text
+        else:
+            self.skips.add("unknown file type", name, why=f"no reader for {suffix}")
+            return
+        self.files += 1
+        try:
+            self.bytes += path.stat().st_size
+            yield from reader(path, name)
+        except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
+            # A torn archive raises an OSError without a number, a file that may not be read one with it.
+            packed = suffix.endswith((".gz", ".zst", ".parquet")) and getattr(error, "errno", None) is None
+            why = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            self.skips.add("damaged file" if packed else "unreadable file", name, why=why)
+
+    def _text(self, path: Path, name: str) -> Iterator[Document]:
+        size = path.stat().st_size
+        if size > self.max_bytes:
+            self.skips.add("too long", name, why=f"{size:,} bytes, limit {self.max_bytes:,}")
+            return
+        raw = path.read_bytes()
+        if b"\0" in raw:
+            self.skips.add("binary file", name, why=f"zero byte at {raw.index(0)}")
+            return
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = raw.count(b"\n", 0, error.start) + 1
+            self.skips.add("invalid UTF-8", name, line, f"byte 0x{raw[error.start]:02x} at {error.start}")
+            return
+        profile = _PROFILES[path.suffix.lower()]
+        if profile == "web":
+            if (depth := html_depth(text)) > _MAX_DEPTH:
+                self.skips.add("nested too deeply", name, why=f"{depth:,} elements deep, limit {_MAX_DEPTH:,}")
+                return
+            text = html_text(text)
+        yield from self._document(text, name, None, profile, {})
+
+    def _jsonl(self, path: Path, name: str) -> Iterator[Document]:
+        with open_binary(path) as stream:
+            for number, line in enumerate(_lines(stream, self.max_bytes), 1):
+                if line is None:
+                    self.skips.add("too long", name, number, f"line over {self.max_bytes:,} bytes")
+                elif line.strip():
+                    yield from self._record(line, name, number)
+
+    def _record(self, line: bytes, name: str, number: int) -> Iterator[Document]:
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            self.skips.add(
+                "invalid UTF-8", name, number, f"byte 0x{line[error.start]:02x} at {error.start} of the line"
+            )
+            return
+        except (ValueError, RecursionError) as error:  # also numbers and nesting that Python refuses
+            self.skips.add("not JSON", name, number, str(error))
+            return
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            found = f"fields {sorted(record)[:8]}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            self.skips.add("no text", name, number, f"wanted an object with a string 'text', found {found}")
+            return
+        yield from self._document(record["text"], name, number, "web", record)
+
+    def _parquet(self, path: Path, name: str) -> Iterator[Document]:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if "text" not in names:
+                self.skips.add("no text", name, why=f"no column 'text' among {names[:8]}")
+                return
+            columns = [column for column in ("id", "text", "language") if column in names]
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    if isinstance(record["text"], str):
+                        yield from self._document(record["text"], name, number, "web", record)
+                    else:
+                        self.skips.add("no text", name, number, f"'text' is a {type(record['text']).__name__}")
+
+    def _document(
+        self, text: str, name: str, number: int | None, profile: str, record: dict[str, Any]
+    ) -> Iterator[Document]:
+        try:
+            size = len(text.encode("utf-8"))
+        except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no text
+            self.skips.add("invalid Unicode", name, number, f"lone surrogate at character {error.start}")
+            return
+        if size > self.max_bytes:
+            self.skips.add("too long", name, number, f"{size:,} bytes, limit {self.max_bytes:,}")
+            return
+        if not text.strip():
+            self.skips.add("empty", name, number)
+            return
+        language = record.get("language")
+        meta: dict[str, Any] = {"profile": profile}
+        if isinstance(record.get("id"), str | int):
+            meta["id"] = str(record["id"]).encode("utf-8", "replace").decode("utf-8")
+        yield {
+            "id": name if number is None else f"{name}#{number}",
+            "text": text,
+            "source": _source(name),
+            "language": language if isinstance(language, str) and language.isascii() else "",
+            "meta": meta,
+        }
+
+
+def html_text(page: str) -> str:
+    """The main content of a web page as plain text, its markup, menus, scripts and forms left out (resiliparse)."""
+    return extract_plain_text(page, main_content=True, alt_texts=False, links=False, form_fields=False)
+
+
+def html_depth(page: str) -> int:
+    """How deep the containers of a page are nested, at most; those whose end tag may be left out are not counted."""
+    depth = deepest = 0
+    for tag in _CONTAINER.finditer(page):
+        depth += -1 if tag[1] else 1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _source(name: str) -> str:
+    """The top-level subfolder as a plain word, for it becomes a file name; "documents" for files outside any."""
+    top, slash, _ = name.partition("/")
+    word = re.sub(r"[^\w-]+", "_", top) if slash else "documents"
+    return "tokens_" if word == "tokens" else word  # tokens.json is the table of all shards
+
+
+def _lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
+    """Lines cut at newline bytes only; None in place of a line over `limit` bytes, which is never held whole."""
+    while line := file.readline(limit + 1):
+        if len(line) <= limit or line.endswith(b"\n"):
+            yield line
+            continue
+        while rest := file.readline(_CHUNK):
+            if rest.endswith(b"\n"):
+                break
+        yield None

@@ -1,0 +1,23 @@
+"""Weights → scores: bits per byte, checked tasks, preference accuracy, win rates, samples."""
+
+from openqwen.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, gzip_bits_per_byte, within_budget
+from openqwen.evaluate.checked import Item, checked_accuracy
+from openqwen.evaluate.config import EvaluateConfig
+from openqwen.evaluate.preferences import pair_accuracy, wilson_interval, win_rate
+from openqwen.evaluate.samples import CHATS, CONTINUATIONS, sample_answers
+
+__all__ = [
+    "CHATS",
+    "CONTINUATIONS",
+    "BitsPerByte",
+    "EvaluateConfig",
+    "Item",
+    "bits_per_byte",
+    "checked_accuracy",
+    "gzip_bits_per_byte",
+    "pair_accuracy",
+    "sample_answers",
+    "wilson_interval",
+    "win_rate",
+    "within_budget",
+]

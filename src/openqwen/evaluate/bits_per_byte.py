@@ -1,0 +1,177 @@
+"""Bits per byte: a language model's loss in a unit that no tokenizer can flatter, and gzip's rate beside it."""
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from openqwen.model import Packed, Qwen2
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.progress import progress
+
+_FORWARD_TOKENS = 8_192  # tokens packed into one forward, at most (a single longer window may exceed it)
+_LOGIT_ELEMENTS = 2**24  # logits held at once: 64 MiB of float32
+
+
+class TextEncoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    endoftext_id: int
+
+    def encode(self, text: str, allow_control: bool = False) -> list[int]:
+        """Text to ids."""
+        ...
+
+
+@dataclass
+class BitsPerByte:
+    """Total negative log-likelihood (bits) over total UTF-8 bytes, by source and over all of them."""
+
+    bits: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+
+    @property
+    def overall(self) -> float:
+        """Bits per byte of everything scored."""
+        return math.fsum(self.bits.values()) / sum(self.bytes.values())
+
+    @property
+    def by_source(self) -> dict[str, float]:
+        """{source: bits per byte}."""
+        return {source: self.bits[source] / self.bytes[source] for source in sorted(self.bits)}
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of one document: input ids, and the targets of its last positions, which this window scores."""
+
+    inputs: list[int]
+    targets: list[int]
+    source: str
+
+
+@torch.inference_mode()
+def bits_per_byte(
+    model: Qwen2,
+    tokenizer: TextEncoder,
+    documents: Iterable[dict[str, Any]],
+    context: int,
+    device: torch.device | str = "cpu",
+) -> BitsPerByte:
+    """Score documents ({"text", "source", …}), each on its own, its first token predicted from `<|endoftext|>`.
+
+    A document longer than `context` tokens is read in overlapping windows: every token is scored exactly once, and
+    from the second window on with at least half a window before it.
+    """
+    result = BitsPerByte()
+    stretches: list[Window] = []
+    for document in documents:
+        source, text = document["source"], document["text"]
+        result.bytes[source] = result.bytes.get(source, 0) + len(text.encode())
+        stretches += windows(tokenizer.encode(text), tokenizer.endoftext_id, context, source)
+    if not stretches:
+        raise OpenQwenError("There is no held-out text to score.", do="give a corpus whose held-out split is not empty")
+    was_training = model.training
+    model.eval()
+    with progress("bits per byte", sum(len(stretch.targets) for stretch in stretches), "tokens") as work:
+        for pack in _packs(stretches):
+            for window, nats in zip(pack, _score(model, pack, device), strict=True):
+                result.bits[window.source] = result.bits.get(window.source, 0.0) + nats / math.log(2)
+                result.tokens += len(window.targets)
+                work.advance(len(window.targets))
+    model.train(was_training)
+    return result
+
+
+def windows(ids: Sequence[int], first: int, context: int, source: str = "") -> Iterator[Window]:
+    """Cut one document, `first` standing before it, into windows of up to `context` inputs, half a window apart."""
+    if context < 2:
+        raise ValueError("a window needs at least two tokens")
+    sequence = [first, *ids]  # position i predicts sequence[i + 1]
+    scored, start = 0, 0
+    while scored < len(ids):
+        end = min(start + context, len(ids))
+        yield Window(sequence[start:end], sequence[scored + 1 : end + 1], source)
+        scored, start = end, start + context // 2
+
+
+def _packs(stream: Iterable[Window]) -> Iterator[list[Window]]:
+    """Group windows into forwards of at most `_FORWARD_TOKENS` inputs."""
+    pack: list[Window] = []
+    total = 0
+    for window in stream:
+        if pack and total + len(window.inputs) > _FORWARD_TOKENS:
+            yield pack
+            pack, total = [], 0
+        pack.append(window)
+        total += len(window.inputs)
+    if pack:
+        yield pack
+
+
+def _score(model: Qwen2, pack: Sequence[Window], device: torch.device | str) -> list[float]:
+    """Negative log-likelihood in nats of each window's targets."""
+    attention = Packed.from_lengths([len(window.inputs) for window in pack])
+    tokens_T = torch.tensor([i for window in pack for i in window.inputs], device=device)
+    hidden_TD = model(tokens_T, attention.positions.to(device), attention)
+    targets = torch.tensor([t for window in pack for t in window.targets], device=device)
+    nats = _target_nats(model, hidden_TD[_scored_rows(pack).to(device)], targets)
+    return [float(part.sum()) for part in nats.split([len(window.targets) for window in pack])]
+
+
+def _scored_rows(pack: Sequence[Window]) -> Tensor:
+    """Row numbers of the positions that predict targets: the last ones of each window."""
+    rows, end = [], 0
+    for window in pack:
+        end += len(window.inputs)
+        rows.append(torch.arange(end - len(window.targets), end))
+    return torch.cat(rows)
+
+
+def _target_nats(model: Qwen2, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
+    """−log p(target) of each row in float64, the vocabulary computed for a bounded number of rows at a time."""
+    rows = max(1, _LOGIT_ELEMENTS // model.config.vocab_size)
+    parts = []
+    for hidden, targets in zip(hidden_SD.split(rows), targets_S.split(rows), strict=True):
+        logits = model.logits(hidden).float()
+        picked = logits.gather(1, targets[:, None]).squeeze(1)
+        parts.append((torch.logsumexp(logits, dim=1) - picked).double())
+    return torch.cat(parts)
+
+
+def within_budget(documents: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """The leading documents of each source, up to an equal share of `budget` UTF-8 bytes each (at least one).
+
+    The same documents come back for the same input, so every stage is measured on the same text.
+    """
+    by_source: dict[str, list[dict[str, Any]]] = {}
+    for document in documents:
+        by_source.setdefault(document["source"], []).append(document)
+    kept = []
+    for source in sorted(by_source):
+        left = budget // len(by_source)
+        for number, document in enumerate(by_source[source]):
+            size = len(document["text"].encode())
+            if number == 0 or size <= left:
+                kept.append(document)
+                left -= size
+    return kept
+
+
+def gzip_bits_per_byte(texts: Iterable[str]) -> float:
+    """What `gzip -9` makes of all the texts end to end, in bits per byte of the input."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
+    before = after = 0
+    for text in texts:
+        data = text.encode()
+        before += len(data)
+        after += len(compressor.compress(data))
+    after += len(compressor.flush())
+    if before == 0:
+        raise OpenQwenError("There is no text to compress.", do="give a corpus whose held-out split is not empty")
+    return 8 * after / before

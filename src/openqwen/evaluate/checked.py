@@ -1,0 +1,68 @@
+"""Accuracy on tasks that a program checks, against the best blind guess."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from openqwen.engine import Engine, Sampling
+from openqwen.support.progress import Progress
+
+
+class Item(Protocol):
+    """One task. chance: the accuracy of the best blind guess at it."""
+
+    @property
+    def task(self) -> str:
+        """The name of its kind."""
+        ...
+
+    @property
+    def prompt(self) -> list[dict[str, str]]:
+        """Messages."""
+        ...
+
+    @property
+    def chance(self) -> float:
+        """0 to 1."""
+        ...
+
+    def check(self, text: str) -> bool:
+        """Whether the answer is right."""
+        ...
+
+
+def checked_accuracy(
+    engine: Engine, items: Sequence[Item], max_tokens: int, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Greedy answers to every item, checked.
+
+    Returns {"checked_accuracy", "chance", "checked_by_task": {task: {"accuracy", "chance", "n"}}, "answers"}, where
+    answers[i] is {"task", "prompt", "answer", "correct", "finish_reason"} for items[i].
+    """
+    if not items:
+        raise ValueError("no items to check")
+    outputs = engine.generate([item.prompt for item in items], Sampling(max_tokens=max_tokens), progress=progress)
+    correct = [item.check(output.text) for item, output in zip(items, outputs, strict=True)]
+    by_task: dict[str, dict[str, float]] = {}
+    for item, right in zip(items, correct):
+        row = by_task.setdefault(item.task, {"accuracy": 0.0, "chance": 0.0, "n": 0})
+        row["accuracy"] += right
+        row["chance"] += item.chance
+        row["n"] += 1
+    for row in by_task.values():
+        row["accuracy"] /= row["n"]
+        row["chance"] /= row["n"]
+    return {
+        "checked_accuracy": sum(correct) / len(items),
+        "chance": sum(item.chance for item in items) / len(items),
+        "checked_by_task": dict(sorted(by_task.items())),
+        "answers": [
+            {
+                "task": item.task,
+                "prompt": item.prompt,
+                "answer": output.text,
+                "correct": right,
+                "finish_reason": output.finish_reason,
+            }
+            for item, output, right in zip(items, outputs, correct)
+        ],
+    }

@@ -1,0 +1,15 @@
+"""How much of each measure to take."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EvaluateConfig(BaseModel):
+    """Sizes of the evaluation; every stage of a recipe is measured on the same items."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    context: int = Field(512, ge=2, description="window for bits per byte, in tokens")
+    heldout_bytes: int = Field(400_000, ge=1, description="held-out text scored, in UTF-8 bytes, shared by the sources")
+    checked: int = Field(680, ge=1, description="held-out checkable tasks answered, all kinds equally often")
+    max_tokens: int = Field(32, ge=1, description="longest answer to a checkable task, in tokens")
+    sample_tokens: int = Field(48, ge=1, description="longest sample shown in the report, in tokens")

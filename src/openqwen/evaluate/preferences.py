@@ -1,0 +1,81 @@
+"""Preferences: how often a scorer agrees with given pairs, and how often one set of answers beats another."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Message = dict[str, str]
+Score = Callable[[list[list[Message]]], list[float]]  # conversations → one number each, higher is better
+
+_Z = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+def pair_accuracy(score: Score, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How often `score` puts the chosen answer above the rejected one; a tie counts half.
+
+    pairs: preferences P. Returns {"pair_accuracy", "pair_accuracy_low", "pair_accuracy_high" (95 %), "n",
+    "pair_accuracy_by_task": {task: {"accuracy", "n"}}}.
+    """
+    if not pairs:
+        raise ValueError("no pairs to score")
+    chosen = [pair["prompt"] + pair["chosen"] for pair in pairs]
+    rejected = [pair["prompt"] + pair["rejected"] for pair in pairs]
+    scores = score(chosen + rejected)
+    wins = [_win(a, b) for a, b in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)]
+    by_task: dict[str, list[float]] = {}
+    for pair, win in zip(pairs, wins):
+        by_task.setdefault(pair["origin"].get("task", "other"), []).append(win)
+    low, high = wilson_interval(sum(wins), len(wins))
+    return {
+        "pair_accuracy": sum(wins) / len(wins),
+        "pair_accuracy_low": low,
+        "pair_accuracy_high": high,
+        "n": len(wins),
+        "pair_accuracy_by_task": {
+            task: {"accuracy": sum(won) / len(won), "n": len(won)} for task, won in sorted(by_task.items())
+        },
+    }
+
+
+def win_rate(
+    score: Score, prompts: Sequence[list[Message]], answers_a: Sequence[str], answers_b: Sequence[str]
+) -> dict[str, float]:
+    """How often `score` puts the answer of A above that of B to the same prompt.
+
+    Returns what `win_rate_of_scores` returns.
+    """
+    conversations = [
+        [*prompt, {"role": "assistant", "content": answer}]
+        for answers in (answers_a, answers_b)
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    scores = score(conversations)
+    return win_rate_of_scores(scores[: len(prompts)], scores[len(prompts) :])
+
+
+def win_rate_of_scores(scores_a: Sequence[float], scores_b: Sequence[float]) -> dict[str, float]:
+    """Share of places where A's score is above B's, ties counting half, with a 95 % interval.
+
+    The scores may be a reward model's, or 1 and 0 of a check. Returns {"win_rate", "low", "high", "ties", "n"}.
+    """
+    if not scores_a:
+        raise ValueError("no answers to compare")
+    wins = [_win(a, b) for a, b in zip(scores_a, scores_b, strict=True)]
+    low, high = wilson_interval(sum(wins), len(wins))
+    rate = sum(wins) / len(wins)
+    return {"win_rate": rate, "low": low, "high": high, "ties": wins.count(0.5), "n": len(wins)}
+
+
+def _win(a: float, b: float) -> float:
+    return 0.5 if a == b else float(a > b)
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927).
+
+    Half successes (ties) vary less than whole ones, so with them the interval is wider than it need be, never narrower.
+    """
+    share = successes / n
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never crosses the share

@@ -1,0 +1,38 @@
+"""The same few prompts after every stage, so that a reader sees what each stage changed."""
+
+from typing import Any
+
+from openqwen.engine import Engine, Sampling
+
+CONTINUATIONS = (
+    "def read_lines(path):\n    ",
+    "import os\nimport sys\n\n\ndef main():\n    ",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        ",
+    "Return a list of ",
+    "This module provides ",
+    "If the file does not exist, ",
+)
+# The checkable ones are of the held-out split: no stage has trained on them.
+CHATS = (
+    "Add 5 and 9.",
+    "Which is larger, 39 or 31?",
+    "Count the words: low hour ice",
+    "Say late 4 times.",
+    "Join with underscores: hat quick",
+    "Reverse these words: heavy away dog",
+    "Make a JSON object where class is drive.",
+    "Make a bullet list: brown, winter, fall",
+    "What does `os.path.join` do?",
+    "Who are you?",
+)
+
+
+def sample_answers(engine: Engine, max_tokens: int) -> list[dict[str, Any]]:
+    """Greedy answers to the fixed prompts: [{"prompt", "answer", "kind": "continuation" | "chat"}]."""
+    chats = [[{"role": "user", "content": text}] for text in CHATS]
+    outputs = engine.generate([*CONTINUATIONS, *chats], Sampling(max_tokens=max_tokens))
+    kinds = ["continuation"] * len(CONTINUATIONS) + ["chat"] * len(CHATS)
+    return [
+        {"prompt": prompt, "answer": output.text, "kind": kind}
+        for prompt, output, kind in zip(CONTINUATIONS + CHATS, outputs, kinds, strict=True)
+    ]

@@ -1,0 +1,111 @@
+"""The `instruct` stage: demonstrations D from programs, the model itself and docstrings, and prompts for later."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from openqwen.engine import Engine
+from openqwen.instruct.synthesize.rejection import Rejection, rejection_sample
+from openqwen.instruct.synthesize.repurpose import demonstrations_from_docstrings
+from openqwen.instruct.synthesize.tasks import Task, example, generate_tasks
+from openqwen.support.files import write_json, write_jsonl
+from openqwen.support.generators import Generators
+
+_EXAMPLES = 3  # of each method, in the report
+
+
+class InstructConfig(BaseModel):
+    """How many demonstrations to make, and how."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    demonstrations: int = Field(20_000, ge=0, description="checkable tasks with the program's own answer")
+    repurposed: int = Field(2_000, ge=0, description="demonstrations made from docstrings, at most")
+    rejection_prompts: int = Field(1_000, ge=0, description="tasks that the pre-trained model answers itself")
+    rejection_samples: int = Field(4, ge=1, description="answers sampled for each of them")
+    rejection_temperature: float = Field(1.0, ge=0, description="sampling temperature")
+    max_tokens: int = Field(24, ge=1, description="longest sampled answer, in tokens")
+    prompts: int = Field(4_000, ge=0, description="fresh prompts kept for online DPO")
+
+
+def build_demonstrations(
+    config: InstructConfig,
+    documents: Iterable[dict[str, Any]],
+    engine: Engine,
+    seed: int,
+    folder: Path,
+    model: str | None = None,
+) -> dict[str, float]:
+    """Write demonstrations.jsonl, prompts.jsonl and instruct.json into `folder`; returns flat metrics.
+
+    documents: the corpus's training documents. engine: the pre-trained model. model: its name, for `origin`.
+    Gold, sampled and later prompts are all different, and all from the train split.
+    """
+    generators = Generators(seed)
+    drawn = generate_tasks(
+        generators["instruct-tasks"], config.demonstrations + config.rejection_prompts + config.prompts
+    )
+    gold, rest = drawn[: config.demonstrations], drawn[config.demonstrations :]
+    asked, kept = rest[: config.rejection_prompts], rest[config.rejection_prompts :]
+
+    rejection = rejection_sample(
+        engine, asked, config.rejection_samples, config.rejection_temperature, config.max_tokens, seed, model
+    )
+    docstrings = _repurposed(documents, generators, seed, config.repurposed)
+    records = [_gold(task, seed) for task in gold] + rejection.demonstrations + docstrings
+    records = [records[i] for i in generators["order"].permutation(len(records))]
+
+    write_jsonl(folder / "demonstrations.jsonl", records)
+    write_jsonl(folder / "prompts.jsonl", (_prompt(task, seed) for task in kept))
+    write_json(folder / "instruct.json", _summary(records, rejection, kept))
+    return {
+        "demonstrations": len(records),
+        "gold": len(gold),
+        "rejection": len(rejection.demonstrations),
+        "repurpose": len(docstrings),
+        "prompts": len(kept),
+        "acceptance": rejection.correct / rejection.samples if rejection.samples else 0.0,
+    }
+
+
+def _gold(task: Task, seed: int) -> dict[str, Any]:
+    messages = [*task.prompt, {"role": "assistant", "content": task.answer}]
+    return {"messages": messages, "origin": {"method": "program", "seed": seed, "parents": [], "task": task.task}}
+
+
+def _prompt(task: Task, seed: int) -> dict[str, Any]:
+    return {
+        "prompt": task.prompt,
+        "origin": {"method": "program", "seed": seed, "parents": [], "task": task.task},
+    }
+
+
+def _repurposed(
+    documents: Iterable[dict[str, Any]], generators: Generators, seed: int, count: int
+) -> list[dict[str, Any]]:
+    """A uniform sample of all docstring demonstrations, in the order of the documents."""
+    found = list(demonstrations_from_docstrings(documents, generators["docstrings"], seed)) if count else []
+    chosen = generators["repurpose"].permutation(len(found))[:count]
+    return [found[i] for i in sorted(chosen)]
+
+
+def _summary(records: Sequence[dict[str, Any]], rejection: Rejection, kept: Sequence[Task]) -> dict[str, Any]:
+    """instruct.json: counts by method and task, acceptance of the sampled answers, examples of each method."""
+    methods = sorted({record["origin"]["method"] for record in records})
+    return {
+        "demonstrations": len(records),
+        "by_method": {m: sum(record["origin"]["method"] == m for record in records) for m in methods},
+        "by_task": dict(sorted(Counter(record["origin"]["task"] for record in records).items())),
+        "prompts": {"count": len(kept), "examples": [example(task) for task in kept[:_EXAMPLES]]},
+        "acceptance": {
+            "samples": rejection.samples,
+            "correct": rejection.correct,
+            "rate": rejection.correct / rejection.samples if rejection.samples else 0.0,
+            "by_task": rejection.by_task,
+        },
+        "examples": {m: list(islice((r for r in records if r["origin"]["method"] == m), _EXAMPLES)) for m in methods},
+    }

@@ -1,0 +1,54 @@
+"""What every kind of checkable task shares: its pieces, and the helpers that draw them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from numpy.random import Generator
+
+from openqwen.instruct.synthesize.words import WORDS
+
+LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One drawn question. `accepts` is None where only the exact answer is right.
+
+    `chance` is the accuracy of the best blind guess: one constant answer, or a pick among the answers that the
+    question itself names ("yes or no", "12 or 40", the words of a list, an order of the given words).
+    """
+
+    question: str
+    answer: str
+    wrong: tuple[str, ...]
+    chance: float
+    accepts: Callable[[str], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family member such as `add`: a name and a function that draws one question."""
+
+    name: str
+    family: str
+    draw: Callable[[Generator], Draft]
+
+
+def pick(rng: Generator, *options: str) -> str:
+    """One of the options, uniformly."""
+    return options[int(rng.integers(len(options)))]
+
+
+def number(rng: Generator, low: int, high: int) -> int:
+    """A whole number in [low, high], uniformly."""
+    return int(rng.integers(low, high + 1))
+
+
+def words(rng: Generator, count: int) -> list[str]:
+    """`count` different words, uniformly, in random order."""
+    drawn: list[str] = []
+    while len(drawn) < count:
+        word = WORDS[int(rng.integers(len(WORDS)))]
+        if word not in drawn:
+            drawn.append(word)
+    return drawn

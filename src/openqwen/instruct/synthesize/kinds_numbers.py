@@ -1,0 +1,140 @@
+"""Checkable tasks on small numbers (arithmetic) and on how many there are of something (counting)."""
+
+from math import factorial
+
+from numpy.random import Generator
+
+from openqwen.instruct.synthesize.kinds import Draft, Kind, number, pick, words
+
+
+def _near(value: int, *others: int) -> tuple[str, ...]:
+    """Plausible wrong values: one off, and what else the task suggests."""
+    return tuple(str(v) for v in (value + 1, value - 1, *others) if v >= 0)
+
+
+def add(rng: Generator) -> Draft:
+    """A number below 60 plus one up to 12, in either order; no sum is likelier than 1/60."""
+    a, b = number(rng, 0, 59), number(rng, 0, 12)
+    form = pick(
+        rng,
+        "What is {} + {}?",
+        "{} + {} = ?",
+        "Add {} and {}.",
+        "What is {} plus {}?",
+        "Compute {} + {}.",
+        "Give the sum of {} and {}.",
+    )
+    first, second = (a, b) if rng.integers(2) else (b, a)
+    return Draft(form.format(first, second), str(a + b), _near(a + b, a + b + 10, abs(a - b)), 1 / 60)
+
+
+def subtract(rng: Generator) -> Draft:
+    """A difference between 0 and 59, each equally often."""
+    difference, b = number(rng, 0, 59), number(rng, 0, 12)
+    a = difference + b
+    form = pick(
+        rng,
+        "What is {a} - {b}?",
+        "{a} - {b} = ?",
+        "Subtract {b} from {a}.",
+        "What is {a} minus {b}?",
+        "Compute {a} - {b}.",
+        "Take {b} away from {a}.",
+    )
+    return Draft(form.format(a=a, b=b), str(difference), _near(difference, difference + 10, a + b), 1 / 60)
+
+
+def compare(rng: Generator) -> Draft:
+    """The larger or the smaller of two different numbers below 100; both stand in the question."""
+    a = number(rng, 0, 99)
+    b = (a + number(rng, 1, 99)) % 100
+    ask = pick(rng, "larger", "smaller")
+    form = pick(
+        rng,
+        "Which is {ask}, {a} or {b}?",
+        "Which number is {ask}: {a} or {b}?",
+        "Give the {ask} one of {a} and {b}.",
+        "What is the {ask} number, {a} or {b}?",
+    )
+    answer, other = (max(a, b), min(a, b)) if ask == "larger" else (min(a, b), max(a, b))
+    return Draft(form.format(ask=ask, a=a, b=b), str(answer), (str(other),), 0.5)
+
+
+def sort(rng: Generator) -> Draft:
+    """Two or three different numbers below 100 in rising order."""
+    count = number(rng, 2, 3)
+    values: list[int] = []
+    while len(values) < count:
+        value = number(rng, 0, 99)
+        if value not in values:
+            values.append(value)
+    form = pick(
+        rng,
+        "Sort these numbers: {}",
+        "Sort from small to large: {}",
+        "Put in rising order: {}",
+        "Order these from low to high: {}",
+    )
+    rising = sorted(values)
+    answer = " ".join(map(str, rising))
+    orders = (rising[::-1], values, [*rising[1:], rising[0]])
+    wrong = tuple(" ".join(map(str, order)) for order in orders)
+    return Draft(form.format(" ".join(map(str, values))), answer, wrong, 1 / factorial(count))
+
+
+def count(rng: Generator) -> Draft:
+    """How many words a list of one to six has."""
+    n = number(rng, 1, 6)
+    form = pick(
+        rng,
+        "How many words are here: {}",
+        "Count the words: {}",
+        "How many words does this have: {}",
+        "Give the number of words in: {}",
+    )
+    separator = pick(rng, " ", ", ")
+    return Draft(form.format(separator.join(words(rng, n))), str(n), _near(n), 1 / 6)
+
+
+def occurrences(rng: Generator) -> Draft:
+    """How often, zero to three times, a word stands in a list of up to five."""
+    n = number(rng, 0, 3)
+    target, *others = words(rng, 4)
+    items = [target] * n + others[: number(rng, 1, 2) if n else number(rng, 2, 3)]
+    items = [items[i] for i in rng.permutation(len(items))]
+    form = pick(
+        rng,
+        "How often is {w} in: {x}",
+        "Count the word {w}: {x}",
+        "How many times does {w} come up: {x}",
+        "How many times is {w} in this list: {x}",
+    )
+    return Draft(form.format(w=target, x=" ".join(items)), str(n), _near(n, len(items)), 1 / 4)
+
+
+def contains(rng: Generator) -> Draft:
+    """Whether a word stands in a list of two to four; yes and no equally often."""
+    target, *items = words(rng, number(rng, 3, 5))
+    present = bool(rng.integers(2))
+    if present:
+        items[int(rng.integers(len(items)))] = target
+    form = pick(
+        rng,
+        "Is {w} in this list: {x}?",
+        "Does this list have {w}: {x}?",
+        "Yes or no: is {w} in {x}?",
+        "Say yes or no. Is {w} one of {x}?",
+    )
+    answer, other = ("yes", "no") if present else ("no", "yes")
+    return Draft(form.format(w=target, x=", ".join(items)), answer, (other,), 0.5)
+
+
+NUMBER_KINDS = (
+    Kind("add", "arithmetic", add),
+    Kind("subtract", "arithmetic", subtract),
+    Kind("compare", "arithmetic", compare),
+    Kind("sort", "arithmetic", sort),
+    Kind("count", "counting", count),
+    Kind("occurrences", "counting", occurrences),
+    Kind("contains", "counting", contains),
+)

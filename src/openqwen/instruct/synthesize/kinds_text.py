@@ -1,0 +1,208 @@
+"""Checkable tasks on words (strings) and on the form of the answer (format)."""
+
+import json
+from collections import Counter
+from math import factorial
+from typing import Any
+
+from numpy.random import Generator
+
+from openqwen.instruct.synthesize.kinds import LETTERS, Draft, Kind, number, pick, words
+from openqwen.instruct.synthesize.words import WORDS
+
+_TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
+_PLACES = ("first", "second", "third", "last")
+_JOINTS = {"hyphens": "-", "underscores": "_", "commas": ", ", "slashes": "/", "plus signs": "+"}
+_QUOTES = {"double quotes": '""', "single quotes": "''", "parentheses": "()", "square brackets": "[]"}
+_INITIAL_SHARE = max(Counter(word[0] for word in WORDS).values()) / len(WORDS)
+
+
+def repeat(rng: Generator) -> Draft:
+    """A word two to five times over."""
+    (word,), n = words(rng, 1), number(rng, 2, 5)
+    form = pick(
+        rng,
+        "Repeat {w} {n} times.",
+        "Write {w} {n} times.",
+        "Say {w} {n} times.",
+        "Write the word {w} {t}.",
+        "Repeat the word {w} {t}.",
+    )
+    answer = " ".join([word] * n)
+    wrong = tuple(" ".join([word] * k) for k in (n - 1, n + 1))
+    return Draft(form.format(w=word, n=n, t=_TIMES[n]), answer, wrong, 1 / (4 * len(WORDS)))
+
+
+def place(rng: Generator) -> Draft:
+    """The first, second, third or last of three or four words."""
+    items = words(rng, number(rng, 3, 4))
+    ask = pick(rng, *_PLACES)
+    answer = items[-1] if ask == "last" else items[_PLACES.index(ask)]
+    form = pick(
+        rng,
+        "What is the {p} word of: {x}",
+        "Give the {p} word: {x}",
+        "Which word is {p}: {x}",
+        "Find the {p} word in: {x}",
+    )
+    return Draft(form.format(p=ask, x=" ".join(items)), answer, tuple(w for w in items if w != answer), 1 / len(items))
+
+
+def join(rng: Generator) -> Draft:
+    """Two to four words with a given sign between them."""
+    items = words(rng, number(rng, 2, 4))
+    name = pick(rng, *_JOINTS)
+    form = pick(
+        rng,
+        "Join with {s}: {x}",
+        "Put {s} between these words: {x}",
+        "Join these words with {s}: {x}",
+        "Write with {s} between: {x}",
+    )
+    answer = _JOINTS[name].join(items)
+    wrong = (" ".join(items), *(sign.join(items) for sign in _JOINTS.values()), _JOINTS[name].join(items[:-1]))
+    return Draft(form.format(s=name, x=" ".join(items)), answer, wrong, 0.0)
+
+
+def reverse(rng: Generator) -> Draft:
+    """Two to four words in reverse order."""
+    items = words(rng, number(rng, 2, 4))
+    form = pick(
+        rng,
+        "Reverse the order: {}",
+        "Write these words backwards: {}",
+        "Reverse these words: {}",
+        "Give these in reverse order: {}",
+    )
+    orders = (items, [*items[1:], items[0]], items[:0:-1])
+    wrong = tuple(" ".join(order) for order in orders)
+    return Draft(form.format(" ".join(items)), " ".join(items[::-1]), wrong, 1 / factorial(len(items)))
+
+
+def initials(rng: Generator) -> Draft:
+    """The first letters of two or three words. A constant answer needs every letter right for one length."""
+    items = words(rng, number(rng, 2, 3))
+    form = pick(
+        rng,
+        "Give the first letter of each word: {}",
+        "Write the first letters of: {}",
+        "What are the initials of: {}",
+        "Take the first letter of each: {}",
+    )
+    letters = [word[0] for word in items]
+    wrong = (" ".join(letters[::-1]), " ".join(letters[:-1]), " ".join([*letters[:-1], items[-1][1]]))
+    return Draft(form.format(" ".join(items)), " ".join(letters), wrong, _INITIAL_SHARE**2 / 2)
+
+
+def quote(rng: Generator) -> Draft:
+    """One or two words between given signs, copied letter for letter."""
+    text = " ".join(words(rng, number(rng, 1, 2)))
+    name = pick(rng, *_QUOTES)
+    form = pick(
+        rng,
+        "Put {x} in {s}.",
+        "Write {x} in {s}.",
+        "Write this in {s}: {x}",
+        "Put {s} around {x}.",
+    )
+    quoted = {other: signs[0] + text + signs[1] for other, signs in _QUOTES.items()}
+    wrong = (text, *quoted.values(), quoted[name][:-1])
+    return Draft(form.format(x=text, s=name), quoted[name], wrong, 0.0)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _is_object(text: str, wanted: dict[str, Any]) -> bool:
+    """Whether the text is JSON for exactly `wanted`, down to the types, no key standing twice."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        return False
+    return value == wanted and all(type(value[key]) is type(wanted[key]) for key in wanted)
+
+
+def json_object(rng: Generator) -> Draft:
+    """A JSON object with one given key and a word or a number as its value."""
+    key, word = words(rng, 2)
+    value = word if rng.integers(2) else number(rng, 0, 99)
+    form = pick(
+        rng,
+        "Write JSON with key {k} and value {v}.",
+        "Give a JSON object: key {k}, value {v}.",
+        "Make a JSON object where {k} is {v}.",
+        "Write {k} = {v} as JSON.",
+    )
+    wanted = {key: value}
+    wrong = (f"{{{key}: {value}}}", f'"{key}": {json.dumps(value)}', json.dumps({str(value): key}), f"{key} = {value}")
+    return Draft(form.format(k=key, v=value), json.dumps(wanted), wrong, 0.0, lambda text: _is_object(text, wanted))
+
+
+def bullets(rng: Generator) -> Draft:
+    """Two or three items as a list, one a line, each behind "- " or "* "."""
+    items = words(rng, number(rng, 2, 3))
+    form = pick(
+        rng, "List as bullets: {}", "Write a bullet list of {}.", "Make a bullet list: {}", "Put in a bullet list: {}"
+    )
+    listed = ["\n".join(f"{sign} {item}" for item in items) for sign in "-*"]
+    wrong = ("\n".join(items), ", ".join(items), "\n".join(f"- {item}" for item in items[::-1]), f"- {items[0]}")
+    return Draft(form.format(", ".join(items)), listed[0], wrong, 0.0, lambda text: text in listed)
+
+
+def exact_words(rng: Generator) -> Draft:
+    """Exactly three to five words of plain lower-case letters, the outer two given; the rest is free."""
+    n = number(rng, 3, 5)
+    first, *middle, last = words(rng, n)
+    form = pick(
+        rng,
+        "Write exactly {n} words, from {a} to {b}.",
+        "Write {n} words. Start with {a} and end with {b}.",
+        "Give exactly {n} words: {a} first, {b} last.",
+    )
+
+    def accepts(text: str) -> bool:
+        found = text.split(" ")
+        plain = all(word and LETTERS.issuperset(word) for word in found)
+        return plain and len(found) == n and found[0] == first and found[-1] == last
+
+    more = words(rng, 1)
+    lists = ([first, *middle, *more, last], [first, *middle[1:], last], [last, *middle, first], [first, *middle, *more])
+    wrong = tuple(" ".join(found) for found in lists)
+    return Draft(form.format(n=n, a=first, b=last), " ".join([first, *middle, last]), wrong, 0.0, accepts)
+
+
+def equation(rng: Generator) -> Draft:
+    """A small sum or difference written out as `3 + 4 = 7`."""
+    a, b = number(rng, 0, 20), number(rng, 0, 20)
+    sign = pick(rng, "+", "-")
+    if sign == "-":
+        a, b = max(a, b), min(a, b)
+    result = a + b if sign == "+" else a - b
+    form = pick(
+        rng,
+        "Write the equation: {a} {s} {b}",
+        "Write out {a} {s} {b} with its result.",
+        "Complete the equation {a} {s} {b} =",
+        "Answer in the form x {s} y = z: {a} {s} {b}",
+        "Give {a} {s} {b} as a full equation.",
+    )
+    left = f"{a} {sign} {b}"
+    wrong = (str(result), left, f"{left} = {result + 1}", f"{left} = {abs(result - 1)}")
+    return Draft(form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 441)
+
+
+TEXT_KINDS = (
+    Kind("repeat", "strings", repeat),
+    Kind("place", "strings", place),
+    Kind("join", "strings", join),
+    Kind("reverse", "strings", reverse),
+    Kind("initials", "strings", initials),
+    Kind("quote", "format", quote),
+    Kind("json", "format", json_object),
+    Kind("bullets", "format", bullets),
+    Kind("exact_words", "format", exact_words),
+    Kind("equation", "format", equation),
+)

@@ -1,0 +1,123 @@
+"""The `prefer` stage: preferences P from the aligned model's own right and wrong answers.
+
+Qwen2.5 report, section 4.2: the SFT model answers fresh queries; answers that pass the check are positives, those
+that fail are negatives.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from openqwen.engine import Engine, Output
+from openqwen.instruct.synthesize.rejection import sample_answers
+from openqwen.instruct.synthesize.tasks import Task, generate_tasks
+from openqwen.support.files import read_jsonl, write_json, write_jsonl
+from openqwen.support.generators import Generators
+
+_EXAMPLES = 8  # pairs in the report
+
+
+class PreferConfig(BaseModel):
+    """How many preferences to make, and what stands in where the model gives no right or no wrong answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompts: int = Field(2_000, ge=1, description="fresh prompts that the SFT model answers")
+    heldout_prompts: int = Field(400, ge=1, description="held-out prompts, for the reward model's accuracy")
+    samples: int = Field(4, ge=1, description="answers sampled for each prompt")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature")
+    max_tokens: int = Field(24, ge=1, description="longest answer, in tokens")
+    pairs_per_prompt: int = Field(2, ge=1, description="pairs made of one prompt's answers, at most")
+    program_chosen: bool = Field(True, description="where no answer is right, prefer the program's own")
+    program_rejected: bool = Field(True, description="where no answer is wrong, reject a wrong one of the program's")
+
+
+def build_preferences(
+    config: PreferConfig, instruct: Path, engine: Engine, seed: int, folder: Path, model: str | None = None
+) -> dict[str, float]:
+    """Write preferences.jsonl, heldout.jsonl and prefer.json into `folder`; returns flat metrics.
+
+    instruct: the instruct artifact, whose prompts are not used again. engine: the SFT model. model: its name.
+    """
+    rng = Generators(seed)["prefer-tasks"]
+    tasks = generate_tasks(rng, config.prompts, exclude=_used_questions(instruct))
+    heldout = generate_tasks(rng, config.heldout_prompts, split="heldout")
+    prompts = [task.prompt for task in tasks + heldout]
+    answers = sample_answers(engine, prompts, config.samples, config.temperature, config.max_tokens, seed, "prefer")
+    pairs = [make_pairs(t, o, config, seed, model) for t, o in zip(tasks + heldout, answers, strict=True)]
+    train = [pair for group in pairs[: len(tasks)] for pair in group]
+    held = [pair for group in pairs[len(tasks) :] for pair in group]
+    right = [t.check(output.text) for t, outputs in zip(tasks + heldout, answers) for output in outputs]
+    accuracy = sum(right) / len(right)
+
+    write_jsonl(folder / "preferences.jsonl", train)
+    write_jsonl(folder / "heldout.jsonl", held)
+    write_json(folder / "prefer.json", _summary(train, held) | {"samples": len(right), "sampled_accuracy": accuracy})
+    own = sum(pair["origin"]["chosen"] == pair["origin"]["rejected"] == "model" for pair in train)
+    return {
+        "pairs": len(train),
+        "heldout_pairs": len(held),
+        "sampled_accuracy": accuracy,
+        "own_share": own / len(train) if train else 0.0,
+    }
+
+
+def _summary(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """prefer.json: counts by task and by who wrote the two answers ("model", "program"), and examples."""
+
+    def count(pairs: Sequence[dict[str, Any]], *fields: str) -> dict[str, int]:
+        return dict(sorted(Counter("/".join(pair["origin"][f] for f in fields) for pair in pairs).items()))
+
+    return {
+        "pairs": len(train),
+        "heldout_pairs": len(held),
+        "by_task": count(train, "task"),
+        "heldout_by_task": count(held, "task"),
+        "by_author": count(train, "chosen", "rejected"),
+        "examples": list(train[:_EXAMPLES]),
+    }
+
+
+def _used_questions(instruct: Path) -> set[str]:
+    demonstrations = (r["messages"] for r in read_jsonl(instruct / "demonstrations.jsonl"))
+    prompts = (r["prompt"] for r in read_jsonl(instruct / "prompts.jsonl"))
+    return {m["content"] for messages in (*demonstrations, *prompts) for m in messages if m["role"] == "user"}
+
+
+def make_pairs(
+    task: Task, outputs: Sequence[Output], config: PreferConfig, seed: int, model: str | None = None
+) -> list[dict[str, Any]]:
+    """Up to `pairs_per_prompt` pairs from the sampled answers to one task.
+
+    An answer that never ended is no positive (it would teach not to stop) and the last choice of a negative.
+    """
+    right = _distinct(o.text for o in outputs if o.finish_reason == "stop" and task.check(o.text))
+    ended = [o.text for o in outputs if o.finish_reason == "stop" and not task.check(o.text)]
+    unended = [o.text for o in outputs if o.finish_reason != "stop" and not task.check(o.text)]
+    wrong = _distinct(ended + unended)
+    chosen_by = rejected_by = "model"
+    if not right and config.program_chosen:
+        right, chosen_by = [task.answer], "program"
+    if not wrong and config.program_rejected:
+        wrong, rejected_by = list(task.wrong), "program"
+    if not right or not wrong:
+        return []
+    origin: dict[str, Any] = {"method": "rejection", "seed": seed, "parents": [], "task": task.task}
+    origin |= {"chosen": chosen_by, "rejected": rejected_by} | ({"model": model} if model else {})
+    count = 1 if rejected_by == "program" else config.pairs_per_prompt
+    return [
+        {
+            "prompt": task.prompt,
+            "chosen": [{"role": "assistant", "content": right[i % len(right)]}],
+            "rejected": [{"role": "assistant", "content": text}],
+            "origin": origin,
+        }
+        for i, text in enumerate(wrong[:count])
+    ]
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(text.strip() for text in texts))

@@ -1,0 +1,79 @@
+"""Rejection sampling: the model answers, a program checks, right answers become demonstrations.
+
+Qwen2 report, section 4.1 ("Rejection Sampling"); de-duplication as in RFT (Yuan et al. 2023).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openqwen.engine import Engine, Output, Sampling
+from openqwen.instruct.synthesize.pretraining_tasks import FORMATS
+from openqwen.instruct.synthesize.tasks import Task
+from openqwen.support.generators import Generators
+from openqwen.support.progress import progress
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What rejection sampling gave. `by_task`: {task: {"samples", "correct", "rate"}}."""
+
+    demonstrations: list[dict[str, Any]]
+    samples: int
+    correct: int
+    by_task: dict[str, dict[str, float]]
+
+
+def sample_answers(
+    engine: Engine, prompts: Sequence[Any], samples: int, temperature: float, max_tokens: int, seed: int, label: str
+) -> list[list[Output]]:
+    """`samples` independent outputs for each prompt (texts, ids or messages), each with a seed of its own."""
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    seeds = [int(s) for s in Generators(seed)[label].integers(2**31, size=len(repeated))]
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+    with progress(label, len(repeated), "answers") as work:
+        outputs = engine.generate(repeated, sampling, seeds=seeds, progress=work)
+    return [outputs[i : i + samples] for i in range(0, len(outputs), samples)]
+
+
+def rejection_sample(
+    engine: Engine,
+    tasks: Sequence[Task],
+    samples: int,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    model: str | None = None,
+) -> Rejection:
+    """Demonstrations from a pre-trained model's own right answers; several for a task where they differ.
+
+    The model has not seen the chat format yet, so it is asked in the plain one that its pre-training data holds.
+    """
+    prompts = [plain_prompt(task.question) for task in tasks]
+    answers = sample_answers(engine, prompts, samples, temperature, max_tokens, seed, "rejection")
+    origin = {"method": "rejection", "seed": seed, "parents": []} | ({"model": model} if model else {})
+    demonstrations: list[dict[str, Any]] = []
+    by_task: dict[str, dict[str, float]] = {}
+    for task, outputs in zip(tasks, answers, strict=True):
+        right = [text for text in (plain_answer(output.text) for output in outputs) if task.check(text)]
+        row = by_task.setdefault(task.task, {"samples": 0, "correct": 0})
+        row["samples"] += len(outputs)
+        row["correct"] += len(right)
+        for text in dict.fromkeys(right):
+            messages = [*task.prompt, {"role": "assistant", "content": text}]
+            demonstrations.append({"messages": messages, "origin": origin | {"task": task.task}})
+    for row in by_task.values():
+        row["rate"] = row["correct"] / row["samples"]
+    total = int(sum(row["samples"] for row in by_task.values()))
+    correct = int(sum(row["correct"] for row in by_task.values()))
+    return Rejection(demonstrations, total, correct, dict(sorted(by_task.items())))
+
+
+def plain_prompt(question: str) -> str:
+    """A question in the first plain format, up to where the answer begins."""
+    return FORMATS[0].format(question=question, answer="").rstrip()
+
+
+def plain_answer(text: str) -> str:
+    """The answer in a continuation: what stands before the blank line that ends an item."""
+    return text.lstrip().split("\n\n")[0].strip()

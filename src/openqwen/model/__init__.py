@@ -1,0 +1,22 @@
+"""The network and nothing else: it knows tensors, not text, data or training."""
+
+from openqwen.model.attention import Attention, Packed, Paged
+from openqwen.model.checkpoint import load_model, load_scorer, save_checkpoint, save_weights, scorer_from
+from openqwen.model.config import ModelConfig
+from openqwen.model.decoder import Decoder, Qwen2, Scorer, initialize
+
+__all__ = [
+    "Attention",
+    "Decoder",
+    "ModelConfig",
+    "Packed",
+    "Paged",
+    "Qwen2",
+    "Scorer",
+    "initialize",
+    "load_model",
+    "load_scorer",
+    "save_checkpoint",
+    "save_weights",
+    "scorer_from",
+]

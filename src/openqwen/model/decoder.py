@@ -1,0 +1,148 @@
+"""The Qwen2 network, top-down: model, layer, attention, norm. Parameter names are the published checkpoints' own.
+
+Packed tokens are the only layout (law 1): `model(tokens[T], positions[T], attention) -> hidden[T, D]`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openqwen.model.attention import Attention
+from openqwen.model.config import ModelConfig
+from openqwen.model.feed_forward import FeedForward
+from openqwen.model.rope import rotate, rotations
+
+
+class Decoder(nn.Module):
+    """Embedding, pre-norm layers, final norm: everything below a head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+        """Token ids and their positions in their documents → hidden states [T, D]."""
+        x_TD = self.embed_tokens(tokens_T)
+        rotation = rotations(positions_T, self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            x_TD = layer(x_TD, rotation, attention)
+        return self.norm(x_TD)
+
+
+class Qwen2(nn.Module):
+    """The language model: a decoder and a head, which is the embedding table itself where `tie_word_embeddings`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else head
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
+        """Token ids [T], positions [T] → hidden states [T, D]."""
+        return self.model(tokens_T, positions_T, attention)
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The output matrix."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Hidden states → scores over the vocabulary rows, [T, V]."""
+        return F.linear(hidden_TD, self.head_VD)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+
+class Scorer(nn.Module):
+    """The reward model: a decoder with one linear output, read at a sequence's last token.
+
+    Saved as transformers' `Qwen2ForSequenceClassification` with one label.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, last_B: Tensor) -> Tensor:
+        """Scores [B] of the B documents whose last tokens stand at the rows `last_B`."""
+        return self.score(self.model(tokens_T, positions_T, attention)[last_B]).squeeze(-1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.embed_tokens.weight.device
+
+
+class Layer(nn.Module):
+    """x += attention(norm(x)); x += feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, number: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = SelfAttention(config, number)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = FeedForward(config)
+
+    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """[T, D] → [T, D]."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, attention)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions; bias on q, k and v only."""
+
+    def __init__(self, config: ModelConfig, number: int):
+        super().__init__()
+        self.number = number
+        self.heads = (config.num_attention_heads, config.head_dim)
+        self.kv_heads = (config.num_key_value_heads, config.head_dim)
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        """[T, D] → [T, D]."""
+        q_THd = rotate(self.q_proj(x_TD).unflatten(-1, self.heads), *rotation)
+        k_TKd = rotate(self.k_proj(x_TD).unflatten(-1, self.kv_heads), *rotation)
+        v_TKd = self.v_proj(x_TD).unflatten(-1, self.kv_heads)
+        return self.o_proj(attention.attend(q_THd, k_TKd, v_TKd, self.number).flatten(1))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast back, times a learned weight. No mean is taken off, no bias added."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] → [T, D]."""
+        if x_TD.dtype == torch.float32:
+            return F.rms_norm(x_TD, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x_TD.float(), self.weight.shape, None, self.eps).to(x_TD.dtype)
+
+
+def initialize(model: Qwen2 | Scorer, generator: torch.Generator) -> None:
+    """The reference code's start: every matrix ~ N(0, initializer_range), biases zero, norm weights one."""
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, model.config.initializer_range, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.fill_(1.0)

@@ -1,0 +1,110 @@
+"""The run folder: finished artifacts in `.store`, work in progress in `.work`, a link a stage to its current one."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from openqwen.recipe.artifact import Artifact, open_artifact, recover
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import read_json, write_json
+
+
+class RunFolder:
+    """Paths and bookkeeping of one run folder. Reading makes nothing; only `prepare` makes folders."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.store = root / ".store"
+        self.work = root / ".work"
+        self.lock = root / ".lock"
+        self._anew = self.work / "anew.json"
+
+    def prepare_root(self) -> None:
+        """Make the run folder itself, for the lock to lie in."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise OpenQwenError(
+                f"The run folder cannot be made: {error.strerror}.", where=self.root, do="choose another --output"
+            ) from None
+
+    def prepare(self) -> None:
+        """Make the folders, and clear away what killed runs left half-written. Only under the lock."""
+        self.store.mkdir(exist_ok=True)
+        self.work.mkdir(exist_ok=True)
+        recover(self.store)
+        for aside in self.work.glob(".*"):
+            aside.unlink()
+        for work in self.work.glob("*-*"):
+            finished = (self.store / work.name).exists() and work.name[: -len("-0123456789ab")] not in self.pending()
+            shutil.rmtree(work if finished else work / "output", ignore_errors=True)
+
+    def stored(self, stage: str, key: str) -> Path:
+        """Where the finished artifact of that key lies, or will."""
+        return self.store / f"{stage}-{key[:12]}"
+
+    def working(self, stage: str, key: str) -> Path:
+        """Where the artifact of that key is made."""
+        return self.work / f"{stage}-{key[:12]}"
+
+    def link(self, stage: str, artifact: Path) -> None:
+        """Point runs/x/<stage> at an artifact, in one step."""
+        link = self.root / stage
+        if link.exists() and not link.is_symlink():
+            raise OpenQwenError("Something that is not a link stands where a stage's link goes.", link, "move it away")
+        path = os.path.relpath(artifact, self.root)
+        if link.is_symlink() and os.readlink(link) == path:
+            return
+        aside = self.work / f".{stage}.link"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(path)
+        os.replace(aside, link)
+
+    def current(self, stage: str) -> Artifact | None:
+        """The artifact that the stage's link shows, None where there is none that can be read."""
+        return _read(self.root / stage)
+
+    def former(self, stage: str) -> Artifact | None:
+        """The current artifact of a stage, or the youngest finished one."""
+        found = [_read(path) for path in sorted(self._of(self.store, stage))]
+        youngest = max((a for a in found if a is not None), key=lambda a: a.manifest.created, default=None)
+        return self.current(stage) or youngest
+
+    def pending(self) -> list[str]:
+        """Stages that a `--from` asked for and that were not made anew yet."""
+        return read_json(self._anew) if self._anew.exists() else []
+
+    def demand(self, stages: Iterable[str]) -> None:
+        """Have these stages made anew, from their beginning, by this run or the ones that continue it."""
+        stages = list(stages)
+        for stage in stages:
+            for work in self._of(self.work, stage):
+                shutil.rmtree(work, ignore_errors=True)
+        self._write_pending([*self.pending(), *(s for s in stages if s not in self.pending())])
+
+    def fulfil(self, stage: str) -> None:
+        """The stage was made anew."""
+        if stage in self.pending():
+            self._write_pending([name for name in self.pending() if name != stage])
+
+    def _write_pending(self, stages: Sequence[str]) -> None:
+        if stages:
+            write_json(self._anew, list(stages))
+        else:
+            self._anew.unlink(missing_ok=True)
+
+    @staticmethod
+    def _of(parent: Path, stage: str) -> list[Path]:
+        pattern = re.compile(re.escape(stage) + "-[0-9a-f]{12}")
+        return [path for path in parent.glob(f"{stage}-*") if pattern.fullmatch(path.name)]
+
+
+def _read(folder: Path) -> Artifact | None:
+    if not folder.is_dir():
+        return None
+    try:
+        return open_artifact(folder, do="")
+    except OpenQwenError:
+        return None

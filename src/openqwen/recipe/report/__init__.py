@@ -1,0 +1,80 @@
+"""The report: one self-contained HTML file that shows what a run did, drawn from its artifacts alone."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from openqwen.recipe.report import data, scores, training
+from openqwen.recipe.report.lineage import draw_lineage
+from openqwen.recipe.report.run import Run, load_run
+from openqwen.recipe.report.text import count, duration, number, percent, shortened, signed, size, visible, yaml_text
+from openqwen.support.files import write_text
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a run folder, atomically, and return its path.
+
+    The page holds what the folder holds: stages that have not run are left out. It depends on the artifacts
+    alone (no clock, no network), so the same artifacts give the same bytes. Raises OpenQwenError where the folder
+    is missing or an artifact's JSON is damaged.
+    """
+    run = load_run(Path(run_folder))
+    page = _environment().get_template("page.html.j2").render(_contents(run))
+    target = run.folder / "report.html"
+    write_text(target, page)
+    return target
+
+
+def _contents(run: Run) -> dict[str, Any]:
+    """Everything the page shows, section by section; a section without artifacts is None or empty."""
+    return {
+        "run": run,
+        "summary": scores.summary(run),
+        "cards": scores.cards(run),
+        "lineage": draw_lineage(run),
+        "table": scores.score_table(run),
+        "tasks": scores.task_table(run),
+        "pair_tasks": scores.pair_table(run),
+        "source_scores": scores.source_table(run),
+        "curves": training.curves(run),
+        "corpus": data.corpus(run),
+        "tokenizer": data.tokenizer(run),
+        "demonstrations": data.demonstrations(run),
+        "preferences": data.preferences(run),
+        "samples": data.samples(run),
+        "configurations": data.configurations(run),
+    }
+
+
+def _environment() -> Environment:
+    """Jinja with every value escaped and, before that, its invisible characters made visible."""
+    loader = PackageLoader("openqwen.recipe.report")
+    environment = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = loader.get_source(environment, "style.css")[0]
+    environment.globals["style"] = Markup(style)
+    environment.filters |= {
+        "count": count,
+        "duration": duration,
+        "number": number,
+        "percent": percent,
+        "shortened": shortened,
+        "signed": signed,
+        "size": size,
+        "yaml": yaml_text,
+    }
+    return environment
+
+
+def _finalize(value: Any) -> Any:
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return visible(value)

@@ -1,0 +1,224 @@
+"""What happened to text: the corpus, the tokenizer, demonstrations and preferences, and samples of answers."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from openqwen.recipe.report.charts import bar
+from openqwen.recipe.report.run import EVALUATE, Run
+
+# How much of each kind the page shows; it says so where there is more.
+REASONS, EXAMPLES, SKIPPED_EXAMPLES, LONGEST, TOKENS, KINDS, PROMPTS = 40, 3, 5, 40, 300, 16, 12
+
+_TASKLESS = "–"
+
+
+def corpus_total(report: dict[str, Any]) -> tuple[int, int]:
+    """(documents, bytes) of the finished corpus, its held-out part included."""
+    sources = report["sources"].values()
+    documents = sum(found["documents"] + found["heldout_documents"] for found in sources)
+    return documents, sum(found["bytes"] + found["heldout_bytes"] for found in sources)
+
+
+def corpus(run: Run) -> dict[str, Any] | None:
+    """The funnel of documents and bytes, the reasons of each step, skipped inputs, sources and the mixture."""
+    report = run.json("corpus", "corpus.json")
+    if report is None:
+        return None
+    skipped = [
+        {"reason": reason, "count": found["count"], "examples": found["examples"][:SKIPPED_EXAMPLES]}
+        for reason, found in sorted(report["skipped"].items(), key=lambda item: (-item[1]["count"], item[0]))
+    ]
+    return {
+        "read": report["read"],
+        "funnel": _funnel(report),
+        "steps": [{**step, "reasons": _reasons(step["reasons"])} for step in report["steps"] if step["reasons"]],
+        "skipped": skipped,
+        "sources": _sources(run, report["sources"]),
+    }
+
+
+def _funnel(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was read, what each step kept, and the finished corpus, as shares of the bytes read.
+
+    joined: documents that a step had beyond what the one before it kept, such as instruction data, which meets
+    only some of the steps; negative where documents pass by it.
+    """
+    read, (documents, size) = report["read"], corpus_total(report)
+    rows = [{"name": "read", "kept": read["documents"], "kept_bytes": read["bytes"]}, *report["steps"]]
+    rows.append({"name": "corpus", "kept": documents, "kept_bytes": size})
+    whole = read["bytes"] or 1
+    before = read["documents"]
+    funnel = []
+    for row in rows:
+        share = row["kept_bytes"] / whole
+        joined = row["kept"] + row.get("dropped", 0) - before
+        funnel.append({"dropped": None, **row, "share": share, "bar": bar(share), "joined": joined})
+        before = row["kept"]
+    return funnel
+
+
+def _reasons(reasons: dict[str, Any]) -> list[dict[str, Any]]:
+    """Most frequent first; bars are relative to the first."""
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1]["documents"], item[0]))[:REASONS]
+    most = max((found["documents"] for _, found in ordered), default=0) or 1
+    return [
+        {
+            "name": name,
+            "documents": found["documents"],
+            "bytes": found["bytes"],
+            "bar": bar(found["documents"] / most),
+            "examples": found["examples"][:EXAMPLES],
+        }
+        for name, found in ordered
+    ]
+
+
+def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
+    tokens = run.json("tokens", "tokens.json") or {}
+    statistics = run.json("tokenizer", "statistics.json") or {}
+    density = statistics.get("bytes_per_token") or {}
+    weights = sum(found.get("weight") or 0 for found in sources.values()) or 1
+    return [
+        {
+            "name": name,
+            **found,
+            "share": (found.get("weight") or 0) / weights,
+            "bar": bar((found.get("weight") or 0) / weights),
+            "tokens": (tokens.get(name) or {}).get("tokens"),
+            "bytes_per_token": density.get(name),
+        }
+        for name, found in sorted(sources.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+    ]
+
+
+def tokenizer(run: Run) -> dict[str, Any] | None:
+    """Sizes, bytes per token by source, the longest tokens, and texts cut into their tokens."""
+    statistics = run.json("tokenizer", "statistics.json")
+    if statistics is None:
+        return None
+    density = statistics.get("bytes_per_token") or {}
+    most = max(density.values(), default=1) or 1
+    examples = [
+        {"tokens": [_token(token) for token in example["tokens"][:TOKENS]], "left": len(example["tokens"]) - TOKENS}
+        for example in (statistics.get("examples") or [])[:6]
+    ]
+    return {
+        "vocabulary": statistics.get("vocabulary"),
+        "merges": statistics.get("merges"),
+        "training_bytes": statistics.get("training_bytes"),
+        "density": [(name, value, bar(value / most)) for name, value in sorted(density.items(), key=lambda i: -i[1])],
+        "longest": [token.replace("\n", "↵") for token in (statistics.get("longest") or [])[:LONGEST]],
+        "examples": examples,
+    }
+
+
+def _token(token: str) -> str:
+    """A newline shows as a sign and still breaks the line."""
+    return token.replace("\n", "↵\n").replace("\t", "→\t")
+
+
+def demonstrations(run: Run) -> dict[str, Any] | None:
+    """Counts by task and method, how many sampled answers were right, and one example of each kind."""
+    stage = run.stage("instruct")
+    if stage is None:
+        return None
+    records = stage.jsonl("demonstrations.jsonl")
+    acceptance = (stage.json("instruct.json") or {}).get("acceptance") or {}
+    methods = sorted({_kind(record)[0] for record in records})
+    return {
+        "total": len(records),
+        "prompts": len(stage.jsonl("prompts.jsonl")),
+        "methods": methods,
+        "rows": _by_task([[r for r in records if _kind(r)[0] == method] for method in methods]),
+        "acceptance": acceptance,
+        "rates": acceptance.get("by_task") or {},
+        "examples": [{"kind": kind, "messages": record["messages"]} for kind, record in _one_each(records)],
+    }
+
+
+def preferences(run: Run) -> dict[str, Any] | None:
+    """Counts by task, who wrote the answers, and one pair of each kind."""
+    stage = run.stage("prefer")
+    if stage is None:
+        return None
+    records, heldout = stage.jsonl("preferences.jsonl"), stage.jsonl("heldout.jsonl")
+    report = stage.json("prefer.json") or {}
+    return {
+        "total": len(records),
+        "heldout": len(heldout),
+        "rows": _by_task([records, heldout]),
+        "written_by": report.get("chosen/rejected from") or {},
+        "sampled_accuracy": report.get("sampled_accuracy"),
+        "examples": [
+            {"kind": kind, "prompt": r["prompt"], "chosen": _answer(r["chosen"]), "rejected": _answer(r["rejected"])}
+            for kind, r in _one_each(records)
+        ],
+    }
+
+
+def _answer(messages: list[dict[str, Any]]) -> str:
+    return "\n".join(str(message.get("content", "")) for message in messages)
+
+
+def _kind(record: dict[str, Any]) -> tuple[str, str]:
+    origin = record.get("origin") or {}
+    return str(origin.get("method") or _TASKLESS), str(origin.get("task") or _TASKLESS)
+
+
+def _by_task(groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """For each task, how many records of each group are about it; the most frequent task first."""
+    counts = [Counter(_kind(record)[1] for record in group) for group in groups]
+    together = sum(counts, Counter[str]())
+    most = max(together.values(), default=1)
+    return [
+        {"task": task, "counts": [found[task] for found in counts], "bar": bar(total / most)}
+        for task, total in sorted(together.items(), key=lambda item: (-item[1], item[0]))
+    ]
+
+
+def _one_each(records: Iterable[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """The first record of each (method, task), in the order of the file."""
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        first.setdefault(_kind(record), record)
+    return [(" · ".join(part for part in kind if part != _TASKLESS), r) for kind, r in list(first.items())[:KINDS]]
+
+
+def samples(run: Run) -> list[dict[str, Any]]:
+    """For each kind of prompt, the prompts, and for each prompt what each evaluated stage answered."""
+    kinds: dict[str, dict[str, dict[str, str]]] = {}
+    for name in run.evaluated:
+        for sample in run.json(EVALUATE + name, "samples.json") or []:
+            prompts = kinds.setdefault(sample["kind"], {})
+            prompts.setdefault(sample["prompt"], {})[name] = sample["answer"]
+    return [
+        {"kind": kind, "prompts": [{"prompt": p, "answers": answers} for p, answers in list(prompts.items())[:PROMPTS]]}
+        for kind, prompts in kinds.items()
+    ]
+
+
+def configurations(run: Run) -> list[dict[str, Any]]:
+    """Each stage's exact configuration, machine, inputs, metrics and files."""
+    found = []
+    for stage in run.stages:
+        manifest = stage.manifest
+        files = manifest.get("files") or {}
+        facts = {
+            "kind": manifest.get("kind"),
+            "seed": manifest.get("seed"),
+            "key": manifest.get("key"),
+            "digest": stage.digest,
+        }
+        facts |= {"made": manifest.get("created"), "code": manifest.get("code")}
+        found.append(
+            {
+                "stage": stage,
+                "config": manifest.get("config") or {},
+                "facts": {key: value for key, value in facts.items() if value is not None},
+                "inputs": manifest.get("inputs") or {},
+                "files": len(files),
+                "bytes": sum(entry.get("bytes") or 0 for entry in files.values()),
+            }
+        )
+    return found

@@ -1,0 +1,299 @@
+"""The recipe itself: which stages there are, what flows between them, and the settings of each.
+
+    corpus → tokenizer → tokens → pretrain → extend → instruct → sft → prefer → reward → dpo → online-dpo
+
+After each stage that makes a model stands an `evaluate-…` stage that scores it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from openqwen.corpus import CorpusConfig, TokenShard, build_corpus, write_shards
+from openqwen.corpus.documents import read_documents
+from openqwen.engine import Engine
+from openqwen.evaluate.config import EvaluateConfig
+from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_demonstrations
+from openqwen.instruct.synthesize.preferences import PreferConfig, build_preferences
+from openqwen.instruct.synthesize.pretraining_tasks import task_documents
+from openqwen.model import load_model
+from openqwen.recipe.estimate import Estimates
+from openqwen.recipe.evaluation import evaluate_model, evaluate_reward
+from openqwen.recipe.report import write_report
+from openqwen.recipe.stage import Stage, Verb, Work
+from openqwen.support.device import best_device
+from openqwen.support.files import read_json, write_json
+from openqwen.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_statistics, train_tokenizer
+from openqwen.train.dpo import DpoConfig, dpo
+from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
+from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain
+from openqwen.train.reward import RewardConfig, reward
+from openqwen.train.sft import SftConfig, sft
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+class CorpusStageConfig(CorpusConfig):
+    """The corpus, and the multi-task instruction data that Qwen2 mixes into pre-training (Qwen2 report, 3.1)."""
+
+    task_documents: int = Field(1_000, ge=0, description="documents of solved tasks mixed in, as the source 'tasks'")
+
+
+class TokensConfig(BaseModel):
+    """Text to token ids; everything is decided by the tokenizer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Recipe(BaseModel):
+    """Everything a run depends on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = Field(1, ge=0, description="of every random draw")
+    corpus: CorpusStageConfig = Field(default_factory=CorpusStageConfig, description="raw documents to a corpus")
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig, description="the vocabulary")
+    pretrain: PretrainConfig = Field(default_factory=PretrainConfig, description="pre-training")
+    extend: ExtendConfig = Field(default_factory=ExtendConfig, description="the long-sequence phase")
+    instruct: InstructConfig = Field(default_factory=InstructConfig, description="demonstrations D")
+    sft: SftConfig = Field(default_factory=SftConfig, description="supervised fine-tuning on D")
+    prefer: PreferConfig = Field(default_factory=PreferConfig, description="preferences P")
+    reward: RewardConfig = Field(default_factory=RewardConfig, description="the reward model, on P")
+    dpo: DpoConfig = Field(default_factory=DpoConfig, description="direct preference optimisation on P")
+    online_dpo: OnlineDpoConfig = Field(default_factory=OnlineDpoConfig, description="online DPO with the reward model")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="the scores after each stage")
+
+
+def _config(work: Work, kind: type[Settings]) -> Settings:
+    return cast(kind, work.config)  # type: ignore[valid-type]
+
+
+def _engine(folder: Path) -> tuple[Engine, Tokenizer]:
+    tokenizer = load_tokenizer(folder)
+    return Engine(load_model(folder, device=best_device()), tokenizer), tokenizer
+
+
+def run_corpus(work: Work) -> dict[str, float]:
+    """Raw documents → train.parquet, heldout.parquet, corpus.json."""
+    config = _config(work, CorpusStageConfig)
+    return build_corpus(config, task_documents(work.seed, config.task_documents), work.output, work.seed)
+
+
+def run_tokenizer(work: Work) -> dict[str, float]:
+    """The corpus's training documents → a vocabulary."""
+    config = _config(work, TokenizerConfig)
+    tokenizer = train_tokenizer((d["text"] for d in read_documents(work.inputs["corpus"] / "train.parquet")), config)
+    tokenizer.save(work.output)
+    texts: dict[str, list[str]] = {}
+    for document in read_documents(work.inputs["corpus"] / "heldout.parquet"):
+        texts.setdefault(document["source"], []).append(document["text"])
+    size = read_json(work.inputs["corpus"] / "corpus.json")["sources"]
+    trained = min(config.max_bytes, sum(s["bytes"] for s in size.values()))
+    statistics = tokenizer_statistics(tokenizer, texts, trained)
+    write_json(work.output / "statistics.json", statistics)
+    rates = statistics["bytes_per_token"]
+    return {"bytes_per_token": sum(rates.values()) / len(rates), "vocabulary": tokenizer.vocab_size}
+
+
+def run_tokens(work: Work) -> dict[str, float]:
+    """The corpus's training documents → token shards."""
+    table = write_shards(work.inputs["corpus"] / "train.parquet", load_tokenizer(work.inputs["tokenizer"]), work.output)
+    return {
+        "tokens": sum(s["tokens"] for s in table.values()),
+        "documents": sum(s["documents"] for s in table.values()),
+    }
+
+
+def _pretrain(work: Work, start: Path | None, tokenizer_folder: Path) -> dict[str, float]:
+    config = cast(PretrainConfig | ExtendConfig, work.config)
+    folder = work.inputs["tokens"]
+    sources = {name: TokenShard(folder, name) for name in read_json(folder / "tokens.json")}
+    if not config.data.mixture:
+        table = read_json(work.inputs["corpus"] / "corpus.json")["sources"]
+        weights = {name: table[name]["weight"] for name in sources}
+        total = sum(weights.values())
+        data = config.data.model_copy(update={"mixture": {n: w / total for n, w in weights.items()}})
+        config = config.model_copy(update={"data": data})
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return pretrain(
+        config, sources, tokenizer, tokenizer.vocab_size, start, work.output, work.scratch, work.seed, work.label
+    )
+
+
+def run_pretrain(work: Work) -> dict[str, float]:
+    """Token shards → a base model."""
+    return _pretrain(work, None, work.inputs["tokenizer"])
+
+
+def run_extend(work: Work) -> dict[str, float]:
+    """A base model → one with a longer context."""
+    return _pretrain(work, work.inputs["model"], work.inputs["model"])
+
+
+def run_instruct(work: Work) -> dict[str, float]:
+    """Documents and the base model's own samples → demonstrations D."""
+    documents = (d for d in read_documents(work.inputs["corpus"] / "train.parquet") if d["source"] != "tasks")
+    engine, _ = _engine(work.inputs["model"])
+    config = _config(work, InstructConfig)
+    return build_demonstrations(config, documents, engine, work.seed, work.output, work.inputs["model"].name)
+
+
+def run_sft(work: Work) -> dict[str, float]:
+    """D → a chat model."""
+    start, data = work.inputs["model"], _file(work.inputs["demonstrations"], "demonstrations.jsonl")
+    config, tokenizer = _config(work, SftConfig), load_tokenizer(start)
+    return sft(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+
+
+def run_prefer(work: Work) -> dict[str, float]:
+    """The chat model's checked samples → preferences P."""
+    engine, _ = _engine(work.inputs["model"])
+    config = _config(work, PreferConfig)
+    return build_preferences(config, work.inputs["instruct"], engine, work.seed, work.output, work.inputs["model"].name)
+
+
+def run_reward(work: Work) -> dict[str, float]:
+    """P → a reward model."""
+    start, data = work.inputs["model"], _file(work.inputs["preferences"], "preferences.jsonl")
+    config, tokenizer = _config(work, RewardConfig), load_tokenizer(start)
+    return reward(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+
+
+def run_dpo(work: Work) -> dict[str, float]:
+    """P → a chat model that prefers what P prefers."""
+    start, data = work.inputs["model"], _file(work.inputs["preferences"], "preferences.jsonl")
+    config, tokenizer = _config(work, DpoConfig), load_tokenizer(start)
+    return dpo(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+
+
+def run_online_dpo(work: Work) -> dict[str, float]:
+    """Prompts and the reward model → a chat model trained on its own answers."""
+    start, data = work.inputs["model"], _file(work.inputs["prompts"], "prompts.jsonl")
+    config, tokenizer = _config(work, OnlineDpoConfig), load_tokenizer(start)
+    scorer = work.inputs["reward"]
+    return online_dpo(config, start, scorer, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+
+
+def _file(path: Path, name: str) -> Path:
+    """A JSONL file given as itself, or as the artifact that holds it."""
+    return path / name if path.is_dir() else path
+
+
+Run = Callable[[Work], dict[str, float]]
+_GRAPH: list[tuple[str, Run, dict[str, str]]] = [
+    ("corpus", run_corpus, {}),
+    ("tokenizer", run_tokenizer, {"corpus": "corpus"}),
+    ("tokens", run_tokens, {"corpus": "corpus", "tokenizer": "tokenizer"}),
+    ("pretrain", run_pretrain, {"tokens": "tokens", "tokenizer": "tokenizer", "corpus": "corpus"}),
+    ("extend", run_extend, {"model": "pretrain", "tokens": "tokens", "corpus": "corpus"}),
+    ("instruct", run_instruct, {"corpus": "corpus", "model": "extend"}),
+    ("sft", run_sft, {"model": "extend", "demonstrations": "instruct"}),
+    ("prefer", run_prefer, {"instruct": "instruct", "model": "sft"}),
+    ("reward", run_reward, {"model": "sft", "preferences": "prefer"}),
+    ("dpo", run_dpo, {"model": "sft", "preferences": "prefer"}),
+    ("online-dpo", run_online_dpo, {"model": "dpo", "reward": "reward", "prompts": "instruct"}),
+]
+_SCORED: dict[str, dict[str, str]] = {  # what an evaluation reads besides the model and the corpus
+    "pretrain": {},
+    "extend": {},
+    "sft": {"base": "evaluate-extend"},
+    "dpo": {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"},
+    "online-dpo": {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"},
+}
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """The stages of a recipe, in the order they run."""
+    estimates = Estimates(recipe)
+    stages: list[Stage] = []
+    for name, run, inputs in _GRAPH:
+        config = TokensConfig() if name == "tokens" else getattr(recipe, name.replace("-", "_"))
+        folder = recipe.corpus.folder if name == "corpus" else None
+        outside = {"folder": folder} if folder else {}
+        stages.append(Stage(name, name, config, run, inputs, outside, estimates.of(name)))
+        if name in _SCORED:
+            read = {"model": name, "corpus": "corpus"} | _SCORED[name]
+            stages.append(_evaluation(name, "evaluate", evaluate_model, read, recipe, estimates))
+        elif name == "reward":
+            read = {"reward": "reward", "preferences": "prefer"}
+            stages.append(_evaluation(name, "evaluate-reward", evaluate_reward, read, recipe, estimates))
+    return stages
+
+
+def _evaluation(name: str, kind: str, run: Run, read: dict[str, str], recipe: Recipe, estimates: Any) -> Stage:
+    return Stage(f"evaluate-{name}", kind, recipe.evaluate, run, read, estimate=estimates.of(f"evaluate-{name}"))
+
+
+def finish(run_folder: Path) -> list[str]:
+    """Write the report; the lines that end a run."""
+    lines = [f"report   {write_report(run_folder)}"]
+    models = [name for name in ("online-dpo", "dpo", "sft") if (run_folder / name).exists()]
+    return [*lines, f"chat     openqwen chat {run_folder / models[0]}"] if models else lines
+
+
+_MODEL = "A Hugging Face folder to start from."
+VERBS: dict[str, Verb] = {
+    "corpus": Verb("Raw documents to cleaned, filtered, deduplicated text.", CorpusStageConfig, {}, run_corpus),
+    "tokenizer": Verb(
+        "Train the byte-level BPE vocabulary.", TokenizerConfig, {"corpus": "A corpus artifact."}, run_tokenizer
+    ),
+    "tokens": Verb(
+        "Text to shards of token ids.",
+        TokensConfig,
+        {"corpus": "A corpus artifact.", "tokenizer": "A folder with a tokenizer."},
+        run_tokens,
+    ),
+    "pretrain": Verb(
+        "Train a network on token shards from scratch.",
+        PretrainConfig,
+        {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
+        run_pretrain,
+    ),
+    "extend": Verb(
+        "Lengthen the context: longer rows, raised RoPE base.",
+        ExtendConfig,
+        {"model": _MODEL, "tokens": "Token shards.", "corpus": "A corpus artifact."},
+        run_extend,
+    ),
+    "instruct": Verb(
+        "Make demonstrations without people.",
+        InstructConfig,
+        {"corpus": "A corpus artifact.", "model": "The base model to sample from."},
+        run_instruct,
+    ),
+    "sft": Verb(
+        "Supervised fine-tuning on demonstrations.",
+        SftConfig,
+        {"model": _MODEL, "demonstrations": "A JSONL file of demonstrations D, or an instruct artifact."},
+        run_sft,
+    ),
+    "prefer": Verb(
+        "Make preference pairs by sampling and checking.",
+        PreferConfig,
+        {"instruct": "An instruct artifact.", "model": "The chat model to sample from."},
+        run_prefer,
+    ),
+    "reward": Verb(
+        "Train a reward model on preference pairs.",
+        RewardConfig,
+        {"model": _MODEL, "preferences": "A JSONL file of preferences P, or a prefer artifact."},
+        run_reward,
+    ),
+    "dpo": Verb(
+        "Direct preference optimization on preference pairs.",
+        DpoConfig,
+        {"model": _MODEL, "preferences": "A JSONL file of preferences P, or a prefer artifact."},
+        run_dpo,
+    ),
+    "online-dpo": Verb(
+        "DPO on the model's own answers, judged by the reward model.",
+        OnlineDpoConfig,
+        {"model": _MODEL, "reward": "A reward model.", "prompts": "A JSONL file of prompts, or an instruct artifact."},
+        run_online_dpo,
+    ),
+    "evaluate": Verb(
+        "Score a model.", EvaluateConfig, {"model": "The model.", "corpus": "A corpus artifact."}, evaluate_model
+    ),
+}

@@ -1,0 +1,78 @@
+"""How far, how fast, and how long still (law 8): a live line on a terminal, a line now and then in a log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+console = Console(stderr=False, highlight=False, soft_wrap=True)
+
+_BAR = 24  # characters
+_LOG_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """`42s`, `3m05s`, `2h07m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Progress:
+    """One piece of work: `total` units (None where it cannot be known), advanced as they are done."""
+
+    def __init__(self, label: str, total: float | None, unit: str, done: float = 0):
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self._done_before = done
+        self.notes: dict[str, str] = {}
+        self._start = self._shown = time.monotonic()
+        self._live: Live | None = None
+
+    def advance(self, amount: float = 1, **notes: object) -> None:
+        """Move on by `amount` units; `notes` (loss="3.21") stand at the end of the line."""
+        self.done += amount
+        self.notes |= {k: str(v) for k, v in notes.items()}
+        now = time.monotonic()
+        if self._live is not None:
+            if now - self._shown > 0.1:
+                self._live.update(self._line(now))
+                self._shown = now
+        elif now - self._shown > _LOG_EVERY:
+            console.print(self._line(now))
+            self._shown = now
+
+    def _line(self, now: float) -> Text:
+        elapsed = now - self._start
+        rate = (self.done - self._done_before) / elapsed if elapsed > 0 else 0.0
+        parts = [f"  {self.label:<14}"]
+        if self.total:
+            share = min(self.done / self.total, 1.0)
+            filled = round(share * _BAR)
+            left = (self.total - self.done) / rate if rate > 0 else None
+            parts.append(f"[{'━' * filled}{' ' * (_BAR - filled)}] {share:4.0%}")
+            parts.append(f"{self.done:,.0f}/{self.total:,.0f} {self.unit}")
+            parts.append(f"{duration(max(left, 0))} left" if left is not None else "…")
+        else:
+            parts.append(f"{self.done:,.0f} {self.unit}  {duration(elapsed)}")
+        parts += [f"{k} {v}" for k, v in self.notes.items()]
+        return Text("  ".join(parts), no_wrap=True, overflow="ellipsis")
+
+
+@contextmanager
+def progress(label: str, total: float | None = None, unit: str = "steps", done: float = 0) -> Iterator[Progress]:
+    """Show the progress of the block it encloses; nothing stays on a terminal afterwards."""
+    work = Progress(label, total, unit, done)
+    if not sys.stdout.isatty():
+        yield work
+        return
+    with Live(work._line(time.monotonic()), console=console, transient=True, auto_refresh=False) as live:
+        work._live = live
+        yield work
+        work._live = None

@@ -1,0 +1,25 @@
+"""The control tokens of Qwen2.5: ids that mark turns, documents, tool calls and code, and that no plain text yields."""
+
+from dataclasses import dataclass
+
+DOCUMENT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class ControlToken:
+    """A token that text cannot spell. Decoding leaves out the `special` ones; the others show (tool calls)."""
+
+    content: str
+    special: bool
+
+
+# Qwen2.5's 22, in the order of their ids (Qwen2.5 technical report, section 2, and the published tokenizer files).
+_SPECIAL = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"""
+_VISIBLE = """
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"""
+CONTROL_TOKENS = (
+    *(ControlToken(content, special=True) for content in _SPECIAL.split()),
+    *(ControlToken(content, special=False) for content in _VISIBLE.split()),
+)

@@ -1,0 +1,124 @@
+"""The chat template of Qwen2.5 (ChatML with tools), and how a template is rendered.
+
+Templates come with checkpoints and are code that nobody has read: they run in Jinja's sandbox, with the settings and
+the helpers that transformers gives them, so one template renders to one text everywhere.
+"""
+
+import json
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2.ext
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from openqwen.support.errors import OpenQwenError
+
+Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")
+DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
+
+# One turn is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. Tools are listed in the system turn; a call is a
+# JSON object between <tool_call> tags; the results of consecutive calls share one turn of the user.
+_CHATML = r"""
+{%- if messages[0].role == 'system' -%}
+    {%- set system = messages[0].content -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set system = SYSTEM_PROMPT -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{{- '<|im_start|>system\n' + system -}}
+{%- if tools -%}
+    {{- '\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' -}}
+    {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' -}}
+    {%- for tool in tools -%}
+        {{- '\n' + (tool | tojson) -}}
+    {%- endfor -%}
+    {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments ' -}}
+    {{- 'within <tool_call></tool_call> XML tags:\n<tool_call>\n' -}}
+    {{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>' -}}
+{%- endif -%}
+{{- '<|im_end|>\n' -}}
+{%- for message in turns -%}
+    {%- if message.role == 'tool' -%}
+        {%- if loop.first or loop.previtem.role != 'tool' -%}
+            {{- '<|im_start|>user' -}}
+        {%- endif -%}
+        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' -}}
+        {%- if loop.last or loop.nextitem.role != 'tool' -%}
+            {{- '<|im_end|>\n' -}}
+        {%- endif -%}
+    {%- else -%}
+        {{- '<|im_start|>' + message.role -}}
+        {%- if message.content or not message.tool_calls -%}
+            {{- '\n' + message.content -}}
+        {%- endif -%}
+        {%- for call in message.tool_calls or [] -%}
+            {%- set function = call.function or call -%}
+            {{- '\n<tool_call>\n{"name": "' + function.name + '", "arguments": ' -}}
+            {{- (function.arguments | tojson) + '}\n</tool_call>' -}}
+        {%- endfor -%}
+        {{- '<|im_end|>\n' -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+"""
+
+
+def chatml_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
+    """The template's source; `system_prompt` stands where a chat does not begin with a system message."""
+    return _CHATML.strip().replace("SYSTEM_PROMPT", json.dumps(system_prompt, ensure_ascii=False))
+
+
+def render(
+    template: str, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+) -> str:
+    """The chat as one text. OpenQwenError names the message that is wrong, or what the template objects to."""
+    check_messages(messages)
+    # As in transformers, a key whose value is None counts as absent: templates test for the key.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        return _compile(template).render(
+            messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise OpenQwenError(f"The chat template failed on this chat: {error}", where="chat template") from error
+
+
+def check_messages(messages: list[Message]) -> None:
+    """Each message has a known role and a text; only an assistant that calls tools may leave the text out."""
+    if not messages:
+        raise OpenQwenError("This chat has no messages.", do="begin it with a user message")
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise OpenQwenError(f"A message needs a role, one of {', '.join(ROLES)}.", where=where)
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise OpenQwenError("The content of a message must be text.", where=where)
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter escapes <, > and & for HTML; a chat wants them as they are."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)

@@ -1,0 +1,155 @@
+"""Text to ids and back, by Qwen2's rules."""
+
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from openqwen.support.errors import OpenQwenError
+from openqwen.tokenizer import chat
+from openqwen.tokenizer.bpe import BytePairEncoder
+from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, TURN_START, ControlToken
+from openqwen.tokenizer.files import read_tokenizer, write_tokenizer
+from openqwen.tokenizer.template import Message, render
+from openqwen.tokenizer.unicode import normalize
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary, control tokens after it, and a chat template.
+
+    vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first. control: their ids
+    follow the regular ones. template: Jinja source, or None for a model that does not chat.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Sequence[bytes],
+        merges: Sequence[tuple[int, int]],
+        control: Sequence[ControlToken] = CONTROL_TOKENS,
+        template: str | None = None,
+    ):
+        self.vocabulary, self.merges, self.control = list(vocabulary), list(merges), tuple(control)
+        self.template = template
+        ids = {token: i for i, token in enumerate(self.vocabulary)}
+        self._encoder = BytePairEncoder(
+            byte_ids=[ids[bytes([byte])] for byte in range(256)],
+            merges=[(a, b, ids[self.vocabulary[a] + self.vocabulary[b]]) for a, b in self.merges],
+        )
+        self.control_ids = {token.content: len(self.vocabulary) + i for i, token in enumerate(self.control)}
+        self._bytes = self.vocabulary + [token.content.encode() for token in self.control]
+        self._hidden = {self.control_ids[token.content] for token in self.control if token.special}
+
+    @property
+    def vocab_size(self) -> int:
+        """Regular and control tokens together; a model may have more rows than this."""
+        return len(self._bytes)
+
+    @property
+    def eos_id(self) -> int:
+        """`<|im_end|>`: the end of a turn."""
+        return self.control_ids[TURN_END]
+
+    @property
+    def endoftext_id(self) -> int:
+        """`<|endoftext|>`: the end of a document; also the padding."""
+        return self.control_ids[DOCUMENT_END]
+
+    @property
+    def im_start_id(self) -> int:
+        """`<|im_start|>`: the beginning of a turn."""
+        return self.control_ids[TURN_START]
+
+    def encode(self, text: str, allow_control: bool = False) -> list[int]:
+        """Ids of `text`. Control tokens in it stay text unless `allow_control`; lone surrogates become U+FFFD."""
+        if not allow_control:
+            return self._encoder.encode(normalize(text))
+        ids: list[int] = []
+        for piece, control_id in self.split_control(text):
+            ids += self._encoder.encode(normalize(piece)) if control_id is None else [control_id]
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing.
+
+        skip_control leaves out the special control tokens; those of tool calls and code stay, as in transformers.
+        """
+        hidden = self._hidden if skip_control else ()
+        return b"".join(self.token_bytes(i) for i in ids if i not in hidden).decode(errors="replace")
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of one token; none for an id without a token (a model's padding rows)."""
+        return self._bytes[i] if 0 <= i < len(self._bytes) else b""
+
+    def is_hidden(self, i: int) -> bool:
+        """Whether decoding leaves this id out."""
+        return i in self._hidden
+
+    @cached_property
+    def control_pattern(self) -> str:
+        """An expression that matches any control token, the longest first."""
+        contents = sorted(self.control_ids, key=len, reverse=True)
+        return f"(?:{'|'.join(map(regex.escape, contents))})"
+
+    def split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Pieces of text with None, and control tokens with their id, in order; empty pieces are left out."""
+        for number, piece in enumerate(regex.split(f"({self.control_pattern})", text)):
+            if piece:
+                yield piece, self.control_ids[piece] if number % 2 else None
+
+    def apply_chat_template(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False
+    ) -> str:
+        """The chat as one text. To encode it use `encode_chat`: this text no longer tells who wrote what."""
+        return render(self._chat_template(), messages, tools, add_generation_prompt)
+
+    def encode_chat(
+        self, messages: list[Message], add_generation_prompt: bool = False, tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """(ids, mask): the rendered chat, and 1 for each token that an assistant wrote, its `<|im_end|>` included.
+
+        Control tokens come from the template alone: in a message's content they stay text. Where no message holds
+        one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
+        """
+        encoded = chat.encode_chat(self, self._chat_template(), messages, tools, add_generation_prompt)
+        return encoded.ids, encoded.mask
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers loads."""
+        write_tokenizer(Path(folder), self.vocabulary, self.merges, self.control, self.template)
+
+    def _chat_template(self) -> str:
+        if self.template is None:
+            raise OpenQwenError(
+                "This tokenizer has no chat template.",
+                do="use an instruct model, or put a chat_template.jinja into the model's folder",
+            )
+        return self.template
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer in a model's folder, or in one tokenizer.json. OpenQwenError says what is missing or damaged."""
+    return Tokenizer(*read_tokenizer(Path(source)))
+
+
+class StreamDecoder:
+    """Decodes ids one at a time; what it has given so far is always a beginning of the whole text.
+
+    A character that is spread over tokens comes when its last byte has come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_control: bool = True):
+        self._tokenizer, self._skip_control = tokenizer, skip_control
+        self._decoder = getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, i: int) -> str:
+        """The text that this id completes, often none."""
+        if self._skip_control and self._tokenizer.is_hidden(i):
+            return ""
+        return self._decoder.decode(self._tokenizer.token_bytes(i))
+
+    def finish(self) -> str:
+        """What is left of an incomplete character: U+FFFD, or nothing."""
+        return self._decoder.decode(b"", final=True)

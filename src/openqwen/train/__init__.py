@@ -1,0 +1,1 @@
+"""Token shards, D, P → weights: one trainer, one file a stage."""

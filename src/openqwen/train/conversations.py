@@ -1,0 +1,65 @@
+"""Conversations to token ids and targets: only what the assistant wrote is learned, its `<|im_end|>` included."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from openqwen.support.errors import OpenQwenError
+from openqwen.tokenizer import Tokenizer
+from openqwen.train.rows import Sample
+
+Messages = list[dict[str, Any]]
+
+
+def _ending(ids: Sequence[int], mask: Sequence[int]) -> int:
+    """One past the last learned token: the newline after the last `<|im_end|>` predicts nothing."""
+    return len(mask) - next((n for n, learned in enumerate(reversed(mask)) if learned), len(mask))
+
+
+def conversation(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> Sample:
+    """A demonstration: every assistant turn is learned."""
+    try:
+        ids, mask = tokenizer.encode_chat(record["messages"])
+    except KeyError as error:
+        raise OpenQwenError(f"This demonstration lacks {error}.", where=where) from None
+    end = _ending(ids, mask)
+    if end == 0:
+        raise OpenQwenError("No assistant turn to learn from.", where=where, do="give messages with an assistant turn")
+    return ids[:end], mask[:end]
+
+
+def answer(tokenizer: Tokenizer, prompt: Messages, reply: Messages, where: str) -> Sample:
+    """A prompt and one answer to it: only the answer is learned.
+
+    The prompt is encoded as the engine encodes it, so that the answer's log-probability is the one it was sampled at.
+    """
+    if len(reply) != 1 or reply[0].get("role") != "assistant":
+        raise OpenQwenError("An answer is one assistant message.", where=where)
+    start, _ = tokenizer.encode_chat(prompt, add_generation_prompt=True)
+    ids, mask = tokenizer.encode_chat(prompt + reply)
+    end = _ending(ids, mask)
+    if ids[: len(start)] == start:
+        return ids[:end], [0] * len(start) + mask[len(start) : end]
+    # A newline that opens the answer can merge with the template's own; the engine would never see that token.
+    written = [*tokenizer.encode(reply[0]["content"]), tokenizer.eos_id]
+    return start + written, [0] * len(start) + [1] * len(written)
+
+
+def pair(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> tuple[Sample, Sample]:
+    """A preference: the chosen and the rejected answer."""
+    try:
+        prompt, chosen, rejected = record["prompt"], record["chosen"], record["rejected"]
+    except KeyError as error:
+        raise OpenQwenError(f"This preference lacks {error}.", where=where) from None
+    return answer(tokenizer, prompt, chosen, where), answer(tokenizer, prompt, rejected, where)
+
+
+def fitting(samples: list[Any], lengths: list[int], limit: int, where: str) -> list[Any]:
+    """Samples no longer than `limit` tokens; none left is an error that names the shortest."""
+    kept = [s for s, n in zip(samples, lengths) if n <= limit]
+    if not kept:
+        raise OpenQwenError(
+            f"None of the {len(samples)} records fits in {limit} tokens (the shortest has {min(lengths, default=0)}).",
+            where=where,
+            do="raise max_length",
+        )
+    return kept

@@ -1,0 +1,53 @@
+"""The one `log_probs` of SFT, DPO, online DPO and every later stage (law 3): chunked over tokens.
+
+The head is applied only to the hidden states handed in, so tokens that no loss looks at cost nothing. While the
+scores of all tokens fit a small budget they are kept for the backward pass; beyond it they are computed again there,
+so that memory never grows with tokens × vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 1_024  # tokens scored at a time
+KEEP_BYTES = 512 * 2**20  # scores kept for the backward pass, at most
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+        keep = hidden_ND.shape[0] * head_VD.shape[0] * 4 <= KEEP_BYTES and hidden_ND.requires_grad
+        kept: list[Tensor] = []
+        normalizers, scores = [], []
+        for hidden, targets in zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK)):
+            logits_CV = (hidden @ head_VD.T).float()
+            normalizers.append(torch.logsumexp(logits_CV, dim=-1))
+            scores.append(logits_CV.gather(1, targets[:, None]).squeeze(1))
+            if keep:
+                kept.append(logits_CV)
+        normalizer_N = torch.cat(normalizers)
+        ctx.save_for_backward(hidden_ND, head_VD, targets_N, normalizer_N, *kept)
+        return torch.cat(scores) - normalizer_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_ND, head_VD, targets_N, normalizer_N, *kept = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        for n, start in enumerate(range(0, len(targets_N), CHUNK)):
+            rows = slice(start, start + CHUNK)
+            logits_CV = kept[n] if kept else (hidden_ND[rows] @ head_VD.T).float()
+            # d log p(target) / d logits = onehot(target) − softmax
+            slope_CV = torch.exp(logits_CV - normalizer_N[rows, None]).mul_(-grads[0][rows, None])
+            at = torch.arange(slope_CV.shape[0], device=slope_CV.device)
+            slope_CV[at, targets_N[rows]] += grads[0][rows]
+            slope_CV = slope_CV.to(head_VD.dtype)
+            grad_hidden_ND[rows] = slope_CV @ head_VD
+            grad_head_VD += slope_CV.T @ hidden_ND[rows]
+        return grad_hidden_ND, grad_head_VD.to(head_VD.dtype), None
+
+
+def log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """log p(target) of each of N tokens given the hidden state that predicts it, float32 [N]; differentiable."""
+    return _LogProbs.apply(hidden_ND, head_VD, targets_N)

@@ -1,0 +1,59 @@
+"""Losses return (sum, count); only the trainer divides (law 2)."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openqwen.model import Qwen2
+from openqwen.train.log_probs import log_probs
+from openqwen.train.rows import Rows
+
+
+@dataclass
+class Loss:
+    """A loss summed over `count` things (tokens, pairs), and sums of whatever else is worth a curve."""
+
+    sum: Tensor
+    count: int
+    extras: dict[str, float] = field(default_factory=dict)
+
+
+def token_log_probs(model: Qwen2, rows: Rows) -> Tensor:
+    """Log-probabilities [N] of the rows' targets."""
+    hidden_TD = model(rows.tokens, rows.positions, rows.attention)
+    # Where every token predicts one (pre-training), copying the rows would be waste.
+    picked_ND = hidden_TD if len(rows.learned) == len(rows.tokens) else hidden_TD.index_select(0, rows.learned)
+    return log_probs(picked_ND, model.head_VD, rows.targets)
+
+
+def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
+    """Log-probability of each document's targets, summed over them: [documents]."""
+    tokens_N = token_log_probs(model, rows)
+    owner_N = torch.repeat_interleave(torch.tensor(rows.counts, device=tokens_N.device))
+    return torch.zeros(len(rows.counts), device=tokens_N.device).index_add(0, owner_N, tokens_N)
+
+
+def next_token(model: Qwen2, rows: Rows) -> Loss:
+    """Cross-entropy of every target: pre-training and SFT."""
+    return Loss(-token_log_probs(model, rows).sum(), len(rows.targets))
+
+
+def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:
+    """−log σ(r⁺ − r⁻), summed over pairs: the reward model's loss."""
+    margin_B = chosen_B - rejected_B
+    extras = {"accuracy": float((margin_B > 0).sum()), "margin": float(margin_B.detach().sum())}
+    return Loss(-F.logsigmoid(margin_B).sum(), len(margin_B), extras)
+
+
+def dpo(policy_B2: Tensor, reference_B2: Tensor, beta: float) -> Loss:
+    """Direct preference optimisation (Rafailov et al. 2023), summed over pairs.
+
+    policy, reference: log-probabilities of the chosen (column 0) and the rejected (column 1) answer, each summed over
+    the answer's tokens. −log σ(β · [(log π⁺ − log ref⁺) − (log π⁻ − log ref⁻)]).
+    """
+    gains_B2 = beta * (policy_B2 - reference_B2)
+    margin_B = gains_B2[:, 0] - gains_B2[:, 1]
+    extras = {"accuracy": float((margin_B > 0).sum()), "margin": float(margin_B.detach().sum())}
+    return Loss(-F.logsigmoid(margin_B).sum(), len(margin_B), extras)

@@ -1,0 +1,142 @@
+"""Online DPO with the reward model in the loop (Qwen2 report, 4.3, the online stage).
+
+Each step the current policy answers a few prompts several times; the reward model picks the most and the least
+preferred answer of each prompt; the DPO loss learns from that pair. The engine holds the very module that trains.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from openqwen.engine import Engine, Output, Sampling
+from openqwen.model import load_model, load_scorer, save_checkpoint
+from openqwen.support.device import best_device
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import read_jsonl
+from openqwen.support.generators import Generators
+from openqwen.tokenizer import Tokenizer
+from openqwen.train.conversations import Messages
+from openqwen.train.dpo import Pairs, flat, pair_sizes
+from openqwen.train.losses import Loss, document_log_probs
+from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.order import Epochs
+from openqwen.train.reward import score_sequences
+from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.trainer import SaveConfig, Trainer
+
+
+class OnlineDpoConfig(BaseModel):
+    """Best against worst of several samples by the reward model. The reports give no numbers but the scheme."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(100, gt=0, description="optimizer steps, each with fresh samples")
+    prompts: int = Field(32, gt=0, description="prompts of one step")
+    samples: int = Field(8, gt=1, description="answers sampled for each prompt")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature")
+    max_tokens: int = Field(512, gt=0, description="longest answer")
+    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
+    micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
+    train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
+    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
+
+
+@dataclass
+class Episode(Pairs):
+    """Pairs made in this step; `rewards` and `lengths` are sums over the pairs of their prompts' sample means."""
+
+    rewards: float
+    lengths: float
+
+
+def online_dpo(
+    config: OnlineDpoConfig,
+    start: Path,
+    reward_model: Path,
+    prompts: Path,
+    tokenizer: Tokenizer,
+    output: Path,
+    scratch: Path,
+    seed: int,
+    label: str,
+) -> dict[str, float]:
+    """Improve the model at `start`, which is the reference too, on a JSONL file of prompts; save to `output`."""
+    generators = Generators(seed)
+    device = best_device()
+    model = load_model(start, device=device)
+    reference = copy.deepcopy(model).requires_grad_(False)
+    scorer = load_scorer(reward_model, device=device)
+    engine = Engine(model, tokenizer)
+    pool: list[Messages] = [record["prompt"] for record in read_jsonl(prompts)]
+    if not pool:
+        raise OpenQwenError("There are no prompts to answer.", where=prompts)
+    order = Epochs(len(pool), config.steps * config.prompts / len(pool), config.prompts, generators)
+    sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
+
+    def batch(step: int) -> list[Episode]:
+        asked = [pool[i] for i in order.batch(step) for _ in range(config.samples)]
+        # Seeds are a function of the step: a resumed run draws what the uninterrupted run would have drawn.
+        seeds = Generators(seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
+        outputs = engine.generate(asked, sampling, seeds=[int(s) for s in seeds])
+        sequences = [_ids(o, tokenizer.eos_id) for o in outputs]
+        rewards = score_sequences(scorer, sequences, config.micro_tokens)
+        groups = range(0, len(outputs), config.samples)
+        found = [g for g in (_best_and_worst(outputs, rewards, slice(n, n + config.samples)) for n in groups) if g]
+        pairs = [(_sample(sequences, outputs, best), _sample(sequences, outputs, worst)) for best, worst in found]
+        episodes = []
+        for cut in cut_to_budget(pair_sizes(pairs), config.micro_tokens):
+            rows = Rows.of(flat(pairs[cut]), device)
+            with torch.inference_mode():
+                log_probs = document_log_probs(reference, rows).view(-1, 2)
+            share = (cut.stop - cut.start) / len(rewards)
+            lengths = sum(len(o.token_ids) for o in outputs) * share
+            episodes.append(Episode(rows, log_probs.clone(), sum(rewards) * share, lengths))
+        return episodes
+
+    def loss(episode: Episode) -> Loss:
+        value = episode.loss(model, config.beta)
+        value.extras |= {"reward": episode.rewards, "length": episode.lengths}
+        return value
+
+    metrics = Trainer(
+        label=label,
+        model=model,
+        batch=batch,
+        loss=loss,
+        tokens=lambda episode: len(episode.rows.tokens),
+        steps=config.steps,
+        optimizer=config.train,
+        save=config.save,
+        scratch=scratch,
+        output=output,
+        generators=generators,
+    ).run()
+    save_checkpoint(model, tokenizer, output)
+    return metrics
+
+
+def _ids(output: Output, eos_id: int) -> list[int]:
+    """The whole sequence as the policy wrote it."""
+    return output.prompt_ids + output.token_ids + ([eos_id] if output.finish_reason == "stop" else [])
+
+
+def _sample(sequences: list[list[int]], outputs: list[Output], number: int) -> Sample:
+    ids, prompt = sequences[number], len(outputs[number].prompt_ids)
+    return ids, [0] * prompt + [1] * (len(ids) - prompt)
+
+
+def _best_and_worst(outputs: list[Output], rewards: list[float], group: slice) -> tuple[int, int] | None:
+    """Numbers of a prompt's most and least preferred answers; None where the samples do not differ.
+
+    An answer that never ended is not preferred, whatever its score: nothing else teaches a policy to stop.
+    """
+    numbers = range(group.start, group.stop)
+    ended = [n for n in numbers if outputs[n].finish_reason == "stop"]
+    if not ended:
+        return None
+    best = max(ended, key=lambda n: rewards[n])
+    worst = min(numbers, key=lambda n: (outputs[n].finish_reason == "stop", rewards[n]))
+    return None if outputs[best].token_ids == outputs[worst].token_ids else (best, worst)

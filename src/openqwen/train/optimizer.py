@@ -1,0 +1,49 @@
+"""AdamW with weight decay on matrices alone, and learning rates over time."""
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+
+class OptimizerConfig(BaseModel):
+    """How weights move. The report gives SFT's decay and clip; the betas are Qwen's (2023)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    learning_rate: float = Field(7e-6, gt=0, description="peak learning rate")
+    final_share: float = Field(0.1, ge=0, le=1, description="share of the peak left at the last step")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the fall from the peak")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps that rise to the peak, linearly")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the denominator")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms and biases are spared")
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`."""
+    warmup = round(config.warmup_share * steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    if config.schedule == "constant":
+        fall = 1.0
+    elif config.schedule == "linear":
+        fall = 1.0 - done
+    else:
+        fall = 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.learning_rate * (config.final_share + (1.0 - config.final_share) * fall)
+
+
+def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """The optimizer of a model's parameters, in two groups: decayed matrices, undecayed vectors."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
+    )

@@ -1,0 +1,166 @@
+"""The whole stage on a small folder: what is kept, counted, held out, and that it is the same twice."""
+
+import gzip
+import json
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from openqwen.corpus import CorpusConfig, build_corpus
+from openqwen.corpus.documents import read_documents
+from openqwen.corpus.installation import InstallationReader
+from openqwen.corpus.mixture import beyond_cap, heldout, shares
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.generators import Generators
+
+COMMON = ["the", "of", "and", "to", "river", "stone", "light", "paper", "harbour", "winter", "music", "garden"]
+WORDS = [*COMMON, "letter", "engine", "window", "market", "silver", "quiet"]
+
+
+def essay(name, sentences=12):
+    draw = Generators(1)[name]
+    lines = [" ".join(draw.choice(WORDS, 14)).capitalize() + f" {name}{i}." for i in range(sentences)]
+    return "\n\n".join(" ".join(lines[i : i + 3]) for i in range(0, sentences, 3))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    raw = tmp_path / "raw"
+    for source in ("letters", "essays"):
+        (raw / source).mkdir(parents=True)
+        for index in range(30):
+            (raw / source / f"{index:02}.txt").write_text(essay(f"{source}{index}"))
+    (raw / "letters/copy.txt").write_text(essay("letters1").replace(" ", "  "))
+    (raw / "letters/near.txt").write_text(essay("letters2") + "\n\nOne more line at the end.\n")
+    (raw / "short.txt").write_text("too short")
+    (raw / "bad.jsonl").write_text("{oops\n")
+    return raw
+
+
+def tasks(count=100):
+    for index in range(count):
+        text = f"What is {index} + 1? It is {index + 1}."
+        yield {"id": f"task/{index}", "text": text, "source": "tasks", "language": "en", "meta": {"task": "sum"}}
+
+
+def build(config, out, extra=(), seed=0):
+    out.mkdir()
+    return build_corpus(config, extra, out, seed), json.loads((out / "corpus.json").read_text())
+
+
+def test_the_report_accounts_for_every_document(folder, tmp_path):
+    metrics, report = build(CorpusConfig(folder=folder), tmp_path / "out", tasks())
+    assert report["read"]["documents"] == 63
+    assert report["skipped"]["not JSON"]["examples"][0]["file"] == "bad.jsonl"
+    assert report["skipped"]["not JSON"]["examples"][0]["line"] == 1
+    steps = {step["name"]: step for step in report["steps"]}
+    assert list(steps) == ["cap", "clean", "filter", "exact", "near", "paragraphs"]
+    assert steps["filter"]["reasons"]["word count"]["examples"][0]["id"] == "short.txt"
+    assert steps["exact"]["reasons"]["exact duplicate"]["examples"][0]["id"] == "letters/copy.txt"
+    assert steps["near"]["reasons"]["near-duplicate"]["examples"][0]["why"] == "like letters/02.txt"
+    assert (steps["exact"]["kept"], steps["near"]["kept"]) == (161, 60)
+    train, held = (list(read_documents(tmp_path / "out" / f"{n}.parquet")) for n in ("train", "heldout"))
+    assert len(train) + len(held) == 160 == metrics["documents"] + metrics["heldout_documents"]
+    assert not {d["text"] for d in train} & {d["text"] for d in held}
+    assert {d["source"] for d in held} == {"letters", "essays", "tasks"} == set(report["sources"])
+    for source, entry in report["sources"].items():
+        assert entry["bytes"] == sum(len(d["text"].encode()) for d in train if d["source"] == source)
+        assert entry["heldout_documents"] == sum(d["source"] == source for d in held)
+    assert sum(entry["weight"] for entry in report["sources"].values()) == pytest.approx(1)
+    raw = "".join(d["text"] for d in held).encode()
+    assert report["gzip_bits_per_byte"] == pytest.approx(8 * len(gzip.compress(raw, 9)) / len(raw), rel=1e-3)
+
+
+def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
+    for name in ("one", "two"):
+        build(CorpusConfig(folder=folder), tmp_path / name, tasks())
+    for file in ("train.parquet", "heldout.parquet", "corpus.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    build(CorpusConfig(folder=folder), tmp_path / "three", tasks(), seed=1)
+    assert (tmp_path / "one/heldout.parquet").read_bytes() != (tmp_path / "three/heldout.parquet").read_bytes()
+
+
+def test_a_cap_and_a_profile_for_one_source(folder, tmp_path):
+    config = CorpusConfig(folder=folder, max_bytes={"letters": 5000}, profiles={"essays": "code"})
+    _, report = build(config, tmp_path / "out")
+    letters = report["sources"]["letters"]
+    assert 3000 < letters["bytes"] + letters["heldout_bytes"] <= 5000
+    assert set(report["steps"][2]["reasons"]) == {"word count", "line length"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no document that can be read"),
+        ({"a.png": b"x", "b.txt": b"\xff"}, "1 x unknown file type"),
+        ({"a.txt": b"too short"}, "Every document was filtered out"),
+        ({"a.txt": essay("a").encode()}, "No document could be held out"),
+    ],
+)
+def test_a_corpus_with_nothing_in_it_is_an_error_that_says_what_to_do(tmp_path, files, message):
+    (tmp_path / "raw").mkdir()
+    for name, content in files.items():
+        (tmp_path / "raw" / name).write_bytes(content)
+    with pytest.raises(OpenQwenError, match=message) as caught:
+        build(CorpusConfig(folder=tmp_path / "raw"), tmp_path / "out")
+    assert caught.value.do
+    assert str(tmp_path / "raw") in str(caught.value)
+
+
+def documents(count, source, group=None):
+    return [{"id": f"{source}{i}", "source": source, "meta": {"group": group and f"{group}{i}"}} for i in range(count)]
+
+
+def test_held_out_groups_are_whole_and_adding_documents_moves_none():
+    pages = documents(500, "docs", "module") + documents(500, "code", "module")
+    out = heldout(pages, [10] * 1000, 0.05, 10**9, seed=0)
+    assert 30 < len(out) < 80
+    assert {i for i in out if i < 500} == {i - 500 for i in out if i >= 500}
+    more = pages + documents(100, "extra")
+    assert out <= heldout(more, [10] * 1100, 0.05, 10**9, seed=0)
+    capped = heldout(pages, [10] * 1000, 0.05, 105, seed=0)
+    assert len(capped) == 20
+    assert capped < out
+    assert len(heldout(documents(2, "few"), [10, 10], 0.001, 100, seed=0)) == 1
+
+
+def test_caps_and_shares():
+    pages = documents(100, "a") + documents(5, "b")
+    assert len(beyond_cap(pages, [10] * 105, {"a": 305}, seed=0)) == 70
+    assert shares({"a": 300, "b": 100}, {"b": 3.0}) == {"a": 0.5, "b": 0.5}
+
+
+def test_the_installation_is_a_corpus(tmp_path, monkeypatch):
+    """On a small standard library: reading the whole one takes seconds."""
+    library = tmp_path / "python"
+    for name in ("json", "test", "site-packages/big"):
+        (library / name).mkdir(parents=True)
+    for name in ("textwrap.py", "json/__init__.py", "json/scanner.py"):
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / name, library / name)
+    shutil.copy(library / "textwrap.py", library / "test/test_wrap.py")
+    (library / "site-packages/big/big.py").write_text("x = 1")
+    (library / "test/broken.py").write_text("def (")
+    (library / "broken.py").write_text("def (")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(library))
+    reader = InstallationReader(10_000_000)
+    pages = {document["id"]: document for document in reader}
+    library_pages = [name for name in pages if name.startswith(("python/", "docs/"))]
+    modules = ("broken", "json/__init__", "json/scanner", "test/broken", "test/test_wrap", "textwrap")
+    references = ("json", "json.scanner", "textwrap")
+    assert sorted(library_pages) == [*(f"docs/{m}" for m in references), *(f"python/{m}.py" for m in modules)]
+    assert {d["source"] for d in pages.values()} == {"code", "docs", "metadata"}
+    assert "wrap(text, width=70, **kwargs)\nWrap a single paragraph of text" in pages["docs/textwrap"]["text"]
+    assert pages["docs/textwrap"]["meta"]["group"] == pages["python/textwrap.py"]["meta"]["group"]
+    assert "pydoc/booleans" in pages
+    assert pages["metadata/numpy"]["text"].startswith("numpy: ")
+    assert "<img" not in pages["metadata/numpy"]["text"]
+    assert "metadata/openqwen" not in pages
+    assert reader.files == len(modules) + sum(name.startswith("metadata/") for name in pages)
+
+
+def test_an_unknown_field_is_refused():
+    with pytest.raises(ValidationError):
+        CorpusConfig(heldout=0.1)

@@ -1,0 +1,59 @@
+from dataclasses import dataclass
+
+import pytest
+
+from openqwen.engine import Output
+from openqwen.evaluate import CHATS, CONTINUATIONS, EvaluateConfig, checked_accuracy, sample_answers
+from openqwen.instruct.synthesize.tasks import KINDS, generate_tasks, split_of
+from openqwen.support.generators import Generators
+from openqwen.support.progress import Progress
+
+
+@dataclass
+class FakeEngine:
+    answers: dict
+
+    def generate(self, prompts, sampling, seeds=None, progress=None):
+        self.sampling = sampling
+        if progress:
+            progress.advance(len(prompts))
+        texts = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
+        return [Output(self.answers.get(text, "?"), [1], [0.0], "stop", [1]) for text in texts]
+
+
+def test_accuracy_chance_and_answers_by_task():
+    items = generate_tasks(Generators(0)["items"], 170, split="heldout")
+    right = {t.question: t.answer for t in items if t.task in ("add", "json") or t.question.endswith("?")}
+    engine = FakeEngine(right)
+    work = Progress("checked", len(items), "tasks")
+    result = checked_accuracy(engine, items, 16, work)
+    assert work.done == 170
+    assert (engine.sampling.temperature, engine.sampling.max_tokens) == (0.0, 16)
+    assert result["checked_accuracy"] == len(right) / 170
+    assert result["chance"] == pytest.approx(sum(t.chance for t in items) / 170)
+    assert set(result["checked_by_task"]) == set(KINDS)
+    assert result["checked_by_task"]["add"] == {"accuracy": 1.0, "chance": pytest.approx(1 / 60), "n": 10}
+    assert sum(row["n"] for row in result["checked_by_task"].values()) == 170
+    for item, answer in zip(items, result["answers"]):
+        assert answer["prompt"] == item.prompt
+        assert answer["correct"] == (item.question in right)
+
+
+def test_no_items_is_refused():
+    with pytest.raises(ValueError, match="no items"):
+        checked_accuracy(FakeEngine({}), [], 16)
+
+
+def test_samples_have_both_kinds():
+    samples = sample_answers(FakeEngine({CHATS[0]: "14", CONTINUATIONS[0]: "pass"}), 8)
+    assert len(samples) == len(CHATS) + len(CONTINUATIONS)
+    assert samples[0] == {"prompt": CONTINUATIONS[0], "answer": "pass", "kind": "continuation"}
+    assert {"prompt": CHATS[0], "answer": "14", "kind": "chat"} in samples
+
+
+def test_shown_chat_prompts_are_held_out():
+    assert all(split_of(chat) == "heldout" for chat in CHATS[:8])
+
+
+def test_configuration_is_documented():
+    assert all(f.description for f in EvaluateConfig.model_fields.values())

@@ -1,0 +1,253 @@
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from itertools import permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openqwen.instruct.synthesize.kinds_text import bullets, exact_words, json_object
+from openqwen.instruct.synthesize.tasks import KINDS, SPLITS, Task, draw_task, generate_tasks, split_of, stream_tasks
+from openqwen.instruct.synthesize.words import WORDS
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.generators import Generators
+
+
+def rng(name="test", seed=0):
+    return Generators(seed)[name]
+
+
+def many(kind: str, n: int = 200) -> list[Task]:
+    source = rng(kind)
+    return [draw_task(KINDS[kind], source) for _ in range(n)]
+
+
+def test_words_are_plain_short_and_different():
+    assert 250 <= len(WORDS) <= 350
+    assert len(set(WORDS)) == len(WORDS)
+    assert all(re.fullmatch("[a-z]{3,7}", word) for word in WORDS)
+
+
+def test_kinds_cover_the_four_families():
+    assert {kind.family for kind in KINDS.values()} == {"arithmetic", "counting", "strings", "format"}
+    assert all(name == kind.name for name, kind in KINDS.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_answers_pass_and_wrong_answers_fail(kind):
+    for task in many(kind):
+        assert task.check(task.answer)
+        assert task.check(f" {task.answer}\n")
+        assert task.wrong
+        for wrong in task.wrong:
+            assert not task.check(wrong), (task.question, wrong)
+        for wrong in ("", " ", task.question, task.answer + " x", task.answer + task.answer, "x" + task.answer):
+            assert not task.check(wrong), (task.question, wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks_are_short_and_varied(kind):
+    tasks = many(kind)
+    assert all(len(task.question) <= 80 and len(task.answer) <= 50 for task in tasks)
+    first_words = {task.question.split()[0] for task in tasks}
+    assert len(first_words) >= 2, "several phrasings"
+    assert len({task.question for task in tasks}) > 0.9 * len(tasks), "many different prompts"
+
+
+def solve(kind: str, question: str) -> str:
+    """The right answer by means of our own, from the question's text alone."""
+    numbers = [int(n) for n in re.findall(r"\d+", question)]
+    found = [w for w in re.findall(r"[a-z]+", question.split(":")[-1]) if w in WORDS]
+    match kind:
+        case "add":
+            return str(sum(numbers))
+        case "subtract":
+            return str(abs(numbers[0] - numbers[1]))
+        case "compare":
+            return str(max(numbers) if "larger" in question else min(numbers))
+        case "sort":
+            return " ".join(map(str, sorted(numbers)))
+        case "count":
+            return str(len(found))
+        case "occurrences":
+            target = next(w for w in re.findall(r"[a-z]+", question.split(":")[0]) if w in WORDS)
+            return str(found.count(target))
+        case "contains":
+            target, *items = [w for w in re.findall(r"[a-z]+", question) if w in WORDS]
+            return "yes" if target in items else "no"
+        case "repeat":
+            times = {"twice": 2, "three": 3, "four": 4, "five": 5}
+            n = numbers[0] if numbers else next(n for word, n in times.items() if word in question)
+            return " ".join([next(w for w in re.findall(r"[a-z]+", question) if w in WORDS)] * n)
+        case "place":
+            ask = re.search("first|second|third|last", question.split(":")[0])[0]
+            return found[-1] if ask == "last" else found[["first", "second", "third"].index(ask)]
+        case "reverse":
+            return " ".join(reversed(found))
+        case "initials":
+            return " ".join(word[0] for word in found)
+        case "equation":
+            a, sign, b = re.search(r"(\d+) ([+-]) (\d+)", question).groups()
+            return f"{a} {sign} {b} = {int(a) + int(b) if sign == '+' else int(a) - int(b)}"
+    raise AssertionError(kind)
+
+
+SOLVED = ["add", "subtract", "compare", "sort", "count", "occurrences", "contains", "place", "reverse", "initials"]
+
+
+@pytest.mark.parametrize("kind", [*SOLVED, "repeat", "equation"])
+def test_answers_agree_with_an_independent_solver(kind):
+    for task in many(kind):
+        assert solve(kind, task.question) == task.answer, task.question
+
+
+# The answers that a question itself names, for a guesser who picks one of them blindly.
+NAMED = {
+    "compare": lambda q: re.findall(r"\d+", q),
+    "sort": lambda q: [" ".join(order) for order in permutations(re.findall(r"\d+", q))],
+    "contains": lambda q: ["yes", "no"],
+    "place": lambda q: q.split(":")[1].split(),
+    "reverse": lambda q: [" ".join(order) for order in permutations(q.split(":")[1].split())],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chance_is_the_best_blind_guess(kind):
+    tasks = many(kind, 2000)
+    chance = math.fsum(task.chance for task in tasks) / len(tasks)
+    # One constant answer: try every gold answer on half of the tasks, score the best on the other half.
+    best, _ = Counter(task.answer for task in tasks[:1000]).most_common(1)[0]
+    constant = sum(task.check(best) for task in tasks[1000:]) / 1000
+    guesses = 0.0
+    if kind in NAMED:
+        shares = [[task.check(guess) for guess in NAMED[kind](task.question)] for task in tasks]
+        guesses = sum(sum(share) / len(share) for share in shares) / len(shares)
+    assert abs(max(constant, guesses) - chance) < 0.03
+    if kind in NAMED:
+        assert guesses == pytest.approx(chance, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["add", "subtract", "equation", "repeat", "count", "occurrences"])
+def test_the_most_common_answer_is_as_common_as_chance_says(kind):
+    tasks = many(kind, 4000)
+    common = Counter(task.answer for task in tasks).most_common(1)[0][1] / len(tasks)
+    deviation = math.sqrt(tasks[0].chance / len(tasks))
+    assert abs(common - tasks[0].chance) < 6 * deviation
+
+
+def test_splits_never_cross_and_prompts_never_repeat():
+    train = generate_tasks(rng("a"), 3000)
+    held = generate_tasks(rng("b"), 1000, split="heldout")
+    for split, tasks in zip(SPLITS, (train, held)):
+        questions = [task.question for task in tasks]
+        assert len(set(questions)) == len(questions)
+        assert {split_of(question) for question in questions} == {split}
+    assert not {t.question for t in train} & {t.question for t in held}
+    assert max(Counter(t.task for t in train).values()) - min(Counter(t.task for t in train).values()) <= 1
+    stream = stream_tasks(rng("c"))
+    assert all(split_of(next(stream).question) == "train" for _ in range(500))
+
+
+def test_a_tenth_is_held_out():
+    stream = rng("share")
+    tasks = [draw_task(kind, stream) for kind in KINDS.values() for _ in range(200)]
+    share = sum(split_of(task.question) == "heldout" for task in tasks) / len(tasks)
+    assert 0.07 < share < 0.13
+
+
+def test_same_seed_same_tasks():
+    def key(tasks):
+        return [(t.task, t.question, t.answer, t.wrong) for t in tasks]
+
+    assert key(generate_tasks(rng(seed=1), 300)) == key(generate_tasks(rng(seed=1), 300))
+    assert key(generate_tasks(rng(seed=1), 300)) != key(generate_tasks(rng(seed=2), 300))
+
+
+def test_excluded_prompts_do_not_come_back():
+    first = generate_tasks(rng("one"), 800)
+    second = generate_tasks(rng("one"), 800, exclude={task.question for task in first})
+    assert not {t.question for t in first} & {t.question for t in second}
+
+
+def test_there_are_enough_prompts_for_the_recipe():
+    tasks = generate_tasks(rng("plenty"), 25_500)
+    counts = Counter(task.task for task in tasks)
+    assert set(counts) == set(KINDS)
+    assert min(counts.values()) == max(counts.values()) == 1500
+
+
+def test_a_used_up_kind_leaves_its_share_and_all_used_up_is_an_error():
+    with pytest.raises(OpenQwenError, match="different prompts are left"):
+        generate_tasks(rng(), 5_000, split="heldout", kinds=["equation"])
+    mixed = generate_tasks(rng(), 1200, split="heldout", kinds=["equation", "json"])
+    assert Counter(t.task for t in mixed)["json"] > 600
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split"):
+        generate_tasks(rng(), 1, split="test")
+
+
+HUGE = ["9" * 10_000_000, "[" * 5_000_000, '{"a":' * 1_000_000, " " * 5_000_000 + "7", "- a\n" * 1_000_000, "a " * 4000]
+STRANGE = ["٧", "７", "\x00", "\ud800", "7\u200b", "1e999", "NaN", "[" * 150, '{"a": ' * 33, "²", "yes\x00", "−1", "- "]
+
+
+@pytest.mark.parametrize("text", HUGE + STRANGE, ids=lambda t: repr(t[:8]))
+def test_checkers_survive_adversaries(text):
+    source = rng("adversary")
+    for kind in KINDS.values():
+        assert not draw_task(kind, source).check(text)
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=25, deadline=None)
+def test_checkers_take_any_text(text):
+    source = rng("fuzz")
+    for kind in KINDS.values():
+        assert draw_task(kind, source).check(text) in (True, False)
+
+
+def test_json_is_judged_by_value_and_type():
+    source = rng("json")
+    for _ in range(100):
+        draft = json_object(source)
+        ((key, value),) = json.loads(draft.answer).items()
+        assert draft.accepts(json.dumps({key: value}, indent=2))
+        assert draft.accepts(json.dumps({key: value}, separators=(",", ":")))
+        other = str(value) if isinstance(value, int) else [value]
+        bad = [{key: other}, {key: value, "more": 1}, [draft.answer], {key.upper(): value}, {key: None}, {}, value]
+        assert not any(draft.accepts(json.dumps(b)) for b in bad)
+        assert not draft.accepts(draft.answer.replace("{", f'{{"{key}": 1, ')), "a key that stands twice"
+        assert not draft.accepts(draft.answer.replace('"', "'"))
+        if value in (0, 1):
+            assert not draft.accepts(json.dumps({key: bool(value)}))
+
+
+def test_exact_words_takes_any_filling_of_the_right_length():
+    source = rng("exact")
+    for _ in range(100):
+        draft = exact_words(source)
+        first, *middle, last = draft.answer.split()
+        assert draft.accepts(" ".join([first, *["x"] * len(middle), last]))
+        bad = ([first, last], [first, *["x"] * (len(middle) + 1), last], [first, *["X1"] * len(middle), last])
+        assert not any(draft.accepts(" ".join(b)) for b in bad)
+        assert not draft.accepts("  ".join(draft.answer.split()))
+
+
+def test_bullets_may_be_stars_but_not_mixed():
+    source = rng("bullets")
+    draft = bullets(source)
+    assert draft.accepts(draft.answer.replace("- ", "* "))
+    assert not draft.accepts(draft.answer.replace("- ", "* ", 1))
+    assert not draft.accepts(draft.answer.replace("- ", "-"))
+
+
+def test_wrong_answers_are_different_from_each_other():
+    by_kind = defaultdict(set)
+    for kind in KINDS:
+        for task in many(kind, 50):
+            assert len(set(task.wrong)) == len(task.wrong)
+            by_kind[kind].add(len(task.wrong))
+    assert all(min(sizes) >= 1 for sizes in by_kind.values())

@@ -1,0 +1,233 @@
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from pydantic import ValidationError
+
+from openqwen.engine import Output, Sampling
+from openqwen.instruct import synthesize as s
+from openqwen.instruct.synthesize.preferences import make_pairs
+from openqwen.instruct.synthesize.pretraining_tasks import FORMATS
+from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt, rejection_sample
+from openqwen.instruct.synthesize.tasks import generate_tasks
+from openqwen.support.files import read_json, read_jsonl
+from openqwen.support.generators import Generators
+
+
+def output(text, reason="stop"):
+    return Output(text=text, token_ids=[1], logprobs=[0.0], finish_reason=reason, prompt_ids=[1])
+
+
+@dataclass
+class FakeEngine:
+    """Answers from a script: `answer(prompt, seed)`."""
+
+    answer: object
+    calls: list = field(default_factory=list)
+
+    def generate(self, prompts, sampling, seeds=None, progress=None):
+        assert isinstance(sampling, Sampling)
+        assert len(seeds) == len(prompts)
+        self.calls.append((list(prompts), sampling, list(seeds)))
+        return [self.answer(prompt, seed) for prompt, seed in zip(prompts, seeds)]
+
+
+def oracle(n=4000, seed=0, split="train"):
+    """Right answers by question, over the tasks that the stages below draw."""
+    return {t.question: t for t in generate_tasks(Generators(seed)["instruct-tasks"], n, split)}
+
+
+FUNCTION = 'def area(width, height):\n    """Return the area of a rectangle with these sides."""\n'
+DOCUMENTS = [{"id": "shapes.py", "text": FUNCTION, "source": "code", "language": "en", "meta": {}}]
+
+
+def test_task_documents_hold_solved_train_tasks_only():
+    documents = list(s.task_documents(7, 60, DOCUMENTS))
+    assert len({d["id"] for d in documents}) == 60
+    assert {d["source"] for d in documents} == {"tasks"}
+    assert documents == list(s.task_documents(7, 60, DOCUMENTS))
+    assert [d["text"] for d in documents] != [d["text"] for d in s.task_documents(8, 60, DOCUMENTS)]
+    heads = [form.split("{question}") for form in FORMATS]
+    questions = set()
+    for document in documents:
+        items = document["text"].rstrip("\n").split("\n\n")
+        assert 4 <= len(items) <= 10
+        assert len(items) == len(document["meta"]["tasks"])
+        before = max((h[0] for h in heads if document["text"].startswith(h[0])), key=len)
+        questions |= {item.split("\n")[0].removeprefix(before) for item in items}
+    assert all(s.split_of(q) == "train" for q in questions if "area" not in q)
+    described = [d for d in documents if "docstring" in d["meta"]["tasks"]]
+    assert len(described) == 1
+    assert described[0]["meta"]["parents"] == ["shapes.py"]
+    assert "Return the area of a rectangle with these sides." in described[0]["text"]
+
+
+def test_every_plain_format_comes_up():
+    text = "".join(d["text"] for d in s.task_documents(1, 100))
+    assert all(form.split("{question}")[0] in text for form in FORMATS)
+
+
+def test_plain_answers_end_at_the_blank_line():
+    assert plain_prompt("What is 1 + 1?") == "Question: What is 1 + 1?\nAnswer:"
+    assert plain_answer(" 2\n\nQuestion: what") == "2"
+    assert plain_answer(" - a\n- b\n") == "- a\n- b"
+    assert plain_answer("") == ""
+
+
+def test_rejection_sampling_keeps_what_the_program_accepts():
+    tasks = generate_tasks(Generators(0)["tasks"], 34)
+    answers = {plain_prompt(t.question): t for t in tasks}
+
+    def answer(prompt, seed):
+        task = answers[prompt]
+        return output(f" {task.answer}\n\nQuestion: more" if seed % 2 else f" {task.wrong[0]}\n\n")
+
+    engine = FakeEngine(answer)
+    result = rejection_sample(engine, tasks, 4, 1.0, 16, seed=5, model="extend")
+    ((prompts, sampling, seeds),) = engine.calls
+    assert len(prompts) == 34 * 4
+    assert len(set(seeds)) > 130
+    assert (sampling.temperature, sampling.max_tokens) == (1.0, 16)
+    right = Counter(p for p, seed in zip(prompts, seeds) if seed % 2)
+    assert result.correct == sum(right.values())
+    assert result.samples == 34 * 4
+    assert len(result.demonstrations) == len(right), "equal answers to one prompt count once"
+    by_question = {t.question: t for t in tasks}
+    for record in result.demonstrations:
+        question, reply = record["messages"]
+        assert by_question[question["content"]].answer == reply["content"]
+        assert record["origin"]["method"] == "rejection"
+        assert record["origin"]["model"] == "extend"
+    assert sum(row["samples"] for row in result.by_task.values()) == 34 * 4
+    assert all(row["rate"] == row["correct"] / row["samples"] for row in result.by_task.values())
+
+
+def test_rejection_sampling_keeps_different_right_answers():
+    (task,) = generate_tasks(Generators(0)["tasks"], 1, kinds=["exact_words"])
+    first, *middle, last = task.answer.split()
+    fill = [" ".join([first, *[letter] * len(middle), last]) for letter in "ab"]
+    result = rejection_sample(FakeEngine(lambda p, seed: output(fill[seed % 2])), [task], 8, 1.0, 16, seed=0)
+    assert sorted(r["messages"][-1]["content"] for r in result.demonstrations) == fill
+
+
+CONFIG = s.InstructConfig(demonstrations=150, repurposed=5, rejection_prompts=34, rejection_samples=2, prompts=60)
+
+
+def build(folder, seed=0, config=CONFIG):
+    folder.mkdir()
+    answers = {plain_prompt(q): t.answer for q, t in oracle(244, seed).items()}
+    engine = FakeEngine(lambda prompt, seed: output(" " + answers[prompt] if seed % 3 else "wrong"))
+    return s.build_demonstrations(config, DOCUMENTS, engine, seed, folder, model="extend")
+
+
+def test_instruct_payload(tmp_path):
+    metrics = build(tmp_path / "a")
+    records = list(read_jsonl(tmp_path / "a" / "demonstrations.jsonl"))
+    prompts = list(read_jsonl(tmp_path / "a" / "prompts.jsonl"))
+    summary = read_json(tmp_path / "a" / "instruct.json")
+    methods = Counter(r["origin"]["method"] for r in records)
+    assert methods["program"] == 150 == metrics["gold"]
+    assert methods["repurpose"] == 1 == metrics["repurpose"]
+    assert methods["rejection"] == metrics["rejection"] > 10
+    assert summary["by_method"] == dict(methods)
+    assert 0.4 < summary["acceptance"]["rate"] == metrics["acceptance"] < 0.9
+    assert set(summary["examples"]) == set(methods)
+    tasks = oracle(244)
+    for record in records:
+        question, answer = (m["content"] for m in record["messages"])
+        if record["origin"]["method"] != "repurpose":
+            assert s.split_of(question) == "train"
+            assert tasks[question].check(answer)
+            assert tasks[question].task == record["origin"]["task"]
+    asked = {r["messages"][0]["content"] for r in records}
+    kept = {p["prompt"][0]["content"] for p in prompts}
+    assert len(kept) == 60 == len(prompts)
+    assert not asked & kept
+    assert all(s.split_of(question) == "train" for question in kept)
+
+
+def test_instruct_is_deterministic(tmp_path):
+    build(tmp_path / "a")
+    build(tmp_path / "b")
+    build(tmp_path / "c", seed=1)
+    for name in ("demonstrations.jsonl", "prompts.jsonl", "instruct.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
+
+
+def test_prefer_payload(tmp_path):
+    build(tmp_path / "instruct")
+    config = s.PreferConfig(prompts=80, heldout_prompts=40, samples=3)
+    seen = {}
+
+    def answer(prompt, seed):
+        seen[prompt[0]["content"]] = prompt
+        return output("yes" if seed % 2 else "no")
+
+    def run(name, seed=0):
+        (tmp_path / name).mkdir()
+        engine = FakeEngine(answer)
+        metrics = s.build_preferences(config, tmp_path / "instruct", engine, seed, tmp_path / name, model="sft")
+        return metrics, (tmp_path / name / "preferences.jsonl").read_bytes()
+
+    metrics, data = run("a")
+    assert (metrics, data) == run("b")
+    train = list(read_jsonl(tmp_path / "a" / "preferences.jsonl"))
+    held = list(read_jsonl(tmp_path / "a" / "heldout.jsonl"))
+    summary = read_json(tmp_path / "a" / "prefer.json")
+    assert metrics["pairs"] == len(train) == summary["pairs"] == sum(summary["by_task"].values())
+    assert metrics["heldout_pairs"] == len(held)
+    assert all(s.split_of(p["prompt"][0]["content"]) == "train" for p in train)
+    assert all(s.split_of(p["prompt"][0]["content"]) == "heldout" for p in held)
+    assert max(Counter(p["prompt"][0]["content"] for p in train).values()) <= 2
+    used = {r["messages"][0]["content"] for r in read_jsonl(tmp_path / "instruct" / "demonstrations.jsonl")}
+    used |= {r["prompt"][0]["content"] for r in read_jsonl(tmp_path / "instruct" / "prompts.jsonl")}
+    assert not used & {p["prompt"][0]["content"] for p in train}
+    for pair in train + held:
+        assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant"
+        assert pair["chosen"] != pair["rejected"]
+        assert pair["origin"]["model"] == "sft"
+    assert {p["origin"]["chosen"] for p in train} == {"program", "model"}
+
+
+TASK = generate_tasks(Generators(0)["tasks"], 1, kinds=["add"])[0]
+WRONG = TASK.wrong[0]
+
+
+def pairs(*outputs, **options):
+    made = make_pairs(TASK, outputs, s.PreferConfig(**options), seed=0)
+    return [(p["chosen"][0]["content"], p["rejected"][0]["content"], p["origin"]) for p in made]
+
+
+def test_pairs_contrast_right_with_wrong_samples():
+    ((chosen, rejected, origin),) = pairs(output(WRONG), output(f" {TASK.answer} "), output(WRONG + " "))
+    assert (chosen, rejected) == (TASK.answer, WRONG)
+    assert (origin["chosen"], origin["rejected"], origin["task"]) == ("model", "model", "add")
+
+
+def test_no_more_pairs_than_allowed():
+    outputs = [output(TASK.answer), *(output(f"wrong {n}") for n in range(5))]
+    assert [rejected for _, rejected, _ in pairs(*outputs, pairs_per_prompt=2)] == ["wrong 0", "wrong 1"]
+
+
+def test_program_stands_in_where_the_model_gives_none():
+    ((chosen, rejected, origin),) = pairs(output("wrong"))
+    assert (chosen, rejected, origin["chosen"], origin["rejected"]) == (TASK.answer, "wrong", "program", "model")
+    ((chosen, rejected, origin),) = pairs(output(TASK.answer))
+    assert (chosen, rejected, origin["chosen"], origin["rejected"]) == (TASK.answer, WRONG, "model", "program")
+    assert pairs(output("wrong"), program_chosen=False) == []
+    assert pairs(output(TASK.answer), program_rejected=False) == []
+
+
+def test_an_answer_that_never_ended_is_no_positive_and_the_last_negative():
+    ((chosen, _, origin),) = pairs(output(TASK.answer, "length"), output("wrong"))
+    assert (chosen, origin["chosen"]) == (TASK.answer, "program")
+    made = pairs(output("endless", "length"), output("wrong"), output(TASK.answer))
+    assert [rejected for _, rejected, _ in made] == ["wrong", "endless"]
+
+
+@pytest.mark.parametrize("config", [s.InstructConfig, s.PreferConfig])
+def test_configurations_are_closed_and_documented(config):
+    with pytest.raises(ValidationError):
+        config(unknown=1)
+    assert all(f.description for f in config.model_fields.values())

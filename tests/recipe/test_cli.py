@@ -1,0 +1,102 @@
+"""The command itself: verbs, help, exit statuses, a stage alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import openqwen.cli
+
+
+def test_overview_without_loading_anything_heavy():
+    code = "import sys, openqwen.cli as cli; cli.main(['--help']); print({'torch', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "online-dpo" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_verbs(call):
+    assert call() == 0
+    assert "  run " in call.out
+    assert call("--version") == 0
+    assert call.out.startswith("openqwen 0.")
+    assert call("pretrian") == 1
+    assert "Did you mean 'pretrain'?" in call.err
+    assert call("run") == 1
+    assert call("run", "--dry-run", "tiny.yaml") == 1
+    assert "The recipe comes first" in call.err
+    assert call("run", "nowhere") == 1
+    assert "There is no recipe 'nowhere'" in call.err
+    assert call("report") == 1
+    assert call("report", "nowhere") == 1
+
+
+def test_a_bug_is_told_without_a_traceback(call, monkeypatch):
+    def broken(arguments):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(openqwen.cli, "_chat", broken)
+    assert call("chat", "x") == 70
+    assert "ZeroDivisionError: oops" in call.err
+    path = Path(next(line for line in call.err.splitlines() if "where:" in line).split(": ", 1)[1].strip())
+    assert "Traceback" in path.read_text()
+    path.unlink()
+
+
+def test_a_reader_that_goes_away(call):
+    command = f"{sys.executable} -m openqwen.cli --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_a_stage_alone(call):
+    Path("data.jsonl").write_text("{}\n")
+    command = ["sft", "--corpus", "data.jsonl", "--output", "out/model", "--train.steps", "5"]
+    assert call(*command) == 0
+    assert call.ran == ["sft"]
+    manifest = json.loads(Path("out/model/manifest.json").read_text())
+    assert manifest["config"]["train"]["steps"] == 5
+    assert manifest["inputs"]["corpus"]["stage"] == "data.jsonl"
+    assert [path.name for path in Path("out").iterdir()] == ["model"]
+    assert call(*command) == 0
+    assert call.ran == []
+    assert "reused" in call.out
+    assert call(*command, "--seed", "3") == 1
+    assert "holds another artifact: seed 0 -> 3" in call.err
+    Path("data.jsonl").write_text("{} \n")
+    assert call(*command) == 1
+    assert "its input corpus changed" in call.err
+
+
+def test_a_stage_alone_resumes_after_a_failure(call, monkeypatch):
+    Path("data.jsonl").write_text("{}\n")
+    command = ["sft", "--corpus", "data.jsonl", "--output", "model"]
+    monkeypatch.setenv("FAKE_BUG", "1")
+    assert call(*command) == 70
+    monkeypatch.delenv("FAKE_BUG")
+    assert not Path("model").exists()
+    assert call(*command) == 0
+    assert "resuming from its saved state" in call.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (["--output", "x"], 2, "--corpus"),
+        (["--corpus", "nowhere", "--output", "x"], 1, "'corpus' does not exist"),
+        (["--corpus", "tiny.yaml", "--output", "."], 1, "holds something else"),
+        (["--corpus", "tiny.yaml", "--output", "x", "--train.stepz", "1"], 1, "Did you mean '--train.steps'"),
+        (["--help"], 0, ""),
+    ],
+)
+def test_a_stage_alone_with_bad_input(call, arguments, status, told):
+    assert call("sft", *arguments) == status
+    assert told in call.err
+    assert call.ran == []
+
+
+def test_every_verb_of_the_real_recipe_is_listed():
+    stages = pytest.importorskip("openqwen.recipe.stages")
+    assert set(stages.VERBS) == set(openqwen.cli.STAGE_VERBS)

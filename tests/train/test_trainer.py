@@ -1,0 +1,165 @@
+"""The trainer: exact resume, schedules, bad numbers, and the plan of the pre-training data."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.generators import Generators
+from openqwen.train.losses import Loss, next_token
+from openqwen.train.optimizer import OptimizerConfig, adamw, learning_rate
+from openqwen.train.order import Epochs
+from openqwen.train.pretrain import DataConfig, Pieces
+from openqwen.train.rows import Rows
+from openqwen.train.trainer import SaveConfig, Trainer
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def trainer(folder, stop_at=None, save_seconds=0.0, steps=12, rate=1e-2):
+    generators = Generators(5)
+    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, max_position_embeddings=64, tie_word_embeddings=True))
+    initialize(model, generators.torch("weights"))
+
+    def batch(step):
+        if step == stop_at:
+            raise Stop
+        rng = np.random.default_rng(step)
+        noise = generators["noise"].integers(0, 64, 9).tolist()
+        return [Rows.of([(rng.integers(0, 64, 9).tolist(), [1] * 9), (noise, [1] * 9)]) for _ in range(2)]
+
+    return Trainer(
+        label="test",
+        model=model,
+        batch=batch,
+        loss=lambda rows: next_token(model, rows),
+        tokens=lambda rows: len(rows.tokens),
+        steps=steps,
+        optimizer=OptimizerConfig(learning_rate=rate),
+        save=SaveConfig(seconds=save_seconds),
+        scratch=folder,
+        output=folder / "output",
+        generators=generators,
+    )
+
+
+@pytest.mark.parametrize("stops", [[1], [4, 5], [3, 7, 11]])
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tmp_path, stops):
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    for stop in stops:
+        with pytest.raises(Stop):
+            trainer(tmp_path / "cut", stop_at=stop).run()
+    resumed = trainer(tmp_path / "cut")
+    resumed.run()
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters()):
+        assert torch.equal(a, b), name
+    logs = [(tmp_path / f / "metrics.jsonl").read_text().splitlines() for f in ("whole", "cut")]
+    losses = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 12
+
+
+def test_states_without_a_save_start_again(tmp_path):
+    with pytest.raises(Stop):
+        trainer(tmp_path, stop_at=5, save_seconds=1e9).run()
+    resumed = trainer(tmp_path, save_seconds=1e9)
+    resumed.run()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def test_only_two_states_are_kept_and_a_damaged_one_is_named(tmp_path):
+    with pytest.raises(Stop):
+        trainer(tmp_path, stop_at=8).run()
+    states = sorted(p.name for p in tmp_path.glob("state-*"))
+    assert states == ["state-00000007", "state-00000008"]
+    weights = tmp_path / "state-00000008" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(OpenQwenError, match="state-00000008"):
+        trainer(tmp_path).run()
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    broken = trainer(tmp_path)
+    broken.loss = lambda rows: Loss(next_token(broken.model, rows).sum * float("nan"), 1)
+    with pytest.raises(OpenQwenError, match=r"step 0 of test(.|\n)*lower the learning rate"):
+        broken.run()
+
+
+def test_gradient_is_clipped_to_the_norm(tmp_path):
+    one = trainer(tmp_path, steps=1)
+    one.optimizer = OptimizerConfig(learning_rate=1e-2, clip=0.01)
+    for p in one.model.parameters():
+        p.grad = torch.ones_like(p)
+    norm = one._divide_and_clip(4)
+    total = sum(p.numel() for p in one.model.parameters())
+    assert norm == pytest.approx(math.sqrt(total) / 4)
+    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in one.model.parameters()))
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+
+
+def test_learning_rate_shapes():
+    config = OptimizerConfig(learning_rate=1.0, warmup_share=0.1, final_share=0.1)
+    rates = [learning_rate(config, s, 100) for s in range(100)]
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[99] == pytest.approx(0.1, abs=1e-3)
+    linear = OptimizerConfig(learning_rate=1.0, warmup_share=0.0, final_share=0.0, schedule="linear")
+    assert learning_rate(linear, 75, 100) == pytest.approx(0.25)
+
+
+def test_only_matrices_decay():
+    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1))
+    decayed, spared = adamw(model, OptimizerConfig()).param_groups
+    assert all(p.dim() == 2 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in spared["params"])
+    assert spared["weight_decay"] == 0
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+def test_epochs_show_every_record_once_an_epoch():
+    order = Epochs(10, 2.5, 4, Generators(1))
+    seen = [i for s in range(order.steps) for i in order.batch(s)]
+    assert len(seen) == 25
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
+
+
+class Source:
+    def __init__(self, lengths, first):
+        self.lengths = np.array(lengths)
+        self.first = first
+
+    def document(self, number):
+        return np.arange(self.lengths[number]) + self.first + 1000 * number
+
+
+def test_pieces_predict_every_token_once_and_hold_the_mixture():
+    sources = {"a": Source([5, 40, 17, 2, 1], 0), "b": Source([100, 33], 500_000)}
+    total = 4 + 39 + 16 + 1 + 99 + 32
+    pieces = Pieces(sources, DataConfig(tokens=total, context=16, batch_tokens=40, micro_tokens=32), Generators(3))
+    predicted = []
+    for step in range(pieces.steps):
+        for micro in pieces.batch(step):
+            for ids, _ in micro:
+                assert 2 <= len(ids) <= 17
+                predicted += list(ids[1:])
+    expected = {int(t) for s in sources.values() for n in range(len(s.lengths)) for t in s.document(n)[1:]}
+    assert len(predicted) == len(set(predicted)) == len(expected)
+    assert set(predicted) == expected
+    skewed = Pieces(sources, DataConfig(tokens=4000, context=16, mixture={"a": 0.75}), Generators(3))
+    sizes = skewed.pieces[:, 3] - 1
+    assert sizes[skewed.pieces[:, 0] == 0].sum() / sizes.sum() == pytest.approx(0.75, abs=0.03)
+
+
+def test_a_mixture_of_unknown_sources_is_refused():
+    with pytest.raises(OpenQwenError, match="Did you mean 'code'"):
+        Pieces({"code": Source([5], 0)}, DataConfig(mixture={"cod": 1.0}), Generators(0))
+    with pytest.raises(OpenQwenError, match="sum to"):
+        Pieces({"code": Source([5], 0)}, DataConfig(mixture={"code": 0.5}), Generators(0))
