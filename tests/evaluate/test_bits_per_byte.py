@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from openqwen.evaluate import bits_per_byte, gzip_bits_per_byte, within_budget
+from openqwen.evaluate import bits_per_byte, within_budget
+from openqwen.support.files import gzip_bits_per_byte
 from openqwen.evaluate.bits_per_byte import windows
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize
 from openqwen.support.errors import OpenQwenError

@@ -1,6 +1,5 @@
 """The corpus stage: read, cap, clean, filter, deduplicate, hold out, and say what became of everything."""
 
-import gzip
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from openqwen.corpus.measure import Measured
 from openqwen.corpus.mixture import beyond_cap, heldout, shares
 from openqwen.corpus.read import Document, FolderReader, Skips
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import write_json
+from openqwen.support.files import gzip_bits_per_byte, write_json
 from openqwen.support.progress import progress
 
 _EXAMPLES = 3  # shown for each reason
@@ -231,24 +230,19 @@ def _mixture(train: list[Document], held: list[Document], config: CorpusConfig) 
         texts[document["source"]].append(document["text"])
     for source, own in texts.items():
         sources[source]["gzip_bits_per_byte"] = gzip_bits_per_byte(own)
-    return {"sources": sources, "gzip_bits_per_byte": gzip_bits_per_byte([d["text"] for d in held])}
-
-
-def gzip_bits_per_byte(texts: list[str]) -> float:
-    """Bits that `gzip -9` needs for a byte of the texts, packed as one stream: what a model must beat."""
-    raw = "".join(texts).encode("utf-8")
-    return 8 * len(gzip.compress(raw, 9, mtime=0)) / len(raw)
+    return {"sources": sources, "gzip_bits_per_byte": gzip_bits_per_byte(d["text"] for d in held)}
 
 
 def _metrics(report: dict[str, Any]) -> dict[str, float]:
-    metrics: dict[str, float] = {f"read_{name}": value for name, value in report["read"].items()}
+    metrics: dict[str, float] = {}
+    for name in ("documents", "bytes", "heldout_documents", "heldout_bytes"):
+        metrics[name] = sum(entry[name] for entry in report["sources"].values())
+    metrics["gzip_bits_per_byte"] = report["gzip_bits_per_byte"]
+    metrics |= {f"read_{name}": value for name, value in report["read"].items()}
     metrics["skipped"] = sum(entry["count"] for entry in report["skipped"].values())
     for step in report["steps"]:
         metrics[f"{step['name']}_dropped"] = step["dropped"]
         metrics[f"{step['name']}_dropped_bytes"] = step["dropped_bytes"]
-    for name in ("documents", "bytes", "heldout_documents", "heldout_bytes"):
-        metrics[name] = sum(entry[name] for entry in report["sources"].values())
-    metrics["gzip_bits_per_byte"] = report["gzip_bits_per_byte"]
     return metrics
 
 

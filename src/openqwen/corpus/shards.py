@@ -7,7 +7,7 @@ holds [documents + 1] int64 positions in it; `<source>.json` is the index with c
 import hashlib
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 
@@ -15,18 +15,9 @@ from openqwen.corpus.documents import count_documents, read_documents
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import read_json, sha256, write_json
 from openqwen.support.progress import progress
+from openqwen.tokenizer import Tokenizer
 
 _REMAKE = "make the token shards again: delete this folder's stage and rerun it"
-
-
-class Encoder(Protocol):
-    """What is asked of a tokenizer."""
-
-    endoftext_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text in which control tokens are plain text."""
-        ...
 
 
 class _Writer:
@@ -46,7 +37,7 @@ class _Writer:
         self.bytes += size
 
 
-def write_shards(documents: Path, tokenizer: Encoder, folder: Path) -> dict[str, dict[str, int]]:
+def write_shards(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, dict[str, int]]:
     """Tokenize a Parquet file of documents into shards under `folder`, one a source, and tokens.json over all.
 
     Returns {source: {"tokens", "documents", "bytes"}} (bytes of text); tokens count the closing ones.

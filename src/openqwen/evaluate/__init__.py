@@ -1,6 +1,6 @@
 """Weights → scores: bits per byte, checked tasks, preference accuracy, win rates, samples."""
 
-from openqwen.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, gzip_bits_per_byte, within_budget
+from openqwen.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, within_budget
 from openqwen.evaluate.checked import Item, checked_accuracy
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.preferences import pair_accuracy, wilson_interval, win_rate
@@ -14,7 +14,6 @@ __all__ = [
     "Item",
     "bits_per_byte",
     "checked_accuracy",
-    "gzip_bits_per_byte",
     "pair_accuracy",
     "sample_answers",
     "wilson_interval",

@@ -1,10 +1,9 @@
-"""Bits per byte: a language model's loss in a unit that no tokenizer can flatter, and gzip's rate beside it."""
+"""Bits per byte: a language model's loss in a unit that no tokenizer can flatter."""
 
 import math
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,19 +11,10 @@ from torch import Tensor
 from openqwen.model import Packed, Qwen2
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import progress
+from openqwen.tokenizer import Tokenizer
 
 _FORWARD_TOKENS = 8_192  # tokens packed into one forward, at most (a single longer window may exceed it)
 _LOGIT_ELEMENTS = 2**24  # logits held at once: 64 MiB of float32
-
-
-class TextEncoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    endoftext_id: int
-
-    def encode(self, text: str, allow_control: bool = False) -> list[int]:
-        """Text to ids."""
-        ...
 
 
 @dataclass
@@ -58,7 +48,7 @@ class Window:
 @torch.inference_mode()
 def bits_per_byte(
     model: Qwen2,
-    tokenizer: TextEncoder,
+    tokenizer: Tokenizer,
     documents: Iterable[dict[str, Any]],
     context: int,
     device: torch.device | str = "cpu",
@@ -161,17 +151,3 @@ def within_budget(documents: Iterable[dict[str, Any]], budget: int) -> list[dict
                 kept.append(document)
                 left -= size
     return kept
-
-
-def gzip_bits_per_byte(texts: Iterable[str]) -> float:
-    """What `gzip -9` makes of all the texts end to end, in bits per byte of the input."""
-    compressor = zlib.compressobj(9, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    before = after = 0
-    for text in texts:
-        data = text.encode()
-        before += len(data)
-        after += len(compressor.compress(data))
-    after += len(compressor.flush())
-    if before == 0:
-        raise OpenQwenError("There is no text to compress.", do="give a corpus whose held-out split is not empty")
-    return 8 * after / before

@@ -16,8 +16,8 @@ class Item(Protocol):
         ...
 
     @property
-    def prompt(self) -> list[dict[str, str]]:
-        """Messages."""
+    def prompt(self) -> str | list[dict[str, str]]:
+        """Messages, or plain text for a model that has not learned to chat."""
         ...
 
     @property

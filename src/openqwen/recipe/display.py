@@ -8,11 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from openqwen.recipe.artifact import Manifest
-from openqwen.recipe.plan import Step
+from openqwen.recipe.plan import NOT_MADE, Step
 from openqwen.support.progress import console, duration
 
 _INDENT = " " * 7
 _KEY_METRICS = 4  # the first ones a stage returns
+_SHARES = ("accuracy", "chance", "win_rate", "win_rate_checked", "acceptance", "share")  # shown in per cent
+_LABELS = {"tokens_per_second": "tokens/s", "checked_accuracy": "checked tasks"}
 _ACTION_STYLE = {"reuse": "dim", "run": "bold cyan", "resume": "bold cyan", "blocked": "bold red"}
 
 
@@ -21,11 +23,11 @@ def heading(number: int, total: int, step: Step) -> None:
     name = step.stage.name
     line = Text(f"{number:>3}/{total:<3}", style="dim")
     if step.artifact is not None:
-        line.append(f"{name:<18}", style="not dim")
-        line.append(f" reused (made {_when(step.artifact.manifest)})")
+        line.append(f"{name:<19} ", style="not dim")
+        line.append(f"reused (made {_when(step.artifact.manifest)})")
     else:
-        line.append(f"{name:<18}", style="not dim bold cyan")
-        line.append(f" {step.why}")
+        line.append(f"{name:<19} ", style="not dim bold cyan")
+        line.append("" if step.why == NOT_MADE else step.why)
         if step.action == "resume":
             line.append("; resuming from its saved state")
     console.print(line)
@@ -84,12 +86,18 @@ def _table(*columns: str) -> Table:
 
 def _key_metrics(metrics: Mapping[str, int | float | None]) -> str:
     shown = list(metrics.items())[:_KEY_METRICS]
-    return "   ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in shown)
+    return "   ".join(f"{_label(name)} {_number(name, value)}" for name, value in shown)
 
 
-def _number(value: int | float | None) -> str:
+def _label(name: str) -> str:
+    return _LABELS.get(name, name.replace("_", " "))
+
+
+def _number(name: str, value: int | float | None) -> str:
     if value is None:
         return "—"
+    if name.endswith(_SHARES):
+        return f"{value:.1%}"
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"

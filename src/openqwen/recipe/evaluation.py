@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from openqwen.corpus.documents import read_documents
 from openqwen.engine import Engine
-from openqwen.evaluate.bits_per_byte import bits_per_byte, gzip_bits_per_byte, within_budget
+from openqwen.evaluate.bits_per_byte import bits_per_byte, within_budget
 from openqwen.evaluate.checked import checked_accuracy
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.preferences import pair_accuracy, win_rate_of_scores
@@ -17,7 +17,7 @@ from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.model import load_model, load_scorer
 from openqwen.recipe.stage import Work
 from openqwen.support.device import best_device
-from openqwen.support.files import read_json, read_jsonl, write_json, write_jsonl
+from openqwen.support.files import gzip_bits_per_byte, read_json, read_jsonl, write_json, write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.tokenizer import load_tokenizer
@@ -71,6 +71,7 @@ def evaluate_model(work: Work) -> dict[str, float]:
         "bits_per_byte": result.overall,
         "bits_per_byte_by_source": result.by_source,
         "gzip_bits_per_byte": gzip_bits_per_byte(d["text"] for d in documents),
+        "gzip_bits_per_byte_by_source": _gzip_by_source(documents),
         "context": context,
     }
 
@@ -89,7 +90,16 @@ def evaluate_model(work: Work) -> dict[str, float]:
     write_json(work.output / "scores.json", scores)
     write_jsonl(work.output / "answers.jsonl", answers)
     write_json(work.output / "samples.json", sample_answers(engine, config.sample_tokens))
-    return {name: value for name, value in scores.items() if isinstance(value, float)}
+    first = ("bits_per_byte", "checked_accuracy", "win_rate", "retention")
+    ordered = {name: scores[name] for name in first if name in scores} | scores
+    return {name: value for name, value in ordered.items() if isinstance(value, float)}
+
+
+def _gzip_by_source(documents: list[dict[str, Any]]) -> dict[str, float]:
+    texts: dict[str, list[str]] = {}
+    for document in documents:
+        texts.setdefault(document["source"], []).append(document["text"])
+    return {source: gzip_bits_per_byte(own) for source, own in texts.items()}
 
 
 def _against(baseline: Path, reward: Path, tasks: list[Task], answers: list[dict[str, Any]]) -> dict[str, float]:

@@ -91,5 +91,7 @@ def _unknown(unknown: Sequence[str], known: Sequence[str], prog: str) -> OpenQwe
     if flag is None:
         return OpenQwenError(f"Nobody asked for '{unknown[0]}'.", where="the command line", do=do)
     name = flag.partition("=")[0].replace("_", "-")
+    if name in known:  # a table has a flag for each entry and none of its own
+        return OpenQwenError(f"'{name}' is a table.", where="the command line", do=f"set an entry: {name}.KEY VALUE")
     near = suggestion(name, known) or suggestion(name, {f"--{text.rpartition('.')[2]}" for text in known})
     return OpenQwenError(f"There is no flag '{name}'.{near}", where="the command line", do=do)

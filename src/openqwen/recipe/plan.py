@@ -18,6 +18,7 @@ from openqwen.recipe.folder import RunFolder
 from openqwen.recipe.stage import Stage
 from openqwen.support.errors import OpenQwenError
 
+NOT_MADE = "not made yet"
 _SHOW_CHANGES = 3
 
 
@@ -77,7 +78,7 @@ def decide(
     if anew:
         why = "asked for by --from"
     elif current is None:
-        why = "not made yet"
+        why = NOT_MADE
     else:
         why = ", ".join(changes(current.manifest, stage, seed, known)) or "its artifact is gone"
     resumed = last_save(folder.working(stage.name, key) / "scratch") is not None

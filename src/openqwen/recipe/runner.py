@@ -19,6 +19,7 @@ from openqwen.recipe.lock import hold
 from openqwen.recipe.plan import Step, decide, make_plan
 from openqwen.recipe.stage import Stage, check_graph, position, select
 from openqwen.support.errors import OpenQwenError, disk_errors
+from openqwen.support.files import write_json
 from openqwen.support.progress import console
 
 
@@ -117,6 +118,8 @@ class _Run:
             console.print(f"Continue with: {self.continue_command}", markup=False)
 
     def _close(self) -> None:
+        # For the report, which otherwise knows the artifacts alone.
+        write_json(self.folder.root / "run.json", {"recipe": self.folder.root.name, "reused": sorted(self.reused)})
         display.results_table([(a.manifest, name in self.reused) for name, a in self.made.items()])
         other = [n for n, a in self.made.items() if a.manifest.code.get("digest") != code_digest()]
         if other:

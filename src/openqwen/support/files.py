@@ -1,5 +1,6 @@
 """Files that are either whole or absent, digests, and JSON Lines with errors that name the line."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -113,3 +114,14 @@ def fresh_folder(path: Path) -> Path:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
+
+
+def gzip_bits_per_byte(texts: Iterable[str]) -> float:
+    """Bits that `gzip -9` needs for a byte of the texts, packed as one stream: what a language model must beat.
+
+    Raises OpenQwenError where there is no text.
+    """
+    raw = "".join(texts).encode()
+    if not raw:
+        raise OpenQwenError("There is no held-out text.", do="give a corpus whose held-out split is not empty")
+    return 8 * len(gzip.compress(raw, 9, mtime=0)) / len(raw)

@@ -32,6 +32,9 @@ class DpoConfig(BaseModel):
     epochs: float = Field(1.0, gt=0, description="passes over the preferences")
     batch: int = Field(64, gt=0, description="pairs of one optimizer step")
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
+    chosen_nll: float = Field(
+        0.0, ge=0, description="weight of the chosen answer's mean token NLL beside the DPO loss (Pang et al. 2024)"
+    )
     max_length: int = Field(8_192, gt=1, description="pairs with a longer side are left out and counted")
     micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
@@ -45,9 +48,14 @@ class Pairs:
     rows: Rows
     reference: Tensor
 
-    def loss(self, model: Qwen2, beta: float) -> Loss:
-        """The DPO loss of these pairs."""
-        return dpo_loss(document_log_probs(model, self.rows).view(-1, 2), self.reference, beta)
+    def loss(self, model: Qwen2, beta: float, chosen_nll: float = 0.0) -> Loss:
+        """The DPO loss of these pairs; `chosen_nll` times the chosen answers' mean token NLL is added to it."""
+        policy_B2 = document_log_probs(model, self.rows).view(-1, 2)
+        loss = dpo_loss(policy_B2, self.reference, beta)
+        if chosen_nll:
+            lengths_B = torch.tensor(self.rows.counts[::2], device=policy_B2.device)
+            loss.sum = loss.sum - chosen_nll * (policy_B2[:, 0] / lengths_B).sum()
+        return loss
 
 
 def flat(pairs: list[tuple[Sample, Sample]]) -> list[Sample]:
@@ -107,7 +115,7 @@ def dpo(
         label=label,
         model=model,
         batch=batch,
-        loss=lambda pairs: pairs.loss(model, config.beta),
+        loss=lambda pairs: pairs.loss(model, config.beta, config.chosen_nll),
         tokens=lambda pairs: len(pairs.rows.tokens),
         steps=order.steps,
         optimizer=config.train,

@@ -149,8 +149,8 @@ def _read_metrics(path: Path, before: int) -> list[dict[str, float]]:
 def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
     """Means over the last twentieth of the steps, and totals of the whole run."""
     tail = metrics[-max(1, len(metrics) // 20) :]
-    skipped = {"step", "seconds", "tokens", "tokens_per_second", "learning_rate"}
-    names = [n for n in tail[-1] if n not in skipped]
-    summary = {n: sum(m[n] for m in tail) / len(tail) for n in names}
+    totalled = {"step", "seconds", "tokens", "tokens_per_second", "learning_rate", "gradient_norm"}
+    names = [n for n in tail[-1] if n not in totalled]
+    summary = {n: sum(m.get(n, 0.0) for m in tail) / len(tail) for n in names}
     tokens, seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
-    return summary | {"steps": len(metrics), "tokens": tokens, "tokens_per_second": tokens / max(seconds, 1e-9)}
+    return summary | {"tokens_per_second": tokens / max(seconds, 1e-9), "tokens": tokens, "steps": len(metrics)}
