@@ -153,7 +153,7 @@ def test_a_window_of_one_is_refused():
 def test_nothing_to_score_is_an_error():
     with pytest.raises(OpenQwenError, match="no held-out text"):
         bits_per_byte(Uniform(10), ByteTokenizer(), documents(""), 8)
-    with pytest.raises(OpenQwenError, match="no text"):
+    with pytest.raises(OpenQwenError, match="no held-out text"):
         gzip_bits_per_byte([])
 
 

@@ -172,10 +172,11 @@ def test_excluded_prompts_do_not_come_back():
 
 
 def test_there_are_enough_prompts_for_the_recipe():
-    tasks = generate_tasks(rng("plenty"), 25_500)
+    tasks = generate_tasks(rng("plenty"), 34_000)
     counts = Counter(task.task for task in tasks)
     assert set(counts) == set(KINDS)
-    assert min(counts.values()) == max(counts.values()) == 1500
+    assert min(counts.values()) >= 1000  # small numbers run out first
+    assert max(counts.values()) < 2500
 
 
 def test_a_used_up_kind_leaves_its_share_and_all_used_up_is_an_error():

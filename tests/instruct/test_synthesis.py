@@ -138,7 +138,7 @@ def test_instruct_payload(tmp_path):
         if record["origin"]["method"] != "repurpose":
             assert s.split_of(question) == "train"
             assert tasks[question].check(answer)
-            assert tasks[question].task == record["origin"]["task"]
+            assert [tasks[question].task] == record["origin"]["tasks"]
     asked = {r["messages"][0]["content"] for r in records}
     kept = {p["prompt"][0]["content"] for p in prompts}
     assert len(kept) == 60 == len(prompts)
@@ -231,3 +231,15 @@ def test_configurations_are_closed_and_documented(config):
     with pytest.raises(ValidationError):
         config(unknown=1)
     assert all(f.description for f in config.model_fields.values())
+
+
+def test_tasks_share_conversations(tmp_path):
+    config = s.InstructConfig(demonstrations=90, turns=3, repurposed=0, rejection_prompts=0, prompts=0)
+    s.build_demonstrations(config, [], FakeEngine(None), 1, tmp_path)
+    records = list(read_jsonl(tmp_path / "demonstrations.jsonl"))
+    sizes = Counter(len(r["origin"]["tasks"]) for r in records)
+    assert set(sizes) == {1, 2, 3}
+    assert sum(size * n for size, n in sizes.items()) == 90
+    for record in records:
+        roles = [m["role"] for m in record["messages"]]
+        assert roles == ["user", "assistant"] * len(record["origin"]["tasks"])

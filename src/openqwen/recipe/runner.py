@@ -119,7 +119,7 @@ class _Run:
 
     def _close(self) -> None:
         # For the report, which otherwise knows the artifacts alone.
-        write_json(self.folder.root / "run.json", {"recipe": self.folder.root.name, "reused": sorted(self.reused)})
+        write_json(self.folder.root / "run.json", {"reused": sorted(self.reused)})
         display.results_table([(a.manifest, name in self.reused) for name, a in self.made.items()])
         other = [n for n, a in self.made.items() if a.manifest.code.get("digest") != code_digest()]
         if other:

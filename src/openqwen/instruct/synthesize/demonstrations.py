@@ -1,6 +1,6 @@
 """The `instruct` stage: demonstrations D from programs, the model itself and docstrings, and prompts for later."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ class InstructConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     demonstrations: int = Field(20_000, ge=0, description="checkable tasks with the program's own answer")
+    turns: int = Field(1, ge=1, description="tasks in one conversation, at most; each has one to so many")
     repurposed: int = Field(2_000, ge=0, description="demonstrations made from docstrings, at most")
     rejection_prompts: int = Field(1_000, ge=0, description="tasks that the pre-trained model answers itself")
     rejection_samples: int = Field(4, ge=1, description="answers sampled for each of them")
@@ -56,7 +57,7 @@ def build_demonstrations(
         engine, asked, config.rejection_samples, config.rejection_temperature, config.max_tokens, seed, model
     )
     docstrings = _repurposed(documents, generators, seed, config.repurposed)
-    records = [_gold(task, seed) for task in gold] + rejection.demonstrations + docstrings
+    records = _conversations(gold, config.turns, generators, seed) + rejection.demonstrations + docstrings
     records = [records[i] for i in generators["order"].permutation(len(records))]
 
     write_jsonl(folder / "demonstrations.jsonl", records)
@@ -72,9 +73,16 @@ def build_demonstrations(
     }
 
 
-def _gold(task: Task, seed: int) -> dict[str, Any]:
-    messages = [*task.prompt, {"role": "assistant", "content": task.answer}]
-    return {"messages": messages, "origin": {"method": "program", "seed": seed, "parents": [], "task": task.task}}
+def _conversations(tasks: Sequence[Task], turns: int, generators: Generators, seed: int) -> list[dict[str, Any]]:
+    """The tasks with the program's answers, in their order, one to `turns` of them in a conversation."""
+    records = []
+    left = deque(tasks)
+    while left:
+        group = [left.popleft() for _ in range(min(len(left), int(generators["turns"].integers(1, turns + 1))))]
+        messages = [m for task in group for m in (*task.prompt, {"role": "assistant", "content": task.answer})]
+        origin = {"method": "program", "seed": seed, "parents": [], "tasks": [task.task for task in group]}
+        records.append({"messages": messages, "origin": origin})
+    return records
 
 
 def _prompt(task: Task, seed: int) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def _summary(records: Sequence[dict[str, Any]], rejection: Rejection, kept: Sequ
     return {
         "demonstrations": len(records),
         "by_method": {m: sum(record["origin"]["method"] == m for record in records) for m in methods},
-        "by_task": dict(sorted(Counter(record["origin"]["task"] for record in records).items())),
+        "by_task": dict(sorted(Counter(name for record in records for name in record["origin"]["tasks"]).items())),
         "prompts": {"count": len(kept), "examples": [example(task) for task in kept[:_EXAMPLES]]},
         "acceptance": {
             "samples": rejection.samples,

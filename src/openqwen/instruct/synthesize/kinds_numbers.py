@@ -13,8 +13,8 @@ def _near(value: int, *others: int) -> tuple[str, ...]:
 
 
 def add(rng: Generator) -> Draft:
-    """A number below 60 plus one up to 12, in either order; no sum is likelier than 1/60."""
-    a, b = number(rng, 0, 59), number(rng, 0, 12)
+    """A number below 20 plus one below 10, in either order; no sum is likelier than 1/20."""
+    a, b = number(rng, 0, 19), number(rng, 0, 9)
     form = pick(
         rng,
         "What is {} + {}?",
@@ -25,12 +25,12 @@ def add(rng: Generator) -> Draft:
         "Give the sum of {} and {}.",
     )
     first, second = (a, b) if rng.integers(2) else (b, a)
-    return Draft(form.format(first, second), str(a + b), _near(a + b, a + b + 10, abs(a - b)), 1 / 60)
+    return Draft(form.format(first, second), str(a + b), _near(a + b, a + b + 10, abs(a - b)), 1 / 20)
 
 
 def subtract(rng: Generator) -> Draft:
-    """A difference between 0 and 59, each equally often."""
-    difference, b = number(rng, 0, 59), number(rng, 0, 12)
+    """A difference between 0 and 19, each equally often."""
+    difference, b = number(rng, 0, 19), number(rng, 0, 12)
     a = difference + b
     form = pick(
         rng,
@@ -41,7 +41,7 @@ def subtract(rng: Generator) -> Draft:
         "Compute {a} - {b}.",
         "Take {b} away from {a}.",
     )
-    return Draft(form.format(a=a, b=b), str(difference), _near(difference, difference + 10, a + b), 1 / 60)
+    return Draft(form.format(a=a, b=b), str(difference), _near(difference, difference + 10, a + b), 1 / 20)
 
 
 def compare(rng: Generator) -> Draft:
@@ -61,11 +61,11 @@ def compare(rng: Generator) -> Draft:
 
 
 def sort(rng: Generator) -> Draft:
-    """Two or three different numbers below 100 in rising order."""
+    """Two or three different numbers below 30 in rising order."""
     count = number(rng, 2, 3)
     values: list[int] = []
     while len(values) < count:
-        value = number(rng, 0, 99)
+        value = number(rng, 0, 29)
         if value not in values:
             values.append(value)
     form = pick(

@@ -176,7 +176,7 @@ def exact_words(rng: Generator) -> Draft:
 
 def equation(rng: Generator) -> Draft:
     """A small sum or difference written out as `3 + 4 = 7`."""
-    a, b = number(rng, 0, 20), number(rng, 0, 20)
+    a, b = number(rng, 0, 12), number(rng, 0, 12)
     sign = pick(rng, "+", "-")
     if sign == "-":
         a, b = max(a, b), min(a, b)
@@ -191,7 +191,7 @@ def equation(rng: Generator) -> Draft:
     )
     left = f"{a} {sign} {b}"
     wrong = (str(result), left, f"{left} = {result + 1}", f"{left} = {abs(result - 1)}")
-    return Draft(form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 441)
+    return Draft(form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 169)
 
 
 TEXT_KINDS = (

@@ -61,7 +61,7 @@ def rejection_sample(
         row["correct"] += len(right)
         for text in dict.fromkeys(right):
             messages = [*task.prompt, {"role": "assistant", "content": text}]
-            demonstrations.append({"messages": messages, "origin": origin | {"task": task.task}})
+            demonstrations.append({"messages": messages, "origin": origin | {"tasks": [task.task]}})
     for row in by_task.values():
         row["rate"] = row["correct"] / row["samples"]
     total = int(sum(row["samples"] for row in by_task.values()))

@@ -52,7 +52,7 @@ def demonstrations_from_docstrings(documents: Iterable[dict[str, Any]], rng: Gen
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": function.sentence},
             ],
-            "origin": {"method": "repurpose", "seed": seed, "parents": [function.document], "task": "docstring"},
+            "origin": {"method": "repurpose", "seed": seed, "parents": [function.document], "tasks": ["docstring"]},
         }
 
 

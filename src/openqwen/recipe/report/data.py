@@ -163,12 +163,18 @@ def _answer(messages: list[dict[str, Any]]) -> str:
 
 def _kind(record: dict[str, Any]) -> tuple[str, str]:
     origin = record.get("origin") or {}
-    return str(origin.get("method") or _TASKLESS), str(origin.get("task") or _TASKLESS)
+    return str(origin.get("method") or _TASKLESS), _tasks(record)[0]
+
+
+def _tasks(record: dict[str, Any]) -> list[str]:
+    """The kinds of task in a record: a preference has one, a conversation one a turn."""
+    origin = record.get("origin") or {}
+    return [str(task) for task in origin.get("tasks") or [origin.get("task") or _TASKLESS]]
 
 
 def _by_task(groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """For each task, how many records of each group are about it; the most frequent task first."""
-    counts = [Counter(_kind(record)[1] for record in group) for group in groups]
+    counts = [Counter(task for record in group for task in _tasks(record)) for group in groups]
     together = sum(counts, Counter[str]())
     most = max(together.values(), default=1)
     return [
