@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from openqwen.evaluate import bits_per_byte, within_budget
-from openqwen.support.files import gzip_bits_per_byte
 from openqwen.evaluate.bits_per_byte import windows
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import gzip_bits_per_byte
 from openqwen.support.generators import Generators
 
 

@@ -32,7 +32,7 @@ def test_accuracy_chance_and_answers_by_task():
     assert result["checked_accuracy"] == len(right) / 170
     assert result["chance"] == pytest.approx(sum(t.chance for t in items) / 170)
     assert set(result["checked_by_task"]) == set(KINDS)
-    assert result["checked_by_task"]["add"] == {"accuracy": 1.0, "chance": pytest.approx(1 / 60), "n": 10}
+    assert result["checked_by_task"]["add"] == {"accuracy": 1.0, "chance": pytest.approx(1 / 20), "n": 10}
     assert sum(row["n"] for row in result["checked_by_task"].values()) == 170
     for item, answer in zip(items, result["answers"]):
         assert answer["prompt"] == item.prompt

@@ -8,7 +8,7 @@ from openqwen.engine import Output, Sampling
 from openqwen.instruct import synthesize as s
 from openqwen.instruct.synthesize.preferences import make_pairs
 from openqwen.instruct.synthesize.pretraining_tasks import FORMATS
-from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt, rejection_sample
+from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt, rejection_sample, sample_answers
 from openqwen.instruct.synthesize.tasks import generate_tasks
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.support.generators import Generators
@@ -84,11 +84,11 @@ def test_rejection_sampling_keeps_what_the_program_accepts():
 
     engine = FakeEngine(answer)
     result = rejection_sample(engine, tasks, 4, 1.0, 16, seed=5, model="extend")
-    ((prompts, sampling, seeds),) = engine.calls
-    assert len(prompts) == 34 * 4
-    assert len(set(seeds)) > 130
-    assert (sampling.temperature, sampling.max_tokens) == (1.0, 16)
-    right = Counter(p for p, seed in zip(prompts, seeds) if seed % 2)
+    assert [len(prompts) for prompts, _, _ in engine.calls] == [34] * 4
+    asked = [(p, seed) for prompts, _, seeds in engine.calls for p, seed in zip(prompts, seeds)]
+    assert len({seed for _, seed in asked}) > 130
+    assert all((s.temperature, s.max_tokens) == (1.0, 16) for _, s, _ in engine.calls)
+    right = Counter(p for p, seed in asked if seed % 2)
     assert result.correct == sum(right.values())
     assert result.samples == 34 * 4
     assert len(result.demonstrations) == len(right), "equal answers to one prompt count once"
@@ -100,6 +100,13 @@ def test_rejection_sampling_keeps_what_the_program_accepts():
         assert record["origin"]["model"] == "extend"
     assert sum(row["samples"] for row in result.by_task.values()) == 34 * 4
     assert all(row["rate"] == row["correct"] / row["samples"] for row in result.by_task.values())
+
+
+def test_answers_are_drawn_at_their_temperatures():
+    engine = FakeEngine(lambda p, seed: output(str(seed)))
+    answers = sample_answers(engine, ["a", "b"], 3, [0.5, 1.5], 8, 0, "x")
+    assert [sampling.temperature for _, sampling, _ in engine.calls] == [0.5, 1.5, 0.5]
+    assert len({o.text for group in answers for o in group}) == 6
 
 
 def test_rejection_sampling_keeps_different_right_answers():
@@ -207,7 +214,7 @@ def test_pairs_contrast_right_with_wrong_samples():
 
 def test_no_more_pairs_than_allowed():
     outputs = [output(TASK.answer), *(output(f"wrong {n}") for n in range(5))]
-    assert [rejected for _, rejected, _ in pairs(*outputs, pairs_per_prompt=2)] == ["wrong 0", "wrong 1"]
+    assert [rejected for _, rejected, _ in pairs(*outputs, pairs_per_prompt=2)] == ["wrong 0", "wrong 4"]
 
 
 def test_program_stands_in_where_the_model_gives_none():

@@ -8,7 +8,7 @@ from typing import Any, cast
 from openqwen.corpus.documents import read_documents
 from openqwen.engine import Engine
 from openqwen.evaluate.bits_per_byte import bits_per_byte, within_budget
-from openqwen.evaluate.checked import checked_accuracy
+from openqwen.evaluate.checked import checked_accuracy, sampled_accuracy
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.preferences import pair_accuracy, win_rate_of_scores
 from openqwen.evaluate.samples import sample_answers
@@ -78,8 +78,9 @@ def evaluate_model(work: Work) -> dict[str, float]:
     # The same held-out tasks for every stage and every run: their seed is not the run's.
     tasks = generate_tasks(Generators(0)["evaluate"], config.checked, split="heldout")
     items = tasks if "base" in work.inputs else [PlainTask(task) for task in tasks]
-    with progress("checked tasks", len(items), "answers") as bar:
+    with progress("checked tasks", 2 * len(items), "answers") as bar:
         checked = checked_accuracy(engine, items, config.max_tokens, bar)
+        scores["sampled_accuracy"] = sampled_accuracy(engine, items, config.max_tokens, bar)
     answers = checked.pop("answers")
     scores |= checked
     if "base" in work.inputs:
@@ -90,7 +91,7 @@ def evaluate_model(work: Work) -> dict[str, float]:
     write_json(work.output / "scores.json", scores)
     write_jsonl(work.output / "answers.jsonl", answers)
     write_json(work.output / "samples.json", sample_answers(engine, config.sample_tokens))
-    first = ("bits_per_byte", "checked_accuracy", "win_rate", "retention")
+    first = ("bits_per_byte", "checked_accuracy", "sampled_accuracy", "win_rate")
     ordered = {name: scores[name] for name in first if name in scores} | scores
     return {name: value for name, value in ordered.items() if isinstance(value, float)}
 

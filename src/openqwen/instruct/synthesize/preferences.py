@@ -28,7 +28,9 @@ class PreferConfig(BaseModel):
     prompts: int = Field(2_000, ge=1, description="fresh prompts that the SFT model answers")
     heldout_prompts: int = Field(400, ge=1, description="held-out prompts, for the reward model's accuracy")
     samples: int = Field(4, ge=1, description="answers sampled for each prompt")
-    temperature: float = Field(1.0, ge=0, description="sampling temperature")
+    temperatures: list[float] = Field(
+        [1.0], min_length=1, description="sampling temperatures, one answer's after the other's: errors of every size"
+    )
     max_tokens: int = Field(24, ge=1, description="longest answer, in tokens")
     pairs_per_prompt: int = Field(2, ge=1, description="pairs made of one prompt's answers, at most")
     program_chosen: bool = Field(True, description="where no answer is right, prefer the program's own")
@@ -46,7 +48,7 @@ def build_preferences(
     tasks = generate_tasks(rng, config.prompts, exclude=_used_questions(instruct))
     heldout = generate_tasks(rng, config.heldout_prompts, split="heldout")
     prompts = [task.prompt for task in tasks + heldout]
-    answers = sample_answers(engine, prompts, config.samples, config.temperature, config.max_tokens, seed, "prefer")
+    answers = sample_answers(engine, prompts, config.samples, config.temperatures, config.max_tokens, seed, "prefer")
     pairs = [make_pairs(t, o, config, seed, model) for t, o in zip(tasks + heldout, answers, strict=True)]
     train = [pair for group in pairs[: len(tasks)] for pair in group]
     held = [pair for group in pairs[len(tasks) :] for pair in group]
@@ -115,8 +117,15 @@ def make_pairs(
             "rejected": [{"role": "assistant", "content": text}],
             "origin": origin,
         }
-        for i, text in enumerate(wrong[:count])
+        for i, text in enumerate(_spread(wrong, count))
     ]
+
+
+def _spread(texts: list[str], count: int) -> list[str]:
+    """`count` of the texts, evenly from first to last: the coolest sample's error and the hottest one's."""
+    if len(texts) <= count or count == 1:
+        return texts[:count]
+    return [texts[round(i * (len(texts) - 1) / (count - 1))] for i in range(count)]
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:

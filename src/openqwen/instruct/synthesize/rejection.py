@@ -25,15 +25,27 @@ class Rejection:
 
 
 def sample_answers(
-    engine: Engine, prompts: Sequence[Any], samples: int, temperature: float, max_tokens: int, seed: int, label: str
+    engine: Engine,
+    prompts: Sequence[Any],
+    samples: int,
+    temperatures: Sequence[float],
+    max_tokens: int,
+    seed: int,
+    label: str,
 ) -> list[list[Output]]:
-    """`samples` independent outputs for each prompt (texts, ids or messages), each with a seed of its own."""
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    seeds = [int(s) for s in Generators(seed)[label].integers(2**31, size=len(repeated))]
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
-    with progress(label, len(repeated), "answers") as work:
-        outputs = engine.generate(repeated, sampling, seeds=seeds, progress=work)
-    return [outputs[i : i + samples] for i in range(0, len(outputs), samples)]
+    """`samples` outputs for each prompt (texts, ids or messages), each with a seed of its own.
+
+    The n-th answer to a prompt is drawn at the n-th temperature, which start over when they run out.
+    """
+    seeds = Generators(seed)[label].integers(2**31, size=(len(prompts), samples))
+    answers: list[list[Output]] = [[] for _ in prompts]
+    with progress(label, len(prompts) * samples, "answers") as work:
+        for n in range(samples):
+            sampling = Sampling(max_tokens=max_tokens, temperature=temperatures[n % len(temperatures)])
+            outputs = engine.generate(prompts, sampling, seeds=[int(s) for s in seeds[:, n]], progress=work)
+            for answer, output in zip(answers, outputs, strict=True):
+                answer.append(output)
+    return answers
 
 
 def rejection_sample(
@@ -50,7 +62,7 @@ def rejection_sample(
     The model has not seen the chat format yet, so it is asked in the plain one that its pre-training data holds.
     """
     prompts = [plain_prompt(task.question) for task in tasks]
-    answers = sample_answers(engine, prompts, samples, temperature, max_tokens, seed, "rejection")
+    answers = sample_answers(engine, prompts, samples, [temperature], max_tokens, seed, "rejection")
     origin = {"method": "rejection", "seed": seed, "parents": []} | ({"model": model} if model else {})
     demonstrations: list[dict[str, Any]] = []
     by_task: dict[str, dict[str, float]] = {}

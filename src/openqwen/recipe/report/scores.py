@@ -67,6 +67,7 @@ def _ratio(value: Any) -> str:
 SCORES = (
     Score("bits_per_byte", "bits per byte", True, number),
     Score("checked_accuracy", "checked accuracy", False, percent, 100, 1),
+    Score("sampled_accuracy", "checked, sampled", False, percent, 100, 1),
     Score("pair_accuracy", "pair accuracy", False, percent, 100, 1),
     Score("win_rate", "win rate (reward)", False, percent, 100, 1),
     Score("win_rate_checked", "win rate (checks)", False, percent, 100, 1),
@@ -157,7 +158,7 @@ def source_table(run: Run) -> dict[str, Any] | None:
     sources = sorted({source for results in by_stage.values() for source in results})
     if not sources:
         return None
-    gzip = next((table for _, table in _with_score(run, "gzip_bits_per_byte_by_source")), {})
+    gzip: dict[str, float] = next((table for _, table in _with_score(run, "gzip_bits_per_byte_by_source")), {})
     rows = [
         {"name": source, "gzip": gzip.get(source), "cells": [by_stage[name].get(source) for name in stages]}
         for source in sources
