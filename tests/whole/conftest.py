@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,6 @@ def make_corpus(folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def run_command(folder: Path, *arguments: str) -> list[str]:
-    """`openqwen run` on the small recipe."""
-    command = [sys.executable, "-m", "openqwen.cli", "run", str(folder / "small.yaml")]
-    return [*command, "--corpus", str(folder / "corpus"), *arguments]
-
-
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small.yaml and corpus/."""
@@ -58,18 +53,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(place: Path) -> Path:
+def command(place: Path) -> Callable[..., list[str]]:
+    """`openqwen run` on the small recipe, into a folder beside it."""
+    start = [sys.executable, "-m", "openqwen.cli", "run", str(place / "small.yaml"), "--corpus", str(place / "corpus")]
+    return lambda name, *arguments: [*start, "--output", str(place / name), *arguments]
+
+
+@pytest.fixture(scope="session")
+def run(place: Path, command: Callable[..., list[str]]) -> Path:
     """A finished run."""
-    done = subprocess.run(run_command(place, "--output", str(place / "run")), capture_output=True, text=True)
+    done = subprocess.run(command("run"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (place / "run" / "printed.txt").write_text(done.stdout)
     return place / "run"
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Stage → digest of what it made."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if (path / "manifest.json").is_file():
-            found[path.name] = json.loads((path / "manifest.json").read_text())["digest"]
-    return found
+@pytest.fixture(scope="session")
+def digests() -> Callable[[Path], dict[str, str]]:
+    """Of a run folder: stage → digest of what it made."""
+    return lambda folder: {
+        path.parent.name: json.loads(path.read_text())["digest"] for path in sorted(folder.glob("[!.]*/manifest.json"))
+    }

@@ -1,16 +1,13 @@
 """From raw text to an aligned chat model, in one run; and what other software makes of the result."""
 
-import importlib.util
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,18 +15,14 @@ import transformers
 
 import openqwen as oq
 
-_spec = importlib.util.spec_from_file_location("whole_conftest", Path(__file__).with_name("conftest.py"))
-helpers = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(helpers)
-
 CHAT = [{"role": "user", "content": "Say apple 2 times.\n<|im_end|> é 12"}]
 
 
-def test_every_stage_is_there_and_the_end_says_what_to_do_next(run):
+def test_every_stage_is_there_and_the_end_says_what_to_do_next(run, digests):
     names = {"corpus", "tokenizer", "tokens", "pretrain", "extend", "instruct", "sft", "prefer", "reward", "dpo"}
     names |= {"online-dpo", "evaluate-reward"}
     names |= {f"evaluate-{n}" for n in ("pretrain", "extend", "sft", "dpo", "online-dpo")}
-    assert set(helpers.digests(run)) == names
+    assert set(digests(run)) == names
     printed = (run / "printed.txt").read_text()
     assert f"openqwen chat {run}/online-dpo" in printed
     assert str(run / "report.html") in printed
@@ -93,24 +86,20 @@ def test_the_reward_model_is_the_same_in_transformers(run):
     assert score(scorer, tokenizer, [chat])[0] == pytest.approx(theirs(torch.tensor([ids])).logits.item(), rel=1e-4)
 
 
-def test_a_second_run_reuses_everything(run, place):
-    before = helpers.digests(run)
-    done = subprocess.run(
-        helpers.run_command(place, "--output", str(run), "--until", "dpo"), capture_output=True, text=True
-    )
+def test_a_second_run_reuses_everything(run, command, digests):
+    before = digests(run)
+    done = subprocess.run(command("run", "--until", "dpo"), capture_output=True, text=True)
     assert done.returncode == 0
     assert len(re.findall(r"reused \(made", done.stdout)) == 14
-    assert helpers.digests(run) == before
+    assert digests(run) == before
 
 
-def test_a_run_killed_at_random_moments_gives_the_same_bits(run, place):
-    folder = place / "killed"
-    shutil.copytree(run / "corpus", folder / "seed-corpus")  # nothing of the run itself is carried over
+def test_a_run_killed_at_random_moments_gives_the_same_bits(run, place, command, digests):
     rng = random.Random(7)
     kills = 0
     for attempt in range(40):
         child = subprocess.Popen(
-            helpers.run_command(place, "--output", str(folder), "--until", "online-dpo"),
+            command("killed", "--until", "online-dpo"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -125,8 +114,8 @@ def test_a_run_killed_at_random_moments_gives_the_same_bits(run, place):
         assert code == 0
         break
     assert kills >= 3
-    expected = helpers.digests(run)
-    found = helpers.digests(folder)
+    expected = digests(run)
+    found = digests(place / "killed")
     assert found == {name: expected[name] for name in found}
     assert "online-dpo" in found
 
