@@ -24,13 +24,13 @@ def test_files_and_package_stay_small():
 
 
 def test_nothing_is_unpickled_or_run_from_text():
-    unsafe = re.compile(r"\b(import pickle|pickle\.loads?|torch\.load|yaml\.load\(|eval\(|exec\()")
+    unsafe = re.compile(r"import pickle|pickle\.load|torch\.load\b|yaml\.load\(|(?<![.\w])(eval|exec)\(")
     found = [f"{p.name}: {m.group()}" for p in FILES for m in unsafe.finditer(p.read_text(encoding="utf-8"))]
-    assert [f for f in found if "eval(" not in f] == []
+    assert found == []
 
 
 def test_no_mark_of_unfinished_work():
-    marks = re.compile(r"TODO|FIXME|XXX|NotImplementedError")
+    marks = re.compile(r"# *(TODO|FIXME|XXX)|NotImplementedError")
     assert [str(p) for p in FILES if marks.search(p.read_text(encoding="utf-8"))] == []
 
 

@@ -120,3 +120,16 @@ def test_bradley_terry_closed_form():
     loss = bradley_terry(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))
     assert loss.sum.item() == pytest.approx(np.log1p(np.exp(-1.0)) + np.log1p(np.exp(2.0)))
     assert loss.extras == {"accuracy": 1.0, "margin": -1.0}
+
+
+def test_the_anchor_adds_the_mean_token_nll_of_the_chosen_answers():
+    policy, reference = tiny(0), tiny(9)
+    pairs = list(zip(samples(4, seed=5), samples(4, seed=6)))
+    rows = Rows.of(flat(pairs))
+    with torch.no_grad():
+        reference_B2 = document_log_probs(reference, rows).view(-1, 2)
+        log_probs_B2 = document_log_probs(policy, rows).view(-1, 2)
+        plain = Pairs(rows, reference_B2).loss(policy, 0.1).sum
+        anchored = Pairs(rows, reference_B2).loss(policy, 0.1, chosen_nll=0.7).sum
+    lengths = torch.tensor([float(sum(mask[1:])) for _, mask in (chosen for chosen, _ in pairs)])
+    assert_close(anchored - plain, -0.7 * (log_probs_B2[:, 0] / lengths).sum(), rtol=1e-4, atol=1e-5)

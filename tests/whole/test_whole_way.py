@@ -35,7 +35,7 @@ def test_each_stage_moves_its_number(run):
     first = json.loads((run / "pretrain" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert first == pytest.approx(6.4, abs=0.3)  # ln 622: a fresh network knows nothing
     last = json.loads((run / "pretrain" / "manifest.json").read_text())["metrics"]["loss"]
-    assert last < first - 1.5
+    assert last < first - 1.2
     assert scores["extend"]["bits_per_byte"] < scores["pretrain"]["bits_per_byte"]
     sft = [json.loads(line)["loss"] for line in (run / "sft" / "metrics.jsonl").read_text().splitlines()]
     assert sft[-1] < sft[0] - 1.0

@@ -1,0 +1,74 @@
+"""Files that are whole or absent, named generators, errors with a place and a next step."""
+
+import errno
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
+from openqwen.support.files import read_jsonl, write_jsonl, write_text
+from openqwen.support.generators import Generators
+from openqwen.support.progress import duration
+
+
+def test_generators_are_independent_and_restore_exactly():
+    generators = Generators(3)
+    first = generators["a"].random(5)
+    state = json.loads(json.dumps(generators.state()))
+    generators["b"].random(100)
+    later = generators["a"].integers(0, 10**9, 7)
+    restored = Generators(0)
+    restored.restore(state)
+    assert np.array_equal(restored["a"].integers(0, 10**9, 7), later)
+    assert np.array_equal(Generators(3)["a"].random(5), first)
+    assert not np.array_equal(Generators(4)["a"].random(5), first)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_jsonl_round_trip_keeps_line_separators_inside_strings(tmp_path, suffix):
+    records = [{"text": "a\u0085b\u2028c"}, {"text": "d"}]
+    plain = tmp_path / "x.jsonl"
+    assert write_jsonl(plain, records) == 2
+    path = tmp_path / f"y.jsonl{suffix}"
+    with pa.output_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(suffix)) as stream:
+        stream.write(plain.read_bytes())
+    assert list(read_jsonl(path)) == records
+    if suffix:
+        torn = tmp_path / f"z.jsonl{suffix}"
+        torn.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(OpenQwenError, match="cannot be read"):
+            list(read_jsonl(torn))
+
+
+@pytest.mark.parametrize(("line", "told"), [(b'{"a": 1', "not JSON"), (b"[1]", "not an object"), (b"\xff", "not JSON")])
+def test_a_bad_line_is_named(tmp_path, line, told):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"ok": 1}\n\n' + line + b"\n")
+    with pytest.raises(OpenQwenError, match=told) as caught:
+        list(read_jsonl(path))
+    assert "x.jsonl:3" in str(caught.value)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_said_and_other_errors_pass(tmp_path):
+    with pytest.raises(OpenQwenError, match="no space left"), disk_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OpenQwenError, match="no space left"), disk_errors(tmp_path):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    with pytest.raises(PermissionError), disk_errors(tmp_path):
+        raise PermissionError(errno.EACCES, "no")
+
+
+def test_words():
+    assert suggestion("lerning_rate", ["learning_rate", "beta"]) == " Did you mean 'learning_rate'?"
+    assert suggestion("qqq", ["learning_rate"]) == ""
+    assert [duration(s) for s in (7.4, 61, 3 * 3600 + 240)] == ["7s", "1m01s", "3h04m"]
