@@ -17,7 +17,7 @@ def manifests() -> dict[str, dict]:
 
 
 def snapshot() -> dict[str, tuple]:
-    """Every file under the run folder but the lock and the note of what was reused, with its size and time of change."""
+    """Every file under the run folder, with its size and time of change; but the lock, and what was reused."""
     paths = [path for path in RUN.rglob("*") if path.name not in (".lock", "run.json")]
     return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
 
