@@ -33,7 +33,7 @@ class Item(Protocol):
 def sampled_accuracy(engine: Engine, items: Sequence[Item], max_tokens: int, progress: Progress | None = None) -> float:
     """The share of right answers when each is drawn once at temperature 1: what the policy itself expects to score.
 
-    Preference optimisation moves this first, greedy decoding hides how sure a policy is. The draws are always the same.
+    Greedy decoding hides how sure a policy is. The draws are always the same.
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=1.0)
     outputs = engine.generate([item.prompt for item in items], sampling, seeds=range(len(items)), progress=progress)

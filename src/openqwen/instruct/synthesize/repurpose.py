@@ -140,6 +140,7 @@ def good_sentence(text: str) -> bool:
         and text.endswith(".")
         and not text.endswith("..")
         and len(text.split()) >= 4
+        # Doctests, markup and unfinished notes (a docstring that says TODO) make no demonstration.
         and not re.search(r">>>|[:@]param|::|\\|[{}<>|=*_]{2}|TODO|FIXME", text)
         and all(text.count(a) == text.count(b) for a, b in ("()", "[]", "{}"))
         and text.count("`") % 2 == 0
