@@ -67,7 +67,7 @@ def save_checkpoint(model: Qwen2 | Scorer, tokenizer: Vocabulary, folder: str | 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.config.to_json("Qwen2ForCausalLM" if isinstance(model, Qwen2) else "Qwen2ForSequenceClassification")
+    config = model.config.to_json("ForCausalLM" if isinstance(model, Qwen2) else "ForSequenceClassification")
     config |= {
         "bos_token_id": tokenizer.endoftext_id,
         "eos_token_id": tokenizer.eos_id,
