@@ -76,6 +76,7 @@ def transformers_experts(experts: Experts, width: int) -> nn.Module:
 
 
 def measure(hidden: int, width: int, tokens: int, repeats: int, with_dense: bool, with_transformers: bool) -> None:
+    """One line forward, one with the gradient."""
     generator = torch.Generator().manual_seed(0)
     ours = Experts(EXPERTS, hidden, width)
     with torch.no_grad():
@@ -119,6 +120,7 @@ def measure(hidden: int, width: int, tokens: int, repeats: int, with_dense: bool
 
 
 def main() -> None:
+    """Print a line for each shape."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="Qwen1.5-MoE-A2.7B's own layer too (4 GB of memory)")
     parser.add_argument("--repeats", type=int, default=7)

@@ -96,27 +96,31 @@ def train_on(
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1_500_000, help="that the parent learns from")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="that the parent learns from")
+    parser.add_argument("--parent", type=Path, help="folder that keeps the parent; one that is there is used again")
     parser.add_argument("--rate", type=float, default=5e-4, help="of training on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     texts = read_library(5.0)
     tokenizer = train_tokenizer(iter(texts[20:]), TokenizerConfig(vocabulary=2_048, max_bytes=2_000_000))
     ids = [np.array([*tokenizer.encode(t), tokenizer.endoftext_id]) for t in texts]
-    held_out = [Rows.of([(i[:1_024], np.ones(len(i[:1_024]), dtype=bool))]) for i in ids[:20]]
+    held_out = [Rows.of([(i[:512], np.ones(len(i[:512]), dtype=bool))]) for i in ids[:20]]
     peak = 2e-3
     config = PretrainConfig(
         network=NetworkConfig(hidden_size=128, intermediate_size=352, layers=4, heads=4, kv_heads=2),
-        data=DataConfig(tokens=options.tokens, context=512, batch_tokens=2_048),
+        data=DataConfig(tokens=options.tokens, context=512, batch_tokens=1_024),
         train=OptimizerConfig(learning_rate=peak, beta2=0.98),
     )
+    sources = {"library": Documents(ids[20:])}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        sources = {"library": Documents(ids[20:])}
-        pretrain(config, sources, tokenizer, tokenizer.vocab_size, None, path / "dense", path / "work", 0, "parent")
-        parent = load_model(path / "dense")
-    further = Pieces(sources, config.data.model_copy(update={"tokens": 450_000}), Generators(1))
+        path = options.parent or Path(folder) / "dense"
+        if not path.exists():
+            work = Path(folder) / "work"
+            pretrain(config, sources, tokenizer, tokenizer.vocab_size, None, path, work, 0, "parent")
+        parent = load_model(path)
+    further = Pieces(sources, config.data.model_copy(update={"tokens": 225_000}), Generators(1))
 
     def batch(step: int) -> list[Rows]:
         return [Rows.of(samples) for samples in further.batch(step)]
