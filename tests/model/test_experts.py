@@ -121,6 +121,39 @@ def test_one_grouped_call_equals_one_matmul_an_expert(monkeypatch, dtype):
         assert_close(grouped, looped, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
 
 
+def test_grouped_matmul_is_tried_before_it_is_trusted(monkeypatch):
+    right = experts.grouped_matmul_is_right.__wrapped__
+    cpu = torch.device("cpu")
+    if hasattr(F, "grouped_mm"):
+        assert right(cpu, torch.float32)
+        assert right(cpu, torch.bfloat16)
+    assert not right(cpu, torch.float64)  # torch refuses it
+    monkeypatch.setattr(F, "grouped_mm", lambda a, b, offs: torch.full((len(a), b.shape[-1]), 1.0), raising=False)
+    assert not right(cpu, torch.float32)
+    monkeypatch.delattr(F, "grouped_mm")
+    assert not right(cpu, torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_gives_what_the_cpu_gives():
+    layer = Experts(7, 32, 16)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(0, 0.3, generator=generator)
+    chosen = torch.stack([torch.randperm(5, generator=generator)[:2] for _ in range(40)])
+    inputs = torch.randn(40, 32, generator=generator), torch.rand(40, 2, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        moved = layer.to(device, torch.bfloat16)
+        x, weights = (t.to(device, torch.bfloat16).requires_grad_() for t in inputs)
+        out = moved(x, chosen.to(device), weights)
+        grads = torch.autograd.grad(out.float().square().sum(), (x, weights, *moved.parameters()))
+        results.append([t.float().cpu() for t in (out, *grads)])
+    for cpu, cuda in zip(*results):
+        assert_close(cuda, cpu, rtol=3e-2, atol=3e-2 * float(cpu.abs().max()))
+
+
 SHAPES = [
     {},
     {"norm_topk_prob": True},

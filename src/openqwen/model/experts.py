@@ -7,6 +7,7 @@ of a token, N = T·k pairs of a token and an expert, I width of an expert, O out
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -162,12 +163,31 @@ class _Groups:
 
 
 def one_call(a: Tensor, b: Tensor) -> bool:
-    """Whether torch's grouped matmul takes these: bfloat16 on a GPU, widths in multiples of 16 bytes.
+    """Whether one grouped matmul does for all groups: on a GPU, in bfloat16, widths in multiples of 16 bytes.
 
-    On a CPU it is the same loop, so nothing is gained (benchmarks/experts.py).
+    On a CPU it is the same loop and no faster (benchmarks/experts.py).
     """
     wide = a.shape[1] % 8 == 0 and b.shape[-1] % 8 == 0
-    return a.is_cuda and a.dtype == torch.bfloat16 and wide and hasattr(F, "grouped_mm")
+    return a.is_cuda and a.dtype == torch.bfloat16 and wide and grouped_matmul_is_right(a.device, a.dtype)
+
+
+@cache
+def grouped_matmul_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped matmul runs on this device and equals one matmul a group, an empty one among them."""
+    if not hasattr(F, "grouped_mm"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a_NA, b_NB, w_EAB = (torch.randn(s, generator=generator).to(device, dtype) for s in ((24, 16), (24, 8), (3, 16, 8)))
+    ends_E = torch.tensor([8, 8, 24], dtype=torch.int32, device=device)
+    rows_NB = torch.cat([a_NA[:8] @ w_EAB[0], a_NA[8:] @ w_EAB[2]])
+    outer_EAB = torch.stack([a_NA[:8].T @ b_NB[:8], torch.zeros_like(w_EAB[1]), a_NA[8:].T @ b_NB[8:]])
+    try:
+        rows_too_NB = F.grouped_mm(a_NA, w_EAB, offs=ends_E)
+        outer_too_EAB = F.grouped_mm(a_NA.T, b_NB, offs=ends_E)
+    except RuntimeError:
+        return False
+    pairs = ((rows_too_NB, rows_NB), (outer_too_EAB, outer_EAB))
+    return all(torch.allclose(one.float(), many.float(), rtol=2e-2, atol=2e-2) for one, many in pairs)
 
 
 def _count_up(like_N: Tensor) -> Tensor:
