@@ -28,6 +28,7 @@ STAGE_VERBS = {
     "tokens": "Text to shards of token ids.",
     "pretrain": "Train a network on token shards from scratch.",
     "extend": "Lengthen the context: longer rows, raised RoPE base.",
+    "upcycle": "A dense network to a mixture of fine-grained experts: openqwen upcycle DENSE OUTPUT.",
     "instruct": "Make demonstrations without people.",
     "sft": "Supervised fine-tuning on demonstrations.",
     "prefer": "Make preference pairs by sampling and checking.",
@@ -67,7 +68,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         verbs: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "chat": _chat, "report": _report}
         verbs[verb](rest)
     elif verb in STAGE_VERBS:
-        _stage(verb, rest)
+        _stage(verb, _named(rest, "--model", "--output") if verb == "upcycle" else rest)
     else:
         near = suggestion(verb, [*RECIPE_VERBS, *STAGE_VERBS])
         raise OpenQwenError(f"There is no verb '{verb}'.{near}", do="openqwen --help lists them")
@@ -161,6 +162,13 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     outside = {role: getattr(options, role.replace("-", "_")) for role in verb.inputs}
     stage = Stage(name=name, kind=name, config=config, run=verb.run, outside=outside)
     run_alone(stage, options.output, options.seed, _command(name, arguments))
+
+
+def _named(arguments: Sequence[str], *flags: str) -> list[str]:
+    """The arguments with the bare ones at the start given their flags, in this order."""
+    count = next((n for n, text in enumerate(arguments) if text.startswith("-")), len(arguments))
+    bare = min(count, len(flags))
+    return [text for pair in zip(flags, arguments[:bare]) for text in pair] + list(arguments[bare:])
 
 
 def _chat(arguments: Sequence[str]) -> None:

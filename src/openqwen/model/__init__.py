@@ -4,6 +4,7 @@ from openqwen.model.attention import Attention, Packed, Paged
 from openqwen.model.checkpoint import load_model, load_scorer, save_checkpoint, save_weights, scorer_from
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Decoder, Qwen2, Scorer, initialize
+from openqwen.model.experts import Routing
 
 __all__ = [
     "Attention",
@@ -12,6 +13,7 @@ __all__ = [
     "Packed",
     "Paged",
     "Qwen2",
+    "Routing",
     "Scorer",
     "initialize",
     "load_model",

@@ -19,6 +19,7 @@ from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_de
 from openqwen.instruct.synthesize.preferences import PreferConfig, build_preferences
 from openqwen.instruct.synthesize.pretraining_tasks import task_documents
 from openqwen.model import load_model
+from openqwen.recipe import upcycle
 from openqwen.recipe.estimate import Estimates
 from openqwen.recipe.evaluation import evaluate_model, evaluate_reward
 from openqwen.recipe.report import write_report
@@ -256,6 +257,9 @@ VERBS: dict[str, Verb] = {
         ExtendConfig,
         {"model": _MODEL, "tokens": "Token shards.", "corpus": "A corpus artifact."},
         run_extend,
+    ),
+    "upcycle": Verb(
+        upcycle.HELP, upcycle.UpcycleConfig, {"model": "The dense Hugging Face folder."}, upcycle.run_upcycle
     ),
     "instruct": Verb(
         "Make demonstrations without people.",
