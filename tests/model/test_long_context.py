@@ -101,6 +101,16 @@ def test_length_scaling_starts_beyond_the_original_length():
     assert not torch.equal(scaled, plain)
 
 
+def test_rows_that_were_scored_can_be_learned():
+    model, tokens = make(CHUNKS), tokens_of(60)
+    packed = Packed.from_lengths([20, 7, 30, 3])
+    with torch.inference_mode():
+        scored = model(tokens, packed.positions, packed)
+    learned = model(tokens, packed.positions, packed)
+    learned[:, 0].sum().backward()
+    assert torch.equal(scored, learned)
+
+
 def test_a_context_for_each_sequence_or_an_error():
     with pytest.raises(ValueError, match="2 long contexts for 3 sequences"):
         Packed.from_lengths([1, 2, 3], [None, PLAIN])

@@ -169,7 +169,8 @@ class Packed:
 
     def _layout(self, apart: tuple[int, ...]) -> _Buckets:
         if apart not in self._layouts:
-            self._layouts[apart] = _Buckets(self.lengths, apart, self._device)
+            with torch.inference_mode(False):  # kept: the next call may be one that trains
+                self._layouts[apart] = _Buckets(self.lengths, apart, self._device)
         return self._layouts[apart]
 
 
