@@ -11,7 +11,7 @@ from openqwen.model.attention import Attention
 from openqwen.model.config import ModelConfig
 from openqwen.model.experts import Routing, SparseFeedForward
 from openqwen.model.feed_forward import FeedForward
-from openqwen.model.rope import rotate, rotations
+from openqwen.model.rope import Rotation
 
 
 class Decoder(nn.Module):
@@ -29,7 +29,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Token ids and their positions in their documents → hidden states [T, D]; `routing` is filled by experts."""
         x_TD = self.embed_tokens(tokens_T)
-        rotation = rotations(positions_T, self.config.head_dim, self.config.rope_theta)
+        rotation = attention.rotation(positions_T, self.config)
         for layer in self.layers:
             x_TD = layer(x_TD, rotation, attention, routing)
         return self.norm(x_TD)
@@ -102,9 +102,7 @@ class Layer(nn.Module):
             else FeedForward(config.hidden_size, config.intermediate_size)
         )
 
-    def forward(
-        self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, routing: Routing | None
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None) -> Tensor:
         """[T, D] → [T, D]."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, attention)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD), routing)
@@ -124,12 +122,12 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """[T, D] → [T, D]."""
-        q_THd = rotate(self.q_proj(x_TD).unflatten(-1, self.heads), *rotation)
-        k_TKd = rotate(self.k_proj(x_TD).unflatten(-1, self.kv_heads), *rotation)
+        q_THd = self.q_proj(x_TD).unflatten(-1, self.heads)
+        k_TKd = self.k_proj(x_TD).unflatten(-1, self.kv_heads)
         v_TKd = self.v_proj(x_TD).unflatten(-1, self.kv_heads)
-        return self.o_proj(attention.attend(q_THd, k_TKd, v_TKd, self.number).flatten(1))
+        return self.o_proj(attention.attend(q_THd, k_TKd, v_TKd, rotation, self.number).flatten(1))
 
 
 class RMSNorm(nn.Module):
