@@ -1,5 +1,6 @@
 """Checkpoints: the Hugging Face folder in and out, a .gguf file in. The files decide, never a family name (law 6)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Qwen2, Scorer
 from openqwen.model.gguf import read_gguf
 from openqwen.model.stored import Stored, stored_in_folder
-from openqwen.model.weights import SHARD_BYTES, fill, save_weights
+from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 from openqwen.support.hub import local
@@ -36,15 +37,21 @@ class Vocabulary(Protocol):
         ...
 
 
-def load_model(source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu") -> Qwen2:
+def load_model(
+    source: str | Path,
+    dtype: str | None = "float32",
+    device: str | torch.device = "cpu",
+    advance: Callable[[int], None] = ignore,
+) -> Qwen2:
     """Read a language model.
 
     source: a Hugging Face folder of safetensors files, a .gguf file, or an id on the hub (`owner/name`,
     `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
-    or where the files mix several. Weights that need no cast are used from the file, not copied. Raises OpenQwenError.
+    or where the files mix several. Weights that need no cast are used from the file, not copied.
+    advance: called with the number of weights read since the last call. Raises OpenQwenError.
     """
     config, stored, where = _read(local(source))
-    return fill(lambda: Qwen2(config), stored, where, dtype, device)
+    return fill(lambda: Qwen2(config), stored, where, dtype, device, advance)
 
 
 def load_scorer(source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu") -> Scorer:
@@ -70,13 +77,14 @@ def save_checkpoint(
     folder: str | Path,
     shard_bytes: int = SHARD_BYTES,
     chat: bool = False,
+    advance: Callable[[int], None] = ignore,
 ) -> None:
     """Write config.json, generation_config.json, the weights and the tokenizer's files, all consistent.
 
     What a checkpoint said when it was read, it says again: its stop tokens and generation defaults too. A network that
     came from none ends chat at `<|im_end|>`, and `<|endoftext|>` stops and pads too: with these out of step a model
     never stops. chat: the network has learnt to end turns, so it stops in that way whatever it said before.
-    shard_bytes: the most bytes of one weights file.
+    shard_bytes: the most bytes of one weights file. advance: called with the number of weights written since.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +100,7 @@ def save_checkpoint(
         labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         config |= labels | {"pad_token_id": config.get("pad_token_id", tokenizer.endoftext_id)}
     write_json(folder / "config.json", config)
-    save_weights(model, folder, shard_bytes)
+    save_weights(model, folder, shard_bytes, advance)
     tokenizer.save(folder)
 
 

@@ -18,7 +18,7 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Qwen2
 from openqwen.model.gguf_blocks import dequantize, quantize
 from openqwen.model.stored import Stored
-from openqwen.model.weights import published_tensors
+from openqwen.model.weights import ignore, published_tensors
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.gguf import BLOCKS, GgufHeader, NewTensor, read_header, write_gguf
 
@@ -162,7 +162,7 @@ def save_gguf(
     kind: str,
     name: str,
     vocabulary: Mapping[str, Any],
-    advance: Callable[[int], None] = lambda weights: None,
+    advance: Callable[[int], None] = ignore,
 ) -> list[Rounded]:
     """Write a .gguf file that llama.cpp loads; returns the tensors that lost precision.
 

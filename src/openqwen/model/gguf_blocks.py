@@ -22,7 +22,8 @@ def dequantize(data: memoryview | bytes | Array, kind: str) -> Array:
 def quantize(weights: Array, kind: str) -> Array:
     """The bytes of float32 weights [n] as llama.cpp rounds them; n is a multiple of the block."""
     weights = weights.astype(np.float32, copy=False).reshape(-1, BLOCKS[kind][0])
-    return _PACK[kind](weights).reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):  # what a type cannot hold becomes infinite; who writes it looks
+        return _PACK[kind](weights).reshape(-1)
 
 
 def _half(blocks: Array, at: int) -> Array:

@@ -23,6 +23,10 @@ _LISTED = 3  # tensors that an error names, of each kind
 Network = TypeVar("Network", bound=nn.Module)
 
 
+def ignore(weights: int) -> None:
+    """The `advance` of those who do not look: called with the number of weights done since the last call."""
+
+
 def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint's files as (name, view of the network's memory), in the published order.
 
@@ -72,6 +76,7 @@ def fill(
     where: Path,
     dtype: str | None = "float32",
     device: str | torch.device = "cpu",
+    advance: Callable[[int], None] = ignore,
 ) -> Network:
     """Build a network without memory of its own and give it the stored tensors.
 
@@ -95,6 +100,7 @@ def fill(
                     reader.copy(stored[piece], view)
             path, _, own = name.rpartition(".")
             setattr(model.get_submodule(path), own, nn.Parameter(weight.detach()))
+            advance(weight.numel())
     return model
 
 
@@ -131,7 +137,9 @@ def _dtype(name: str | None, types: set[str]) -> torch.dtype:
     return known[name]
 
 
-def save_weights(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def save_weights(
+    model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES, advance: Callable[[int], None] = ignore
+) -> None:
     """Write safetensors files of at most `shard_bytes` (a larger tensor has its own) and their index, as transformers.
 
     Each is written aside and renamed, weights of an earlier save that are not replaced are removed last: a network
@@ -149,6 +157,7 @@ def save_weights(model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES)
     )
     for file, names in split.filename_to_tensors.items():
         _save({name: tensors[name] for name in names}, folder / file)
+        advance(sum(tensors[name].numel() for name in names))
     if split.is_sharded:
         counts = {"total_parameters": sum(tensor.numel() for tensor in tensors.values()), **split.metadata}
         index = {"metadata": counts, "weight_map": split.tensor_to_filename}

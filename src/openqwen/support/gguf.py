@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -233,20 +233,25 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTen
         header += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
         header += struct.pack("<IQ", _NUMBERS[tensor.type], offset)
     aside = path.with_name(f".{path.name}.aside")
-    with disk_errors(path):
-        with open(aside, "wb") as file:
-            file.write(header.ljust(_aligned(len(header)), b"\0"))
-            start = file.tell()
-            for tensor, offset in zip(tensors, offsets):
-                file.write(bytes(start + offset - file.tell()))
-                for piece in tensor.data():
-                    file.write(piece)
-                if file.tell() != start + offset + tensor.size:
-                    raise ValueError(f"{tensor.name} gave {file.tell() - start - offset} bytes, not {tensor.size}")
-            file.write(bytes(start + end - file.tell()))
+    try:
+        with disk_errors(path), open(aside, "wb") as file:
+            _write(file, bytes(header).ljust(_aligned(len(header)), b"\0"), tensors, offsets)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, header: bytes, tensors: Sequence[NewTensor], offsets: Sequence[int]) -> None:
+    file.write(header)
+    start = file.tell()
+    for tensor, offset in zip(tensors, offsets):
+        for piece in tensor.data():
+            file.write(piece)
+        if file.tell() != start + offset + tensor.size:
+            raise ValueError(f"{tensor.name} gave {file.tell() - start - offset} bytes, not {tensor.size}")
+        file.write(bytes(_aligned(tensor.size) - tensor.size))
 
 
 def _aligned(size: int) -> int:
