@@ -3,9 +3,9 @@
     python benchmarks/gguf_llama_cpp.py --peer PYTHON [--source SOURCE] [--types f16 q8_0 q4_0] [--tokens 48]
 
 PYTHON is the interpreter of an environment of its own with llama-cpp-python. SOURCE is a folder, a .gguf file or a hub
-id; without it the real checkpoint (OPENQWEN_REAL_CHECKPOINT) is used. Each type is written into a temporary folder, read
-back by both, and answers three prompts greedily. llama.cpp rounds activations (to float16 for F16, to int8 for blocks)
-and so may part from float32 arithmetic where two tokens are nearly as likely: the gap between the two is printed.
+id; without it the real checkpoint (OPENQWEN_REAL_CHECKPOINT) is used. Each type is written into a temporary folder,
+read back by both, and answers three prompts greedily. llama.cpp rounds activations (to float16 for F16, to int8 for
+blocks) and so may part from float32 arithmetic where two tokens are nearly as likely: the gap between them is printed.
 """
 
 import argparse
@@ -66,9 +66,8 @@ def compare(path: Path, python: str, tokens: int) -> None:
         sys.exit(f"llama.cpp failed on {path}:\n{done.stderr[-2000:]}")
     theirs = json.loads(done.stdout.splitlines()[-1])
     outputs = Engine(model, tokenizer).generate(chats, Sampling(max_tokens=tokens))
-    print(
-        f"{path.name}: {path.stat().st_size / 1e6:,.0f} MB, template {'same' if theirs['template'] == tokenizer.template else 'DIFFERENT'}"
-    )
+    template = "same" if theirs["template"] == tokenizer.template else "DIFFERENT"
+    print(f"{path.name}: {path.stat().st_size / 1e6:,.0f} MB, template {template}")
     for ours, other in zip(outputs, theirs["answers"]):
         assert ours.prompt_ids == other["prompt"], "the prompt is cut into other tokens"
         made = other["made"]
@@ -82,17 +81,17 @@ def compare(path: Path, python: str, tokens: int) -> None:
         with torch.inference_mode():
             hidden = model(ids, torch.arange(len(ids)), Packed.from_lengths([len(ids)]))
             scores = torch.log_softmax(model.logits(hidden[-1:])[0], -1)
-        pair = [(seq + [tokenizer.eos_id])[same] for seq in (ours.token_ids, made)]
+        pair = [[*made, tokenizer.eos_id][same] for made in (ours.token_ids, made)]
         gap = float(scores[pair[0]] - scores[pair[1]])
-        print(
-            f"  {same} tokens the same, then {tokenizer.decode(pair[:1])!r} / {tokenizer.decode(pair[1:])!r}, {gap:.3f} nat apart"
-        )
+        ours_next, theirs_next = (tokenizer.decode([token], skip_control=False) for token in pair)
+        print(f"  {same} tokens the same, then {ours_next!r} here, {theirs_next!r} there, {gap:.3f} nat apart")
 
 
 def main() -> None:
     """See the module."""
     if sys.argv[1:2] == ["--as-peer"]:
-        return peer(*sys.argv[2:])
+        peer(*sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", required=True)
     parser.add_argument("--source", default=os.environ.get("OPENQWEN_REAL_CHECKPOINT", str(REAL)))
