@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 RECIPE_VERBS = {
     "run": "Run a whole recipe: raw text in, an aligned chat model out. Resumable.",
     "chat": "Talk to a model in the terminal.",
+    "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
     "report": "Write the HTML report of a run folder.",
 }
 STAGE_VERBS = {
@@ -65,7 +66,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
         print(f"openqwen {importlib.metadata.version('openqwen')}")
     elif verb in RECIPE_VERBS:
-        verbs: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "chat": _chat, "report": _report}
+        verbs: dict[str, Callable[[Sequence[str]], None]] = {
+            "run": _run,
+            "chat": _chat,
+            "convert": _convert,
+            "report": _report,
+        }
         verbs[verb](rest)
     elif verb in STAGE_VERBS:
         _stage(verb, _named(rest, "--model", "--output") if verb == "upcycle" else rest)
@@ -179,6 +185,14 @@ def _chat(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     tyro.cli(chat, args=list(arguments), prog="openqwen chat", description=RECIPE_VERBS["chat"])
+
+
+def _convert(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.convert import convert
+
+    tyro.cli(convert, args=list(arguments), prog="openqwen convert", description=RECIPE_VERBS["convert"])
 
 
 def _report(arguments: Sequence[str]) -> None:
