@@ -89,13 +89,13 @@ def test_ranks_take_control_tokens_and_template_from_the_files_beside_them(train
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda lines: lines[:-1] + ["no line"], "is not base64"),
-        (lambda lines: lines[:-1] + ["!!! 1499"], "is not base64"),
+        (lambda lines: [*lines[:-1], "no line"], "is not base64"),
+        (lambda lines: [*lines[:-1], "!!! 1499"], "is not base64"),
         (lambda lines: lines[:300] + lines[301:], "rank 301, not 300"),
-        (lambda lines: lines[:-1] + [lines[300].split()[0] + " 1499"], "occurs twice"),
+        (lambda lines: [*lines[:-1], lines[300].split()[0] + " 1499"], "occurs twice"),
         (lambda lines: lines[1:2] + lines[1:], "rank 1, not 0"),
         (lambda lines: [f"{base64.b64encode(b'zzzzzzzzz').decode()} 0"], "lacks 256 of the 256 bytes"),
-        (lambda lines: lines[:-1] + [f"{base64.b64encode('漢字漢字'.encode()).decode()} 1499"], "two earlier tokens"),
+        (lambda lines: [*lines[:-1], f"{base64.b64encode('漢字漢字'.encode()).decode()} 1499"], "two earlier tokens"),
     ],
 )
 def test_damaged_ranks_are_named(trained, tmp_path, change, complaint):

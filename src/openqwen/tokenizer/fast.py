@@ -17,12 +17,13 @@ from openqwen.tokenizer.bpe import BytePairEncoder, Merge
 from openqwen.tokenizer.unicode import mask_newer_letters
 
 _FOLDER = Path(__file__).parent / "native"
-_SOURCES = [_FOLDER / name for name in ("scan.h", "encode.cpp")]
+_SOURCES = [_FOLDER / name for name in ("scan.h", "encode.cpp", "train.cpp")]
 _CLASSIFIED = 0x40000  # the scanner's kClassified: code points behind it are neither letters, numbers nor spaces
 _CLASSES = ((r"\p{L}+", 1), (r"\p{N}+", 2), (r"[^\S\r\n]+", 3), (r"[\r\n]+", 4))
 _SLACK = 8  # ids that the encoder may write beyond the last one
 _MOST_IDS, _MOST_MERGES = 2**21 - 1, 2**22  # what a pair and its rank have room for
-_TASK = 1 << 20  # bytes of text that a thread takes at a time
+_TASK_SIZE = 1 << 20  # characters that a thread takes at a time
+_KEPT = 1 << 22  # bytes of text, a place for whose ids is kept between calls
 
 Ids = np.ndarray  # uint32 [T]
 
@@ -46,6 +47,13 @@ def library() -> ctypes.CDLL | None:
         _declare(loaded.openqwen_context_free, None, pointer)
         _declare(loaded.openqwen_encode, ctypes.c_int64, pointer, ctypes.c_char_p, pointer, size, pointer, pointer)
         _declare(loaded.openqwen_encode_text, ctypes.c_int64, pointer, ctypes.c_char_p, size, pointer)
+        _declare(loaded.openqwen_counts_new, pointer, pointer)
+        _declare(loaded.openqwen_counts_free, None, pointer)
+        _declare(loaded.openqwen_counts_add, ctypes.c_int64, pointer, ctypes.c_char_p, pointer, size)
+        _declare(loaded.openqwen_counts_add_all, ctypes.c_int64, pointer, pointer)
+        _declare(loaded.openqwen_trainer_new, pointer, pointer, pointer, ctypes.c_int64)
+        _declare(loaded.openqwen_trainer_free, None, pointer)
+        _declare(loaded.openqwen_trainer_merge, ctypes.c_int64, pointer, size, pointer)
     return loaded
 
 
@@ -77,7 +85,7 @@ class NativeEncoder:
         self._library, self._idle = loaded, list[_Context]()
         table = np.array(merges, np.uint32).reshape(-1, 3)
         offsets = np.array([0, *map(len, vocabulary)], np.int64).cumsum()
-        self._merges = _checked(
+        self._merges = checked(
             loaded.openqwen_merges_new(
                 b"".join(vocabulary), offsets.ctypes.data, len(vocabulary), table.ctypes.data, len(table)
             )
@@ -88,9 +96,9 @@ class NativeEncoder:
         """Ids of normalised text."""
         data = text.encode()
         context = self._take()
-        ids = context.room(len(data))
-        count = self._library.openqwen_encode_text(context.handle, data, len(data), context.address)
-        _checked(count + 1)
+        ids, address = context.room(len(data))
+        count = self._library.openqwen_encode_text(context.handle, data, len(data), address)
+        checked(count + 1)
         found = ids[:count].tolist()
         self._idle.append(context)
         return found
@@ -98,26 +106,24 @@ class NativeEncoder:
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> tuple[Ids, np.ndarray]:
         """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32 and int64."""
         threads = threads or cores()
-        tasks = list(_tasks(texts))
-        if threads == 1 or len(tasks) <= 1:
-            parts = list(map(self._encode_task, tasks))
+        if threads == 1:
+            parts = list(map(self._encode_task, tasks(texts)))
         else:
             with ThreadPoolExecutor(threads) as pool:
-                parts = list(pool.map(self._encode_task, tasks))
+                parts = list(pool.map(self._encode_task, tasks(texts)))
         offsets = np.concatenate([[0], *(lengths for _, lengths in parts)]).cumsum(dtype=np.int64)
         return np.concatenate([np.empty(0, np.uint32), *(ids for ids, _ in parts)]), offsets
 
     def _encode_task(self, texts: Sequence[str]) -> tuple[Ids, np.ndarray]:
         """(ids of all texts, how many each has)."""
-        encoded = [text.encode() for text in texts]
-        starts = np.array([0, *map(len, encoded)], np.int64).cumsum()
+        data, starts = packed(texts)
         offsets = np.empty(len(starts), np.int64)
         context = self._take()
-        ids = context.room(int(starts[-1]))
+        ids, address = context.room(len(data))
         count = self._library.openqwen_encode(
-            context.handle, b"".join(encoded), starts.ctypes.data, len(texts), context.address, offsets.ctypes.data
+            context.handle, data, starts.ctypes.data, len(texts), address, offsets.ctypes.data
         )
-        _checked(count + 1)
+        checked(count + 1)
         found = ids[:count].copy()
         self._idle.append(context)
         return found, np.diff(offsets)
@@ -140,32 +146,41 @@ class _Context:
 
     def __init__(self, loaded: ctypes.CDLL, merges: int):
         self._classes = classes()
-        self.handle = _checked(loaded.openqwen_context_new(merges, self._classes.ctypes.data))
+        self.handle = checked(loaded.openqwen_context_new(merges, self._classes.ctypes.data))
         weakref.finalize(self, loaded.openqwen_context_free, self.handle)
         self._ids = np.empty(0, np.uint32)
-        self.address = 0
+        self._address = 0
 
-    def room(self, size: int) -> Ids:
-        """A place for the ids of `size` bytes; `address` is where it begins."""
-        if len(self._ids) < size + _SLACK:
-            self._ids = np.empty(2 * size + _SLACK, np.uint32)
-            self.address = self._ids.ctypes.data
-        return self._ids
+    def room(self, size: int) -> tuple[Ids, int]:
+        """A place for the ids of `size` bytes, and where in memory it begins. It is kept unless it is very large."""
+        if len(self._ids) >= size + _SLACK:
+            return self._ids, self._address
+        ids = np.empty(2 * size + _SLACK, np.uint32)
+        if size <= _KEPT:
+            self._ids, self._address = ids, ids.ctypes.data
+        return ids, ids.ctypes.data
 
 
-def _checked(result: int | None) -> int:
+def checked(result: int | None) -> int:
+    """`result`, which compiled code makes 0 or null where there was no memory."""
     if not result:
         raise MemoryError("The tokenizer found no memory.")
     return result
 
 
-def _tasks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Runs of texts, large enough to be worth a thread's while."""
+def packed(texts: Sequence[str]) -> tuple[bytes, np.ndarray]:
+    """(texts one after the other, where each begins and the last one ends): UTF-8 and int64 [texts + 1]."""
+    encoded = [text.encode() for text in texts]
+    return b"".join(encoded), np.array([0, *map(len, encoded)], np.int64).cumsum()
+
+
+def tasks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Runs of texts, each large enough to be worth a thread's while."""
     task, size = [], 0
     for text in texts:
         task.append(text)
         size += len(text)
-        if size >= _TASK:
+        if size >= _TASK_SIZE:
             yield task
             task, size = [], 0
     if task:
