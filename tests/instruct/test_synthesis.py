@@ -180,17 +180,18 @@ def test_prefer_payload(tmp_path):
     metrics, data = run("a")
     assert (metrics, data) == run("b")
     train = list(read_jsonl(tmp_path / "a" / "preferences.jsonl"))
-    held = list(read_jsonl(tmp_path / "a" / "heldout.jsonl"))
+    held, test = (list(read_jsonl(tmp_path / "a" / f"{name}.jsonl")) for name in ("heldout", "test"))
     summary = read_json(tmp_path / "a" / "prefer.json")
     assert metrics["pairs"] == len(train) == summary["pairs"] == sum(summary["by_task"].values())
-    assert metrics["heldout_pairs"] == len(held)
+    assert (metrics["heldout_pairs"], metrics["test_pairs"]) == (len(held), len(test))
     assert all(s.split_of(p["prompt"][0]["content"]) == "train" for p in train)
     assert all(s.split_of(p["prompt"][0]["content"]) == "heldout" for p in held)
+    assert all(s.split_of(p["prompt"][0]["content"]) == "test" for p in test)
     assert max(Counter(p["prompt"][0]["content"] for p in train).values()) <= 2
     used = {r["messages"][0]["content"] for r in read_jsonl(tmp_path / "instruct" / "demonstrations.jsonl")}
     used |= {r["prompt"][0]["content"] for r in read_jsonl(tmp_path / "instruct" / "prompts.jsonl")}
     assert not used & {p["prompt"][0]["content"] for p in train}
-    for pair in train + held:
+    for pair in train + held + test:
         assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant"
         assert pair["chosen"] != pair["rejected"]
         assert pair["origin"]["model"] == "sft"

@@ -24,7 +24,7 @@ def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) ->
     """Log-probabilities [N] of the rows' targets; `routing` is filled by experts."""
     hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
     # Where every token predicts one (pre-training), copying the rows would be waste.
-    picked_ND = hidden_TD if len(rows.learned) == len(rows.tokens) else hidden_TD.index_select(0, rows.learned)
+    picked_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
     return log_probs(picked_ND, model.head_VD, rows.targets)
 
 

@@ -18,7 +18,7 @@ class Rows:
     """Packed documents of one forward call. The last token of a document predicts nothing and is not fed.
 
     tokens, positions: [T]. learned: rows [N] whose next token is a target. targets: those next tokens [N].
-    counts: targets of each document, in order.
+    counts: targets of each document, in order. whole: whether every token predicts a target, in order.
     """
 
     tokens: Tensor
@@ -27,6 +27,7 @@ class Rows:
     learned: Tensor
     targets: Tensor
     counts: list[int]
+    whole: bool = False
 
     @classmethod
     def of(cls, samples: Sequence[Sample], device: torch.device | str = "cpu") -> "Rows":
@@ -42,6 +43,7 @@ class Rows:
             learned=learned.nonzero().squeeze(1).to(device),
             targets=torch.cat([i[1:] for i in ids])[learned].to(device),
             counts=[int(m.sum()) for m in masks],
+            whole=bool(learned.all()),
         )
 
 
