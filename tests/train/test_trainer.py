@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.train import state
@@ -251,3 +253,21 @@ def test_a_mixture_of_unknown_sources_is_refused():
         Pieces({"code": Source([5], 0)}, DataConfig(mixture={"cod": 1.0}), Generators(0))
     with pytest.raises(OpenQwenError, match="sum to"):
         Pieces({"code": Source([5], 0)}, DataConfig(mixture={"code": 0.5}), Generators(0))
+
+
+def test_frozen_weights_are_neither_moved_nor_saved(tmp_path):
+    def adapted():
+        one = trainer(tmp_path)
+        add_adapters(one.model, LoraConfig(rank=2), Generators(5).torch("lora"))
+        return one
+
+    one = adapted()
+    before = {n: p.clone() for n, p in one.model.named_parameters() if not p.requires_grad}
+    stopped = adapted()
+    stopped.batch = trainer(tmp_path, stop_at=6).batch
+    with pytest.raises(Stop):
+        stopped.run()
+    weights = load_file(tmp_path / "state-00000006" / "weights.safetensors")
+    assert {n.rpartition(".")[2] for n in weights} == {"lora_A", "lora_B"}
+    one.run()
+    assert all(torch.equal(before[n], p) for n, p in one.model.named_parameters() if n in before)

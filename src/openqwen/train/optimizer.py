@@ -52,7 +52,7 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
 
     Muon's rate is scaled to move a matrix as far as AdamW would (Liu et al. 2025), so one learning rate serves both.
     """
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     by_muon = [p for n, p in named if config.method == "muon" and ".layers." in f".{n}" and p.dim() == 2]
     taken = {id(p) for p in by_muon}
     matrices = [p for _, p in named if p.dim() > 1 and id(p) not in taken]

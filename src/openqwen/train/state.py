@@ -1,4 +1,6 @@
-"""Training states: weights, optimizer, step and generators, so that a resumed run gives an uninterrupted run's bits.
+"""Training states, so that a resumed run gives an uninterrupted run's bits.
+
+Weights that learn, optimizer, step and generators.
 
 A state is a folder `state-<step>` that is written aside and renamed: whole or absent. safetensors and JSON, no pickle.
 Tensors are copied first and written by a thread while training goes on, where memory has room for the copy.
@@ -50,7 +52,7 @@ class StateWriter:
     ) -> None:
         """Save the state before step `step`. A full disk is a warning: training goes on and the next save may fit."""
         self.wait()
-        weights = {n: p.detach() for n, p in model.named_parameters()}
+        weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         moments = _moments(model, optimizers)
         size = sum(t.nbytes for tensors in (weights, moments) for t in tensors.values())
         values = {"step": step, "generators": generators.state()}
@@ -125,8 +127,9 @@ def load_state(
         weights = load_file(folder / "weights.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
         for name, parameter in model.named_parameters():
-            with torch.no_grad():
-                parameter.copy_(weights[name])
+            if parameter.requires_grad:
+                with torch.no_grad():
+                    parameter.copy_(weights[name])
     except Exception as error:
         raise OpenQwenError(
             f"A saved training state cannot be read: {error}",
