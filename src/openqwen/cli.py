@@ -21,6 +21,7 @@ RECIPE_VERBS = {
     "run": "Run a whole recipe: raw text in, an aligned chat model out. Resumable.",
     "chat": "Talk to a model in the terminal.",
     "report": "Write the HTML report of a run folder.",
+    "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
 }
 STAGE_VERBS = {
     "corpus": "Raw documents to cleaned, filtered, deduplicated text.",
@@ -64,7 +65,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
         print(f"openqwen {importlib.metadata.version('openqwen')}")
     elif verb in RECIPE_VERBS:
-        verbs: dict[str, Callable[[Sequence[str]], None]] = {"run": _run, "chat": _chat, "report": _report}
+        verbs: dict[str, Callable[[Sequence[str]], None]] = {
+            "run": _run,
+            "chat": _chat,
+            "report": _report,
+            "verify": _verify,
+        }
         verbs[verb](rest)
     elif verb in STAGE_VERBS:
         _stage(verb, rest)
@@ -171,6 +177,15 @@ def _chat(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     tyro.cli(chat, args=list(arguments), prog="openqwen chat", description=RECIPE_VERBS["chat"])
+
+
+def _verify(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.verify import verify
+
+    if not tyro.cli(verify, args=list(arguments), prog="openqwen verify", description=RECIPE_VERBS["verify"]):
+        raise OpenQwenError("A proof does not hold.", do="see the line marked ✗; report it with the model and the data")
 
 
 def _report(arguments: Sequence[str]) -> None:
