@@ -21,6 +21,7 @@ RECIPE_VERBS = {
     "run": "Run a whole recipe: raw text in, an aligned chat model out. Resumable.",
     "chat": "Talk to a model in the terminal.",
     "report": "Write the HTML report of a run folder.",
+    "preview": "Show what SFT would learn from demonstrations, token by token.",
     "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
 }
 STAGE_VERBS = {
@@ -69,6 +70,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
             "run": _run,
             "chat": _chat,
             "report": _report,
+            "preview": _preview,
             "verify": _verify,
         }
         verbs[verb](rest)
@@ -177,6 +179,14 @@ def _chat(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     tyro.cli(chat, args=list(arguments), prog="openqwen chat", description=RECIPE_VERBS["chat"])
+
+
+def _preview(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.preview import preview
+
+    tyro.cli(preview, args=list(arguments), prog="openqwen preview", description=RECIPE_VERBS["preview"])
 
 
 def _verify(arguments: Sequence[str]) -> None:
