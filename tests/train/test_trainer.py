@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from openqwen.model import ModelConfig, Qwen2, initialize
@@ -86,7 +87,7 @@ def test_only_two_states_are_kept_and_a_damaged_one_is_named(tmp_path):
         trainer(tmp_path, stop_at=8).run()
     states = sorted(p.name for p in tmp_path.glob("state-*"))
     assert states == ["state-00000007", "state-00000008"]
-    weights = tmp_path / "state-00000008" / "weights.safetensors"
+    (weights,) = (tmp_path / "state-00000008").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(OpenQwenError, match="state-00000008"):
         trainer(tmp_path).run()
@@ -143,25 +144,37 @@ def test_a_spike_is_a_gradient_far_above_the_usual(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_costs_a_state_and_not_the_training(tmp_path, monkeypatch, capsys):
-    real = state.save_file
+    real = dcp.HuggingFaceStorageWriter.write_data
     calls = []
 
-    def save_file(tensors, path):
-        calls.append(path)
+    def write_data(self, plan, planner):
+        calls.append(plan)
         if len(calls) < 4:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+        return real(self, plan, planner)
 
-    monkeypatch.setattr(state, "save_file", save_file)
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", write_data)
     trainer(tmp_path).run()
     assert "was not saved" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000010", "state-00000011"]
 
 
 def test_an_error_of_the_writing_thread_reaches_the_user(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "save_file", lambda tensors, path: 1 / 0)
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer(tmp_path).run()
+
+
+def test_a_state_of_several_files_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "_FILE_BYTES", 2_000)
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    with pytest.raises(Stop):
+        trainer(tmp_path / "cut", stop_at=6).run()
+    assert len(list((tmp_path / "cut" / "state-00000006").glob("*.safetensors"))) > 3
+    resumed = trainer(tmp_path / "cut")
+    resumed.run()
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
 
 
 def test_operations_are_those_of_the_closed_form(tmp_path):
@@ -267,7 +280,7 @@ def test_frozen_weights_are_neither_moved_nor_saved(tmp_path):
     stopped.batch = trainer(tmp_path, stop_at=6).batch
     with pytest.raises(Stop):
         stopped.run()
-    weights = load_file(tmp_path / "state-00000006" / "weights.safetensors")
-    assert {n.rpartition(".")[2] for n in weights} == {"lora_A", "lora_B"}
+    (saved,) = (tmp_path / "state-00000006").glob("*.safetensors")
+    assert {n.rpartition(".")[2] for n in load_file(saved)} == {"lora_A", "lora_B"}
     one.run()
     assert all(torch.equal(before[n], p) for n, p in one.model.named_parameters() if n in before)

@@ -22,10 +22,12 @@ from torch import nn
 
 from openqwen.support.device import peak_flops, peak_memory
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
+from openqwen.train.parallel import World, join, whole_tensor
 from openqwen.train.state import StateWriter, load_state
 
 METRICS = "metrics.jsonl"
@@ -56,7 +58,7 @@ class BadStepConfig(BaseModel):
 
 @dataclass
 class Trainer(Generic[Micro]):
-    """What training needs, whatever the stage.
+    """What training needs, whatever the stage. Under torchrun every rank holds one, and they train together.
 
     scratch: holds the states and metrics.jsonl while training goes on, and outlives a kill. output: metrics.jsonl is
     copied there at the end. flops: operations of a micro-batch, for the share of the machine's peak. name: says which
@@ -77,18 +79,26 @@ class Trainer(Generic[Micro]):
     bad: BadStepConfig = field(default_factory=BadStepConfig)
     flops: Callable[[Micro], float] | None = None
     name: Callable[[int], str] | None = None
+    world: World = field(default_factory=join)
+
+    def __post_init__(self) -> None:
+        self.whole: Callable[[], nn.Module] = lambda: self.model  # after `run`: the whole network, to be saved
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
         self.scratch.mkdir(parents=True, exist_ok=True)
+        self.whole = self.world.shard(self.model)
         movers = optimizers(self.model, self.optimizer)
-        first = load_state(self.scratch, self.model, movers, self.generators)
+        first = load_state(self.scratch, self.model, movers, self.generators, self.world)
         metrics = _read_metrics(self.scratch / METRICS, before=first)
+        self.world.wait()  # every rank has read it
+        if self.world.main:
+            write_text(self.scratch / METRICS, "".join(map(_line, metrics)))
         self.model.train()
         last_save = time.monotonic()
         with (
-            open(self.scratch / METRICS, "a", encoding="utf-8", buffering=1) as log,
-            StateWriter(self.scratch, self.save.keep) as writer,
+            open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
+            StateWriter(self.scratch, self.save.keep, self.world) as writer,
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
             for step in range(first, self.steps):
@@ -96,13 +106,16 @@ class Trainer(Generic[Micro]):
                 log.write(_line(entry))
                 metrics.append(entry)
                 bar.advance(1, **_notes(entry))
-                if step + 1 < self.steps and time.monotonic() - last_save >= self.save.seconds:
-                    os.fsync(log.fileno())  # the log is never behind the state
+                due = step + 1 < self.steps and time.monotonic() - last_save >= self.save.seconds
+                if self.world.agree(due):
+                    if self.world.main:
+                        os.fsync(log.fileno())  # the log is never behind the state
                     writer.save(step + 1, self.model, movers, self.generators)
                     last_save = time.monotonic()
         self.model.eval()
-        self.output.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
+        if self.world.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
         return _summary(metrics)
 
     def _step(
@@ -149,16 +162,17 @@ class Trainer(Generic[Micro]):
         return entry | ({"skipped": 1.0} if why else {})
 
     def _backward(self, micros: Sequence[Micro]) -> tuple[float, int, dict[str, float]]:
-        """Sum gradients, losses, counts and extras over the micro-batches."""
+        """Sum gradients, losses, counts and extras over the micro-batches of all ranks."""
         total, count, extras = 0.0, 0, dict[str, float]()
-        for micro in micros:
+        for micro, counts in self.world.share(micros):
             loss = self.loss(micro)
-            loss.sum.backward()
-            total += loss.sum.item()
-            count += loss.count
+            (loss.sum * self.world.size * counts).backward()  # sharded gradients are means over the ranks
+            total += loss.sum.item() * counts
+            count += loss.count * counts
             for name, value in loss.extras.items():
-                extras[name] = extras.get(name, 0.0) + value
-        return total, count, extras
+                extras[name] = extras.get(name, 0.0) + value * counts
+        total, whole, *values = self.world.total([total, count, *extras.values()])
+        return total, round(whole), dict(zip(extras, values, strict=True))
 
     def _bad(self, loss: float, norm: float, earlier: Sequence[dict[str, float]]) -> str:
         """What is wrong with a step, or nothing."""
@@ -188,7 +202,7 @@ class Trainer(Generic[Micro]):
     def _divide_and_clip(self, count: int) -> float:
         """Turn the summed gradient into the mean over `count` targets; returns its norm before clipping."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / count
+        norm = float(whole_tensor(torch.nn.utils.get_total_norm(gradients))) / count
         scale = min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
         torch._foreach_mul_(gradients, scale)
         return norm
@@ -208,13 +222,11 @@ def _line(entry: dict[str, float]) -> str:
 
 
 def _read_metrics(path: Path, before: int) -> list[dict[str, float]]:
-    """The log's entries of earlier steps; what a killed run wrote beyond its last state is cut off."""
+    """The log's entries of earlier steps, without what a killed run wrote beyond its last state."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:before]
-    kept = [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
-    path.write_text("".join(map(_line, kept)), encoding="utf-8")
-    return kept
+    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
 
 
 def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
