@@ -22,6 +22,8 @@ RECIPE_VERBS = {
     "chat": "Talk to a model in the terminal.",
     "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
     "report": "Write the HTML report of a run folder.",
+    "preview": "Show what SFT would learn from demonstrations, token by token.",
+    "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
 }
 STAGE_VERBS = {
     "corpus": "Raw documents to cleaned, filtered, deduplicated text.",
@@ -71,6 +73,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
             "chat": _chat,
             "convert": _convert,
             "report": _report,
+            "preview": _preview,
+            "verify": _verify,
         }
         verbs[verb](rest)
     elif verb in STAGE_VERBS:
@@ -193,6 +197,23 @@ def _convert(arguments: Sequence[str]) -> None:
     from openqwen.recipe.convert import convert
 
     tyro.cli(convert, args=list(arguments), prog="openqwen convert", description=RECIPE_VERBS["convert"])
+
+
+def _preview(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.preview import preview
+
+    tyro.cli(preview, args=list(arguments), prog="openqwen preview", description=RECIPE_VERBS["preview"])
+
+
+def _verify(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.verify import verify
+
+    if not tyro.cli(verify, args=list(arguments), prog="openqwen verify", description=RECIPE_VERBS["verify"]):
+        raise OpenQwenError("A proof does not hold.", do="see the line marked ✗; report it with the model and the data")
 
 
 def _report(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openqwen.model import Packed
+from openqwen.model import ModelConfig, Packed
 
 # Token ids, and for each whether it is to be learned.
 Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
@@ -45,6 +45,11 @@ class Rows:
             counts=[int(m.sum()) for m in masks],
             whole=bool(learned.all()),
         )
+
+    def flops(self, config: ModelConfig) -> float:
+        """Floating-point operations of a language model's forward and backward pass over these rows."""
+        seen = sum(n * (n + 1) / 2 for n in self.attention.lengths)
+        return config.flops(len(self.tokens), len(self.targets), seen)
 
 
 def cut_to_budget(sizes: Sequence[int], budget: int) -> Iterator[slice]:
