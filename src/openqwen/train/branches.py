@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openqwen.model import ModelConfig
+from openqwen.model.rope import Rotation, rotate, rotation_of
+from openqwen.support.errors import OpenQwenError
 from openqwen.train.rows import Rows
 
 Branching = tuple[Sequence[int], Sequence[Sequence[int]]]  # token ids of a prompt, and of each answer to it
@@ -21,7 +24,9 @@ class Branched:
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]):
         """groups: (tokens of the prompt, tokens of each answer) of each."""
-        totals = torch.tensor([prompt + sum(answers) for prompt, answers in groups])
+        self._totals = [prompt + sum(answers) for prompt, answers in groups]
+        self._lengths = [prompt + max(answers) for prompt, answers in groups]
+        totals = torch.tensor(self._totals)
         width = int(totals.max())
         starts_B1 = (totals.cumsum(0) - totals)[:, None]
         steps_L = torch.arange(width)
@@ -42,9 +47,18 @@ class Branched:
         self._mask_B1LL = self._mask_B1LL.to(device)
         return self
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layer: int) -> Tensor:
+    def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
+        """See `model.Attention.rotation`; a group's length is that of its prompt and longest answer."""
+        rotation = rotation_of(positions_T, config, [None] * len(self._totals), self._totals, self._lengths)
+        if any(rotation.chunk_lens):
+            longest = max(self._lengths)
+            raise OpenQwenError(f"Answers that share a prompt must fit in one chunk; here are {longest} tokens.")
+        return rotation
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
         """Attention of every token to what it may see, [T, H, d]; scale 1/√d."""
-        q, k, v = (x[self._rows_BL].transpose(1, 2) for x in (q_THd, k_TKd, v_TKd))
+        turned = (rotate(q_THd, *rotation.query), rotate(k_TKd, *rotation.key), v_TKd)
+        q, k, v = (x[self._rows_BL].transpose(1, 2) for x in turned)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=self._mask_B1LL, enable_gqa=q_THd.shape[1] != k_TKd.shape[1]
         )
