@@ -11,7 +11,9 @@ Not published, and chosen here:
   expert's weights in that matrix (after Drop-Upcycling, Nakamura et al. 2025). The router ~ N(0, initializer_range).
 - The shared expert is cut likewise, from copies of its own, so that it holds every channel where it is wide enough.
   None of it is drawn anew, and its gate starts at zero: σ = 1/2.
-- `keep_output` scales the shared expert's down projection so that it alone gives the parent's output (`_shared`).
+- `keep_output` scales the shared expert's down projection so that it alone gives the parent's output (`_shared`). Left
+  as they are, the shared expert gives half of it, and the routed ones next to nothing: weights that are not renormalised
+  times slices of a seventh. With it, training goes on from the parent's loss (benchmarks/upcycle.py).
 
 Attention, norms, embeddings and head are taken over. Shapes: E experts, D width, I width of an expert, F of the dense
 network, S channels of a strip.
