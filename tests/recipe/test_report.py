@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from openqwen.recipe.report import write_report
-from openqwen.recipe.report.charts import Series, downsampled, line_chart, load_map, smoothed, ticks
+from openqwen.recipe.report.charts import Series, downsampled, line_chart, smoothed, ticks
 from openqwen.recipe.report.run import load_run
 from openqwen.recipe.report.text import count, number, shortened, size, visible
 from openqwen.support.errors import OpenQwenError
@@ -498,20 +498,3 @@ def test_texts_and_numbers():
     assert [count(n) for n in (0, 9999, 12_345, 4_100_000)] == ["0", "9,999", "12.3k", "4.1M"]
     assert [size(n) for n in (12, 1500, 21_400_000)] == ["12\u202fB", "1.5\u202fkB", "21.4\u202fMB"]
     assert [number(n) for n in (1.23456, 0.00012, None, math.nan)] == ["1.235", "1.2e-4", "–", "nan"]
-
-
-def test_the_load_of_experts_is_drawn(tmp_path):
-    folder = build_run(tmp_path / "mixture", until="pretrain")
-    record = {"tokens": 512, "layers": [0, 2], "load": [[1.0, 0.0, 2.5, 0.5], [1.0, 1.0, 1.0, 1.0]]}
-    dump(folder / "pretrain" / "experts.json", record)
-    text = write_report(folder).read_text(encoding="utf-8")
-    drawn = Page(text)
-    assert sum(attributes.get("class") == "load" for _, attributes in drawn.elements) == 8
-    assert sum(attributes.get("class") == "dead" for _, attributes in drawn.elements) == 1
-    assert "layer 2" in drawn.text
-    assert "largest 2.50 of an even share" in drawn.text
-
-
-def test_a_load_map_is_as_dark_as_the_load():
-    cells = re.findall(r'fill-opacity="([0-9.]+)"', load_map([[0.0, 1.5, 3.0, 9.0]], [1], "load"))
-    assert cells == ["0.000", "0.500", "1.000", "1.000"]

@@ -12,8 +12,8 @@ Not published, and chosen here:
 - The shared expert is cut likewise, from copies of its own, so that it holds every channel where it is wide enough.
   None of it is drawn anew, and its gate starts at zero: σ = 1/2.
 - `keep_output` scales the shared expert's down projection so that it alone gives the parent's output (`_shared`). Left
-  as they are, the shared expert gives half of it, and the routed ones next to nothing: weights that are not renormalised
-  times slices of a seventh. With it, training goes on from the parent's loss (benchmarks/upcycle.py).
+  as they are, the shared expert gives half of it, and the routed ones next to nothing: small weights, not renormalised,
+  of slices a seventh as wide. With it, training goes on from the parent's loss (benchmarks/upcycle.py).
 
 Attention, norms, embeddings and head are taken over. Shapes: E experts, D width, I width of an expert, F of the dense
 network, S channels of a strip.
