@@ -57,6 +57,11 @@ def default_width(dense: int) -> int:
     return max(1, round(dense * _PUBLISHED_SHARE / 16)) * 16
 
 
+def default_shared_width(dense: int) -> int:
+    """Width of the shared expert: eight experts' (20,480 for 18,944), and never less than the dense network's."""
+    return max(8 * default_width(dense), dense)
+
+
 def upcycled_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
     """The mixture's configuration; what the plan does not name is the dense network's."""
     if dense.num_experts:
@@ -77,7 +82,7 @@ def upcycled_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
         num_experts=plan.experts,
         num_experts_per_tok=plan.experts_per_token,
         moe_intermediate_size=width,
-        shared_expert_intermediate_size=plan.shared_width or plan.experts_per_token * width,
+        shared_expert_intermediate_size=plan.shared_width or default_shared_width(dense.intermediate_size),
     )
 
 
