@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {EXPERTS} experts, {ACTIVE} active, float32, one thread, CPU time; × is time over ours")
+    print(f"torch {torch.__version__}, {EXPERTS} experts, {ACTIVE} active, float32, one thread, CPU time (× ours)")
     for hidden, width, tokens in [(256, 176, 1), (256, 176, 16), (256, 176, 256), (256, 176, 2_048), (64, 44, 2_048)]:
         measure(hidden, width, tokens, options.repeats, with_dense=True, with_transformers=True)
     if options.full:
