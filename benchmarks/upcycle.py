@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from openqwen.model import Qwen2, Routing, initialize, load_model
-from openqwen.model.upcycle import Upcycling, upcycle, upcycled_config
+from openqwen.model.upcycle import Upcycling, redraw, upcycle, upcycled_config
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.balance import balanced, with_loads
@@ -148,11 +148,41 @@ def main() -> None:
         f"{sparse.num_experts} experts of {sparse.moe_intermediate_size}, {sparse.num_experts_per_tok} active, "
         f"shared {sparse.shared_expert_intermediate_size}, from {dense.intermediate_size}"
     )
+    print_starts(parent, held_out)
     print("| held-out loss after this many steps | " + " | ".join(map(str, CHECKS)) + " |")
     print("|---|" + "---|" * len(CHECKS))
     for name, (make, rate) in rows.items():
         found = train_on(make(), batch, held_out, rate, max(CHECKS))
         print(f"| {name} | " + " | ".join(f"{loss:.3f}" for loss in found) + " |", flush=True)
+
+
+@torch.no_grad()
+def print_starts(parent: Qwen2, held_out: list[Rows]) -> None:
+    """Where the choices that the report leaves open put the first loss."""
+    half, none = parent_copy(parent), parent_copy(parent)
+    for layer, empty in zip(half.model.layers, none.model.layers, strict=True):
+        layer.mlp.down_proj.weight.mul_(0.5)
+        empty.mlp.down_proj.weight.zero_()
+    gated, redrawn = upcycle(parent, Upcycling(), 0), upcycle(parent, Upcycling(), 0)
+    generator = torch.Generator().manual_seed(0)
+    for layer, other in zip(gated.model.layers, redrawn.model.layers, strict=True):
+        layer.mlp.shared_expert_gate.weight.normal_(0.0, 0.02, generator=generator)
+        shared = other.mlp.shared_expert
+        parts = [shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight.T]
+        redraw([part[None] for part in parts], 0.5, generator)
+    starts = {
+        "the parent": parent,
+        "its feed-forward networks at half": half,
+        "without them": none,
+        "upcycled (the default)": upcycle(parent, Upcycling(), 0),
+        "nothing drawn anew": upcycle(parent, Upcycling(reinitialised=0.0), 0),
+        "output not kept": upcycle(parent, Upcycling(keep_output=False), 0),
+        "the shared expert's gate ~ N(0, 0.02) instead of 0": gated,
+        "the shared expert drawn anew like the others": redrawn,
+    }
+    print("| loss before training | |\n|---|---|")
+    for name, model in starts.items():
+        print(f"| {name} | {held_out_loss(model, held_out):.3f} |", flush=True)
 
 
 def parent_copy(parent: Qwen2) -> Qwen2:

@@ -98,6 +98,22 @@ def test_the_written_gradient_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda *all: experts._Mixture.apply(*all, chosen), inputs)
 
 
+def test_frozen_experts_pass_the_gradient_on_and_take_none():
+    layer = Experts(4, 8, 6)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(generator=generator)
+    chosen = torch.tensor([[0, 2], [2, 3], [3, 1]])
+    x = torch.randn(3, 8, generator=generator, requires_grad=True)
+    weights = torch.rand(3, 2, generator=generator)
+    (want,) = torch.autograd.grad(layer(x, chosen, weights).sum(), x)
+    layer.requires_grad_(False)
+    layer(x, chosen, weights).sum().backward()
+    assert_close(x.grad, want)
+    assert all(p.grad is None for p in layer.parameters())
+
+
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped matmul")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_grouped_call_equals_one_matmul_an_expert(monkeypatch, dtype):

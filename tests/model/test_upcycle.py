@@ -6,7 +6,15 @@ from torch.testing import assert_close
 
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize
 from openqwen.model.feed_forward import FeedForward
-from openqwen.model.upcycle import Upcycling, default_width, redraw, strip, upcycle, upcycled_config
+from openqwen.model.upcycle import (
+    Upcycling,
+    default_shared_width,
+    default_width,
+    redraw,
+    strip,
+    upcycle,
+    upcycled_config,
+)
 from openqwen.support.errors import OpenQwenError
 
 
@@ -152,9 +160,12 @@ def test_the_7b_becomes_the_57b_a14b():
     assert sum(p.numel() for p in network.parameters()) == published.parameters()
 
 
-@pytest.mark.parametrize(("dense", "width"), [(18_944, 2_560), (704, 96), (512, 64), (4_864, 656), (8, 16)])
-def test_default_width(dense, width):
-    assert default_width(dense) == width
+@pytest.mark.parametrize(
+    ("dense", "width", "shared"),
+    [(18_944, 2_560, 20_480), (704, 96, 768), (512, 64, 512), (530, 64, 530), (4_864, 656, 5_248), (8, 16, 128)],
+)
+def test_default_widths(dense, width, shared):
+    assert (default_width(dense), default_shared_width(dense)) == (width, shared)
 
 
 def test_what_cannot_be_upcycled_is_refused():

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from openqwen.recipe.report import write_report
-from openqwen.recipe.report.charts import load_map
 from openqwen.recipe.report.run import load_run
 from openqwen.support.errors import OpenQwenError
 
@@ -460,20 +459,3 @@ def test_stages_come_after_what_they_are_made_from(tmp_path):
     run = load_run(build_run(tmp_path / "tiny"))
     names = [stage.name for stage in run.stages]
     assert all(names.index(i) < names.index(stage.name) for stage in run.stages for i in stage.inputs)
-
-
-def test_the_load_of_experts_is_drawn(tmp_path):
-    folder = build_run(tmp_path / "mixture", until="pretrain")
-    record = {"tokens": 512, "layers": [0, 2], "load": [[1.0, 0.0, 2.5, 0.5], [1.0, 1.0, 1.0, 1.0]]}
-    dump(folder / "pretrain" / "experts.json", record)
-    text = write_report(folder).read_text(encoding="utf-8")
-    drawn = Page(text)
-    assert sum(attributes.get("class") == "load" for _, attributes in drawn.elements) == 8
-    assert sum(attributes.get("class") == "dead" for _, attributes in drawn.elements) == 1
-    assert "layer 2" in drawn.text
-    assert "largest 2.50 of an even share" in drawn.text
-
-
-def test_a_load_map_is_as_dark_as_the_load():
-    cells = re.findall(r'fill-opacity="([0-9.]+)"', load_map([[0.0, 1.5, 3.0, 9.0]], [1], "load"))
-    assert cells == ["0.000", "0.500", "1.000", "1.000"]

@@ -101,7 +101,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
         x_TD, weights_Tk, gate_up_EJD, down_EDI, gate_up_NJ, order_N, places_Tk = ctx.saved_tensors
         tokens_N = order_N // places_Tk.shape[1]
         weights_N1 = weights_Tk.flatten()[order_N, None]
@@ -114,7 +114,8 @@ class _Mixture(torch.autograd.Function):
         grad_h_NI = ctx.groups.rows(grad_y_ND, down_EDI)  # not yet weighted: ⟨dy, down h⟩ = ⟨downᵀ dy, h⟩ is dw
         grad_weights_Tk = (grad_h_NI * h_NI).sum(-1)[places_Tk]
         grad_h_NI *= weights_N1
-        grad_down_EDI = ctx.groups.outer(grad_y_ND, h_NI.mul_(weights_N1))
+        learned = ctx.needs_input_grad  # frozen experts cost no gradient
+        grad_down_EDI = ctx.groups.outer(grad_y_ND, h_NI.mul_(weights_N1)) if learned[3] else None
 
         grad_gate_up_NJ = torch.empty_like(gate_up_NJ)
         grad_gate_NI, grad_up_NI = grad_gate_up_NJ.chunk(2, dim=-1)
@@ -122,7 +123,7 @@ class _Mixture(torch.autograd.Function):
         # silu'(g) = σ(g) + silu(g) (1 − σ(g))
         slope_NI = torch.addcmul(gate_sigmoid_NI + silu_NI, silu_NI, gate_sigmoid_NI, value=-1)
         torch.mul(grad_h_NI.mul_(up_NI), slope_NI, out=grad_gate_NI)
-        grad_gate_up_EJD = ctx.groups.outer(grad_gate_up_NJ, x_TD[tokens_N])
+        grad_gate_up_EJD = ctx.groups.outer(grad_gate_up_NJ, x_TD[tokens_N]) if learned[2] else None
         grad_x_ND = ctx.groups.rows(grad_gate_up_NJ, gate_up_EJD)
         grad_x_TD = F.embedding_bag(places_Tk, grad_x_ND, mode="sum")
         return grad_x_TD, grad_weights_Tk, grad_gate_up_EJD, grad_down_EDI, None

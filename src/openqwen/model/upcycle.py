@@ -11,7 +11,9 @@ Not published, and chosen here:
   expert's weights in that matrix (after Drop-Upcycling, Nakamura et al. 2025). The router ~ N(0, initializer_range).
 - The shared expert is cut likewise, from copies of its own, so that it holds every channel where it is wide enough.
   None of it is drawn anew, and its gate starts at zero: σ = 1/2.
-- `keep_output` scales the shared expert's down projection so that it alone gives the parent's output (`_shared`).
+- `keep_output` scales the shared expert's down projection so that it alone gives the parent's output (`_shared`). Left
+  as they are, the shared expert gives half of it, and the routed ones next to nothing: small weights, not renormalised,
+  of slices a seventh as wide. With it, training goes on from the parent's loss (benchmarks/upcycle.py).
 
 Attention, norms, embeddings and head are taken over. Shapes: E experts, D width, I width of an expert, F of the dense
 network, S channels of a strip.
@@ -55,6 +57,11 @@ def default_width(dense: int) -> int:
     return max(1, round(dense * _PUBLISHED_SHARE / 16)) * 16
 
 
+def default_shared_width(dense: int) -> int:
+    """Width of the shared expert: eight experts' (20,480 for 18,944), and never less than the dense network's."""
+    return max(8 * default_width(dense), dense)
+
+
 def upcycled_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
     """The mixture's configuration; what the plan does not name is the dense network's."""
     if dense.num_experts:
@@ -75,7 +82,7 @@ def upcycled_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
         num_experts=plan.experts,
         num_experts_per_tok=plan.experts_per_token,
         moe_intermediate_size=width,
-        shared_expert_intermediate_size=plan.shared_width or plan.experts_per_token * width,
+        shared_expert_intermediate_size=plan.shared_width or default_shared_width(dense.intermediate_size),
     )
 
 

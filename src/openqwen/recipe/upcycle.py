@@ -24,7 +24,7 @@ class UpcycleConfig(BaseModel):
         None, gt=0, description="width of one routed expert; none: F × 2,560 / 18,944, a multiple of 16"
     )
     shared_width: int | None = Field(
-        None, gt=0, description="width of the shared expert; none: experts per token × expert width, about 1.1 F"
+        None, gt=0, description="width of the shared expert; none: eight such widths, and at least F"
     )
     reinit: float = Field(0.5, ge=0, le=1, description="share of each routed expert's channels drawn anew")
     keep_output: bool = Field(True, description="scale the shared expert so that it starts as the dense network")

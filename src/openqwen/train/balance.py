@@ -119,6 +119,8 @@ def balanced(loss: Callable[[Rows, Routing], Loss], micro: Balanced, balance: Ba
     plain = loss(micro.rows, routing)
     load = micro.load or Load.of(routing)
     share = micro_balance(routing) if balance == "micro" else global_balance(routing, load)
+    if plain.count != share.count:
+        raise ValueError(f"the balance is a mean over all {share.count} tokens, this loss one over {plain.count}")
     total = plain.sum + coefficient * share.sum if balance != "off" else plain.sum
     chosen = sum(float(p.detach().gather(1, c).sum()) for p, c in zip(routing.probabilities, routing.chosen))
     extras = {
