@@ -167,6 +167,14 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(lambda *x: attend(x[:3], *x[3:], 4), (*queries, k, v))
 
 
+def test_a_gradient_that_is_one_number_for_all():
+    queries = [torch.randn(20, 4, 8).requires_grad_() for _ in range(3)]
+    _, k, v = tensors(20, 4, 2, 8, seed=2, dtype=torch.float32)
+    found, wanted = (torch.autograd.grad(p(queries, k, v, 6).sum(), (*queries, k, v)) for p in PATHS)
+    for a, b in zip(found, wanted):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def detached_merge(queries, k, v, chunk_len):
     """The reference code's backward pass: parts merged with weights that carry no gradient."""
     n, group = len(k), queries[0].shape[1] // k.shape[1]
