@@ -3,7 +3,7 @@
 One document through `Packed`, rotation included, at Qwen2-0.5B's heads (14 query, 2 key/value, of 64), float32, one
 thread. Chunks of 1/4, 1/8 and 1/16 of the length. Three tables:
 
-    time      medians of alternating runs and the ratio to plain attention (PyTorch's fused causal attention)
+    time      processor seconds, medians of alternating runs; ratio to plain attention (PyTorch's fused causal one)
     memory    what one forward and backward pass adds to the peak of a fresh process
     gradient  error of the form whose merge weights carry no gradient (the reference code's) and of ours, float64
 """
