@@ -132,7 +132,8 @@ def test_dual_chunks_equal_the_dense_oracle(chunk_len, local_size, n, kv_heads, 
 
 
 @pytest.mark.parametrize("new", [1, 4, 11, 23, 40])
-def test_the_last_queries_alone_and_both_paths_agree_to_rounding(new):
+def test_the_last_queries_alone_and_both_paths_agree_to_rounding(new, monkeypatch):
+    monkeypatch.setattr("openqwen.model.dual_chunk._ROWS", 5)
     generator = torch.Generator().manual_seed(new)
     queries = [torch.randn(40, 6, 8, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
     _, k, v = tensors(40, 6, 2, 8, seed=1)
@@ -165,6 +166,14 @@ def test_gradients_by_finite_differences():
     queries = [torch.randn(11, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
     _, k, v = tensors(11, 2, 1, 4, seed=2)
     assert torch.autograd.gradcheck(lambda *x: attend(x[:3], *x[3:], 4), (*queries, k, v))
+
+
+def test_a_gradient_that_is_one_number_for_all():
+    queries = [torch.randn(20, 4, 8).requires_grad_() for _ in range(3)]
+    _, k, v = tensors(20, 4, 2, 8, seed=2, dtype=torch.float32)
+    found, wanted = (torch.autograd.grad(p(queries, k, v, 6).sum(), (*queries, k, v)) for p in PATHS)
+    for a, b in zip(found, wanted):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def detached_merge(queries, k, v, chunk_len):

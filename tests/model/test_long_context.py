@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from openqwen.model import DualChunk, LongContext, ModelConfig, Packed, Paged, Qwen2, Yarn, initialize
+from openqwen.model import DualChunk, LongContext, ModelConfig, Packed, Paged, Qwen2, Yarn, dual_chunk, initialize
 
 PLAIN = LongContext()
 YARN = LongContext(Yarn(4.0, 16))
@@ -140,8 +140,10 @@ def feed(model, tokens, lengths, calls, ways):
     return [torch.cat(g) for g in got]
 
 
+@pytest.mark.parametrize("path", [dual_chunk.fused, dual_chunk.plain])
 @pytest.mark.parametrize("own", ["plain", "both"])
-def test_paged_equals_packed_across_chunk_borders(own):
+def test_paged_equals_packed_across_chunk_borders(own, path, monkeypatch):
+    monkeypatch.setattr(dual_chunk, "fused", path)
     model = make(WAYS[own])
     lengths = [41, 9, 30, 28, 10]
     ways = [CHUNKS, CHUNKS, YARN, BOTH, None]

@@ -204,7 +204,8 @@ class Paged:
         size = cache.shape[3]
         self._written_T = (tables_BP.gather(1, self._at_BQ // size) * size + self._at_BQ % size)[self._real_BQ]
         self._rows_BQ = new_B1.cumsum(0) - new_B1 + torch.minimum(steps_1Q, new_B1 - 1)
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._all = tuple(range(len(self._new)))
+        self._grids: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
         """See `Attention.rotation`."""
@@ -217,28 +218,34 @@ class Paged:
         pages_PSKd.flatten(0, 1)[self._written_T] = rotate(k_TKd, *rotation.key)
         values_PSKd.flatten(0, 1)[self._written_T] = v_TKd
         if not rotation.chunk_lens:
-            return self._masked(near_THd, layer, list(range(len(self._new))))
+            return self._masked(near_THd, layer, self._all)
         outs = list(near_THd.split(self._new))
         for i, queries in _divided(q_THd, near_THd, rotation, self._new).items():
             pages = self._tables_BP[i, : self._pages(i)]
             k_mKd, v_mKd = (x[pages].flatten(0, 1)[: self._totals[i]] for x in (pages_PSKd, values_PSKd))
             outs[i] = dual_chunk.attend(queries, k_mKd, v_mKd, rotation.chunk_lens[i])
-        short = [i for i, chunk_len in enumerate(rotation.chunk_lens) if not chunk_len]
-        if short:
+        if short := tuple(i for i in self._all if not rotation.chunk_lens[i]):
             found = self._masked(near_THd, layer, short).split([self._new[i] for i in short])
             for i, out in zip(short, found, strict=True):
                 outs[i] = out
         return torch.cat(outs)
 
-    def _masked(self, q_THd: Tensor, layer: int, chosen: list[int]) -> Tensor:
+    def _masked(self, q_THd: Tensor, layer: int, chosen: tuple[int, ...]) -> Tensor:
         """The chosen sequences in one padded call; a mask says who sees whom."""
-        tables_BP = self._tables_BP[chosen, : max(self._pages(i) for i in chosen)]
-        mask_B1QL = self._masks.get(tuple(chosen))
-        if mask_B1QL is None:
-            keys_L = torch.arange(tables_BP.shape[1] * self.cache.shape[3], device=self.cache.device)
-            mask_B1QL = self._masks[tuple(chosen)] = (keys_L <= self._at_BQ[chosen][:, :, None])[:, None]
+        if chosen not in self._grids:
+            self._grids[chosen] = self._grid(list(chosen))
+        rows_BQ, real_BQ, tables_BP, mask_B1QL = self._grids[chosen]
         k_BLKd, v_BLKd = (x[tables_BP].flatten(1, 2) for x in (self.cache[0, layer], self.cache[1, layer]))
-        return _sdpa(q_THd[self._rows_BQ[chosen]], k_BLKd, v_BLKd, mask_B1QL)[self._real_BQ[chosen]]
+        return _sdpa(q_THd[rows_BQ], k_BLKd, v_BLKd, mask_B1QL)[real_BQ]
+
+    def _grid(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of the queries, which of them are real, pages, and who sees whom."""
+        tables_BP = self._tables_BP[chosen, : max(self._pages(i) for i in chosen)]
+        rows_BQ, real_BQ, at_BQ = (
+            x[chosen, : max(self._new[i] for i in chosen)] for x in (self._rows_BQ, self._real_BQ, self._at_BQ)
+        )
+        keys_L = torch.arange(tables_BP.shape[1] * self.cache.shape[3], device=self.cache.device)
+        return rows_BQ, real_BQ, tables_BP, (keys_L <= at_BQ[:, :, None])[:, None]
 
     def _pages(self, sequence: int) -> int:
         return -(-self._totals[sequence] // self.cache.shape[3])

@@ -9,7 +9,6 @@ G = H/K, d head width.
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,8 @@ from openqwen.model.long_context import DualChunk
 
 _FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
+_ROWS = 256  # queries whose scores `plain` holds at once
 
 Queries = tuple[Tensor, Tensor, Tensor]  # turned for the own chunk, for the one before, for all earlier; each [n, H, d]
 
@@ -44,25 +45,26 @@ def attend(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Te
 
 
 def plain(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:
-    """See `attend`: dense scores, one chunk of queries at a time, recomputed for the backward pass."""
+    """See `attend`: dense scores of a few queries at a time, recomputed for the backward pass."""
     total = len(k_mKd)
-    first = total - len(queries[0])
-    ends = [*range((first // chunk_len + 1) * chunk_len, total, chunk_len), total]
+    start = first = total - len(queries[0])
     outs = []
-    for start, end in pairwise([first, *ends]):
+    while start < total:
+        end = min(start + _ROWS, (start // chunk_len + 1) * chunk_len, total)
         some = [q_nHd[start - first : end - first] for q_nHd in queries]
         outs.append(
             checkpoint(
                 _dense, *some, k_mKd[:end], v_mKd[:end], chunk_len, use_reentrant=False, preserve_rng_state=False
             )
         )
+        start = end
     return torch.cat(outs)
 
 
 def _dense(
     intra_nHd: Tensor, successive_nHd: Tensor, inter_nHd: Tensor, k_mKd: Tensor, v_mKd: Tensor, s: int
 ) -> Tensor:
-    """Queries of one chunk, which end with the keys: [n, H, d]."""
+    """Queries of one chunk (of `s` tokens), which end with the keys: [n, H, d]."""
     n, m, kv_heads = len(intra_nHd), len(k_mKd), k_mKd.shape[1]
     own = (m - 1) // s * s
     before = max(own - s, 0)
