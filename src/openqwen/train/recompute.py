@@ -1,4 +1,4 @@
-"""Activations computed again in the backward pass instead of kept: less memory for more arithmetic, the same gradient."""
+"""Activations computed again in the backward pass, not kept: less memory for more arithmetic, the same gradient."""
 
 from functools import partial
 from typing import Any, Literal
