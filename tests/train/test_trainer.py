@@ -166,12 +166,12 @@ def test_an_error_of_the_writing_thread_reaches_the_user(tmp_path, monkeypatch):
 
 
 def test_a_state_of_several_files_resumes_to_the_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "_FILE_BYTES", 2_000)
+    monkeypatch.setattr(state, "_FILE_BYTES", 30_000)
     whole = trainer(tmp_path / "whole")
     whole.run()
     with pytest.raises(Stop):
         trainer(tmp_path / "cut", stop_at=6).run()
-    assert len(list((tmp_path / "cut" / "state-00000006").glob("*.safetensors"))) > 3
+    assert len(list((tmp_path / "cut" / "state-00000006").glob("*.safetensors"))) > 2
     resumed = trainer(tmp_path / "cut")
     resumed.run()
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
