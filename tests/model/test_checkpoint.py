@@ -103,6 +103,14 @@ def test_without_a_cast_the_file_is_used_and_never_written(folder, monkeypatch):
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
 
 
+def test_loading_draws_no_random_numbers(folder, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda *_: pytest.fail("a random number was drawn"))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda *_: pytest.fail("a random number was drawn"))
+    before = torch.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_cast_is_the_nearest_number(folder, dtype):
     exact = load_model(folder).state_dict()

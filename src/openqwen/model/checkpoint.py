@@ -11,7 +11,7 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Qwen2, Scorer
 from openqwen.model.gguf import read_gguf
 from openqwen.model.stored import Stored, stored_in_folder
-from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights
+from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 from openqwen.support.hub import local
@@ -63,7 +63,7 @@ def load_scorer(source: str | Path, dtype: str | None = "float32", device: str |
 def scorer_from(source: str | Path, generator: torch.Generator) -> Scorer:
     """A reward model that starts from a language model's decoder, with a fresh output row."""
     language_model = load_model(source)
-    with torch.device("meta"):
+    with without_memory():
         scorer = Scorer(language_model.config)
     scorer.model = language_model.model
     row = torch.empty(1, scorer.config.hidden_size)

@@ -3,13 +3,15 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from openqwen.model.stored import INDEX, PLAIN, WEIGHTS, Reader, Stored
 from openqwen.support.errors import OpenQwenError, disk_errors
@@ -84,7 +86,7 @@ def fill(
     On the CPU a tensor that needs no change is not copied: the network uses the file's pages, private to it once
     written. Raises OpenQwenError that counts and names missing, extra and mis-shaped tensors.
     """
-    with torch.device("meta"):
+    with without_memory():
         model = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in published_tensors(model)}
     _check(wanted, stored, where)
@@ -102,6 +104,25 @@ def fill(
             setattr(model.get_submodule(path), own, nn.Parameter(weight.detach()))
             advance(weight.numel())
     return model
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Networks that are built inside have shapes but no values, and cost nothing."""
+    with torch.device("meta"), _NoInitialization():
+        yield
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Random numbers that nobody will see are not drawn. On the meta device torch loads its compiler to draw them."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def _check(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: Path) -> None:
