@@ -47,7 +47,7 @@ def load_model(
 
     source: a Hugging Face folder of safetensors files, a .gguf file, or an id on the hub (`owner/name`,
     `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
-    or where the files mix several. Weights that need no cast are used from the file, not copied.
+    or where the files mix several. Half-precision weights that need no cast are used from the file, not copied.
     advance: called with the number of weights read since the last call. Raises OpenQwenError.
     """
     config, stored, where = _read(local(source))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from openqwen.model.stored import INDEX, PLAIN, WEIGHTS, Reader, Stored
+from openqwen.model.stored import INDEX, PLAIN, WEIGHTS, Reader, Stored, usable_in_place
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import write_text
 
@@ -83,7 +83,7 @@ def fill(
     """Build a network without memory of its own and give it the stored tensors.
 
     dtype: of the weights; None keeps the files' own where they agree on one, else takes float32, which holds them all.
-    On the CPU a tensor that needs no change is not copied: the network uses the file's pages, private to it once
+    On the CPU a tensor that is `usable_in_place` is not copied: the network uses the file's pages, private to it once
     written. Raises OpenQwenError that counts and names missing, extra and mis-shaped tensors.
     """
     with without_memory():
@@ -94,7 +94,7 @@ def fill(
     with Reader() as reader:
         for name, parameter in list(model.named_parameters()):
             whole = stored.get(name)
-            if whole and PLAIN.get(whole.type) == to and whole.offset % to.itemsize == 0 and str(device) == "cpu":
+            if whole and usable_in_place(whole, to) and str(device) == "cpu":
                 weight = reader.mapped(whole)
             else:
                 weight = torch.empty_like(parameter, dtype=to, device=device)
