@@ -29,7 +29,7 @@ def peer(path: str, job: str) -> None:
     from llama_cpp import Llama
 
     work = json.loads(job)
-    llama = Llama(path, n_ctx=1024, n_threads=work["threads"], verbose=False)
+    llama = Llama(path, n_ctx=1024, n_threads=work["threads"], type_k=0, type_v=0, verbose=False)  # 0: float32
     answers = []
     for text in work["texts"]:
         prompt = llama.tokenize(text.encode(), add_bos=False, special=True)

@@ -124,13 +124,21 @@ def round_trip() -> None:
             )
 
 
+def peak_memory() -> int:
+    """The most bytes that this process had in memory (of Linux its own, whereas ru_maxrss begins at the parent's)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def measure(load: Callable[[], Any], prefill: Callable[..., Any], decode: Callable[..., int]) -> None:
     """Times in this process, and the most memory it ever had, as one line of JSON."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     start = time.perf_counter()
     model = load()
     loaded = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_memory()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     prefill(model)  # a first run reads pages and warms up
     start = time.perf_counter()
@@ -139,8 +147,7 @@ def measure(load: Callable[[], Any], prefill: Callable[..., Any], decode: Callab
     start = time.perf_counter()
     made = decode(model)
     rate = made / (time.perf_counter() - start)
-    scale = 1024 if sys.platform == "linux" else 1
-    ratio = (peak - before) * scale / weights
+    ratio = (peak - before) / weights
     print(
         json.dumps({"load s": loaded, "memory / weights": ratio, "prefill tok/s": PREFILL / read, "decode tok/s": rate})
     )

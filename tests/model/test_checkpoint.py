@@ -1,6 +1,7 @@
 """Checkpoints: the same bytes out as in, little memory, consistent stop tokens; what is wrong is named."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,15 +93,34 @@ def test_saving_what_was_loaded_gives_the_same_bytes_even_in_its_own_place(folde
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_without_a_cast_the_file_is_used_and_never_written(folder, monkeypatch):
+def test_half_precision_is_used_from_the_file_which_is_never_written(folder, monkeypatch):
+    save_weights(load_model(folder, "bfloat16"), folder)
     before = (folder / "model.safetensors").read_bytes()
     monkeypatch.setattr(Reader, "copy", lambda *_: pytest.fail("a tensor was copied"))
-    model = load_model(folder)
+    model = load_model(folder, dtype=None)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
     assert (folder / "model.safetensors").read_bytes() == before
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+
+
+def test_answers_depend_on_the_weights_alone(folder):
+    """Not on where in memory they are: MKL's float32 product with one vector rounds by the alignment of the matrix."""
+    mapped = load_model(folder)
+    built = Qwen2(mapped.config)
+    built.load_state_dict(mapped.state_dict())
+    one = torch.tensor([7])
+    logits = [m.logits(m(one, torch.tensor([0]), Packed.from_lengths([1]))) for m in (mapped, built)]
+    assert torch.equal(*logits)
+
+
+def test_loading_draws_no_random_numbers(folder, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda *_: pytest.fail("a random number was drawn"))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda *_: pytest.fail("a random number was drawn"))
+    before = torch.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -148,6 +168,9 @@ def test_stop_tokens_stay_what_they_were_until_the_model_learns_to_chat(tmp_path
     (folder / "generation_config.json").write_text('{"eos_token_id": 60, "max_new_tokens": 2048}')
     config, generation = saved(tmp_path / "kept", load_model(folder))
     assert (config["eos_token_id"], generation) == (60, {"eos_token_id": 60, "max_new_tokens": 2048})
+    (folder / "config.json").write_text(json.dumps(base | {"eos_token_id": [60, 61]}))
+    config, _ = saved(tmp_path / "two", load_model(folder))
+    assert config["eos_token_id"] == [60, 61]
     config, generation = saved(tmp_path / "chat", load_model(folder), chat=True)
     assert (config["eos_token_id"], generation) == (61, both | {"max_new_tokens": 2048})
 
@@ -288,6 +311,25 @@ def test_a_missing_shard_is_named(folder):
     gone.unlink()
     with pytest.raises(OpenQwenError, match=f"1 of .* files that the index names are missing, first '{gone.name}'"):
         load_model(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../secret.safetensors"}}')
+    with pytest.raises(OpenQwenError, match=r"first '\.\./\.\./secret"):
+        load_model(folder)
+    for broken in ("[]", "{}", '{"weight_map": {"x": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(broken)
+        with pytest.raises(OpenQwenError, match="no 'weight_map'"):
+            load_model(folder)
+
+
+def test_a_hub_id_is_a_source(folder, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--Qwen--Tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert load_model("Qwen/Tiny").config == load_model(folder).config
+    with pytest.raises(OpenQwenError, match="no path 'Qwen/Other'"):
+        load_model("Qwen/Other")
 
 
 def test_an_absurd_number_of_layers_is_refused(folder):

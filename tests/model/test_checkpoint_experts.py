@@ -1,4 +1,4 @@
-"""Checkpoints of mixtures: folders and GGUF files with the experts one by one, as transformers and llama.cpp have them."""
+"""Checkpoints of mixtures: folders and GGUF files with the experts as transformers and llama.cpp name them."""
 
 import json
 
@@ -36,6 +36,8 @@ def reference(folder, dtype=torch.float32, **changes):
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 64,
+        "bos_token_id": 60,
+        "eos_token_id": 61,
     }
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes | changes)).to(dtype)
     model.save_pretrained(folder)

@@ -135,6 +135,17 @@ def test_flags_that_do_not_fit_are_refused(capsys, folder, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_weights_that_a_dtype_cannot_hold_leave_no_target(capsys, tmp_path):
+    model = network()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6
+    save_checkpoint(model, tokenizer(), tmp_path / "a")
+    status, said = run(capsys, tmp_path / "a", tmp_path / "b", "--dtype", "float16")
+    assert (status, "'model.layers.1.mlp.up_proj.weight' has weights" in said) == (1, True)
+    status, said = run(capsys, tmp_path / "a", tmp_path / "b.gguf", "--type", "f16")
+    assert (status, "'blk.1.ffn_up.weight' has weights" in said) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused():
     with pytest.raises(OpenQwenError, match="280 tokens, the network only 270"):
         gguf_metadata(tokenizer(), 270, 0)

@@ -11,7 +11,7 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Qwen2, Scorer
 from openqwen.model.gguf import read_gguf
 from openqwen.model.stored import Stored, stored_in_folder
-from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights
+from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 from openqwen.support.hub import local
@@ -47,7 +47,7 @@ def load_model(
 
     source: a Hugging Face folder of safetensors files, a .gguf file, or an id on the hub (`owner/name`,
     `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
-    or where the files mix several. Weights that need no cast are used from the file, not copied.
+    or where the files mix several. Half-precision weights that need no cast are used from the file, not copied.
     advance: called with the number of weights read since the last call. Raises OpenQwenError.
     """
     config, stored, where = _read(local(source))
@@ -63,7 +63,7 @@ def load_scorer(source: str | Path, dtype: str | None = "float32", device: str |
 def scorer_from(source: str | Path, generator: torch.Generator) -> Scorer:
     """A reward model that starts from a language model's decoder, with a fresh output row."""
     language_model = load_model(source)
-    with torch.device("meta"):
+    with without_memory():
         scorer = Scorer(language_model.config)
     scorer.model = language_model.model
     row = torch.empty(1, scorer.config.hidden_size)

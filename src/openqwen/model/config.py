@@ -107,7 +107,8 @@ class ModelConfig:
             names -= _EXPERT_FIELDS
         chosen = {k: v for k, v in values.items() if k in names and v is not None}
         chosen["rope_theta"] = rope.get("rope_theta", chosen.get("rope_theta", cls.rope_theta))
-        if isinstance(chosen.get("eos_token_id"), list):
+        several = isinstance(chosen.get("eos_token_id"), list)  # kept in `other`
+        if several:
             chosen["eos_token_id"] = chosen["eos_token_id"][0]
         if "mlp_only_layers" in chosen:
             chosen["mlp_only_layers"] = tuple(chosen["mlp_only_layers"])
@@ -117,7 +118,7 @@ class ModelConfig:
             **chosen,
             yarn=Yarn.from_json(rope, chosen.get("max_position_embeddings", cls.max_position_embeddings), where),
             dual_chunk=DualChunk.from_json(chunks) if chunks else None,
-            other={k: v for k, v in values.items() if k not in names},
+            other={k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")},
         )
 
     def to_json(self, head: str = "ForCausalLM", dtype: str = "float32") -> dict[str, Any]:
@@ -128,6 +129,7 @@ class ModelConfig:
         """
         skipped = _NOT_IN_FILE if self.num_experts else _NOT_IN_FILE | _EXPERT_FIELDS
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
+        own["eos_token_id"] = self.other.get("eos_token_id", self.eos_token_id)
         if self.num_experts:
             own["mlp_only_layers"] = list(self.mlp_only_layers)
         kind = {

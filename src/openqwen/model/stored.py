@@ -42,6 +42,16 @@ class Stored:
         return replace(self, shape=shape, offset=self.offset + first * row, size=row * (1 if rows is None else rows))
 
 
+def usable_in_place(stored: Stored, dtype: torch.dtype) -> bool:
+    """Whether the bytes in the file can be a network's memory as they are.
+
+    MKL's float32 matrix-vector product rounds differently where the matrix does not begin at a multiple of 64 bytes,
+    as most do in a file. Answers must depend on the weights alone, so such a matrix is copied. Half precision has no
+    such trait.
+    """
+    return PLAIN.get(stored.type) == dtype and stored.offset % (64 if dtype == torch.float32 else dtype.itemsize) == 0
+
+
 class Reader:
     """Reads stored tensors. The files stay open inside the `with`; a tensor that was mapped stays valid after it."""
 
@@ -105,7 +115,7 @@ def stored_in_folder(folder: Path) -> dict[str, Stored]:
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files; nothing else is read, a pickle least of all."""
     if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+        names = _indexed(folder / INDEX)
         if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
             raise OpenQwenError(
                 f"{len(missing)} of {len(names)} files that the index names are missing, first '{missing[0]}'.",
@@ -124,6 +134,15 @@ def _weight_files(folder: Path) -> list[Path]:
             ".save_pretrained(new_folder) writes safetensors",
         )
     raise OpenQwenError(f"There are no weights here: neither {WEIGHTS} nor {INDEX}.", where=folder)
+
+
+def _indexed(path: Path) -> list[str]:
+    """The names of the files in an index."""
+    index = read_json(path)
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise OpenQwenError("This index has no 'weight_map' of tensors to files.", where=path, do="fetch it again")
+    return sorted(set(places.values()))
 
 
 def _directory(path: Path) -> dict[str, Stored]:

@@ -3,15 +3,17 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from openqwen.model.stored import INDEX, PLAIN, WEIGHTS, Reader, Stored
+from openqwen.model.stored import INDEX, PLAIN, WEIGHTS, Reader, Stored, usable_in_place
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import write_text
 
@@ -81,10 +83,10 @@ def fill(
     """Build a network without memory of its own and give it the stored tensors.
 
     dtype: of the weights; None keeps the files' own where they agree on one, else takes float32, which holds them all.
-    On the CPU a tensor that needs no change is not copied: the network uses the file's pages, private to it once
+    On the CPU a tensor that is `usable_in_place` is not copied: the network uses the file's pages, private to it once
     written. Raises OpenQwenError that counts and names missing, extra and mis-shaped tensors.
     """
-    with torch.device("meta"):
+    with without_memory():
         model = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in published_tensors(model)}
     _check(wanted, stored, where)
@@ -92,7 +94,7 @@ def fill(
     with Reader() as reader:
         for name, parameter in list(model.named_parameters()):
             whole = stored.get(name)
-            if whole and PLAIN.get(whole.type) == to and whole.offset % to.itemsize == 0 and str(device) == "cpu":
+            if whole and usable_in_place(whole, to) and str(device) == "cpu":
                 weight = reader.mapped(whole)
             else:
                 weight = torch.empty_like(parameter, dtype=to, device=device)
@@ -102,6 +104,25 @@ def fill(
             setattr(model.get_submodule(path), own, nn.Parameter(weight.detach()))
             advance(weight.numel())
     return model
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Networks that are built inside have shapes but no values, and cost nothing."""
+    with torch.device("meta"), _NoInitialization():
+        yield
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Random numbers that nobody will see are not drawn. On the meta device torch loads its compiler to draw them."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def _check(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: Path) -> None:

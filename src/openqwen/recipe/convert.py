@@ -1,5 +1,6 @@
 """`openqwen convert SOURCE TARGET`: a checkpoint in another form, and what that form cannot hold."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -90,12 +91,15 @@ def _write_gguf(
 
 def _write_folder(model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Callable[[int], None]) -> None:
     aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("aside", "old"))
-    save_checkpoint(model, tokenizer, fresh_folder(aside), advance=advance)
-    if target.exists():
+    try:
+        save_checkpoint(model, tokenizer, fresh_folder(aside), advance=advance)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
+        replace_folder(aside, target)
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-    replace_folder(aside, target)
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
@@ -103,9 +107,14 @@ def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
     rounded = []
     for name, parameter in model.named_parameters():
         real, parameter.data = parameter.data, parameter.data.to(dtype)
-        error = (parameter.detach().double() - real.double()).norm() / real.double().norm()
-        if error > 0:
-            rounded.append(Rounded(name, str(dtype).removeprefix("torch."), float(error)))
+        wrong = total = 0.0
+        for before, after in zip(real.flatten().split(2**20), parameter.detach().flatten().split(2**20)):
+            wrong += float((after.double() - before.double()).square().sum())
+            total += float(before.double().square().sum())
+        if not math.isfinite(wrong):
+            raise OpenQwenError(f"'{name}' has weights that {dtype} cannot hold.", do="choose float32 or bfloat16")
+        if wrong:
+            rounded.append(Rounded(name, str(dtype).removeprefix("torch."), math.sqrt(wrong / total)))
     return rounded
 
 
