@@ -275,6 +275,7 @@ def test_native_code_is_one_build_for_all(monkeypatch, tmp_path):
     """Built once into the cache, found there again, off when told so, and absent with one warning."""
     source = tmp_path / "seven.cpp"
     source.write_text('extern "C" int seven() { return 7; }')
+    monkeypatch.delenv("OPENQWEN_NATIVE", raising=False)
     monkeypatch.setenv("OPENQWEN_CACHE", str(tmp_path / "cache"))
     if native.load("seven", [source]) is None:
         pytest.skip("there is no C++ compiler here")
@@ -298,6 +299,7 @@ def test_native_code_is_one_build_for_all(monkeypatch, tmp_path):
 def test_without_a_library_the_reason_is_logged_once(monkeypatch, tmp_path, caplog, source, compiler, complaint):
     path = tmp_path / "broken.cpp"
     path.write_text(source)
+    monkeypatch.delenv("OPENQWEN_NATIVE", raising=False)
     monkeypatch.setenv("OPENQWEN_CACHE", str(tmp_path))
     if compiler:
         monkeypatch.setenv("CXX", compiler)

@@ -40,7 +40,7 @@ def _load(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> ctype
     except _UnavailableError as error:
         reason = str(error)
     except OSError as error:
-        reason = f"the cache cannot be used ({error}); OPENQWEN_CACHE names another folder"
+        reason = f"{error} (OPENQWEN_CACHE names another folder for what is built)"
     _log.warning("The compiled %s is not used, plain Python is: %s.", name, reason)
     return None
 

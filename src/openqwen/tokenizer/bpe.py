@@ -60,7 +60,7 @@ class BytePairEncoder:
         """Ids of normalised text."""
         return list(chain.from_iterable(map(self._cache.__getitem__, split_words(text))))
 
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32 and int64.
 
         Python's lock lets one thread work at a time, so there is only one.

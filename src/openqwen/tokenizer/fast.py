@@ -103,7 +103,7 @@ class NativeEncoder:
         self._idle.append(context)
         return found
 
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> tuple[Ids, np.ndarray]:
+    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[Ids, np.ndarray]:
         """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32 and int64."""
         threads = threads or cores()
         if threads == 1:

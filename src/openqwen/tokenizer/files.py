@@ -229,10 +229,12 @@ def checked_vocabulary(vocab: Mapping[str, int], pairs: Iterable[Sequence[str]])
         raise DamagedError(f"the character {error} in the vocabulary stands for no byte") from None
     if missing := set(BYTES_IN_ID_ORDER) - set(vocabulary):
         raise DamagedError(f"the vocabulary lacks {len(missing)} of the 256 bytes")
+    if b"" in vocabulary:
+        raise DamagedError("a token of the vocabulary is empty")
     merges = []
     for number, merge in enumerate(pairs):
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2 or any(part not in vocab for part in (*parts, "".join(parts))):
+        if len(parts) != 2 or parts[0] not in vocab or parts[1] not in vocab or parts[0] + parts[1] not in vocab:
             raise DamagedError(f"merge {number}, {merge!r}, does not make a token of two tokens of the vocabulary")
         merges.append((vocab[parts[0]], vocab[parts[1]]))
     return vocabulary, merges

@@ -15,6 +15,7 @@ from openqwen.tokenizer import chat
 from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, TURN_START, ControlToken
 from openqwen.tokenizer.fast import best_encoder
 from openqwen.tokenizer.files import Parts, write_tokenizer
+from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 from openqwen.tokenizer.sources import parts_from_gguf, read_source
 from openqwen.tokenizer.template import Message, render
 from openqwen.tokenizer.unicode import normalize
@@ -40,6 +41,8 @@ class Tokenizer:
         self.vocabulary, self.merges, self.control = list(vocabulary), list(merges), tuple(control)
         self.template, self._settings, self._template_apart = template, dict(settings or {}), template_apart
         ids = {token: i for i, token in enumerate(self.vocabulary)}
+        if missing := set(BYTES_IN_ID_ORDER) - ids.keys():
+            raise OpenQwenError(f"This vocabulary lacks {len(missing)} of the 256 bytes.", do="add them as tokens")
         triples = [(a, b, ids[self.vocabulary[a] + self.vocabulary[b]]) for a, b in self.merges]
         self._encoder = best_encoder(self.vocabulary, triples)
         self.control_ids = {token.content: len(self.vocabulary) + i for i, token in enumerate(self.control)}
@@ -85,12 +88,12 @@ class Tokenizer:
             ids += self._encoder.encode(normalize(piece)) if control_id is None else [control_id]
         return ids
 
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets) of many texts: text i is ids[offsets[i]:offsets[i + 1]]; uint32 [T] and int64 [texts + 1].
 
         As `encode` would, with control tokens kept as text. threads: the machine's cores unless told otherwise.
         """
-        return self._encoder.encode_batch([normalize(text) for text in texts], threads)
+        return self._encoder.encode_batch(map(normalize, texts), threads)
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing.
@@ -98,7 +101,8 @@ class Tokenizer:
         skip_control leaves out the special control tokens; those of tool calls and code stay, as in transformers.
         """
         hidden = self._hidden if skip_control else ()
-        return b"".join(self.token_bytes(i) for i in ids if i not in hidden).decode(errors="replace")
+        table, size = self._bytes, len(self._bytes)
+        return b"".join([table[i] for i in ids if 0 <= i < size and i not in hidden]).decode(errors="replace")
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one token; none for an id without a token (a model's padding rows)."""

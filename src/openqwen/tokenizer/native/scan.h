@@ -9,6 +9,8 @@
 
 namespace openqwen {
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are read as numbers whose first byte is the lowest");
+
 using Byte = uint8_t;
 
 enum Class : Byte { kOther = 0, kLetter = 1, kNumber = 2, kSpace = 3, kNewline = 4 };
@@ -66,9 +68,7 @@ class Scanner {
   // \p{L}*
   const Byte* letters(const Byte* p, const Byte* end) const {
     for (;;) {
-      // Eight bytes at a time: how many of them, from the first, are ASCII letters? Valid in either byte order's
-      // little form only, so other machines take the loop below alone.
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+      // Eight bytes at a time: how many of them, from the first, are ASCII letters?
       while (end - p >= 8) {
         constexpr uint64_t kOnes = 0x0101010101010101, kHigh = 0x80 * kOnes;
         uint64_t bytes;
@@ -82,7 +82,6 @@ class Scanner {
         }
         p += 8;
       }
-#endif
       for (;;) {
         if (p == end) return p;
         const Byte* after = p;
