@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from openqwen.model import Packed
+from openqwen.model.attention import Attention
 
 # Token ids, and for each whether it is to be learned.
 Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
@@ -23,7 +24,7 @@ class Rows:
 
     tokens: Tensor
     positions: Tensor
-    attention: Packed
+    attention: Attention
     learned: Tensor
     targets: Tensor
     counts: list[int]

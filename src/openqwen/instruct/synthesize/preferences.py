@@ -129,12 +129,21 @@ def make_pairs(
     return [
         {
             "prompt": task.prompt,
-            "chosen": [{"role": "assistant", "content": right[i % len(right)]}],
+            "chosen": [{"role": "assistant", "content": _nearest(text, right)}],
             "rejected": [{"role": "assistant", "content": text}],
             "origin": origin | ({"temperature": drawn[text]} if text in drawn else {}),
         }
-        for i, text in enumerate(_spread(wrong, count))
+        for text in _spread(wrong, count)
     ]
+
+
+def _nearest(wrong: str, right: Sequence[str]) -> str:
+    """The right answer that shares the longest beginning with a wrong one: there the error stands out."""
+
+    def shared(text: str) -> int:
+        return next((n for n, (a, b) in enumerate(zip(text, wrong)) if a != b), min(len(text), len(wrong)))
+
+    return max(right, key=shared)
 
 
 def _spread(texts: list[str], count: int) -> list[str]:
