@@ -166,12 +166,6 @@ def test_same_seed_same_tasks():
     assert key(generate_tasks(rng(seed=1), 300)) != key(generate_tasks(rng(seed=2), 300))
 
 
-def test_excluded_prompts_do_not_come_back():
-    first = generate_tasks(rng("one"), 800)
-    second = generate_tasks(rng("one"), 800, exclude={task.question for task in first})
-    assert not {t.question for t in first} & {t.question for t in second}
-
-
 def test_there_are_enough_prompts_for_the_recipe():
     tasks = generate_tasks(rng("plenty"), 34_000)
     counts = Counter(task.task for task in tasks)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openqwen.model import ModelConfig, Packed
+from openqwen.model import Attention, ModelConfig, Packed
 
 # Token ids, and for each whether it is to be learned.
 Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
@@ -23,7 +23,7 @@ class Rows:
 
     tokens: Tensor
     positions: Tensor
-    attention: Packed
+    attention: Attention
     learned: Tensor
     targets: Tensor
     counts: list[int]
@@ -48,8 +48,7 @@ class Rows:
 
     def flops(self, config: ModelConfig) -> float:
         """Floating-point operations of a language model's forward and backward pass over these rows."""
-        seen = sum(n * (n + 1) / 2 for n in self.attention.lengths)
-        return config.flops(len(self.tokens), len(self.targets), seen)
+        return config.flops(len(self.tokens), len(self.targets), seen=float((self.positions + 1).sum()))
 
 
 def cut_to_budget(sizes: Sequence[int], budget: int) -> Iterator[slice]:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from openqwen.engine import Engine, Output
 from openqwen.instruct.synthesize.rejection import sample_answers
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
-from openqwen.support.files import read_jsonl, write_json, write_jsonl
+from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
 
 _EXAMPLES = 8  # pairs in the report
@@ -25,7 +25,7 @@ class PreferConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: int = Field(2_000, ge=1, description="fresh prompts that the SFT model answers")
+    prompts: int = Field(2_000, ge=1, description="prompts that the SFT model answers")
     heldout_prompts: int = Field(
         400, ge=1, description="prompts of the development split, and as many of the test split, for pair accuracy"
     )
@@ -40,15 +40,16 @@ class PreferConfig(BaseModel):
 
 
 def build_preferences(
-    config: PreferConfig, instruct: Path, engine: Engine, seed: int, folder: Path, model: str | None = None
+    config: PreferConfig, engine: Engine, seed: int, folder: Path, model: str | None = None
 ) -> dict[str, float]:
     """Write preferences.jsonl, heldout.jsonl, test.jsonl and prefer.json into `folder`; returns flat metrics.
 
-    instruct: the instruct artifact, whose prompts are not used again. engine: the SFT model. model: its name.
+    engine: the SFT model. model: its name. Prompts are of the train split, all kinds equally often. Most are new to the
+    model; of the kinds with few questions it has seen most in SFT, and without them it would unlearn those kinds.
     """
     rng = Generators(seed)["prefer-tasks"]
     groups = {
-        "preferences": generate_tasks(rng, config.prompts, exclude=_used_questions(instruct)),
+        "preferences": generate_tasks(rng, config.prompts),
         "heldout": generate_tasks(rng, config.heldout_prompts, split="heldout"),
         "test": generate_tasks(rng, config.heldout_prompts, split="test"),
     }
@@ -94,12 +95,6 @@ def _summary(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) ->
     }
 
 
-def _used_questions(instruct: Path) -> set[str]:
-    demonstrations = (r["messages"] for r in read_jsonl(instruct / "demonstrations.jsonl"))
-    prompts = (r["prompt"] for r in read_jsonl(instruct / "prompts.jsonl"))
-    return {m["content"] for messages in (*demonstrations, *prompts) for m in messages if m["role"] == "user"}
-
-
 def make_pairs(
     task: Task, outputs: Sequence[Output], config: PreferConfig, seed: int, model: str | None = None
 ) -> list[dict[str, Any]]:
@@ -129,12 +124,21 @@ def make_pairs(
     return [
         {
             "prompt": task.prompt,
-            "chosen": [{"role": "assistant", "content": right[i % len(right)]}],
+            "chosen": [{"role": "assistant", "content": _nearest(text, right)}],
             "rejected": [{"role": "assistant", "content": text}],
             "origin": origin | ({"temperature": drawn[text]} if text in drawn else {}),
         }
-        for i, text in enumerate(_spread(wrong, count))
+        for text in _spread(wrong, count)
     ]
+
+
+def _nearest(wrong: str, right: Sequence[str]) -> str:
+    """The right answer that shares the longest beginning with a wrong one: there the error stands out."""
+
+    def shared(text: str) -> int:
+        return next((n for n, (a, b) in enumerate(zip(text, wrong)) if a != b), min(len(text), len(wrong)))
+
+    return max(right, key=shared)
 
 
 def _spread(texts: list[str], count: int) -> list[str]:

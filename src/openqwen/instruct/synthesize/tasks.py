@@ -89,17 +89,15 @@ def generate_tasks(
     rng: Generator,
     n: int,
     split: str = "train",
-    exclude: Collection[str] = frozenset(),
     kinds: Collection[str] | None = None,
 ) -> list[Task]:
     """`n` tasks of one split with different prompts, all kinds (or those named) equally often, in random order.
 
-    exclude: questions that must not come back. A kind with no new prompts left leaves its share to the others;
-    OpenQwenError when all are used up.
+    A kind with no new prompts left leaves its share to the others; OpenQwenError when all are used up.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
-    seen = set(exclude)
+    seen: set[str] = set()
     open_kinds = [KINDS[name] for name in (KINDS if kinds is None else kinds)]
     tasks: list[Task] = []
     while len(tasks) < n:
