@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from openqwen.recipe import together
 from openqwen.support.errors import OpenQwenError, suggestion
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         with _bugs_written_to(Path(tempfile.gettempdir())):
+            if together.many():
+                return together.lead_or_follow(lambda: _dispatch(arguments))
             return _dispatch(arguments)
     except OpenQwenError as error:
         return _fail(str(error))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from openqwen.model import ModelConfig, Qwen2, initialize, load_model, save_checkpoint
+from openqwen.model import ModelConfig, Qwen2, initialize, load_model
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.files import write_json
@@ -202,7 +202,7 @@ def pretrain(
         generators=generators,
     )
     metrics = trainer.run()
-    save_checkpoint(model, tokenizer, output)
+    trainer.save_checkpoint(tokenizer)
     if sparse:
         load = measure_load(model, [micro.rows for micro in batch(pieces.steps - 1)])
         write_json(output / EXPERTS, load_record(model, load))

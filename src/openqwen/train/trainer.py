@@ -18,13 +18,14 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
+from openqwen.model import Qwen2, Scorer, save_checkpoint
 from openqwen.support.device import peak_flops, peak_memory
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
+from openqwen.tokenizer import Tokenizer
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.parallel import World, join, whole_tensor
@@ -66,7 +67,7 @@ class Trainer(Generic[Micro]):
     """
 
     label: str
-    model: nn.Module
+    model: Qwen2 | Scorer
     batch: Callable[[int], Sequence[Micro]]
     loss: Callable[[Micro], Loss]
     tokens: Callable[[Micro], int]
@@ -82,7 +83,7 @@ class Trainer(Generic[Micro]):
     world: World = field(default_factory=join)
 
     def __post_init__(self) -> None:
-        self.whole: Callable[[], nn.Module] = lambda: self.model  # after `run`: the whole network, to be saved
+        self.whole: Callable[[], Qwen2 | Scorer] = lambda: self.model  # after `run`: all of it, to be saved
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
@@ -117,6 +118,12 @@ class Trainer(Generic[Micro]):
             self.output.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
         return _summary(metrics)
+
+    def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
+        """Write the trained network to `output`, whole, by rank 0; all ranks must call this. See `model`'s own."""
+        whole = self.whole()
+        if self.world.main:
+            save_checkpoint(whole, tokenizer, self.output, chat=chat)
 
     def _step(
         self, step: int, movers: Sequence[torch.optim.Optimizer], earlier: Sequence[dict[str, float]]
