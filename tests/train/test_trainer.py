@@ -16,11 +16,11 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.train import state
 from openqwen.train.losses import Loss, next_token
-from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
+from openqwen.train.optimizer import BadStepConfig, OptimizerConfig, learning_rate, optimizers
 from openqwen.train.order import Epochs
 from openqwen.train.pretrain import DataConfig, Pieces
 from openqwen.train.rows import Rows
-from openqwen.train.trainer import BadStepConfig, SaveConfig, Trainer
+from openqwen.train.trainer import SaveConfig, Trainer
 
 
 class Stop(Exception):
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path)
 
 def test_a_bad_step_is_left_out_and_logged(tmp_path, capsys):
     one = poisoned(trainer(tmp_path), {3, 7})
-    one.bad = BadStepConfig(action="skip")
+    one.optimizer.bad = BadStepConfig(action="skip")
     summary = one.run()
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if e.get("skipped")] == [3, 7]
@@ -129,7 +129,7 @@ def test_a_bad_step_is_left_out_and_logged(tmp_path, capsys):
 
 def test_skipping_gives_up_when_every_step_is_bad(tmp_path):
     one = poisoned(trainer(tmp_path), set(range(2, 12)))
-    one.bad = BadStepConfig(action="skip", patience=4)
+    one.optimizer.bad = BadStepConfig(action="skip", patience=4)
     with pytest.raises(OpenQwenError, match="step 5 of test"):
         one.run()
 
@@ -137,7 +137,7 @@ def test_skipping_gives_up_when_every_step_is_bad(tmp_path):
 def test_a_spike_is_a_gradient_far_above_the_usual(tmp_path, monkeypatch):
     monkeypatch.setattr("openqwen.train.trainer._USUAL", 5)
     one = poisoned(trainer(tmp_path), {8}, factor=1e4)
-    one.bad = BadStepConfig(action="skip", spike=10.0)
+    one.optimizer.bad = BadStepConfig(action="skip", spike=10.0)
     one.run()
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if e.get("skipped")] == [8]

@@ -28,7 +28,7 @@ class LoraConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rank: int = Field(16, ge=1, description="rank of the update of each matrix")
+    rank: int = Field(16, ge=0, description="rank of the update of each matrix")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     targets: list[str] = Field(_TARGETS, min_length=1, description="names of the linear layers that get an adapter")
     dora: bool = Field(False, description="DoRA: learn the length of each row of a matrix apart from its direction")

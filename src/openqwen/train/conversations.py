@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from openqwen.tokenizer import Tokenizer
 from openqwen.train.rows import Sample
 
 Messages = list[dict[str, Any]]
+TooLong = Literal["leave out", "truncate", "refuse"]
 
 
 def _ending(ids: Sequence[int], mask: Sequence[int]) -> int:
@@ -113,6 +114,24 @@ def pair_numbers(groups: Sequence[Compared]) -> Tensor:
     """Numbers of the chosen and the rejected answer of every pair, counted over all groups: [pairs, 2]."""
     starts = accumulate((len(group.answers) for group in groups), initial=0)
     return torch.tensor([(start + c, start + r) for start, group in zip(starts, groups) for c, r in group.pairs])
+
+
+def fit(sample: Sample, limit: int, too_long: TooLong, where: str) -> Sample | None:
+    """The sample where it has at most `limit` tokens; else what is chosen: None, its first turns that fit, an error.
+
+    A truncated conversation ends with an assistant's turn; where not even the first fits, it is left out.
+    """
+    ids, mask = sample
+    if len(ids) <= limit or too_long == "leave out":
+        return sample if len(ids) <= limit else None
+    if too_long == "refuse":
+        raise OpenQwenError(
+            f"This conversation has {len(ids)} tokens, and {limit} fit.",
+            where=where,
+            do="raise max_length, or shorten it",
+        )
+    end = next((e for e in range(limit, 0, -1) if mask[e - 1] and not mask[e]), 0)
+    return (ids[:end], mask[:end]) if end else None
 
 
 def fitting(samples: list[Any], lengths: list[int], limit: int, where: str) -> list[Any]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openqwen.model import Qwen2, load_model, save_checkpoint
+from openqwen.model import Qwen2, load_model
 from openqwen.support.device import best_device
 from openqwen.support.errors import disk_errors
 from openqwen.support.files import read_jsonl
@@ -23,6 +23,7 @@ from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
+from openqwen.train.parallel import join
 from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import SaveConfig, Trainer
 
@@ -124,7 +125,7 @@ def dpo(
         parts = [numbers[cut] for cut in cuts]
         return [Pairs.of([kept[i] for i in p], torch.cat([reference[i] for i in p]), model.device) for p in parts]
 
-    metrics = Trainer(
+    trainer = Trainer(
         label=label,
         model=model,
         batch=batch,
@@ -136,19 +137,22 @@ def dpo(
         scratch=scratch,
         output=output,
         generators=generators,
-    ).run()
-    save_checkpoint(model, tokenizer, output)
+    )
+    metrics = trainer.run()
+    trainer.save_checkpoint(tokenizer)
     used = {"pairs": sum(len(group.pairs) for group in kept), "prompts": len(kept)}
     return metrics | used | {"too_long": len(groups) - len(kept)}
 
 
 def _cached_reference(model: Qwen2, groups: Sequence[Compared], config: DpoConfig, scratch: Path, label: str) -> Tensor:
-    path = scratch / "reference.safetensors"
-    if not path.exists():
+    path, world = scratch / "reference.safetensors", join()
+    if not world.agree(path.exists()):
         scratch.mkdir(parents=True, exist_ok=True)
         values = reference_log_probs(model, groups, config.micro_tokens, f"{label} reference")
-        aside = path.with_suffix(".aside")
-        with disk_errors(path):
-            save_file({"log_probs": values}, aside)
-        aside.rename(path)
+        if world.main:
+            aside = path.with_suffix(".aside")
+            with disk_errors(path):
+                save_file({"log_probs": values}, aside)
+            aside.rename(path)
+        world.wait()
     return load_file(path)["log_probs"]

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from openqwen.engine import Engine, Output, Sampling
-from openqwen.model import load_model, load_scorer, save_checkpoint
+from openqwen.model import load_model, load_scorer
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl
@@ -110,7 +110,7 @@ def online_dpo(
         value.extras |= {"reward": episode.rewards, "length": episode.lengths}
         return value
 
-    metrics = Trainer(
+    trainer = Trainer(
         label=label,
         model=model,
         batch=batch,
@@ -122,8 +122,9 @@ def online_dpo(
         scratch=scratch,
         output=output,
         generators=generators,
-    ).run()
-    save_checkpoint(model, tokenizer, output)
+    )
+    metrics = trainer.run()
+    trainer.save_checkpoint(tokenizer)
     return metrics
 
 

@@ -7,6 +7,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from openqwen.train.recompute import Recompute
+
+
+class BadStepConfig(BaseModel):
+    """What to do with a step whose loss or gradient is not a number, or whose gradient is far above the usual."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: Literal["stop", "skip"] = Field("stop", description="stop training, or leave the step out and log it")
+    spike: float = Field(
+        0.0, ge=0, description="a gradient norm over so many times the median of the last 100 is bad too; 0: never"
+    )
+    patience: int = Field(10, ge=1, description="skip: so many bad steps in a row stop training after all")
+
 
 class OptimizerConfig(BaseModel):
     """How weights move. The report gives SFT's decay and clip; the betas are Qwen's (2023)."""
@@ -28,6 +42,10 @@ class OptimizerConfig(BaseModel):
     epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the denominator")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms and biases are spared")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    bad: BadStepConfig = Field(default_factory=BadStepConfig, description="steps that must not move the weights")
+    recompute: Recompute = Field(
+        "nothing", description="activations computed again, not kept: cheap ones or whole layers; saves memory alone"
+    )
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

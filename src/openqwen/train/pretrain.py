@@ -105,7 +105,8 @@ class Pieces:
     """
 
     def __init__(self, sources: Mapping[str, TokenSource], config: DataConfig, generators: Generators):
-        self.sources = [sources[name] for name in sorted(sources)]
+        self._names = sorted(sources)
+        self.sources = [sources[name] for name in self._names]
         self.config = config
         parts = []
         for number, name in enumerate(sorted(sources)):
@@ -146,6 +147,12 @@ class Pieces:
             ids = self.sources[source].document(int(document))[first : first + size].astype(np.int64)
             samples.append((ids, np.ones(len(ids), dtype=bool)))
         return [samples[s] for s in cut_to_budget([int(r[3]) for r in rows], self.config.micro_tokens)]
+
+    def name(self, step: int) -> str:
+        """The documents that a step reads, for a message."""
+        rows = self.pieces[self.starts[step] : self.starts[step + 1]]
+        named = list(dict.fromkeys(f"{self._names[source]} {document}" for source, document, *_ in rows))
+        return f"documents {', '.join(named[:12])}" + (f" and {len(named) - 12} more" if len(named) > 12 else "")
 
 
 def _shares(sources: Mapping[str, TokenSource], mixture: Mapping[str, float]) -> dict[str, float]:
@@ -200,6 +207,8 @@ def pretrain(
         scratch=scratch,
         output=output,
         generators=generators,
+        flops=lambda micro: micro.rows.flops(model.config),
+        name=pieces.name,
     )
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)

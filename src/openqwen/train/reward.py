@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from openqwen.model import Packed, Scorer, save_checkpoint, scorer_from
+from openqwen.model import Packed, Scorer, scorer_from
 from openqwen.support.device import best_device
 from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
@@ -125,7 +125,7 @@ def reward(
         cuts = cut_to_budget([group.size for group in chosen], config.micro_tokens)
         return [Answers.of(chosen[cut], scorer.device) for cut in cuts]
 
-    metrics = Trainer(
+    trainer = Trainer(
         label=label,
         model=scorer,
         batch=batch,
@@ -137,7 +137,8 @@ def reward(
         scratch=scratch,
         output=output,
         generators=generators,
-    ).run()
-    save_checkpoint(scorer, tokenizer, output)
+    )
+    metrics = trainer.run()
+    trainer.save_checkpoint(tokenizer)
     used = {"pairs": sum(len(group.pairs) for group in kept), "prompts": len(kept)}
     return metrics | used | {"too_long": len(groups) - len(kept)}

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +29,7 @@ from openqwen.tokenizer import Tokenizer
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.parallel import World, join, whole_tensor
+from openqwen.train.recompute import recompute
 from openqwen.train.state import StateWriter, load_state
 
 METRICS = "metrics.jsonl"
@@ -43,18 +44,6 @@ class SaveConfig(BaseModel):
 
     seconds: float = Field(30.0, ge=0, description="seconds between saved states; a killed run loses at most this much")
     keep: int = Field(2, ge=1, description="how many states are kept, the newest")
-
-
-class BadStepConfig(BaseModel):
-    """What to do with a step whose loss or gradient is not a number, or whose gradient is far above the usual."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    action: Literal["stop", "skip"] = Field("stop", description="stop training, or leave the step out and log it")
-    spike: float = Field(
-        0.0, ge=0, description="a gradient norm over so many times the median of the last 100 is bad too; 0: never"
-    )
-    patience: int = Field(10, ge=1, description="skip: so many bad steps in a row stop training after all")
 
 
 @dataclass
@@ -77,7 +66,6 @@ class Trainer(Generic[Micro]):
     scratch: Path
     output: Path
     generators: Generators
-    bad: BadStepConfig = field(default_factory=BadStepConfig)
     flops: Callable[[Micro], float] | None = None
     name: Callable[[int], str] | None = None
     world: World = field(default_factory=join)
@@ -88,6 +76,7 @@ class Trainer(Generic[Micro]):
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
         self.scratch.mkdir(parents=True, exist_ok=True)
+        recompute(self.model, self.optimizer.recompute)
         self.whole = self.world.shard(self.model)
         movers = optimizers(self.model, self.optimizer)
         first = load_state(self.scratch, self.model, movers, self.generators, self.world)
@@ -186,15 +175,19 @@ class Trainer(Generic[Micro]):
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"the loss is {loss} and the gradient norm {norm}"
         usual = [m["gradient_norm"] for m in earlier[-_USUAL:] if "skipped" not in m and m["gradient_norm"] > 0]
-        if self.bad.spike and len(usual) == _USUAL and norm > self.bad.spike * statistics.median(usual):
+        if (
+            self.optimizer.bad.spike
+            and len(usual) == _USUAL
+            and norm > self.optimizer.bad.spike * statistics.median(usual)
+        ):
             return f"the gradient norm is {norm:.3g}, and {statistics.median(usual):.3g} is usual"
         return ""
 
     def _stop_or_skip(self, step: int, rate: float, why: str, earlier: Sequence[dict[str, float]]) -> None:
         where = f"step {step} of {self.label}{self._named(step)}"
-        before = earlier[-self.bad.patience + 1 :] if self.bad.patience > 1 else []
-        endless = len(before) == self.bad.patience - 1 and all("skipped" in m for m in before)
-        if self.bad.action == "stop" or endless:
+        before = earlier[-self.optimizer.bad.patience + 1 :] if self.optimizer.bad.patience > 1 else []
+        endless = len(before) == self.optimizer.bad.patience - 1 and all("skipped" in m for m in before)
+        if self.optimizer.bad.action == "stop" or endless:
             raise OpenQwenError(
                 f"At {where} {why}.",
                 where=self.scratch,

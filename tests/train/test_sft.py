@@ -1,0 +1,93 @@
+"""Fine-tuning on demonstrations: what is kept, what adapters leave behind, what is refused."""
+
+import json
+
+import pytest
+import torch
+
+from openqwen.model import ModelConfig, Packed, Qwen2, initialize, load_model, save_checkpoint
+from openqwen.model.lora import LoraConfig, load_adapter
+from openqwen.support.errors import OpenQwenError
+from openqwen.tokenizer import TokenizerConfig, train_tokenizer
+from openqwen.train.conversations import fit
+from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.sft import SftConfig, sft
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    tokenizer = train_tokenizer(["Say one two three. " * 9], TokenizerConfig(vocabulary=270))
+    model = Qwen2(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True))
+    initialize(model, torch.Generator().manual_seed(1))
+    save_checkpoint(model, tokenizer, folder)
+    return folder, tokenizer
+
+
+def demonstrations(path, words=(1, 2, 3, 4)):
+    with open(path, "w") as file:
+        for n in words:
+            turns = [("user", f"Say {n}."), ("assistant", "one " * n), ("user", "More."), ("assistant", "two " * n)]
+            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+    return path
+
+
+def run(start, data, folder, **fields):
+    config = SftConfig(batch=2, epochs=2, train=OptimizerConfig(learning_rate=1e-2), **fields)
+    return sft(config, start[0], data, start[1], folder / "out", folder / "scratch", 1, "sft")
+
+
+def test_a_sample_that_is_too_long_is_left_out_cut_by_turn_or_refused():
+    sample = (list(range(10)), [0, 0, 1, 1, 0, 0, 0, 1, 1, 1])
+    assert fit(sample, 10, "refuse", "here") == sample
+    assert fit(sample, 9, "leave out", "here") is None
+    assert fit(sample, 9, "truncate", "here") == ([0, 1, 2, 3], [0, 0, 1, 1])
+    assert fit(sample, 4, "truncate", "here") == ([0, 1, 2, 3], [0, 0, 1, 1])
+    assert fit(sample, 3, "truncate", "here") is None
+    with pytest.raises(OpenQwenError, match=r"10 tokens, and 9 fit(.|\n)*here"):
+        fit(sample, 9, "refuse", "here")
+
+
+def test_long_conversations_are_counted(start, tmp_path):
+    data = demonstrations(tmp_path / "d.jsonl", (1, 2, 30))
+    metrics = run(start, data, tmp_path, max_length=140)
+    assert (metrics["examples"], metrics["too_long"], metrics["truncated"]) == (2, 1, 0)
+    metrics = run(start, data, tmp_path / "cut", max_length=140, too_long="truncate")
+    assert (metrics["examples"], metrics["too_long"], metrics["truncated"]) == (3, 0, 1)
+    with pytest.raises(OpenQwenError, match="record 3"):
+        run(start, data, tmp_path / "refused", max_length=140, too_long="refuse")
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_adapter_on_the_start_is_the_merged_network(start, tmp_path, dora):
+    data = demonstrations(tmp_path / "d.jsonl")
+    run(start, data, tmp_path, lora=LoraConfig(rank=4, alpha=8, dora=dora))
+    merged, adapted = load_model(tmp_path / "out"), load_model(start[0])
+    load_adapter(adapted, tmp_path / "out" / "adapter")
+    tokens, packed = torch.arange(20), Packed.from_lengths([20])
+    hidden = [m(tokens, packed.positions, packed) for m in (merged, adapted, load_model(start[0]))]
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-5)
+    assert (hidden[0] - hidden[2]).abs().max() > 1e-2
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(start, tmp_path):
+    large = train_tokenizer(["abcdefgh ijklmnop qrst uvwxyz " * 9, "Say one two three. " * 9], TokenizerConfig())
+    small = Qwen2(ModelConfig(300, 32, 48, 2, 4, 2))
+    initialize(small, torch.Generator().manual_seed(1))
+    save_checkpoint(small, start[1], tmp_path / "small")
+    assert large.vocab_size > 300
+    with pytest.raises(OpenQwenError, match="only 300 rows"):
+        run((tmp_path / "small", large), demonstrations(tmp_path / "d.jsonl"), tmp_path)
+
+
+def test_a_bad_step_is_named_by_its_records(start, tmp_path, monkeypatch):
+    real = torch.nn.utils.get_total_norm
+    calls = []
+
+    def broken(gradients):
+        calls.append(1)
+        return real(gradients) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", broken)
+    with pytest.raises(OpenQwenError, match=r"step 2 of sft \(records \d, \d\)"):
+        run(start, demonstrations(tmp_path / "d.jsonl"), tmp_path)
