@@ -97,8 +97,9 @@ def _overview() -> str:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    from openqwen.recipe import stages
+    from openqwen.recipe import display, stages
     from openqwen.recipe.flags import parse
+    from openqwen.recipe.paths import paths
     from openqwen.recipe.runner import run_recipe
     from openqwen.recipe.settings import find_recipe, load_settings
 
@@ -117,6 +118,8 @@ def _run(arguments: Sequence[str]) -> None:
     )
     output: Path = options.output
     with _bugs_written_to(output):
+        if not options.dry_run:
+            display.note(paths())
         run_recipe(
             stages.stages_of(recipe),
             output,

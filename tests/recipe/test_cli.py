@@ -100,3 +100,11 @@ def test_a_stage_alone_with_bad_input(call, arguments, status, told):
 def test_every_verb_of_the_real_recipe_is_listed():
     stages = pytest.importorskip("openqwen.recipe.stages")
     assert set(stages.VERBS) == set(openqwen.cli.STAGE_VERBS)
+
+
+def test_the_plan_of_a_real_recipe_has_an_estimate_for_every_stage(tmp_path, capsys):
+    assert openqwen.cli.main(["run", "tiny", "--output", str(tmp_path / "run"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "17 of 17 to make" in printed
+    assert printed.count("~") == 18
+    assert not (tmp_path / "run").exists()

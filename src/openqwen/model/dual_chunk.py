@@ -39,9 +39,13 @@ def rotary_positions(positions_T: Tensor, dual: DualChunk) -> tuple[Tensor, Tens
 
 def attend(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:
     """Causal attention of the last n of m tokens, [n, H, d]; scale 1/√d. The first key stands at position 0."""
-    if k_mKd.device.type == "cpu" and _FLASH is not None and _FLASH_BACKWARD is not None:
-        return fused(queries, k_mKd, v_mKd, chunk_len)
-    return plain(queries, k_mKd, v_mKd, chunk_len)
+    way = fused if has_fused(k_mKd.device) else plain
+    return way(queries, k_mKd, v_mKd, chunk_len)
+
+
+def has_fused(device: torch.device) -> bool:
+    """Whether `fused` runs on this device."""
+    return device.type == "cpu" and _FLASH is not None and _FLASH_BACKWARD is not None
 
 
 def plain(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:

@@ -1,13 +1,11 @@
 """How long each stage should take, before it has ever run: arithmetic over measured speed. For `--dry-run`."""
 
-import time
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING
 
-import torch
 from pydantic import BaseModel
 
+from openqwen.support.device import best_device, peak_flops
 from openqwen.train.pretrain import network_config
 
 if TYPE_CHECKING:
@@ -19,18 +17,6 @@ _TEXT_SPEED = 3e6  # bytes of raw text read, cleaned, filtered and deduplicated 
 _BPE_SPEED = 3e6  # bytes of text a second, to learn a vocabulary from or to encode
 _ANSWERS = 250  # short answers a second
 _SCORED = 0.25  # of a training token: a byte scored is a third of a token, read twice, forward only
-
-
-@cache
-def _flops() -> float:
-    """Float32 operations a second of one large matrix product, on this machine."""
-    size = 1_024
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    a @ b
-    start = time.perf_counter()
-    for _ in range(4):
-        a @ b
-    return 4 * 2 * size**3 / (time.perf_counter() - start)
 
 
 class Estimates:
@@ -70,4 +56,5 @@ class Estimates:
 
     def _training(self, tokens: float) -> float:
         config = network_config(self.recipe.pretrain, self.recipe.tokenizer.vocabulary)
-        return tokens * config.flops_per_token(self.recipe.pretrain.data.context / 2) / (_SHARE * _flops())
+        operations = tokens * config.flops_per_token(self.recipe.pretrain.data.context / 2)
+        return operations / (_SHARE * peak_flops(best_device()))

@@ -1,7 +1,6 @@
 """Where the tensors live: a GPU where there is one, without being asked; the CPU otherwise."""
 
 import os
-import platform
 import resource
 import sys
 import time
@@ -16,21 +15,6 @@ def best_device() -> torch.device:
         torch.set_float32_matmul_precision("high")
         return torch.device("cuda")
     return torch.device("cpu")
-
-
-def describe() -> dict[str, object]:
-    """The machine a result was made on, for manifests and reports."""
-    device = best_device()
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gb": round(pages * size / 2**30, 1),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def free_memory() -> int:
@@ -66,11 +50,3 @@ def peak_flops(device: torch.device) -> float:
             torch.cuda.synchronize(device)
         best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
     return best
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -48,6 +48,7 @@ _EXTRAS: tuple[tuple[str, str, tuple[float, str] | None, tuple[float, float] | N
     ("dead_experts", "Experts without a token", None, None),
     ("chosen_weight", "Weight of the chosen experts", None, (0.0, 1.0)),
     ("gradient_norm", "Gradient norm", None, None),
+    ("peak_share", "Share of the processor's peak", None, (0.0, 1.0)),
 )
 
 

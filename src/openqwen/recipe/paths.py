@@ -1,0 +1,20 @@
+"""Which of the fast paths this machine takes: all are detected, none is required (law 7)."""
+
+import torch
+
+from openqwen.model import dual_chunk
+from openqwen.support.device import best_device
+from openqwen.tokenizer import fast
+
+
+def paths() -> str:
+    """One line to print at the start of a run."""
+    device = best_device()
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    else:
+        threads = torch.get_num_threads()
+        where = f"CPU, {threads} thread{'s' * (threads != 1)}"
+    tokenizer = "compiled" if fast.library() else "in plain Python"
+    chunks = "fused" if dual_chunk.has_fused(device) else "in plain PyTorch"
+    return f"On {where}; float32; tokenizer {tokenizer}; dual chunk attention {chunks}."
