@@ -1,13 +1,37 @@
-"""Checkpoints: what is wrong with one is named, with the shape that was expected."""
+"""Checkpoints: the same bytes out as in, little memory, consistent stop tokens; what is wrong is named."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from openqwen.model import ModelConfig, Qwen2, initialize, load_model, save_weights
+from openqwen.model import ModelConfig, Packed, Qwen2, Scorer, initialize, load_model, load_scorer, save_checkpoint
+from openqwen.model.stored import Reader, stored_in_folder
+from openqwen.model.weights import fill, published_tensors, save_weights
 from openqwen.support.errors import OpenQwenError
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 48,
+}
+
+
+class NoTokenizer:
+    """Stands for a tokenizer whose files do not matter here."""
+
+    eos_id, endoftext_id = 61, 60
+
+    def save(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
 
 
 @pytest.fixture
@@ -15,59 +39,301 @@ def folder(tmp_path):
     model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True))
     initialize(model, torch.Generator().manual_seed(0))
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_json()))
-    save_weights(model, tmp_path / "model.safetensors")
+    save_weights(model, tmp_path)
     return tmp_path
+
+
+def reference_folder(path, tied, dtype, **saving):
+    """A folder that transformers wrote."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied, eos_token_id=60, bos_token_id=60)).to(dtype)
+    model.generation_config = GenerationConfig(eos_token_id=[61, 60], pad_token_id=60, do_sample=True, temperature=0.7)
+    model.save_pretrained(path, **saving)
+    return model
+
+
+def weight_files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("model*")}
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 12_000, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_of_transformers_is_saved_as_it_was(tmp_path, tied, dtype, shard_bytes):
+    reference_folder(tmp_path / "a", tied, dtype, max_shard_size=shard_bytes)
+    save_checkpoint(load_model(tmp_path / "a", dtype=None), NoTokenizer(), tmp_path / "b", shard_bytes)
+    assert len(weight_files(tmp_path / "a")) > 3 or shard_bytes == 10**9
+    assert weight_files(tmp_path / "b") == weight_files(tmp_path / "a")
+    before, after = ({p.name: json.loads(p.read_text()) for p in (tmp_path / f).glob("*config.json")} for f in "ab")
+    assert after["generation_config.json"] == before["generation_config.json"]
+    assert after["config.json"]["dtype"] == str(dtype).removeprefix("torch.")
+    assert {k: v for k, v in after["config.json"].items() if k in before["config.json"]} == before["config.json"]
+    again = Qwen2ForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype)
+    assert again.generation_config.eos_token_id == [61, 60]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_we_save_transformers_computes_alike(tmp_path, tied):
+    reference = reference_folder(tmp_path, tied, torch.float32)
+    ours = load_model(tmp_path)
+    tokens = torch.arange(10)
+    logits = ours.logits(ours(tokens, tokens, Packed.from_lengths([10])))
+    torch.testing.assert_close(logits, reference(tokens[None]).logits[0])
+
+
+def test_saving_what_was_loaded_gives_the_same_bytes_even_in_its_own_place(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    save_weights(load_model(folder), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    save_weights(load_model(folder), folder, shard_bytes=10_000)
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    assert not (folder / "model.safetensors").exists()
+    save_weights(load_model(folder), folder)
+    assert set(weight_files(folder)) == {"model.safetensors"}
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_half_precision_is_used_from_the_file_which_is_never_written(folder, monkeypatch):
+    save_weights(load_model(folder, "bfloat16"), folder)
+    before = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(Reader, "copy", lambda *_: pytest.fail("a tensor was copied"))
+    model = load_model(folder, dtype=None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+
+
+def test_answers_depend_on_the_weights_alone(folder):
+    """Not on where in memory they are: MKL's float32 product with one vector rounds by the alignment of the matrix."""
+    mapped = load_model(folder)
+    built = Qwen2(mapped.config)
+    built.load_state_dict(mapped.state_dict())
+    one = torch.tensor([7])
+    logits = [m.logits(m(one, torch.tensor([0]), Packed.from_lengths([1]))) for m in (mapped, built)]
+    assert torch.equal(*logits)
+
+
+def test_loading_draws_no_random_numbers(folder, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda *_: pytest.fail("a random number was drawn"))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda *_: pytest.fail("a random number was drawn"))
+    before = torch.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cast_is_the_nearest_number(folder, dtype):
+    exact = load_model(folder).state_dict()
+    for name, tensor in load_model(folder, dtype=dtype).state_dict().items():
+        assert torch.equal(tensor, exact[name].to(getattr(torch, dtype)))
+    with pytest.raises(OpenQwenError, match="'float8'"):
+        load_model(folder, dtype="float8")
+
+
+def test_files_of_several_dtypes_load_as_the_one_that_holds_them_all(folder):
+    change(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].bfloat16()}))
+    assert {p.dtype for p in load_model(folder, dtype=None).parameters()} == {torch.float32}
+    change(folder, lambda t: t.update({n: x.bfloat16() for n, x in t.items()}))
+    assert {p.dtype for p in load_model(folder, dtype=None).parameters()} == {torch.bfloat16}
+
+
+def test_a_scorer_comes_back(tmp_path):
+    scorer = Scorer(ModelConfig(**SIZES))
+    initialize(scorer, torch.Generator().manual_seed(0))
+    save_checkpoint(scorer, NoTokenizer(), tmp_path)
+    for name, tensor in load_scorer(tmp_path).state_dict().items():
+        assert torch.equal(tensor, scorer.state_dict()[name])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["architectures"], config["pad_token_id"]) == (["Qwen2ForSequenceClassification"], 60)
+
+
+def saved(folder, model, **options):
+    save_checkpoint(model, NoTokenizer(), folder, **options)
+    return [json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json")]
+
+
+def test_stop_tokens_stay_what_they_were_until_the_model_learns_to_chat(tmp_path, folder):
+    both = {"bos_token_id": 60, "eos_token_id": [61, 60], "pad_token_id": 60}
+    config, generation = saved(tmp_path / "fresh", load_model(folder))
+    assert (config["eos_token_id"], generation) == (61, both)
+    config, generation = saved(tmp_path / "again", load_model(tmp_path / "fresh"))
+    assert (config["eos_token_id"], generation) == (61, both)
+
+    base = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 60, "eos_token_id": 60}
+    (folder / "config.json").write_text(json.dumps(base))
+    config, generation = saved(tmp_path / "base", load_model(folder))
+    assert (config["eos_token_id"], generation) == (60, both | {"eos_token_id": 60})
+    (folder / "generation_config.json").write_text('{"eos_token_id": 60, "max_new_tokens": 2048}')
+    config, generation = saved(tmp_path / "kept", load_model(folder))
+    assert (config["eos_token_id"], generation) == (60, {"eos_token_id": 60, "max_new_tokens": 2048})
+    (folder / "config.json").write_text(json.dumps(base | {"eos_token_id": [60, 61]}))
+    config, _ = saved(tmp_path / "two", load_model(folder))
+    assert config["eos_token_id"] == [60, 61]
+    config, generation = saved(tmp_path / "chat", load_model(folder), chat=True)
+    assert (config["eos_token_id"], generation) == (61, both | {"max_new_tokens": 2048})
+
+
+# Experts
+
+
+class Sparse(nn.Module):
+    """The parameters of a sparse layer as the network keeps them, E = 3, i = 4, h = 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 3, bias=False)
+        self.experts = nn.Module()
+        self.experts.gate_up_proj = nn.Parameter(torch.randn(3, 8, 8))
+        self.experts.down_proj = nn.Parameter(torch.randn(3, 8, 4))
+
+
+class Stand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = Sparse()
+
+
+def test_experts_are_published_one_by_one_as_views(tmp_path):
+    model = Stand()
+    names = [name for name, _ in published_tensors(model)]
+    experts = [f"mlp.experts.{e}.{half}_proj.weight" for e in range(3) for half in ("gate", "up", "down")]
+    assert names == ["mlp.gate.weight", *experts]
+    views = dict(published_tensors(model))
+    fused = model.mlp.experts.gate_up_proj
+    assert torch.equal(
+        torch.cat([views["mlp.experts.1.gate_proj.weight"], views["mlp.experts.1.up_proj.weight"]]), fused[1]
+    )
+    assert views["mlp.experts.2.up_proj.weight"].data_ptr() == fused[2, 4:].data_ptr()
+    save_weights(model, tmp_path, shard_bytes=400)
+    again = fill(Stand, stored_in_folder(tmp_path), tmp_path)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_experts_that_a_file_keeps_fused_are_read_too(tmp_path):
+    model = Stand()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    again = fill(Stand, stored_in_folder(tmp_path), tmp_path, "bfloat16")
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].bfloat16())
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_the_names_of_a_mixture_are_those_of_transformers(tmp_path, original):
+    torch.manual_seed(0)
+    sparse = {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+    }
+    reference = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sparse))
+    reference.save_pretrained(tmp_path, save_original_format=original)
+    stored = stored_in_folder(tmp_path)
+    state = reference.state_dict()
+    assert ("model.layers.0.mlp.experts.gate_up_proj" in file_names(tmp_path)) is not original
+    assert set(stored) == {name for name, _ in published_tensors(reference)}
+    with Reader() as reader:
+        for name, view in published_tensors(reference):
+            assert torch.equal(reader.mapped(stored[name]), view)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in state
+
+
+def file_names(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+# What is wrong
 
 
 def change(folder, edit):
     tensors = load_file(folder / "model.safetensors")
     edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors.new")
+    (folder / "model.safetensors.new").rename(folder / "model.safetensors")
 
 
-def test_saving_what_was_loaded_gives_the_same_bytes(folder, tmp_path):
-    save_weights(load_model(folder), folder / "again.safetensors")
-    assert (folder / "again.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-
-
-def test_shards_are_read(folder):
-    expected = load_model(folder).state_dict()
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    parts = {"a.safetensors": names[:5], "b.safetensors": names[5:]}
-    for file, own in parts.items():
-        save_file({n: tensors[n] for n in own}, folder / file)
-    (folder / "model.safetensors").unlink()
-    index = {"weight_map": {n: file for file, own in parts.items() for n in own}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for name, tensor in load_model(folder).state_dict().items():
-        assert torch.equal(tensor, expected[name])
+def shrink(tensors):
+    for layer in range(2):
+        del tensors[f"model.layers.{layer}.self_attn.q_proj.weight"]
+        del tensors[f"model.layers.{layer}.self_attn.k_proj.weight"]
+    tensors["extra"] = torch.zeros(2, 3)
+    tensors["model.norm.weight"] = torch.zeros(7)
 
 
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"1 tensors are missing, first 'model.norm.weight' \[32\]"),
-        (lambda t: t.update(extra=torch.zeros(2)), "no place for"),
+        (lambda t: t.pop("model.norm.weight"), r"1 missing tensors: 'model\.norm\.weight' \[32\]\."),
+        (lambda t: t.update(extra=torch.zeros(2)), r"1 extra tensors: 'extra' \[2\]\."),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
-            r"'model.norm.weight' has the shape \[7\], not \[32\]",
+            r"1 tensors of another shape: 'model\.norm\.weight' \[7\] in place of \[32\]\.",
         ),
+        (shrink, r"4 missing tensors: .*q_proj.weight' \[32, 32\], .*, …; 1 extra tensors: .*; 1 tensors of another"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(32).double()}), r"'model\.norm\.weight': F64"),
     ],
 )
-def test_wrong_tensors_are_named(folder, edit, told):
+def test_wrong_tensors_are_counted_and_named(folder, edit, told):
     change(folder, edit)
     with pytest.raises(OpenQwenError, match=told):
         load_model(folder)
 
 
-def test_a_truncated_file_and_a_missing_one_are_named(folder):
+def test_a_tied_head_may_be_in_the_file(folder):
+    change(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert load_model(folder).lm_head is None
+
+
+def test_what_cannot_be_read_is_named(folder):
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(OpenQwenError, match="cannot be read"):
-        load_model(folder)
+    whole = weights.read_bytes()
+    for size in (0, 7, 30, len(whole) - 100):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(OpenQwenError, match="cannot be read"):
+            load_model(folder)
     weights.unlink()
-    with pytest.raises(OpenQwenError, match="cannot be read"):
+    with pytest.raises(OpenQwenError, match="no weights here"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(OpenQwenError, match="never loaded"):
         load_model(folder)
     with pytest.raises(OpenQwenError, match=r"config\.json is missing"):
         load_model(folder / "nowhere")
+
+
+def test_a_missing_shard_is_named(folder):
+    save_weights(load_model(folder), folder, shard_bytes=10_000)
+    gone = sorted(folder.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(OpenQwenError, match=f"1 of .* files that the index names are missing, first '{gone.name}'"):
+        load_model(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../secret.safetensors"}}')
+    with pytest.raises(OpenQwenError, match=r"first '\.\./\.\./secret"):
+        load_model(folder)
+    for broken in ("[]", "{}", '{"weight_map": {"x": 1}}'):
+        (folder / "model.safetensors.index.json").write_text(broken)
+        with pytest.raises(OpenQwenError, match="no 'weight_map'"):
+            load_model(folder)
+
+
+def test_a_hub_id_is_a_source(folder, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--Qwen--Tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert load_model("Qwen/Tiny").config == load_model(folder).config
+    with pytest.raises(OpenQwenError, match="no path 'Qwen/Other'"):
+        load_model("Qwen/Other")
+
+
+def test_an_absurd_number_of_layers_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**9}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OpenQwenError, match="1000000000 layers"):
+        load_model(folder)

@@ -1,20 +1,22 @@
-"""Checkpoints: the Hugging Face folder, in and out. The files decide, never a family name (law 6)."""
+"""Checkpoints: the Hugging Face folder in and out, a .gguf file in. The files decide, never a family name (law 6)."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
 
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Qwen2, Scorer
-from openqwen.support.errors import OpenQwenError, disk_errors
+from openqwen.model.gguf import read_gguf
+from openqwen.model.stored import Stored, stored_in_folder
+from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
+from openqwen.support.hub import local
 
-WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_GENERATION = "generation_config.json"
 
 
 class Vocabulary(Protocol):
@@ -35,110 +37,105 @@ class Vocabulary(Protocol):
         ...
 
 
-Network = TypeVar("Network", Qwen2, Scorer)
+def load_model(
+    source: str | Path,
+    dtype: str | None = "float32",
+    device: str | torch.device = "cpu",
+    advance: Callable[[int], None] = ignore,
+) -> Qwen2:
+    """Read a language model.
+
+    source: a Hugging Face folder of safetensors files, a .gguf file, or an id on the hub (`owner/name`,
+    `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
+    or where the files mix several. Half-precision weights that need no cast are used from the file, not copied.
+    advance: called with the number of weights read since the last call. Raises OpenQwenError.
+    """
+    config, stored, where = _read(local(source))
+    return fill(lambda: Qwen2(config), stored, where, dtype, device, advance)
 
 
-def load_model(source: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> Qwen2:
-    """Read a language model from a Hugging Face folder of safetensors files."""
-    folder = _folder(source)
-    return _fill(Qwen2(_config(folder)), folder, dtype).to(device)
-
-
-def load_scorer(source: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> Scorer:
-    """Read a reward model (`Qwen2ForSequenceClassification`, one label)."""
-    folder = _folder(source)
-    return _fill(Scorer(_config(folder)), folder, dtype).to(device)
+def load_scorer(source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu") -> Scorer:
+    """Read a reward model (`Qwen2ForSequenceClassification`, one label); otherwise as `load_model`."""
+    config, stored, where = _read(local(source))
+    return fill(lambda: Scorer(config), stored, where, dtype, device)
 
 
 def scorer_from(source: str | Path, generator: torch.Generator) -> Scorer:
     """A reward model that starts from a language model's decoder, with a fresh output row."""
     language_model = load_model(source)
-    scorer = Scorer(language_model.config)
-    scorer.model.load_state_dict(language_model.model.state_dict())
-    with torch.no_grad():
-        scorer.score.weight.normal_(0.0, scorer.config.initializer_range, generator=generator)
+    with without_memory():
+        scorer = Scorer(language_model.config)
+    scorer.model = language_model.model
+    row = torch.empty(1, scorer.config.hidden_size)
+    scorer.score.weight = torch.nn.Parameter(row.normal_(0.0, scorer.config.initializer_range, generator=generator))
     return scorer
 
 
-def save_checkpoint(model: Qwen2 | Scorer, tokenizer: Vocabulary, folder: str | Path) -> None:
+def save_checkpoint(
+    model: Qwen2 | Scorer,
+    tokenizer: Vocabulary,
+    folder: str | Path,
+    shard_bytes: int = SHARD_BYTES,
+    chat: bool = False,
+    advance: Callable[[int], None] = ignore,
+) -> None:
     """Write config.json, generation_config.json, the weights and the tokenizer's files, all consistent.
 
-    Chat ends at `<|im_end|>`, and `<|endoftext|>` stops and pads too: with these out of step a model never stops.
+    What a checkpoint said when it was read, it says again: its stop tokens and generation defaults too. A network that
+    came from none ends chat at `<|im_end|>`, and `<|endoftext|>` stops and pads too: with these out of step a model
+    never stops. chat: the network has learnt to end turns, so it stops in that way whatever it said before.
+    shard_bytes: the most bytes of one weights file. advance: called with the number of weights written since.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.config.to_json("Qwen2ForCausalLM" if isinstance(model, Qwen2) else "Qwen2ForSequenceClassification")
-    config |= {
-        "bos_token_id": tokenizer.endoftext_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.endoftext_id,
-    }
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = model.config.to_json("ForCausalLM" if isinstance(model, Qwen2) else "ForSequenceClassification", dtype)
+    ends = _ends(tokenizer, None if chat else config["eos_token_id"])
+    if config["eos_token_id"] is None or chat:
+        config |= ends | {"eos_token_id": tokenizer.eos_id}
     if isinstance(model, Qwen2):
-        generation = {
-            "bos_token_id": tokenizer.endoftext_id,
-            "eos_token_id": [tokenizer.eos_id, tokenizer.endoftext_id],
-            "pad_token_id": tokenizer.endoftext_id,
-        }
-        write_json(folder / "generation_config.json", generation)
+        generation = dict(model.config.generation) or ends
+        write_json(folder / _GENERATION, generation | (ends if chat else {}))
     else:
-        config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        config |= labels | {"pad_token_id": config.get("pad_token_id", tokenizer.endoftext_id)}
     write_json(folder / "config.json", config)
-    save_weights(model, folder / WEIGHTS)
+    save_weights(model, folder, shard_bytes, advance)
     tokenizer.save(folder)
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """One safetensors file, on the CPU, tensors in the order of the network."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with disk_errors(path):
-        save_file(tensors, path, metadata={"format": "pt"})
+def _ends(tokenizer: Vocabulary, eos: int | None) -> dict[str, Any]:
+    """Where generation stops, and what pads: a base model's `<|endoftext|>` alone, else the end of a turn too."""
+    both = [tokenizer.eos_id, tokenizer.endoftext_id]
+    return {
+        "bos_token_id": tokenizer.endoftext_id,
+        "eos_token_id": both if eos in (None, tokenizer.eos_id) else eos,
+        "pad_token_id": tokenizer.endoftext_id,
+    }
 
 
-def _folder(source: str | Path) -> Path:
-    folder = Path(source)
-    if not (folder / "config.json").is_file():
+def _read(path: Path) -> tuple[ModelConfig, dict[str, Stored], Path]:
+    """The configuration, where each tensor lies, and what to name in errors."""
+    config, stored = read_gguf(path) if path.suffix == ".gguf" else _read_folder(path)
+    if config.num_hidden_layers > len(stored):
+        raise OpenQwenError(
+            f"The configuration has {config.num_hidden_layers} layers, the weights only {len(stored)} tensors.",
+            where=path,
+        )
+    return config, stored, path
+
+
+def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
+    if not (path / "config.json").is_file():
         raise OpenQwenError(
             "There is no checkpoint here: config.json is missing.",
-            where=folder,
-            do="give a Hugging Face folder with config.json and *.safetensors",
+            where=path,
+            do="give a Hugging Face folder with config.json and *.safetensors, a .gguf file, or a hub id (owner/name)",
         )
-    return folder
-
-
-def _config(folder: Path) -> ModelConfig:
-    return ModelConfig.from_json(read_json(folder / "config.json"), where=str(folder / "config.json"))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _INDEX).is_file():
-        return [folder / name for name in sorted(set(read_json(folder / _INDEX)["weight_map"].values()))]
-    return [folder / WEIGHTS]
-
-
-def _fill(model: Network, folder: Path, dtype: str) -> Network:
-    """Copy the tensors into the network, each named when it is missing, extra, mis-shaped or unreadable."""
-    model.to(getattr(torch, dtype))
-    wanted = model.state_dict()
-    seen: set[str] = set()
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                    if name == "lm_head.weight" and name not in wanted and model.config.tie_word_embeddings:
-                        continue
-                    if name not in wanted:
-                        raise OpenQwenError(
-                            f"The file holds '{name}', which this network has no place for.", where=path
-                        )
-                    shape = list(file.get_slice(name).get_shape())
-                    if shape != list(wanted[name].shape):
-                        expected = list(wanted[name].shape)
-                        raise OpenQwenError(f"'{name}' has the shape {shape}, not {expected}.", where=path)
-                    wanted[name].copy_(file.get_tensor(name))
-                    seen.add(name)
-        except (SafetensorError, OSError) as error:
-            raise OpenQwenError(f"The weights cannot be read: {error}", where=path) from None
-    if missing := sorted(wanted.keys() - seen):
-        shape = list(wanted[missing[0]].shape)
-        raise OpenQwenError(f"{len(missing)} tensors are missing, first '{missing[0]}' {shape}.", where=folder)
-    return model
+    config = ModelConfig.from_json(read_json(path / "config.json"), where=str(path / "config.json"))
+    if (path / _GENERATION).is_file():
+        config = replace(config, generation=read_json(path / _GENERATION))
+    stored = stored_in_folder(path)
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)  # some files repeat the embedding
+    return config, stored

@@ -1,16 +1,26 @@
 """The numbers that make a Qwen2 network, as `config.json` states them."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from openqwen.model import published
+from openqwen.model.long_context import DualChunk, LongContext, Yarn
 from openqwen.support.errors import OpenQwenError, suggestion
+
+_MODEL_TYPES = ("qwen2", "qwen2_moe")
+_ONE_MILLION_NAMES = {"qwen2.5-7b-1m": "qwen2.5-7b-instruct-1m", "qwen2.5-14b-1m": "qwen2.5-14b-instruct-1m"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of one dense Qwen2 / Qwen2.5 model; field names are those of the published `config.json`.
+    """Architecture of one Qwen2 / Qwen2.5 model, dense or mixture of experts; field names are `config.json`'s own.
 
-    `vocab_size` counts embedding rows: the tokenizer's ids plus padding rows that are never targets.
+    `vocab_size` counts embedding rows: the tokenizer's ids plus padding rows that are never targets. A model with
+    num_experts > 0 is `qwen2_moe`: there intermediate_size is the width of its dense layers, if it has any.
+
+    other, generation: what else the checkpoint's config.json and its generation_config.json say. The network does not
+    use it, and saving gives it back.
     """
 
     vocab_size: int
@@ -26,6 +36,18 @@ class ModelConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.001
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
+    yarn: Yarn | None = None
+    dual_chunk: DualChunk | None = None
+    other: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    generation: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
@@ -40,109 +62,170 @@ class ModelConfig:
                 where="model.num_key_value_heads",
                 do="choose a divisor of num_attention_heads",
             )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise OpenQwenError(
+                f"A token cannot pass through {self.num_experts_per_tok} of {self.num_experts} experts.",
+                where="model.num_experts_per_tok",
+            )
 
     @property
     def head_dim(self) -> int:
         """Width of one head, d."""
         return self.hidden_size // self.num_attention_heads
 
-    @classmethod
-    def named(cls, name: str) -> "ModelConfig":
-        """The published configuration of a dense base model: `qwen2-7b`, `qwen2.5-0.5b` …
+    @property
+    def long_context(self) -> LongContext:
+        """How the checkpoint wants every sequence read, unless a batch says otherwise."""
+        return LongContext(self.yarn, self.dual_chunk)
 
-        Source: Qwen2 report table 1, Qwen2.5 report table 1, released config.json files.
-        """
-        key = name.lower()
-        if key not in _PUBLISHED:
-            raise OpenQwenError(f"No published model is called '{name}'.{suggestion(key, _PUBLISHED)}", do=_KNOWN)
-        hidden, layers, heads, kv_heads, intermediate, eps, positions = _PUBLISHED[key]
-        tied = hidden <= 2_048  # 0.5B, 1.5B and 3B
-        return cls(
-            vocab_size=151_936 if tied else 152_064,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            max_position_embeddings=positions,
-            rms_norm_eps=eps,
-            tie_word_embeddings=tied,
-            bos_token_id=151_643,
-            eos_token_id=151_643,
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, has experts; else it has a dense feed-forward network."""
+        return (
+            self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         )
 
     @classmethod
-    def from_json(cls, values: dict[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Read a `config.json`; fields that only other software uses are ignored."""
-        if values.get("model_type", "qwen2") != "qwen2":
-            raise OpenQwenError(f"model_type is '{values['model_type']}', not 'qwen2'.", where=where)
-        if values.get("use_sliding_window"):
-            raise OpenQwenError("use_sliding_window is true; no released Qwen2 uses a sliding window.", where=where)
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
+    def named(cls, name: str) -> "ModelConfig":
+        """The configuration of a published model: `qwen2-7b`, `qwen2.5-0.5b-instruct`, `Qwen/Qwen2-57B-A14B` …"""
+        key = name.lower().removeprefix("qwen/")
+        key = _ONE_MILLION_NAMES.get(key, key)
+        if key not in published.NAMES:
+            near = suggestion(key, published.NAMES)
             raise OpenQwenError(
-                f"RoPE scaling {rope} is not supported yet.", where=where, do="remove rope_scaling from config.json"
+                f"No published model is called '{name}'.{near}", do=f"known names: {', '.join(published.NAMES)}"
             )
-        known = {f.name for f in fields(cls)}
-        chosen = {k: v for k, v in values.items() if k in known and v is not None}
-        if "rope_theta" in rope:  # transformers 5 spells it inside rope_parameters
-            chosen["rope_theta"] = rope["rope_theta"]
-        if isinstance(chosen.get("eos_token_id"), list):
-            chosen["eos_token_id"] = chosen["eos_token_id"][0]
-        missing = {f.name for f in fields(cls) if f.default is f.default_factory} - chosen.keys()
-        if missing:
-            raise OpenQwenError(f"config.json lacks {', '.join(sorted(missing))}.", where=where)
-        return cls(**chosen)
+        return cls.from_json(published.config_json(key), where=name)
 
-    def to_json(self, architecture: str = "Qwen2ForCausalLM") -> dict[str, Any]:
-        """The `config.json` that transformers, vLLM and llama.cpp's converter read."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            "architectures": [architecture],
-            "model_type": "qwen2",
-            **own,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-            "use_cache": True,
-            "use_sliding_window": False,
-            "torch_dtype": "float32",
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
+        """Read a `config.json`. OpenQwenError where it is no Qwen2, or asks for what no released Qwen2 does."""
+        _check_kind(values, where)
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        chunks = values.get("dual_chunk_attention_config")
+        names = {f.name for f in fields(cls)} - _NOT_IN_FILE
+        if values.get("model_type", "qwen2") != "qwen2_moe":
+            names -= _EXPERT_FIELDS
+        chosen = {k: v for k, v in values.items() if k in names and v is not None}
+        chosen["rope_theta"] = rope.get("rope_theta", chosen.get("rope_theta", cls.rope_theta))
+        several = isinstance(chosen.get("eos_token_id"), list)  # kept in `other`
+        if several:
+            chosen["eos_token_id"] = chosen["eos_token_id"][0]
+        if "mlp_only_layers" in chosen:
+            chosen["mlp_only_layers"] = tuple(chosen["mlp_only_layers"])
+        if missing := (_REQUIRED | (_EXPERTS_REQUIRED & names)) - chosen.keys():
+            raise OpenQwenError(f"config.json lacks {', '.join(sorted(missing))}.", where=where)
+        return cls(
+            **chosen,
+            yarn=Yarn.from_json(rope, chosen.get("max_position_embeddings", cls.max_position_embeddings), where),
+            dual_chunk=DualChunk.from_json(chunks) if chunks else None,
+            other={k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")},
+        )
+
+    def to_json(self, head: str = "ForCausalLM", dtype: str = "float32") -> dict[str, Any]:
+        """The `config.json` that transformers, vLLM and llama.cpp's converter read.
+
+        head: what stands on the decoder, `ForCausalLM` or `ForSequenceClassification`. What was read and not used is
+        given back; RoPE keeps its spelling (`rope_scaling`, or transformers 5's `rope_parameters`).
+        """
+        skipped = _NOT_IN_FILE if self.num_experts else _NOT_IN_FILE | _EXPERT_FIELDS
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
+        own["eos_token_id"] = self.other.get("eos_token_id", self.eos_token_id)
+        if self.num_experts:
+            own["mlp_only_layers"] = list(self.mlp_only_layers)
+        kind = {
+            "architectures": [("Qwen2Moe" if self.num_experts else "Qwen2") + head],
+            "model_type": "qwen2_moe" if self.num_experts else "qwen2",
         }
+        values = kind | _USUAL | dict(self.other) | own | kind
+        if self.dual_chunk:
+            values["dual_chunk_attention_config"] = {
+                **self.other.get("dual_chunk_attention_config", {}),
+                **self.dual_chunk.to_json(),
+            }
+        else:
+            values.pop("dual_chunk_attention_config", None)
+        values["dtype" if "dtype" in self.other else "torch_dtype"] = dtype
+        return values | self._rope_json(values)
+
+    def _rope_json(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The RoPE entries, which replace those in `values`."""
+        old = values.pop("rope_scaling", None) or {}
+        if values.pop("rope_parameters", None) is not None:
+            plain = {"rope_theta": values.pop("rope_theta"), "rope_type": "yarn" if self.yarn else "default"}
+            return {"rope_parameters": plain | (self.yarn.to_json() if self.yarn else {})}
+        key = "rope_type" if "rope_type" in old else "type"
+        return {"rope_scaling": {key: "yarn", **self.yarn.to_json()}} if self.yarn else {}
 
     def with_rope(self, theta: float, positions: int) -> "ModelConfig":
         """The same network with another RoPE base and context length, for the long-sequence phase."""
         return replace(self, rope_theta=theta, max_position_embeddings=positions)
 
-    def parameters(self) -> int:
-        """Exact parameter count (qwen2-recipe facts, section 1.4)."""
-        h, i, d = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        layer = h * q + q + 2 * (h * kv + kv) + q * h + 3 * h * i + 2 * h
+    def parameters(self, active: bool = False) -> int:
+        """Exact parameter count (qwen2-recipe facts, 1.4); `active`: of those, what one token passes through."""
+        layers = sum(self._layer_matrices(n, active) for n in range(self.num_hidden_layers))
+        biases = self.hidden_size + 2 * self.num_key_value_heads * self.head_dim
+        vectors = self.num_hidden_layers * (biases + 2 * self.hidden_size) + self.hidden_size
         tables = 1 if self.tie_word_embeddings else 2
-        return self.num_hidden_layers * layer + h + tables * self.vocab_size * h
+        return layers + vectors + tables * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, context: float) -> float:
         """Floating-point operations of one token, forward and backward, at a mean causal context of `context` tokens.
 
-        6 per matrix parameter (the head counts, the table look-up does not) plus attention's two matmuls.
+        6 per matrix parameter passed (the head counts, the table look-up does not) plus attention's two matmuls.
         """
-        h, i, d = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        matrices = self.num_hidden_layers * (2 * h * q + 2 * h * kv + 3 * h * i) + self.vocab_size * h
-        return 6.0 * matrices + 12.0 * self.num_hidden_layers * q * context
+        return self.flops(tokens=1, targets=1, seen=context)
+
+    def flops(self, tokens: int, targets: int, seen: float) -> float:
+        """The same of a batch: `targets` of its tokens pass the head; `seen` sums how many keys each token attends."""
+        layers = sum(self._layer_matrices(n, active=True) for n in range(self.num_hidden_layers))
+        head = self.vocab_size * self.hidden_size
+        return 6.0 * (tokens * layers + targets * head) + 12.0 * self.num_hidden_layers * self.hidden_size * seen
+
+    def _layer_matrices(self, layer: int, active: bool) -> int:
+        """Matrix elements of one layer."""
+        h, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
+        attention = 2 * h * h + 2 * h * kv
+        if not self.is_sparse(layer):
+            return attention + 3 * h * self.intermediate_size
+        experts = self.num_experts_per_tok if active else self.num_experts
+        widths = experts * self.moe_intermediate_size + self.shared_expert_intermediate_size
+        return attention + 3 * h * widths + h * self.num_experts + h  # the router, the shared expert's gate
 
 
-# hidden, layers, query heads, key/value heads, intermediate, rms_norm_eps, max_position_embeddings of the base models
-_PUBLISHED: dict[str, tuple[int, int, int, int, int, float, int]] = {
-    "qwen2-0.5b": (896, 24, 14, 2, 4_864, 1e-6, 131_072),
-    "qwen2-1.5b": (1_536, 28, 12, 2, 8_960, 1e-6, 131_072),
-    "qwen2-7b": (3_584, 28, 28, 4, 18_944, 1e-6, 131_072),
-    "qwen2-72b": (8_192, 80, 64, 8, 29_568, 1e-5, 131_072),
-    "qwen2.5-0.5b": (896, 24, 14, 2, 4_864, 1e-6, 32_768),
-    "qwen2.5-1.5b": (1_536, 28, 12, 2, 8_960, 1e-6, 131_072),
-    "qwen2.5-3b": (2_048, 36, 16, 2, 11_008, 1e-6, 32_768),
-    "qwen2.5-7b": (3_584, 28, 28, 4, 18_944, 1e-6, 131_072),
-    "qwen2.5-14b": (5_120, 48, 40, 8, 13_824, 1e-5, 131_072),
-    "qwen2.5-32b": (5_120, 64, 40, 8, 27_648, 1e-5, 131_072),
-    "qwen2.5-72b": (8_192, 80, 64, 8, 29_568, 1e-5, 131_072),
+_REQUIRED = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
 }
-_KNOWN = "known names: " + ", ".join(_PUBLISHED)
+_EXPERTS_REQUIRED = {
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+}
+_EXPERT_FIELDS = _EXPERTS_REQUIRED | {
+    "norm_topk_prob",
+    "router_aux_loss_coef",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+}
+_NOT_IN_FILE = {"yarn", "dual_chunk", "other", "generation"}  # in the file under other names, or in another file
+_USUAL = {  # fields that other software expects, the same in every released Qwen2
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "use_cache": True,
+    "use_sliding_window": False,
+}
+
+
+def _check_kind(values: Mapping[str, Any], where: str) -> None:
+    kind = values.get("model_type", "qwen2")
+    if kind not in _MODEL_TYPES:
+        raise OpenQwenError(f"model_type is '{kind}', not one of {', '.join(_MODEL_TYPES)}.", where=where)
+    if values.get("use_sliding_window"):
+        raise OpenQwenError("use_sliding_window is true; no released Qwen2 uses a sliding window.", where=where)
+    if values.get("hidden_act", "silu") != "silu":
+        raise OpenQwenError(f"hidden_act is '{values['hidden_act']}'; Qwen2's is silu.", where=where)

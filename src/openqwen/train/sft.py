@@ -69,5 +69,5 @@ def sft(
         output=output,
         generators=generators,
     ).run()
-    save_checkpoint(model, tokenizer, output)
+    save_checkpoint(model, tokenizer, output, chat=True)
     return metrics | {"examples": len(kept), "too_long": len(samples) - len(kept)}

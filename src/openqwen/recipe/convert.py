@@ -1,0 +1,132 @@
+"""`openqwen convert SOURCE TARGET`: a checkpoint in another form, and what that form cannot hold."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from openqwen.model import Qwen2, load_model, save_checkpoint
+from openqwen.model.gguf import Rounded, not_stored, save_gguf
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import fresh_folder, replace_folder
+from openqwen.support.hub import local
+from openqwen.support.progress import console, progress
+from openqwen.tokenizer import Tokenizer, load_tokenizer
+from openqwen.tokenizer.gguf import gguf_metadata
+
+_GGUF_OF = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def convert(
+    source: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help="A folder, a .gguf file or a hub id.", metavar="SOURCE")
+    ],
+    target: Annotated[
+        Path, tyro.conf.Positional, tyro.conf.arg(help="A folder, or a name that ends in .gguf.", metavar="TARGET")
+    ],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        tyro.conf.arg(help="Of a folder's weights; none: as the source, float32 where it has blocks."),
+    ] = None,
+    type: Annotated[
+        Literal["f32", "bf16", "f16", "q8_0", "q4_0"] | None,
+        tyro.conf.arg(help="Of a .gguf file's matrices; none: the source's own precision."),
+    ] = None,
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace what is there.")] = False,
+) -> None:
+    """Turn a checkpoint into another form, and say what was lost. The target is whole or not there."""
+    to_gguf = target.suffix == ".gguf"
+    if (dtype if to_gguf else type) is not None:
+        flag, other = (
+            ("--dtype", "a .gguf file, which takes --type") if to_gguf else ("--type", "a folder, which takes --dtype")
+        )
+        raise OpenQwenError(f"{flag} does not go with {other}.", where=target)
+    _refuse(target, overwrite)
+    path = local(source)
+    with progress("reading", unit="weights") as work:
+        model = load_model(path, dtype=None, advance=work.advance)
+    tokenizer = load_tokenizer(path)
+    before = _dtype(model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with progress("writing", model.config.parameters(), "weights") as work:
+        if to_gguf:
+            kind = type.upper() if type else _GGUF_OF[next(model.parameters()).dtype]
+            rounded = _write_gguf(model, tokenizer, target, kind, work.advance)
+            lost = not_stored(model.config)
+        else:
+            kind = dtype or before
+            rounded = _cast(model, getattr(torch, kind))
+            _write_folder(model, tokenizer, target, work.advance)
+            lost = (
+                [] if model.config.generation else ["the source has no generation defaults: only stop tokens are set"]
+            )
+    console.print(f"{target}: {model.config.parameters():,} weights, {kind}", markup=False)
+    for line in [*_roundings(rounded, before, kind, len(list(model.parameters()))), *lost]:
+        console.print(f"  {line}", markup=False)
+
+
+def _refuse(target: Path, overwrite: bool) -> None:
+    """Nothing is replaced unasked, and nothing but a checkpoint ever."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise OpenQwenError("The target exists.", where=target, do="choose another, or add --overwrite")
+    wanted = target.is_file() if target.suffix == ".gguf" else (target / "config.json").is_file()
+    if not wanted:
+        raise OpenQwenError("The target is no checkpoint, and is not replaced.", where=target, do="choose another")
+
+
+def _write_gguf(
+    model: Qwen2, tokenizer: Tokenizer, target: Path, kind: str, advance: Callable[[int], None]
+) -> list[Rounded]:
+    eos = model.config.eos_token_id
+    vocabulary = gguf_metadata(tokenizer, model.config.vocab_size, tokenizer.eos_id if eos is None else eos)
+    return save_gguf(model, target, kind, target.stem, vocabulary, advance)
+
+
+def _write_folder(model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Callable[[int], None]) -> None:
+    aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("aside", "old"))
+    try:
+        save_checkpoint(model, tokenizer, fresh_folder(aside), advance=advance)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
+        replace_folder(aside, target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
+    """Change the weights' dtype in place, one tensor at a time; returns those that lost precision."""
+    rounded = []
+    for name, parameter in model.named_parameters():
+        real, parameter.data = parameter.data, parameter.data.to(dtype)
+        wrong = total = 0.0
+        for before, after in zip(real.flatten().split(2**20), parameter.detach().flatten().split(2**20)):
+            wrong += float((after.double() - before.double()).square().sum())
+            total += float(before.double().square().sum())
+        if not math.isfinite(wrong):
+            raise OpenQwenError(f"'{name}' has weights that {dtype} cannot hold.", do="choose float32 or bfloat16")
+        if wrong:
+            rounded.append(Rounded(name, str(dtype).removeprefix("torch."), math.sqrt(wrong / total)))
+    return rounded
+
+
+def _dtype(model: Qwen2) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _roundings(rounded: list[Rounded], before: str, kind: str, count: int) -> list[str]:
+    if not rounded:
+        return ["no weight changed"]
+    worst = max(rounded, key=lambda tensor: tensor.error)
+    return [
+        f"rounded from {before} to {kind}: {len(rounded)} of {count} tensors,"
+        f" largest relative error {worst.error:.1e} ({worst.name}, {worst.type})"
+    ]

@@ -1,0 +1,282 @@
+"""The GGUF container, versions 2 and 3: a header of typed metadata, a directory of tensors, their bytes.
+
+The form is llama.cpp's (ggml/docs/gguf.md). What the metadata mean, and how the bytes of a tensor are to be read, is
+the business of those who ask: model/gguf.py and the tokenizer.
+"""
+
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from openqwen.support.errors import OpenQwenError, disk_errors
+
+MAGIC = b"GGUF"
+_ALIGNMENT = 32  # bytes, where the metadata give no general.alignment
+_MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
+_MOST_ENTRIES = 1_000_000  # metadata keys, and tensors; a real file has some dozens and some thousands
+
+# ggml's number of each type: its name, weights a block, bytes a block. Types that Qwen2 files do not use are left out.
+TYPES: dict[int, tuple[str, int, int]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    30: ("BF16", 1, 2),
+}
+_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
+BLOCKS = {name: (weights, size) for name, weights, size in TYPES.values()}
+
+_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where one tensor lies. shape: outermost first, as in torch. offset, size: bytes, from the start of the file.
+
+    type: ggml's name such as "Q4_K", or "type 19" for one that is not read here; the size of such a tensor is 0.
+    """
+
+    shape: tuple[int, ...]
+    type: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """All of a file but its weights.
+
+    metadata: integers, floats, booleans and text as Python's, arrays of text as lists, arrays of numbers as NumPy's.
+    """
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+
+class _DamagedError(Exception):
+    """What is wrong inside a file; `read_header` adds which file."""
+
+
+def read_header(path: str | Path) -> GgufHeader:
+    """Read the metadata and the directory, and check that every tensor lies inside the file.
+
+    Nothing in the file is believed before it is checked: a count can ask for no more memory than the file has bytes.
+    Raises OpenQwenError.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < 24 or file.read(4) != MAGIC:
+                raise OpenQwenError("This is no GGUF file.", where=path, do="give a .gguf file of a Qwen2 model")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _header(path, data)
+    except FileNotFoundError:
+        raise OpenQwenError("There is no such file.", where=path, do="check the path") from None
+    except OSError as error:
+        raise OpenQwenError(f"This file cannot be read: {error.strerror}.", where=path) from None
+    except _DamagedError as error:
+        raise OpenQwenError(
+            f"This GGUF file is damaged: {error}.", where=path, do="fetch or convert it again"
+        ) from None
+
+
+def _header(path: Path, data: mmap.mmap) -> GgufHeader:
+    cursor = _Cursor(data)
+    version = cursor.number("<u4")
+    if version not in (2, 3):
+        kind = "is big-endian" if version >= 1 << 16 else f"has version {version}"
+        raise OpenQwenError(f"This GGUF file {kind}.", where=path, do="convert it to little-endian GGUF version 3")
+    tensor_count, entry_count = cursor.number("<u8"), cursor.number("<u8")
+    for count, what in ((entry_count, "metadata entries"), (tensor_count, "tensors")):
+        if count > _MOST_ENTRIES:
+            raise _DamagedError(f"it claims to hold {count} {what}")
+    metadata: dict[str, Any] = {}
+    for _ in range(entry_count):
+        key = cursor.text("a key")
+        if key in metadata:
+            raise _DamagedError(f"the key '{key}' occurs twice")
+        metadata[key] = cursor.value(cursor.number("<u4"), key)
+    places: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(tensor_count):
+        name = cursor.text("a tensor's name")
+        if name in places:
+            raise _DamagedError(f"the tensor '{name}' occurs twice")
+        places[name] = _place(cursor, name)
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise _DamagedError(f"its alignment is {alignment}, not a power of two")
+    start = -(-cursor.at // alignment) * alignment
+    tensors = {name: _tensor(name, *place, alignment, start, len(data)) for name, place in places.items()}
+    return GgufHeader(path, metadata, tensors)
+
+
+def _place(cursor: "_Cursor", name: str) -> tuple[tuple[int, ...], int, int]:
+    """The (shape, type number, offset in the data) of the directory's next entry, whose name is read."""
+    dimensions = cursor.number("<u4")
+    if dimensions > _MOST_DIMENSIONS:
+        raise _DamagedError(f"the tensor '{name}' has {dimensions} dimensions")
+    shape = tuple(cursor.number("<u8") for _ in range(dimensions))[::-1]
+    return shape, cursor.number("<u4"), cursor.number("<u8")
+
+
+def _tensor(
+    name: str, shape: tuple[int, ...], number: int, offset: int, alignment: int, start: int, end: int
+) -> GgufTensor:
+    if offset % alignment:
+        raise _DamagedError(f"the tensor '{name}' begins at byte {offset}, which is no multiple of {alignment}")
+    kind, block, size = TYPES.get(number, (f"type {number}", 1, 0))
+    if 0 in shape or (shape and shape[-1] % block):
+        raise _DamagedError(f"the tensor '{name}' has the shape {list(shape)}, which {kind} cannot hold")
+    total = math.prod(shape) // block * size
+    if start + offset + total > end:
+        raise _DamagedError(f"it ends at byte {end}, inside the tensor '{name}' (to byte {start + offset + total})")
+    return GgufTensor(shape, kind, start + offset, total)
+
+
+class _Cursor:
+    """Reads the header from front to back; whatever would pass the end of the file is an error."""
+
+    def __init__(self, data: mmap.mmap):
+        self._data, self._end = data, len(data)
+        self.at = len(MAGIC)
+
+    def _take(self, size: int, what: str) -> int:
+        """Move on by `size` bytes; returns where they begin."""
+        begin = self.at
+        if size > self._end - begin:
+            raise _DamagedError(f"it ends at byte {self._end}, inside {what}")
+        self.at = begin + size
+        return begin
+
+    def number(self, form: str, what: str = "its header") -> int:
+        size = int(form[2])
+        return int.from_bytes(self._data[self._take(size, what) : self.at], "little", signed=form[1] == "i")
+
+    def text(self, what: str) -> str:
+        length = self.number("<u8", what)
+        try:
+            return self._data[self._take(length, what) : self.at].decode()
+        except UnicodeDecodeError:
+            raise _DamagedError(f"{what} is not UTF-8") from None
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind == _STRING:
+            return self.text(key)
+        if kind == _ARRAY:
+            element, count = self.number("<u4", key), self.number("<u8", key)
+            if element == _STRING:
+                self._fits(count, 8, key)
+                return [self.text(key) for _ in range(count)]
+            return self._array(element, count, key)
+        return self._array(kind, 1, key)[0].item()
+
+    def _fits(self, count: int, size: int, key: str) -> None:
+        if count * size > self._end - self.at:
+            raise _DamagedError(f"'{key}' claims {count} values, more than the file has room for")
+
+    def _array(self, kind: int, count: int, key: str) -> np.ndarray:
+        form = "<u1" if kind == _BOOL else _SCALARS.get(kind)
+        if form is None:
+            raise _DamagedError(f"'{key}' has a value of the unknown type {kind}")
+        self._fits(count, int(form[2]), key)
+        begin = self._take(count * int(form[2]), key)
+        values = np.frombuffer(self._data[begin : self.at], form)
+        return values != 0 if kind == _BOOL else values
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to write. shape: outermost first. data: its bytes, made piece by piece when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    data: Callable[[], Iterable[bytes | memoryview]]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        weights, size = BLOCKS[self.type]
+        return math.prod(self.shape) // weights * size
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> None:
+    """Write a version 3 file aside, flush it, rename it.
+
+    metadata: text, booleans, integers, floats (stored as float32), lists of text, and NumPy arrays and scalars, which
+    keep their type. Integers are stored as uint32, as llama.cpp expects of every count and id.
+    """
+    offsets, end = [], 0
+    for tensor in tensors:
+        offsets.append(end)
+        end = _aligned(end + tensor.size)
+    header = bytearray(MAGIC + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        header += _text(key) + _value(value)
+    for tensor, offset in zip(tensors, offsets):
+        header += _text(tensor.name) + struct.pack("<I", len(tensor.shape))
+        header += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+        header += struct.pack("<IQ", _NUMBERS[tensor.type], offset)
+    aside = path.with_name(f".{path.name}.aside")
+    try:
+        with disk_errors(path), open(aside, "wb") as file:
+            _write(file, bytes(header).ljust(_aligned(len(header)), b"\0"), tensors, offsets)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, header: bytes, tensors: Sequence[NewTensor], offsets: Sequence[int]) -> None:
+    file.write(header)
+    start = file.tell()
+    for tensor, offset in zip(tensors, offsets):
+        for piece in tensor.data():
+            file.write(piece)
+        if file.tell() != start + offset + tensor.size:
+            raise ValueError(f"{tensor.name} gave {file.tell() - start - offset} bytes, not {tensor.size}")
+        file.write(bytes(_aligned(tensor.size) - tensor.size))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _text(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value: Any) -> bytes:
+    """A type number and the value's bytes."""
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _text(value)
+    if isinstance(value, list):
+        return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))
+    if isinstance(value, bool | np.bool_):
+        return struct.pack("<I?", _BOOL, value)
+    if isinstance(value, int):
+        value = np.uint32(value)
+    elif isinstance(value, float) and not isinstance(value, np.float64):
+        value = np.float32(value)
+    kinds = {form: number for number, form in _SCALARS.items()} | {"|u1": 0, "|i1": 1, "|b1": _BOOL}
+    kind = kinds[value.dtype.str]
+    if isinstance(value, np.ndarray):
+        return struct.pack("<IIQ", _ARRAY, kind, value.size) + value.tobytes()
+    return struct.pack("<I", kind) + value.tobytes()
