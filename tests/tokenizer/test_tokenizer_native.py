@@ -287,6 +287,12 @@ def test_native_code_is_one_build_for_all(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENQWEN_NATIVE", "0")
     assert native.load("seven", [source]) is None
     monkeypatch.delenv("OPENQWEN_NATIVE")
+    native._load.cache_clear()
+    with monkeypatch.context() as bare:  # the compiler may go once it has done its work
+        bare.setenv("PATH", "")
+        bare.delenv("CXX", raising=False)
+        bare.setattr("importlib.util.find_spec", lambda name: None)
+        assert native.load("seven", [source]).seven() == 7
     source.write_text('extern "C" int seven() { return 8; }')
     native._load.cache_clear()
     assert native.load("seven", [source]).seven() == 8  # another source is another build

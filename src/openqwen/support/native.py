@@ -51,8 +51,14 @@ class _UnavailableError(Exception):
 
 def _built(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Path:
     """The path of the library; built first if it is not there. Two processes do not build it twice."""
-    compiler = _compiler()
-    library = _cache() / f"{name}-{_key(sources, flags, compiler)}.so"
+    stem = f"{name}-{_key(sources, flags)}"
+    try:
+        compiler = _compiler()
+    except _UnavailableError:
+        if earlier := sorted(_cache().glob(f"{stem}-*.so")):  # the compiler went after it had done its work
+            return earlier[0]
+        raise
+    library = _cache() / f"{stem}-{_identity(compiler)}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -92,16 +98,21 @@ def _compiler() -> list[str]:
     raise _UnavailableError("there is no C++ compiler (install g++ or clang, or the Python package ziglang)")
 
 
-def _key(sources: tuple[Path, ...], flags: tuple[str, ...], compiler: list[str]) -> str:
-    """A digest of all that the library depends on: the sources, the flags, the compiler, the processor."""
+def _key(sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
+    """A digest of what the library is made of and for: the sources, the flags, the processor."""
     digest = hashlib.sha256()
     for path in sources:
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    digest.update(repr([*_FLAGS, *_TUNED, *flags, _processor()]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _identity(compiler: list[str]) -> str:
+    """A digest that another compiler, or another version of it, does not share."""
     program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     stamp = program.stat() if program.exists() else None
-    identity = [*compiler, program, stamp and stamp.st_size, stamp and stamp.st_mtime_ns]
-    digest.update(repr([*_FLAGS, *_TUNED, *flags, *map(str, identity), _processor()]).encode())
-    return digest.hexdigest()[:16]
+    parts = [*compiler, program, stamp and stamp.st_size, stamp and stamp.st_mtime_ns]
+    return hashlib.sha256(repr(list(map(str, parts))).encode()).hexdigest()[:8]
 
 
 def _processor() -> list[str]:
