@@ -6,6 +6,7 @@ holds [documents + 1] int64 positions in it; `<source>.json` is the index with c
 
 import hashlib
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from openqwen.support.files import read_json, sha256, write_json
 from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
 
+_BATCH = 256  # documents tokenized together, on all cores
 _REMAKE = "make the token shards again: delete this folder's stage and rerun it"
 
 
@@ -29,8 +31,8 @@ class _Writer:
         self.bytes = 0
         self.digest = hashlib.sha256()
 
-    def add(self, ids: list[int], size: int) -> None:
-        raw = np.array(ids, dtype="<u4").tobytes()
+    def add(self, ids: np.ndarray, size: int) -> None:
+        raw = ids.astype("<u4").tobytes()
         self.file.write(raw)
         self.digest.update(raw)
         self.offsets.append(self.offsets[-1] + len(ids))
@@ -49,13 +51,16 @@ def write_shards(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[st
         ExitStack() as files,
         progress("tokenize", count_documents(documents), "documents") as bar,
     ):
-        for document in read_documents(documents):
-            source = document["source"]
-            if source not in writers:
-                writers[source] = _Writer(files.enter_context(open(folder / f"{source}.bin", "wb")))
-            ids = [*tokenizer.encode(document["text"]), tokenizer.endoftext_id]
-            writers[source].add(ids, len(document["text"].encode("utf-8")))
-            bar.advance()
+        stream = read_documents(documents)
+        while batch := list(islice(stream, _BATCH)):
+            ids, offsets = tokenizer.encode_batch(document["text"] for document in batch)
+            for document, start, end in zip(batch, offsets, offsets[1:]):
+                source = document["source"]
+                if source not in writers:
+                    writers[source] = _Writer(files.enter_context(open(folder / f"{source}.bin", "wb")))
+                closed = np.append(ids[start:end], np.uint32(tokenizer.endoftext_id))
+                writers[source].add(closed, len(document["text"].encode("utf-8")))
+            bar.advance(len(batch))
     table = {}
     for source, writer in writers.items():
         with disk_errors(folder):
