@@ -24,6 +24,10 @@ class Bytes:
     def encode(self, text):
         return [100_000 + byte for byte in text.encode()]
 
+    def encode_batch(self, texts):
+        parts = [np.array(self.encode(text), dtype=np.uint32) for text in texts]
+        return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
+
 
 @pytest.fixture
 def shards(tmp_path):
