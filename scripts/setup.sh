@@ -27,4 +27,7 @@ echo "Installing what requirements.lock lists ..."
 grep -v '^torch==' requirements.lock >.venv/requirements-without-torch.txt
 $pip install --no-deps -r .venv/requirements-without-torch.txt
 $pip install --no-deps --no-build-isolation --editable .
+# Optional: compiled parts, which are built on first use where this is left out. Without a compiler plain Python works.
+.venv/bin/python -c 'from openqwen.tokenizer import fast
+print("The tokenizer is compiled." if fast.library() else "The tokenizer runs in plain Python.")'
 echo "Ready: .venv/bin/openqwen --help"

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from openqwen.recipe import together
 from openqwen.support.errors import OpenQwenError, suggestion
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ RECIPE_VERBS = {
     "chat": "Talk to a model in the terminal.",
     "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
     "report": "Write the HTML report of a run folder.",
+    "preview": "Show what SFT would learn from demonstrations, token by token.",
+    "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
 }
 STAGE_VERBS = {
     "corpus": "Raw documents to cleaned, filtered, deduplicated text.",
@@ -29,6 +32,7 @@ STAGE_VERBS = {
     "tokens": "Text to shards of token ids.",
     "pretrain": "Train a network on token shards from scratch.",
     "extend": "Lengthen the context: longer rows, raised RoPE base.",
+    "upcycle": "A dense network to a mixture of fine-grained experts: openqwen upcycle DENSE OUTPUT.",
     "instruct": "Make demonstrations without people.",
     "sft": "Supervised fine-tuning on demonstrations.",
     "prefer": "Make preference pairs by sampling and checking.",
@@ -44,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         with _bugs_written_to(Path(tempfile.gettempdir())):
+            if together.many():
+                return together.lead_or_follow(lambda: _dispatch(arguments))
             return _dispatch(arguments)
     except OpenQwenError as error:
         return _fail(str(error))
@@ -70,10 +76,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
             "chat": _chat,
             "convert": _convert,
             "report": _report,
+            "preview": _preview,
+            "verify": _verify,
         }
         verbs[verb](rest)
     elif verb in STAGE_VERBS:
-        _stage(verb, rest)
+        _stage(verb, _named(rest, "--model", "--output") if verb == "upcycle" else rest)
     else:
         near = suggestion(verb, [*RECIPE_VERBS, *STAGE_VERBS])
         raise OpenQwenError(f"There is no verb '{verb}'.{near}", do="openqwen --help lists them")
@@ -169,6 +177,13 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     run_alone(stage, options.output, options.seed, _command(name, arguments))
 
 
+def _named(arguments: Sequence[str], *flags: str) -> list[str]:
+    """The arguments with the bare ones at the start given their flags, in this order."""
+    count = next((n for n, text in enumerate(arguments) if text.startswith("-")), len(arguments))
+    bare = min(count, len(flags))
+    return [text for pair in zip(flags, arguments[:bare]) for text in pair] + list(arguments[bare:])
+
+
 def _chat(arguments: Sequence[str]) -> None:
     import tyro
 
@@ -185,6 +200,23 @@ def _convert(arguments: Sequence[str]) -> None:
     from openqwen.recipe.convert import convert
 
     tyro.cli(convert, args=list(arguments), prog="openqwen convert", description=RECIPE_VERBS["convert"])
+
+
+def _preview(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.preview import preview
+
+    tyro.cli(preview, args=list(arguments), prog="openqwen preview", description=RECIPE_VERBS["preview"])
+
+
+def _verify(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.verify import verify
+
+    if not tyro.cli(verify, args=list(arguments), prog="openqwen verify", description=RECIPE_VERBS["verify"]):
+        raise OpenQwenError("A proof does not hold.", do="see the line marked ✗; report it with the model and the data")
 
 
 def _report(arguments: Sequence[str]) -> None:

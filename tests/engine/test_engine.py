@@ -1,5 +1,7 @@
 """The engine against a plain loop over the whole sequence, and what a request may depend on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from openqwen.engine import Engine, Sampling
 from openqwen.engine import engine as module
 from openqwen.engine.sampler import choose
-from openqwen.model import ModelConfig, Packed, Qwen2, initialize
+from openqwen.model import DualChunk, ModelConfig, Packed, Qwen2, Yarn, initialize
 from openqwen.support.errors import OpenQwenError
 
 
@@ -27,9 +29,14 @@ class Numbers:
         return ids, [0] * len(ids)
 
 
-@pytest.fixture(scope="module")
-def model():
-    model = Qwen2(ModelConfig(64, 32, 48, 2, 4, 2, max_position_embeddings=64, tie_word_embeddings=True))
+@pytest.fixture(scope="module", params=["plain", "yarn", "chunks"])
+def model(request):
+    config = ModelConfig(64, 32, 48, 2, 4, 2, max_position_embeddings=64, tie_word_embeddings=True)
+    if request.param == "yarn":
+        config = replace(config, yarn=Yarn(4.0, 16))
+    if request.param == "chunks":  # of 11 tokens: prompts and answers cross borders, which are no page borders
+        config = replace(config, dual_chunk=DualChunk(16, 5))
+    model = Qwen2(config)
     initialize(model, torch.Generator().manual_seed(0))
     with torch.no_grad():
         for p in model.parameters():

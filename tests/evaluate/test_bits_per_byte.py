@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from openqwen.evaluate import bits_per_byte, within_budget
-from openqwen.evaluate.bits_per_byte import windows
+from openqwen.evaluate.bits_per_byte import halves, windows
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import gzip_bits_per_byte
@@ -161,6 +161,13 @@ def test_gzip_rate_is_gzips():
     texts = ["def f():\n    return 1\n" * 50, "häuser " * 40]
     data = "".join(texts).encode()
     assert gzip_bits_per_byte(texts) == pytest.approx(8 * len(gzip.compress(data, 9, mtime=0)) / len(data))
+
+
+def test_halves_share_no_document_and_both_have_every_source():
+    given = documents(*map(str, range(5))) + documents("y", "z", source="docs") + documents("alone", source="one")
+    development, test = halves(given)
+    assert [d["text"] for d in development] == ["0", "2", "4", "y", "alone"]
+    assert [d["text"] for d in test] == ["1", "3", "z"]
 
 
 def test_budget_is_shared_by_the_sources_and_each_gets_something():

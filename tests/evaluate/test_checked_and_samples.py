@@ -4,6 +4,7 @@ import pytest
 
 from openqwen.engine import Output
 from openqwen.evaluate import CHATS, CONTINUATIONS, EvaluateConfig, checked_accuracy, sample_answers
+from openqwen.evaluate.checked import sampled_right
 from openqwen.instruct.synthesize.tasks import KINDS, generate_tasks, split_of
 from openqwen.support.generators import Generators
 from openqwen.support.progress import Progress
@@ -37,6 +38,13 @@ def test_accuracy_chance_and_answers_by_task():
     for item, answer in zip(items, result["answers"]):
         assert answer["prompt"] == item.prompt
         assert answer["correct"] == (item.question in right)
+
+
+def test_sampled_answers_are_drawn_once_each_at_temperature_1():
+    items = generate_tasks(Generators(0)["items"], 34, split="test")
+    engine = FakeEngine({t.question: t.answer for t in items[:10]})
+    assert sampled_right(engine, items, 16) == [True] * 10 + [False] * 24
+    assert engine.sampling.temperature == 1.0
 
 
 def test_no_items_is_refused():

@@ -32,9 +32,10 @@ class FakeEngine:
         return [self.answer(prompt, seed) for prompt, seed in zip(prompts, seeds)]
 
 
-def oracle(n=4000, seed=0, split="train"):
+def oracle(seed=0):
     """Right answers by question, over the tasks that the stages below draw."""
-    return {t.question: t for t in generate_tasks(Generators(seed)["instruct-tasks"], n, split)}
+    names = ("instruct-tasks", "rejection-tasks", "prompt-tasks")
+    return {t.question: t for name in names for t in generate_tasks(Generators(seed)[name], 150)}
 
 
 FUNCTION = 'def area(width, height):\n    """Return the area of a rectangle with these sides."""\n'
@@ -122,7 +123,7 @@ CONFIG = s.InstructConfig(demonstrations=150, repurposed=5, rejection_prompts=34
 
 def build(folder, seed=0, config=CONFIG):
     folder.mkdir()
-    answers = {plain_prompt(q): t.answer for q, t in oracle(244, seed).items()}
+    answers = {plain_prompt(q): t.answer for q, t in oracle(seed).items()}
     engine = FakeEngine(lambda prompt, seed: output(" " + answers[prompt] if seed % 3 else "wrong"))
     return s.build_demonstrations(config, DOCUMENTS, engine, seed, folder, model="extend")
 
@@ -139,17 +140,15 @@ def test_instruct_payload(tmp_path):
     assert summary["by_method"] == dict(methods)
     assert 0.4 < summary["acceptance"]["rate"] == metrics["acceptance"] < 0.9
     assert set(summary["examples"]) == set(methods)
-    tasks = oracle(244)
+    tasks = oracle()
     for record in records:
         question, answer = (m["content"] for m in record["messages"])
         if record["origin"]["method"] != "repurpose":
             assert s.split_of(question) == "train"
             assert tasks[question].check(answer)
             assert [tasks[question].task] == record["origin"]["tasks"]
-    asked = {r["messages"][0]["content"] for r in records}
     kept = {p["prompt"][0]["content"] for p in prompts}
     assert len(kept) == 60 == len(prompts)
-    assert not asked & kept
     assert all(s.split_of(question) == "train" for question in kept)
 
 
@@ -163,7 +162,6 @@ def test_instruct_is_deterministic(tmp_path):
 
 
 def test_prefer_payload(tmp_path):
-    build(tmp_path / "instruct")
     config = s.PreferConfig(prompts=80, heldout_prompts=40, samples=3)
     seen = {}
 
@@ -174,23 +172,22 @@ def test_prefer_payload(tmp_path):
     def run(name, seed=0):
         (tmp_path / name).mkdir()
         engine = FakeEngine(answer)
-        metrics = s.build_preferences(config, tmp_path / "instruct", engine, seed, tmp_path / name, model="sft")
+        metrics = s.build_preferences(config, engine, seed, tmp_path / name, model="sft")
         return metrics, (tmp_path / name / "preferences.jsonl").read_bytes()
 
     metrics, data = run("a")
     assert (metrics, data) == run("b")
     train = list(read_jsonl(tmp_path / "a" / "preferences.jsonl"))
-    held = list(read_jsonl(tmp_path / "a" / "heldout.jsonl"))
+    held, test = (list(read_jsonl(tmp_path / "a" / f"{name}.jsonl")) for name in ("heldout", "test"))
     summary = read_json(tmp_path / "a" / "prefer.json")
     assert metrics["pairs"] == len(train) == summary["pairs"] == sum(summary["by_task"].values())
-    assert metrics["heldout_pairs"] == len(held)
+    assert (metrics["heldout_pairs"], metrics["test_pairs"]) == (len(held), len(test))
     assert all(s.split_of(p["prompt"][0]["content"]) == "train" for p in train)
     assert all(s.split_of(p["prompt"][0]["content"]) == "heldout" for p in held)
+    assert all(s.split_of(p["prompt"][0]["content"]) == "test" for p in test)
     assert max(Counter(p["prompt"][0]["content"] for p in train).values()) <= 2
-    used = {r["messages"][0]["content"] for r in read_jsonl(tmp_path / "instruct" / "demonstrations.jsonl")}
-    used |= {r["prompt"][0]["content"] for r in read_jsonl(tmp_path / "instruct" / "prompts.jsonl")}
-    assert not used & {p["prompt"][0]["content"] for p in train}
-    for pair in train + held:
+    assert set(summary["by_task"]) == set(s.KINDS), "every kind has its share"
+    for pair in train + held + test:
         assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant"
         assert pair["chosen"] != pair["rejected"]
         assert pair["origin"]["model"] == "sft"

@@ -90,11 +90,12 @@ def test_packed_documents_are_blind_to_each_other():
 
 def test_packed_buckets_waste_little_and_lose_no_token():
     packed = Packed.from_lengths([3, 50, 4, 49, 3, 5, 1])
-    padded = sum(g.numel() for g in packed._gathers)
+    layout = packed._layout(())
+    padded = sum(g.numel() for g in layout.gathers)
     assert padded <= 1.25 * packed.total
-    assert sorted(packed._order.tolist()) == sorted(set(packed._order.tolist()))
-    rows = torch.cat([g.flatten() for g in packed._gathers])
-    assert torch.equal(rows[packed._order], torch.arange(packed.total))
+    assert sorted(layout.order.tolist()) == sorted(set(layout.order.tolist()))
+    rows = torch.cat([g.flatten() for g in layout.gathers])
+    assert torch.equal(rows[layout.order], torch.arange(packed.total))
 
 
 def test_paged_equals_packed_however_the_tokens_are_fed():

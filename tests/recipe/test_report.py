@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 
 from openqwen.recipe.report import write_report
-from openqwen.recipe.report.charts import Series, downsampled, line_chart, smoothed, ticks
 from openqwen.recipe.report.run import load_run
-from openqwen.recipe.report.text import count, number, shortened, size, visible
 from openqwen.support.errors import OpenQwenError
 
 INPUTS = {
@@ -144,11 +142,15 @@ def metrics(name: str) -> list[dict]:
     return records
 
 
+def interval(key: str, value: float, low: float, high: float) -> dict:
+    return {key: value, f"{key}_low": low, f"{key}_high": high}
+
+
 def scores(name: str) -> dict:
     if name == "reward":
         by_task = {task: {"accuracy": 0.66 + 0.05 * i, "n": 40 + i} for i, task in enumerate(CHANCE)}
-        whole = {"pair_accuracy": 0.783, "pair_accuracy_low": 0.722, "pair_accuracy_high": 0.833, "n": 212}
-        return whole | {"pair_accuracy_by_task": by_task}
+        whole = interval("test_pair_accuracy", 0.783, 0.722, 0.833) | interval("test_near_accuracy", 0.612, 0.54, 0.68)
+        return whole | {"test_pair_accuracy_n": 212, "pair_accuracy_by_task": by_task}
     bits, accuracy = RESULTS[name]
     reached = {task: min(1.0, max(c * 0.9, accuracy + 0.1 * i - 0.2)) for i, (task, c) in enumerate(CHANCE.items())}
     found = {"gzip_bits_per_byte": 2.214} | {
@@ -161,8 +163,12 @@ def scores(name: str) -> dict:
     }
     if name in ("sft", "dpo", "online-dpo"):
         found |= {"retention": bits / RESULTS["extend"][0], "reward_mean": accuracy - 0.5}
+        found |= interval("test_accuracy", accuracy - 0.01, accuracy - 0.03, accuracy + 0.01)
+        found |= interval("test_sampled_accuracy", accuracy - 0.1, accuracy - 0.12, accuracy - 0.08)
     if name in ("dpo", "online-dpo"):
         found |= {"win_rate": 0.581, "win_rate_low": 0.523, "win_rate_high": 0.637, "win_rate_checked": 0.54}
+        found |= interval("test_gain", accuracy - 0.52, accuracy - 0.54, accuracy - 0.5)
+        found |= interval("test_sampled_gain", 0.031, 0.012, 0.05)
     return found
 
 
@@ -329,15 +335,17 @@ def test_every_section_is_there_and_closed(page, source):
 
 def test_headlines_and_scores_are_shown(page):
     shown = page.text.replace("\u202f", " ")
-    for result in ("1.902", "2.214", "14 % below gzip -9", "66.0 %", "78.3 %", "58.1 %", "52 % to 64 %", "1.022×"):
+    results = ("1.902", "2.214", "14 % below gzip -9", "65.0 %", "78.3 %", "61.2 %", "54 % to 68 %")
+    for result in (*results, "58.1 %", "52 % to 64 %", "1.022×"):
         assert result in shown
     assert "+0.029 worse" in shown  # sft's bits per byte against extend's
     assert "+42.0 better" in shown  # sft's checked accuracy against extend's
+    assert "greedy +14.0 (+12.0 to +16.0), sampled +3.1 (+1.2 to +5.0)" in shown  # online-dpo's on the test split
 
 
 def test_a_number_that_does_not_move_is_told(tmp_path):
     folder = build_run(tmp_path / "tiny")
-    poor = scores("sft") | {"checked_accuracy": 0.13}
+    poor = scores("sft") | {"test_accuracy_low": 0.12}
     dump(folder / "evaluate-sft/scores.json", poor)
     dump(folder / "evaluate-extend/scores.json", scores("extend") | {"bits_per_byte": 2.5})
     text = Page(write_report(folder).read_text(encoding="utf-8")).text
@@ -451,50 +459,3 @@ def test_stages_come_after_what_they_are_made_from(tmp_path):
     run = load_run(build_run(tmp_path / "tiny"))
     names = [stage.name for stage in run.stages]
     assert all(names.index(i) < names.index(stage.name) for stage in run.stages for i in stage.inputs)
-
-
-def test_downsampling_keeps_ends_and_spikes():
-    y = np.sin(np.arange(10_000) / 500)
-    y[6543] = 40.0
-    points = downsampled(list(range(10_000)), list(y))
-    assert len(points) <= 400
-    assert (6543, 40.0) in points
-    assert [x for x, _ in points] == sorted(x for x, _ in points)
-    assert downsampled([1, 2], [3.0, math.inf]) == [(1, 3.0)]
-
-
-def test_smoothing_of_a_constant_is_that_constant():
-    np.testing.assert_allclose(smoothed([2.5] * 300), 2.5)
-    np.testing.assert_allclose(smoothed([1.0, math.nan, 1.0]), 1.0)
-
-
-def test_smoothing_is_a_centred_mean():
-    values = np.random.default_rng(0).random(400)
-    smooth = smoothed(list(values))
-    np.testing.assert_allclose(smooth[200], values[190:211].mean())
-    assert smooth[0] == values[0]
-    np.testing.assert_allclose(smooth[-1], values[-11:].mean())
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (1.93, 8.31), (-0.4, 1.7), (1, 1500), (3e-5, 3e-4), (5, 5)])
-def test_ticks_are_few_even_and_inside(low, high):
-    marks = ticks(low, high)
-    assert 1 <= len(marks) <= 6
-    assert all(low - 1e-9 <= mark <= high + 1e-9 for mark in marks)
-    if len(marks) > 2:
-        np.testing.assert_allclose(np.diff(marks), marks[1] - marks[0])
-
-
-@pytest.mark.parametrize("values", [[], [1.0], [2.0] * 5, [math.nan] * 3, [1e-9, 2e-9], [1e12, -1e12]])
-def test_charts_survive_degenerate_curves(values):
-    drawn = line_chart([Series(list(range(len(values))), values)], "a <title>")
-    assert "nan" not in re.sub(r"<p.*", "", drawn)
-    assert "<title>" not in drawn
-
-
-def test_texts_and_numbers():
-    assert visible("a\x00b\tc\nd\u200b\x7f é 語") == "a‹U+0000›b\tc\nd‹U+200B›‹U+007F› é 語"
-    assert shortened("abcdef", 4) == ("abcd", "cut: 4 of 6 characters")
-    assert [count(n) for n in (0, 9999, 12_345, 4_100_000)] == ["0", "9,999", "12.3k", "4.1M"]
-    assert [size(n) for n in (12, 1500, 21_400_000)] == ["12\u202fB", "1.5\u202fkB", "21.4\u202fMB"]
-    assert [number(n) for n in (1.23456, 0.00012, None, math.nan)] == ["1.235", "1.2e-4", "–", "nan"]

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
@@ -23,4 +24,28 @@ def trained(real_texts):
 def saved(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     trained.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint():
+    """Qwen2.5-Coder-0.5B-Instruct as GGUF: the published vocabulary and chat template."""
+    default = Path.home() / ".cache" / "real-checkpoint" / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+    path = Path(os.environ.get("OPENQWEN_REAL_CHECKPOINT", default))
+    if not path.is_file():
+        pytest.skip(f"the real checkpoint is not here: {path} (OPENQWEN_REAL_CHECKPOINT names another place)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def real(real_checkpoint):
+    from openqwen.tokenizer import load_tokenizer
+
+    return load_tokenizer(real_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def real_saved(real, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("real-tokenizer")
+    real.save(folder)
     return folder

@@ -95,6 +95,7 @@ def _put(value, *path):
         (_put(7, "model", "vocab", "a"), "without a gap"),
         (_drop("model", "vocab", "a"), "without a gap"),
         (_put(1500, "model", "vocab", "日"), "stands for no byte"),
+        (_put(1500, "model", "vocab", ""), "is empty"),
         (_put(["a", "zzz"], "model", "merges", 5), "merge 5"),
         (_put("a", "model", "merges", 5), "merge 5"),
         (_put(3, "added_tokens", 0, "id"), "do not follow"),
@@ -123,6 +124,11 @@ def test_a_vocabulary_without_all_bytes_is_damaged(saved, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(OpenQwenError, match="lacks 1 of the 256 bytes"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_needs_all_bytes(trained):
+    with pytest.raises(OpenQwenError, match="lacks 1 of the 256 bytes"):
+        Tokenizer(trained.vocabulary[1:256], [])
 
 
 @pytest.mark.parametrize("cut", [0, 1, 1000])

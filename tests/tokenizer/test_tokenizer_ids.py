@@ -155,7 +155,7 @@ def test_merging_equals_the_definition():
             ids = [*ids[:i], ranks[ids[i], ids[i + 1]][1], *ids[i + 2 :]]
         return ids
 
-    encoder = BytePairEncoder(range(256), merges)
+    encoder = BytePairEncoder([bytes([b]) for b in range(256)], merges)
 
     @fuzz
     @given(st.lists(st.integers(0, 2), max_size=60))
@@ -172,7 +172,7 @@ def test_a_word_of_a_hundred_thousand_letters_takes_no_quadratic_time(trained, l
 
 def test_the_word_cache_is_bounded(trained, monkeypatch):
     monkeypatch.setattr("openqwen.tokenizer.bpe._CACHED_WORDS", 10)
-    encoder = BytePairEncoder(range(256), [])
+    encoder = BytePairEncoder([bytes([b]) for b in range(256)], [])
     text = " ".join(f"{a}{b}" for a in "abcdefgh" for b in "abcdefgh")
     assert bytes(encoder.encode(text)) == text.encode()
     assert len(encoder._cache) <= 10

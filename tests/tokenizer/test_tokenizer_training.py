@@ -3,19 +3,24 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import CONTROL_TOKENS, TokenizerConfig, take_bytes, tokenizer_statistics, train_tokenizer
+from openqwen.tokenizer.fast import library
+from openqwen.tokenizer.fast_train import learn_merges
 from openqwen.tokenizer.pretokenize import PATTERN
-from openqwen.tokenizer.train import train_bpe
+from openqwen.tokenizer.train import count_words, train_bpe
+from openqwen.tokenizer.unicode import normalize
 
 
 def library_model(texts, vocabulary, min_frequency):
-    library = Library(models.BPE())
-    library.normalizer = normalizers.NFC()
-    library.pre_tokenizer = pre_tokenizers.Sequence(
+    other = Library(models.BPE())
+    other.normalizer = normalizers.NFC()
+    other.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
@@ -27,8 +32,8 @@ def library_model(texts, vocabulary, min_frequency):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(texts, trainer)
-    return json.loads(library.to_str())["model"]
+    other.train_from_iterator(texts, trainer)
+    return json.loads(other.to_str())["model"]
 
 
 def our_model(tokenizer, folder):
@@ -40,9 +45,9 @@ def assert_same_model(texts, vocabulary, min_frequency, folder):
     ours = our_model(
         train_tokenizer(texts, TokenizerConfig(vocabulary=vocabulary, min_frequency=min_frequency)), folder
     )
-    library = library_model(texts, vocabulary, min_frequency)
-    assert ours["merges"] == library["merges"]
-    assert ours["vocab"] == library["vocab"]
+    theirs = library_model(texts, vocabulary, min_frequency)
+    assert ours["merges"] == theirs["merges"]
+    assert ours["vocab"] == theirs["vocab"]
     return ours
 
 
@@ -63,6 +68,39 @@ def test_merges_equal_the_library_on_real_text(real_texts, tmp_path):
 )
 def test_merges_equal_the_library_on_small_hard_texts(texts, tmp_path):
     assert_same_model(texts, 400, 1, tmp_path)  # far more than there are pairs: both stop by themselves
+
+
+fuzz = settings(max_examples=150, derandomize=True, deadline=None)
+
+
+def learned_both_ways(texts, vocabulary, min_frequency, threads=1):
+    """(compiled, Python): (different words, merges) of each."""
+    if library() is None:
+        pytest.skip("there is no C++ compiler here")
+    texts = list(map(normalize, texts))
+    counts = count_words(texts)
+    python = len(counts), train_bpe(counts, vocabulary, min_frequency)
+    return learn_merges(library(), texts, vocabulary, min_frequency, threads), python
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_compiled_trainer_learns_what_the_python_one_does(real_texts, monkeypatch, threads):
+    monkeypatch.setattr("openqwen.tokenizer.fast._TASK_SIZE", 10_000)
+    compiled, python = learned_both_ways([*real_texts, *real_texts[:20], "", "é漢"], 1500, 2, threads)
+    assert compiled == python
+
+
+def test_the_compiled_trainer_learns_what_the_python_one_does_from_fuzzed_text():
+    alphabets = st.sampled_from(["ab", "aab ", "abc'12", "é漢ab \n", "😀ſ\u0301a "])
+    texts = st.lists(alphabets.flatmap(lambda letters: st.text(letters, max_size=60)), max_size=6)
+
+    @fuzz
+    @given(st.one_of(texts, st.lists(st.text(max_size=30), max_size=4)), st.integers(256, 330), st.integers(1, 3))
+    def check(texts, vocabulary, min_frequency):
+        compiled, python = learned_both_ways(texts, vocabulary, min_frequency)
+        assert compiled == python
+
+    check()
 
 
 def test_equal_counts_are_settled_by_the_smaller_ids():

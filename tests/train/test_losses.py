@@ -7,7 +7,8 @@ from torch.testing import assert_close
 
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.train import log_probs as module
-from openqwen.train.dpo import Pairs, flat
+from openqwen.train.conversations import compared
+from openqwen.train.dpo import Pairs, reference_log_probs
 from openqwen.train.log_probs import log_probs
 from openqwen.train.losses import bradley_terry, document_log_probs, next_token
 from openqwen.train.rows import Rows, cut_to_budget
@@ -31,6 +32,21 @@ def samples(count, seed, learned=0.5):
         mask[-1] = 1
         found.append((rng.integers(0, 96, n).tolist(), mask.tolist()))
     return found
+
+
+def preferences(count):
+    """Pairs of answers, two pairs to a prompt."""
+    rng = np.random.default_rng(7)
+
+    def ids(low, high):
+        return rng.integers(0, 96, int(rng.integers(low, high))).tolist()
+
+    prompts = [ids(1, 12) for _ in range(count // 2)]
+    return [
+        tuple((prompt + a, [0] * len(prompt) + [1] * len(a)) for a in (ids(1, 8), ids(1, 8)))
+        for prompt in prompts
+        for _ in range(2)
+    ]
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -83,12 +99,11 @@ def test_cut_to_budget_keeps_order_and_bounds():
 def test_dpo_loss_and_gradient_equal_the_published_formula_in_float64():
     """The sigmoid form of Rafailov et al. (2023, equation 7), as TRL computes it, transcribed in float64."""
     policy, reference, beta = tiny(0), tiny(9), 0.3
-    chosen, rejected = samples(6, seed=5), samples(6, seed=6)
-    pairs = list(zip(chosen, rejected))
-    rows = Rows.of(flat(pairs))
-    with torch.no_grad():
-        reference_B2 = document_log_probs(reference, rows).view(-1, 2)
-    loss = Pairs(rows, reference_B2).loss(policy, beta)
+    pairs = preferences(6)
+    groups = compared(pairs)
+    assert [len(group.pairs) for group in groups] == [2, 2, 2]
+    laid = Pairs.of(groups, reference_log_probs(reference, groups, 50, "reference"))
+    loss = laid.loss(policy, beta)
     loss.sum.backward()
 
     def sequence_log_prob(model, sample):
@@ -124,12 +139,11 @@ def test_bradley_terry_closed_form():
 
 def test_the_anchor_adds_the_mean_token_nll_of_the_chosen_answers():
     policy, reference = tiny(0), tiny(9)
-    pairs = list(zip(samples(4, seed=5), samples(4, seed=6)))
-    rows = Rows.of(flat(pairs))
+    pairs = preferences(4)
+    groups = compared(pairs)
+    laid = Pairs.of(groups, reference_log_probs(reference, groups, 10_000, "reference"))
     with torch.no_grad():
-        reference_B2 = document_log_probs(reference, rows).view(-1, 2)
-        log_probs_B2 = document_log_probs(policy, rows).view(-1, 2)
-        plain = Pairs(rows, reference_B2).loss(policy, 0.1).sum
-        anchored = Pairs(rows, reference_B2).loss(policy, 0.1, chosen_nll=0.7).sum
-    lengths = torch.tensor([float(sum(mask[1:])) for _, mask in (chosen for chosen, _ in pairs)])
-    assert_close(anchored - plain, -0.7 * (log_probs_B2[:, 0] / lengths).sum(), rtol=1e-4, atol=1e-5)
+        plain, anchored = laid.loss(policy, 0.1).sum, laid.loss(policy, 0.1, chosen_nll=0.7).sum
+        chosen = document_log_probs(policy, Rows.of([chosen for chosen, _ in pairs]))
+    lengths = torch.tensor([float(sum(mask)) for (_, mask), _ in pairs])
+    assert_close(anchored - plain, -0.7 * (chosen / lengths).sum(), rtol=1e-4, atol=1e-5)

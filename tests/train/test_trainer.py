@@ -1,28 +1,33 @@
 """The trainer: exact resume, schedules, bad numbers, and the plan of the pre-training data."""
 
+import errno
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
+from openqwen.train import state
 from openqwen.train.losses import Loss, next_token
-from openqwen.train.optimizer import OptimizerConfig, adamw, learning_rate
+from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.order import Epochs
 from openqwen.train.pretrain import DataConfig, Pieces
 from openqwen.train.rows import Rows
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import BadStepConfig, SaveConfig, Trainer
 
 
 class Stop(Exception):
     """Stands for a kill."""
 
 
-def trainer(folder, stop_at=None, save_seconds=0.0, steps=12, rate=1e-2):
+def trainer(folder, stop_at=None, save_seconds=0.0, steps=12, rate=1e-2, method="adamw"):
     generators = Generators(5)
     model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, max_position_embeddings=64, tie_word_embeddings=True))
     initialize(model, generators.torch("weights"))
@@ -41,7 +46,7 @@ def trainer(folder, stop_at=None, save_seconds=0.0, steps=12, rate=1e-2):
         loss=lambda rows: next_token(model, rows),
         tokens=lambda rows: len(rows.tokens),
         steps=steps,
-        optimizer=OptimizerConfig(learning_rate=rate),
+        optimizer=OptimizerConfig(learning_rate=rate, method=method),
         save=SaveConfig(seconds=save_seconds),
         scratch=folder,
         output=folder / "output",
@@ -49,14 +54,17 @@ def trainer(folder, stop_at=None, save_seconds=0.0, steps=12, rate=1e-2):
     )
 
 
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+@pytest.mark.parametrize("room", [0.25, 0.0], ids=["written aside", "written at once"])
 @pytest.mark.parametrize("stops", [[1], [4, 5], [3, 7, 11]])
-def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tmp_path, stops):
-    whole = trainer(tmp_path / "whole")
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tmp_path, stops, room, method, monkeypatch):
+    monkeypatch.setattr(state, "_COPY_SHARE", room)
+    whole = trainer(tmp_path / "whole", method=method)
     whole.run()
     for stop in stops:
         with pytest.raises(Stop):
-            trainer(tmp_path / "cut", stop_at=stop).run()
-    resumed = trainer(tmp_path / "cut")
+            trainer(tmp_path / "cut", stop_at=stop, method=method).run()
+    resumed = trainer(tmp_path / "cut", method=method)
     resumed.run()
     for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters()):
         assert torch.equal(a, b), name
@@ -79,17 +87,106 @@ def test_only_two_states_are_kept_and_a_damaged_one_is_named(tmp_path):
         trainer(tmp_path, stop_at=8).run()
     states = sorted(p.name for p in tmp_path.glob("state-*"))
     assert states == ["state-00000007", "state-00000008"]
-    weights = tmp_path / "state-00000008" / "weights.safetensors"
+    (weights,) = (tmp_path / "state-00000008").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(OpenQwenError, match="state-00000008"):
         trainer(tmp_path).run()
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
-    broken = trainer(tmp_path)
-    broken.loss = lambda rows: Loss(next_token(broken.model, rows).sum * float("nan"), 1)
-    with pytest.raises(OpenQwenError, match=r"step 0 of test(.|\n)*lower the learning rate"):
-        broken.run()
+def poisoned(one, steps, factor=float("nan")):
+    """The trainer with a loss that is multiplied in some steps."""
+    inner, at = one.batch, []
+
+    def batch(step):
+        at[:] = [step]
+        return inner(step)
+
+    def loss(rows):
+        found = next_token(one.model, rows)
+        return Loss(found.sum * factor, found.count) if at[0] in steps else found
+
+    one.batch, one.loss = batch, loss
+    one.name = lambda step: f"records {step} and {step + 1}"
+    return one
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path):
+    with pytest.raises(OpenQwenError, match=r"step 4 of test \(records 4 and 5\)(.|\n)*lower the learning rate"):
+        poisoned(trainer(tmp_path), {4}).run()
+
+
+def test_a_bad_step_is_left_out_and_logged(tmp_path, capsys):
+    one = poisoned(trainer(tmp_path), {3, 7})
+    one.bad = BadStepConfig(action="skip")
+    summary = one.run()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if e.get("skipped")] == [3, 7]
+    assert entries[3]["loss"] is None
+    assert math.isfinite(summary["loss"])
+    assert all(p.isfinite().all() for p in one.model.parameters())
+    assert "Left out step 3 of test (records 3 and 4)" in capsys.readouterr().out
+
+
+def test_skipping_gives_up_when_every_step_is_bad(tmp_path):
+    one = poisoned(trainer(tmp_path), set(range(2, 12)))
+    one.bad = BadStepConfig(action="skip", patience=4)
+    with pytest.raises(OpenQwenError, match="step 5 of test"):
+        one.run()
+
+
+def test_a_spike_is_a_gradient_far_above_the_usual(tmp_path, monkeypatch):
+    monkeypatch.setattr("openqwen.train.trainer._USUAL", 5)
+    one = poisoned(trainer(tmp_path), {8}, factor=1e4)
+    one.bad = BadStepConfig(action="skip", spike=10.0)
+    one.run()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if e.get("skipped")] == [8]
+
+
+def test_a_full_disk_costs_a_state_and_not_the_training(tmp_path, monkeypatch, capsys):
+    real = dcp.HuggingFaceStorageWriter.write_data
+    calls = []
+
+    def write_data(self, plan, planner):
+        calls.append(plan)
+        if len(calls) < 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, plan, planner)
+
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", write_data)
+    trainer(tmp_path).run()
+    assert "was not saved" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.glob("state-*")) == ["state-00000010", "state-00000011"]
+
+
+def test_an_error_of_the_writing_thread_reaches_the_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path).run()
+
+
+def test_a_state_of_several_files_resumes_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "_FILE_BYTES", 30_000)
+    whole = trainer(tmp_path / "whole")
+    whole.run()
+    with pytest.raises(Stop):
+        trainer(tmp_path / "cut", stop_at=6).run()
+    assert len(list((tmp_path / "cut" / "state-00000006").glob("*.safetensors"))) > 2
+    resumed = trainer(tmp_path / "cut")
+    resumed.run()
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
+
+
+def test_operations_are_those_of_the_closed_form(tmp_path):
+    config = ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True)
+    rows = Rows.of([([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3], [0, 1, 1])])
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    keys = (1 + 2 + 3) + (1 + 2)
+    expected = 6 * (5 * 2 * layer + 4 * 64 * 32) + 12 * 2 * 32 * keys
+    assert rows.flops(config) == expected
+    one = trainer(tmp_path)
+    one.flops = lambda rows: rows.flops(one.model.config)
+    assert one.run()["flops_per_second"] > 0
 
 
 def test_gradient_is_clipped_to_the_norm(tmp_path):
@@ -111,13 +208,19 @@ def test_learning_rate_shapes():
     assert max(rates) == rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
     assert rates[99] == pytest.approx(0.1, abs=1e-3)
+    stable = OptimizerConfig(learning_rate=1.0, warmup_share=0.1, final_share=0.0, schedule="wsd", decay_share=0.2)
+    rates = [learning_rate(stable, s, 100) for s in range(100)]
+    assert rates[10:81] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.05)
     linear = OptimizerConfig(learning_rate=1.0, warmup_share=0.0, final_share=0.0, schedule="linear")
     assert learning_rate(linear, 75, 100) == pytest.approx(0.25)
 
 
 def test_only_matrices_decay():
     model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1))
-    decayed, spared = adamw(model, OptimizerConfig()).param_groups
+    (adamw,) = optimizers(model, OptimizerConfig())
+    decayed, spared = adamw.param_groups
     assert all(p.dim() == 2 for p in decayed["params"])
     assert all(p.dim() == 1 for p in spared["params"])
     assert spared["weight_decay"] == 0
@@ -163,3 +266,21 @@ def test_a_mixture_of_unknown_sources_is_refused():
         Pieces({"code": Source([5], 0)}, DataConfig(mixture={"cod": 1.0}), Generators(0))
     with pytest.raises(OpenQwenError, match="sum to"):
         Pieces({"code": Source([5], 0)}, DataConfig(mixture={"code": 0.5}), Generators(0))
+
+
+def test_frozen_weights_are_neither_moved_nor_saved(tmp_path):
+    def adapted():
+        one = trainer(tmp_path)
+        add_adapters(one.model, LoraConfig(rank=2), Generators(5).torch("lora"))
+        return one
+
+    one = adapted()
+    before = {n: p.clone() for n, p in one.model.named_parameters() if not p.requires_grad}
+    stopped = adapted()
+    stopped.batch = trainer(tmp_path, stop_at=6).batch
+    with pytest.raises(Stop):
+        stopped.run()
+    (saved,) = (tmp_path / "state-00000006").glob("*.safetensors")
+    assert {n.rpartition(".")[2] for n in load_file(saved)} == {"lora_A", "lora_B"}
+    one.run()
+    assert all(torch.equal(before[n], p) for n, p in one.model.named_parameters() if n in before)

@@ -1,7 +1,7 @@
 """Every number of the corpus stage, with where it comes from.
 
-Gopher: Rae et al. 2021 (arXiv 2112.11446), table A1 and section A.1.1. C4: Raffel et al. 2020 (arXiv 1910.10683),
-section 2.2. FineWeb: Penedo et al. 2024 (arXiv 2406.17557), sections 3.4-3.6.
+Gopher: Rae et al. 2021 (arXiv 2112.11446), appendix A; the repetition limits are its table A1. C4: Raffel et al. 2020
+(arXiv 1910.10683), section 2.2. FineWeb: Penedo et al. 2024 (arXiv 2406.17557) and its filters in datatrove.
 Code: the usual line-length, alphanumeric and generated-file rules (Chen et al. 2021, arXiv 2107.03374, and successors);
 the least file size and the share of data are our own choice. Where a limit departs from the published one, its
 description says so.
@@ -16,7 +16,7 @@ Profile = Literal["web", "text", "code"]
 
 
 class GopherQuality(BaseModel):
-    """Gopher's quality rules (table A1); a word is what stands between white space, as in the paper."""
+    """Gopher's quality rules; a word is what stands between white space, as in the paper."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,7 +63,7 @@ class C4(BaseModel):
 
 
 class FineWeb(BaseModel):
-    """FineWeb's own rules (section 3.6)."""
+    """FineWeb's own rules."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -153,7 +153,7 @@ class FilterConfig(BaseModel):
 
 
 class MinHashConfig(BaseModel):
-    """Near-deduplication with FineWeb's banding (section 3.5): half of all pairs at Jaccard 0.68 are found."""
+    """Near-deduplication with FineWeb's banding: half of all pairs at Jaccard 0.68 are found."""
 
     model_config = ConfigDict(extra="forbid")
 

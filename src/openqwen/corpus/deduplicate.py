@@ -1,7 +1,7 @@
 """Exact duplicates by one hash, near-duplicates by MinHash with banding.
 
 MinHash (Broder 1997): the chance that two documents share a minimum is the Jaccard similarity of their shingle sets, so
-that of agreeing in one of b bands of r rows is 1 - (1 - s^r)^b. FineWeb (section 3.5): 5-word shingles, 14 bands of 8.
+that of agreeing in one of b bands of r rows is 1 - (1 - s^r)^b. FineWeb: 5-word shingles, 14 bands of 8.
 Everything after the first regular expression is NumPy over whole batches of documents.
 """
 

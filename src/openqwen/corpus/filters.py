@@ -42,7 +42,7 @@ def _under(value: float, limit: float) -> str | None:
     return None if value >= limit else f"{value:.3f}, at least {limit:g}"
 
 
-# --- Gopher, quality (Rae et al. 2021, table A1) ---
+# --- Gopher, quality (Rae et al. 2021, appendix A) ---
 
 
 def word_count(m: Measured, t: GopherQuality) -> str | None:
@@ -84,7 +84,7 @@ def stop_words(m: Measured, t: GopherQuality) -> str | None:
     return None if found >= t.min_stop_words else f"{found}, at least {t.min_stop_words}"
 
 
-# --- Gopher, repetition (table A1 and section A.1.1) ---
+# --- Gopher, repetition (table A1) ---
 
 
 def duplicate_lines(m: Measured, t: GopherRepetition) -> str | None:
@@ -134,7 +134,7 @@ def sentence_count(m: Measured, t: C4) -> str | None:
     return None if found >= t.min_sentences else f"{found} sentences, at least {t.min_sentences}"
 
 
-# --- FineWeb (Penedo et al. 2024, section 3.6) ---
+# --- FineWeb (Penedo et al. 2024) ---
 
 
 def punctuated_lines(m: Measured, t: FineWeb) -> str | None:

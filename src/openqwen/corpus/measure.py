@@ -83,7 +83,7 @@ class Measured:
         return self._ngrams[n]
 
     def top_ngram_share(self, n: int) -> float:
-        """Share of word characters in the most frequent n-gram (Gopher A.1.1); among equals, the longest counts.
+        """Share of word characters in the most frequent n-gram (Gopher, table A1); among equals, the longest counts.
 
         0 where every n-gram occurs once.
         """
@@ -98,7 +98,7 @@ class Measured:
         return float(most * total[counts[numbers] == most].max() / self.word_characters)
 
     def duplicate_ngram_share(self, n: int) -> float:
-        """Share of word characters in n-grams that occurred before, overlaps counted once (Gopher A.1.1)."""
+        """Share of word characters in n-grams that occurred before, overlaps counted once (Gopher, table A1)."""
         if len(self.words) < n:
             return 0.0
         numbers, lengths = self.ngrams(n), self._word_numbers[1]

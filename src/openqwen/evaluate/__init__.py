@@ -3,7 +3,8 @@
 from openqwen.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, within_budget
 from openqwen.evaluate.checked import Item, checked_accuracy
 from openqwen.evaluate.config import EvaluateConfig
-from openqwen.evaluate.preferences import pair_accuracy, wilson_interval, win_rate
+from openqwen.evaluate.intervals import paired_gain, wilson_interval
+from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate
 from openqwen.evaluate.samples import CHATS, CONTINUATIONS, sample_answers
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "Item",
     "bits_per_byte",
     "checked_accuracy",
+    "near_misses",
     "pair_accuracy",
+    "paired_gain",
     "sample_answers",
     "wilson_interval",
     "win_rate",

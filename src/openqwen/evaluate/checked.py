@@ -30,14 +30,16 @@ class Item(Protocol):
         ...
 
 
-def sampled_accuracy(engine: Engine, items: Sequence[Item], max_tokens: int, progress: Progress | None = None) -> float:
-    """The share of right answers when each is drawn once at temperature 1: what the policy itself expects to score.
+def sampled_right(
+    engine: Engine, items: Sequence[Item], max_tokens: int, progress: Progress | None = None
+) -> list[bool]:
+    """Which answers are right when each is drawn once at temperature 1: their share is what a policy expects to score.
 
-    Greedy decoding hides how sure a policy is. The draws are always the same.
+    Greedy decoding hides how sure a policy is. The draws are always the same, so two models differ by little chance.
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=1.0)
     outputs = engine.generate([item.prompt for item in items], sampling, seeds=range(len(items)), progress=progress)
-    return sum(item.check(output.text) for item, output in zip(items, outputs, strict=True)) / len(items)
+    return [item.check(output.text) for item, output in zip(items, outputs, strict=True)]
 
 
 def checked_accuracy(

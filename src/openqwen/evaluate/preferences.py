@@ -1,13 +1,19 @@
 """Preferences: how often a scorer agrees with given pairs, and how often one set of answers beats another."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from openqwen.evaluate.intervals import wilson_interval
 
 Message = dict[str, str]
 Score = Callable[[list[list[Message]]], list[float]]  # conversations → one number each, higher is better
 
-_Z = 1.959963984540054  # the normal distribution's 97.5 % point
+NEAR = 0.8  # a wrong answer drawn at no more than this temperature is a near miss
+
+
+def near_misses(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The hard ones: the wrong answer is the model's own, drawn at a temperature of `NEAR` at most."""
+    return [pair for pair in pairs if pair["origin"].get("temperature", NEAR + 1) <= NEAR]
 
 
 def pair_accuracy(score: Score, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -68,14 +74,3 @@ def win_rate_of_scores(scores_a: Sequence[float], scores_b: Sequence[float]) -> 
 
 def _win(a: float, b: float) -> float:
     return 0.5 if a == b else float(a > b)
-
-
-def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927).
-
-    Half successes (ties) vary less than whole ones, so with them the interval is wider than it need be, never narrower.
-    """
-    share = successes / n
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never crosses the share

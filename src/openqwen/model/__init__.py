@@ -4,15 +4,21 @@ from openqwen.model.attention import Attention, Packed, Paged
 from openqwen.model.checkpoint import load_model, load_scorer, save_checkpoint, save_weights, scorer_from
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Decoder, Qwen2, Scorer, initialize
+from openqwen.model.experts import Routing
+from openqwen.model.long_context import DualChunk, LongContext, Yarn
 
 __all__ = [
     "Attention",
     "Decoder",
+    "DualChunk",
+    "LongContext",
     "ModelConfig",
     "Packed",
     "Paged",
     "Qwen2",
+    "Routing",
     "Scorer",
+    "Yarn",
     "initialize",
     "load_model",
     "load_scorer",

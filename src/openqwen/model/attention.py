@@ -1,23 +1,36 @@
-"""Who sees whom. The network asks one question, `attend`; the answer is an argument of the forward call.
+"""Who sees whom, and from where; an argument of the forward call.
 
-`Packed` lays whole documents end to end (training, scoring); `Paged` continues sequences whose earlier keys and
-values lie in a cache (generation). Shapes: T tokens, H query heads, K key/value heads, d head width, B documents
-of one bucket, L their padded length, Q new tokens of a sequence, N layers, S slots of a page.
+The network asks once a call how queries and keys are turned (`rotation`), then in every layer what each token takes
+from those that it sees (`attend`). `Packed` lays whole documents end to end (training, scoring); `Paged` continues
+sequences whose earlier keys and values lie in a cache (generation). Shapes: T tokens, H query heads, K key/value heads,
+d head width, B documents of one bucket, L their padded length, Q new tokens of a sequence, N layers, S slots of a page.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openqwen.model import dual_chunk
+from openqwen.model.config import ModelConfig
+from openqwen.model.long_context import LongContext
+from openqwen.model.rope import Rotation, rotate, rotation_of
+
+LongContexts = LongContext | Sequence[LongContext | None] | None  # of all sequences, or of each; None: the model's own
+
 
 class Attention(Protocol):
     """What the decoder needs to know of its sequences."""
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layer: int) -> Tensor:
-        """Causal attention of every token to what it may see, [T, H, d]; scale 1/√d."""
+    def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
+        """What one forward call of this model turns queries and keys by."""
+        ...
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
+        """Causal attention of every token to what it may see, [T, H, d]; scale 1/√d. q and k come unturned."""
         ...
 
 
@@ -34,110 +47,205 @@ def _sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = 
     return out.transpose(1, 2)
 
 
-class Packed:
-    """Documents laid end to end, each blind to the others.
+def _divided(q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int]) -> dict[int, dual_chunk.Queries]:
+    """The three turns of the queries of each sequence that is divided into chunks; `near_THd` are turned already."""
+    if rotation.successive is None or rotation.inter is None:
+        return {}
+    split = (x.split(rows) for x in (near_THd, q_THd, *rotation.successive, *rotation.inter))
+    return {
+        i: (near, rotate(q, *turns[:2]), rotate(q, *turns[2:]))
+        for i, (near, q, *turns) in enumerate(zip(*split))
+        if rotation.chunk_lens[i]
+    }
 
-    Documents of like length are gathered into padded buckets, one fused causal call a bucket. Padding stands on the
-    right, so causality hides it from every real token: no mask is needed and the result is exact.
+
+def _for_each(long_context: LongContexts, count: int) -> list[LongContext | None]:
+    if long_context is None or isinstance(long_context, LongContext):
+        return [long_context] * count
+    if len(long_context) != count:
+        raise ValueError(f"{len(long_context)} long contexts for {count} sequences")
+    return list(long_context)
+
+
+class _Buckets:
+    """Documents gathered by like length into padded rectangles; those that stand `apart` follow, one by one.
+
+    gathers: [B, L] indices into the T rows, where padding repeats the document's last token. order: [T], where each
+    row's output lies when buckets and then documents apart are laid end to end.
     """
 
     WASTE = 1.25  # a bucket's padded size over its real size, at most
 
-    def __init__(self, lengths: Sequence[int]):
+    def __init__(self, lengths: Sequence[int], apart: Sequence[int], device: torch.device):
+        starts = [0, *accumulate(lengths)]
+        order = torch.empty(starts[-1], dtype=torch.long)
+        gathers = []
+        lone = set(apart)
+        by_length = sorted((i for i in range(len(lengths)) if i not in lone), key=lambda i: lengths[i])
+        done = 0
+        bucket: list[int] = []
+        real = 0
+        for rank, i in enumerate(by_length):
+            bucket.append(i)
+            real += lengths[i]
+            follower = lengths[by_length[rank + 1]] if rank + 1 < len(by_length) else None
+            if follower is not None and follower * (len(bucket) + 1) <= self.WASTE * (real + follower):
+                continue
+            width = lengths[i]
+            steps = torch.arange(width)
+            last = torch.tensor([lengths[j] for j in bucket])[:, None] - 1
+            first = torch.tensor([starts[j] for j in bucket])[:, None]
+            gathers.append((first + torch.minimum(steps, last)).to(device))
+            for row, j in enumerate(bucket):
+                order[starts[j] : starts[j + 1]] = torch.arange(lengths[j]) + done + row * width
+            done += len(bucket) * width
+            bucket, real = [], 0
+        for j in apart:
+            order[starts[j] : starts[j + 1]] = torch.arange(lengths[j]) + done
+            done += lengths[j]
+        self.gathers, self.order = gathers, order.to(device)
+
+
+class Packed:
+    """Documents laid end to end, each blind to the others, each from position 0.
+
+    Documents of like length are gathered into padded buckets, one fused causal call a bucket. Padding stands on the
+    right, so causality hides it from every real token: no mask is needed and the result is exact. Documents longer
+    than a chunk of Dual Chunk Attention are read one by one.
+    """
+
+    def __init__(self, lengths: Sequence[int], long_context: LongContexts = None):
         if not lengths or min(lengths) < 1:
             raise ValueError("every document needs at least one token")
         self.lengths = list(lengths)
-        starts = [0]
-        for n in lengths:
-            starts.append(starts[-1] + n)
-        self.total = starts[-1]
+        self.total = sum(lengths)
+        self._contexts = _for_each(long_context, len(lengths))
         self._even = len(set(lengths)) == 1
-        self._gathers: list[Tensor] = []  # [B, L] indices into T, padding repeats the document's last token
-        self._order = torch.empty(0, dtype=torch.long)  # [T]: where each token's output lies, buckets laid end to end
-        if not self._even:
-            self._fill_buckets(starts)
+        self._device = torch.device("cpu")
+        self._layouts: dict[tuple[int, ...], _Buckets] = {}  # by the documents that stand apart
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int]) -> "Packed":
-        """Documents of these token counts, in this order."""
-        return cls(lengths)
+    def from_lengths(cls, lengths: Sequence[int], long_context: LongContexts = None) -> "Packed":
+        """Documents of these token counts, in this order.
+
+        long_context: how all of them are read, or each; None means as the model's configuration says.
+        """
+        return cls(lengths, long_context)
 
     @property
     def positions(self) -> Tensor:
         """0, 1, 2 … within each document, [T]."""
         return torch.cat([torch.arange(n) for n in self.lengths])
 
-    def _fill_buckets(self, starts: list[int]) -> None:
-        by_length = sorted(range(len(self.lengths)), key=lambda i: self.lengths[i])
-        self._order = torch.empty(self.total, dtype=torch.long)
-        done = 0
-        bucket: list[int] = []
-        real = 0
-        for rank, i in enumerate(by_length):
-            bucket.append(i)
-            real += self.lengths[i]
-            follower = self.lengths[by_length[rank + 1]] if rank + 1 < len(by_length) else None
-            if follower is not None and follower * (len(bucket) + 1) <= self.WASTE * (real + follower):
-                continue
-            width = self.lengths[i]
-            steps = torch.arange(width)
-            last = torch.tensor([self.lengths[j] for j in bucket])[:, None] - 1
-            first = torch.tensor([starts[j] for j in bucket])[:, None]
-            self._gathers.append(first + torch.minimum(steps, last))
-            for row, j in enumerate(bucket):
-                n = self.lengths[j]
-                self._order[starts[j] : starts[j] + n] = torch.arange(n) + done + row * width
-            done += len(bucket) * width
-            bucket, real = [], 0
-
     def to(self, device: torch.device | str) -> "Packed":
         """Move the indices; returns self."""
-        self._gathers = [g.to(device) for g in self._gathers]
-        self._order = self._order.to(device)
+        self._device = torch.device(device)
+        self._layouts.clear()
         return self
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layer: int) -> Tensor:
+    def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
+        """See `Attention.rotation`."""
+        return rotation_of(positions_T, config, self._contexts, self.lengths, self.lengths)
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
         """See `Attention.attend`."""
-        if self._even:
+        near_THd = rotate(q_THd, *rotation.query)
+        k_TKd = rotate(k_TKd, *rotation.key)
+        if self._even and not rotation.chunk_lens:
             shape = (len(self.lengths), self.lengths[0])
-            return _sdpa(*(x.unflatten(0, shape) for x in (q_THd, k_TKd, v_TKd))).flatten(0, 1)
+            return _sdpa(*(x.unflatten(0, shape) for x in (near_THd, k_TKd, v_TKd))).flatten(0, 1)
+        apart = tuple(i for i, chunk_len in enumerate(rotation.chunk_lens) if chunk_len)
+        layout = self._layout(apart)
         outs = []
-        for gather in self._gathers:
+        for gather in layout.gathers:
             rows = gather.flatten()
-            parts = (x.index_select(0, rows).unflatten(0, gather.shape) for x in (q_THd, k_TKd, v_TKd))
+            parts = (x.index_select(0, rows).unflatten(0, gather.shape) for x in (near_THd, k_TKd, v_TKd))
             outs.append(_sdpa(*parts).flatten(0, 1))
-        return torch.cat(outs).index_select(0, self._order)
+        if apart:
+            queries = _divided(q_THd, near_THd, rotation, self.lengths)
+            ks, vs = k_TKd.split(self.lengths), v_TKd.split(self.lengths)
+            outs += [dual_chunk.attend(queries[i], ks[i], vs[i], rotation.chunk_lens[i]) for i in apart]
+        return torch.cat(outs).index_select(0, layout.order) if layout.gathers else torch.cat(outs)
+
+    def _layout(self, apart: tuple[int, ...]) -> _Buckets:
+        if apart not in self._layouts:
+            with torch.inference_mode(False):  # kept: the next call may be one that trains
+                self._layouts[apart] = _Buckets(self.lengths, apart, self._device)
+        return self._layouts[apart]
 
 
 class Paged:
     """New tokens of several sequences, whose earlier keys and values lie in a cache of pages.
 
-    cache: [2, N, pages, page size, K, d], keys then values, written in place. Sequence b owns the pages `tables_BP[b]`
-    in order (padded with any page); it holds `totals[b]` tokens, the last `new[b]` of which are in this call, laid end
-    to end in the order of the sequences.
+    cache: [2, N, pages, page size, K, d], keys then values, written in place; keys enter it turned by their position
+    (within their chunk, where there are chunks), so they stay right whoever reads them. Sequence b owns the pages
+    `tables_BP[b]` in order (padded with any page); it holds `totals[b]` tokens, the last `new[b]` of which are in this
+    call, laid end to end in the order of the sequences. long_context: as in `Packed.from_lengths`. Where it scales
+    queries by the length, that is the sequence's total at this call, as in vLLM.
     """
 
-    def __init__(self, cache: Tensor, tables_BP: Tensor, totals: Sequence[int], new: Sequence[int]):
-        device = cache.device
-        self.cache = cache
-        size = cache.shape[3]
-        totals_B1 = torch.tensor(totals, device=device)[:, None]
-        new_B1 = torch.tensor(new, device=device)[:, None]
+    def __init__(
+        self,
+        cache: Tensor,
+        tables_BP: Tensor,
+        totals: Sequence[int],
+        new: Sequence[int],
+        long_context: LongContexts = None,
+    ):
+        self.cache, self._tables_BP = cache, tables_BP
+        self._totals, self._new = list(totals), list(new)
+        self._contexts = _for_each(long_context, len(self._new))
+        totals_B1 = torch.tensor(totals, device=cache.device)[:, None]
+        new_B1 = torch.tensor(new, device=cache.device)[:, None]
         # Query j of a sequence stands at position total − new + j and sees the keys up to itself.
-        steps_1Q = torch.arange(max(new), device=device)[None]
+        steps_1Q = torch.arange(max(new), device=cache.device)[None]
         self._real_BQ = steps_1Q < new_B1
-        at_BQ = torch.minimum(totals_B1 - new_B1 + steps_1Q, totals_B1 - 1)
-        self._written_T = (tables_BP.gather(1, at_BQ // size) * size + at_BQ % size)[self._real_BQ]
+        self._at_BQ = torch.minimum(totals_B1 - new_B1 + steps_1Q, totals_B1 - 1)
+        size = cache.shape[3]
+        self._written_T = (tables_BP.gather(1, self._at_BQ // size) * size + self._at_BQ % size)[self._real_BQ]
         self._rows_BQ = new_B1.cumsum(0) - new_B1 + torch.minimum(steps_1Q, new_B1 - 1)
-        self._tables_BP = tables_BP[:, : -(-max(totals) // size)]
-        keys_L = torch.arange(self._tables_BP.shape[1] * size, device=device)
-        self._mask_B1QL = (keys_L <= at_BQ[:, :, None])[:, None]
+        self._all = tuple(range(len(self._new)))
+        self._grids: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, layer: int) -> Tensor:
+    def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
+        """See `Attention.rotation`."""
+        return rotation_of(positions_T, config, self._contexts, self._new, self._totals)
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
         """See `Attention.attend`; the new keys and values enter the cache on the way."""
+        near_THd = rotate(q_THd, *rotation.query)
         pages_PSKd, values_PSKd = self.cache[0, layer], self.cache[1, layer]
-        pages_PSKd.flatten(0, 1)[self._written_T] = k_TKd
+        pages_PSKd.flatten(0, 1)[self._written_T] = rotate(k_TKd, *rotation.key)
         values_PSKd.flatten(0, 1)[self._written_T] = v_TKd
-        k_BLKd = pages_PSKd[self._tables_BP].flatten(1, 2)
-        v_BLKd = values_PSKd[self._tables_BP].flatten(1, 2)
-        return _sdpa(q_THd[self._rows_BQ], k_BLKd, v_BLKd, self._mask_B1QL)[self._real_BQ]
+        if not rotation.chunk_lens:
+            return self._masked(near_THd, layer, self._all)
+        outs = list(near_THd.split(self._new))
+        for i, queries in _divided(q_THd, near_THd, rotation, self._new).items():
+            pages = self._tables_BP[i, : self._pages(i)]
+            k_mKd, v_mKd = (x[pages].flatten(0, 1)[: self._totals[i]] for x in (pages_PSKd, values_PSKd))
+            outs[i] = dual_chunk.attend(queries, k_mKd, v_mKd, rotation.chunk_lens[i])
+        if short := tuple(i for i in self._all if not rotation.chunk_lens[i]):
+            found = self._masked(near_THd, layer, short).split([self._new[i] for i in short])
+            for i, out in zip(short, found, strict=True):
+                outs[i] = out
+        return torch.cat(outs)
+
+    def _masked(self, q_THd: Tensor, layer: int, chosen: tuple[int, ...]) -> Tensor:
+        """The chosen sequences in one padded call; a mask says who sees whom."""
+        if chosen not in self._grids:
+            self._grids[chosen] = self._grid(list(chosen))
+        rows_BQ, real_BQ, tables_BP, mask_B1QL = self._grids[chosen]
+        k_BLKd, v_BLKd = (x[tables_BP].flatten(1, 2) for x in (self.cache[0, layer], self.cache[1, layer]))
+        return _sdpa(q_THd[rows_BQ], k_BLKd, v_BLKd, mask_B1QL)[real_BQ]
+
+    def _grid(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of the queries, which of them are real, pages, and who sees whom."""
+        tables_BP = self._tables_BP[chosen, : max(self._pages(i) for i in chosen)]
+        rows_BQ, real_BQ, at_BQ = (
+            x[chosen, : max(self._new[i] for i in chosen)] for x in (self._rows_BQ, self._real_BQ, self._at_BQ)
+        )
+        keys_L = torch.arange(tables_BP.shape[1] * self.cache.shape[3], device=self.cache.device)
+        return rows_BQ, real_BQ, tables_BP, (keys_L <= at_BQ[:, :, None])[:, None]
+
+    def _pages(self, sequence: int) -> int:
+        return -(-self._totals[sequence] // self.cache.shape[3])

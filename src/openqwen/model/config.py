@@ -173,9 +173,13 @@ class ModelConfig:
 
         6 per matrix parameter passed (the head counts, the table look-up does not) plus attention's two matmuls.
         """
+        return self.flops(tokens=1, targets=1, seen=context)
+
+    def flops(self, tokens: int, targets: int, seen: float) -> float:
+        """The same of a batch: `targets` of its tokens pass the head; `seen` sums how many keys each token attends."""
         layers = sum(self._layer_matrices(n, active=True) for n in range(self.num_hidden_layers))
-        matrices = layers + self.vocab_size * self.hidden_size
-        return 6.0 * matrices + 12.0 * self.num_hidden_layers * self.hidden_size * context
+        head = self.vocab_size * self.hidden_size
+        return 6.0 * (tokens * layers + targets * head) + 12.0 * self.num_hidden_layers * self.hidden_size * seen
 
     def _layer_matrices(self, layer: int, active: bool) -> int:
         """Matrix elements of one layer."""

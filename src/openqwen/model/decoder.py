@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from openqwen.model.attention import Attention
 from openqwen.model.config import ModelConfig
+from openqwen.model.experts import Routing, SparseFeedForward
 from openqwen.model.feed_forward import FeedForward
-from openqwen.model.rope import rotate, rotations
+from openqwen.model.rope import Rotation
 
 
 class Decoder(nn.Module):
@@ -23,12 +24,14 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
-        """Token ids and their positions in their documents → hidden states [T, D]."""
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, routing: Routing | None = None
+    ) -> Tensor:
+        """Token ids and their positions in their documents → hidden states [T, D]; `routing` is filled by experts."""
         x_TD = self.embed_tokens(tokens_T)
-        rotation = rotations(positions_T, self.config.head_dim, self.config.rope_theta)
+        rotation = attention.rotation(positions_T, self.config)
         for layer in self.layers:
-            x_TD = layer(x_TD, rotation, attention)
+            x_TD = layer(x_TD, rotation, attention, routing)
         return self.norm(x_TD)
 
 
@@ -42,9 +45,11 @@ class Qwen2(nn.Module):
         head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head = None if config.tie_word_embeddings else head
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
-        """Token ids [T], positions [T] → hidden states [T, D]."""
-        return self.model(tokens_T, positions_T, attention)
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, routing: Routing | None = None
+    ) -> Tensor:
+        """Token ids [T], positions [T] → hidden states [T, D]. `routing` is filled by experts."""
+        return self.model(tokens_T, positions_T, attention, routing)
 
     @property
     def head_VD(self) -> Tensor:
@@ -91,12 +96,16 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config)
         self.self_attn = SelfAttention(config, number)
         self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = FeedForward(config)
+        self.mlp = (
+            SparseFeedForward(config)
+            if config.is_sparse(number)
+            else FeedForward(config.hidden_size, config.intermediate_size)
+        )
 
-    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None) -> Tensor:
         """[T, D] → [T, D]."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, attention)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD), routing)
 
 
 class SelfAttention(nn.Module):
@@ -113,12 +122,12 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """[T, D] → [T, D]."""
-        q_THd = rotate(self.q_proj(x_TD).unflatten(-1, self.heads), *rotation)
-        k_TKd = rotate(self.k_proj(x_TD).unflatten(-1, self.kv_heads), *rotation)
+        q_THd = self.q_proj(x_TD).unflatten(-1, self.heads)
+        k_TKd = self.k_proj(x_TD).unflatten(-1, self.kv_heads)
         v_TKd = self.v_proj(x_TD).unflatten(-1, self.kv_heads)
-        return self.o_proj(attention.attend(q_THd, k_TKd, v_TKd, self.number).flatten(1))
+        return self.o_proj(attention.attend(q_THd, k_TKd, v_TKd, rotation, self.number).flatten(1))
 
 
 class RMSNorm(nn.Module):

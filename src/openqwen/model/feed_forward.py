@@ -3,18 +3,16 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openqwen.model.config import ModelConfig
-
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) · up(x)), no bias. [T, D] → [T, D]."""
+    """down(silu(gate(x)) · up(x)), no bias; D wide outside, `width` inside."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """See the class."""
+    def forward(self, x_TD: Tensor, routing: object = None) -> Tensor:
+        """[T, D] → [T, D]. routing: what experts fill; here all tokens go one way, and it is left alone."""
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import openqwen
 from openqwen.recipe.stage import Stage, Work
+from openqwen.recipe.together import run_stage
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, read_json, replace_folder, sha256, write_json
 
@@ -139,7 +140,7 @@ def make(stage: Stage, sources: Mapping[str, Source], seed: int, key: str, work:
     before = _start_clock(work, scratch)
     started = time.monotonic()
     paths = {role: source.path for role, source in sources.items()}
-    metrics = stage.run(Work(stage.config, paths, output, scratch, seed, stage.name))
+    metrics = run_stage(stage, Work(stage.config, paths, output, scratch, seed, stage.name))
     files = _entries(output)
     manifest = Manifest(
         stage=stage.name,

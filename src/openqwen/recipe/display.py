@@ -12,8 +12,8 @@ from openqwen.recipe.plan import NOT_MADE, Step
 from openqwen.support.progress import console, duration
 
 _INDENT = " " * 7
-_KEY_METRICS = 4  # the first ones a stage returns
-_SHARES = ("accuracy", "chance", "win_rate", "win_rate_checked", "acceptance", "share")  # shown in per cent
+_KEY_METRICS = 5  # the first ones a stage returns
+_SHARES = ("accuracy", "chance", "win_rate", "win_rate_checked", "acceptance", "share", "gain")  # shown in per cent
 _LABELS = {"tokens_per_second": "tokens/s", "checked_accuracy": "checked tasks"}
 _ACTION_STYLE = {"reuse": "dim", "run": "bold cyan", "resume": "bold cyan", "blocked": "bold red"}
 
@@ -85,8 +85,15 @@ def _table(*columns: str) -> Table:
 
 
 def _key_metrics(metrics: Mapping[str, int | float | None]) -> str:
-    shown = list(metrics.items())[:_KEY_METRICS]
-    return "   ".join(f"{_label(name)} {_number(name, value)}" for name, value in shown)
+    ends = {f"{name}_{end}" for name in metrics for end in ("low", "high")}
+    shown = [item for item in metrics.items() if item[0] not in ends][:_KEY_METRICS]
+    return "   ".join(f"{_label(name)} {_number(name, value)}{_range(name, metrics)}" for name, value in shown)
+
+
+def _range(name: str, metrics: Mapping[str, int | float | None]) -> str:
+    """Its 95 % interval, where the metrics hold one: ` (50.3% to 55.1%)`."""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return "" if low is None or high is None else f" ({_number(name, low)} to {_number(name, high)})"
 
 
 def _label(name: str) -> str:
@@ -96,7 +103,7 @@ def _label(name: str) -> str:
 def _number(name: str, value: int | float | None) -> str:
     if value is None:
         return "—"
-    if name.endswith(_SHARES):
+    if name.removesuffix("_low").removesuffix("_high").endswith(_SHARES):
         return f"{value:.1%}"
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"

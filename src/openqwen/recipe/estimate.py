@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel
 
-from openqwen.model import ModelConfig
+from openqwen.train.pretrain import network_config
 
 if TYPE_CHECKING:
     from openqwen.recipe.stages import Recipe
@@ -69,13 +69,5 @@ class Estimates:
         return sampled.get(stage, 0) / _ANSWERS + self._training(trained.get(stage, 0))
 
     def _training(self, tokens: float) -> float:
-        size = self.recipe.pretrain.network
-        config = ModelConfig(
-            vocab_size=self.recipe.tokenizer.vocabulary,
-            hidden_size=size.hidden_size,
-            intermediate_size=size.intermediate_size,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            num_key_value_heads=size.kv_heads,
-        )
+        config = network_config(self.recipe.pretrain, self.recipe.tokenizer.vocabulary)
         return tokens * config.flops_per_token(self.recipe.pretrain.data.context / 2) / (_SHARE * _flops())

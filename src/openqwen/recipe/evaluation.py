@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, cast
 
 from openqwen.corpus.documents import read_documents
 from openqwen.engine import Engine
-from openqwen.evaluate.bits_per_byte import bits_per_byte, within_budget
-from openqwen.evaluate.checked import checked_accuracy, sampled_accuracy
+from openqwen.evaluate.bits_per_byte import bits_per_byte, halves, within_budget
+from openqwen.evaluate.checked import checked_accuracy, sampled_right
 from openqwen.evaluate.config import EvaluateConfig
-from openqwen.evaluate.preferences import pair_accuracy, win_rate_of_scores
+from openqwen.evaluate.intervals import paired_gain, wilson_interval
+from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate_of_scores
 from openqwen.evaluate.samples import sample_answers
 from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
@@ -24,6 +26,10 @@ from openqwen.tokenizer import load_tokenizer
 from openqwen.train.reward import score
 
 _SYNTHETIC = "tasks"  # multi-task data is not among the held-out text that bits per byte and gzip are measured on
+_HEADLINES = (  # what the line of a stage shows first
+    *("bits_per_byte", "test_accuracy", "test_sampled_accuracy", "test_gain", "test_sampled_gain"),
+    *("checked_accuracy", "sampled_accuracy"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,47 +59,68 @@ class PlainTask:
 
 
 def evaluate_model(work: Work) -> dict[str, float]:
-    """Bits per byte, checked tasks, samples; retention and win rate where there is something to compare with.
+    """Bits per byte, checked tasks, samples; retention, gains and win rate where there is something to compare with.
 
     A model that comes before SFT (no `base` to compare with) is asked in plain text, a chat model in its template.
+    Scores whose names begin with `test_` are of tasks and documents that no setting was chosen by.
     """
     config = cast(EvaluateConfig, work.config)
     folder, device = work.inputs["model"], best_device()
     model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
     engine = Engine(model, tokenizer)
-    scores: dict[str, Any] = {}
+    chats = "base" in work.inputs
 
-    documents = [d for d in read_documents(work.inputs["corpus"] / "heldout.parquet") if d["source"] != _SYNTHETIC]
-    documents = within_budget(documents, config.heldout_bytes)
+    held = [d for d in read_documents(work.inputs["corpus"] / "heldout.parquet") if d["source"] != _SYNTHETIC]
+    development, test = (within_budget(half, config.heldout_bytes // 2) for half in halves(held))
     context = min(config.context, model.config.max_position_embeddings)
-    result = bits_per_byte(model, tokenizer, documents, context, device)
-    scores |= {
+    result = bits_per_byte(model, tokenizer, development, context, device)
+    scores: dict[str, Any] = {
         "bits_per_byte": result.overall,
         "bits_per_byte_by_source": result.by_source,
-        "gzip_bits_per_byte": gzip_bits_per_byte(d["text"] for d in documents),
-        "gzip_bits_per_byte_by_source": _gzip_by_source(documents),
+        "gzip_bits_per_byte": gzip_bits_per_byte(d["text"] for d in development),
+        "gzip_bits_per_byte_by_source": _gzip_by_source(development),
         "context": context,
     }
+    if test:  # a corpus may be too small to hold out two documents
+        scores["test_bits_per_byte"] = bits_per_byte(model, tokenizer, test, context, device).overall
+        scores["test_gzip_bits_per_byte"] = gzip_bits_per_byte(d["text"] for d in test)
 
-    # The same held-out tasks for every stage and every run: their seed is not the run's.
+    # The same tasks for every stage and every run: their seed is not the run's.
     tasks = generate_tasks(Generators(0)["evaluate"], config.checked, split="heldout")
-    items = tasks if "base" in work.inputs else [PlainTask(task) for task in tasks]
+    items = tasks if chats else [PlainTask(task) for task in tasks]
     with progress("checked tasks", 2 * len(items), "answers") as bar:
         checked = checked_accuracy(engine, items, config.max_tokens, bar)
-        scores["sampled_accuracy"] = sampled_accuracy(engine, items, config.max_tokens, bar)
-    answers = checked.pop("answers")
+        scores["sampled_accuracy"] = mean(sampled_right(engine, items, config.max_tokens, bar))
+    write_jsonl(work.output / "answers.jsonl", checked.pop("answers"))
     scores |= checked
-    if "base" in work.inputs:
+    if chats:
         scores["retention"] = result.overall / read_json(work.inputs["base"] / "scores.json")["bits_per_byte"]
-    if "reward" in work.inputs:
-        scores |= _against(work.inputs["sft"], work.inputs["reward"], tasks, answers)
+        scores |= _test(engine, config, work)
 
     write_json(work.output / "scores.json", scores)
-    write_jsonl(work.output / "answers.jsonl", answers)
     write_json(work.output / "samples.json", sample_answers(engine, config.sample_tokens))
-    first = ("bits_per_byte", "checked_accuracy", "sampled_accuracy", "win_rate")
-    ordered = {name: scores[name] for name in first if name in scores} | scores
+    ordered = {name: scores[name] for name in _HEADLINES if name in scores} | scores
     return {name: value for name, value in ordered.items() if isinstance(value, float)}
+
+
+def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, float]:
+    """Scores on the test split, with 95 % intervals: greedy and sampled, and what each gained on the SFT model."""
+    tasks = generate_tasks(Generators(0)["test"], config.test, split="test")
+    with progress("test tasks", 2 * len(tasks), "answers") as bar:
+        answers = checked_accuracy(engine, tasks, config.max_tokens, bar)["answers"]
+        for answer, right in zip(answers, sampled_right(engine, tasks, config.max_tokens, bar), strict=True):
+            answer["sampled_correct"] = right
+    write_jsonl(work.output / "test.jsonl", answers)
+    before = list(read_jsonl(work.inputs["sft"] / "test.jsonl")) if "sft" in work.inputs else []
+    scores: dict[str, float] = {}
+    for name, key in (("test", "correct"), ("test_sampled", "sampled_correct")):
+        rights = [float(answer[key]) for answer in answers]
+        scores[f"{name}_accuracy"] = mean(rights)
+        scores[f"{name}_accuracy_low"], scores[f"{name}_accuracy_high"] = wilson_interval(sum(rights), len(rights))
+        if before:
+            gain = paired_gain([float(answer[key]) for answer in before], rights)
+            scores |= dict(zip((f"{name}_gain", f"{name}_gain_low", f"{name}_gain_high"), gain))
+    return scores | (_against(before, work.inputs["reward"], tasks, answers) if before else {})
 
 
 def _gzip_by_source(documents: list[dict[str, Any]]) -> dict[str, float]:
@@ -103,10 +130,11 @@ def _gzip_by_source(documents: list[dict[str, Any]]) -> dict[str, float]:
     return {source: gzip_bits_per_byte(own) for source, own in texts.items()}
 
 
-def _against(baseline: Path, reward: Path, tasks: list[Task], answers: list[dict[str, Any]]) -> dict[str, float]:
-    """Win rates of these answers over the baseline's to the same tasks: by the reward model, and by the checks."""
+def _against(
+    before: list[dict[str, Any]], reward: Path, tasks: list[Task], answers: list[dict[str, Any]]
+) -> dict[str, float]:
+    """Win rates of these answers over those before to the same tasks: by the reward model, and by the checks."""
     scorer, tokenizer = load_scorer(reward, device=best_device()), load_tokenizer(reward)
-    before = list(read_jsonl(baseline / "answers.jsonl"))
     rewards = [
         score(
             scorer, tokenizer, [[*t.prompt, {"role": "assistant", "content": a["answer"]}] for t, a in zip(tasks, side)]
@@ -126,10 +154,16 @@ def _against(baseline: Path, reward: Path, tasks: list[Task], answers: list[dict
 
 
 def evaluate_reward(work: Work) -> dict[str, float]:
-    """How often the reward model puts the better answer first, on held-out pairs."""
+    """How often the reward model puts the better answer first: held-out pairs and test pairs, all and near misses."""
     folder = work.inputs["reward"]
     scorer, tokenizer = load_scorer(folder, device=best_device()), load_tokenizer(folder)
-    pairs = list(read_jsonl(work.inputs["preferences"] / "heldout.jsonl"))
-    scores = pair_accuracy(partial(score, scorer, tokenizer), pairs)
+    scores: dict[str, Any] = {}
+    for split, prefix in (("test", "test_"), ("heldout", "")):
+        pairs = list(read_jsonl(work.inputs["preferences"] / f"{split}.jsonl"))
+        for name, chosen in ((f"{prefix}pair_accuracy", pairs), (f"{prefix}near_accuracy", near_misses(pairs))):
+            if chosen:
+                found = pair_accuracy(partial(score, scorer, tokenizer), chosen)
+                scores |= {key.replace("pair_accuracy", name): value for key, value in found.items() if key != "n"}
+                scores[f"{name}_n"] = len(chosen)
     write_json(work.output / "scores.json", scores)
     return {name: value for name, value in scores.items() if isinstance(value, float)}

@@ -19,6 +19,7 @@ from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_de
 from openqwen.instruct.synthesize.preferences import PreferConfig, build_preferences
 from openqwen.instruct.synthesize.pretraining_tasks import task_documents
 from openqwen.model import load_model
+from openqwen.recipe import upcycle
 from openqwen.recipe.estimate import Estimates
 from openqwen.recipe.evaluation import evaluate_model, evaluate_reward
 from openqwen.recipe.report import write_report
@@ -151,7 +152,7 @@ def run_prefer(work: Work) -> dict[str, float]:
     """The chat model's checked samples → preferences P."""
     engine, _ = _engine(work.inputs["model"])
     config = _config(work, PreferConfig)
-    return build_preferences(config, work.inputs["instruct"], engine, work.seed, work.output, work.inputs["model"].name)
+    return build_preferences(config, engine, work.seed, work.output, work.inputs["model"].name)
 
 
 def run_reward(work: Work) -> dict[str, float]:
@@ -190,7 +191,7 @@ _GRAPH: list[tuple[str, Run, dict[str, str]]] = [
     ("extend", run_extend, {"model": "pretrain", "tokens": "tokens", "corpus": "corpus"}),
     ("instruct", run_instruct, {"corpus": "corpus", "model": "extend"}),
     ("sft", run_sft, {"model": "extend", "demonstrations": "instruct"}),
-    ("prefer", run_prefer, {"instruct": "instruct", "model": "sft"}),
+    ("prefer", run_prefer, {"model": "sft"}),
     ("reward", run_reward, {"model": "sft", "preferences": "prefer"}),
     ("dpo", run_dpo, {"model": "sft", "preferences": "prefer"}),
     ("online-dpo", run_online_dpo, {"model": "dpo", "reward": "reward", "prompts": "instruct"}),
@@ -257,6 +258,9 @@ VERBS: dict[str, Verb] = {
         {"model": _MODEL, "tokens": "Token shards.", "corpus": "A corpus artifact."},
         run_extend,
     ),
+    "upcycle": Verb(
+        upcycle.HELP, upcycle.UpcycleConfig, {"model": "The dense Hugging Face folder."}, upcycle.run_upcycle
+    ),
     "instruct": Verb(
         "Make demonstrations without people.",
         InstructConfig,
@@ -272,7 +276,7 @@ VERBS: dict[str, Verb] = {
     "prefer": Verb(
         "Make preference pairs by sampling and checking.",
         PreferConfig,
-        {"instruct": "An instruct artifact.", "model": "The chat model to sample from."},
+        {"model": "The chat model to sample from."},
         run_prefer,
     ),
     "reward": Verb(

@@ -3,12 +3,18 @@
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import chain, pairwise
+from typing import Literal
+
+import numpy as np
 
 from openqwen.tokenizer.pretokenize import split_words
 
 _CACHED_WORDS = 1 << 17
 _CACHED_LENGTH = 64  # characters; longer words are too rare to be worth the memory
 _GONE = -1  # the place of a symbol that has merged into the one on its left
+
+
+Merge = tuple[int, int, int]
 
 
 class _WordCache(dict[str, list[int]]):
@@ -29,21 +35,39 @@ class _WordCache(dict[str, list[int]]):
 class BytePairEncoder:
     """Applies merges to words.
 
-    byte_ids: the id of each of the 256 bytes. merges: (left id, right id, merged id), best rank first.
+    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), best rank first.
     """
 
-    def __init__(self, byte_ids: Sequence[int], merges: Iterable[tuple[int, int, int]]):
-        self._byte_ids = list(byte_ids)
+    path: Literal["python"] = "python"
+
+    def __init__(self, vocabulary: Sequence[bytes], merges: Iterable[Merge]):
+        self._byte_ids = [0] * 256
+        for i, token in enumerate(vocabulary):
+            if len(token) == 1:
+                self._byte_ids[token[0]] = i
         self._ranks: dict[tuple[int, int], int] = {}
         self._merged: list[int] = []
-        for rank, (left, right, merged) in enumerate(merges):
-            self._ranks[left, right] = rank
-            self._merged.append(merged)
+        for left, right, merged in merges:
+            self.add(left, right, merged)
         self._cache = _WordCache(self)
+
+    def add(self, left: int, right: int, merged: int) -> None:
+        """One more merge, after all others; for building merges one by one, before anything is encoded."""
+        self._ranks[left, right] = len(self._merged)
+        self._merged.append(merged)
 
     def encode(self, text: str) -> list[int]:
         """Ids of normalised text."""
         return list(chain.from_iterable(map(self._cache.__getitem__, split_words(text))))
+
+    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32 and int64.
+
+        Python's lock lets one thread work at a time, so there is only one.
+        """
+        encoded = [np.array(self.encode(text), np.uint32) for text in texts]
+        offsets = np.array([0, *map(len, encoded)], np.int64).cumsum()
+        return np.concatenate([np.empty(0, np.uint32), *encoded]), offsets
 
     def merge(self, word: bytes) -> list[int]:
         """Ids of one word of n bytes: the lowest rank first, the leftmost among equals. O(n log n)."""

@@ -45,8 +45,9 @@ def encode_chat(
     An assistant's turn begins after `<|im_start|>assistant` and its newline. Where the answer itself begins with a
     newline, one token may hold both newlines: the assistant did not write it alone, so it is not marked.
     """
-    guard = _unused_character([messages, tools])
-    shield = _shield(tokenizer, guard)
+    forged = any(map(regex.compile(tokenizer.control_pattern).search, _strings([messages, tools])))
+    guard = _unused_character([messages, tools]) if forged else ""
+    shield = _shield(tokenizer, guard) if forged else lambda value: value
     text = render(template, shield(messages), shield(tools), add_generation_prompt)
     chat = EncodedChat()
     opening = writing = False  # just after <|im_start|>; inside the assistant's turn
@@ -57,25 +58,29 @@ def encode_chat(
             writing = writing and control_id != tokenizer.eos_id
             opening = control_id == tokenizer.im_start_id
             continue
-        piece = piece.replace(guard, "")
+        if forged:
+            piece = piece.replace(guard, "")
         ids = tokenizer.encode(piece)
         if not opening:
             chat.add(ids, [int(writing)] * len(ids))
         elif piece.startswith(_HEADER):
             writing = True
-            chat.add(ids, [int(start >= len(_HEADER)) for start in _starts(tokenizer, ids)])
+            header = _tokens_from_before(tokenizer, ids, len(_HEADER))
+            chat.add(ids, [0] * header + [1] * (len(ids) - header))
         else:
             chat.add(ids, [0] * len(ids))
         opening = False
     return chat
 
 
-def _starts(tokenizer: "Tokenizer", ids: list[int]) -> Iterator[int]:
-    """The byte at which each token begins."""
-    position = 0
-    for i in ids:
-        yield position
-        position += len(tokenizer.token_bytes(i))
+def _tokens_from_before(tokenizer: "Tokenizer", ids: list[int], position: int) -> int:
+    """How many of the tokens begin before this byte of their text."""
+    begin = 0
+    for count, i in enumerate(ids):
+        if begin >= position:
+            return count
+        begin += len(tokenizer.token_bytes(i))
+    return len(ids)
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -23,3 +23,5 @@ CONTROL_TOKENS = (
     *(ControlToken(content, special=True) for content in _SPECIAL.split()),
     *(ControlToken(content, special=False) for content in _VISIBLE.split()),
 )
+# Qwen2 has the first three.
+QWEN2_CONTROL_TOKENS = CONTROL_TOKENS[:3]

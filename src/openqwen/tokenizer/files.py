@@ -1,7 +1,9 @@
 """The tokenizer as files: Hugging Face's layout, which transformers, vLLM and llama.cpp's converter read."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,10 +11,11 @@ from pydantic import BaseModel, Field, ValidationError
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json, write_text
-from openqwen.tokenizer.control import DOCUMENT_END, TURN_END, TURN_START, ControlToken
+from openqwen.tokenizer.control import DOCUMENT_END, QWEN2_CONTROL_TOKENS, TURN_END, TURN_START, ControlToken
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER, PATTERN, to_bytes, to_characters
 
 Pair = tuple[int, int]
+TEMPLATE_FILE = "chat_template.jinja"
 
 # Applied in this order: NFC, Qwen2's split, bytes as characters. The ByteLevel parts bring their own defaults, which
 # Qwen2 does not use, hence the flags.
@@ -27,23 +30,38 @@ _PRE_TOKENIZER = {
 }
 
 
-def write_tokenizer(
-    folder: Path,
-    vocabulary: Sequence[bytes],
-    merges: Sequence[Pair],
-    control: Sequence[ControlToken],
-    template: str | None,
-) -> None:
-    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt into `folder`."""
+@dataclass(frozen=True)
+class Parts:
+    """What a tokenizer is made of, whatever kind of file it came from.
+
+    vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first. control: their ids
+    follow the regular ones. template: Jinja source. settings: entries of tokenizer_config.json that the other fields
+    do not decide (eos_token, model_max_length ...). template_apart: it lies in chat_template.jinja.
+    """
+
+    vocabulary: list[bytes]
+    merges: list[Pair]
+    control: tuple[ControlToken, ...]
+    template: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    template_apart: bool = False
+
+
+def write_tokenizer(folder: Path, parts: Parts) -> None:
+    """Write the files into `folder`: tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [to_characters(token) for token in vocabulary]
+    names = [to_characters(token) for token in parts.vocabulary]
     ids = {name: i for i, name in enumerate(names)}
-    pairs = [(names[left], names[right]) for left, right in merges]
-    added = {len(names) + i: _added_token(token) for i, token in enumerate(control)}
+    pairs = [(names[left], names[right]) for left, right in parts.merges]
+    added = {len(names) + i: _added_token(token) for i, token in enumerate(parts.control)}
     write_json(folder / "tokenizer.json", _tokenizer_json(ids, pairs, added))
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(control, added, template))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(parts, added))
     write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False) + "\n")
     write_text(folder / "merges.txt", "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in pairs)]))
+    if parts.template is not None and parts.template_apart:
+        write_text(folder / TEMPLATE_FILE, parts.template)
+    else:  # one left by an earlier save would win over tokenizer_config.json
+        (folder / TEMPLATE_FILE).unlink(missing_ok=True)
 
 
 def _tokenizer_json(ids: dict[str, int], pairs: list[tuple[str, str]], added: dict[int, Any]) -> dict[str, Any]:
@@ -71,22 +89,27 @@ def _tokenizer_json(ids: dict[str, int], pairs: list[tuple[str, str]], added: di
     }
 
 
-def _tokenizer_config(control: Sequence[ControlToken], added: dict[int, Any], template: str | None) -> dict[str, Any]:
-    config = {
+def _tokenizer_config(parts: Parts, added: dict[int, Any]) -> dict[str, Any]:
+    hidden = [token.content for token in parts.control if token.special and token.content != DOCUMENT_END]
+    defaults = {
         "add_bos_token": False,
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(i): token for i, token in added.items()},
-        "additional_special_tokens": [t.content for t in control if t.special and t.content != DOCUMENT_END],
+        "additional_special_tokens": hidden,
         "bos_token": None,
         "clean_up_tokenization_spaces": False,
-        "eos_token": TURN_END if template else DOCUMENT_END,
+        "eos_token": TURN_END if parts.template else DOCUMENT_END,
         "errors": "replace",
         "pad_token": DOCUMENT_END,
         "split_special_tokens": False,
         "tokenizer_class": "Qwen2Tokenizer",
         "unk_token": None,
     }
-    return config | ({"chat_template": template} if template else {})
+    if "extra_special_tokens" in parts.settings:  # the newer name: both in one file would contradict each other
+        del defaults["additional_special_tokens"]
+    config = defaults | dict(parts.settings) | {"added_tokens_decoder": {str(i): token for i, token in added.items()}}
+    if parts.template is not None and not parts.template_apart:
+        config["chat_template"] = parts.template
+    return dict(sorted(config.items()))
 
 
 def _added_token(token: ControlToken) -> dict[str, Any]:
@@ -101,7 +124,9 @@ def _added_token(token: ControlToken) -> dict[str, Any]:
     }
 
 
-class _Added(BaseModel):
+class AddedToken(BaseModel):
+    """A control token as the files list it."""
+
     id: int
     content: str = Field(min_length=1)
     special: bool
@@ -122,39 +147,68 @@ class _Model(BaseModel):
 class _File(BaseModel):
     """The parts of tokenizer.json that decide ids."""
 
-    added_tokens: list[_Added]
+    added_tokens: list[AddedToken]
     normalizer: dict[str, Any]
     pre_tokenizer: dict[str, Any]
     model: _Model
 
 
-def read_tokenizer(path: Path) -> tuple[list[bytes], list[Pair], list[ControlToken], str | None]:
-    """(vocabulary, merges, control tokens, template) from a model's folder or a tokenizer.json.
+def read_tokenizer_json(path: Path) -> Parts:
+    """A tokenizer.json, with what the files beside it say of the template and the settings.
 
     OpenQwenError where a file is missing or damaged, or where its rules are not Qwen2's.
     """
-    if path.is_dir():
-        path = path / "tokenizer.json"
     try:
         file = _File.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise OpenQwenError(
-            f"This tokenizer is damaged or of another kind: {field}: {first['msg']}", where=path
-        ) from None
+        name = ".".join(map(str, first["loc"]))
+        raise OpenQwenError(f"This tokenizer is damaged or of another kind: {name}: {first['msg']}", path) from None
     if file.normalizer != _NORMALIZER or _split_expression(file.pre_tokenizer) != PATTERN:
-        raise OpenQwenError("This tokenizer cuts text by other rules than Qwen2's.", where=path, do="use a Qwen2 model")
+        raise OpenQwenError("This tokenizer cuts text by other rules than Qwen2's.", path, do="use a Qwen2 model")
+    with naming(path):
+        vocabulary, merges = checked_vocabulary(file.model.vocab, file.model.merges)
+        control = checked_control(file.added_tokens, len(vocabulary))
+    return Parts(vocabulary, merges, control, *read_settings(path.parent))
+
+
+def read_vocabulary_and_merges(folder: Path) -> Parts:
+    """vocab.json and merges.txt; the control tokens are those of tokenizer_config.json, else Qwen2's three."""
+    vocab, lines = read_json(folder / "vocab.json"), read_lines(folder / "merges.txt")
+    with naming(folder / "vocab.json"):
+        if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab.values()):
+            raise DamagedError("it does not map tokens to ids")
+        listed = read_added_tokens(folder)
+        regular = {name: i for name, i in vocab.items() if i not in {token.id for token in listed or ()}}
+    with naming(folder / "merges.txt"):
+        merges: list[tuple[str, str] | str] = [line for line in lines if line and not line.startswith("#version")]
+        vocabulary, pairs = checked_vocabulary(regular, merges)
+    with naming(folder / "tokenizer_config.json"):
+        control = QWEN2_CONTROL_TOKENS if listed is None else checked_control(listed, len(vocabulary))
+    return Parts(vocabulary, pairs, control, *read_settings(folder))
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, cut at newlines alone: str.splitlines() would also cut inside a token."""
     try:
-        vocabulary, merges = _vocabulary(file.model)
-        control = _control(file.added_tokens, len(vocabulary))
-    except _DamagedError as error:
-        raise OpenQwenError(f"This tokenizer is damaged: {error}", where=path) from None
-    return vocabulary, merges, control, _read_template(path.parent)
+        return path.read_bytes().decode().split("\n")
+    except FileNotFoundError:
+        raise OpenQwenError("A file is missing.", where=path, do="check the path") from None
+    except UnicodeDecodeError as error:
+        raise OpenQwenError(f"This file is not UTF-8: {error}", where=path) from None
 
 
-class _DamagedError(Exception):
-    """What is wrong inside a file; the reader adds which file."""
+class DamagedError(Exception):
+    """What is wrong inside a file; `naming` adds which file."""
+
+
+@contextmanager
+def naming(where: str | Path) -> Iterator[None]:
+    """Turns a DamagedError of the block into an OpenQwenError that names the file."""
+    try:
+        yield
+    except DamagedError as error:
+        raise OpenQwenError(f"This tokenizer is damaged: {error}", where=where) from None
 
 
 def _split_expression(pre_tokenizer: dict[str, Any]) -> str | None:
@@ -164,48 +218,72 @@ def _split_expression(pre_tokenizer: dict[str, Any]) -> str | None:
         return None
 
 
-def _vocabulary(model: _Model) -> tuple[list[bytes], list[Pair]]:
-    names = sorted(model.vocab, key=model.vocab.__getitem__)
-    if [model.vocab[name] for name in names] != list(range(len(names))):
-        raise _DamagedError("the ids of the vocabulary are not 0, 1, 2, ... without a gap")
+def checked_vocabulary(vocab: Mapping[str, int], pairs: Iterable[Sequence[str]]) -> tuple[list[bytes], list[Pair]]:
+    """(vocabulary, merges) from names of tokens in byte characters; a pair may be one string with a space inside."""
+    names = sorted(vocab, key=vocab.__getitem__)
+    if [vocab[name] for name in names] != list(range(len(names))):
+        raise DamagedError("the ids of the vocabulary are not 0, 1, 2, ... without a gap")
     try:
         vocabulary = [to_bytes(name) for name in names]
     except KeyError as error:
-        raise _DamagedError(f"the character {error} in the vocabulary stands for no byte") from None
+        raise DamagedError(f"the character {error} in the vocabulary stands for no byte") from None
     if missing := set(BYTES_IN_ID_ORDER) - set(vocabulary):
-        raise _DamagedError(f"the vocabulary lacks {len(missing)} of the 256 bytes")
+        raise DamagedError(f"the vocabulary lacks {len(missing)} of the 256 bytes")
+    if b"" in vocabulary:
+        raise DamagedError("a token of the vocabulary is empty")
     merges = []
-    for number, merge in enumerate(model.merges):
+    for number, merge in enumerate(pairs):
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2 or any(part not in model.vocab for part in (*parts, "".join(parts))):
-            raise _DamagedError(f"merge {number}, {merge!r}, does not make a token of two tokens of the vocabulary")
-        merges.append((model.vocab[parts[0]], model.vocab[parts[1]]))
+        if len(parts) != 2 or parts[0] not in vocab or parts[1] not in vocab or parts[0] + parts[1] not in vocab:
+            raise DamagedError(f"merge {number}, {merge!r}, does not make a token of two tokens of the vocabulary")
+        merges.append((vocab[parts[0]], vocab[parts[1]]))
     return vocabulary, merges
 
 
-def _control(added: list[_Added], first: int) -> list[ControlToken]:
+def checked_control(added: Sequence[AddedToken], first: int) -> tuple[ControlToken, ...]:
+    """The control tokens in the order of their ids, which must be `first`, `first` + 1 and so on."""
     added = sorted(added, key=lambda token: token.id)
     if [token.id for token in added] != list(range(first, first + len(added))):
-        raise _DamagedError(f"the ids of the control tokens do not follow the vocabulary's, from {first} on")
+        raise DamagedError(f"the ids of the control tokens do not follow the vocabulary's, from {first} on")
     contents = {token.content for token in added}
     if len(contents) != len(added):
-        raise _DamagedError("a control token occurs twice")
+        raise DamagedError("a control token occurs twice")
     for name in (DOCUMENT_END, TURN_START, TURN_END):
         if name not in contents:
-            raise _DamagedError(f"the control token {name} is missing")
-    return [ControlToken(token.content, token.special) for token in added]
+            raise DamagedError(f"the control token {name} is missing")
+    return tuple(ControlToken(token.content, token.special) for token in added)
 
 
-def _read_template(folder: Path) -> str | None:
-    """chat_template.jinja, where newer checkpoints keep it, or the entry of tokenizer_config.json."""
-    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+def read_added_tokens(folder: Path) -> list[AddedToken] | None:
+    """The control tokens that tokenizer_config.json lists; None where it lists none or is not there."""
+    listed = _read_config(folder).get("added_tokens_decoder")
+    if listed is None:
+        return None
+    path = folder / "tokenizer_config.json"
+    try:
+        return [AddedToken.model_validate({"id": int(i), **token}) for i, token in listed.items()]
+    except (ValidationError, ValueError, TypeError, AttributeError):
+        raise OpenQwenError("This file's added_tokens_decoder does not map ids to tokens.", where=path) from None
+
+
+def read_settings(folder: Path) -> tuple[str | None, dict[str, Any], bool]:
+    """(template, the entries of tokenizer_config.json that are kept, whether the template lies in its own file)."""
+    jinja, config = folder / TEMPLATE_FILE, _read_config(folder)
+    template = config.pop("chat_template", None)
+    config.pop("added_tokens_decoder", None)
     if jinja.exists():
         try:
-            return jinja.read_text(encoding="utf-8")
+            return jinja.read_bytes().decode(), config, True
         except UnicodeDecodeError as error:
             raise OpenQwenError(f"This chat template is not UTF-8: {error}", where=jinja) from None
-    entries = read_json(config) if config.exists() else {}
-    template = entries.get("chat_template") if isinstance(entries, dict) else None
     if template is not None and not isinstance(template, str):
-        raise OpenQwenError("This file's chat_template is not text.", where=config)
-    return template
+        raise OpenQwenError("This file's chat_template is not text.", where=folder / "tokenizer_config.json")
+    return template, config, False
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    if not isinstance(config, dict):
+        raise OpenQwenError("This file is JSON but not an object.", where=path)
+    return config

@@ -1,18 +1,22 @@
 """Text to ids and back, by Qwen2's rules."""
 
 from codecs import getincrementaldecoder
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import regex
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import chat
-from openqwen.tokenizer.bpe import BytePairEncoder
 from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, TURN_START, ControlToken
-from openqwen.tokenizer.files import read_tokenizer, write_tokenizer
+from openqwen.tokenizer.fast import best_encoder
+from openqwen.tokenizer.files import Parts, write_tokenizer
+from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
+from openqwen.tokenizer.sources import parts_from_gguf, read_source
 from openqwen.tokenizer.template import Message, render
 from openqwen.tokenizer.unicode import normalize
 
@@ -21,7 +25,8 @@ class Tokenizer:
     """A byte-level BPE vocabulary, control tokens after it, and a chat template.
 
     vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first. control: their ids
-    follow the regular ones. template: Jinja source, or None for a model that does not chat.
+    follow the regular ones. template: Jinja source, or None for a model that does not chat. settings: entries of
+    tokenizer_config.json to save besides. template_apart: save the template as chat_template.jinja.
     """
 
     def __init__(
@@ -30,17 +35,29 @@ class Tokenizer:
         merges: Sequence[tuple[int, int]],
         control: Sequence[ControlToken] = CONTROL_TOKENS,
         template: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        template_apart: bool = False,
     ):
         self.vocabulary, self.merges, self.control = list(vocabulary), list(merges), tuple(control)
-        self.template = template
+        self.template, self._settings, self._template_apart = template, dict(settings or {}), template_apart
         ids = {token: i for i, token in enumerate(self.vocabulary)}
-        self._encoder = BytePairEncoder(
-            byte_ids=[ids[bytes([byte])] for byte in range(256)],
-            merges=[(a, b, ids[self.vocabulary[a] + self.vocabulary[b]]) for a, b in self.merges],
-        )
+        if missing := set(BYTES_IN_ID_ORDER) - ids.keys():
+            raise OpenQwenError(f"This vocabulary lacks {len(missing)} of the 256 bytes.", do="add them as tokens")
+        triples = [(a, b, ids[self.vocabulary[a] + self.vocabulary[b]]) for a, b in self.merges]
+        self._encoder = best_encoder(self.vocabulary, triples)
         self.control_ids = {token.content: len(self.vocabulary) + i for i, token in enumerate(self.control)}
         self._bytes = self.vocabulary + [token.content.encode() for token in self.control]
         self._hidden = {self.control_ids[token.content] for token in self.control if token.special}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and other processes build their own encoder."""
+        parts = self._parts()
+        return Tokenizer, tuple(getattr(parts, field.name) for field in fields(parts))
+
+    @property
+    def path(self) -> Literal["native", "python"]:
+        """Which encoder is at work: the compiled one, or the one in Python where it could not be had."""
+        return self._encoder.path
 
     @property
     def vocab_size(self) -> int:
@@ -71,13 +88,21 @@ class Tokenizer:
             ids += self._encoder.encode(normalize(piece)) if control_id is None else [control_id]
         return ids
 
+    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, offsets) of many texts: text i is ids[offsets[i]:offsets[i + 1]]; uint32 [T] and int64 [texts + 1].
+
+        As `encode` would, with control tokens kept as text. threads: the machine's cores unless told otherwise.
+        """
+        return self._encoder.encode_batch(map(normalize, texts), threads)
+
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing.
 
         skip_control leaves out the special control tokens; those of tool calls and code stay, as in transformers.
         """
         hidden = self._hidden if skip_control else ()
-        return b"".join(self.token_bytes(i) for i in ids if i not in hidden).decode(errors="replace")
+        table, size = self._bytes, len(self._bytes)
+        return b"".join([table[i] for i in ids if 0 <= i < size and i not in hidden]).decode(errors="replace")
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one token; none for an id without a token (a model's padding rows)."""
@@ -117,8 +142,14 @@ class Tokenizer:
         return encoded.ids, encoded.mask
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers loads."""
-        write_tokenizer(Path(folder), self.vocabulary, self.merges, self.control, self.template)
+        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers loads.
+
+        What was loaded keeps its settings, and its template the file that it came in.
+        """
+        write_tokenizer(Path(folder), self._parts())
+
+    def _parts(self) -> Parts:
+        return Parts(self.vocabulary, self.merges, self.control, self.template, self._settings, self._template_apart)
 
     def _chat_template(self) -> str:
         if self.template is None:
@@ -130,8 +161,21 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer in a model's folder, or in one tokenizer.json. OpenQwenError says what is missing or damaged."""
-    return Tokenizer(*read_tokenizer(Path(source)))
+    """The tokenizer in a model's folder or in one file of it.
+
+    Kinds: tokenizer.json; vocab.json with merges.txt; a .tiktoken file of ranks; a .gguf file. OpenQwenError says what
+    is missing or damaged.
+    """
+    return _tokenizer(read_source(Path(source)))
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str | Path) -> Tokenizer:
+    """The tokenizer in the metadata of a GGUF file; `where` names the file in errors."""
+    return _tokenizer(parts_from_gguf(metadata, where))
+
+
+def _tokenizer(parts: Parts) -> Tokenizer:
+    return Tokenizer(*(getattr(parts, field.name) for field in fields(parts)))
 
 
 class StreamDecoder:

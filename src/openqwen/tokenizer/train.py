@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import progress
+from openqwen.tokenizer.fast import library
+from openqwen.tokenizer.fast_train import learn_merges
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER, split_words
 from openqwen.tokenizer.template import DEFAULT_SYSTEM_PROMPT, chatml_template
 from openqwen.tokenizer.tokenizer import Tokenizer
@@ -50,11 +52,11 @@ def take_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each word of the split expression occurs."""
+    """How often each word of the split expression occurs in normalised texts."""
     counts: Counter[str] = Counter()
     with progress("count words", unit="characters") as work:
         for text in texts:
-            counts.update(split_words(normalize(text)))
+            counts.update(split_words(text))
             work.advance(len(text))
     return counts
 
@@ -125,10 +127,14 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
     It is smaller than asked for where the text has too few pairs. OpenQwenError where there is no text at all.
     """
-    words = count_words(take_bytes(texts, config.max_bytes))
+    taken, compiled = take_bytes(texts, config.max_bytes), library()
+    if compiled:
+        words, merges = learn_merges(compiled, taken, config.vocabulary, config.min_frequency)
+    else:
+        counts = count_words(taken)
+        words, merges = len(counts), train_bpe(counts, config.vocabulary, config.min_frequency)
     if not words:
         raise OpenQwenError("There is no text to train a tokenizer on.", do="check what the corpus holds")
-    merges = train_bpe(words, config.vocabulary, config.min_frequency)
     vocabulary = list(BYTES_IN_ID_ORDER)
     for left, right in merges:
         vocabulary.append(vocabulary[left] + vocabulary[right])

@@ -1,7 +1,12 @@
 """Conversations to token ids and targets: only what the assistant wrote is learned, its `<|im_end|>` included."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
@@ -51,6 +56,63 @@ def pair(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> tuple[Samp
     except KeyError as error:
         raise OpenQwenError(f"This preference lacks {error}.", where=where) from None
     return answer(tokenizer, prompt, chosen, where), answer(tokenizer, prompt, rejected, where)
+
+
+@dataclass
+class Compared:
+    """A prompt and different answers to it, as token ids. pairs: numbers of a chosen and a rejected answer."""
+
+    prompt: list[int]
+    answers: list[list[int]] = field(default_factory=list)
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Tokens, the prompt counted once."""
+        return len(self.prompt) + sum(map(len, self.answers))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt with its longest answer."""
+        return len(self.prompt) + max(map(len, self.answers))
+
+    def add(self, chosen: list[int], rejected: list[int]) -> None:
+        """Add a pair, once."""
+        numbers = []
+        for answer in (chosen, rejected):
+            if answer not in self.answers:
+                self.answers.append(answer)
+            numbers.append(self.answers.index(answer))
+        if (found := (numbers[0], numbers[1])) not in self.pairs:
+            self.pairs.append(found)
+
+    def to_first_difference(self) -> "Compared":
+        """The same pairs, each answer cut behind the first token at which the two differ.
+
+        Rafailov's loss on "begins like this" in place of "is this". As in Step-DPO (Lai et al. 2024) the common
+        beginning cancels, and what a wrong answer holds behind its first error is neither praised nor blamed.
+        """
+        cut = Compared(self.prompt)
+        for chosen, rejected in ((self.answers[c], self.answers[r]) for c, r in self.pairs):
+            end = next((n for n, (a, b) in enumerate(zip(chosen, rejected), 1) if a != b), len(chosen) + len(rejected))
+            cut.add(chosen[:end], rejected[:end])
+        return cut
+
+
+def compared(pairs: Iterable[tuple[Sample, Sample]]) -> list[Compared]:
+    """Pairs of (prompt with chosen answer, prompt with rejected answer), gathered by prompt, in order."""
+    groups: dict[tuple[int, ...], Compared] = {}
+    for (chosen, mask), (rejected, _) in pairs:
+        start = list(mask).index(1)
+        group = groups.setdefault(tuple(chosen[:start]), Compared(list(chosen[:start])))
+        group.add(list(chosen[start:]), list(rejected[start:]))
+    return list(groups.values())
+
+
+def pair_numbers(groups: Sequence[Compared]) -> Tensor:
+    """Numbers of the chosen and the rejected answer of every pair, counted over all groups: [pairs, 2]."""
+    starts = accumulate((len(group.answers) for group in groups), initial=0)
+    return torch.tensor([(start + c, start + r) for start, group in zip(starts, groups) for c, r in group.pairs])
 
 
 def fitting(samples: list[Any], lengths: list[int], limit: int, where: str) -> list[Any]:

@@ -1,5 +1,7 @@
 """Direct preference optimisation on preferences P (Rafailov et al. 2023; Qwen2 report, 4.3, the offline stage)."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +17,13 @@ from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.conversations import fitting, pair
+from openqwen.train.branches import branches
+from openqwen.train.conversations import Compared, compared, fitting, pair, pair_numbers
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
-from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import SaveConfig, Trainer
 
 
@@ -30,12 +33,18 @@ class DpoConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     epochs: float = Field(1.0, gt=0, description="passes over the preferences")
-    batch: int = Field(64, gt=0, description="pairs of one optimizer step")
+    batch: int = Field(64, gt=0, description="prompts of one optimizer step, each with all its pairs")
+    first_difference: bool = Field(
+        False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
+    )
+    hottest: float = Field(
+        math.inf, gt=0, description="pairs whose wrong answer was sampled at a higher temperature are left out"
+    )
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     chosen_nll: float = Field(
         0.0, ge=0, description="weight of the chosen answer's mean token NLL beside the DPO loss (Pang et al. 2024)"
     )
-    max_length: int = Field(8_192, gt=1, description="pairs with a longer side are left out and counted")
+    max_length: int = Field(8_192, gt=1, description="prompts with a longer answer are left out and counted")
     micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
     save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
@@ -43,39 +52,39 @@ class DpoConfig(BaseModel):
 
 @dataclass
 class Pairs:
-    """Chosen and rejected answers laid end to end, with what the reference model thinks of each, [pairs, 2]."""
+    """Answers laid end to end behind their prompts, which of them are compared, and what the reference thinks of each.
+
+    pairs: numbers of the chosen and the rejected answer [pairs, 2]. reference: log-probabilities [answers].
+    """
 
     rows: Rows
+    pairs: Tensor
     reference: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu") -> "Pairs":
+        """Lay out groups; `reference` holds the log-probabilities of all their answers."""
+        rows = branches([(group.prompt, group.answers) for group in groups], device)
+        return cls(rows, pair_numbers(groups).to(device), reference.to(device))
 
     def loss(self, model: Qwen2, beta: float, chosen_nll: float = 0.0) -> Loss:
         """The DPO loss of these pairs; `chosen_nll` times the chosen answers' mean token NLL is added to it."""
-        policy_B2 = document_log_probs(model, self.rows).view(-1, 2)
-        loss = dpo_loss(policy_B2, self.reference, beta)
+        policy = document_log_probs(model, self.rows)
+        loss = dpo_loss(policy[self.pairs], self.reference[self.pairs], beta)
         if chosen_nll:
-            lengths_B = torch.tensor(self.rows.counts[::2], device=policy_B2.device)
-            loss.sum = loss.sum - chosen_nll * (policy_B2[:, 0] / lengths_B).sum()
+            lengths = torch.tensor(self.rows.counts, device=policy.device)
+            loss.sum = loss.sum - chosen_nll * (policy / lengths)[self.pairs[:, 0]].sum()
         return loss
 
 
-def flat(pairs: list[tuple[Sample, Sample]]) -> list[Sample]:
-    """Chosen, rejected, chosen, rejected …"""
-    return [side for p in pairs for side in p]
-
-
-def pair_sizes(pairs: list[tuple[Sample, Sample]]) -> list[int]:
-    """Tokens of each pair, both sides."""
-    return [len(c[0]) + len(r[0]) for c, r in pairs]
-
-
 @torch.inference_mode()
-def reference_log_probs(model: Qwen2, pairs: list[tuple[Sample, Sample]], micro_tokens: int, label: str) -> Tensor:
-    """Log-probabilities of each pair's two answers, [pairs, 2], on the CPU."""
+def reference_log_probs(model: Qwen2, groups: Sequence[Compared], micro_tokens: int, label: str) -> Tensor:
+    """Log-probabilities of all answers, [answers], on the CPU."""
     parts = []
-    with progress(label, len(pairs), "pairs") as bar:
-        for cut in cut_to_budget(pair_sizes(pairs), micro_tokens):
-            rows = Rows.of(flat(pairs[cut]), model.device)
-            parts.append(document_log_probs(model, rows).view(-1, 2).cpu())
+    with progress(label, len(groups), "prompts") as bar:
+        for cut in cut_to_budget([group.size for group in groups], micro_tokens):
+            rows = branches([(group.prompt, group.answers) for group in groups[cut]], model.device)
+            parts.append(document_log_probs(model, rows).cpu())
             bar.advance(cut.stop - cut.start)
     return torch.cat(parts).clone()
 
@@ -97,19 +106,23 @@ def dpo(
     generators = Generators(seed)
     model = load_model(start, device=best_device())
     pairs = [
-        pair(tokenizer, record, f"{preferences}, record {n}") for n, record in enumerate(read_jsonl(preferences), 1)
+        pair(tokenizer, record, f"{preferences}, record {n}")
+        for n, record in enumerate(read_jsonl(preferences), 1)
+        if record.get("origin", {}).get("temperature", 0.0) <= config.hottest
     ]
+    groups = compared(pairs)
     limit = min(config.max_length, model.config.max_position_embeddings)
-    kept = fitting(pairs, [max(len(c[0]), len(r[0])) for c, r in pairs], limit, str(preferences))
-    reference = _cached_reference(model, kept, config, scratch, label)
+    kept = fitting(groups, [group.longest for group in groups], limit, str(preferences))
+    if config.first_difference:
+        kept = [group.to_first_difference() for group in kept]
+    reference = _cached_reference(model, kept, config, scratch, label).split([len(g.answers) for g in kept])
     order = Epochs(len(kept), config.epochs, config.batch, generators)
 
     def batch(step: int) -> list[Pairs]:
         numbers = order.batch(step)
-        chosen = [kept[i] for i in numbers]
-        kept_reference = reference[numbers].to(model.device)
-        cuts = cut_to_budget(pair_sizes(chosen), config.micro_tokens)
-        return [Pairs(Rows.of(flat(chosen[c]), model.device), kept_reference[c]) for c in cuts]
+        cuts = cut_to_budget([kept[i].size for i in numbers], config.micro_tokens)
+        parts = [numbers[cut] for cut in cuts]
+        return [Pairs.of([kept[i] for i in p], torch.cat([reference[i] for i in p]), model.device) for p in parts]
 
     metrics = Trainer(
         label=label,
@@ -125,16 +138,15 @@ def dpo(
         generators=generators,
     ).run()
     save_checkpoint(model, tokenizer, output)
-    return metrics | {"pairs": len(kept), "too_long": len(pairs) - len(kept)}
+    used = {"pairs": sum(len(group.pairs) for group in kept), "prompts": len(kept)}
+    return metrics | used | {"too_long": len(groups) - len(kept)}
 
 
-def _cached_reference(
-    model: Qwen2, pairs: list[tuple[Sample, Sample]], config: DpoConfig, scratch: Path, label: str
-) -> Tensor:
+def _cached_reference(model: Qwen2, groups: Sequence[Compared], config: DpoConfig, scratch: Path, label: str) -> Tensor:
     path = scratch / "reference.safetensors"
     if not path.exists():
         scratch.mkdir(parents=True, exist_ok=True)
-        values = reference_log_probs(model, pairs, config.micro_tokens, f"{label} reference")
+        values = reference_log_probs(model, groups, config.micro_tokens, f"{label} reference")
         aside = path.with_suffix(".aside")
         with disk_errors(path):
             save_file({"log_probs": values}, aside)

@@ -31,10 +31,11 @@ class _LogProbs(torch.autograd.Function):
         return torch.cat(scores) - normalizer_N
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden_ND, head_VD, targets_N, normalizer_N, *kept = ctx.saved_tensors
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        to_hidden, to_head, _ = ctx.needs_input_grad  # a frozen head (adapters) costs nothing
+        grad_hidden_ND = torch.empty_like(hidden_ND) if to_hidden else None
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if to_head else None
         for n, start in enumerate(range(0, len(targets_N), CHUNK)):
             rows = slice(start, start + CHUNK)
             logits_CV = kept[n] if kept else (hidden_ND[rows] @ head_VD.T).float()
@@ -43,9 +44,13 @@ class _LogProbs(torch.autograd.Function):
             at = torch.arange(slope_CV.shape[0], device=slope_CV.device)
             slope_CV[at, targets_N[rows]] += grads[0][rows]
             slope_CV = slope_CV.to(head_VD.dtype)
-            grad_hidden_ND[rows] = slope_CV @ head_VD
-            grad_head_VD += slope_CV.T @ hidden_ND[rows]
-        return grad_hidden_ND, grad_head_VD.to(head_VD.dtype), None
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[rows] = slope_CV @ head_VD
+            if grad_head_VD is not None and head_VD.dtype == torch.float32:
+                grad_head_VD.addmm_(slope_CV.T, hidden_ND[rows])
+            elif grad_head_VD is not None:
+                grad_head_VD += slope_CV.T @ hidden_ND[rows]
+        return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None
 
 
 def log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:

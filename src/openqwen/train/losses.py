@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openqwen.model import Qwen2
+from openqwen.model import Qwen2, Routing
 from openqwen.train.log_probs import log_probs
 from openqwen.train.rows import Rows
 
@@ -20,11 +20,11 @@ class Loss:
     extras: dict[str, float] = field(default_factory=dict)
 
 
-def token_log_probs(model: Qwen2, rows: Rows) -> Tensor:
-    """Log-probabilities [N] of the rows' targets."""
-    hidden_TD = model(rows.tokens, rows.positions, rows.attention)
+def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Tensor:
+    """Log-probabilities [N] of the rows' targets; `routing` is filled by experts."""
+    hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
     # Where every token predicts one (pre-training), copying the rows would be waste.
-    picked_ND = hidden_TD if len(rows.learned) == len(rows.tokens) else hidden_TD.index_select(0, rows.learned)
+    picked_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
     return log_probs(picked_ND, model.head_VD, rows.targets)
 
 
@@ -35,9 +35,9 @@ def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
     return torch.zeros(len(rows.counts), device=tokens_N.device).index_add(0, owner_N, tokens_N)
 
 
-def next_token(model: Qwen2, rows: Rows) -> Loss:
-    """Cross-entropy of every target: pre-training and SFT."""
-    return Loss(-token_log_probs(model, rows).sum(), len(rows.targets))
+def next_token(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Loss:
+    """Cross-entropy of every target: pre-training and SFT; `routing` is filled by experts."""
+    return Loss(-token_log_probs(model, rows, routing).sum(), len(rows.targets))
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:

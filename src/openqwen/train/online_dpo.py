@@ -18,13 +18,14 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.conversations import Messages
-from openqwen.train.dpo import Pairs, flat, pair_sizes
+from openqwen.train.branches import branches
+from openqwen.train.conversations import Compared, Messages
+from openqwen.train.dpo import Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.reward import score_sequences
-from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import SaveConfig, Trainer
 
 
@@ -38,6 +39,9 @@ class OnlineDpoConfig(BaseModel):
     samples: int = Field(8, gt=1, description="answers sampled for each prompt")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     max_tokens: int = Field(512, gt=0, description="longest answer")
+    first_difference: bool = Field(
+        False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
+    )
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
@@ -45,9 +49,10 @@ class OnlineDpoConfig(BaseModel):
 
 
 @dataclass
-class Episode(Pairs):
+class Episode:
     """Pairs made in this step; `rewards` and `lengths` are sums over the pairs of their prompts' sample means."""
 
+    pairs: Pairs
     rewards: float
     lengths: float
 
@@ -83,21 +88,25 @@ def online_dpo(
         outputs = engine.generate(asked, sampling, seeds=[int(s) for s in seeds])
         sequences = [_ids(o, tokenizer.eos_id) for o in outputs]
         rewards = score_sequences(scorer, sequences, config.micro_tokens)
-        groups = range(0, len(outputs), config.samples)
-        found = [g for g in (_best_and_worst(outputs, rewards, slice(n, n + config.samples)) for n in groups) if g]
-        pairs = [(_sample(sequences, outputs, best), _sample(sequences, outputs, worst)) for best, worst in found]
+        starts = range(0, len(outputs), config.samples)
+        found = [g for g in (_best_and_worst(outputs, rewards, slice(n, n + config.samples)) for n in starts) if g]
+        groups = [_compared(sequences, outputs, best, worst) for best, worst in found]
+        if config.first_difference:
+            groups = [group.to_first_difference() for group in groups]
         episodes = []
-        for cut in cut_to_budget(pair_sizes(pairs), config.micro_tokens):
-            rows = Rows.of(flat(pairs[cut]), device)
+        for cut in cut_to_budget([group.size for group in groups], config.micro_tokens):
+            part = groups[cut]
             with torch.inference_mode():
-                log_probs = document_log_probs(reference, rows).view(-1, 2)
-            share = (cut.stop - cut.start) / len(rewards)
+                rows = branches([(group.prompt, group.answers) for group in part], device)
+                log_probs = document_log_probs(reference, rows)
+            share = len(part) / len(rewards)
+            pairs = Pairs.of(part, log_probs.clone(), device)
             lengths = sum(len(o.token_ids) for o in outputs) * share
-            episodes.append(Episode(rows, log_probs.clone(), sum(rewards) * share, lengths))
+            episodes.append(Episode(pairs, sum(rewards) * share, lengths))
         return episodes
 
     def loss(episode: Episode) -> Loss:
-        value = episode.loss(model, config.beta)
+        value = episode.pairs.loss(model, config.beta)
         value.extras |= {"reward": episode.rewards, "length": episode.lengths}
         return value
 
@@ -106,7 +115,7 @@ def online_dpo(
         model=model,
         batch=batch,
         loss=loss,
-        tokens=lambda episode: len(episode.rows.tokens),
+        tokens=lambda episode: len(episode.pairs.rows.tokens),
         steps=config.steps,
         optimizer=config.train,
         save=config.save,
@@ -123,9 +132,11 @@ def _ids(output: Output, eos_id: int) -> list[int]:
     return output.prompt_ids + output.token_ids + ([eos_id] if output.finish_reason == "stop" else [])
 
 
-def _sample(sequences: list[list[int]], outputs: list[Output], number: int) -> Sample:
-    ids, prompt = sequences[number], len(outputs[number].prompt_ids)
-    return ids, [0] * prompt + [1] * (len(ids) - prompt)
+def _compared(sequences: list[list[int]], outputs: list[Output], best: int, worst: int) -> Compared:
+    group = Compared(outputs[best].prompt_ids)
+    start = len(group.prompt)
+    group.add(sequences[best][start:], sequences[worst][start:])
+    return group
 
 
 def _best_and_worst(outputs: list[Output], rewards: list[float], group: slice) -> tuple[int, int] | None:

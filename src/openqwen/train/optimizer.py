@@ -1,4 +1,4 @@
-"""AdamW with weight decay on matrices alone, and learning rates over time."""
+"""AdamW (or Muon) with weight decay on matrices alone, and learning rates over time."""
 
 import math
 from typing import Literal
@@ -13,9 +13,15 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    method: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: momentum made orthogonal on the layers' matrices, AdamW on the rest"
+    )
     learning_rate: float = Field(7e-6, gt=0, description="peak learning rate")
     final_share: float = Field(0.1, ge=0, le=1, description="share of the peak left at the last step")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="shape of the fall from the peak")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="shape of the fall from the peak; wsd: stays at the peak, then falls linearly"
+    )
+    decay_share: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps in which the rate falls")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps that rise to the peak, linearly")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
@@ -34,16 +40,30 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         fall = 1.0
     elif config.schedule == "linear":
         fall = 1.0 - done
+    elif config.schedule == "wsd":  # warm-up, stable, decay (MiniCPM, Hu et al. 2024)
+        fall = min(1.0, (steps - step) / max(1.0, config.decay_share * steps))
     else:
         fall = 0.5 * (1.0 + math.cos(math.pi * done))
     return config.learning_rate * (config.final_share + (1.0 - config.final_share) * fall)
 
 
-def adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """The optimizer of a model's parameters, in two groups: decayed matrices, undecayed vectors."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """What moves a model's parameters: decayed matrices, undecayed vectors; with Muon, the layers' matrices apart.
+
+    Muon's rate is scaled to move a matrix as far as AdamW would (Liu et al. 2025), so one learning rate serves both.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    by_muon = [p for n, p in named if config.method == "muon" and ".layers." in f".{n}" and p.dim() == 2]
+    taken = {id(p) for p in by_muon}
+    matrices = [p for _, p in named if p.dim() > 1 and id(p) not in taken]
+    vectors = [p for _, p in named if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
     )
+    if not by_muon:
+        return [adamw]
+    muon = torch.optim.Muon(
+        by_muon, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]

@@ -2,22 +2,26 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from openqwen.model import ModelConfig, Qwen2, initialize, load_model, save_checkpoint
+from openqwen.model import ModelConfig, Qwen2, initialize, load_model
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
+from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.losses import next_token
+from openqwen.train.balance import Balance, Balanced, balanced, load_record, measure_load, with_loads
+from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.rows import Rows, Sample, cut_to_budget
 from openqwen.train.trainer import SaveConfig, Trainer
 
+EXPERTS = "experts.json"  # the load of each expert at the end of training
 _ROW_MULTIPLE = 128  # embedding rows are padded to it, as the published models' are
+_BALANCE = "where a mixture of experts counts the load that it evens out: the whole step, each micro-batch, or nowhere"
 
 
 class NetworkConfig(BaseModel):
@@ -32,6 +36,11 @@ class NetworkConfig(BaseModel):
     kv_heads: int = Field(2, gt=0, description="key/value heads")
     tie_word_embeddings: bool = Field(True, description="use the embedding table as the output matrix")
     rms_norm_eps: float = Field(1e-6, gt=0, description="added under the root of RMSNorm")
+    experts: int = Field(0, ge=0, description="routed experts of each layer; 0: a dense network")
+    experts_per_token: int = Field(8, gt=0, description="routed experts that a token passes through")
+    expert_width: int = Field(96, gt=0, description="width of one routed expert")
+    shared_width: int = Field(768, gt=0, description="width of the expert that every token passes through")
+    balance_weight: float = Field(0.001, ge=0, description="the load-balancing loss's share of the loss")
 
 
 class DataConfig(BaseModel):
@@ -55,6 +64,7 @@ class PretrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     network: NetworkConfig = Field(default_factory=NetworkConfig, description="the size of the network")
+    balance: Balance = Field("global", description=_BALANCE)
     data: DataConfig = Field(default_factory=DataConfig, description="what it reads")
     rope_theta: float = Field(10_000.0, gt=1, description="RoPE base")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=3e-4), description="optimizer")
@@ -66,6 +76,7 @@ class ExtendConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    balance: Balance = Field("global", description=_BALANCE)
     data: DataConfig = Field(default_factory=lambda: DataConfig(context=32_768), description="what it reads")
     rope_theta: float = Field(1_000_000.0, gt=1, description="RoPE base")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=3e-5), description="optimizer")
@@ -165,12 +176,24 @@ def pretrain(
     generators = Generators(seed)
     model = _network(config, vocabulary, start, generators).to(best_device())
     pieces = Pieces(sources, config.data, generators)
+    sparse = bool(model.config.num_experts)
+    balance = config.balance if sparse else "off"
+
+    def batch(step: int) -> list[Balanced]:
+        return with_loads(model, [Rows.of(samples, model.device) for samples in pieces.batch(step)], balance)
+
+    def loss(micro: Balanced) -> Loss:
+        if not sparse:
+            return next_token(model, micro.rows)
+        weight = model.config.router_aux_loss_coef
+        return balanced(lambda rows, routing: next_token(model, rows, routing), micro, balance, weight)
+
     trainer = Trainer(
         label=label,
         model=model,
-        batch=lambda step: [Rows.of(samples, model.device) for samples in pieces.batch(step)],
-        loss=lambda rows: next_token(model, rows),
-        tokens=lambda rows: len(rows.tokens),
+        batch=batch,
+        loss=loss,
+        tokens=lambda micro: len(micro.rows.tokens),
         steps=pieces.steps,
         optimizer=config.train,
         save=config.save,
@@ -179,8 +202,36 @@ def pretrain(
         generators=generators,
     )
     metrics = trainer.run()
-    save_checkpoint(model, tokenizer, output)
+    trainer.save_checkpoint(tokenizer)
+    if sparse:
+        load = measure_load(model, [micro.rows for micro in batch(pieces.steps - 1)])
+        write_json(output / EXPERTS, load_record(model, load))
     return metrics | {"parameters": model.config.parameters()}
+
+
+def network_config(config: PretrainConfig, vocabulary: int) -> ModelConfig:
+    """The network that a configuration and a vocabulary of this many tokens ask for."""
+    size = config.network
+    mixture: dict[str, Any] = {
+        "num_experts": size.experts,
+        "num_experts_per_tok": size.experts_per_token,
+        "moe_intermediate_size": size.expert_width,
+        "shared_expert_intermediate_size": size.shared_width,
+        "router_aux_loss_coef": size.balance_weight,
+    }
+    return ModelConfig(
+        vocab_size=-(-vocabulary // _ROW_MULTIPLE) * _ROW_MULTIPLE,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=config.data.context,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=size.rms_norm_eps,
+        tie_word_embeddings=size.tie_word_embeddings,
+        **(mixture if size.experts else {}),
+    )
 
 
 def _network(
@@ -191,20 +242,6 @@ def _network(
         model.config = model.model.config = model.config.with_rope(config.rope_theta, config.data.context)
         return model
     assert isinstance(config, PretrainConfig)
-    size = config.network
-    model = Qwen2(
-        ModelConfig(
-            vocab_size=-(-vocabulary // _ROW_MULTIPLE) * _ROW_MULTIPLE,
-            hidden_size=size.hidden_size,
-            intermediate_size=size.intermediate_size,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            num_key_value_heads=size.kv_heads,
-            max_position_embeddings=config.data.context,
-            rope_theta=config.rope_theta,
-            rms_norm_eps=size.rms_norm_eps,
-            tie_word_embeddings=size.tie_word_embeddings,
-        )
-    )
+    model = Qwen2(network_config(config, vocabulary))
     initialize(model, generators.torch("weights"))
     return model

@@ -13,11 +13,12 @@ from openqwen.support.device import best_device
 from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.conversations import Messages, answer, fitting, pair
-from openqwen.train.losses import bradley_terry
+from openqwen.train.branches import branches
+from openqwen.train.conversations import Compared, Messages, answer, compared, fitting, pair, pair_numbers
+from openqwen.train.losses import Loss, bradley_terry
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
-from openqwen.train.rows import cut_to_budget
+from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import SaveConfig, Trainer
 
 
@@ -27,8 +28,8 @@ class RewardConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     epochs: float = Field(1.0, gt=0, description="passes over the preferences")
-    batch: int = Field(64, gt=0, description="pairs of one optimizer step")
-    max_length: int = Field(8_192, gt=1, description="pairs with a longer side are left out and counted")
+    batch: int = Field(64, gt=0, description="prompts of one optimizer step, each with all its pairs")
+    max_length: int = Field(8_192, gt=1, description="prompts with a longer answer are left out and counted")
     micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=3e-6), description="optimizer")
     save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
@@ -60,6 +61,29 @@ class Sequences:
         return scorer(self.tokens, self.positions, self.attention, self.last)
 
 
+@dataclass
+class Answers:
+    """Answers behind their prompts, scored at their last tokens and compared. last: [answers]. pairs: [pairs, 2]."""
+
+    rows: Rows
+    last: Tensor
+    pairs: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Compared], device: torch.device) -> "Answers":
+        """Lay out groups."""
+        # An answer's last token is fed only where another stands behind it: any one will do.
+        fed = [(group.prompt, [[*answer, answer[-1]] for answer in group.answers]) for group in groups]
+        rows = branches(fed, device)
+        ends = torch.tensor(rows.counts, device=device).cumsum(0) - 1
+        return cls(rows, rows.learned[ends], pair_numbers(groups).to(device))
+
+    def loss(self, scorer: Scorer) -> Loss:
+        """The pairwise logistic loss."""
+        scores = scorer(self.rows.tokens, self.rows.positions, self.rows.attention, self.last)
+        return bradley_terry(*scores[self.pairs].unbind(1))
+
+
 @torch.inference_mode()
 def score_sequences(scorer: Scorer, sequences: Sequence[Sequence[int]], micro_tokens: int = 8_192) -> list[float]:
     """Scores of token sequences that end where the answer ends."""
@@ -89,24 +113,24 @@ def reward(
     generators = Generators(seed)
     scorer = scorer_from(start, generators.torch("weights")).to(best_device())
     pairs = [
-        tuple(list(ids) for ids, _ in pair(tokenizer, record, f"{preferences}, record {n}"))
-        for n, record in enumerate(read_jsonl(preferences), 1)
+        pair(tokenizer, record, f"{preferences}, record {n}") for n, record in enumerate(read_jsonl(preferences), 1)
     ]
+    groups = compared(pairs)
     limit = min(config.max_length, scorer.config.max_position_embeddings)
-    kept = fitting(pairs, [max(map(len, p)) for p in pairs], limit, str(preferences))
+    kept = fitting(groups, [group.longest for group in groups], limit, str(preferences))
     order = Epochs(len(kept), config.epochs, config.batch, generators)
 
-    def batch(step: int) -> list[Sequences]:
+    def batch(step: int) -> list[Answers]:
         chosen = [kept[i] for i in order.batch(step)]
-        cuts = cut_to_budget([len(c) + len(r) for c, r in chosen], config.micro_tokens)
-        return [Sequences.of([side for p in chosen[c] for side in p], scorer.device) for c in cuts]
+        cuts = cut_to_budget([group.size for group in chosen], config.micro_tokens)
+        return [Answers.of(chosen[cut], scorer.device) for cut in cuts]
 
     metrics = Trainer(
         label=label,
         model=scorer,
         batch=batch,
-        loss=lambda micro: bradley_terry(*micro.score(scorer).view(-1, 2).unbind(1)),
-        tokens=lambda micro: len(micro.tokens),
+        loss=lambda answers: answers.loss(scorer),
+        tokens=lambda answers: len(answers.rows.tokens),
         steps=order.steps,
         optimizer=config.train,
         save=config.save,
@@ -115,4 +139,5 @@ def reward(
         generators=generators,
     ).run()
     save_checkpoint(scorer, tokenizer, output)
-    return metrics | {"pairs": len(kept), "too_long": len(pairs) - len(kept)}
+    used = {"pairs": sum(len(group.pairs) for group in kept), "prompts": len(kept)}
+    return metrics | used | {"too_long": len(groups) - len(kept)}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openqwen.model import Packed
+from openqwen.model import Attention, ModelConfig, Packed
 
 # Token ids, and for each whether it is to be learned.
 Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
@@ -18,15 +18,16 @@ class Rows:
     """Packed documents of one forward call. The last token of a document predicts nothing and is not fed.
 
     tokens, positions: [T]. learned: rows [N] whose next token is a target. targets: those next tokens [N].
-    counts: targets of each document, in order.
+    counts: targets of each document, in order. whole: whether every token predicts a target, in order.
     """
 
     tokens: Tensor
     positions: Tensor
-    attention: Packed
+    attention: Attention
     learned: Tensor
     targets: Tensor
     counts: list[int]
+    whole: bool = False
 
     @classmethod
     def of(cls, samples: Sequence[Sample], device: torch.device | str = "cpu") -> "Rows":
@@ -42,7 +43,12 @@ class Rows:
             learned=learned.nonzero().squeeze(1).to(device),
             targets=torch.cat([i[1:] for i in ids])[learned].to(device),
             counts=[int(m.sum()) for m in masks],
+            whole=bool(learned.all()),
         )
+
+    def flops(self, config: ModelConfig) -> float:
+        """Floating-point operations of a language model's forward and backward pass over these rows."""
+        return config.flops(len(self.tokens), len(self.targets), seen=float((self.positions + 1).sum()))
 
 
 def cut_to_budget(sizes: Sequence[int], budget: int) -> Iterator[slice]:

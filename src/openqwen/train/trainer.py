@@ -9,24 +9,30 @@ import json
 import math
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
+from openqwen.model import Qwen2, Scorer, save_checkpoint
+from openqwen.support.device import peak_flops, peak_memory
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
-from openqwen.support.progress import progress
+from openqwen.support.progress import console, progress
+from openqwen.tokenizer import Tokenizer
 from openqwen.train.losses import Loss
-from openqwen.train.optimizer import OptimizerConfig, adamw, learning_rate
-from openqwen.train.state import load_state, save_state
+from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
+from openqwen.train.parallel import World, join, whole_tensor
+from openqwen.train.state import StateWriter, load_state
 
 METRICS = "metrics.jsonl"
+_USUAL = 100  # steps whose gradient norms say what is usual
 Micro = TypeVar("Micro")
 
 
@@ -36,18 +42,32 @@ class SaveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     seconds: float = Field(30.0, ge=0, description="seconds between saved states; a killed run loses at most this much")
+    keep: int = Field(2, ge=1, description="how many states are kept, the newest")
+
+
+class BadStepConfig(BaseModel):
+    """What to do with a step whose loss or gradient is not a number, or whose gradient is far above the usual."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: Literal["stop", "skip"] = Field("stop", description="stop training, or leave the step out and log it")
+    spike: float = Field(
+        0.0, ge=0, description="a gradient norm over so many times the median of the last 100 is bad too; 0: never"
+    )
+    patience: int = Field(10, ge=1, description="skip: so many bad steps in a row stop training after all")
 
 
 @dataclass
 class Trainer(Generic[Micro]):
-    """What training needs, whatever the stage.
+    """What training needs, whatever the stage. Under torchrun every rank holds one, and they train together.
 
     scratch: holds the states and metrics.jsonl while training goes on, and outlives a kill. output: metrics.jsonl is
-    copied there at the end.
+    copied there at the end. flops: operations of a micro-batch, for the share of the machine's peak. name: says which
+    records a step is made of, for the message about a bad one.
     """
 
     label: str
-    model: nn.Module
+    model: Qwen2 | Scorer
     batch: Callable[[int], Sequence[Micro]]
     loss: Callable[[Micro], Loss]
     tokens: Callable[[Micro], int]
@@ -57,65 +77,82 @@ class Trainer(Generic[Micro]):
     scratch: Path
     output: Path
     generators: Generators
+    bad: BadStepConfig = field(default_factory=BadStepConfig)
+    flops: Callable[[Micro], float] | None = None
+    name: Callable[[int], str] | None = None
+    world: World = field(default_factory=join)
+
+    def __post_init__(self) -> None:
+        self.whole: Callable[[], Qwen2 | Scorer] = lambda: self.model  # after `run`: all of it, to be saved
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        optimizer = adamw(self.model, self.optimizer)
-        first = load_state(self.scratch, self.model, optimizer, self.generators)
+        self.whole = self.world.shard(self.model)
+        movers = optimizers(self.model, self.optimizer)
+        first = load_state(self.scratch, self.model, movers, self.generators, self.world)
         metrics = _read_metrics(self.scratch / METRICS, before=first)
+        self.world.wait()  # every rank has read it
+        if self.world.main:
+            write_text(self.scratch / METRICS, "".join(map(_line, metrics)))
         self.model.train()
         last_save = time.monotonic()
-        total_tokens = sum(m["tokens"] for m in metrics)
         with (
-            open(self.scratch / METRICS, "a", encoding="utf-8", buffering=1) as log,
+            open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
+            StateWriter(self.scratch, self.save.keep, self.world) as writer,
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
             for step in range(first, self.steps):
-                entry = self._step(step, optimizer)
-                log.write(json.dumps(entry) + "\n")
+                entry = self._step(step, movers, metrics)
+                log.write(_line(entry))
                 metrics.append(entry)
-                total_tokens += entry["tokens"]
-                bar.advance(1, loss=f"{entry['loss']:.3f}", speed=f"{entry['tokens_per_second']:,.0f} tokens/s")
-                if step + 1 < self.steps and time.monotonic() - last_save >= self.save.seconds:
-                    os.fsync(log.fileno())  # the log is never behind the state
-                    save_state(self.scratch, step + 1, self.model, optimizer, self.generators)
+                bar.advance(1, **_notes(entry))
+                due = step + 1 < self.steps and time.monotonic() - last_save >= self.save.seconds
+                if self.world.agree(due):
+                    if self.world.main:
+                        os.fsync(log.fileno())  # the log is never behind the state
+                    writer.save(step + 1, self.model, movers, self.generators)
                     last_save = time.monotonic()
         self.model.eval()
-        self.output.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
+        if self.world.main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
         return _summary(metrics)
 
-    def _step(self, step: int, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
+        """Write the trained network to `output`, whole, by rank 0; all ranks must call this. See `model`'s own."""
+        whole = self.whole()
+        if self.world.main:
+            save_checkpoint(whole, tokenizer, self.output, chat=chat)
+
+    def _step(
+        self, step: int, movers: Sequence[torch.optim.Optimizer], earlier: Sequence[dict[str, float]]
+    ) -> dict[str, float]:
         start = time.perf_counter()
         micros = self.batch(step)
         rate = learning_rate(self.optimizer, step, self.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        total, count, extras = 0.0, 0, dict[str, float]()
-        for micro in micros:
-            loss = self.loss(micro)
-            loss.sum.backward()
-            total += loss.sum.item()
-            count += loss.count
-            for name, value in loss.extras.items():
-                extras[name] = extras.get(name, 0.0) + value
+        total, count, extras = self._backward(micros)
         if micros and count == 0:
-            raise OpenQwenError(f"Step {step} of {self.label} has no target to learn from.", where=str(self.scratch))
+            raise OpenQwenError(
+                f"Step {step} of {self.label} has no target to learn from{self._named(step)}.",
+                where=self.scratch,
+                do="look at what the data's answers are: nothing in this step is to be learned",
+            )
         norm = self._divide_and_clip(count) if micros else 0.0
         count = max(count, 1)  # an online stage may find nothing to learn from in a step: it is logged and passes
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise OpenQwenError(
-                f"The loss is {total / count} and the gradient norm {norm} at step {step} of {self.label}.",
-                where=str(self.scratch),
-                do=f"lower the learning rate (now {rate:.2g}); the last saved state is from before this step",
-            )
-        if micros:
-            optimizer.step()
-            optimizer.zero_grad()
+        why = self._bad(total / count, norm, earlier)
+        if why:
+            self._stop_or_skip(step, rate, why, earlier)
+        for mover in movers:
+            for group in mover.param_groups:
+                group["lr"] = rate
+            if micros and not why:
+                mover.step()
+            mover.zero_grad()
         seconds = time.perf_counter() - start
         tokens = sum(self.tokens(m) for m in micros)
-        return {
+        device = next(self.model.parameters()).device
+        entry = {
             "step": step,
             "loss": total / count,
             "gradient_norm": norm,
@@ -123,33 +160,87 @@ class Trainer(Generic[Micro]):
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            "peak_memory": peak_memory(device),
             **{name: value / count for name, value in extras.items()},
         }
+        if self.flops:
+            entry["flops_per_second"] = sum(self.flops(m) for m in micros) / seconds
+            entry["peak_share"] = entry["flops_per_second"] / peak_flops(device)
+        return entry | ({"skipped": 1.0} if why else {})
+
+    def _backward(self, micros: Sequence[Micro]) -> tuple[float, int, dict[str, float]]:
+        """Sum gradients, losses, counts and extras over the micro-batches of all ranks."""
+        total, count, extras = 0.0, 0, dict[str, float]()
+        for micro, counts in self.world.share(micros):
+            loss = self.loss(micro)
+            (loss.sum * self.world.size * counts).backward()  # sharded gradients are means over the ranks
+            total += loss.sum.item() * counts
+            count += loss.count * counts
+            for name, value in loss.extras.items():
+                extras[name] = extras.get(name, 0.0) + value * counts
+        total, whole, *values = self.world.total([total, count, *extras.values()])
+        return total, round(whole), dict(zip(extras, values, strict=True))
+
+    def _bad(self, loss: float, norm: float, earlier: Sequence[dict[str, float]]) -> str:
+        """What is wrong with a step, or nothing."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"the loss is {loss} and the gradient norm {norm}"
+        usual = [m["gradient_norm"] for m in earlier[-_USUAL:] if "skipped" not in m and m["gradient_norm"] > 0]
+        if self.bad.spike and len(usual) == _USUAL and norm > self.bad.spike * statistics.median(usual):
+            return f"the gradient norm is {norm:.3g}, and {statistics.median(usual):.3g} is usual"
+        return ""
+
+    def _stop_or_skip(self, step: int, rate: float, why: str, earlier: Sequence[dict[str, float]]) -> None:
+        where = f"step {step} of {self.label}{self._named(step)}"
+        before = earlier[-self.bad.patience + 1 :] if self.bad.patience > 1 else []
+        endless = len(before) == self.bad.patience - 1 and all("skipped" in m for m in before)
+        if self.bad.action == "stop" or endless:
+            raise OpenQwenError(
+                f"At {where} {why}.",
+                where=self.scratch,
+                do=f"look at that data, or lower the learning rate (now {rate:.2g}); "
+                "the last saved state is from before this step",
+            )
+        console.print(f"  Left out {where}: {why}.", markup=False)
+
+    def _named(self, step: int) -> str:
+        return f" ({self.name(step)})" if self.name else ""
 
     def _divide_and_clip(self, count: int) -> float:
         """Turn the summed gradient into the mean over `count` targets; returns its norm before clipping."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / count
+        norm = float(whole_tensor(torch.nn.utils.get_total_norm(gradients))) / count
         scale = min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
         torch._foreach_mul_(gradients, scale)
         return norm
 
 
+def _notes(entry: dict[str, float]) -> dict[str, str]:
+    """The end of the live line."""
+    notes = {"loss": f"{entry['loss']:.3f}", "speed": f"{entry['tokens_per_second']:,.0f} tokens/s"}
+    if "peak_share" in entry:
+        notes["of peak"] = f"{entry['peak_share']:.0%}"
+    return notes | {"memory": f"{entry['peak_memory'] / 2**30:.1f} GiB"}
+
+
+def _line(entry: dict[str, float]) -> str:
+    """One line of the log; JSON has no NaN, so what is not a number is null."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n"
+
+
 def _read_metrics(path: Path, before: int) -> list[dict[str, float]]:
-    """The log's entries of earlier steps; what a killed run wrote beyond its last state is cut off."""
+    """The log's entries of earlier steps, without what a killed run wrote beyond its last state."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n")[: before or 0]:
-        kept.append(json.loads(line))
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    return kept
+    lines = path.read_text(encoding="utf-8").split("\n")[:before]
+    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
 
 
 def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
     """Means over the last twentieth of the steps, and totals of the whole run."""
     tail = metrics[-max(1, len(metrics) // 20) :]
-    totalled = {"step", "seconds", "tokens", "tokens_per_second", "learning_rate", "gradient_norm"}
+    tail = [m for m in tail if "skipped" not in m] or tail
+    totalled = {"step", "seconds", "tokens", "tokens_per_second", "learning_rate", "gradient_norm", "peak_memory"}
     names = [n for n in tail[-1] if n not in totalled]
     summary = {n: sum(m.get(n, 0.0) for m in tail) / len(tail) for n in names}
     tokens, seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)

@@ -30,7 +30,7 @@ class InstructConfig(BaseModel):
     rejection_samples: int = Field(4, ge=1, description="answers sampled for each of them")
     rejection_temperature: float = Field(1.0, ge=0, description="sampling temperature")
     max_tokens: int = Field(24, ge=1, description="longest sampled answer, in tokens")
-    prompts: int = Field(4_000, ge=0, description="fresh prompts kept for online DPO")
+    prompts: int = Field(4_000, ge=0, description="prompts kept for online DPO")
 
 
 def build_demonstrations(
@@ -44,14 +44,13 @@ def build_demonstrations(
     """Write demonstrations.jsonl, prompts.jsonl and instruct.json into `folder`; returns flat metrics.
 
     documents: the corpus's training documents. engine: the pre-trained model. model: its name, for `origin`.
-    Gold, sampled and later prompts are all different, and all from the train split.
+    Gold, sampled and later prompts are drawn from the train split one set after the other, each with all kinds
+    equally often: a kind with few questions comes up in all three, and most others' questions in one.
     """
     generators = Generators(seed)
-    drawn = generate_tasks(
-        generators["instruct-tasks"], config.demonstrations + config.rejection_prompts + config.prompts
-    )
-    gold, rest = drawn[: config.demonstrations], drawn[config.demonstrations :]
-    asked, kept = rest[: config.rejection_prompts], rest[config.rejection_prompts :]
+    gold = generate_tasks(generators["instruct-tasks"], config.demonstrations)
+    asked = generate_tasks(generators["rejection-tasks"], config.rejection_prompts)
+    kept = generate_tasks(generators["prompt-tasks"], config.prompts)
 
     rejection = rejection_sample(
         engine, asked, config.rejection_samples, config.rejection_temperature, config.max_tokens, seed, model

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from openqwen.engine import Engine, Output
 from openqwen.instruct.synthesize.rejection import sample_answers
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
-from openqwen.support.files import read_jsonl, write_json, write_jsonl
+from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
 
 _EXAMPLES = 8  # pairs in the report
@@ -25,8 +25,10 @@ class PreferConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompts: int = Field(2_000, ge=1, description="fresh prompts that the SFT model answers")
-    heldout_prompts: int = Field(400, ge=1, description="held-out prompts, for the reward model's accuracy")
+    prompts: int = Field(2_000, ge=1, description="prompts that the SFT model answers")
+    heldout_prompts: int = Field(
+        400, ge=1, description="prompts of the development split, and as many of the test split, for pair accuracy"
+    )
     samples: int = Field(4, ge=1, description="answers sampled for each prompt")
     temperatures: list[float] = Field(
         [1.0], min_length=1, description="sampling temperatures, one answer's after the other's: errors of every size"
@@ -38,32 +40,42 @@ class PreferConfig(BaseModel):
 
 
 def build_preferences(
-    config: PreferConfig, instruct: Path, engine: Engine, seed: int, folder: Path, model: str | None = None
+    config: PreferConfig, engine: Engine, seed: int, folder: Path, model: str | None = None
 ) -> dict[str, float]:
-    """Write preferences.jsonl, heldout.jsonl and prefer.json into `folder`; returns flat metrics.
+    """Write preferences.jsonl, heldout.jsonl, test.jsonl and prefer.json into `folder`; returns flat metrics.
 
-    instruct: the instruct artifact, whose prompts are not used again. engine: the SFT model. model: its name.
+    engine: the SFT model. model: its name. Prompts are of the train split, all kinds equally often. Most are new to the
+    model; of the kinds with few questions it has seen most in SFT, and without them it would unlearn those kinds.
     """
     rng = Generators(seed)["prefer-tasks"]
-    tasks = generate_tasks(rng, config.prompts, exclude=_used_questions(instruct))
-    heldout = generate_tasks(rng, config.heldout_prompts, split="heldout")
-    prompts = [task.prompt for task in tasks + heldout]
+    groups = {
+        "preferences": generate_tasks(rng, config.prompts),
+        "heldout": generate_tasks(rng, config.heldout_prompts, split="heldout"),
+        "test": generate_tasks(rng, config.heldout_prompts, split="test"),
+    }
+    tasks = [task for group in groups.values() for task in group]
+    prompts = [task.prompt for task in tasks]
     answers = sample_answers(engine, prompts, config.samples, config.temperatures, config.max_tokens, seed, "prefer")
-    pairs = [make_pairs(t, o, config, seed, model) for t, o in zip(tasks + heldout, answers, strict=True)]
-    train = [pair for group in pairs[: len(tasks)] for pair in group]
-    held = [pair for group in pairs[len(tasks) :] for pair in group]
-    right = [t.check(output.text) for t, outputs in zip(tasks + heldout, answers) for output in outputs]
+    right = [t.check(output.text) for t, outputs in zip(tasks, answers) for output in outputs]
     accuracy = sum(right) / len(right)
 
-    write_jsonl(folder / "preferences.jsonl", train)
-    write_jsonl(folder / "heldout.jsonl", held)
-    write_json(folder / "prefer.json", _summary(train, held) | {"samples": len(right), "sampled_accuracy": accuracy})
+    left = iter(answers)
+    pairs = {
+        name: [pair for task in group for pair in make_pairs(task, next(left), config, seed, model)]
+        for name, group in groups.items()
+    }
+    for name, records in pairs.items():
+        write_jsonl(folder / f"{name}.jsonl", records)
+    summary = _summary(pairs["preferences"], pairs["heldout"])
+    write_json(folder / "prefer.json", summary | {"samples": len(right), "sampled_accuracy": accuracy})
+    train = pairs["preferences"]
     own = sum(pair["origin"]["chosen"] == pair["origin"]["rejected"] == "model" for pair in train)
     return {
         "pairs": len(train),
-        "heldout_pairs": len(held),
+        "heldout_pairs": len(pairs["heldout"]),
         "sampled_accuracy": accuracy,
         "own_share": own / len(train) if train else 0.0,
+        "test_pairs": len(pairs["test"]),
     }
 
 
@@ -83,18 +95,13 @@ def _summary(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) ->
     }
 
 
-def _used_questions(instruct: Path) -> set[str]:
-    demonstrations = (r["messages"] for r in read_jsonl(instruct / "demonstrations.jsonl"))
-    prompts = (r["prompt"] for r in read_jsonl(instruct / "prompts.jsonl"))
-    return {m["content"] for messages in (*demonstrations, *prompts) for m in messages if m["role"] == "user"}
-
-
 def make_pairs(
     task: Task, outputs: Sequence[Output], config: PreferConfig, seed: int, model: str | None = None
 ) -> list[dict[str, Any]]:
     """Up to `pairs_per_prompt` pairs from the sampled answers to one task.
 
-    An answer that never ended is no positive (it would teach not to stop) and the last choice of a negative.
+    An answer that never ended is no positive (it would teach not to stop) and the last choice of a negative. Where
+    the wrong answer is the model's own, origin["temperature"] is the lowest that it was drawn at.
     """
     right = _distinct(o.text for o in outputs if o.finish_reason == "stop" and task.check(o.text))
     ended = [o.text for o in outputs if o.finish_reason == "stop" and not task.check(o.text)]
@@ -110,15 +117,28 @@ def make_pairs(
     origin: dict[str, Any] = {"method": "rejection", "seed": seed, "parents": [], "task": task.task}
     origin |= {"chosen": chosen_by, "rejected": rejected_by} | ({"model": model} if model else {})
     count = 1 if rejected_by == "program" else config.pairs_per_prompt
+    drawn: dict[str, float] = {}
+    for n, output in enumerate(outputs if rejected_by == "model" else ()):
+        temperature = config.temperatures[n % len(config.temperatures)]
+        drawn[output.text.strip()] = min(temperature, drawn.get(output.text.strip(), temperature))
     return [
         {
             "prompt": task.prompt,
-            "chosen": [{"role": "assistant", "content": right[i % len(right)]}],
+            "chosen": [{"role": "assistant", "content": _nearest(text, right)}],
             "rejected": [{"role": "assistant", "content": text}],
-            "origin": origin,
+            "origin": origin | ({"temperature": drawn[text]} if text in drawn else {}),
         }
-        for i, text in enumerate(_spread(wrong, count))
+        for text in _spread(wrong, count)
     ]
+
+
+def _nearest(wrong: str, right: Sequence[str]) -> str:
+    """The right answer that shares the longest beginning with a wrong one: there the error stands out."""
+
+    def shared(text: str) -> int:
+        return next((n for n, (a, b) in enumerate(zip(text, wrong)) if a != b), min(len(text), len(wrong)))
+
+    return max(right, key=shared)
 
 
 def _spread(texts: list[str], count: int) -> list[str]:

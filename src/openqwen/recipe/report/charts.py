@@ -197,3 +197,28 @@ def dots(points: Sequence[tuple[str, float]], title: str) -> Markup:
         parts += [_text("middle value", x, y - 8, percent(value, 0)), _text("middle", x, height - 8, label)]
     svg = '<svg class="chart dots" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
     return Markup(svg).format(width, height, visible(title), Markup("").join(parts))
+
+
+def load_map(rows: Sequence[Sequence[float]], layers: Sequence[int], title: str) -> Markup:
+    """How busy each expert is: a row for each sparse layer, a cell for each expert, darker with more tokens.
+
+    rows: the load of each expert over an even share. A cell is as dark as it gets at three times that; an expert
+    without a token is struck through.
+    """
+    left, pitch, gap = 46, 14, 1
+    width, height = (_WIDTH - left) / max(map(len, rows)), pitch * len(rows) + 20
+    cell = '<rect class="load" x="{:.2f}" y="{}" width="{:.2f}" height="{}" fill-opacity="{:.3f}"/>'
+    dead = '<line class="dead" x1="{:.2f}" x2="{:.2f}" y1="{}" y2="{}"/>'
+    parts = []
+    for place, (layer, row) in enumerate(zip(layers, rows, strict=True)):
+        y = place * pitch
+        parts.append(_text("start", 0, y + 10, f"layer {layer}"))
+        for i, load in enumerate(row):
+            x, wide = left + i * width, max(width - gap, 0.5)
+            parts.append(Markup(cell).format(x, y, wide, pitch - gap, min(load / 3, 1.0)))
+            if load == 0:
+                parts.append(Markup(dead).format(x, x + wide, y + pitch - gap, y))
+    parts.append(_text("start", left, height - 6, "expert 0"))
+    parts.append(_text("end", _WIDTH, height - 6, f"expert {len(rows[0]) - 1}"))
+    svg = '<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+    return Markup(svg).format(_WIDTH, height, visible(title), Markup("").join(parts))

@@ -6,7 +6,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from openqwen.evaluate import wilson_interval
 from openqwen.recipe.report.charts import bar, dots
 from openqwen.recipe.report.data import corpus_total
 from openqwen.recipe.report.run import EVALUATE, Run, Stage
@@ -42,9 +41,10 @@ class Score:
 
 @dataclass
 class Cell:
-    """A score as text, its change against the row above that has one, and whether that is better."""
+    """A score as text, its 95 % interval, its change against the row above that has one, and whether that is better."""
 
     text: str
+    interval: str = ""
     change: str = ""
     better: bool | None = None
 
@@ -66,9 +66,13 @@ def _ratio(value: Any) -> str:
 
 SCORES = (
     Score("bits_per_byte", "bits per byte", True, number),
+    Score("test_bits_per_byte", "bits per byte, test", True, number),
     Score("checked_accuracy", "checked accuracy", False, percent, 100, 1),
     Score("sampled_accuracy", "checked, sampled", False, percent, 100, 1),
-    Score("pair_accuracy", "pair accuracy", False, percent, 100, 1),
+    Score("test_accuracy", "test, greedy", False, percent, 100, 1),
+    Score("test_sampled_accuracy", "test, sampled", False, percent, 100, 1),
+    Score("test_pair_accuracy", "pair accuracy, test", False, percent, 100, 1),
+    Score("test_near_accuracy", "near misses, test", False, percent, 100, 1),
     Score("win_rate", "win rate (reward)", False, percent, 100, 1),
     Score("win_rate_checked", "win rate (checks)", False, percent, 100, 1),
     Score("reward_mean", "mean reward", False, number),
@@ -83,7 +87,8 @@ def score_table(run: Run) -> dict[str, Any]:
     """
     present = [score for score in SCORES if _with_score(run, score.key)]
     levels = {"bits_per_byte": _gzip(run), "checked_accuracy": _chance(run), "retention": 1.0}
-    levels |= {"pair_accuracy": 0.5, "win_rate": 0.5, "win_rate_checked": 0.5}
+    levels |= dict.fromkeys(("test_pair_accuracy", "test_near_accuracy", "win_rate", "win_rate_checked"), 0.5)
+    levels |= {"test_accuracy": _chance(run), "test_bits_per_byte": _first(run, "test_gzip_bits_per_byte")}
     before: dict[str, float] = {}
     rows = [_row(run, stage, present, before) for stage in run.stages if not stage.is_evaluation]
     return {
@@ -106,7 +111,7 @@ def _row(run: Run, stage: Stage, present: list[Score], before: dict[str, float])
         if value is None:
             row.cells.append(None)
             continue
-        cell = Cell(score.show(value))
+        cell = Cell(score.show(value), _range(values, score.key))
         if score.key in before:
             change = value - before[score.key]
             if abs(change) * score.scale >= 0.5 * 10**-score.digits:
@@ -177,9 +182,14 @@ def _with_score(run: Run, key: str) -> list[tuple[str, Any]]:
     return [(name, run.scores(name)[key]) for name in run.evaluated if run.scores(name).get(key) is not None]
 
 
+def _first(run: Run, key: str) -> Any:
+    """This score of the first evaluated stage that has it."""
+    return next((value for _, value in _with_score(run, key)), None)
+
+
 def _gzip(run: Run) -> float | None:
     """What gzip -9 makes of the very documents that bits per byte was measured on."""
-    return next((value for _, value in _with_score(run, "gzip_bits_per_byte")), None)
+    return _first(run, "gzip_bits_per_byte")
 
 
 def _corpus(run: Run) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def _corpus(run: Run) -> dict[str, Any]:
 
 
 def _chance(run: Run) -> float | None:
-    return next((value for _, value in _with_score(run, "chance")), None)
+    return _first(run, "chance")
 
 
 def _base(run: Run) -> list[tuple[str, float]]:
@@ -216,37 +226,48 @@ def _bits_card(run: Run) -> Card | None:
 
 
 def _accuracy_card(run: Run) -> Card | None:
-    results = _with_score(run, "checked_accuracy")
+    """Tasks solved on the test split, and what preference learning gained there on the SFT model."""
+    results = _with_score(run, "test_accuracy")
     if not results:
         return None
     named = dict(results)
-    base = named.get("extend", named.get("pretrain"))
-    path = [("chance", _chance(run)), ("base", base)] + [r for r in results if r[0] not in ("pretrain", "extend")]
-    points = [(name, value) for name, value in path if value is not None]
-    best, value = max(results, key=lambda result: result[1])
-    card = Card(
-        "Checked tasks solved", percent(value), f"best: {best}", figure=dots(points, "Checked accuracy by stage")
-    )
-    trained = [(name, value) for name, value in points if name in ("dpo", "online-dpo")]
+    base = _with_score(run, "checked_accuracy")[0][1]
+    points = [
+        (name, value) for name, value in [("chance", _chance(run)), ("base", base), *results] if value is not None
+    ]
+    name, value = results[-1]
+    scores = run.scores(name)
+    text = f"after {name}{_interval(scores, 'test_accuracy')}; sampled {percent(scores['test_sampled_accuracy'])}"
+    card = Card("Test tasks solved", percent(value), text, figure=dots(points, "Test accuracy by stage"))
     if "sft" not in named:
         return card
     floor = max(value for name, value in points if name in ("chance", "base"))
-    asked = sum(result["n"] for result in run.scores("sft")["checked_by_task"].values())
-    low = wilson_interval(asked * named["sft"], asked)[0]
-    rose = max(trained, key=lambda result: result[1], default=None)
-    card.moved = low > floor and (rose is None or rose[1] > named["sft"])
-    card.verdict = f"sft {'clearly above' if low > floor else 'not clearly above'} chance and base"
-    if rose:
-        card.verdict += f"; {rose[0]} {signed(100 * (rose[1] - named['sft']), 1)} points on sft"
+    above = run.scores("sft").get("test_accuracy_low", 0.0) > floor
+    gains = [f"{title} {_gain(scores, key)}" for title, key in _GAINS if key in scores]
+    rose = any(scores.get(f"{key}_low", 0.0) > 0 for _, key in _GAINS)
+    card.moved = above and (not gains or rose)
+    card.verdict = f"sft {'clearly above' if above else 'not clearly above'} chance and base"
+    if gains:
+        card.verdict += f"; {name} on sft, points: {', '.join(gains)}"
     return card
+
+
+_GAINS = (("greedy", "test_gain"), ("sampled", "test_sampled_gain"))
+
+
+def _gain(scores: dict[str, Any], key: str) -> str:
+    gain, low, high = (signed(100 * scores[f"{key}{end}"], 1) for end in ("", "_low", "_high"))
+    return f"{gain} ({low} to {high})"
 
 
 def _pair_card(run: Run) -> Card | None:
     scores = run.scores("reward")
-    accuracy = scores.get("pair_accuracy")
+    accuracy = scores.get("test_pair_accuracy")
     if accuracy is None:
         return None
-    text = f"{count(scores.get('n'))} held-out pairs{_interval(scores, 'pair_accuracy')}"
+    text = f"{count(scores.get('test_pair_accuracy_n'))} test pairs{_interval(scores, 'test_pair_accuracy')}"
+    if scores.get("test_near_accuracy") is not None:
+        text += f"; near misses {percent(scores['test_near_accuracy'])}{_interval(scores, 'test_near_accuracy')}"
     moved = accuracy > REWARD_TARGET
     verdict = f"{'above' if moved else 'not above'} {percent(REWARD_TARGET, 0)}; chance is {percent(0.5, 0)}"
     return Card("Reward model, pairs ranked right", percent(accuracy), text, moved, verdict, bar(accuracy))
@@ -267,8 +288,13 @@ def _win_card(run: Run) -> Card | None:
 
 
 def _interval(scores: dict[str, Any], key: str) -> str:
+    found = _range(scores, key)
+    return f", 95{THIN}% interval {found}" if found else ""
+
+
+def _range(scores: dict[str, Any], key: str) -> str:
     low, high = scores.get(f"{key}_low"), scores.get(f"{key}_high")
-    return "" if low is None or high is None else f", 95{THIN}% interval {percent(low, 0)} to {percent(high, 0)}"
+    return "" if low is None or high is None else f"{percent(low, 0)} to {percent(high, 0)}"
 
 
 def _retention_card(run: Run) -> Card | None:
@@ -299,12 +325,12 @@ def summary(run: Run) -> str:
     if base:
         against = f", where gzip -9 needs {number(gzip)}" if gzip else ""
         sentences.append(f"On held-out documents the base model needs {number(base[-1][1])} bits per byte{against}.")
-    solved = dict(_with_score(run, "checked_accuracy"))
+    solved = dict(_with_score(run, "test_accuracy"))
     last = next((name for name in ("online-dpo", "dpo", "sft") if name in solved), None)
     if last:
         chance = _chance(run)
         by_chance = f"; chance is {percent(chance)}" if chance is not None else ""
-        sentences.append(f"After {last} it solves {percent(solved[last])} of the checked tasks{by_chance}.")
+        sentences.append(f"After {last} it solves {percent(solved[last])} of the test tasks{by_chance}.")
     return " ".join(sentences)
 
 

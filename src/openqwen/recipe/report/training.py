@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from openqwen.recipe.report.charts import Series, line_chart, smoothed
+from openqwen.recipe.report.charts import Series, line_chart, load_map, smoothed
 from openqwen.recipe.report.run import Run, Stage
 from openqwen.recipe.report.text import number, scientific
 
@@ -41,6 +41,12 @@ _EXTRAS: tuple[tuple[str, str, tuple[float, str] | None, tuple[float, float] | N
     ("margin", "Margin (chosen − rejected)", (0.0, ""), None),
     ("reward", "Reward of its own answers", None, None),
     ("length", "Length of its answers, tokens", None, None),
+    ("next_token_loss", "Loss without the balance", None, None),
+    ("balance", "Balance of the experts", None, None),
+    ("load_entropy", "Entropy of the experts' load, of an even one", (1.0, "even"), None),
+    ("largest_load", "Busiest expert over an even share", (1.0, "even"), None),
+    ("dead_experts", "Experts without a token", None, None),
+    ("chosen_weight", "Weight of the chosen experts", None, (0.0, 1.0)),
     ("gradient_norm", "Gradient norm", None, None),
 )
 
@@ -69,6 +75,10 @@ def _stage_curves(stage: Stage, records: list[dict[str, Any]]) -> StageCurves:
     if any(math.isfinite(value) for value in rate):
         chart = line_chart([Series(steps, rate)], f"Learning rate of {stage.name}", height=110)
         charts.append(Curve("Learning rate", f"peak {scientific(max(filter(math.isfinite, rate)))}", chart))
+    if record := stage.json("experts.json"):
+        largest = f"largest {number(max(map(max, record['load'])), 2)} of an even share"
+        title = f"Load of the experts of {stage.name} at the end: {largest}"
+        charts.append(Curve("Load of the experts", largest, load_map(record["load"], record["layers"], title)))
     total, speed = throughput(records)
     return StageCurves(stage, len(records), total, speed, learnt.count(False), charts)
 

@@ -1,0 +1,29 @@
+"""How far a share, or the difference of two, may be from the truth: 95 % intervals."""
+
+import math
+from collections.abc import Sequence
+
+_Z = 1.959963984540054  # the normal distribution's 97.5 % point
+
+
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927).
+
+    Half successes (ties) vary less than whole ones, so with them the interval is wider than it need be, never narrower.
+    """
+    share = successes / n
+    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never crosses the share
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """(gain, low, high): the mean of after − before on the same items, with its 95 % interval.
+
+    For right and wrong answers this is McNemar's comparison: only the items that changed sides count.
+    """
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    n = len(changes)
+    gain = math.fsum(changes) / n
+    half = _Z * math.sqrt(math.fsum((change - gain) ** 2 for change in changes) / (n - 1) / n)
+    return gain, gain - half, gain + half

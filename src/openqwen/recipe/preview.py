@@ -1,0 +1,69 @@
+"""`openqwen preview`: what SFT would learn from a file of demonstrations, token by token, before it starts."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.text import Text
+
+from openqwen.support.files import read_jsonl
+from openqwen.support.progress import console, progress
+from openqwen.tokenizer import Tokenizer, load_tokenizer
+from openqwen.train.conversations import conversation
+from openqwen.train.packing import waste
+from openqwen.train.rows import Sample
+
+_LEARNED = ("black on green", "black on bright_green")  # neighbours differ, so that tokens can be told apart
+_READ = ("default", "bright_black")
+
+
+def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 32_768) -> None:
+    """Show what would be learned: learned tokens in green, the rest plain; then counts over the whole file.
+
+    Args:
+        model: The model's folder, for its tokenizer and chat template.
+        demonstrations: A JSONL file of demonstrations.
+        show: How many of them to show.
+        max_length: The longest conversation that fits, in tokens.
+    """
+    tokenizer = load_tokenizer(model)
+    lengths: list[int] = []
+    learned: list[int] = []
+    with progress("read", unit="records") as bar:
+        for number, record in enumerate(read_jsonl(demonstrations), 1):
+            ids, mask = conversation(tokenizer, record, f"{demonstrations}, record {number}")
+            if number <= show:
+                console.rule(f"record {number}: {len(ids)} tokens, {sum(mask)} learned", align="left")
+                console.print(colored(tokenizer, (ids, mask)))
+            lengths.append(len(ids))
+            learned.append(sum(mask))
+            bar.advance()
+    if not lengths:
+        console.print("The file holds no demonstration.")
+        return
+    console.rule(f"{len(lengths):,} demonstrations", align="left")
+    low, middle, high = np.percentile(lengths, [5, 50, 95]).astype(int)
+    fitting = [n for n in lengths if n <= max_length]
+    console.print(f"tokens     {sum(lengths):,}, of which {sum(learned):,} learned ({sum(learned) / sum(lengths):.0%})")
+    console.print(f"lengths    {low:,} to {high:,} for nine of ten, half below {middle:,}, longest {max(lengths):,}")
+    console.print(f"too long   {len(lengths) - len(fitting):,} over {max_length:,} tokens")
+    console.print(f"packing    {waste(fitting, max_length):.2%} of rows of {max_length:,} tokens would stand empty")
+
+
+def colored(tokenizer: Tokenizer, sample: Sample) -> Text:
+    """The conversation as it is read; learned tokens stand on green, and neighbouring tokens differ in shade.
+
+    A character spread over tokens takes the colour of its last one.
+    """
+    text, pending = Text(), b""
+    for number, (i, learn) in enumerate(zip(*sample, strict=True)):
+        pending += tokenizer.token_bytes(int(i))
+        try:
+            piece, pending = pending.decode(), b""
+        except UnicodeDecodeError:
+            if len(pending) < 4:
+                continue
+            piece, pending = pending.decode(errors="replace"), b""
+        if learn:
+            piece = piece.replace("\n", "⏎\n")
+        text.append(piece, style=(_LEARNED if learn else _READ)[number % 2])
+    return text

@@ -1,0 +1,71 @@
+"""A recipe or a stage under torchrun: rank 0 leads, the other ranks join it in every stage that trains.
+
+    torchrun --nproc-per-node 8 -m openqwen.cli run RECIPE
+
+Rank 0 alone decides what is to be made, reads and writes artifacts, and speaks to the user.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openqwen.recipe.stage import Stage, Work
+
+TRAINING = {"pretrain", "extend", "sft", "reward", "dpo"}
+
+
+def many() -> bool:
+    """Whether torchrun started this process among others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def run_stage(stage: "Stage", work: "Work") -> dict[str, float]:
+    """Run a stage, on all ranks where it trains; only rank 0 calls this."""
+    if many() and stage.kind in TRAINING:
+        _tell((stage.run, work))
+    return stage.run(work)
+
+
+def lead_or_follow(lead: Callable[[], int]) -> int:
+    """On rank 0, lead; on the others, join until it is done. Returns the exit status.
+
+    Where rank 0 fails, it says nothing more, and torchrun ends the others.
+    """
+    from openqwen.train.parallel import join
+
+    if join().main:
+        status = lead()
+        _tell(None)
+        return status
+    from openqwen.support.progress import console
+
+    console.quiet = True
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    with tempfile.TemporaryDirectory(prefix="openqwen-rank-") as name:
+        number = 0
+        while (told := _listen()) is not None:
+            run, work = told
+            output = Path(name) / str(number)  # what a stage writes beside the checkpoint, rank 0 writes too
+            output.mkdir()
+            run(replace(work, output=output))
+            number += 1
+    return 0
+
+
+def _tell(word: object) -> None:
+    import torch.distributed as dist
+
+    dist.broadcast_object_list([word], src=0)
+
+
+def _listen() -> tuple[Callable[["Work"], dict[str, float]], "Work"] | None:
+    import torch.distributed as dist
+
+    word: list = [None]
+    dist.broadcast_object_list(word, src=0)
+    return word[0]

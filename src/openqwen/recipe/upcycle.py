@@ -1,0 +1,69 @@
+"""`openqwen upcycle DENSE OUTPUT`: a dense checkpoint becomes a mixture of fine-grained experts."""
+
+from typing import Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from openqwen.model import load_model, save_checkpoint
+from openqwen.model.upcycle import Upcycling, upcycle
+from openqwen.recipe.stage import Work
+from openqwen.support.errors import OpenQwenError
+from openqwen.tokenizer import load_tokenizer
+
+HELP = "A dense network to a mixture of fine-grained experts."
+
+
+class UpcycleConfig(BaseModel):
+    """The experts; the defaults are the 57B-A14B's, in proportion to the dense network's width F."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    experts: int = Field(64, gt=0, description="routed experts of each layer")
+    experts_per_token: int = Field(8, gt=0, description="routed experts that a token passes through")
+    expert_width: int | None = Field(
+        None, gt=0, description="width of one routed expert; none: F × 2,560 / 18,944, a multiple of 16"
+    )
+    shared_width: int | None = Field(
+        None, gt=0, description="width of the shared expert; none: eight such widths, and at least F"
+    )
+    reinit: float = Field(0.5, ge=0, le=1, description="share of each routed expert's channels drawn anew")
+    keep_output: bool = Field(True, description="scale the shared expert so that it starts as the dense network")
+    vocabulary_rows: int | None = Field(
+        None, gt=0, description="embedding rows to keep, the rest is padding; none: all (57B-A14B: 151,936 of 152,064)"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision to load, work in and save")
+
+
+def run_upcycle(work: Work) -> dict[str, float]:
+    """A dense checkpoint → a mixture of experts, with the same tokenizer."""
+    config = cast(UpcycleConfig, work.config)
+    source = work.inputs["model"]
+    tokenizer = load_tokenizer(source)
+    if config.vocabulary_rows is not None and config.vocabulary_rows < tokenizer.vocab_size:
+        raise OpenQwenError(
+            f"{config.vocabulary_rows} embedding rows are fewer than the tokenizer's {tokenizer.vocab_size} tokens.",
+            where="--vocabulary-rows",
+            do="give at least as many rows, or leave the flag out to keep all",
+        )
+    plan = Upcycling(
+        experts=config.experts,
+        experts_per_token=config.experts_per_token,
+        expert_width=config.expert_width,
+        shared_width=config.shared_width,
+        reinitialised=config.reinit,
+        keep_output=config.keep_output,
+        vocabulary_rows=config.vocabulary_rows,
+    )
+    dense = load_model(source, dtype=config.dtype)
+    model = upcycle(dense, plan, work.seed)
+    save_checkpoint(model, tokenizer, work.output)
+    size = model.config
+    routed, width = size.num_experts * size.moe_intermediate_size, dense.config.intermediate_size
+    return {
+        "parameters": size.parameters(),
+        "active_parameters": size.parameters(active=True),
+        "expert_width": size.moe_intermediate_size,
+        "shared_width": size.shared_expert_intermediate_size,
+        "copies": -(-routed // width),
+        "discarded_channels": -routed % width,
+    }

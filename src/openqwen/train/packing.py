@@ -1,0 +1,30 @@
+"""Best-fit packing: conversations into rows of a fixed budget, with next to nothing left over."""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+
+def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Numbers of the items in each row: the longest item first, into the row that it fills best (best-fit decreasing).
+
+    sizes: tokens of each item. No row exceeds `budget`; an item that does stands alone. Rows come in the order in which
+    they were opened, and the same sizes always give the same rows. O(n log n).
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = bisect_left(room, (sizes[item], -1))
+        if at == len(room):
+            left, row = budget, len(rows)
+            rows.append([])
+        else:
+            left, row = room.pop(at)
+        rows[row].append(item)
+        if left > sizes[item]:
+            insort(room, (left - sizes[item], row))
+    return rows
+
+
+def waste(sizes: Sequence[int], budget: int) -> float:
+    """The share of the packed rows' places that hold no token."""
+    return 1.0 - sum(sizes) / (len(pack(sizes, budget)) * budget) if sizes else 0.0

@@ -1,0 +1,43 @@
+"""Activations computed again in the backward pass, not kept: less memory for more arithmetic, the same gradient."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from openqwen.model.decoder import Layer
+
+Recompute = Literal["nothing", "cheap", "layers"]
+_aten = torch.ops.aten
+# What costs arithmetic is kept: products of matrices and attention. Norms, rotations and SwiGLU are computed again.
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def recompute(model: nn.Module, what: Recompute) -> None:
+    """Choose, in place and before training, what the layers compute again.
+
+    `cheap`: all but matrix products and attention (selective recomputation, Korthikanti et al. 2022). `layers`: all of
+    each layer; only its input is kept (Chen et al. 2016). Names of parameters stay.
+    """
+    if what == "nothing":
+        return
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if what == "cheap":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            layer.forward = partial(checkpoint, layer.forward, **options)  # type: ignore[method-assign]
+
+
+def _policy(_: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,43 @@
+import math
+
+import numpy as np
+import pytest
+
+from openqwen.evaluate import paired_gain, wilson_interval
+
+
+@pytest.mark.parametrize("n", [1, 10, 400])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_wilson_interval_ends_where_the_score_test_does(n, share):
+    """The ends are the p with |share − p| = z·√(p(1−p)/n); the definition, not the formula."""
+    low, high = wilson_interval(share * n, n)
+    assert 0 <= low <= share <= high <= 1
+    for p in (low, high):
+        assert abs(share - p) == pytest.approx(1.95996398454 * math.sqrt(p * (1 - p) / n), abs=1e-9)
+
+
+def test_paired_gain_counts_only_items_that_changed_sides():
+    """For right and wrong the variance is McNemar's: (b + c − (b − c)² / n) / n², b up and c down of n."""
+    before = [1.0] * 300 + [0.0] * 100
+    after = [1.0] * 280 + [0.0] * 20 + [1.0] * 60 + [0.0] * 40
+    n, up, down = 400, 60, 20
+    gain, low, high = paired_gain(before, after)
+    assert gain == pytest.approx((up - down) / n)
+    half = 1.95996398454 * math.sqrt(up + down - (up - down) ** 2 / n) / n
+    assert (high - gain, gain - low) == pytest.approx((half, half), rel=2e-3)  # n − 1 in place of n
+
+
+def test_paired_gain_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        before = rng.random(500) < 0.4
+        after = np.where(rng.random(500) < 0.2, rng.random(500) < 0.7, before)  # 0.2 × (0.7 − 0.4) better
+        _, low, high = paired_gain(before.astype(float), after.astype(float))
+        covered += low <= 0.06 <= high
+    assert 0.93 < covered / 1000 < 0.97
+
+
+def test_lists_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="zip"):
+        paired_gain([1.0, 0.0], [1.0])

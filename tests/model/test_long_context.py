@@ -1,0 +1,163 @@
+"""Long context through the whole network: sequences read differently in one batch, the cache against packed rows."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from openqwen.model import DualChunk, LongContext, ModelConfig, Packed, Paged, Qwen2, Yarn, dual_chunk, initialize
+
+PLAIN = LongContext()
+YARN = LongContext(Yarn(4.0, 16))
+CHUNKS = LongContext(dual_chunk=DualChunk(14, 5))
+BOTH = LongContext(Yarn(2.0, 16), DualChunk(14, 5))
+SCALED = LongContext(dual_chunk=DualChunk(14, 5, original_max_position_embeddings=12))
+WAYS = {"plain": PLAIN, "yarn": YARN, "chunks": CHUNKS, "both": BOTH, "scaled": SCALED}
+
+
+def make(long_context=PLAIN):
+    config = ModelConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=136,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=1_000.0,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        yarn=long_context.yarn,
+        dual_chunk=long_context.dual_chunk,
+    )
+    model = Qwen2(config)
+    initialize(model, torch.Generator().manual_seed(7))
+    return model
+
+
+def tokens_of(count, seed=1):
+    return torch.randint(0, 128, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, tokens, lengths, long_context=None):
+    packed = Packed.from_lengths(lengths, long_context)
+    out = model(tokens, packed.positions, packed)
+    model.zero_grad()
+    weights = torch.randn(128, 64, generator=torch.Generator().manual_seed(2))
+    (out * weights[tokens]).sum().backward()
+    return out.detach(), [p.grad.clone() for p in model.model.layers.parameters()]
+
+
+def assert_same_bits(one, two):
+    assert torch.equal(one[0], two[0])
+    assert all(torch.equal(a, b) for a, b in zip(one[1], two[1], strict=True))
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 9, 9], [5, 9, 2, 9, 7], [1]])
+@pytest.mark.parametrize("theirs", [CHUNKS, LongContext(Yarn(1.0, 4), DualChunk(14, 5, 9))])
+def test_sequences_within_a_chunk_keep_every_bit(lengths, theirs):
+    tokens = tokens_of(sum(lengths))
+    plain = run(make(), tokens, lengths)
+    assert_same_bits(plain, run(make(), tokens, lengths, PLAIN))
+    assert_same_bits(plain, run(make(), tokens, lengths, theirs))
+    assert_same_bits(plain, run(make(theirs), tokens, lengths))
+    assert_same_bits(plain, run(make(theirs), tokens, lengths, PLAIN))
+
+
+def test_one_token_more_than_a_chunk_is_no_longer_plain():
+    tokens = tokens_of(10)
+    (plain, _), (chunks, _) = run(make(), tokens, [10]), run(make(CHUNKS), tokens, [10])
+    assert not torch.equal(plain[-1], chunks[-1])
+    assert_close(plain[:9], chunks[:9], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_checkpoint_says_is_what_an_argument_can_say():
+    for long_context in WAYS.values():
+        tokens = tokens_of(50)
+        assert_same_bits(run(make(), tokens, [30, 20], long_context), run(make(long_context), tokens, [30, 20]))
+
+
+@pytest.mark.parametrize("own", ["plain", "both"])
+def test_sequences_read_differently_share_a_batch(own):
+    model = make(WAYS[own])
+    lengths = [40, 9, 23, 40, 31, 12, 40, 9]
+    ways = [CHUNKS, PLAIN, YARN, BOTH, SCALED, SCALED, None, CHUNKS]
+    tokens = tokens_of(sum(lengths))
+    out, grads = run(model, tokens, lengths, ways)
+    alone = [run(model, piece, [len(piece)], way) for piece, way in zip(tokens.split(lengths), ways)]
+    assert_close(out, torch.cat([o for o, _ in alone]), rtol=1e-4, atol=1e-5)
+    for found, *expected in zip(grads, *(g for _, g in alone)):
+        total = sum(expected)
+        assert_close(found, total, rtol=1e-4, atol=1e-4 * float(total.abs().max()) + 1e-5)
+    kept = [run(model, piece, [len(piece)], PLAIN)[0] for piece in tokens.split(lengths)]
+    different = [not torch.allclose(a, b, atol=1e-3) for (a, _), b in zip(alone, kept)]
+    assert different == [True, False, True, True, True, False, own == "both", False]
+
+
+def test_length_scaling_starts_beyond_the_original_length():
+    dual = DualChunk(14, 5, original_max_position_embeddings=20)
+    tokens = tokens_of(21)
+    unscaled = make(LongContext(dual_chunk=DualChunk(14, 5)))
+    assert_same_bits(run(make(LongContext(dual_chunk=dual)), tokens[:20], [20]), run(unscaled, tokens[:20], [20]))
+    (scaled, _), (plain, _) = run(make(LongContext(dual_chunk=dual)), tokens, [21]), run(unscaled, tokens, [21])
+    assert not torch.equal(scaled, plain)
+
+
+def test_rows_that_were_scored_can_be_learned():
+    model, tokens = make(CHUNKS), tokens_of(60)
+    packed = Packed.from_lengths([20, 7, 30, 3])
+    with torch.inference_mode():
+        scored = model(tokens, packed.positions, packed)
+    learned = model(tokens, packed.positions, packed)
+    learned[:, 0].sum().backward()
+    assert torch.equal(scored, learned)
+
+
+def test_a_context_for_each_sequence_or_an_error():
+    with pytest.raises(ValueError, match="2 long contexts for 3 sequences"):
+        Packed.from_lengths([1, 2, 3], [None, PLAIN])
+
+
+def feed(model, tokens, lengths, calls, ways):
+    """Hidden states of the sequences, fed as the calls say (new tokens of each)."""
+    config = model.config
+    pages = 4 * len(lengths) * (max(lengths) // 4 + 1)
+    cache = torch.zeros(2, 3, pages, 4, config.num_key_value_heads, config.head_dim)
+    width = max(lengths) // 4 + 1
+    tables = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[: width * len(lengths)].view(-1, width)
+    pieces = tokens.split(lengths)
+    fed, got = [0] * len(lengths), [[] for _ in lengths]
+    for new in calls:
+        active = [i for i, n in enumerate(new) if n]
+        counts = [new[i] for i in active]
+        call = torch.cat([pieces[i][fed[i] : fed[i] + new[i]] for i in active])
+        positions = torch.cat([torch.arange(fed[i], fed[i] + new[i]) for i in active])
+        paged = Paged(cache, tables[active], [fed[i] + new[i] for i in active], counts, [ways[i] for i in active])
+        with torch.inference_mode():
+            out = model(call, positions, paged)
+        for i, part in zip(active, out.split(counts)):
+            got[i].append(part)
+            fed[i] += new[i]
+    assert fed == lengths
+    return [torch.cat(g) for g in got]
+
+
+@pytest.mark.parametrize("path", [dual_chunk.fused, dual_chunk.plain])
+@pytest.mark.parametrize("own", ["plain", "both"])
+def test_paged_equals_packed_across_chunk_borders(own, path, monkeypatch):
+    monkeypatch.setattr(dual_chunk, "fused", path)
+    model = make(WAYS[own])
+    lengths = [41, 9, 30, 28, 10]
+    ways = [CHUNKS, CHUNKS, YARN, BOTH, None]
+    tokens = tokens_of(sum(lengths))
+    packed = Packed.from_lengths(lengths, ways)
+    expected = model(tokens, packed.positions, packed).split(lengths)
+    calls = [[20, 4, 8, 0, 0], [1, 1, 1, 9, 5], [0, 4, 20, 1, 5]] + [[1, 0, 0, 1, 0]] * 18 + [[2, 0, 1, 0, 0]]
+    for found, wanted in zip(feed(model, tokens, lengths, calls, ways), expected):
+        assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_whole_prompt_in_one_call_is_scaled_by_its_length():
+    model = make(SCALED)
+    tokens = tokens_of(40)
+    packed = Packed.from_lengths([40])
+    (found,) = feed(model, tokens, [40], [[40]], [None])
+    assert_close(found, model(tokens, packed.positions, packed), rtol=1e-4, atol=1e-5)
