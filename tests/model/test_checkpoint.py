@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +176,32 @@ def test_stop_tokens_stay_what_they_were_until_the_model_learns_to_chat(tmp_path
     assert config["eos_token_id"] == [60, 61]
     config, generation = saved(tmp_path / "chat", load_model(folder), chat=True)
     assert (config["eos_token_id"], generation) == (61, both | {"max_new_tokens": 2048})
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from openqwen.model import load_model
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+load_model(sys.argv[1])  # libraries are loaded, buffers made
+before = peak()
+model = load_model(sys.argv[2], sys.argv[3])
+print((peak() - before) / sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak memory")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_hardly_more_memory_than_the_weights(folder, tmp_path, dtype):
+    large = tmp_path / "large"
+    model = Qwen2(ModelConfig(60_000, 1024, 4096, 4, 16, 4, tie_word_embeddings=False)).bfloat16()
+    save_checkpoint(model, NoTokenizer(), large)
+    command = [sys.executable, "-c", PEAK, str(folder), str(large), dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.2
 
 
 # Experts

@@ -1,6 +1,7 @@
 """`openqwen convert`: every way round, nothing replaced unasked, and every loss is told."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,6 @@ def test_the_tokenizer_travels_in_the_file(folder, tmp_path, capsys):
     assert metadata["tokenizer.ggml.padding_token_id"] == tokenizer().endoftext_id
 
 
-@pytest.mark.skipif(not hasattr(__import__("openqwen.tokenizer").tokenizer, "tokenizer_from_gguf"), reason="no reader")
 def test_from_gguf_to_a_folder_and_back_to_the_same_file(capsys, folder, tmp_path):
     run(capsys, folder, tmp_path / "x.gguf", "--type", "q8_0")
     status, said = run(capsys, tmp_path / "x.gguf", tmp_path / "b")
@@ -103,6 +103,18 @@ def test_from_gguf_to_a_folder_and_back_to_the_same_file(capsys, folder, tmp_pat
     assert load_tokenizer(tmp_path / "b").encode(text, True) == tokenizer().encode(text, True)
     run(capsys, tmp_path / "b", tmp_path / "again" / "x.gguf", "--type", "q8_0")
     assert (tmp_path / "again" / "x.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
+
+
+def test_a_hub_id_is_a_source(capsys, folder, tmp_path, monkeypatch):
+    repository = tmp_path / "cache" / "models--Qwen--Tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("Qwen/Tiny").vocab_size == tokenizer().vocab_size
+    assert run(capsys, "Qwen/Tiny", tmp_path / "b")[0] == 0
+    assert same(folder, tmp_path / "b")
 
 
 def test_nothing_is_replaced_unasked(capsys, folder, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import regex
 
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.hub import local
 from openqwen.tokenizer import chat
 from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, TURN_START, ControlToken
 from openqwen.tokenizer.fast import best_encoder
@@ -161,12 +162,12 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer in a model's folder or in one file of it.
+    """The tokenizer in a model's folder, in one file of it, or of an id on the hub (`owner/name`).
 
     Kinds: tokenizer.json; vocab.json with merges.txt; a .tiktoken file of ranks; a .gguf file. OpenQwenError says what
     is missing or damaged.
     """
-    return _tokenizer(read_source(Path(source)))
+    return _tokenizer(read_source(local(source)))
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str | Path) -> Tokenizer:
