@@ -51,7 +51,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
             epochs=1,
             batch=options.batch,
             max_length=1_024,
-            train=OptimizerConfig(learning_rate=1e-5),
+            train=OptimizerConfig(learning_rate=1e-5, recompute=options.recompute),
             save=SaveConfig(seconds=1e9),
         )
         tokenizer = load_tokenizer(options.model)
@@ -111,7 +111,7 @@ def trl(options: argparse.Namespace) -> dict[str, float]:
 def child(kind: str, options: argparse.Namespace, python: str) -> dict[str, float]:
     """Run one side in a process of its own."""
     command = [python, __file__, "--side", kind, "--model", str(options.model), "--data", str(options.data)]
-    command += ["--batch", str(options.batch), "--steps", str(options.steps)]
+    command += ["--batch", str(options.batch), "--steps", str(options.steps), "--recompute", options.recompute]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--recompute", choices=["nothing", "cheap", "layers"], default="nothing")
     parser.add_argument("--side", choices=["ours", "trl"])
     options = parser.parse_args()
     if options.side:
