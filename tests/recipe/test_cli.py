@@ -108,3 +108,13 @@ def test_the_plan_of_a_real_recipe_has_an_estimate_for_every_stage(tmp_path, cap
     assert "17 of 17 to make" in printed
     assert printed.count("~") == 18
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("verb", openqwen.cli.STAGE_VERBS)
+def test_every_verb_of_the_real_recipe_has_help_with_its_inputs_and_fields_apart(verb, capsys):
+    """An input and a field of one name would be one flag."""
+    stages = pytest.importorskip("openqwen.recipe.stages")
+    with pytest.raises(SystemExit, match="0"):
+        openqwen.cli.main([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in stages.VERBS[verb].inputs)
