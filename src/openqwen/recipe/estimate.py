@@ -17,8 +17,10 @@ _SHARE = 0.6  # of the matrix peak that training a small model reaches
 _CONVERSATION = 45  # tokens of a short conversation
 _TEXT_SPEED = 3e6  # bytes of raw text read, cleaned, filtered and deduplicated a second
 _BPE_SPEED = 3e6  # bytes of text a second, to learn a vocabulary from or to encode
+_COMPARED = 65  # tokens of a prompt with its compared answers
 _ANSWERS = 250  # short answers a second
 _SCORED = 0.25  # of a training token: a byte scored is a third of a token, read twice, forward only
+_CHATS = ("evaluate-sft", "evaluate-dpo", "evaluate-online-dpo")
 
 
 @cache
@@ -51,20 +53,21 @@ class Estimates:
         if stage in ("tokenizer", "tokens"):
             return min(text, r.tokenizer.max_bytes) / _BPE_SPEED
         if stage.startswith("evaluate"):
-            return r.evaluate.checked / _ANSWERS + self._training(_SCORED * r.evaluate.heldout_bytes)
+            answers = r.evaluate.checked + (r.evaluate.test if stage in _CHATS else 0)
+            return 2 * answers / _ANSWERS + self._training(_SCORED * r.evaluate.heldout_bytes)
         sampled = {
             "instruct": r.instruct.rejection_prompts * r.instruct.rejection_samples,
-            "prefer": (r.prefer.prompts + r.prefer.heldout_prompts) * r.prefer.samples,
+            "prefer": (r.prefer.prompts + 2 * r.prefer.heldout_prompts) * r.prefer.samples,
             "online-dpo": r.online_dpo.steps * r.online_dpo.prompts * r.online_dpo.samples,
         }
-        pairs = r.prefer.prompts * r.prefer.pairs_per_prompt * 2
+        compared = r.prefer.prompts * _COMPARED
         trained = {
             "pretrain": r.pretrain.data.tokens,
             "extend": r.extend.data.tokens,
             "sft": (r.instruct.demonstrations + r.instruct.repurposed) * r.sft.epochs * _CONVERSATION,
-            "reward": pairs * r.reward.epochs * _CONVERSATION,
-            "dpo": pairs * r.dpo.epochs * _CONVERSATION,
-            "online-dpo": r.online_dpo.steps * r.online_dpo.prompts * 2 * _CONVERSATION,
+            "reward": compared * r.reward.epochs,
+            "dpo": compared * (r.dpo.epochs + 1 / 3),
+            "online-dpo": r.online_dpo.steps * r.online_dpo.prompts * _COMPARED,
         }
         return sampled.get(stage, 0) / _ANSWERS + self._training(trained.get(stage, 0))
 

@@ -1,6 +1,5 @@
 """Direct preference optimisation on preferences P (Rafailov et al. 2023; Qwen2 report, 4.3, the offline stage)."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +36,8 @@ class DpoConfig(BaseModel):
     first_difference: bool = Field(
         False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
     )
-    hottest: float = Field(
-        math.inf, gt=0, description="pairs whose wrong answer was sampled at a higher temperature are left out"
+    hottest: float | None = Field(
+        None, gt=0, description="pairs whose wrong answer was sampled at a higher temperature are left out"
     )
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     chosen_nll: float = Field(
@@ -105,12 +104,11 @@ def dpo(
     """
     generators = Generators(seed)
     model = load_model(start, device=best_device())
-    pairs = [
+    groups = compared(
         pair(tokenizer, record, f"{preferences}, record {n}")
         for n, record in enumerate(read_jsonl(preferences), 1)
-        if record.get("origin", {}).get("temperature", 0.0) <= config.hottest
-    ]
-    groups = compared(pairs)
+        if config.hottest is None or record.get("origin", {}).get("temperature", 0.0) <= config.hottest
+    )
     limit = min(config.max_length, model.config.max_position_embeddings)
     kept = fitting(groups, [group.longest for group in groups], limit, str(preferences))
     if config.first_difference:
