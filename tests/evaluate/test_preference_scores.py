@@ -34,7 +34,7 @@ def test_pair_accuracy_overall_and_by_task():
 
 
 def test_near_misses_are_the_models_own_cool_errors():
-    pairs = [pair("a", str(t), "t") | {"origin": {"task": "t", "temperature": t}} for t in (0.5, 0.8, 1.5)]
+    pairs = [pair("a", str(t), "t") | {"origin": {"task": "t", "temperature": t}} for t in (0.5, 1.0, 1.5)]
     assert near_misses([*pairs, pair("a", "the program's", "t")]) == pairs[:2]
 
 

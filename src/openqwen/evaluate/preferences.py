@@ -8,7 +8,7 @@ from openqwen.evaluate.intervals import wilson_interval
 Message = dict[str, str]
 Score = Callable[[list[list[Message]]], list[float]]  # conversations → one number each, higher is better
 
-NEAR = 0.8  # a wrong answer drawn at no more than this temperature is a near miss
+NEAR = 1.0  # a wrong answer drawn at no more than this temperature is a near miss
 
 
 def near_misses(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ class Estimates:
         sampled = {
             "instruct": r.instruct.rejection_prompts * r.instruct.rejection_samples,
             "prefer": (r.prefer.prompts + 2 * r.prefer.heldout_prompts) * r.prefer.samples,
-            "online-dpo": r.online_dpo.steps * r.online_dpo.prompts * r.online_dpo.samples,
+            "online-dpo": r.online_dpo.steps * r.online_dpo.batch * r.online_dpo.samples,
         }
         compared = r.prefer.prompts * _COMPARED
         trained = {
@@ -67,7 +67,7 @@ class Estimates:
             "sft": (r.instruct.demonstrations + r.instruct.repurposed) * r.sft.epochs * _CONVERSATION,
             "reward": compared * r.reward.epochs,
             "dpo": compared * (r.dpo.epochs + 1 / 3),
-            "online-dpo": r.online_dpo.steps * r.online_dpo.prompts * _COMPARED,
+            "online-dpo": r.online_dpo.steps * r.online_dpo.batch * _COMPARED,
         }
         return sampled.get(stage, 0) / _ANSWERS + self._training(trained.get(stage, 0))
 

@@ -35,7 +35,7 @@ class OnlineDpoConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(100, gt=0, description="optimizer steps, each with fresh samples")
-    prompts: int = Field(32, gt=0, description="prompts of one step")
+    batch: int = Field(32, gt=0, description="prompts of one step")
     samples: int = Field(8, gt=1, description="answers sampled for each prompt")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     max_tokens: int = Field(512, gt=0, description="longest answer")
@@ -78,7 +78,7 @@ def online_dpo(
     pool: list[Messages] = [record["prompt"] for record in read_jsonl(prompts)]
     if not pool:
         raise OpenQwenError("There are no prompts to answer.", where=prompts)
-    order = Epochs(len(pool), config.steps * config.prompts / len(pool), config.prompts, generators)
+    order = Epochs(len(pool), config.steps * config.batch / len(pool), config.batch, generators)
     sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
 
     def batch(step: int) -> list[Episode]:
