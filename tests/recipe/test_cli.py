@@ -100,3 +100,13 @@ def test_a_stage_alone_with_bad_input(call, arguments, status, told):
 def test_every_verb_of_the_real_recipe_is_listed():
     stages = pytest.importorskip("openqwen.recipe.stages")
     assert set(stages.VERBS) == set(openqwen.cli.STAGE_VERBS)
+
+
+@pytest.mark.parametrize("verb", openqwen.cli.STAGE_VERBS)
+def test_every_verb_of_the_real_recipe_has_help_with_its_inputs_and_fields_apart(verb, capsys):
+    """An input and a field of one name would be one flag."""
+    stages = pytest.importorskip("openqwen.recipe.stages")
+    with pytest.raises(SystemExit, match="0"):
+        openqwen.cli.main([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in stages.VERBS[verb].inputs)
