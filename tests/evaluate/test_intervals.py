@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from openqwen.evaluate import paired_gain, wilson_interval
+from openqwen.evaluate.intervals import grouped_interval
 
 
 @pytest.mark.parametrize("n", [1, 10, 400])
@@ -41,3 +42,23 @@ def test_paired_gain_covers_the_truth_as_often_as_it_says():
 def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match="zip"):
         paired_gain([1.0, 0.0], [1.0])
+
+
+def test_a_grouped_interval_covers_the_truth_where_members_of_a_group_agree():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(500):
+        shares = rng.beta(2, 1, 200)  # mean 2/3
+        sizes = rng.integers(1, 6, 200)
+        groups = np.repeat(np.arange(200), sizes)
+        values = rng.random(len(groups)) < shares[groups]
+        low, high = grouped_interval(values.astype(float).tolist(), [str(group) for group in groups])
+        covered += low <= 2 / 3 <= high
+    assert 0.92 < covered / 500 < 0.98
+
+
+def test_a_grouped_interval_of_single_members_is_the_plain_one():
+    values = [1.0] * 60 + [0.0] * 40
+    low, high = grouped_interval(values, [str(n) for n in range(100)])
+    half = 1.95996398454 * math.sqrt(0.6 * 0.4 / 99)
+    assert (low, high) == pytest.approx((0.6 - half, 0.6 + half))

@@ -1,6 +1,7 @@
 """How far a share, or the difference of two, may be from the truth: 95 % intervals."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 _Z = 1.959963984540054  # the normal distribution's 97.5 % point
@@ -15,6 +16,20 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never crosses the share
+
+
+def grouped_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float]:
+    """The 95 % interval of the mean of values in [0, 1] that come in groups, by the spread between groups alone.
+
+    (The cluster-robust standard error: pairs of one prompt share what makes the prompt hard.)
+    """
+    mean = math.fsum(values) / len(values)
+    totals: dict[str, float] = defaultdict(float)
+    for value, group in zip(values, groups, strict=True):
+        totals[group] += value - mean
+    spread = math.fsum(total**2 for total in totals.values()) * len(totals) / max(1, len(totals) - 1)
+    half = _Z * math.sqrt(spread) / len(values)
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from openqwen.evaluate.intervals import wilson_interval
+from openqwen.evaluate.intervals import grouped_interval, wilson_interval
 
 Message = dict[str, str]
 Score = Callable[[list[list[Message]]], list[float]]  # conversations → one number each, higher is better
@@ -20,7 +20,7 @@ def pair_accuracy(score: Score, pairs: Sequence[dict[str, Any]]) -> dict[str, An
     """How often `score` puts the chosen answer above the rejected one; a tie counts half.
 
     pairs: preferences P. Returns {"pair_accuracy", "pair_accuracy_low", "pair_accuracy_high" (95 %), "n",
-    "pair_accuracy_by_task": {task: {"accuracy", "n"}}}.
+    "pair_accuracy_by_task": {task: {"accuracy", "n"}}}. Pairs of one prompt are not independent: the interval knows it.
     """
     if not pairs:
         raise ValueError("no pairs to score")
@@ -31,7 +31,8 @@ def pair_accuracy(score: Score, pairs: Sequence[dict[str, Any]]) -> dict[str, An
     by_task: dict[str, list[float]] = {}
     for pair, win in zip(pairs, wins):
         by_task.setdefault(pair["origin"].get("task", "other"), []).append(win)
-    low, high = wilson_interval(sum(wins), len(wins))
+    prompts = [str(pair["prompt"]) for pair in pairs]
+    low, high = grouped_interval(wins, prompts)
     return {
         "pair_accuracy": sum(wins) / len(wins),
         "pair_accuracy_low": low,

@@ -5,6 +5,8 @@ preferred answer of each prompt; the DPO loss learns from that pair. The engine 
 """
 
 import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +41,9 @@ class OnlineDpoConfig(BaseModel):
     samples: int = Field(8, gt=1, description="answers sampled for each prompt")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     max_tokens: int = Field(512, gt=0, description="longest answer")
+    vote: bool = Field(
+        False, description="prefer by weighted majority: an answer's weight is the sum of σ(reward) over equal ones"
+    )
     first_difference: bool = Field(
         False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
     )
@@ -88,8 +93,9 @@ def online_dpo(
         outputs = engine.generate(asked, sampling, seeds=[int(s) for s in seeds])
         sequences = [_ids(o, tokenizer.eos_id) for o in outputs]
         rewards = score_sequences(scorer, sequences, config.micro_tokens)
-        starts = range(0, len(outputs), config.samples)
-        found = [g for g in (_best_and_worst(outputs, rewards, slice(n, n + config.samples)) for n in starts) if g]
+        slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
+        ranks = [v for g in slices for v in votes(sequences[g], rewards[g])] if config.vote else rewards
+        found = [pair for pair in (_best_and_worst(outputs, ranks, group) for group in slices) if pair]
         groups = [_compared(sequences, outputs, best, worst) for best, worst in found]
         if config.first_difference:
             groups = [group.to_first_difference() for group in groups]
@@ -125,6 +131,14 @@ def online_dpo(
     ).run()
     save_checkpoint(model, tokenizer, output)
     return metrics
+
+
+def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[float]:
+    """Each answer's share of the vote: σ(reward), summed over the answers equal to it (Qwen2.5-Math, 3.2)."""
+    total: dict[tuple[int, ...], float] = {}
+    for answer, reward in zip(answers, rewards, strict=True):
+        total[tuple(answer)] = total.get(tuple(answer), 0.0) + 1 / (1 + math.exp(-reward))
+    return [total[tuple(answer)] for answer in answers]
 
 
 def _ids(output: Output, eos_id: int) -> list[int]:
