@@ -27,7 +27,9 @@ def grouped_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[fl
     totals: dict[str, float] = defaultdict(float)
     for value, group in zip(values, groups, strict=True):
         totals[group] += value - mean
-    spread = math.fsum(total**2 for total in totals.values()) * len(totals) / max(1, len(totals) - 1)
+    if len(totals) < 2:
+        return 0.0, 1.0  # one group says nothing of the others
+    spread = math.fsum(total**2 for total in totals.values()) * len(totals) / (len(totals) - 1)
     half = _Z * math.sqrt(spread) / len(values)
     return max(0.0, mean - half), min(1.0, mean + half)
 
