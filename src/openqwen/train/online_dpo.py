@@ -135,7 +135,7 @@ def online_dpo(
 
 
 def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[float]:
-    """Each answer's share of the vote: σ(reward), summed over the answers equal to it (Qwen2.5-Math, 3.2)."""
+    """Each answer's share of the vote: σ(reward), summed over the answers equal to it (weighted majority)."""
     total: dict[tuple[int, ...], float] = {}
     for answer, reward in zip(answers, rewards, strict=True):
         total[tuple(answer)] = total.get(tuple(answer), 0.0) + 1 / (1 + math.exp(-reward))
