@@ -1,6 +1,5 @@
 """`openqwen chat MODEL`: a conversation in the terminal, streamed."""
 
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -15,7 +14,7 @@ _HELP = "An empty line or Ctrl-D ends the chat, Ctrl-C stops an answer; /new sta
 
 
 def chat(
-    model: Annotated[Path, tyro.conf.arg(help="A Hugging Face folder.", metavar="FOLDER")],
+    model: Annotated[str, tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL")],
     system: Annotated[str | None, tyro.conf.arg(help="System prompt; none: the checkpoint's own.")] = None,
     temperature: Annotated[float, tyro.conf.arg(help="0 takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, tyro.conf.arg(help="Longest answer, in tokens.")] = 256,
