@@ -230,11 +230,14 @@ def _read_metrics(path: Path, before: int) -> list[dict[str, float]]:
 
 
 def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the last twentieth of the steps, and totals of the whole run."""
+    """Means over the last twentieth of the steps, and totals of the whole run; the most telling first."""
     tail = metrics[-max(1, len(metrics) // 20) :]
     tail = [m for m in tail if "skipped" not in m] or tail
-    totalled = {"step", "seconds", "tokens", "tokens_per_second", "learning_rate", "gradient_norm", "peak_memory"}
-    names = [n for n in tail[-1] if n not in totalled]
-    summary = {n: sum(m.get(n, 0.0) for m in tail) / len(tail) for n in names}
+    other = {"step", "seconds", "tokens", "tokens_per_second", "flops_per_second", "peak_share"}
+    other |= {"learning_rate", "gradient_norm", "peak_memory"}
+    summary = {n: sum(m.get(n, 0.0) for m in tail) / len(tail) for n in tail[-1] if n not in other}
     tokens, seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
-    return summary | {"tokens_per_second": tokens / max(seconds, 1e-9), "tokens": tokens, "steps": len(metrics)}
+    summary |= {"tokens_per_second": tokens / max(seconds, 1e-9), "tokens": tokens, "steps": len(metrics)}
+    if "peak_share" in tail[-1]:
+        summary["peak_share"] = sum(m.get("peak_share", 0.0) for m in tail) / len(tail)
+    return summary
