@@ -94,9 +94,10 @@ def test_killed_many_times_still_arrives(call, fake):
 
 
 def start(*arguments: str, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(FAKE), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    # A shell that starts the tests in the background ignores Ctrl-C for all that it starts.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    command = [sys.executable, str(FAKE), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def wait_for(path: Path) -> None:
