@@ -4,7 +4,12 @@ The names below are loaded when they are first used, so that importing the packa
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# PyTorch takes large tensors from pages of 2 MB. Without it, the page faults of tensors that come and go in every step
+# of a real model take half of the time on a CPU (docs/log.md). Read once, at PyTorch's first allocation.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from openqwen.engine import Engine, Sampling
