@@ -42,6 +42,8 @@ STAGE_VERBS = {
     "evaluate": "Score a model.",
 }
 
+_MODELS = {"model", "reward"}  # what stages read that may be a hub id too
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 the user's fault, 70 ours, 130 interrupted."""
@@ -166,6 +168,7 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     from openqwen.recipe.flags import parse
     from openqwen.recipe.stage import Stage
     from openqwen.recipe.stages import VERBS
+    from openqwen.support.hub import local
 
     verb: Verb = VERBS[name]
     fields: list[Any] = [
@@ -176,6 +179,7 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     flags: type[Any] = dataclasses.make_dataclass("StageOptions", fields)
     options, config = parse(arguments, flags, verb.config(), f"openqwen {name}", verb.help)
     outside = {role: getattr(options, role.replace("-", "_")) for role in verb.inputs}
+    outside |= {role: local(outside[role]) for role in _MODELS & outside.keys()}
     stage = Stage(name=name, kind=name, config=config, run=verb.run, outside=outside)
     run_alone(stage, options.output, options.seed, _command(name, arguments))
 

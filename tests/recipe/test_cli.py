@@ -118,3 +118,27 @@ def test_every_verb_of_the_real_recipe_has_help_with_its_inputs_and_fields_apart
         openqwen.cli.main([verb, "--help"])
     shown = capsys.readouterr().out
     assert all(f"--{name}" in shown for name in stages.VERBS[verb].inputs)
+
+
+def test_a_stage_takes_a_model_from_the_hub(call, monkeypatch, tmp_path):
+    from openqwen.recipe import stages
+    from openqwen.recipe.stage import Verb
+    from openqwen.support import hub
+
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (tmp_path / "blob").write_text("{}")
+    (snapshot / "config.json").symlink_to(tmp_path / "blob")  # as the hub's cache lays it out
+    asked, given = [], []
+    monkeypatch.setattr(hub, "_fetched", lambda name, revision: asked.append((name, revision)) or snapshot)
+    inputs = {"model": "What to start from.", "data": "What to read."}
+    verb = Verb("Learn.", stages.Learn, inputs, lambda work: given.append(dict(work.inputs)) or {})
+    monkeypatch.setitem(stages.VERBS, "sft", verb)
+    (Path.cwd() / "own").mkdir()
+    (Path.cwd() / "own" / "d.jsonl").write_text("{}")
+    arguments = ["sft", "--model", "Qwen/Tiny@main", "--data", "own/d.jsonl", "--output", "made"]
+    assert call(*arguments) == 0, call.err
+    assert asked == [("Qwen/Tiny", "main")]
+    assert given == [{"model": snapshot, "data": Path("own/d.jsonl")}]
+    assert call("sft", "--model", "Qwen/Tiny", "--data", "own/no.jsonl", "--output", "other") == 1
+    assert "'data' does not exist" in call.err

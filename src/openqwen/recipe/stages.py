@@ -234,7 +234,7 @@ def finish(run_folder: Path) -> list[str]:
     return [*lines, f"chat     openqwen chat {run_folder / models[0]}"] if models else lines
 
 
-_MODEL = "A Hugging Face folder to start from."
+_MODEL = "The model to start from: a Hugging Face folder, a .gguf file or a hub id."
 VERBS: dict[str, Verb] = {
     "corpus": Verb("Raw documents to cleaned, filtered, deduplicated text.", CorpusStageConfig, {}, run_corpus),
     "tokenizer": Verb(
