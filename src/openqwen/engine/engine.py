@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from openqwen.engine.adapters import Adapters
 from openqwen.engine.answer import grow
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.constrain import Structures
@@ -68,7 +69,8 @@ class Engine:
         pool = self._pool()
         self._longest = min(self._context, pool.count * pool.page_size)
         self._schedule = Schedule(pool, config)
-        self._runner = Runner(model, pool.count, pool.page_size)
+        self.adapters = Adapters(model)
+        self._runner = Runner(model, self.adapters, pool.count, pool.page_size)
         self._structures = Structures(tokenizer, self._stops)
         self._pending: list[Event] = []
         self._paused = False
@@ -86,7 +88,7 @@ class Engine:
     ) -> Request:
         """Queue a prompt: text, token ids, or messages for the chat template. OpenQwenError says what is wrong with it.
 
-        seed: in place of `sampling.seed`. priority: the larger goes first.
+        seed: in place of `sampling.seed`. adapter: a name that was added to `adapters`. priority: the larger goes first.
         """
         number = next(self._numbers)
         return self._submit(number, self._ids(prompt), sampling, seed, adapter, priority, number)
@@ -227,8 +229,7 @@ class Engine:
         group: int,
     ) -> Request:
         self._check(ids, self._longest - 1)
-        if adapter is not None:
-            raise OpenQwenError(f"There is no adapter called '{adapter}'.", where="adapter")
+        chosen = None if adapter is None else self.adapters.get(adapter)
         matcher = self._structures.matcher(sampling.structure) if sampling.structure else None
         if not self._schedule.running and not self._schedule.waiting and self._fingerprint() != self._weights:
             self.refresh()  # somebody has trained the model
@@ -240,9 +241,9 @@ class Engine:
             limit=min(len(ids) + sampling.max_tokens, self._longest),
             stream=TextStream(self.tokenizer, sampling.stop),
             matcher=matcher,
-            adapter=adapter,
+            adapter=chosen,
             priority=priority,
-            group=None if self.config.prefix_cache else group,
+            profile=(sampling.long_context, chosen and chosen.number, None if self.config.prefix_cache else group),
         )
         self._schedule.add(request)
         return request

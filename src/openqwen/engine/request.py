@@ -12,6 +12,7 @@ from openqwen.model import LongContext
 from openqwen.support.errors import OpenQwenError
 
 if TYPE_CHECKING:
+    from openqwen.engine.adapters import Adapter
     from openqwen.engine.constrain import Matcher
     from openqwen.engine.drafter import Lookup
 
@@ -112,9 +113,9 @@ class Request:
     stream: TextStream
     matcher: "Matcher | None" = None
     lookup: "Lookup | None" = None
-    adapter: str | None = None
+    adapter: "Adapter | None" = None
     priority: int = 0
-    group: int | None = None  # requests of different groups share no pages
+    profile: tuple[object, ...] = ()  # how it is read: requests of different profiles share no pages
 
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openqwen.engine.adapters import Adapters
 from openqwen.engine.request import Request
 from openqwen.model import ModelConfig, Paged, Qwen2
 
@@ -30,8 +31,8 @@ def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype) -> i
 class Runner:
     """Holds the cache's memory, [2, N, pages, page size, K, d], and calls the model."""
 
-    def __init__(self, model: Qwen2, pages: int, page_size: int):
-        self.model = model
+    def __init__(self, model: Qwen2, adapters: Adapters, pages: int, page_size: int):
+        self.model, self._adapters = model, adapters
         config, dtype = model.config, cache_dtype(model)
         shape = (2, config.num_hidden_layers, pages, page_size, config.num_key_value_heads, config.head_dim)
         # Zeros, not empty memory: masked keys are multiplied by a weight of 0, and 0 × NaN would be NaN. From numpy on
@@ -60,7 +61,8 @@ class Runner:
             counts,
             [read.request.sampling.long_context for read in reads],
         )
-        hidden_TD = self.model(tokens_T, positions_T, paged)
+        with self._adapters.on([read.request.adapter for read in reads], counts):
+            hidden_TD = self.model(tokens_T, positions_T, paged)
         wanted = [row for read, end in zip(reads, ends) for row in range(end - read.scored, end)]
         if len(wanted) < len(positions_T):
             hidden_TD = hidden_TD[torch.tensor(wanted, dtype=torch.long, device=device)]

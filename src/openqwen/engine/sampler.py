@@ -89,11 +89,10 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
             _draw(scores_RV, rows, some, cut, (tokens_R, drawn_R, kept_R))
     found_R = logits_RV.gather(1, tokens_R[:, None]).squeeze(1) - normalizer_R
     if greedy := [r for r, row in enumerate(rows) if row.sampling.temperature == 0]:
-        if changed:
-            own_R = scores_RV.gather(1, tokens_R[:, None]).squeeze(1) - torch.logsumexp(scores_RV, dim=-1)
-            kept_R[greedy] = own_R[greedy].exp()
-        else:
-            kept_R[greedy] = found_R[greedy].exp()
+        kept_R[greedy] = found_R[greedy].exp()
+        if some := [r for r in greedy if r in changed]:
+            own_R = scores_RV[some].gather(1, tokens_R[some, None]).squeeze(1) - torch.logsumexp(scores_RV[some], -1)
+            kept_R[some] = own_R.exp()
     top = _top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
     return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), kept_R.tolist(), top)
 
