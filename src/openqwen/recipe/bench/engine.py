@@ -62,7 +62,7 @@ def _in_turn(model: str, kind: Kind, peer: Path | None, file: Path, rounds: int)
     measures: list[Seconds] = []
     peers: list[Seconds] = []
     for seed in range(rounds):
-        ids = _ids(tokenizer, seed)
+        ids = Texts(tokenizer, seed)
         measures.append(_measure(network, tokenizer, ids))
         console.print(f"  {kind} {seed + 1} of {rounds}: " + _said(measures[-1]), markup=False)
         if peer:
@@ -76,6 +76,7 @@ def _in_turn(model: str, kind: Kind, peer: Path | None, file: Path, rounds: int)
 def _measure(model: Qwen2, tokenizer: Tokenizer, ids: "Texts") -> Seconds:
     engine = Engine(model, tokenizer, EngineConfig(prefix_cache=False))
     one = Sampling(max_tokens=_WRITTEN + 1, ignore_eos=True)
+    engine.generate([ids.long[:64]], Sampling(max_tokens=1))  # warm
     read, written = _first_and_rest(engine, ids.long, one)
     many = Sampling(max_tokens=_NEW, ignore_eos=True)
     together = _timed(lambda: engine.generate(ids.prompts, many))
@@ -129,10 +130,6 @@ _FUNCTION = '''def merge(left, right):
     result.extend(right[j:])
     return result
 '''
-
-
-def _ids(tokenizer: Tokenizer, seed: int) -> Texts:
-    return Texts(tokenizer, seed)
 
 
 def _first_and_rest(engine: Engine, ids: list[int], sampling: Sampling) -> tuple[float, float]:
