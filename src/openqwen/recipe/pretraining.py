@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 from openqwen.corpus import TokenShard
 from openqwen.recipe.stage import Work
@@ -10,11 +10,9 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json
 from openqwen.support.hub import local
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.data_stages import StagedConfig
 from openqwen.train.parallel import join
+from openqwen.train.pieces import DataConfig
 from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain
-
-Config = TypeVar("Config", bound=StagedConfig)
 
 
 def run_pretrain(work: Work) -> dict[str, float]:
@@ -36,7 +34,7 @@ def _pretrain(
     work: Work, config: PretrainConfig | ExtendConfig, start: Path | None, tokenizer: Tokenizer
 ) -> dict[str, float]:
     sources = token_sources(work.inputs["tokens"])
-    config = with_weights(config, work.inputs["corpus"], sources)
+    config = config.model_copy(update={"data": weighted(config.data, work.inputs["corpus"], sources)})
     return pretrain(
         config, sources, tokenizer, tokenizer.vocab_size, start, work.output, work.scratch, work.seed, work.label
     )
@@ -47,15 +45,14 @@ def token_sources(folder: Path) -> dict[str, TokenShard]:
     return {name: TokenShard(folder, name, verify=join().main) for name in read_json(folder / "tokens.json")}
 
 
-def with_weights(config: Config, corpus: Path, sources: Mapping[str, TokenShard]) -> Config:
-    """The configuration with the corpus's weights as its mixture, where it names none."""
-    if config.data.mixture:
-        return config
+def weighted(data: DataConfig, corpus: Path, sources: Mapping[str, TokenShard]) -> DataConfig:
+    """With the corpus's weights as its mixture, where it names none."""
+    if data.mixture:
+        return data
     table = read_json(corpus / "corpus.json")["sources"]
     weights = {name: table[name]["weight"] for name in sources}
     total = sum(weights.values())
-    data = config.data.model_copy(update={"mixture": {n: w / total for n, w in weights.items()}})
-    return config.model_copy(update={"data": data})
+    return data.model_copy(update={"mixture": {n: w / total for n, w in weights.items()}})
 
 
 def _checked_tokenizer(given: Tokenizer, start: Path, where: Path) -> Tokenizer:

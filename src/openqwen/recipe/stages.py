@@ -19,7 +19,7 @@ from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_de
 from openqwen.instruct.synthesize.preferences import PreferConfig, build_preferences
 from openqwen.instruct.synthesize.pretraining_tasks import task_documents
 from openqwen.model import load_model
-from openqwen.recipe import upcycle
+from openqwen.recipe import sweep, upcycle
 from openqwen.recipe.estimate import Estimates
 from openqwen.recipe.evaluation import evaluate_model, evaluate_reward
 from openqwen.recipe.pretraining import run_extend, run_pretrain
@@ -33,6 +33,7 @@ from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
 from openqwen.train.pretrain import ExtendConfig, PretrainConfig
 from openqwen.train.reward import RewardConfig, reward
 from openqwen.train.sft import SftConfig, sft
+from openqwen.train.sweep import SweepConfig
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -226,6 +227,12 @@ VERBS: dict[str, Verb] = {
         PretrainConfig,
         {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
         run_pretrain,
+    ),
+    "sweep": Verb(
+        sweep.HELP,
+        SweepConfig,
+        {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
+        sweep.run_sweep,
     ),
     "extend": Verb(
         "Lengthen the context: longer rows, raised RoPE base.",
