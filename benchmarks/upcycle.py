@@ -22,7 +22,8 @@ from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.balance import balanced, with_loads
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig, adamw, learning_rate
-from openqwen.train.pretrain import DataConfig, NetworkConfig, Pieces, PretrainConfig, pretrain
+from openqwen.train.pieces import DataConfig, Pieces, Supply
+from openqwen.train.pretrain import NetworkConfig, PretrainConfig, pretrain
 from openqwen.train.rows import Rows
 
 CHECKS = (0, 20, 50, 100, 200)
@@ -120,7 +121,8 @@ def main() -> None:
             work = Path(folder) / "work"
             pretrain(config, sources, tokenizer, tokenizer.vocab_size, None, path, work, 0, "parent")
         parent = load_model(path)
-    further = Pieces(sources, config.data.model_copy(update={"tokens": 225_000}), Generators(1))
+    generators = Generators(1)
+    further = Pieces(Supply(sources, generators), config.data.model_copy(update={"tokens": 225_000}), generators)
 
     def batch(step: int) -> list[Rows]:
         return [Rows.of(samples) for samples in further.batch(step)]

@@ -30,7 +30,8 @@ STAGE_VERBS = {
     "corpus": "Raw documents to cleaned, filtered, deduplicated text.",
     "tokenizer": "Train the byte-level BPE vocabulary.",
     "tokens": "Text to shards of token ids.",
-    "pretrain": "Train a network on token shards from scratch.",
+    "pretrain": "Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep.",
+    "sweep": "Fit a scaling law for learning rate and batch size to many small trainings (pretrain --sweep).",
     "extend": "Lengthen the context: longer rows, raised RoPE base.",
     "upcycle": "A dense network to a mixture of fine-grained experts: openqwen upcycle DENSE OUTPUT.",
     "instruct": "Make demonstrations without people.",
@@ -82,6 +83,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
             "verify": _verify,
         }
         verbs[verb](rest)
+    elif verb == "pretrain" and "--sweep" in rest:
+        _stage("sweep", [text for text in rest if text != "--sweep"])
     elif verb in STAGE_VERBS:
         _stage(verb, _named(rest, "--model", "--output") if verb == "upcycle" else rest)
     else:
@@ -166,7 +169,7 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
 
     from openqwen.recipe.alone import run_alone
     from openqwen.recipe.flags import parse
-    from openqwen.recipe.stage import Stage
+    from openqwen.recipe.stage import Stage, outside_of
     from openqwen.recipe.stages import VERBS
     from openqwen.support.hub import local
 
@@ -180,6 +183,7 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     options, config = parse(arguments, flags, verb.config(), f"openqwen {name}", verb.help)
     outside = {role: getattr(options, role.replace("-", "_")) for role in verb.inputs}
     outside |= {role: local(outside[role]) for role in _MODELS & outside.keys()}
+    outside |= outside_of(config)
     stage = Stage(name=name, kind=name, config=config, run=verb.run, outside=outside)
     run_alone(stage, options.output, options.seed, _command(name, arguments))
 

@@ -18,7 +18,6 @@ from openqwen.train import state
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import BadStepConfig, OptimizerConfig, learning_rate, optimizers
 from openqwen.train.order import Epochs
-from openqwen.train.pretrain import DataConfig, Pieces
 from openqwen.train.rows import Rows
 from openqwen.train.trainer import SaveConfig, Trainer
 
@@ -234,40 +233,6 @@ def test_epochs_show_every_record_once_an_epoch():
     seen = [i for s in range(order.steps) for i in order.batch(s)]
     assert len(seen) == 25
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
-
-
-class Source:
-    def __init__(self, lengths, first):
-        self.lengths = np.array(lengths)
-        self.first = first
-
-    def document(self, number):
-        return np.arange(self.lengths[number]) + self.first + 1000 * number
-
-
-def test_pieces_predict_every_token_once_and_hold_the_mixture():
-    sources = {"a": Source([5, 40, 17, 2, 1], 0), "b": Source([100, 33], 500_000)}
-    total = 4 + 39 + 16 + 1 + 99 + 32
-    pieces = Pieces(sources, DataConfig(tokens=total, context=16, batch_tokens=40, micro_tokens=32), Generators(3))
-    predicted = []
-    for step in range(pieces.steps):
-        for micro in pieces.batch(step):
-            for ids, _ in micro:
-                assert 2 <= len(ids) <= 17
-                predicted += list(ids[1:])
-    expected = {int(t) for s in sources.values() for n in range(len(s.lengths)) for t in s.document(n)[1:]}
-    assert len(predicted) == len(set(predicted)) == len(expected)
-    assert set(predicted) == expected
-    skewed = Pieces(sources, DataConfig(tokens=4000, context=16, mixture={"a": 0.75}), Generators(3))
-    sizes = skewed.pieces[:, 3] - 1
-    assert sizes[skewed.pieces[:, 0] == 0].sum() / sizes.sum() == pytest.approx(0.75, abs=0.03)
-
-
-def test_a_mixture_of_unknown_sources_is_refused():
-    with pytest.raises(OpenQwenError, match="Did you mean 'code'"):
-        Pieces({"code": Source([5], 0)}, DataConfig(mixture={"cod": 1.0}), Generators(0))
-    with pytest.raises(OpenQwenError, match="sum to"):
-        Pieces({"code": Source([5], 0)}, DataConfig(mixture={"code": 0.5}), Generators(0))
 
 
 def test_frozen_weights_are_neither_moved_nor_saved(tmp_path):

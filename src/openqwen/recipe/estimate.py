@@ -46,10 +46,11 @@ class Estimates:
             "prefer": (r.prefer.prompts + 2 * r.prefer.heldout_prompts) * r.prefer.samples,
             "online-dpo": r.online_dpo.steps * r.online_dpo.batch * r.online_dpo.samples,
         }
+        if stage in ("pretrain", "extend"):
+            read = [part.data for part in getattr(r, stage).resolved()]
+            return sum(self._training(data.tokens, data.context) for data in read)
         compared = r.prefer.prompts * _COMPARED
         trained = {
-            "pretrain": r.pretrain.data.tokens,
-            "extend": r.extend.data.tokens,
             "sft": (r.instruct.demonstrations + r.instruct.repurposed) * r.sft.epochs * _CONVERSATION,
             "reward": compared * r.reward.epochs,
             "dpo": compared * (r.dpo.epochs + 1 / 3),
@@ -57,7 +58,7 @@ class Estimates:
         }
         return sampled.get(stage, 0) / _ANSWERS + self._training(trained.get(stage, 0))
 
-    def _training(self, tokens: float) -> float:
+    def _training(self, tokens: float, context: int = _CONVERSATION) -> float:
         config = network_config(self.recipe.pretrain, self.recipe.tokenizer.vocabulary)
-        operations = tokens * config.flops_per_token(self.recipe.pretrain.data.context / 2)
+        operations = tokens * config.flops_per_token(context / 2)
         return operations / (_SHARE * peak_flops(best_device()))

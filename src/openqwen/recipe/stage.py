@@ -53,6 +53,11 @@ class Verb:
     run: Callable[[Work], dict[str, float]]
 
 
+def outside_of(config: BaseModel) -> dict[str, Path]:
+    """What a configuration names by its path: the artifact depends on its content too. A hub id is no path."""
+    return {name: value for name, value in config if isinstance(value, Path) and value.exists()}
+
+
 def select(stages: Sequence[Stage], until: str | None) -> list[Stage]:
     """The stages up to and with `until`; all of them where it is None."""
     if until is None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from openqwen.corpus import CorpusConfig, TokenShard, build_corpus, write_shards
+from openqwen.corpus import CorpusConfig, build_corpus, write_shards
 from openqwen.corpus.documents import read_documents
 from openqwen.engine import Engine
 from openqwen.evaluate.config import EvaluateConfig
@@ -19,19 +19,21 @@ from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_de
 from openqwen.instruct.synthesize.preferences import PreferConfig, build_preferences
 from openqwen.instruct.synthesize.pretraining_tasks import task_documents
 from openqwen.model import load_model
-from openqwen.recipe import upcycle
+from openqwen.recipe import sweep, upcycle
 from openqwen.recipe.estimate import Estimates
 from openqwen.recipe.evaluation import evaluate_model, evaluate_reward
+from openqwen.recipe.pretraining import run_extend, run_pretrain
 from openqwen.recipe.report import write_report
-from openqwen.recipe.stage import Stage, Verb, Work
+from openqwen.recipe.stage import Stage, Verb, Work, outside_of
 from openqwen.support.device import best_device
 from openqwen.support.files import read_json, write_json
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_statistics, train_tokenizer
 from openqwen.train.dpo import DpoConfig, dpo
 from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
-from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain
+from openqwen.train.pretrain import ExtendConfig, PretrainConfig
 from openqwen.train.reward import RewardConfig, reward
 from openqwen.train.sft import SftConfig, sft
+from openqwen.train.sweep import SweepConfig
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -105,32 +107,6 @@ def run_tokens(work: Work) -> dict[str, float]:
         "tokens": sum(s["tokens"] for s in table.values()),
         "documents": sum(s["documents"] for s in table.values()),
     }
-
-
-def _pretrain(work: Work, start: Path | None, tokenizer_folder: Path) -> dict[str, float]:
-    config = cast(PretrainConfig | ExtendConfig, work.config)
-    folder = work.inputs["tokens"]
-    sources = {name: TokenShard(folder, name) for name in read_json(folder / "tokens.json")}
-    if not config.data.mixture:
-        table = read_json(work.inputs["corpus"] / "corpus.json")["sources"]
-        weights = {name: table[name]["weight"] for name in sources}
-        total = sum(weights.values())
-        data = config.data.model_copy(update={"mixture": {n: w / total for n, w in weights.items()}})
-        config = config.model_copy(update={"data": data})
-    tokenizer = load_tokenizer(tokenizer_folder)
-    return pretrain(
-        config, sources, tokenizer, tokenizer.vocab_size, start, work.output, work.scratch, work.seed, work.label
-    )
-
-
-def run_pretrain(work: Work) -> dict[str, float]:
-    """Token shards → a base model."""
-    return _pretrain(work, None, work.inputs["tokenizer"])
-
-
-def run_extend(work: Work) -> dict[str, float]:
-    """A base model → one with a longer context."""
-    return _pretrain(work, work.inputs["model"], work.inputs["model"])
 
 
 def run_instruct(work: Work) -> dict[str, float]:
@@ -212,7 +188,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     for name, run, inputs in _GRAPH:
         config = TokensConfig() if name == "tokens" else getattr(recipe, name.replace("-", "_"))
         folder = recipe.corpus.folder if name == "corpus" else None
-        outside = {"folder": folder} if folder else {}
+        outside = {"folder": folder} if folder else outside_of(config)
         stages.append(Stage(name, name, config, run, inputs, outside, estimates.of(name)))
         if name in _SCORED:
             read = {"model": name, "corpus": "corpus"} | _SCORED[name]
@@ -247,10 +223,16 @@ VERBS: dict[str, Verb] = {
         run_tokens,
     ),
     "pretrain": Verb(
-        "Train a network on token shards from scratch.",
+        "Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep.",
         PretrainConfig,
         {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
         run_pretrain,
+    ),
+    "sweep": Verb(
+        sweep.HELP,
+        SweepConfig,
+        {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
+        sweep.run_sweep,
     ),
     "extend": Verb(
         "Lengthen the context: longer rows, raised RoPE base.",

@@ -2,26 +2,27 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from openqwen.model import ModelConfig, Qwen2, initialize, load_model
 from openqwen.support.device import best_device
-from openqwen.support.errors import OpenQwenError, suggestion
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.balance import Balance, Balanced, balanced, load_record, measure_load, with_loads
+from openqwen.train.balance import Balanced, balanced, load_record, measure_load, with_loads
+from openqwen.train.data_stages import StagedConfig, StagedTrainer, Stretch, enter
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.rows import Rows, Sample, cut_to_budget
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.parallel import join
+from openqwen.train.pieces import DataConfig, Pieces, Supply, TokenSource
+from openqwen.train.rows import Rows
 
 EXPERTS = "experts.json"  # the load of each expert at the end of training
+STAGES = "data_stages.json"  # the data stages of a run that has several
 _ROW_MULTIPLE = 128  # embedding rows are padded to it, as the published models' are
-_BALANCE = "where a mixture of experts counts the load that it evens out: the whole step, each micro-batch, or nowhere"
 
 
 class NetworkConfig(BaseModel):
@@ -43,129 +44,27 @@ class NetworkConfig(BaseModel):
     balance_weight: float = Field(0.001, ge=0, description="the load-balancing loss's share of the loss")
 
 
-class DataConfig(BaseModel):
-    """How much text, in which pieces, from which sources."""
+class PretrainConfig(StagedConfig):
+    """Pre-training from random weights, or on from a checkpoint: context 4,096 at RoPE base 10,000, as Qwen2."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    tokens: int = Field(1_500_000, gt=0, description="tokens to train on")
-    context: int = Field(4_096, gt=1, description="longest piece of a document, in tokens")
-    batch_tokens: int = Field(16_384, gt=0, description="tokens of one optimizer step")
-    micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
-    mixture: dict[str, float] = Field(
-        default_factory=dict,
-        description="share of each source in the tokens; the others split the rest by size",
+    network: NetworkConfig = Field(default_factory=NetworkConfig, description="the size of a new network")
+    model: Path | None = Field(
+        None, description="the checkpoint to go on from (a folder, a .gguf file or a hub id); none: random weights"
     )
 
-
-class PretrainConfig(BaseModel):
-    """Pre-training from random weights: context 4,096 at RoPE base 10,000, as Qwen2 and Qwen2.5."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    network: NetworkConfig = Field(default_factory=NetworkConfig, description="the size of the network")
-    balance: Balance = Field("global", description=_BALANCE)
-    data: DataConfig = Field(default_factory=DataConfig, description="what it reads")
-    rope_theta: float = Field(10_000.0, gt=1, description="RoPE base")
-    train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=3e-4), description="optimizer")
-    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
+    @model_validator(mode="after")
+    def _one_network(self) -> "PretrainConfig":
+        if self.model is not None and self.network != NetworkConfig():
+            raise ValueError("the network is the checkpoint's where `model` is given: leave `network` out")
+        return self
 
 
-class ExtendConfig(BaseModel):
+class ExtendConfig(StagedConfig):
     """The long-sequence phase: context 32,768 and RoPE base 1,000,000 in Qwen2 and Qwen2.5."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    balance: Balance = Field("global", description=_BALANCE)
     data: DataConfig = Field(default_factory=lambda: DataConfig(context=32_768), description="what it reads")
     rope_theta: float = Field(1_000_000.0, gt=1, description="RoPE base")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=3e-5), description="optimizer")
-    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
-
-
-class TokenSource(Protocol):
-    """Tokenized documents of one source, each ending in `<|endoftext|>`."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document."""
-        ...
-
-    def document(self, number: int) -> np.ndarray:
-        """Token ids of one document."""
-        ...
-
-
-class Pieces:
-    """The training text as pieces of documents, planned in full before the first step.
-
-    Each source gives its share of the tokens, its documents in shuffled order and again from the start when they run
-    out. A document longer than the context is cut into pieces that overlap by one token, so that every token but a
-    document's first is predicted once. All pieces are then shuffled together.
-    """
-
-    def __init__(self, sources: Mapping[str, TokenSource], config: DataConfig, generators: Generators):
-        self._names = sorted(sources)
-        self.sources = [sources[name] for name in self._names]
-        self.config = config
-        parts = []
-        for number, name in enumerate(sorted(sources)):
-            quota = round(config.tokens * _shares(sources, config.mixture)[name])
-            parts.append(self._plan(number, quota, generators[f"data.{name}"]))
-        self.pieces = np.concatenate(parts)  # [pieces, 4]: source, document, first token, tokens
-        generators["data.order"].shuffle(self.pieces)
-        ends = (self.pieces[:, 3] - 1).cumsum()
-        self.steps = max(1, round(int(ends[-1]) / config.batch_tokens))
-        edges = np.linspace(0, ends[-1], self.steps + 1)
-        self.starts = np.searchsorted(ends, edges, side="left")
-        self.starts[-1] = len(self.pieces)
-
-    def _plan(self, source: int, quota: int, generator: np.random.Generator) -> np.ndarray:
-        lengths = self.sources[source].lengths
-        usable = np.flatnonzero(lengths >= 2)
-        chosen: list[np.ndarray] = []
-        total = 0
-        while total < quota:
-            order = generator.permutation(usable)
-            ends = (lengths[order] - 1).cumsum()
-            order = order[: int(np.searchsorted(ends, quota - total)) + 1]
-            total += int((lengths[order] - 1).sum())
-            chosen.append(order)
-        documents = np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
-        context = self.config.context
-        counts = -(-(lengths[documents] - 1) // context)
-        document = np.repeat(documents, counts)
-        first = (np.arange(len(document)) - np.repeat(counts.cumsum() - counts, counts)) * context
-        size = np.minimum(context + 1, lengths[document] - first)
-        return np.stack([np.full(len(document), source), document, first, size], axis=1).astype(np.int64)
-
-    def batch(self, step: int) -> list[list[Sample]]:
-        """The samples of one step, cut into micro-batches."""
-        rows = self.pieces[self.starts[step] : self.starts[step + 1]]
-        samples: list[Sample] = []
-        for source, document, first, size in rows:
-            ids = self.sources[source].document(int(document))[first : first + size].astype(np.int64)
-            samples.append((ids, np.ones(len(ids), dtype=bool)))
-        return [samples[s] for s in cut_to_budget([int(r[3]) for r in rows], self.config.micro_tokens)]
-
-    def name(self, step: int) -> str:
-        """The documents that a step reads, for a message."""
-        rows = self.pieces[self.starts[step] : self.starts[step + 1]]
-        named = list(dict.fromkeys(f"{self._names[source]} {document}" for source, document, *_ in rows))
-        return f"documents {', '.join(named[:12])}" + (f" and {len(named) - 12} more" if len(named) > 12 else "")
-
-
-def _shares(sources: Mapping[str, TokenSource], mixture: Mapping[str, float]) -> dict[str, float]:
-    """Shares of the sources that sum to one: those named as asked, the rest split by size."""
-    for name in mixture:
-        if name not in sources:
-            raise OpenQwenError(f"The mixture names '{name}'; there is no such source.{suggestion(name, sources)}")
-    asked = sum(mixture.values())
-    rest = {n: float((sources[n].lengths - 1).clip(0).sum()) for n in sources if n not in mixture}
-    if asked > 1 + 1e-9 or (not rest and abs(asked - 1) > 1e-6):
-        raise OpenQwenError(f"The mixture's shares sum to {asked:.3g}, not 1.", where="data.mixture")
-    size = sum(rest.values()) or 1.0
-    return dict(mixture) | {n: (1 - asked) * v / size for n, v in rest.items()}
 
 
 def pretrain(
@@ -179,15 +78,21 @@ def pretrain(
     seed: int,
     label: str,
 ) -> dict[str, float]:
-    """Train a new network (`start` None) or continue a checkpoint at a new context and RoPE base; save to `output`."""
+    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to `output`."""
     generators = Generators(seed)
     model = _network(config, vocabulary, start, generators).to(best_device())
-    pieces = Pieces(sources, config.data, generators)
+    if join().main:
+        check_ids(sources, min(vocabulary, model.config.vocab_size))
+    stretches = stretches_of(config, sources, generators, tokenizer)
+    last = stretches[-1]
+    enter(model, last.stage)  # what is saved has the last stage's RoPE base and context
     sparse = bool(model.config.num_experts)
     balance = config.balance if sparse else "off"
 
     def batch(step: int) -> list[Balanced]:
-        return with_loads(model, [Rows.of(samples, model.device) for samples in pieces.batch(step)], balance)
+        _, stretch = trainer.at(step)
+        samples = stretch.pieces.batch(step - stretch.first)
+        return with_loads(model, [Rows.of(micro, model.device) for micro in samples], balance)
 
     def loss(micro: Balanced) -> Loss:
         if not sparse:
@@ -195,27 +100,84 @@ def pretrain(
         weight = model.config.router_aux_loss_coef
         return balanced(lambda rows, routing: next_token(model, rows, routing), micro, balance, weight)
 
-    trainer = Trainer(
+    def name(step: int) -> str:
+        _, stretch = trainer.at(step)
+        return stretch.pieces.name(step - stretch.first)
+
+    trainer = StagedTrainer(
         label=label,
         model=model,
         batch=batch,
         loss=loss,
         tokens=lambda micro: len(micro.rows.tokens),
-        steps=pieces.steps,
+        steps=last.first + last.pieces.steps,
         optimizer=config.train,
         save=config.save,
         scratch=scratch,
         output=output,
         generators=generators,
         flops=lambda micro: micro.rows.flops(model.config),
-        name=pieces.name,
+        name=name,
+        stretches=stretches,
     )
     metrics = trainer.run()
+    metrics.pop("data_stage", None)
+    enter(model, last.stage)
     trainer.save_checkpoint(tokenizer)
+    if len(stretches) > 1:
+        write_json(output / STAGES, [_record(stretch) for stretch in stretches])
     if sparse:
-        load = measure_load(model, [micro.rows for micro in batch(pieces.steps - 1)])
+        load = measure_load(model, [micro.rows for micro in batch(trainer.steps - 1)])
         write_json(output / EXPERTS, load_record(model, load))
     return metrics | {"parameters": model.config.parameters()}
+
+
+def check_ids(sources: Mapping[str, TokenSource], vocabulary: int) -> None:
+    """Every token must have its row in the embedding table; an error names the source and the document.
+
+    Reading all shards once, before the first step, costs a small part of one pass of training over them.
+    """
+    for name, source in sources.items():
+        for document in range(len(source.lengths)):
+            largest = source.document(document).max()
+            if largest >= vocabulary:
+                raise OpenQwenError(
+                    f"Document {document} of the source '{name}' holds the token id {largest}, but the vocabulary "
+                    f"of the network ends at {vocabulary - 1}.",
+                    where=f"token shard {name}, document {document}",
+                    do="make the token shards with this network's tokenizer: openqwen tokens --tokenizer MODEL ...",
+                )
+
+
+def stretches_of(
+    config: StagedConfig, sources: Mapping[str, TokenSource], generators: Generators, tokenizer: Tokenizer
+) -> list[Stretch]:
+    """The rows of every data stage; an error names the stage."""
+    supply, found, first = Supply(sources, generators), list[Stretch](), 0
+    for stage in config.resolved():
+        try:
+            pieces = Pieces(supply, stage.data, generators, tokenizer)
+        except OpenQwenError as error:
+            if not stage.name:
+                raise
+            raise OpenQwenError(error.what, f"stages.{stage.name}, {error.where}", error.do) from None
+        found.append(Stretch(stage, pieces, first))
+        first += pieces.steps
+    return found
+
+
+def _record(stretch: Stretch) -> dict[str, Any]:
+    """A data stage in `data_stages.json`."""
+    stage, pieces = stretch.stage, stretch.pieces
+    return {
+        "name": stage.name,
+        "first_step": stretch.first,
+        "steps": pieces.steps,
+        "tokens": int((pieces.rows[:, 1] - 1).sum()),
+        "context": stage.data.context,
+        "rope_theta": stage.rope_theta,
+        "learning_rate": stage.train.learning_rate,
+    }
 
 
 def network_config(config: PretrainConfig, vocabulary: int) -> ModelConfig:
@@ -235,8 +197,8 @@ def network_config(config: PretrainConfig, vocabulary: int) -> ModelConfig:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
-        max_position_embeddings=config.data.context,
-        rope_theta=config.rope_theta,
+        max_position_embeddings=config.resolved()[-1].data.context,
+        rope_theta=config.resolved()[-1].rope_theta,
         rms_norm_eps=size.rms_norm_eps,
         tie_word_embeddings=size.tie_word_embeddings,
         **(mixture if size.experts else {}),
@@ -247,9 +209,7 @@ def _network(
     config: PretrainConfig | ExtendConfig, vocabulary: int, start: Path | None, generators: Generators
 ) -> Qwen2:
     if start is not None:
-        model = load_model(start)
-        model.config = model.model.config = model.config.with_rope(config.rope_theta, config.data.context)
-        return model
+        return load_model(start)
     assert isinstance(config, PretrainConfig)
     model = Qwen2(network_config(config, vocabulary))
     initialize(model, generators.torch("weights"))

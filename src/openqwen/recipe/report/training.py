@@ -47,6 +47,7 @@ _EXTRAS: tuple[tuple[str, str, tuple[float, str] | None, tuple[float, float] | N
     ("largest_load", "Busiest expert over an even share", (1.0, "even"), None),
     ("dead_experts", "Experts without a token", None, None),
     ("chosen_weight", "Weight of the chosen experts", None, (0.0, 1.0)),
+    ("data_stage", "Data stage", None, None),
     ("gradient_norm", "Gradient norm", None, None),
     ("peak_share", "Share of the processor's peak", None, (0.0, 1.0)),
 )

@@ -1,0 +1,189 @@
+"""A scaling law for learning rate and batch size, fitted to many small trainings.
+
+Qwen2.5 sets both from such a law, lr*(N, D) and B*(N, D), whose constants it does not give (its report, section 3.2).
+The form here is that of the published ones (DeepSeek LLM 2024, section 3.1; Step Law, Li et al. 2025): at each size N
+and data D the loss is a bowl in (ln lr, ln B); its bottoms follow a power law in N and D. N counts parameters that a
+token passes, without the vocabulary's tables; D and B count tokens.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+_PLACES = 201  # along an axis, at which a bowl is looked at
+_LOW, _HIGH = 5, 95  # percentiles of the interval
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One finished training."""
+
+    parameters: float
+    tokens: float
+    learning_rate: float
+    batch_tokens: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The bottom of one bowl. rate_fault, batch_fault: why a coordinate is not known; empty where it is."""
+
+    parameters: float
+    tokens: float
+    learning_rate: float
+    batch_tokens: float
+    loss: float
+    rate_fault: str
+    batch_fault: str
+
+
+class Bowl:
+    """loss ≈ quadratic in (ln lr, ln B), fitted to the cells of one size; far from the bottom it bends otherwise.
+
+    So a cell counts the less the further its loss is above the best: by 1 / (1 + excess/τ)², τ the lower quartile of
+    the excess. With one batch size it is a parabola in ln lr.
+    """
+
+    def __init__(self, cells: Sequence[Cell]):
+        self.cells = [c for c in cells if math.isfinite(c.loss)]
+        points = np.log([[c.learning_rate, c.batch_tokens] for c in self.cells])
+        self._low, self._high = points.min(0), points.max(0)
+        self.losses = np.array([c.loss for c in self.cells])
+        excess = self.losses - self.losses.min()
+        self._weights = 1 / (1 + excess / max(float(np.quantile(excess, 0.25)), 1e-9))
+        self._terms = self._of(points)
+        self.spare = len(self.cells) - self._terms.shape[1]  # cells beyond what the bowl itself needs
+
+    def _of(self, points: np.ndarray) -> np.ndarray:
+        """The quadratic's terms at points [..., 2]."""
+        middle, half = (self._high + self._low) / 2, (self._high - self._low) / 2
+        x, y = np.moveaxis((points - middle) / np.where(half > 0, half, 1.0), -1, 0)
+        terms = [np.ones_like(x), x, x * x] + ([y, x * y, y * y] if half[1] > 0 else [])
+        return np.stack(terms, axis=-1)
+
+    def fit(self, losses: np.ndarray) -> np.ndarray:
+        """Coefficients of the terms."""
+        return np.linalg.lstsq(self._terms * self._weights[:, None], losses * self._weights, rcond=None)[0]
+
+    def resampled(self, generator: np.random.Generator) -> np.ndarray:
+        """Losses as another draw of the noise might have given them: fitted values and shuffled residuals."""
+        fitted = self._terms @ self.fit(self.losses)
+        noise = (self.losses - fitted) * self._weights * math.sqrt(len(self.losses) / max(self.spare, 1))
+        return fitted + generator.choice(noise, len(noise)) / self._weights
+
+    def curve(self, batch_tokens: float) -> list[list[float]]:
+        """[learning rate, fitted loss] over the grid's learning rates, at one batch size."""
+        rates = np.linspace(self._low[0], self._high[0], 40)
+        points = np.stack([rates, np.full(len(rates), math.log(batch_tokens))], axis=-1)
+        return np.stack([np.exp(rates), self._of(points) @ self.fit(self.losses)], axis=1).tolist()
+
+    def bottom(self, losses: np.ndarray) -> Optimum:
+        """The lowest point within the grid; on its edge it is not known, since it may lie beyond."""
+        points, terms = self._surface
+        surface = terms @ self.fit(losses)
+        at = np.unravel_index(int(surface.argmin()), surface.shape)
+        names = ("learning rate", "batch size")
+        faults = [self._fault(*axis) for axis in zip(names, map(int, at), surface.shape, strict=True)]
+        rate, batch = np.exp(points[at])
+        one = self.cells[0]
+        return Optimum(one.parameters, one.tokens, float(rate), float(batch), float(surface[at]), *faults)
+
+    @cached_property
+    def _surface(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places all over the grid, and the terms there."""
+        axes = [np.linspace(a, b, _PLACES) if b > a else np.array([a]) for a, b in zip(self._low, self._high)]
+        points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+        return points, self._of(points)
+
+    def _fault(self, name: str, place: int, places: int) -> str:
+        if self.spare < 0:
+            return f"{len(self.cells)} cells are too few for a bowl"
+        if places == 1:
+            return f"the grid has one {name} only"
+        edge = {0: "lower", places - 1: "upper"}.get(place)
+        return f"the best {name} lies at the {edge} edge of the grid" if edge else ""
+
+
+@dataclass(frozen=True)
+class Law:
+    """value = exp(constant) · N^of_parameters · D^of_tokens. An exponent of NaN could not be found: one size only."""
+
+    constant: float
+    of_parameters: float
+    of_tokens: float
+
+    def at(self, parameters: float, tokens: float) -> float:
+        """The value there."""
+        powers = ((self.of_parameters, parameters), (self.of_tokens, tokens))
+        return math.exp(self.constant + sum(p * math.log(x) for p, x in powers if math.isfinite(p)))
+
+    def __str__(self) -> str:
+        powers = (("N", self.of_parameters), ("D", self.of_tokens))
+        told = [f"{name}^{power:.3f}" for name, power in powers if math.isfinite(power)]
+        return " · ".join([f"{math.exp(self.constant):.3g}", *told])
+
+    @classmethod
+    def through(cls, places: Sequence[tuple[float, float, float]]) -> "Law | None":
+        """Least squares in logarithms through (N, D, value); None where the points are too few or lie in line."""
+        if not places:
+            return None
+        logs = np.log(np.array(places))
+        varying = [n for n in (0, 1) if np.ptp(logs[:, n]) > 1e-9]
+        terms = np.stack([np.ones(len(logs)), *(logs[:, n] for n in varying)], axis=1)
+        if np.linalg.matrix_rank(terms) < terms.shape[1]:
+            return None
+        found = np.linalg.lstsq(terms, logs[:, 2], rcond=None)[0]
+        exponents = {n: float(value) for n, value in zip(varying, found[1:], strict=True)}
+        return cls(float(found[0]), exponents.get(0, math.nan), exponents.get(1, math.nan))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law for one quantity. resamples: the laws of the bootstrap. held: share of its draws that gave a law."""
+
+    law: Law | None
+    resamples: list[Law]
+    held: float
+
+    def interval(self, parameters: float, tokens: float) -> tuple[float, float]:
+        """The 5th and 95th percentile of what the resampled laws predict; NaN where there are none."""
+        values = [law.at(parameters, tokens) for law in self.resamples]
+        return tuple(map(float, np.percentile(values, [_LOW, _HIGH]))) if values else (math.nan, math.nan)  # type: ignore[return-value]
+
+
+def fit_laws(
+    cells: Sequence[Cell], draws: int, generator: np.random.Generator
+) -> tuple[list[Bowl], list[Optimum], Fit, Fit]:
+    """The bowl of each size, its bottom, and the laws of learning rate and batch size through the bottoms known."""
+    sizes = sorted({(c.parameters, c.tokens) for c in cells if math.isfinite(c.loss)})
+    bowls = [Bowl([c for c in cells if (c.parameters, c.tokens) == size]) for size in sizes]
+    optima = [bowl.bottom(bowl.losses) for bowl in bowls]
+    rates: list[Law | None] = []
+    batches: list[Law | None] = []
+    for _ in range(draws):
+        drawn = [bowl.bottom(bowl.resampled(generator)) for bowl in bowls if bowl.spare > 0]
+        rates.append(_rate_law(drawn))
+        batches.append(_batch_law(drawn))
+    return bowls, optima, _fit(_rate_law(optima), rates), _fit(_batch_law(optima), batches)
+
+
+def _rate_law(optima: Sequence[Optimum]) -> Law | None:
+    return Law.through([(o.parameters, o.tokens, o.learning_rate) for o in optima if not o.rate_fault])
+
+
+def _batch_law(optima: Sequence[Optimum]) -> Law | None:
+    return Law.through([(o.parameters, o.tokens, o.batch_tokens) for o in optima if not o.batch_fault])
+
+
+def _fit(law: Law | None, drawn: Sequence[Law | None]) -> Fit:
+    """Resampled laws of the same form as the law itself."""
+    alike = [x for x in drawn if x and law and _form(x) == _form(law)]
+    return Fit(law, alike, len(alike) / max(len(drawn), 1))
+
+
+def _form(law: Law) -> tuple[bool, bool]:
+    return math.isfinite(law.of_parameters), math.isfinite(law.of_tokens)

@@ -1,0 +1,216 @@
+"""Data stages: each with its own rows, RoPE base and learning rate, one optimizer throughout, resumed to the bit."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+from openqwen.model import ModelConfig, Qwen2, initialize, load_model, save_checkpoint
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.generators import Generators
+from openqwen.train import data_stages
+from openqwen.train.data_stages import StagedTrainer
+from openqwen.train.losses import next_token
+from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
+from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain, stretches_of
+from openqwen.train.rows import Rows
+
+NETWORK = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 1}
+STAGES = {
+    "short": {"tokens": 1_200, "context": 16},
+    "long": {"tokens": 900, "context": 64, "rope_theta": 1e6, "learning_rate": 2e-3, "schedule": "linear",
+             "final_share": 0.0, "warmup_share": 0.0, "mixture": {"a": 1.0}},
+    "joined": {"tokens": 600, "context": 32, "isolated": False, "rope_theta": 1e7, "batch_tokens": 100},
+}  # fmt: skip
+
+
+class Tokenizer:
+    """Stands for the tokenizer of a checkpoint."""
+
+    eos_id, endoftext_id = 1, 0
+
+    def save(self, folder):
+        pass
+
+
+class Source:
+    """Documents that a network can learn."""
+
+    def __init__(self, step):
+        self.step, self.lengths = step, np.array([20, 70, 9, 90, 33] * 8)
+
+    def document(self, number):
+        return (np.arange(self.lengths[number], dtype=np.uint32) * self.step + number) % 90
+
+
+SOURCES = {"a": Source(1), "b": Source(3)}
+
+
+def config(network=NETWORK, **changes):
+    values = {
+        "network": network,
+        "data": {"tokens": 1, "batch_tokens": 200, "micro_tokens": 150},
+        "stages": STAGES,
+        "train": OptimizerConfig(learning_rate=5e-3, warmup_share=0.1),
+        "save": {"seconds": 0.0},
+    }
+    return PretrainConfig.model_validate(values | changes)
+
+
+def train(folder, settings=None, start=None):
+    arguments = (SOURCES, Tokenizer(), 90, start, folder / "output", folder / "scratch", 3, "test")
+    return pretrain(settings or config(), *arguments)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stages_are_one_training_written_out(tmp_path):
+    """Against a loop in plain PyTorch: one AdamW, rows, base and rate by the stage."""
+    train(tmp_path)
+    generators = Generators(3)
+    model = Qwen2(ModelConfig(128, 32, 48, 2, 2, 1, tie_word_embeddings=True))
+    initialize(model, generators.torch("weights"))
+    settings = config()
+    (adamw,) = optimizers(model, settings.train)
+    for stretch in stretches_of(settings, SOURCES, generators, None):
+        model.config = model.model.config = model.config.with_rope(stretch.stage.rope_theta, stretch.stage.data.context)
+        for step in range(stretch.pieces.steps):
+            losses = [next_token(model, Rows.of(samples)) for samples in stretch.pieces.batch(step)]
+            (sum(x.sum for x in losses) / sum(x.count for x in losses)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in adamw.param_groups:
+                group["lr"] = learning_rate(stretch.stage.train, step, stretch.pieces.steps)
+            adamw.step()
+            adamw.zero_grad()
+    trained = load_model(tmp_path / "output")
+    for (name, a), (_, b) in zip(trained.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5), name
+    assert trained.config.rope_theta == 1e7
+    assert trained.config.max_position_embeddings == 32
+
+
+def test_the_log_and_the_record_show_the_stages_and_their_rates(tmp_path, capsys):
+    metrics = train(tmp_path)
+    log = log_of(tmp_path)
+    record = json.loads((tmp_path / "output" / "data_stages.json").read_text())
+    assert [stage["name"] for stage in record] == ["short", "long", "joined"]
+    assert [stage["rope_theta"] for stage in record] == [1e4, 1e6, 1e7]
+    assert [stage["context"] for stage in record] == [16, 64, 32]
+    for number, stage in enumerate(record):
+        own = log[stage["first_step"] : stage["first_step"] + stage["steps"]]
+        assert {entry["data_stage"] for entry in own} == {number + 1}
+        train_config = config().resolved()[number].train
+        expected = [learning_rate(train_config, n, len(own)) for n in range(len(own))]
+        assert [entry["learning_rate"] for entry in own] == expected
+        assert stage["tokens"] == sum(entry["tokens"] for entry in own)
+    assert "data stage long: 900 tokens, rows of 64, RoPE base 1,000,000" in capsys.readouterr().out
+    assert "data_stage" not in metrics
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def test_killed_anywhere_and_resumed_across_the_edges_gives_the_same_bits(tmp_path, monkeypatch):
+    train(tmp_path / "whole")
+    edges = [stretch.first for stretch in stretches_of(config(), SOURCES, Generators(3), None)][1:]
+    whole = load_model(tmp_path / "whole" / "output")
+    real = StagedTrainer._step
+    for stop in (edges[0] - 1, edges[0], edges[0] + 1, edges[1], edges[1] + 2):
+
+        def step(self, number, *rest, stop=stop):
+            if number == stop:
+                raise Stop
+            return real(self, number, *rest)
+
+        monkeypatch.setattr(StagedTrainer, "_step", step)
+        with pytest.raises(Stop):
+            train(tmp_path / f"cut-{stop}")
+        monkeypatch.setattr(StagedTrainer, "_step", real)
+        assert (tmp_path / f"cut-{stop}" / "scratch" / f"state-{stop:08d}").is_dir()
+        train(tmp_path / f"cut-{stop}")
+        resumed = load_model(tmp_path / f"cut-{stop}" / "output")
+        for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+            assert torch.equal(a, b), (stop, name)
+        assert [e["loss"] for e in log_of(tmp_path / f"cut-{stop}")] == [e["loss"] for e in log_of(tmp_path / "whole")]
+
+
+def test_one_stage_named_or_not_is_the_same_training(tmp_path):
+    plain = config(stages={}, data={"tokens": 1_200, "context": 16, "batch_tokens": 200, "micro_tokens": 150})
+    named = config(stages={"only": {"tokens": 1_200, "context": 16}})
+    for name, settings in (("plain", plain), ("named", named)):
+        train(tmp_path / name, settings)
+    a, b = (load_model(tmp_path / name / "output") for name in ("plain", "named"))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert not (tmp_path / "plain" / "output" / "data_stages.json").exists()
+    assert "data_stage" not in log_of(tmp_path / "named")[0]
+
+
+def test_a_mixture_of_experts_goes_through_stages(tmp_path):
+    experts = {"experts": 4, "experts_per_token": 2, "expert_width": 16, "shared_width": 32}
+    train(tmp_path, config(network=NETWORK | experts))
+    assert json.loads((tmp_path / "output" / "experts.json").read_text())["layers"] == [0, 1]
+    assert load_model(tmp_path / "output").config.rope_theta == 1e7
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path):
+    model = Qwen2(ModelConfig(96, 32, 48, 2, 2, 1, tie_word_embeddings=True, rms_norm_eps=1e-5))
+    initialize(model, torch.Generator().manual_seed(1))
+    save_checkpoint(model, Tokenizer(), tmp_path / "start")
+    small = {"short": {"tokens": 200, "context": 16, "learning_rate": 1e-9, "rope_theta": 5e5}}
+    train(tmp_path, config(network={}, stages=small), tmp_path / "start")
+    trained = load_model(tmp_path / "output")
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), trained.parameters(), strict=True))
+    assert (trained.config.rms_norm_eps, trained.config.rope_theta) == (1e-5, 5e5)
+
+
+def test_a_token_beyond_the_vocabulary_is_named_before_training(tmp_path):
+    class Bad(Source):
+        def document(self, number):
+            return super().document(number) + (200 if number == 7 else 0)
+
+    arguments = (Tokenizer(), 90, None, tmp_path / "output", tmp_path / "scratch", 3, "test")
+    with pytest.raises(OpenQwenError, match=r"Document 7 of the source 'b' holds the token id 215, .* ends at 89"):
+        pretrain(config(), {"a": Source(1), "b": Bad(1)}, *arguments)
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_mixture_naming_a_missing_source_names_the_stage(tmp_path):
+    bad = {**STAGES, "long": STAGES["long"] | {"mixture": {"c": 0.5}}}
+    with pytest.raises(OpenQwenError, match=r"names 'c'(.|\n)*stages.long, data.mixture"):
+        train(tmp_path, config(stages=bad))
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ({"lengths": {16: 0.4, 8: 0.5}}, "data stage 'bad': the shares of the lengths must sum to 1"),
+        ({"lengths": {8: 1.0}}, "the longest be the context"),
+        ({"lengths": {16: 1.5, 8: -0.5}}, "a share of the lengths is negative"),
+        ({"mixture": {"a": -1}}, "a share of the mixture is negative"),
+        ({"fill_in_middle": {"a": 2}}, "not between 0 and 1"),
+    ],
+)
+def test_faulty_stages_are_refused_when_they_are_read(stage, told):
+    with pytest.raises(ValidationError, match=told):
+        config(stages={"bad": {"tokens": 100, "context": 16} | stage})
+
+
+def test_a_network_beside_a_checkpoint_is_refused():
+    with pytest.raises(ValidationError, match="the network is the checkpoint's"):
+        PretrainConfig(model="somewhere", network={"layers": 2})
+
+
+def test_the_order_of_the_stages_is_part_of_what_an_artifact_depends_on():
+    turned = dict(reversed(STAGES.items()))
+    assert config().model_dump(mode="json") != config(stages=turned).model_dump(mode="json")
+    assert json.dumps(config().model_dump(mode="json"), sort_keys=True) != json.dumps(
+        config(stages=turned).model_dump(mode="json"), sort_keys=True
+    )
+    assert [stage.name for stage in ExtendConfig(stages=turned).resolved()] == ["joined", "long", "short"]
+    assert data_stages.DataStage.model_fields["tokens"].is_required()
