@@ -196,11 +196,27 @@ def test_gradient_is_clipped_to_the_norm(tmp_path):
     one.optimizer = OptimizerConfig(learning_rate=1e-2, clip=0.01)
     for p in one.model.parameters():
         p.grad = torch.ones_like(p)
-    norm = one._divide_and_clip(4)
+    norm, scale = one._norm_and_scale(4)
     total = sum(p.numel() for p in one.model.parameters())
     assert norm == pytest.approx(math.sqrt(total) / 4)
-    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in one.model.parameters()))
-    assert clipped == pytest.approx(0.01, rel=1e-3)
+    assert scale * math.sqrt(total) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_moves_by_the_scaled_gradient(tmp_path):
+    """AdamW scales the gradient itself; against the plain way, which writes it back scaled."""
+    one, two = trainer(tmp_path), trainer(tmp_path)
+    plain = torch.optim.AdamW(two.model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    (fused,) = optimizers(one.model, OptimizerConfig(learning_rate=1e-2, beta2=0.999))
+    for p, q in zip(one.model.parameters(), two.model.parameters()):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        q.grad = p.grad * 0.125
+    one._move(fused, 0.125)
+    for group in plain.param_groups:
+        group["params"] = [p for p in group["params"] if p.dim() > 1]
+    plain.step()
+    for p, q in zip(one.model.parameters(), two.model.parameters()):
+        if p.dim() > 1:
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
 def test_learning_rate_shapes():
@@ -220,7 +236,7 @@ def test_learning_rate_shapes():
 
 
 def test_only_matrices_decay():
-    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1))
+    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True))
     (adamw,) = optimizers(model, OptimizerConfig())
     decayed, spared = adamw.param_groups
     assert all(p.dim() == 2 for p in decayed["params"])
