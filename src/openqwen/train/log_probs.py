@@ -69,7 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
         size = -(-tokens // max(1, round(tokens * head_VD.shape[0] * 4 / BLOCK_BYTES)))
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
-            # In place throughout, as a block is large: logits, then logits − max, then their exponentials, then the slope.
+            # In place, as a block is large: logits, then logits − max, then exponentials, then the slope.
             slope_CV = (hidden_ND[rows] @ head_VD.T).float()
             slope_CV -= slope_CV.amax(dim=1, keepdim=True)
             total -= slope_CV.gather(1, targets_N[rows, None]).sum()

@@ -57,8 +57,8 @@ class Trainer(Generic[Micro]):
 
     scratch: holds the states and metrics.jsonl while training goes on, and outlives a kill. output: metrics.jsonl is
     copied there at the end. flops: operations of a micro-batch, for the share of the machine's peak. name: says which
-    records a step is made of, for the message about a bad one. held_out: micro-batches that nothing is learned from; their
-    loss is measured as often as `validation` says.
+    records a step is made of, for the message about a bad one. held_out: micro-batches that nothing is learned from;
+    their loss is measured as often as `validation` says.
     """
 
     label: str
