@@ -9,7 +9,7 @@ from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.train import log_probs as module
 from openqwen.train.conversations import compared
 from openqwen.train.dpo import Pairs, reference_log_probs
-from openqwen.train.log_probs import log_probs
+from openqwen.train.log_probs import cross_entropy, log_probs
 from openqwen.train.losses import bradley_terry, document_log_probs, next_token
 from openqwen.train.rows import Rows, cut_to_budget
 
@@ -66,6 +66,37 @@ def test_log_probs_and_gradients_equal_plain_cross_entropy(monkeypatch, keep):
     assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
     for got, want in zip(grads, expected):
         assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [1, 30 * 4 * 7, 2**30])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_cross_entropy_with_its_gradient_made_ahead_equals_plain_cross_entropy(monkeypatch, block, frozen):
+    monkeypatch.setattr(module, "BLOCK_BYTES", block)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, 8, generator=generator, requires_grad=True)
+    head = torch.randn(30, 8, generator=generator, requires_grad=not frozen)
+    targets = torch.randint(0, 30, (20,), generator=generator)
+    mine = cross_entropy(hidden * 1.0, head, targets)
+    (mine * 3.0).backward()
+    hidden64, head64 = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    theirs = torch.nn.functional.cross_entropy(hidden64 @ head64.T, targets, reduction="sum")
+    (theirs * 3.0).backward()
+    assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-6)
+    assert_close(hidden.grad.double(), hidden64.grad, rtol=1e-4, atol=1e-5)
+    if frozen:
+        assert head.grad is None
+    else:
+        assert_close(head.grad.double(), head64.grad, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert_close(cross_entropy(hidden, head, targets), mine)
+
+
+def test_nothing_to_learn_is_a_sum_of_nothing():
+    hidden, head = torch.randn(0, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    loss = cross_entropy(hidden, head, torch.empty(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+    assert head.grad.abs().max() == 0
 
 
 @pytest.mark.parametrize("budget", [1, 25, 60, 10_000])

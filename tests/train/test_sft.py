@@ -9,8 +9,10 @@ from openqwen.model import ModelConfig, Packed, Qwen2, initialize, load_model, s
 from openqwen.model.lora import LoraConfig, load_adapter
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
-from openqwen.train.conversations import fit
+from openqwen.train.conversations import conversation, fit
+from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.rows import Rows
 from openqwen.train.sft import SftConfig, sft
 
 
@@ -33,7 +35,7 @@ def demonstrations(path, words=(1, 2, 3, 4)):
 
 
 def run(start, data, folder, **fields):
-    config = SftConfig(batch=2, epochs=2, train=OptimizerConfig(learning_rate=1e-2), **fields)
+    config = SftConfig(**{"batch": 2, "epochs": 2, "train": OptimizerConfig(learning_rate=1e-2)} | fields)
     return sft(config, start[0], data, start[1], folder / "out", folder / "scratch", 1, "sft")
 
 
@@ -68,6 +70,42 @@ def test_the_adapter_on_the_start_is_the_merged_network(start, tmp_path, dora):
     hidden = [m(tokens, packed.positions, packed) for m in (merged, adapted, load_model(start[0]))]
     torch.testing.assert_close(hidden[0], hidden[1], rtol=1e-4, atol=1e-5)
     assert (hidden[0] - hidden[2]).abs().max() > 1e-2
+
+
+def losses(folder):
+    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
+    return {m["step"]: m["validation_loss"] for m in map(json.loads, lines) if "validation_loss" in m}
+
+
+def test_held_out_demonstrations_are_measured_and_not_learned(start, tmp_path):
+    data = demonstrations(tmp_path / "d.jsonl", range(1, 11))
+    metrics = run(start, data, tmp_path, validation={"share": 0.2, "every": 3})
+    assert (metrics["examples"], metrics["held_out"]) == (8, 2)
+    assert list(losses(tmp_path)) == [2, 5, 7]
+    other = demonstrations(tmp_path / "other.jsonl", (3, 5))
+    metrics = run(start, data, tmp_path / "file", validation={"file": other})
+    assert (metrics["examples"], metrics["held_out"]) == (10, 2)
+    assert list(losses(tmp_path / "file")) == [9]
+    with pytest.raises(OpenQwenError, match=r"validation\.share"):
+        run(start, demonstrations(tmp_path / "one.jsonl", (1,)), tmp_path / "one", validation={"share": 0.5})
+
+
+def test_the_best_weights_are_the_outcome(start, tmp_path):
+    """Learning one answer makes another worse, so that the best step is an early one."""
+    data = demonstrations(tmp_path / "d.jsonl", range(1, 11))
+    other = tmp_path / "other.jsonl"
+    talk = [{"role": "user", "content": "Say 3."}, {"role": "assistant", "content": "QQQQQQ"}]
+    other.write_text(json.dumps({"messages": talk}) + "\n")
+    fields = {"validation": {"file": other, "every": 1, "outcome": "best"}, "epochs": 4}
+    metrics = run(start, data, tmp_path, **fields)
+    found = losses(tmp_path)
+    assert min(found.values()) < found[19]
+    assert metrics["best_validation_loss"] == min(found.values())
+    model = load_model(tmp_path / "out")
+    rows = Rows.of([conversation(start[1], json.loads(other.read_text()), "here")])
+    with torch.no_grad():
+        loss = next_token(model, rows)
+    assert loss.sum.item() / loss.count == pytest.approx(min(found.values()), rel=1e-4)
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(start, tmp_path):

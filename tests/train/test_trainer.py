@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.train import state
+from openqwen.train.compute import computing
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import BadStepConfig, OptimizerConfig, learning_rate, optimizers
 from openqwen.train.order import Epochs
 from openqwen.train.rows import Rows
 from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.validation import ValidationConfig
 
 
 class Stop(Exception):
@@ -176,6 +179,128 @@ def test_a_state_of_several_files_resumes_to_the_bit(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError(),
+        MemoryError(),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_memory_that_runs_out_names_the_step_and_the_levers(tmp_path, error):
+    one = poisoned(trainer(tmp_path), set())
+    inner = one.loss
+
+    def loss(rows):
+        if len(list(tmp_path.glob("state-*"))) == 2:
+            raise error
+        return inner(rows)
+
+    one.loss = loss
+    with pytest.raises(OpenQwenError, match=r"records 3 and 4(.|\n)*16 tokens(.|\n)*micro_tokens(.|\n)*recompute"):
+        one.run()
+    trainer(tmp_path).run()  # goes on from the last state
+    other = trainer(tmp_path / "other")
+    other.loss = lambda rows: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        other.run()
+
+
+def test_a_resumed_run_keeps_the_best_weights_of_an_uninterrupted_one(tmp_path):
+    def turning(folder, stop_at=None):
+        """Learns, then unlearns."""
+        one = trainer(folder, stop_at=stop_at)
+        inner, at = one.batch, [0]
+
+        def batch(step):
+            at[0] = step
+            return inner(step)
+
+        def loss(rows):
+            found = next_token(one.model, rows)
+            return Loss(found.sum * (-1.0 if one.model.training and at[0] > 6 else 1.0), found.count)
+
+        one.batch, one.loss = batch, loss
+        return one
+
+    def measured(folder, stop_at=None):
+        one = turning(folder, stop_at)
+        one.validation = ValidationConfig(every=2, outcome="best")
+        one.held_out = lambda: [Rows.of([(list(range(9)), [1] * 9)])]
+        return one
+
+    whole = measured(tmp_path / "whole")
+    summary = whole.run()
+    for stop in (3, 7):
+        with pytest.raises(Stop):
+            measured(tmp_path / "cut", stop_at=stop).run()
+    resumed = measured(tmp_path / "cut")
+    assert resumed.run()["best_validation_loss"] == summary["best_validation_loss"]
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
+    assert len(list((tmp_path / "cut").glob("best-*"))) == 1
+    plain = turning(tmp_path / "plain")
+    plain.run()
+    assert not all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), plain.model.parameters()))
+    logs = [(tmp_path / f / "metrics.jsonl").read_text().splitlines() for f in ("whole", "plain")]
+    trained = [[json.loads(line)["loss"] for line in log] for log in logs]
+    assert trained[0] == trained[1]  # measuring moves nothing
+
+
+def test_bfloat16_computes_rounded_and_keeps_float32_weights(tmp_path):
+    runs = {}
+    for precision in ("auto", "float32", "bfloat16"):
+        one = trainer(tmp_path / precision)
+        one.optimizer.precision = precision
+        one.run()
+        assert {p.dtype for p in one.model.parameters()} == {torch.float32}
+        log = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        runs[precision] = [json.loads(line)["loss"] for line in log]
+    assert runs["auto"] == runs["float32"] != runs["bfloat16"]
+    assert runs["bfloat16"] == pytest.approx(runs["float32"], rel=2e-2)
+
+
+def test_a_bfloat16_gradient_is_near_the_float32_one(tmp_path):
+    one = trainer(tmp_path)
+    (rows, _) = one.batch(0)
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        one.model.zero_grad()
+        with computing(precision, torch.device("cpu")):
+            loss = next_token(one.model, rows)
+        assert loss.sum.dtype == torch.float32
+        loss.sum.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in one.model.parameters()]))
+    assert gradients[1].dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_curves_go_to_tensorboard_too_once_a_step(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for stop in (7, None):
+        one = trainer(tmp_path, stop_at=stop)
+        one.optimizer.track = ["tensorboard"]
+        if stop:
+            with pytest.raises(Stop):
+                one.run()
+        else:
+            one.run()
+    read = events.EventAccumulator(str(tmp_path / "output" / "tensorboard"))
+    read.Reload()
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    curve = read.Scalars("test/loss")
+    assert [point.step for point in curve] == list(range(12))
+    assert [point.value for point in curve] == pytest.approx([entry["loss"] for entry in log])
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    one = trainer(tmp_path)
+    one.optimizer.track = ["wandb"]
+    with pytest.raises(OpenQwenError, match=r"wandb(.|\n)*pip install wandb"):
+        one.run()
+
+
 def test_operations_are_those_of_the_closed_form(tmp_path):
     config = ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True)
     rows = Rows.of([([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3], [0, 1, 1])])
@@ -195,11 +320,27 @@ def test_gradient_is_clipped_to_the_norm(tmp_path):
     one.optimizer = OptimizerConfig(learning_rate=1e-2, clip=0.01)
     for p in one.model.parameters():
         p.grad = torch.ones_like(p)
-    norm = one._divide_and_clip(4)
+    norm, scale = one._norm_and_scale(4)
     total = sum(p.numel() for p in one.model.parameters())
     assert norm == pytest.approx(math.sqrt(total) / 4)
-    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in one.model.parameters()))
-    assert clipped == pytest.approx(0.01, rel=1e-3)
+    assert scale * math.sqrt(total) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_moves_by_the_scaled_gradient(tmp_path):
+    """AdamW scales the gradient itself; against the plain way, which writes it back scaled."""
+    one, two = trainer(tmp_path), trainer(tmp_path)
+    plain = torch.optim.AdamW(two.model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    (fused,) = optimizers(one.model, OptimizerConfig(learning_rate=1e-2, beta2=0.999))
+    for p, q in zip(one.model.parameters(), two.model.parameters()):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        q.grad = p.grad * 0.125
+    one._move(fused, 0.125)
+    for group in plain.param_groups:
+        group["params"] = [p for p in group["params"] if p.dim() > 1]
+    plain.step()
+    for p, q in zip(one.model.parameters(), two.model.parameters()):
+        if p.dim() > 1:
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
 def test_learning_rate_shapes():
@@ -219,7 +360,7 @@ def test_learning_rate_shapes():
 
 
 def test_only_matrices_decay():
-    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1))
+    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True))
     (adamw,) = optimizers(model, OptimizerConfig())
     decayed, spared = adamw.param_groups
     assert all(p.dim() == 2 for p in decayed["params"])

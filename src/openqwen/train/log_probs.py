@@ -2,7 +2,8 @@
 
 The head is applied only to the hidden states handed in, so tokens that no loss looks at cost nothing. While the
 scores of all tokens fit a small budget they are kept for the backward pass; beyond it they are computed again there,
-so that memory never grows with tokens × vocabulary.
+so that memory never grows with tokens × vocabulary. Where all that a loss wants is their sum, `cross_entropy` makes the
+gradient in the forward pass, a block of scores at a time (the way of Liger-Kernel), and no score is kept or made twice.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 CHUNK = 1_024  # tokens scored at a time
 KEEP_BYTES = 512 * 2**20  # scores kept for the backward pass, at most
+BLOCK_BYTES = 160 * 2**20  # scores that `cross_entropy` holds at a time, about
 
 
 class _LogProbs(torch.autograd.Function):
@@ -46,13 +48,62 @@ class _LogProbs(torch.autograd.Function):
             slope_CV = slope_CV.to(head_VD.dtype)
             if grad_hidden_ND is not None:
                 grad_hidden_ND[rows] = slope_CV @ head_VD
-            if grad_head_VD is not None and head_VD.dtype == torch.float32:
-                grad_head_VD.addmm_(slope_CV.T, hidden_ND[rows])
-            elif grad_head_VD is not None:
-                grad_head_VD += slope_CV.T @ hidden_ND[rows]
+            if grad_head_VD is not None:
+                _add_product(grad_head_VD, slope_CV, hidden_ND[rows])
         return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None
 
 
 def log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """log p(target) of each of N tokens given the hidden state that predicts it, float32 [N]; differentiable."""
     return _LogProbs.apply(hidden_ND, head_VD, targets_N)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+        to_hidden, to_head, _ = ctx.needs_input_grad
+        grad_hidden_ND = torch.empty_like(hidden_ND) if to_hidden else None
+        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if to_head else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        tokens = max(1, len(targets_N))
+        size = -(-tokens // max(1, round(tokens * head_VD.shape[0] * 4 / BLOCK_BYTES)))
+        for start in range(0, len(targets_N), size):
+            rows = slice(start, start + size)
+            # In place, as a block is large: logits, then logits − max, then exponentials, then the slope.
+            slope_CV = (hidden_ND[rows] @ head_VD.T).float()
+            slope_CV -= slope_CV.amax(dim=1, keepdim=True)
+            total -= slope_CV.gather(1, targets_N[rows, None]).sum()
+            sums_C1 = slope_CV.exp_().sum(dim=1, keepdim=True)
+            total += sums_C1.log().sum()
+            if not (to_hidden or to_head):
+                continue
+            slope_CV /= sums_C1  # d −log p(target) / d logits = softmax − onehot(target)
+            slope_CV[torch.arange(len(slope_CV), device=slope_CV.device), targets_N[rows]] -= 1.0
+            slope_CV = slope_CV.to(head_VD.dtype)
+            if grad_hidden_ND is not None:
+                torch.mm(slope_CV, head_VD, out=grad_hidden_ND[rows])
+            if grad_head_VD is not None:
+                _add_product(grad_head_VD, slope_CV, hidden_ND[rows])
+        ctx.grads = grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden_ND, grad_head_VD = ctx.grads
+        del ctx.grads
+        if (scale := grads[0].item()) != 1.0:  # in place: they belong to nobody else, and this graph is walked once
+            torch._foreach_mul_([g for g in (grad_hidden_ND, grad_head_VD) if g is not None], scale)
+        return grad_hidden_ND, grad_head_VD, None
+
+
+def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Σ −log p(target) over N tokens, float32 []; its backward pass can be run once."""
+    return _CrossEntropy.apply(hidden_ND, head_VD, targets_N)
+
+
+def _add_product(sum_VD: Tensor, slope_CV: Tensor, hidden_CD: Tensor) -> None:
+    """sum += slopeᵀ · hidden, in float32."""
+    if slope_CV.dtype == torch.float32:
+        sum_VD.addmm_(slope_CV.T, hidden_CD)
+    else:
+        sum_VD += slope_CV.T @ hidden_CD

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openqwen.model import Qwen2, Routing
-from openqwen.train.log_probs import log_probs
+from openqwen.train.log_probs import cross_entropy, log_probs
 from openqwen.train.rows import Rows
 
 
@@ -22,10 +22,14 @@ class Loss:
 
 def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Tensor:
     """Log-probabilities [N] of the rows' targets; `routing` is filled by experts."""
+    return log_probs(_predicting(model, rows, routing), model.head_VD, rows.targets)
+
+
+def _predicting(model: Qwen2, rows: Rows, routing: Routing | None) -> Tensor:
+    """Hidden states [N, D] that predict the rows' targets."""
     hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
     # Where every token predicts one (pre-training), copying the rows would be waste.
-    picked_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
-    return log_probs(picked_ND, model.head_VD, rows.targets)
+    return hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
 
 
 def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
@@ -37,7 +41,8 @@ def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
 
 def next_token(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Loss:
     """Cross-entropy of every target: pre-training and SFT; `routing` is filled by experts."""
-    return Loss(-token_log_probs(model, rows, routing).sum(), len(rows.targets))
+    hidden_ND = _predicting(model, rows, routing)
+    return Loss(cross_entropy(hidden_ND, model.head_VD, rows.targets), len(rows.targets))
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:

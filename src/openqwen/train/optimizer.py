@@ -1,13 +1,17 @@
 """AdamW (or Muon) with weight decay on matrices alone, and learning rates over time."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from openqwen.train.compute import Precision
 from openqwen.train.recompute import Recompute
+from openqwen.train.track import Tracker
 
 
 class BadStepConfig(BaseModel):
@@ -46,6 +50,11 @@ class OptimizerConfig(BaseModel):
     recompute: Recompute = Field(
         "nothing", description="activations computed again, not kept: cheap ones or whole layers; saves memory alone"
     )
+    precision: Precision = Field(
+        "auto", description="of matrix products; weights and losses are float32. auto: bfloat16 on a GPU, else float32"
+    )
+    compile: bool = Field(False, description="compile the layers with torch.compile")
+    track: list[Tracker] = Field(default_factory=list, description="where the curves go, beside metrics.jsonl")
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -69,19 +78,93 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
     """What moves a model's parameters: decayed matrices, undecayed vectors; with Muon, the layers' matrices apart.
 
     Muon's rate is scaled to move a matrix as far as AdamW would (Liu et al. 2025), so one learning rate serves both.
+    An embedding table that is no output matrix too and is not sharded goes to `TableAdamW`.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     by_muon = [p for n, p in named if config.method == "muon" and ".layers." in f".{n}" and p.dim() == 2]
-    taken = {id(p) for p in by_muon}
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and _is_table(m, model)]
+    taken = {id(p) for p in by_muon + tables}
     matrices = [p for _, p in named if p.dim() > 1 and id(p) not in taken]
     vectors = [p for _, p in named if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
-    )
-    if not by_muon:
-        return [adamw]
-    muon = torch.optim.Muon(
-        by_muon, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [adamw, muon]
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+    }
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **settings, fused=True)]
+    if tables:
+        found.append(TableAdamW(tables, settings | {"weight_decay": config.weight_decay}))
+    if by_muon:
+        rate, decay = config.learning_rate, config.weight_decay
+        found.append(torch.optim.Muon(by_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
+def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
+    """Whether a table learns, is whole here, and is only ever looked up in, so that its gradient can be sparse."""
+    tied = getattr(model, "lm_head", embedding) is None
+    weight = embedding.weight
+    embedding.sparse = weight.requires_grad and not tied and not isinstance(weight, DTensor)
+    return embedding.sparse
+
+
+class TableAdamW(torch.optim.Optimizer):
+    """AdamW on tables with sparse gradients, to the bit that of `torch.optim.AdamW(fused=True)` on dense ones.
+
+    A row's moments are zero until it is looked up for the first time, so they are kept for rows seen so far alone:
+    `rows` [R] says whose the first R of `exp_avg` and `exp_avg_sq` are; the rest is room. Of the other rows only the
+    decay is left. Fine-tuning with a vocabulary of 150,000 looks up few of them.
+    """
+
+    def __init__(self, tables: list[Tensor], settings: dict[str, Any]):
+        super().__init__(tables, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move the tables; nothing that has no gradient."""
+        for group in self.param_groups:
+            for table in group["params"]:
+                if table.grad is not None:
+                    self._move(table, group)
+
+    def _move(self, table_VD: Tensor, group: dict[str, Any]) -> None:
+        gradient = table_VD.grad.coalesce()  # type: ignore[union-attr]
+        state = self.state[table_VD]
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=table_VD.device)
+            state["exp_avg"], state["exp_avg_sq"] = table_VD.new_zeros(2, 0, table_VD.shape[1])
+            state["rows"] = torch.empty(0, dtype=torch.long, device=table_VD.device)
+        elif "rows" not in state:  # saved by a run that kept all of it
+            state["rows"] = torch.arange(len(table_VD), device=table_VD.device)
+        slot_V = torch.full((len(table_VD),), -1, device=table_VD.device)
+        looked_up = gradient.indices()[0]
+        slot_V[state["rows"]] = torch.arange(len(state["rows"]), device=table_VD.device)
+        state["rows"] = torch.cat([state["rows"], looked_up[slot_V[looked_up] < 0]])
+        rows = state["rows"]
+        slot_V[rows] = torch.arange(len(rows), device=table_VD.device)
+        for key in ("exp_avg", "exp_avg_sq"):
+            if len(rows) > len(state[key]):
+                room = state[key].new_zeros(len(rows) * 3 // 2 - len(state[key]), table_VD.shape[1])
+                state[key] = torch.cat([state[key], room])
+        grad_RD = table_VD.new_zeros(len(rows), table_VD.shape[1])
+        grad_RD[slot_V[looked_up]] = gradient.values()
+        moved_RD = table_VD[rows]
+        state["step"] += 1
+        torch._fused_adamw_(
+            [moved_RD],
+            [grad_RD],
+            [state["exp_avg"][: len(rows)]],
+            [state["exp_avg_sq"][: len(rows)]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        table_VD.mul_(1.0 - group["lr"] * group["weight_decay"])
+        table_VD[rows] = moved_RD

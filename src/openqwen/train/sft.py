@@ -1,8 +1,10 @@
 """Supervised fine-tuning on demonstrations D: assistant tokens only (Qwen2 report, 4.2)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from openqwen.model import Qwen2, Scorer, load_model
@@ -17,10 +19,18 @@ from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.packing import pack
-from openqwen.train.rows import Rows
+from openqwen.train.rows import Rows, Sample
 from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.validation import ValidationConfig
 
 ADAPTER = "adapter"  # beside the merged network, in PEFT's format
+
+
+class SftValidationConfig(ValidationConfig):
+    """Demonstrations that nothing is learned from, on which the loss is measured."""
+
+    share: float = Field(0.0, ge=0, lt=1, description="share of the demonstrations held out, drawn at random")
+    file: Path | None = Field(None, description="a JSONL file of held-out demonstrations, in place of a share")
 
 
 class SftConfig(BaseModel):
@@ -40,6 +50,9 @@ class SftConfig(BaseModel):
     )
     micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
     train: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer")
+    validation: SftValidationConfig = Field(
+        default_factory=SftValidationConfig, description="held-out demonstrations, and what their loss decides"
+    )
     save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
 
 
@@ -62,32 +75,27 @@ def sft(
             where=start,
             do="give the tokenizer that the model was trained with",
         )
-    samples = [
-        conversation(tokenizer, record, f"{demonstrations}, record {n}")
-        for n, record in enumerate(read_jsonl(demonstrations), 1)
-    ]
     limit = min(config.max_length, model.config.max_position_embeddings)
-    fitted = [
-        fit(sample, limit, config.too_long, f"{demonstrations}, record {n}") for n, sample in enumerate(samples, 1)
-    ]
-    numbers = [n for n, sample in enumerate(fitted, 1) if sample is not None]
-    lengths = [len(ids) for ids, _ in samples]
-    kept = [s for s in fitted if s is not None] or fitting(samples, lengths, limit, str(demonstrations))
-    order = Epochs(len(kept), config.epochs, config.batch, generators)
+    data = Demonstrations.read(demonstrations, tokenizer, limit, config.too_long)
+    held_out = None
+    if config.validation.file:
+        held_out = Demonstrations.read(config.validation.file, tokenizer, limit, "leave out")
+    elif config.validation.share:
+        data, held_out = data.part(config.validation.share, generators["data.validation"])
+    order = Epochs(len(data.samples), config.epochs, config.batch, generators)
     if config.lora.rank:
         add_adapters(model, config.lora, generators.torch("lora"))
 
-    def batch(step: int) -> list[Rows]:
-        chosen = [kept[i] for i in order.batch(step)]
-        rows = pack([len(ids) for ids, _ in chosen], config.micro_tokens)
-        return [Rows.of([chosen[i] for i in row], model.device) for row in rows]
+    def rows(chosen: Sequence[Sample]) -> list[Rows]:
+        packs = pack([len(ids) for ids, _ in chosen], config.micro_tokens)
+        return [Rows.of([chosen[i] for i in numbers], model.device, share=True) for numbers in packs]
 
     trainer = Trainer(
         label=label,
         model=model,
-        batch=batch,
+        batch=lambda step: rows([data.samples[i] for i in order.batch(step)]),
         loss=lambda rows: next_token(model, rows),
-        tokens=lambda rows: len(rows.tokens),
+        tokens=lambda rows: len(rows.tokens) + rows.spared,
         steps=order.steps,
         optimizer=config.train,
         save=config.save,
@@ -95,14 +103,49 @@ def sft(
         output=output,
         generators=generators,
         flops=lambda rows: rows.flops(model.config),
-        name=lambda step: f"records {', '.join(str(numbers[i]) for i in order.batch(step))}",
+        name=lambda step: f"records {', '.join(str(data.numbers[i]) for i in order.batch(step))}",
+        held_out=(lambda: rows(held_out.samples)) if held_out else None,
+        validation=config.validation,
     )
     metrics = trainer.run()
     if config.lora.rank:
         trainer.whole = _merged(trainer, config, output, start)
     trainer.save_checkpoint(tokenizer, chat=True)
-    cut = sum(s is not None and len(s[0]) < len(whole[0]) for s, whole in zip(fitted, samples, strict=True))
-    return metrics | {"examples": len(kept), "too_long": len(samples) - len(kept), "truncated": cut}
+    counts = {"examples": len(data.samples), "held_out": len(held_out.samples) if held_out else 0}
+    return metrics | counts | {"too_long": data.too_long, "truncated": data.truncated}
+
+
+@dataclass
+class Demonstrations:
+    """Demonstrations as token ids. numbers: which records of the file they are, from 1. The rest are counts."""
+
+    samples: list[Sample]
+    numbers: list[int]
+    too_long: int
+    truncated: int
+
+    @classmethod
+    def read(cls, path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong) -> "Demonstrations":
+        """Those of a JSONL file that have at most `limit` tokens; the others are treated as `too_long` says."""
+        whole = [conversation(tokenizer, record, f"{path}, record {n}") for n, record in enumerate(read_jsonl(path), 1)]
+        fitted = [(n, fit(sample, limit, too_long, f"{path}, record {n}")) for n, sample in enumerate(whole, 1)]
+        kept = [(n, sample) for n, sample in fitted if sample is not None]
+        if not kept:
+            fitting(whole, [len(ids) for ids, _ in whole], limit, str(path))
+        cut = sum(len(sample[0]) < len(whole[n - 1][0]) for n, sample in kept)
+        return cls([sample for _, sample in kept], [n for n, _ in kept], len(whole) - len(kept), cut)
+
+    def part(self, share: float, generator: np.random.Generator) -> tuple["Demonstrations", "Demonstrations"]:
+        """Two parts, in the file's order: the rest, and a random share of at least one; neither is empty."""
+        if len(self.samples) < 2:
+            raise OpenQwenError("One demonstration cannot be learned from and held out.", where="validation.share")
+        count = min(max(1, round(share * len(self.samples))), len(self.samples) - 1)
+        held = set(generator.permutation(len(self.samples))[:count].tolist())
+        parts = ([i for i in range(len(self.samples)) if (i in held) == wanted] for wanted in (False, True))
+        rest, out = ([(self.samples[i], self.numbers[i]) for i in part] for part in parts)
+        return tuple(  # type: ignore[return-value]
+            replace(self, samples=[s for s, _ in part], numbers=[n for _, n in part]) for part in (rest, out)
+        )
 
 
 def _merged(trainer: Trainer[Rows], config: SftConfig, output: Path, start: Path) -> Callable[[], Qwen2 | Scorer]:

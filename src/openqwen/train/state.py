@@ -10,22 +10,26 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from openqwen.support.device import free_memory
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import fresh_folder, read_json, replace_folder, write_json
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console
+from openqwen.train.optimizer import TableAdamW
 from openqwen.train.parallel import World, join
 
 _NAME = re.compile(r"state-(\d{8})")
+_BEST = "best-{:08d}"
 _ASIDE = ".state-aside"
 _COPY_SHARE = 0.25  # of the free memory, which the copy for a writing thread may take
 _FILE_BYTES = 2**28  # of one file; it is put together in memory before it is written
@@ -71,6 +75,19 @@ class StateWriter:
         if not aside:
             self.wait()
 
+    def save_best(self, step: int, model: nn.Module) -> None:
+        """Keep the weights behind step `step` in place of those kept as the best before."""
+        self.wait()
+        if self.world.main:
+            fresh_folder(self.scratch / _ASIDE)
+        self.world.wait()
+        with disk_errors(self.scratch):
+            self._write_tensors(_tensors(model, []))
+        if self.world.main:
+            for old in self.scratch.glob(_BEST.format(0).replace("0", "[0-9]")):
+                shutil.rmtree(old)
+            replace_folder(self.scratch / _ASIDE, self.scratch / _BEST.format(step))
+
     def wait(self) -> None:
         """Until what is being written is on the disk. Errors of the writing thread come out here."""
         if self._thread is not None:
@@ -90,13 +107,16 @@ class StateWriter:
         except BaseException as error:  # raised again by wait(), in the thread that trains
             self._error = error
 
-    def _write_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        aside, target = self.scratch / _ASIDE, self.scratch / f"state-{values['step']:08d}"
-        writer = dcp.HuggingFaceStorageWriter(str(aside), _files(tensors), save_distributed=True)
+    def _write_tensors(self, tensors: dict[str, Tensor]) -> None:
+        writer = dcp.HuggingFaceStorageWriter(str(self.scratch / _ASIDE), _files(tensors), save_distributed=True)
         try:
             _quiet(dcp.save, tensors, storage_writer=writer, process_group=self.world.files, no_dist=self.world.alone)
         except dcp.CheckpointException as error:  # holds what went wrong on each rank
             raise next(iter(error.failures.values()))[0] from None
+
+    def _write_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        aside, target = self.scratch / _ASIDE, self.scratch / f"state-{values['step']:08d}"
+        self._write_tensors(tensors)
         if self.world.main and not target.exists():
             write_json(aside / "state.json", values)
             replace_folder(aside, target)
@@ -116,22 +136,36 @@ def load_state(
     states = _states(scratch)
     if not states:
         return 0
-    folder = states[-1]
-    try:
-        reader = dcp.HuggingFaceStorageReader(str(folder))
-        saved: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
-        tensors = _places(model, optimizers, {name: tuple(entry.size) for name, entry in saved.items()})
-        _quiet(dcp.load, tensors, storage_reader=reader, process_group=world.files, no_dist=world.alone)
-        values = read_json(folder / "state.json")
-    except Exception as error:
-        reason = str(error).strip().split("\n")[-1]
-        raise OpenQwenError(
-            f"A saved training state cannot be read: {reason}",
-            where=folder,
-            do="delete that folder; training goes on from the state before it, or from the start",
-        ) from None
+    with _named_if_damaged(states[-1], "delete that folder; training goes on from the one before it, or the start"):
+        _read_tensors(states[-1], model, optimizers, world)
+        values = read_json(states[-1] / "state.json")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, TableAdamW):
+            _fill_rows(optimizer)
     generators.restore(values["generators"])
     return int(values["step"])
+
+
+def load_best(scratch: Path, step: int, model: nn.Module, world: World) -> None:
+    """Give the model the weights that were kept as the best, behind step `step`."""
+    folder = scratch / _BEST.format(step)
+    with _named_if_damaged(folder, "set validation.outcome to last, or delete the folder above it and train again"):
+        _read_tensors(folder, model, [], world)
+
+
+def _read_tensors(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World) -> None:
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = _places(model, optimizers, reader.read_metadata().state_dict_metadata)
+    _quiet(dcp.load, tensors, storage_reader=reader, process_group=world.files, no_dist=world.alone)
+
+
+@contextmanager
+def _named_if_damaged(folder: Path, do: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[-1]
+        raise OpenQwenError(f"A saved training state cannot be read: {reason}", where=folder, do=do) from None
 
 
 def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -145,22 +179,37 @@ def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> d
 
 
 def _places(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: Mapping[str, tuple[int, ...]]
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Where each saved tensor belongs: the weights themselves, and new tensors in the optimizers' states."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
     places = {f"weights.{n}": p.detach() for n, p in parameters.items()}
-    for name, shape in saved.items():
+    for name, entry in saved.items():
         key, _, parameter_name = name.partition(".")
+        shape, dtype = tuple(entry.size), entry.properties.dtype
         if key == "weights" or parameter_name not in parameters:
             continue
         parameter = parameters[parameter_name]
-        like_it = shape == tuple(parameter.shape) and shape != ()
+        like_it = shape == tuple(parameter.shape) and shape != () and dtype == parameter.dtype
         # AdamW keeps its step count beside the parameter; fused and plain alike read it as a float tensor.
-        place = torch.zeros_like(parameter) if like_it else torch.zeros(shape, device=parameter.device)
+        other = torch.zeros(shape, dtype=dtype, device=parameter.device)
+        place = torch.zeros_like(parameter) if like_it else other
         owners[id(parameter)].state[parameter][key] = places[name] = place.detach()
     return places
+
+
+def _fill_rows(optimizer: torch.optim.Optimizer) -> None:
+    """Moments that `TableAdamW` kept for some rows, for an optimizer that keeps all."""
+    for parameter, state in optimizer.state.items():
+        if (rows := state.pop("rows", None)) is None:
+            continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            whole = state[key].new_zeros(parameter.shape)
+            whole[rows] = state[key][: len(rows)]
+            if isinstance(parameter, DTensor):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            state[key] = whole
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -11,13 +11,15 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from openqwen.model import Qwen2, Scorer, save_checkpoint
 from openqwen.support.device import peak_flops, peak_memory
@@ -26,11 +28,14 @@ from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
 from openqwen.tokenizer import Tokenizer
+from openqwen.train.compute import LEVERS, compile_layers, computing, is_out_of_memory
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.parallel import World, join, whole_tensor
 from openqwen.train.recompute import recompute
-from openqwen.train.state import StateWriter, load_state
+from openqwen.train.state import StateWriter, load_best, load_state
+from openqwen.train.track import Tracking
+from openqwen.train.validation import HELD_OUT, ValidationConfig, best_step
 
 METRICS = "metrics.jsonl"
 _USUAL = 100  # steps whose gradient norms say what is usual
@@ -52,7 +57,8 @@ class Trainer(Generic[Micro]):
 
     scratch: holds the states and metrics.jsonl while training goes on, and outlives a kill. output: metrics.jsonl is
     copied there at the end. flops: operations of a micro-batch, for the share of the machine's peak. name: says which
-    records a step is made of, for the message about a bad one.
+    records a step is made of, for the message about a bad one. held_out: micro-batches that nothing is learned from;
+    their loss is measured as often as `validation` says.
     """
 
     label: str
@@ -68,6 +74,8 @@ class Trainer(Generic[Micro]):
     generators: Generators
     flops: Callable[[Micro], float] | None = None
     name: Callable[[int], str] | None = None
+    held_out: Callable[[], Sequence[Micro]] | None = None
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     world: World = field(default_factory=join)
 
     def __post_init__(self) -> None:
@@ -77,6 +85,8 @@ class Trainer(Generic[Micro]):
         """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         recompute(self.model, self.optimizer.recompute)
+        if self.optimizer.compile:
+            compile_layers(self.model)
         self.whole = self.world.shard(self.model)
         movers = optimizers(self.model, self.optimizer)
         first = load_state(self.scratch, self.model, movers, self.generators, self.world)
@@ -86,15 +96,22 @@ class Trainer(Generic[Micro]):
             write_text(self.scratch / METRICS, "".join(map(_line, metrics)))
         self.model.train()
         last_save = time.monotonic()
+        tracking = Tracking(self.optimizer.track if self.world.main else [], self.scratch, self.label, first)
         with (
+            closing(tracking),
             open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
             StateWriter(self.scratch, self.save.keep, self.world) as writer,
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
             for step in range(first, self.steps):
                 entry = self._step(step, movers, metrics)
+                if self.held_out and self.validation.due(step, self.steps):
+                    entry[HELD_OUT] = self._held_out_loss(self.held_out())
                 log.write(_line(entry))
+                tracking.log(entry)
                 metrics.append(entry)
+                if self.validation.outcome == "best" and best_step(metrics) == step:
+                    writer.save_best(step, self.model)
                 bar.advance(1, **_notes(entry))
                 due = step + 1 < self.steps and time.monotonic() - last_save >= self.save.seconds
                 if self.world.agree(due):
@@ -102,10 +119,15 @@ class Trainer(Generic[Micro]):
                         os.fsync(log.fileno())  # the log is never behind the state
                     writer.save(step + 1, self.model, movers, self.generators)
                     last_save = time.monotonic()
+        best = best_step(metrics)
+        if self.validation.outcome == "best" and best is not None:
+            load_best(self.scratch, best, self.model, self.world)
         self.model.eval()
         if self.world.main:
             self.output.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
+            for name in self.optimizer.track:
+                shutil.copytree(self.scratch / name, self.output / name, dirs_exist_ok=True)
         return _summary(metrics)
 
     def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
@@ -120,14 +142,14 @@ class Trainer(Generic[Micro]):
         start = time.perf_counter()
         micros = self.batch(step)
         rate = learning_rate(self.optimizer, step, self.steps)
-        total, count, extras = self._backward(micros)
+        total, count, extras = self._backward(step, micros)
         if micros and count == 0:
             raise OpenQwenError(
                 f"Step {step} of {self.label} has no target to learn from{self._named(step)}.",
                 where=self.scratch,
                 do="look at what the data's answers are: nothing in this step is to be learned",
             )
-        norm = self._divide_and_clip(count) if micros else 0.0
+        norm, scale = self._norm_and_scale(count) if micros else (0.0, 1.0)
         count = max(count, 1)  # an online stage may find nothing to learn from in a step: it is logged and passes
         why = self._bad(total / count, norm, earlier)
         if why:
@@ -136,11 +158,10 @@ class Trainer(Generic[Micro]):
             for group in mover.param_groups:
                 group["lr"] = rate
             if micros and not why:
-                mover.step()
+                self._move(mover, scale)
             mover.zero_grad()
         seconds = time.perf_counter() - start
         tokens = sum(self.tokens(m) for m in micros)
-        device = next(self.model.parameters()).device
         entry = {
             "step": step,
             "loss": total / count,
@@ -149,26 +170,45 @@ class Trainer(Generic[Micro]):
             "tokens": tokens,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
-            "peak_memory": peak_memory(device),
+            "peak_memory": peak_memory(self._device),
             **{name: value / count for name, value in extras.items()},
         }
         if self.flops:
             entry["flops_per_second"] = sum(self.flops(m) for m in micros) / seconds
-            entry["peak_share"] = entry["flops_per_second"] / peak_flops(device)
+            entry["peak_share"] = entry["flops_per_second"] / peak_flops(self._device)
         return entry | ({"skipped": 1.0} if why else {})
 
-    def _backward(self, micros: Sequence[Micro]) -> tuple[float, int, dict[str, float]]:
+    def _backward(self, step: int, micros: Sequence[Micro]) -> tuple[float, int, dict[str, float]]:
         """Sum gradients, losses, counts and extras over the micro-batches of all ranks."""
         total, count, extras = 0.0, 0, dict[str, float]()
         for micro, counts in self.world.share(micros):
-            loss = self.loss(micro)
-            (loss.sum * self.world.size * counts).backward()  # sharded gradients are means over the ranks
+            try:
+                with self._computing():
+                    loss = self.loss(micro)
+                (loss.sum * self.world.size * counts).backward()  # sharded gradients are means over the ranks
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise self._too_large(step, micro) from error
+                raise
             total += loss.sum.item() * counts
             count += loss.count * counts
             for name, value in loss.extras.items():
                 extras[name] = extras.get(name, 0.0) + value * counts
         total, whole, *values = self.world.total([total, count, *extras.values()])
         return total, round(whole), dict(zip(extras, values, strict=True))
+
+    @torch.no_grad()
+    def _held_out_loss(self, micros: Sequence[Micro]) -> float:
+        """The mean loss over all targets of micro-batches."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for micro, counts in self.world.share(micros):
+            with self._computing():
+                loss = self.loss(micro)
+            total, count = total + loss.sum.item() * counts, count + loss.count * counts
+        self.model.train()
+        total, whole = self.world.total([total, count])
+        return total / whole if whole else math.nan
 
     def _bad(self, loss: float, norm: float, earlier: Sequence[dict[str, float]]) -> str:
         """What is wrong with a step, or nothing."""
@@ -196,16 +236,47 @@ class Trainer(Generic[Micro]):
             )
         console.print(f"  Left out {where}: {why}.", markup=False)
 
+    def _too_large(self, step: int, micro: Micro) -> OpenQwenError:
+        peak = peak_memory(self._device) / 2**30
+        return OpenQwenError(
+            f"Memory ran out in step {step} of {self.label}{self._named(step)}, in a micro-batch of "
+            f"{self.tokens(micro):,} tokens; the most held was {peak:.1f} GiB.",
+            where=self.scratch,
+            do=f"{LEVERS}. The last saved state is whole, and training goes on from it",
+        )
+
+    def _computing(self) -> AbstractContextManager[None]:
+        return computing(self.optimizer.precision, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def _named(self, step: int) -> str:
         return f" ({self.name(step)})" if self.name else ""
 
-    def _divide_and_clip(self, count: int) -> float:
-        """Turn the summed gradient into the mean over `count` targets; returns its norm before clipping."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(whole_tensor(torch.nn.utils.get_total_norm(gradients))) / count
-        scale = min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
-        torch._foreach_mul_(gradients, scale)
-        return norm
+    def _norm_and_scale(self, count: int) -> tuple[float, float]:
+        """The norm of the mean gradient over `count` targets, and what makes the summed one the mean, clipped."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+        norm = float(whole_tensor(torch.nn.utils.get_total_norm(_gradients(self.model.parameters())))) / count
+        return norm, min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
+
+    def _move(self, mover: torch.optim.Optimizer, scale: float) -> None:
+        """Step by the gradients times `scale`, which the fused AdamW multiplies itself, while it reads them."""
+        parameters = [p for group in mover.param_groups for p in group["params"]]
+        if isinstance(mover, torch.optim.AdamW) and self.world.alone:
+            mover.grad_scale = torch.tensor(1.0 / scale, device=parameters[0].device)  # type: ignore[attr-defined]
+        else:
+            torch._foreach_mul_(_gradients(parameters), scale)
+        mover.step()
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """What there is of gradients; of a sparse one its values."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    return [g._values() if g.is_sparse else g for g in found]
 
 
 def _notes(entry: dict[str, float]) -> dict[str, str]:
@@ -234,10 +305,12 @@ def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
     tail = metrics[-max(1, len(metrics) // 20) :]
     tail = [m for m in tail if "skipped" not in m] or tail
     other = {"step", "seconds", "tokens", "tokens_per_second", "flops_per_second", "peak_share"}
-    other |= {"learning_rate", "gradient_norm", "peak_memory"}
+    other |= {"learning_rate", "gradient_norm", "peak_memory", HELD_OUT}
     summary = {n: sum(m.get(n, 0.0) for m in tail) / len(tail) for n in tail[-1] if n not in other}
     tokens, seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
     summary |= {"tokens_per_second": tokens / max(seconds, 1e-9), "tokens": tokens, "steps": len(metrics)}
+    if HELD_OUT in tail[-1]:
+        summary |= {HELD_OUT: tail[-1][HELD_OUT], f"best_{HELD_OUT}": min(m.get(HELD_OUT, math.inf) for m in metrics)}
     if "peak_share" in tail[-1]:
         summary["peak_share"] = sum(m.get("peak_share", 0.0) for m in tail) / len(tail)
     return summary

@@ -1,0 +1,30 @@
+"""Held-out loss during training, and which weights are the outcome: the last, or those with the lowest loss."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+HELD_OUT = "validation_loss"  # its name in the metrics
+
+
+class ValidationConfig(BaseModel):
+    """When the held-out loss is measured, and what it decides."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0: after the last alone")
+    outcome: Literal["last", "best"] = Field(
+        "last", description="the weights that become the output: the last, or those with the lowest held-out loss"
+    )
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether the loss is measured behind step `step` of `steps`."""
+        return step + 1 == steps or bool(self.every and (step + 1) % self.every == 0)
+
+
+def best_step(metrics: Sequence[dict[str, float]]) -> int | None:
+    """The step of the lowest held-out loss, the earliest of equals; None where none was measured."""
+    measured = [m for m in metrics if math.isfinite(m.get(HELD_OUT, math.nan))]
+    return round(min(measured, key=lambda m: m[HELD_OUT])["step"]) if measured else None
