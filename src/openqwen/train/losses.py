@@ -8,6 +8,7 @@ from torch import Tensor
 
 from openqwen.model import Qwen2, Routing
 from openqwen.train.log_probs import log_probs
+from openqwen.train.parallel import world_of
 from openqwen.train.rows import Rows
 
 
@@ -25,7 +26,8 @@ def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) ->
     hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
     # Where every token predicts one (pre-training), copying the rows would be waste.
     picked_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
-    return log_probs(picked_ND, model.head_VD, rows.targets)
+    score = world_of(model).dealt(lambda hidden_ND, targets_N: log_probs(hidden_ND, model.head_VD, targets_N))
+    return score(picked_ND, rows.targets)
 
 
 def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:

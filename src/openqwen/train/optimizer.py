@@ -7,6 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from openqwen.train.parallel import ParallelConfig
 from openqwen.train.recompute import Recompute
 
 
@@ -46,6 +47,7 @@ class OptimizerConfig(BaseModel):
     recompute: Recompute = Field(
         "nothing", description="activations computed again, not kept: cheap ones or whole layers; saves memory alone"
     )
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how the processes divide the work")
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -28,7 +28,7 @@ from openqwen.support.progress import console, progress
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
-from openqwen.train.parallel import World, join, whole_tensor
+from openqwen.train.parallel import World, join
 from openqwen.train.recompute import recompute
 from openqwen.train.state import StateWriter, load_state
 
@@ -77,6 +77,7 @@ class Trainer(Generic[Micro]):
         """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
         self.scratch.mkdir(parents=True, exist_ok=True)
         recompute(self.model, self.optimizer.recompute)
+        self.world = self.world.arranged(self.optimizer.parallel, self.model)
         self.whole = self.world.shard(self.model)
         movers = optimizers(self.model, self.optimizer)
         first = load_state(self.scratch, self.model, movers, self.generators, self.world)
@@ -162,7 +163,7 @@ class Trainer(Generic[Micro]):
         total, count, extras = 0.0, 0, dict[str, float]()
         for micro, counts in self.world.share(micros):
             loss = self.loss(micro)
-            (loss.sum * self.world.size * counts).backward()  # sharded gradients are means over the ranks
+            (loss.sum * counts).backward()
             total += loss.sum.item() * counts
             count += loss.count * counts
             for name, value in loss.extras.items():
@@ -202,7 +203,7 @@ class Trainer(Generic[Micro]):
     def _divide_and_clip(self, count: int) -> float:
         """Turn the summed gradient into the mean over `count` targets; returns its norm before clipping."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = float(whole_tensor(torch.nn.utils.get_total_norm(gradients))) / count
+        norm = self.world.norm(gradients) / count
         scale = min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
         torch._foreach_mul_(gradients, scale)
         return norm
