@@ -1,4 +1,8 @@
-"""What each rank of test_parallel.py runs: a few steps of a tiny network. Arguments: folder, last step, kind."""
+"""What each rank of test_parallel*.py runs: a few steps of tiny networks.
+
+Arguments: folder, last step, and cases such as `experts` or `dense:tensor=2:context=2`; each trains in a folder of its
+own name, which holds its log, its first step's gradient and the weights in the end.
+"""
 
 import sys
 from pathlib import Path
@@ -7,45 +11,106 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.model import DualChunk, ModelConfig, Qwen2, Scorer, initialize
 from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.generators import Generators
+from openqwen.train.balance import balanced, with_loads
+from openqwen.train.conversations import Compared
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.parallel import join
+from openqwen.train.parallel import ParallelConfig, join, whole_tensor
+from openqwen.train.reward import Answers
 from openqwen.train.rows import Rows
 from openqwen.train.trainer import SaveConfig, Trainer
+
+SIZES = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 20,
+    "router_aux_loss_coef": 0.1,
+}
+
+
+STEPS = 6
 
 
 class Stop(Exception):
     """Stands for a kill."""
 
 
-def train(folder: Path, stop_at: int, adapters: bool) -> Trainer:
-    """Train ten steps of five micro-batches of one or two documents; stop before step `stop_at`."""
-    generators = Generators(5)
-    model = Qwen2(ModelConfig(64, 32, 48, 3, 4, 2, max_position_embeddings=64, tie_word_embeddings=True))
-    initialize(model, generators.torch("weights"))
-    if adapters:
-        add_adapters(model, LoraConfig(rank=2), generators.torch("lora"))
+class Watched(Trainer):
+    """A trainer whose first gradient is kept."""
 
-    def batch(step: int) -> list[Rows]:
+    gradient = None
+
+    def _divide_and_clip(self, count):
+        if self.gradient is None:
+            found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            self.gradient = {n: whole_tensor(g).detach().clone() / count for n, g in found.items()}
+        return super()._divide_and_clip(count)
+
+
+def documents(step):
+    """Seven documents of 3 to 19 tokens."""
+    rng = np.random.default_rng(step)
+    return [rng.integers(0, 64, rng.integers(3, 20)).tolist() for _ in range(7)]
+
+
+def rows(step):
+    """Five micro-batches of one or two documents."""
+    samples = [(ids, [1] * len(ids)) for ids in documents(step)]
+    return [Rows.of(samples[a:b]) for a, b in ((0, 2), (2, 3), (3, 4), (4, 6), (6, 7))]
+
+
+def comparisons(step):
+    """Three micro-batches of one or two prompts, each with two answers."""
+    groups = [Compared(ids[:2], [ids[2:], ids[:1:-1]], [(0, 1)]) for ids in documents(step)[:5]]
+    return [Answers.of(groups[a:b], torch.device("cpu")) for a, b in ((0, 2), (2, 3), (3, 5))]
+
+
+def work(kind, generators):
+    """A network, its micro-batches of a step, and its loss."""
+    more = EXPERTS if kind == "experts" else {"dual_chunk": DualChunk(8, 2, 0)} if kind == "dual" else {}
+    config = ModelConfig(64, 32, 48, **SIZES, **more)
+    model = Scorer(config) if kind == "reward" else Qwen2(config)
+    initialize(model, generators.torch("weights"))
+    if kind == "adapters":
+        add_adapters(model, LoraConfig(rank=2), generators.torch("lora"))
+    if kind == "reward":
+        return model, comparisons, lambda answers: answers.loss(model)
+    if kind == "experts":
+        loss = lambda micro: balanced(lambda r, routing: next_token(model, r, routing), micro, "global", 0.1)
+        return model, lambda step: with_loads(model, rows(step), "global"), loss
+    return model, rows, lambda micro: next_token(model, micro)
+
+
+def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> None:
+    """Train six steps; stop before step `stop_at`."""
+    generators = Generators(5)
+    model, micros, loss = work(kind, generators)
+
+    def batch(step):
         if step == stop_at:
             raise Stop
-        rng = np.random.default_rng(step)
-        documents = [rng.integers(0, 64, rng.integers(3, 20)).tolist() for _ in range(7)]
-        samples = [(ids, [1] * len(ids)) for ids in documents]
-        return [Rows.of(samples[a:b]) for a, b in ((0, 2), (2, 3), (3, 4), (4, 6), (6, 7))]
+        return micros(step)
 
-    trainer = Trainer(
+    trainer = Watched(
         label="ranks",
         model=model,
         batch=batch,
-        loss=lambda rows: next_token(model, rows),
-        tokens=lambda rows: len(rows.tokens),
-        steps=10,
-        optimizer=OptimizerConfig(learning_rate=1e-2),
-        save=SaveConfig(seconds=0),
+        loss=loss,
+        tokens=lambda micro: len(getattr(micro, "rows", micro).tokens),
+        steps=STEPS,
+        optimizer=OptimizerConfig(learning_rate=1e-2, parallel=parallel),
+        save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9),
         scratch=folder,
         output=folder / "output",
         generators=generators,
@@ -53,16 +118,19 @@ def train(folder: Path, stop_at: int, adapters: bool) -> Trainer:
     try:
         trainer.run()
     except Stop:
-        return trainer
+        return
     whole = trainer.whole()
     if trainer.world.main:
         save_file({n: p.detach().contiguous() for n, p in whole.named_parameters()}, folder / "weights.safetensors")
-    return trainer
+        save_file({n: g.contiguous() for n, g in trainer.gradient.items()}, folder / "gradient.safetensors")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    trained = train(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "adapters")
-    trained.world.wait()
-    if join().mesh is not None:
+    for case in sys.argv[3:]:
+        kind, *degrees = case.split(":")
+        parallel = ParallelConfig(**{name: int(n) for name, n in (d.split("=") for d in degrees)})
+        train(Path(sys.argv[1]) / case.replace(":", "-"), int(sys.argv[2]), kind, parallel)
+        join().wait()
+    if not join().alone:
         torch.distributed.destroy_process_group()

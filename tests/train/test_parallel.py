@@ -1,6 +1,7 @@
 """Two and four processes train what one process trains, and a state made on some ranks goes on on others."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,67 +10,123 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openqwen.train.parallel import World
+from openqwen.model import ModelConfig
+from openqwen.support.errors import OpenQwenError
+from openqwen.train.parallel import ParallelConfig, World
+from openqwen.train.parallel.degrees import check
 
 RANKS = Path(__file__).with_name("ranks.py")
 NEVER = 99
-OTHER = [(1, 2), (4, 2)]
+KINDS = ["dense", "experts", "dual", "reward", "adapters"]
+TWO = ["dense", "dense:tensor=2", "dual:context=2", "experts:expert=2", "experts:context=2"]
+MORE = ["dense:context=2", "reward:context=2", "reward:tensor=2", "experts", "experts:tensor=2"]
+MORE += ["adapters", "adapters:context=2"]
+FOUR = ["dense", "dense:tensor=2", "dense:tensor=2:context=2", "dense:context=4", "dual:context=4"]
+FOUR += ["dual:tensor=2:context=2", "experts:expert=4", "experts:expert=2", "experts:expert=2:context=2"]
+FOUR += ["experts:tensor=2:expert=2", "reward:tensor=2:context=2"]
 
 
-def run(folder, ranks, stop_at=NEVER, adapters=False):
-    """Train in `folder` on so many processes; returns the log."""
+def run(folder, ranks, *cases, stop_at=NEVER):
+    """Train the cases on so many processes, each in its folder."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1"]
         launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    kind = "adapters" if adapters else "full"
     folder.mkdir(exist_ok=True)
-    done = subprocess.run([*launch, str(RANKS), str(folder), str(stop_at), kind], capture_output=True, text=True)
+    done = subprocess.run([*launch, str(RANKS), str(folder), str(stop_at), *cases], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def log(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def close(log, expected):
-    assert [e["step"] for e in log] == list(range(10))
-    for ours, theirs in zip(log, expected, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-3)
-        assert ours["tokens"] == theirs["tokens"]
+def close(ours, theirs):
+    """The logs of two runs are those of one computation."""
+    ours, theirs = log(ours), log(theirs)
+    assert [e["step"] for e in ours] == list(range(6))
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert mine["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
+        assert mine["tokens"] == expected["tokens"]
+
+
+def equal(ours, theirs):
+    """The first step's loss and gradient, and the steps after it."""
+    first, expected = log(ours)[0], log(theirs)[0]
+    for name in expected.keys() - {"seconds", "tokens_per_second", "peak_memory"}:
+        assert first[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-9), name
+    for file, bound in (("gradient.safetensors", 1e-6), ("weights.safetensors", 1e-3)):
+        mine, right = load_file(ours / file), load_file(theirs / file)
+        assert mine.keys() == right.keys()
+        for name, tensor in right.items():
+            torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=bound, msg=f"{file} {name}")
+    close(ours, theirs)
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("single")
-    return folder, run(folder, 1)
+def one(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one"), 1, *KINDS)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_many_processes_train_what_one_trains(single, tmp_path, ranks):
-    folder, expected = single
-    log = run(tmp_path, ranks)
-    assert log[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
-    assert log[0]["gradient_norm"] == pytest.approx(expected[0]["gradient_norm"], rel=1e-5)
-    close(log, expected)
-    ours, theirs = load_file(tmp_path / "weights.safetensors"), load_file(folder / "weights.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two"), 2, *TWO)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(2, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 2), (4, 2)))]
-)
-def test_a_state_goes_on_on_another_number_of_ranks(single, tmp_path, first, second):
-    run(tmp_path, first, stop_at=5)
-    files = list((tmp_path / "state-00000005").glob("*.safetensors"))
-    assert len(files) == first
-    close(run(tmp_path, second), single[1])
+@pytest.fixture(scope="module")
+def two_more(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two"), 2, *MORE)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("four"), 4, *FOUR)
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_two_processes_train_what_one_trains(one, two, case):
+    equal(two / case.replace(":", "-"), one / case.split(":")[0])
 
 
 @pytest.mark.slow
-def test_adapters_train_sharded(tmp_path):
-    expected = run(tmp_path / "one", 1, adapters=True)
-    close(run(tmp_path / "two", 2, adapters=True), expected)
+@pytest.mark.parametrize("case", MORE)
+def test_two_processes_train_other_kinds_too(one, two_more, case):
+    equal(two_more / case.replace(":", "-"), one / case.split(":")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FOUR)
+def test_four_processes_train_what_one_trains(one, four, case):
+    equal(four / case.replace(":", "-"), one / case.split(":")[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((2, "dense:tensor=2"), (1, "dense")),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                ((2, "dense"), (1, "dense")),
+                ((1, "dense"), (2, "dense")),
+                ((4, "dense:tensor=2"), (2, "dense:context=2")),
+                ((4, "experts:expert=2"), (2, "experts")),
+                ((2, "experts:expert=2"), (4, "experts:tensor=2:expert=2")),
+            )
+        ),
+    ],
+)
+def test_a_state_goes_on_on_another_mesh(one, tmp_path, first, second):
+    (ranks, case), (others, then) = first, second
+    begun = run(tmp_path, ranks, case, stop_at=3) / case.replace(":", "-")
+    assert len(list((begun / "state-00000003").glob("*.safetensors"))) == ranks
+    goes_on = tmp_path / then.replace(":", "-")
+    if goes_on != begun:
+        shutil.move(begun, goes_on)
+    run(tmp_path, others, then)
+    close(goes_on, one / then.split(":")[0])
 
 
 def test_every_rank_gets_as_many_micro_batches():
@@ -79,3 +136,19 @@ def test_every_rank_gets_as_many_micro_batches():
     assert sorted(m for share in shares for m, counts in share if counts) == micros
     assert World().share(micros) == [(m, True) for m in micros]
     assert World(1, 2).share([]) == []
+
+
+@pytest.mark.parametrize(
+    ("degrees", "size", "what"),
+    [
+        ({"tensor": 8}, 8, "4 key/value heads cannot be dealt to 8 ranks"),
+        ({"tensor": 2, "context": 4}, 8, "14 query heads of a rank cannot be dealt to 4 ranks"),
+        ({"expert": 2}, 2, "A dense network has no experts"),
+        ({"tensor": 2}, 3, "3 processes are no multiple of tensor x expert x context = 2"),
+        ({"context": 2}, 1, "1 process is no multiple"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_named(degrees, size, what):
+    with pytest.raises(OpenQwenError, match=what):
+        check(ParallelConfig(**degrees), ModelConfig.named("qwen2.5-7b"), size)
+    check(ParallelConfig(tensor=4, context=7), ModelConfig.named("qwen2.5-7b"), 28)

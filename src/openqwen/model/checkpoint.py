@@ -47,11 +47,14 @@ def load_model(
 
     source: a Hugging Face folder of safetensors files, a .gguf file, or an id on the hub (`owner/name`,
     `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
-    or where the files mix several. Half-precision weights that need no cast are used from the file, not copied.
-    advance: called with the number of weights read since the last call. Raises OpenQwenError.
+    or where the files mix several. device: "meta" reads nothing, but remembers where all lies: `Qwen2.stored`.
+    Half-precision weights that need no cast are used from the file, not copied. advance: called with the number of
+    weights read since the last call. Raises OpenQwenError.
     """
     config, stored, where = _read(local(source))
-    return fill(lambda: Qwen2(config), stored, where, dtype, device, advance)
+    model = fill(lambda: Qwen2(config), stored, where, dtype, device, advance)
+    model.stored = stored if str(device) == "meta" else None
+    return model
 
 
 def load_scorer(source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu") -> Scorer:

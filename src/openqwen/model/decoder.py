@@ -3,6 +3,9 @@
 Packed tokens are the only layout (law 1): `model(tokens[T], positions[T], attention) -> hidden[T, D]`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +39,12 @@ class Decoder(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """The language model: a decoder and a head, which is the embedding table itself where `tie_word_embeddings`."""
+    """The language model: a decoder and a head, which is the embedding table itself where `tie_word_embeddings`.
+
+    stored: where its weights lie in files, if it was loaded without memory.
+    """
+
+    stored: Mapping[str, Any] | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -80,7 +88,8 @@ class Scorer(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, last_B: Tensor) -> Tensor:
         """Scores [B] of the B documents whose last tokens stand at the rows `last_B`."""
-        return self.score(self.model(tokens_T, positions_T, attention)[last_B]).squeeze(-1)
+        scores_B1 = self.score(self.model(tokens_T, positions_T, attention)[last_B])
+        return scores_B1.squeeze(-1).clone()  # FSDP2 warns of a network that returns a view
 
     @property
     def device(self) -> torch.device:
@@ -114,8 +123,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, number: int):
         super().__init__()
         self.number = number
-        self.heads = (config.num_attention_heads, config.head_dim)
-        self.kv_heads = (config.num_key_value_heads, config.head_dim)
+        self.heads = (-1, config.head_dim)  # however many of them this rank holds
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, kv_width)
@@ -125,8 +133,8 @@ class SelfAttention(nn.Module):
     def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """[T, D] → [T, D]."""
         q_THd = self.q_proj(x_TD).unflatten(-1, self.heads)
-        k_TKd = self.k_proj(x_TD).unflatten(-1, self.kv_heads)
-        v_TKd = self.v_proj(x_TD).unflatten(-1, self.kv_heads)
+        k_TKd = self.k_proj(x_TD).unflatten(-1, self.heads)
+        v_TKd = self.v_proj(x_TD).unflatten(-1, self.heads)
         return self.o_proj(attention.attend(q_THd, k_TKd, v_TKd, rotation, self.number).flatten(1))
 
 

@@ -6,7 +6,7 @@ ever dropped. Parameter names and shapes are transformers' fused ones. Shapes: T
 of a token, N = T·k pairs of a token and an expert, I width of an expert, O output width.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,16 +18,15 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.feed_forward import FeedForward
 
 
-@dataclass
 class Routing:
     """Where tokens went: an argument of a forward call, which fills it, one entry a sparse layer from the bottom up.
 
     probabilities: the router's softmax over all experts [T, E], differentiable. chosen: the experts of a token [T, k],
-    likeliest first. Without one, a forward call keeps nothing of this.
+    likeliest first. Without one, a forward call keeps nothing of this. No dataclass: FSDP2 hands copies of those on.
     """
 
-    probabilities: list[Tensor] = field(default_factory=list)
-    chosen: list[Tensor] = field(default_factory=list)
+    def __init__(self, probabilities: Sequence[Tensor] = (), chosen: Sequence[Tensor] = ()):
+        self.probabilities, self.chosen = list(probabilities), list(chosen)
 
     def counts_LE(self) -> Tensor:
         """Tokens that each expert of each sparse layer received, int64 [layers, E]; a layer's sum is T·k."""
@@ -74,7 +73,12 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
         """Each token through its experts, the answers weighted and summed: [T, D]."""
-        return _Mixture.apply(x_TD, weights_Tk, self.gate_up_proj, self.down_proj, chosen_Tk)
+        return mixture(x_TD, weights_Tk, self.gate_up_proj, self.down_proj, chosen_Tk)
+
+
+def mixture(x_TD: Tensor, weights_Tk: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, chosen_Tk: Tensor) -> Tensor:
+    """Each token through its chosen experts, the answers weighted and summed: [T, D]."""
+    return _Mixture.apply(x_TD, weights_Tk, gate_up_EJD, down_EDI, chosen_Tk)
 
 
 class _Mixture(torch.autograd.Function):

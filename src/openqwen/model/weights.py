@@ -1,6 +1,7 @@
 """Weights between a network and files: which tensors a checkpoint publishes, filling a network, writing shards."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from openqwen.support.files import write_text
 SHARD_BYTES = 5 * 10**9
 _WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
+_BLOCK = 2**20  # weights that `read_block` holds beside the block
 _LISTED = 3  # tensors that an error names, of each kind
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -83,6 +85,7 @@ def fill(
     """Build a network without memory of its own and give it the stored tensors.
 
     dtype: of the weights; None keeps the files' own where they agree on one, else takes float32, which holds them all.
+    device: with "meta" nothing is read.
     On the CPU a tensor that is `usable_in_place` is not copied: the network uses the file's pages, private to it once
     written. Raises OpenQwenError that counts and names missing, extra and mis-shaped tensors.
     """
@@ -91,6 +94,8 @@ def fill(
     wanted = {name: tuple(tensor.shape) for name, tensor in published_tensors(model)}
     _check(wanted, stored, where)
     to = _dtype(dtype, {stored[name].type for name in wanted})
+    if str(device) == "meta":
+        return model.to(to)
     with Reader() as reader:
         for name, parameter in list(model.named_parameters()):
             whole = stored.get(name)
@@ -104,6 +109,34 @@ def fill(
             setattr(model.get_submodule(path), own, nn.Parameter(weight.detach()))
             advance(weight.numel())
     return model
+
+
+def read_block(
+    reader: Reader,
+    stored: Mapping[str, Stored],
+    name: str,
+    shape: Sequence[int],
+    offset: Sequence[int],
+    block: Tensor,
+) -> None:
+    """Read the part of a parameter of this shape that begins at `offset` into `block`, and nothing else of it.
+
+    Only the first and the last dimension may be cut.
+    """
+    row = math.prod(shape[1:-1]) if len(shape) > 1 else 1
+    first, columns = offset[0] * row, slice(offset[-1], offset[-1] + block.shape[-1])
+    flat = block.view(-1, *block.shape[-1:]) if len(shape) > 1 else block
+    begin = 0
+    for piece, _ in _pieces(name, torch.empty(tuple(shape), device="meta")):
+        whole = stored[piece]
+        start, end = max(first, begin), min(first + len(flat), begin + whole.shape[0])
+        step = max(1, _BLOCK // max(1, math.prod(whole.shape[1:])))
+        for at in range(start, end, step):
+            some = whole.part(at - begin, min(step, end - at))
+            buffer = torch.empty(some.shape, dtype=block.dtype)
+            reader.copy(some, buffer)
+            flat[at - first : at - first + len(buffer)] = buffer[:, columns] if len(shape) > 1 else buffer
+        begin += whole.shape[0]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from openqwen.model import Qwen2, Routing
 from openqwen.train.losses import Loss
+from openqwen.train.parallel import world_of
 from openqwen.train.rows import Rows
 
 Balance = Literal["global", "micro", "off"]
@@ -101,13 +102,16 @@ def with_loads(model: Qwen2, parts: Sequence[Rows], balance: Balance) -> list[Ba
 
 @torch.no_grad()
 def measure_load(model: Qwen2, parts: Sequence[Rows]) -> Load:
-    """Where the tokens of some micro-batches go, all together."""
-    loads = []
-    for rows in parts:
+    """Where the tokens of some micro-batches go, all together; each rank reads its share of them."""
+    world, loads = world_of(model), []
+    for rows, counts in world.share(parts):
         routing = Routing()
         model(rows.tokens, rows.positions, rows.attention, routing)
-        loads.append(Load.of(routing))
-    return sum(loads[1:], loads[0])
+        loads.append(Load(Load.of(routing).counts_LE * counts, len(rows.tokens) * counts))
+    found = sum(loads[1:], loads[0])
+    *counts_N, tokens = world.total([*found.counts_LE.flatten().tolist(), found.tokens])
+    whole = torch.tensor(counts_N, dtype=torch.float64).long().view_as(found.counts_LE)
+    return Load(whole.to(found.counts_LE.device), round(tokens))
 
 
 def balanced(loss: Callable[[Rows, Routing], Loss], micro: Balanced, balance: Balance, coefficient: float) -> Loss:

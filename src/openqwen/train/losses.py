@@ -8,6 +8,7 @@ from torch import Tensor
 
 from openqwen.model import Qwen2, Routing
 from openqwen.train.log_probs import cross_entropy, log_probs
+from openqwen.train.parallel import world_of
 from openqwen.train.rows import Rows
 
 
@@ -22,7 +23,8 @@ class Loss:
 
 def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Tensor:
     """Log-probabilities [N] of the rows' targets; `routing` is filled by experts."""
-    return log_probs(_predicting(model, rows, routing), model.head_VD, rows.targets)
+    score = world_of(model).dealt(lambda hidden_ND, targets_N: log_probs(hidden_ND, model.head_VD, targets_N))
+    return score(_predicting(model, rows, routing), rows.targets)
 
 
 def _predicting(model: Qwen2, rows: Rows, routing: Routing | None) -> Tensor:
@@ -41,6 +43,8 @@ def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
 
 def next_token(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Loss:
     """Cross-entropy of every target: pre-training and SFT; `routing` is filled by experts."""
+    if world_of(model).copies > 1:  # ranks that hold the same rows score a part each
+        return Loss(-token_log_probs(model, rows, routing).sum(), len(rows.targets))
     hidden_ND = _predicting(model, rows, routing)
     return Loss(cross_entropy(hidden_ND, model.head_VD, rows.targets), len(rows.targets))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from openqwen.train.compute import Precision
+from openqwen.train.parallel import ParallelConfig
 from openqwen.train.recompute import Recompute
 from openqwen.train.track import Tracker
 
@@ -54,6 +55,7 @@ class OptimizerConfig(BaseModel):
         "auto", description="of matrix products; weights and losses are float32. auto: bfloat16 on a GPU, else float32"
     )
     compile: bool = Field(False, description="compile the layers with torch.compile")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how the processes divide the work")
     track: list[Tracker] = Field(default_factory=list, description="where the curves go, beside metrics.jsonl")
 
 

@@ -31,7 +31,7 @@ from openqwen.tokenizer import Tokenizer
 from openqwen.train.compute import LEVERS, compile_layers, computing, is_out_of_memory
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
-from openqwen.train.parallel import World, join, whole_tensor
+from openqwen.train.parallel import World, join
 from openqwen.train.recompute import recompute
 from openqwen.train.state import StateWriter, load_best, load_state
 from openqwen.train.track import Tracking
@@ -87,6 +87,7 @@ class Trainer(Generic[Micro]):
         recompute(self.model, self.optimizer.recompute)
         if self.optimizer.compile:
             compile_layers(self.model)
+        self.world = self.world.arranged(self.optimizer.parallel, self.model)
         self.whole = self.world.shard(self.model)
         movers = optimizers(self.model, self.optimizer)
         first = load_state(self.scratch, self.model, movers, self.generators, self.world)
@@ -185,7 +186,7 @@ class Trainer(Generic[Micro]):
             try:
                 with self._computing():
                     loss = self.loss(micro)
-                (loss.sum * self.world.size * counts).backward()  # sharded gradients are means over the ranks
+                (loss.sum * counts).backward()
             except Exception as error:
                 if is_out_of_memory(error):
                     raise self._too_large(step, micro) from error
@@ -260,7 +261,7 @@ class Trainer(Generic[Micro]):
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.coalesce()
-        norm = float(whole_tensor(torch.nn.utils.get_total_norm(_gradients(self.model.parameters())))) / count
+        norm = self.world.norm(_gradients(self.model.parameters())) / count
         return norm, min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
 
     def _move(self, mover: torch.optim.Optimizer, scale: float) -> None:

@@ -1,7 +1,8 @@
 """llama.cpp's side of `openqwen bench engine`: a script for the peer's own Python, which imports nothing of ours.
 
-Read on standard input: {"model", "threads", "prefill": [ids], "prompts": [[ids], ...], "written", "new"}. Printed: JSON with seconds
-for reading `prefill`, for each of the `written` tokens after it, and for all prompts at once (read, then `new` tokens of each).
+Read on standard input: {"model", "threads", "prefill": [ids], "prompts": [[ids], ...], "written", "new"}. Printed: JSON
+with seconds for reading `prefill`, for each of the `written` tokens after it, and for all prompts at once (read, then
+`new` tokens of each).
 """
 
 import ctypes

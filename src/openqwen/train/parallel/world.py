@@ -1,0 +1,172 @@
+"""The processes that train together: torch.distributed under torchrun, or this process alone.
+
+They stand on a mesh of four dimensions (see `Mesh`). Micro-batches are dealt over two of them, the other two share one
+micro-batch; sums and counts are added up, gradients summed, and only then is anything divided: so the gradient is the
+one that a single process computes, up to rounding (law 2).
+"""
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import cache
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from openqwen.model import Qwen2, Scorer
+from openqwen.train.parallel.degrees import ParallelConfig, check
+from openqwen.train.parallel.mesh import Mesh
+from openqwen.train.parallel.shard import dealt, shard
+
+Micro = TypeVar("Micro")
+Network = TypeVar("Network", bound=Qwen2 | Scorer)
+Rows = TypeVar("Rows", bound=Callable[..., Tensor])
+for _module in ("_redistribute", "_collective_utils"):  # which collective was not the fastest is no news to a user
+    logging.getLogger(f"torch.distributed.tensor.{_module}").setLevel(logging.ERROR)
+_PATIENCE = timedelta(days=2)  # a rank may wait long for another that reads a corpus or writes a checkpoint
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together. Rank 0 writes the files and speaks to the user.
+
+    mesh: over which a network is sharded, once it is. files: the group in which training states are written, by another
+    thread than the one that trains.
+    """
+
+    rank: int = 0
+    size: int = 1
+    mesh: Mesh | None = None
+    files: dist.ProcessGroup | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size == 1
+
+    @property
+    def copies(self) -> int:
+        """Ranks that work on the same micro-batch."""
+        return self.mesh.copies if self.mesh else 1
+
+    def arranged(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
+        """These processes on a mesh of the given degrees. OpenQwenError where they do not fit."""
+        check(parallel, model.config, self.size)
+        return self if self.alone else replace(self, mesh=Mesh.of(parallel, self.size, device().type))
+
+    def shard(self, model: Network) -> Callable[[], Network]:
+        """Shard the network over the ranks, in place; nothing where this process is alone.
+
+        Returns what gives the whole network back, on the CPU, to be saved. Every rank must call it, as it gathers.
+        """
+        if self.mesh is None:
+            return lambda: model
+        blueprint = copy.deepcopy(model, {id(p): _shape_of(p) for p in model.parameters()})
+        shard(model, self.mesh)
+        _WORLDS[model] = self
+
+        def whole() -> Network:
+            state = {name: whole_tensor(tensor).cpu() for name, tensor in model.state_dict().items()}
+            blueprint.load_state_dict(state, assign=True)
+            return blueprint
+
+        return whole
+
+    def share(self, micros: Sequence[Micro]) -> list[tuple[Micro, bool]]:
+        """This rank's micro-batches of a step, each with whether it counts.
+
+        Every rank gets equally many, since a forward pass of a sharded network is a common act: what is missing is
+        filled up with micro-batches that do not count.
+        """
+        if not micros:
+            return []
+        number, numbers = (self.mesh.share, self.mesh.shares) if self.mesh else (self.rank, self.size)
+        rounds = -(-len(micros) // numbers)
+        mine = list(micros[number::numbers])
+        return [(m, True) for m in mine] + [(micros[0], False)] * (rounds - len(mine))
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the micro-batches of all ranks; those that share one hold the same value."""
+        if self.alone:
+            return list(values)
+        summed = torch.tensor(list(values), dtype=torch.float64, device=device())
+        dist.all_reduce(summed)
+        return (summed / self.copies).tolist()
+
+    def norm(self, tensors: Sequence[Tensor]) -> float:
+        """The 2-norm of all elements of tensors, each sharded over as many ranks as its mesh has, and no two alike."""
+        groups: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            ranks = tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
+            groups.setdefault(ranks, []).append(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+        norms = {ranks: float(torch.nn.utils.get_total_norm(group)) for ranks, group in groups.items()}
+        if self.alone:
+            return norms.get(1, 0.0)
+        # A tensor on fewer ranks than there are is on all of them, several times.
+        squares = sum(norm**2 * ranks / self.size for ranks, norm in norms.items())
+        return math.sqrt(self.total([squares])[0] * self.copies)
+
+    def dealt(self, function: Rows) -> Rows:
+        """A function of rows whose work is shared by the ranks that hold the same rows. See `shard.dealt`."""
+        return dealt(function, self.mesh.same_rows if self.mesh else None)
+
+    def agree(self, wish: bool) -> bool:
+        """Rank 0's wish, on every rank."""
+        if self.alone:
+            return wish
+        said = torch.tensor([wish], dtype=torch.int32, device=device())
+        dist.broadcast(said, src=0)
+        return bool(said.item())
+
+    def wait(self) -> None:
+        """Until every rank has come here."""
+        if not self.alone:
+            dist.barrier()
+
+
+_WORLDS: WeakKeyDictionary[nn.Module, World] = WeakKeyDictionary()
+
+
+def world_of(model: nn.Module) -> World:
+    """Over which ranks a network is sharded: this process alone where it is not."""
+    return _WORLDS.get(model, World())
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _shape_of(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+
+@cache
+def join() -> World:
+    """The world of this process: what torchrun's environment says, or alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
+    return World(dist.get_rank(), size, files=dist.new_group(backend="gloo", timeout=_PATIENCE))
