@@ -51,11 +51,11 @@ class Watched(Trainer):
 
     gradient = None
 
-    def _divide_and_clip(self, count):
+    def _norm_and_scale(self, count):
         if self.gradient is None:
             found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-            self.gradient = {n: whole_tensor(g).detach().clone() / count for n, g in found.items()}
-        return super()._divide_and_clip(count)
+            self.gradient = {n: whole_tensor(g).detach().to_dense() / count for n, g in found.items()}
+        return super()._norm_and_scale(count)
 
 
 def documents(step):
