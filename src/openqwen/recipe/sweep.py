@@ -33,25 +33,26 @@ def run_sweep(work: Work) -> dict[str, float]:
     folder, corpus = work.inputs["tokens"], work.inputs["corpus"]
     tokenizer, sources = load_tokenizer(work.inputs["tokenizer"]), token_sources(folder)
     settings = config.model_copy(update={"data": weighted(config.data, corpus, sources)})
-    heldout = _heldout(corpus / "heldout.parquet", tokenizer, config.data.context, config.heldout_tokens)
+    order = Generators(work.seed)["sweep.heldout"]
+    heldout = _heldout(corpus / "heldout.parquet", tokenizer, config.data.context, config.heldout_tokens, order)
     files = [*sorted(folder.glob("*.json")), corpus / "heldout.parquet"]
     digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
     cells = run_cells(settings, sources, tokenizer, heldout, digest, work.scratch, work.seed)
     result = judge(cells, config, work.seed)
     write_json(work.output / "sweep.json", result)
-    write_text(
-        work.output / "sweep.html", _PAGE.read_text().replace("DATA", json.dumps(result).replace("<", "\\u003c"))
-    )
+    page = _PAGE.read_text(encoding="utf-8").replace("DATA", json.dumps(result).replace("<", "\\u003c"))
+    write_text(work.output / "sweep.html", page)
     for line in result["notes"]:
         console.print(f"  {line}", markup=False)
     laws = {name: result[name] for name in ("learning_rate", "batch_tokens")}
     return {name: law["predicted"] if law else math.nan for name, law in laws.items()} | {"cells": len(cells)}
 
 
-def _heldout(path: Path, tokenizer: Tokenizer, context: int, tokens: int) -> list[Sample]:
-    """Held-out documents in pieces of the context."""
+def _heldout(path: Path, tokenizer: Tokenizer, context: int, tokens: int, order: np.random.Generator) -> list[Sample]:
+    """Held-out documents, shuffled, in pieces of the context."""
     samples: list[Sample] = []
-    for document in read_documents(path):
+    documents = list(read_documents(path))
+    for document in (documents[n] for n in order.permutation(len(documents))):
         ids = np.array([*tokenizer.encode(document["text"]), tokenizer.endoftext_id])
         for start in range(0, len(ids) - 1, context):
             piece = ids[start : start + min(context, tokens) + 1]
@@ -71,9 +72,9 @@ def judge(records: Sequence[dict[str, Any]], config: SweepConfig, seed: int) -> 
     bowls, optima, *fits = fit_laws(cells, config.draws, Generators(seed)["sweep.bootstrap"])
     target = (config.target_parameters, config.target_tokens)
     faults = [[o.rate_fault for o in optima], [o.batch_fault for o in optima]]
-    notes = [
-        line for pair in zip(("learning rate", "batch size"), fits, faults) for line in _notes(*pair, optima, target)
-    ]
+    notes = []
+    for name, fit, fault in zip(("learning rate", "batch size"), fits, faults, strict=True):
+        notes += _notes(name, fit, fault, optima, target)
     sizes, amounts = max(c.parameters for c in cells), max(c.tokens for c in cells)
     if target[0] > 10 * sizes or target[1] > 10 * amounts:
         notes.append(
@@ -126,7 +127,6 @@ def _law(fit: Fit, target: tuple[float, float], smallest: float) -> dict[str, An
 
 
 def _curves(bowl: Bowl) -> dict[str, Any]:
-    rates = np.geomspace(*(f(c.learning_rate for c in bowl.cells) for f in (min, max)), 40)
     batches = sorted({c.batch_tokens for c in bowl.cells})
-    curves = [{"batch_tokens": b, "points": np.stack([rates, bowl.curve(rates, b)], 1).tolist()} for b in batches]
+    curves = [{"batch_tokens": b, "points": bowl.curve(b)} for b in batches]
     return {"parameters": bowl.cells[0].parameters, "tokens": bowl.cells[0].tokens, "curves": curves}

@@ -35,7 +35,7 @@ class SweepConfig(BaseModel):
         default_factory=lambda: {"small": _size(36, 2), "middle": _size(60, 3), "large": _size(96, 4)},
         description="the sizes, dense or with experts",
     )
-    tokens: list[int] = Field([60_000, 180_000], min_length=1, description="tokens that each is trained on")
+    amounts: list[int] = Field([60_000, 180_000], min_length=1, description="amounts of data, in tokens")
     learning_rates: list[float] = Field(
         [1e-3, 2.5e-3, 6.3e-3, 1.6e-2, 4e-2], min_length=1, description="peak learning rates, evenly apart in logarithm"
     )
@@ -67,7 +67,7 @@ def run_cells(
     """
     (scratch / "cells").mkdir(parents=True, exist_ok=True)
     known = {cell["key"]: cell for cell in read_json(config.earlier / "sweep.json")["cells"]} if config.earlier else {}
-    grid = list(itertools.product(config.networks, config.tokens, config.batch_tokens, config.learning_rates))
+    grid = list(itertools.product(config.networks, config.amounts, config.batch_tokens, config.learning_rates))
     cells = []
     for number, (name, tokens, batch, rate) in enumerate(grid, 1):
         settings = _settings(config, config.networks[name], tokens, batch, rate)
