@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from openqwen.model import ModelConfig, Qwen2, initialize, load_model
+from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.files import write_json
@@ -16,6 +16,7 @@ from openqwen.tokenizer import Tokenizer
 from openqwen.train.balance import Balance, Balanced, balanced, load_record, measure_load, with_loads
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.parallel import load_for_training
 from openqwen.train.rows import Rows, Sample, cut_to_budget
 from openqwen.train.trainer import SaveConfig, Trainer
 
@@ -181,7 +182,7 @@ def pretrain(
 ) -> dict[str, float]:
     """Train a new network (`start` None) or continue a checkpoint at a new context and RoPE base; save to `output`."""
     generators = Generators(seed)
-    model = _network(config, vocabulary, start, generators).to(best_device())
+    model = _network(config, vocabulary, start, generators)
     pieces = Pieces(sources, config.data, generators)
     sparse = bool(model.config.num_experts)
     balance = config.balance if sparse else "off"
@@ -247,10 +248,10 @@ def _network(
     config: PretrainConfig | ExtendConfig, vocabulary: int, start: Path | None, generators: Generators
 ) -> Qwen2:
     if start is not None:
-        model = load_model(start)
+        model = load_for_training(start)
         model.config = model.model.config = model.config.with_rope(config.rope_theta, config.data.context)
         return model
     assert isinstance(config, PretrainConfig)
     model = Qwen2(network_config(config, vocabulary))
     initialize(model, generators.torch("weights"))
-    return model
+    return model.to(best_device())
