@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from openqwen.model import DualChunk, ModelConfig, Qwen2, Scorer, initialize
+from openqwen.model import DualChunk, ModelConfig, Qwen2, Scorer, initialize, save_weights
 from openqwen.model.lora import LoraConfig, add_adapters
+from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
 from openqwen.train.balance import balanced, with_loads
 from openqwen.train.conversations import Compared
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.parallel import ParallelConfig, join, whole_tensor
+from openqwen.train.parallel import ParallelConfig, join, load_for_training, whole_tensor
 from openqwen.train.reward import Answers
 from openqwen.train.rows import Rows
 from openqwen.train.trainer import SaveConfig, Trainer
@@ -76,12 +77,20 @@ def comparisons(step):
     return [Answers.of(groups[a:b], torch.device("cpu")) for a, b in ((0, 2), (2, 3), (3, 5))]
 
 
-def work(kind, generators):
+def work(kind, generators, folder):
     """A network, its micro-batches of a step, and its loss."""
     more = EXPERTS if kind == "experts" else {"dual_chunk": DualChunk(8, 2, 0)} if kind == "dual" else {}
     config = ModelConfig(64, 32, 48, **SIZES, **more)
     model = Scorer(config) if kind == "reward" else Qwen2(config)
     initialize(model, generators.torch("weights"))
+    if kind not in ("adapters", "reward"):  # as a stage begins: each rank reads its own part, and nothing else
+        if join().main:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", config.to_json())
+            save_weights(model, folder)
+        join().wait()
+        model = load_for_training(folder)
+        assert join().alone or next(model.parameters()).is_meta
     if kind == "adapters":
         add_adapters(model, LoraConfig(rank=2), generators.torch("lora"))
     if kind == "reward":
@@ -95,7 +104,7 @@ def work(kind, generators):
 def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> None:
     """Train six steps; stop before step `stop_at`."""
     generators = Generators(5)
-    model, micros, loss = work(kind, generators)
+    model, micros, loss = work(kind, generators, folder / "start")
 
     def batch(step):
         if step == stop_at:

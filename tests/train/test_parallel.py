@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openqwen.model import ModelConfig
+from openqwen.model import ModelConfig, Qwen2, save_weights
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import write_json
 from openqwen.train.parallel import ParallelConfig, World
 from openqwen.train.parallel.degrees import check
 
-RANKS = Path(__file__).with_name("ranks.py")
+RANKS, LOADING = (Path(__file__).with_name(name) for name in ("ranks.py", "loading.py"))
 NEVER = 99
 KINDS = ["dense", "experts", "dual", "reward", "adapters"]
 TWO = ["dense", "dense:tensor=2", "dual:context=2", "experts:expert=2", "experts:context=2"]
@@ -26,15 +27,21 @@ FOUR += ["dual:tensor=2:context=2", "experts:expert=4", "experts:expert=2", "exp
 FOUR += ["experts:tensor=2:expert=2", "reward:tensor=2:context=2"]
 
 
-def run(folder, ranks, *cases, stop_at=NEVER):
-    """Train the cases on so many processes, each in its folder."""
+def start(ranks, script, *arguments):
+    """Run a script on so many processes; returns what they printed."""
     launch = [sys.executable]
     if ranks > 1:
         launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1"]
         launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run([*launch, str(RANKS), str(folder), str(stop_at), *cases], capture_output=True, text=True)
+    done = subprocess.run([*launch, str(script), *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run(folder, ranks, *cases, stop_at=NEVER):
+    """Train the cases on so many processes, each in its folder."""
+    folder.mkdir(exist_ok=True)
+    start(ranks, RANKS, folder, stop_at, *cases)
     return folder
 
 
@@ -127,6 +134,17 @@ def test_a_state_goes_on_on_another_mesh(one, tmp_path, first, second):
         shutil.move(begun, goes_on)
     run(tmp_path, others, then)
     close(goes_on, one / then.split(":")[0])
+
+
+@pytest.mark.slow
+def test_a_rank_reads_its_own_part_of_a_checkpoint_and_no_more(tmp_path):
+    config = ModelConfig(16_384, 1_024, 2_816, 8, 8, 4, tie_word_embeddings=True)
+    model = Qwen2(config).bfloat16()  # 212 MB, twice as much in float32
+    write_json(tmp_path / "config.json", config.to_json())
+    save_weights(model, tmp_path)
+    shares = [float(line.split()[1]) for line in start(4, LOADING, tmp_path).splitlines() if "share" in line]
+    assert len(shares) == 4
+    assert max(shares) < 0.45  # a quarter, and what sharding itself imports
 
 
 def test_every_rank_gets_as_many_micro_batches():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -9,8 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openqwen.model import Qwen2, load_model
-from openqwen.support.device import best_device
+from openqwen.model import Qwen2
 from openqwen.support.errors import disk_errors
 from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
@@ -22,7 +22,7 @@ from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
-from openqwen.train.parallel import join
+from openqwen.train.parallel import join, load_for_training, world_of
 from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import SaveConfig, Trainer
 
@@ -77,16 +77,19 @@ class Pairs:
         return loss
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def reference_log_probs(model: Qwen2, groups: Sequence[Compared], micro_tokens: int, label: str) -> Tensor:
-    """Log-probabilities of all answers, [answers], on the CPU."""
-    parts = []
+    """Log-probabilities of all answers, [answers], on the CPU; each rank reads its share."""
+    ends = [0, *accumulate(len(group.answers) for group in groups)]
+    found = torch.zeros(ends[-1])
+    world = world_of(model)
     with progress(label, len(groups), "prompts") as bar:
-        for cut in cut_to_budget([group.size for group in groups], micro_tokens):
+        for cut, counts in world.share(list(cut_to_budget([group.size for group in groups], micro_tokens))):
             rows = branches([(group.prompt, group.answers) for group in groups[cut]], model.device)
-            parts.append(document_log_probs(model, rows).cpu())
-            bar.advance(cut.stop - cut.start)
-    return torch.cat(parts).clone()
+            values = document_log_probs(model, rows).cpu()
+            found[ends[cut.start] : ends[cut.stop]] += values * counts
+            bar.advance((cut.stop - cut.start) * counts)
+    return found if world.alone else torch.tensor(world.total(found.tolist()), dtype=torch.float32)
 
 
 def dpo(
@@ -104,7 +107,7 @@ def dpo(
     The reference's log-probabilities are computed once, before the first step, and kept beside the training states.
     """
     generators = Generators(seed)
-    model = load_model(start, device=best_device())
+    model = load_for_training(start)
     groups = compared(
         pair(tokenizer, record, f"{preferences}, record {n}")
         for n, record in enumerate(read_jsonl(preferences), 1)
@@ -114,7 +117,6 @@ def dpo(
     kept = fitting(groups, [group.longest for group in groups], limit, str(preferences))
     if config.first_difference:
         kept = [group.to_first_difference() for group in kept]
-    reference = _cached_reference(model, kept, config, scratch, label).split([len(g.answers) for g in kept])
     order = Epochs(len(kept), config.epochs, config.batch, generators)
 
     def batch(step: int) -> list[Pairs]:
@@ -136,6 +138,8 @@ def dpo(
         output=output,
         generators=generators,
     )
+    trainer.shard()
+    reference = _cached_reference(model, kept, config, scratch, label).split([len(group.answers) for group in kept])
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     used = {"pairs": sum(len(group.pairs) for group in kept), "prompts": len(kept)}

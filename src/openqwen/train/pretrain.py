@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from openqwen.model import ModelConfig, Qwen2, initialize, load_model
+from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
@@ -16,7 +16,7 @@ from openqwen.train.balance import Balanced, balanced, load_record, measure_load
 from openqwen.train.data_stages import StagedConfig, StagedTrainer, Stretch, enter
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.parallel import join
+from openqwen.train.parallel import join, load_for_training
 from openqwen.train.pieces import DataConfig, Pieces, Supply, TokenSource
 from openqwen.train.rows import Rows
 
@@ -80,7 +80,7 @@ def pretrain(
 ) -> dict[str, float]:
     """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to `output`."""
     generators = Generators(seed)
-    model = _network(config, vocabulary, start, generators).to(best_device())
+    model = _network(config, vocabulary, start, generators)
     if join().main:
         check_ids(sources, min(vocabulary, model.config.vocab_size))
     stretches = stretches_of(config, sources, generators, tokenizer)
@@ -209,8 +209,8 @@ def _network(
     config: PretrainConfig | ExtendConfig, vocabulary: int, start: Path | None, generators: Generators
 ) -> Qwen2:
     if start is not None:
-        return load_model(start)
+        return load_for_training(start)
     assert isinstance(config, PretrainConfig)
     model = Qwen2(network_config(config, vocabulary))
     initialize(model, generators.torch("weights"))
-    return model
+    return model.to(best_device())

@@ -19,6 +19,7 @@ from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.packing import pack
+from openqwen.train.parallel import load_for_training
 from openqwen.train.rows import Rows, Sample
 from openqwen.train.trainer import SaveConfig, Trainer
 from openqwen.train.validation import ValidationConfig
@@ -68,7 +69,8 @@ def sft(
 ) -> dict[str, float]:
     """Fine-tune the model at `start` on a JSONL file of demonstrations; save to `output`."""
     generators = Generators(seed)
-    model = load_model(start, device=best_device())
+    # Adapters are drawn for a network that is there.
+    model = load_model(start, device=best_device()) if config.lora.rank else load_for_training(start)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise OpenQwenError(
             f"The tokenizer has {tokenizer.vocab_size} ids, the network only {model.config.vocab_size} rows for them.",

@@ -80,15 +80,22 @@ class Trainer(Generic[Micro]):
 
     def __post_init__(self) -> None:
         self.whole: Callable[[], Qwen2 | Scorer] = lambda: self.model  # after `run`: all of it, to be saved
+        self._sharded = False
+
+    def shard(self) -> None:
+        """Divide the network over the ranks, once; `run` does so too, if nobody has."""
+        if not self._sharded:
+            recompute(self.model, self.optimizer.recompute)
+            if self.optimizer.compile:
+                compile_layers(self.model)
+            self.world = self.world.arranged(self.optimizer.parallel, self.model)
+            self.whole = self.world.shard(self.model)
+            self._sharded = True
 
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        recompute(self.model, self.optimizer.recompute)
-        if self.optimizer.compile:
-            compile_layers(self.model)
-        self.world = self.world.arranged(self.optimizer.parallel, self.model)
-        self.whole = self.world.shard(self.model)
+        self.shard()
         movers = optimizers(self.model, self.optimizer)
         first = load_state(self.scratch, self.model, movers, self.generators, self.world)
         metrics = _read_metrics(self.scratch / METRICS, before=first)

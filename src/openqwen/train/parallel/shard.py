@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -92,13 +92,15 @@ def _read_own(model: nn.Module, stored: Mapping[str, Stored], device: torch.devi
 def dealt(function: Rows, mesh: DeviceMesh | None) -> Rows:
     """A function of rows, where the ranks of a mesh hold the same: each works on its share, all get the whole result.
 
-    In the backward pass the rows get their whole gradient, and parameters inside the part of it from this rank's rows.
+    It gives a row for each of its rows, or one number that is a sum over them. In the backward pass the rows get their
+    whole gradient, and parameters inside the part of it from this rank's rows.
     """
     if mesh is None or mesh.size() == 1:
         return function
 
     def shared(*rows: Tensor) -> Tensor:
-        return whole(function(*(part(x, mesh) for x in rows)), mesh, len(rows[0]))
+        found = function(*(part(x, mesh) for x in rows))
+        return whole(found, mesh, len(rows[0])) if found.dim() else _sharded(found, mesh, Partial(), ()).full_tensor()
 
     return shared  # type: ignore[return-value]
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -21,7 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from openqwen.model import Qwen2, Scorer
+from openqwen.model import Qwen2, Scorer, load_model
+from openqwen.support.device import best_device
 from openqwen.train.parallel.degrees import ParallelConfig, check
 from openqwen.train.parallel.mesh import Mesh
 from openqwen.train.parallel.shard import dealt, shard
@@ -65,7 +67,7 @@ class World:
     def arranged(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
         """These processes on a mesh of the given degrees. OpenQwenError where they do not fit."""
         check(parallel, model.config, self.size)
-        return self if self.alone else replace(self, mesh=Mesh.of(parallel, self.size, device().type))
+        return self if self.alone else replace(self, mesh=Mesh.of(parallel, self.size, best_device().type))
 
     def shard(self, model: Network) -> Callable[[], Network]:
         """Shard the network over the ranks, in place; nothing where this process is alone.
@@ -102,7 +104,7 @@ class World:
         """Each value summed over the micro-batches of all ranks; those that share one hold the same value."""
         if self.alone:
             return list(values)
-        summed = torch.tensor(list(values), dtype=torch.float64, device=device())
+        summed = torch.tensor(list(values), dtype=torch.float64, device=best_device())
         dist.all_reduce(summed)
         return (summed / self.copies).tolist()
 
@@ -127,7 +129,7 @@ class World:
         """Rank 0's wish, on every rank."""
         if self.alone:
             return wish
-        said = torch.tensor([wish], dtype=torch.int32, device=device())
+        said = torch.tensor([wish], dtype=torch.int32, device=best_device())
         dist.broadcast(said, src=0)
         return bool(said.item())
 
@@ -140,14 +142,14 @@ class World:
 _WORLDS: WeakKeyDictionary[nn.Module, World] = WeakKeyDictionary()
 
 
+def load_for_training(source: str | Path) -> Qwen2:
+    """A language model where it will be trained; one that is to be sharded is not read before, but each rank's part."""
+    return load_model(source, device=best_device() if join().alone else "meta")
+
+
 def world_of(model: nn.Module) -> World:
     """Over which ranks a network is sharded: this process alone where it is not."""
     return _WORLDS.get(model, World())
-
-
-def device() -> torch.device:
-    """Where this process computes."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
