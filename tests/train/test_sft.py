@@ -72,6 +72,22 @@ def test_the_adapter_on_the_start_is_the_merged_network(start, tmp_path, dora):
     assert (hidden[0] - hidden[2]).abs().max() > 1e-2
 
 
+def test_faults_of_the_data_are_named_or_counted(start, tmp_path):
+    def file(*turns):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        talks = [[{"role": r, "content": c} for r, c in talk] for talk in turns]
+        path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+        return path
+
+    good = [("user", "Say 1."), ("assistant", "one")]
+    with pytest.raises(OpenQwenError, match=r"needs a role(.|\n)*record 2, message"):
+        run(start, file(good, [("user", "Say 1."), ("robot", "one")]), tmp_path)
+    with pytest.raises(OpenQwenError, match=r"No assistant turn(.|\n)*record 1"):
+        run(start, file([("user", "Say 1.")]), tmp_path)
+    metrics = run(start, file(good, [("user", "Say 1."), ("assistant", " ")]), tmp_path)
+    assert metrics["empty_answers"] == 1
+
+
 def losses(folder):
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     return {m["step"]: m["validation_loss"] for m in map(json.loads, lines) if "validation_loss" in m}

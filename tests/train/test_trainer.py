@@ -179,6 +179,15 @@ def test_a_state_of_several_files_resumes_to_the_bit(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
 
 
+def test_a_step_without_a_target_and_a_rate_that_explodes_are_named(tmp_path):
+    one = trainer(tmp_path / "nothing")
+    one.batch = lambda step: [Rows.of([(list(range(9)), [int(step < 3)] * 9)])]
+    with pytest.raises(OpenQwenError, match="Step 3 of test has no target"):
+        one.run()
+    with pytest.raises(OpenQwenError, match=r"step \d+ of test(.|\n)*lower the learning rate"):
+        trainer(tmp_path / "rate", rate=1e30).run()
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -24,13 +24,21 @@ def _ending(ids: Sequence[int], mask: Sequence[int]) -> int:
 def conversation(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> Sample:
     """A demonstration: every assistant turn is learned."""
     try:
-        ids, mask = tokenizer.encode_chat(record["messages"])
+        ids, mask = tokenizer.encode_chat(record["messages"], tools=record.get("tools"))
     except KeyError as error:
         raise OpenQwenError(f"This demonstration lacks {error}.", where=where) from None
+    except OpenQwenError as error:
+        raise OpenQwenError(error.what, where=f"{where}, {error.where}", do=error.do) from None
     end = _ending(ids, mask)
     if end == 0:
         raise OpenQwenError("No assistant turn to learn from.", where=where, do="give messages with an assistant turn")
     return ids[:end], mask[:end]
+
+
+def says_nothing(record: dict[str, Any]) -> bool:
+    """Whether an assistant's turn is blank and calls no tool: it teaches to stop at once."""
+    said = (m for m in record["messages"] if m["role"] == "assistant" and not m.get("tool_calls"))
+    return any(not str(m.get("content") or "").strip() for m in said)
 
 
 def answer(tokenizer: Tokenizer, prompt: Messages, reply: Messages, where: str) -> Sample:

@@ -14,7 +14,7 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.conversations import TooLong, conversation, fit, fitting
+from openqwen.train.conversations import TooLong, conversation, fit, fitting, says_nothing
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
@@ -114,7 +114,8 @@ def sft(
         trainer.whole = _merged(trainer, config, output, start)
     trainer.save_checkpoint(tokenizer, chat=True)
     counts = {"examples": len(data.samples), "held_out": len(held_out.samples) if held_out else 0}
-    return metrics | counts | {"too_long": data.too_long, "truncated": data.truncated}
+    counts |= {"too_long": data.too_long, "truncated": data.truncated, "empty_answers": data.empty}
+    return metrics | counts
 
 
 @dataclass
@@ -125,17 +126,21 @@ class Demonstrations:
     numbers: list[int]
     too_long: int
     truncated: int
+    empty: int
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong) -> "Demonstrations":
         """Those of a JSONL file that have at most `limit` tokens; the others are treated as `too_long` says."""
-        whole = [conversation(tokenizer, record, f"{path}, record {n}") for n, record in enumerate(read_jsonl(path), 1)]
+        whole, empty = list[Sample](), 0
+        for n, record in enumerate(read_jsonl(path), 1):
+            whole.append(conversation(tokenizer, record, f"{path}, record {n}"))
+            empty += says_nothing(record)
         fitted = [(n, fit(sample, limit, too_long, f"{path}, record {n}")) for n, sample in enumerate(whole, 1)]
         kept = [(n, sample) for n, sample in fitted if sample is not None]
         if not kept:
             fitting(whole, [len(ids) for ids, _ in whole], limit, str(path))
         cut = sum(len(sample[0]) < len(whole[n - 1][0]) for n, sample in kept)
-        return cls([sample for _, sample in kept], [n for n, _ in kept], len(whole) - len(kept), cut)
+        return cls([sample for _, sample in kept], [n for n, _ in kept], len(whole) - len(kept), cut, empty)
 
     def part(self, share: float, generator: np.random.Generator) -> tuple["Demonstrations", "Demonstrations"]:
         """Two parts, in the file's order: the rest, and a random share of at least one; neither is empty."""
