@@ -88,7 +88,7 @@ class Engine:
     ) -> Request:
         """Queue a prompt: text, token ids, or messages for the chat template. OpenQwenError says what is wrong with it.
 
-        seed: in place of `sampling.seed`. adapter: a name that was added to `adapters`. priority: the larger goes first.
+        seed: in place of `sampling.seed`. adapter: a name added to `adapters`. priority: the larger goes first.
         """
         number = next(self._numbers)
         return self._submit(number, self._ids(prompt), sampling, seed, adapter, priority, number)
