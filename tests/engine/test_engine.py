@@ -96,7 +96,7 @@ def test_a_small_cache_changes_no_answer_and_all_pages_come_back(model, monkeypa
     original = Engine._pages
     monkeypatch.setattr(Engine, "_pages", lambda self, r: kept.append(original(self, r)) or kept[-1])
     assert [o.token_ids for o in engine.generate(asked, Sampling(max_tokens=12))] == [o.token_ids for o in expected]
-    assert sorted(kept[0].free) == list(range(kept[0].cache.shape[2]))
+    assert sorted(kept[0].free) == list(range(kept[0].cache.pages))
 
 
 def test_answers_end_at_the_context_limit_and_at_stop_ids(model):
