@@ -5,8 +5,10 @@ L the padded length that their pages hold.
 """
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,10 +54,10 @@ class Cache:
         rounded = format == "int8"
         stored = torch.int8 if rounded else dtype
         # Zeros, not empty memory: masked keys are multiplied by a weight of 0, and 0 × NaN would be NaN.
-        self.keys = torch.zeros(*heads, config.head_dim, page_size, dtype=stored, device=device)
-        self.values = torch.zeros(*heads, page_size, config.head_dim, dtype=stored, device=device)
-        self.key_scales = torch.zeros(*heads, page_size, device=device) if rounded else None
-        self.value_scales = torch.zeros(*heads, page_size, device=device) if rounded else None
+        self.keys = _zeros((*heads, config.head_dim, page_size), stored, device)
+        self.values = _zeros((*heads, page_size, config.head_dim), stored, device)
+        self.key_scales = _zeros((*heads, page_size), torch.float32, device) if rounded else None
+        self.value_scales = _zeros((*heads, page_size), torch.float32, device) if rounded else None
         self.key_bias_NKd = None
         if rounded and key_bias_NKd is not None:
             self.key_bias_NKd = key_bias_NKd.detach().to(device, torch.float32, copy=True).contiguous()
@@ -177,6 +179,17 @@ def _key_biases(model: "Qwen2") -> Iterator[Tensor]:
                 yield known[name].detach()
         if (merged := known.get(f"{layer}.qkv_proj.bias")) is not None:
             yield merged.detach()[model.config.hidden_size :][:keys]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """On a CPU memory that the system hands out when it is first touched: a cache that is hardly used takes hardly any,
+    where torch.zeros would write a gigabyte at the start. Aligned as torch's own."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = prod(shape) * dtype.itemsize
+    raw = torch.from_numpy(np.zeros(size + 64, np.uint8))
+    start = -raw.data_ptr() % 64
+    return raw[start : start + size].view(dtype).view(shape)
 
 
 def _rounded(x_TKd: Tensor) -> tuple[Tensor, Tensor]:
