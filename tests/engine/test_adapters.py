@@ -98,8 +98,8 @@ def test_adapters_come_and_go_while_requests_run(network, tmp_path):
 
 def test_an_adapter_that_does_not_fit_is_named(network, tmp_path):
     engine = Engine(network, WORDS)
+    engine.adapters.add("right", adapter(network, tmp_path / "a", 1))
     with pytest.raises(OpenQwenError, match="Did you mean 'right'"):
-        engine.adapters.add("right", adapter(network, tmp_path / "a", 1))
         engine.submit([1], adapter="rigth")
     wide = copy.deepcopy(network)
     wide.model.layers[1].self_attn.q_proj = torch.nn.Linear(32, 64)
@@ -107,7 +107,7 @@ def test_an_adapter_that_does_not_fit_is_named(network, tmp_path):
         engine.adapters.add("wide", adapter(wide, tmp_path / "wide", 1, targets=["q_proj"]))
     other = copy.deepcopy(network)
     other.model.extra = torch.nn.Linear(32, 32)
-    with pytest.raises(OpenQwenError, match="no linear layer 'model.extra'"):
+    with pytest.raises(OpenQwenError, match=r"no linear layer 'model\.extra'"):
         engine.adapters.add("extra", adapter(other, tmp_path / "extra", 1, targets=["extra"]))
     with pytest.raises(OpenQwenError, match="DoRA"):
         engine.adapters.add("dora", adapter(network, tmp_path / "dora", 1, dora=True))

@@ -1,5 +1,7 @@
 """Text as it grows: any cut of it into tokens, and any stop texts."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tokenizer
@@ -30,7 +32,7 @@ alphabet = st.text(st.sampled_from("abc é漢🙂\n"), max_size=30)
 def test_any_cut_gives_the_same_text_and_stops_at_the_same_place(text, cuts, stops):
     data = text.encode()
     at = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
-    pieces = [data[a:b] for a, b in zip(at, at[1:])]
+    pieces = [data[a:b] for a, b in pairwise(at)]
     stream, given_ = TextStream(Cut(pieces), stops), ""
     for number in range(len(pieces)):
         given_ += stream.push(number)

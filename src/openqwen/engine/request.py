@@ -44,7 +44,7 @@ class Sampling:
     and once an occurrence. logit_bias: (id, what is added to its score). seed: of the draws. stop: texts that end the
     answer and are left out of it. stop_ids: token ids that end it, besides the tokenizer's own unless ignore_eos.
     top_logprobs: how many of the likeliest tokens to tell at each position. structure: what the answer must look like.
-    long_context: how the sequence is read; None: as the model's configuration says.
+    long_context: how the sequence is read; None: as the engine's settings and the model's configuration say.
     """
 
     max_tokens: int = 64
@@ -114,6 +114,7 @@ class Request:
     matcher: "Matcher | None" = None
     lookup: "Lookup | None" = None
     adapter: "Adapter | None" = None
+    long_context: LongContext | None = None
     priority: int = 0
     profile: tuple[object, ...] = ()  # how it is read: requests of different profiles share no pages
 
