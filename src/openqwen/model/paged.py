@@ -44,6 +44,7 @@ class Paged:
         self.cache, self._tables_BP = cache, tables_BP
         self._totals, self._new = list(totals), list(new)
         self._contexts = for_each(long_context, len(self._new))
+        self._kernel = _kernel() if has_kernel(cache) else None
         self._all = tuple(range(len(self._new)))
         self._grids: dict[tuple[int, ...], _Grid] = {}
         self._call: tuple[Rotation, _Call] | None = None
@@ -54,18 +55,18 @@ class Paged:
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
         """See `Attention.attend`; the new keys and values enter the cache on the way."""
-        kernel = _kernel(self.cache, rotation) if q_THd.dtype == torch.float32 and not q_THd.requires_grad else None
-        if kernel is None:
+        suits = q_THd.dtype == torch.float32 and not q_THd.requires_grad
+        if not self._kernel or not suits or any(n % STEP for n in rotation.chunk_lens):
             return self._plain(q_THd, k_TKd, v_TKd, rotation, layer)
-        kernels.follow_torch()
         if self._call is None or self._call[0] is not rotation:
+            kernels.follow_torch()
             yarns = [self._context(i).yarn for i in self._all]
             sizes = (torch.tensor(self._totals), torch.tensor(self._new))
             self._call = rotation, _Call(self.cache, self._tables_BP, sizes, rotation, yarns)
         inputs = [x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THd, k_TKd, v_TKd)]
         out_THd = torch.empty(q_THd.shape)
         places = (n for x in inputs for n in (x.data_ptr(), x.stride(0)))
-        kernel(self._call[1].address, layer, *places, out_THd.data_ptr())
+        self._kernel(self._call[1].address, layer, *places, out_THd.data_ptr())
         return out_THd
 
     def _context(self, sequence: int) -> LongContext:
@@ -151,35 +152,18 @@ class _Grid(NamedTuple):
 
 def has_kernel(cache: Cache) -> bool:
     """Whether the compiled attention reads this cache."""
-    suits = cache.device.type == "cpu" and cache.dtype == torch.float32
-    return suits and cache.page_size % STEP == 0 and cache.config.head_dim % STEP == 0 and _function() is not None
+    whole = cache.page_size % STEP == 0 and cache.config.head_dim % STEP == 0
+    return whole and cache.device.type == "cpu" and cache.dtype == torch.float32 and _kernel() is not None
 
 
-def _kernel(cache: Cache, rotation: Rotation) -> Callable[..., None] | None:
-    whole = all(n % STEP == 0 for n in rotation.chunk_lens)
-    return _function() if whole and has_kernel(cache) else None
-
-
-def _function() -> Callable[..., None] | None:
+def _kernel() -> Callable[..., None] | None:
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     return kernels.function("openqwen_paged_attention", pointer, size, *(pointer, size) * 3, pointer)
 
 
-class _Fields(ctypes.Structure):
-    """`PagedCall` of attention.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "width", "slots", "pages", "sequences", "rows")),
-        ("table_width", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("tables", "totals", "counts", "chunk_lens")),
-        ("turns", ctypes.c_void_p * 8),  # cos and sin of keys, then of queries: own chunk, the one before, all earlier
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
-        *((name, ctypes.c_void_p) for name in ("key_bias", "bias_bases", "bias_steps")),
-    ]
-
-
 class _Call:
-    """What a forward call tells the compiled attention once for all layers; keeps alive what it points to."""
+    """What a forward call tells the compiled attention once for all layers: `PagedCall` of attention.cpp, in numbers and
+    addresses of 8 bytes; keeps alive what they point to."""
 
     def __init__(
         self,
@@ -190,30 +174,21 @@ class _Call:
         yarns: Sequence[Yarn | None],
     ):
         config, new_B = cache.config, totals_and_new[1]
-        chunk_lens_B = torch.tensor(rotation.chunk_lens) if rotation.chunk_lens else None
-        turns = [*rotation.key, *rotation.query, *(rotation.successive or ()), *(rotation.inter or ())]
-        turns = [x.contiguous() for x in turns]
         tables_BP = tables_BP.to("cpu", torch.int64).contiguous()
+        chunk_lens_B = torch.tensor(rotation.chunk_lens) if rotation.chunk_lens else None
+        turns = [
+            *rotation.key,
+            *rotation.query,
+            *(rotation.successive or (None,) * 2),
+            *(rotation.inter or (None,) * 2),
+        ]
         biased = cache.key_bias_NKd is not None
-        bias_turns = [cache.bias_turns(yarn, int(totals_and_new[0].max())) for yarn in yarns] if biased else []
-        addresses = [torch.tensor([x.data_ptr() for x in column]) for column in zip(*bias_turns)]
-        self._kept = (chunk_lens_B, turns, tables_BP, totals_and_new, bias_turns, addresses)
-        self._fields = _Fields(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            cache.page_size,
-            cache.pages,
-            len(new_B),
-            int(new_B.sum()),
-            tables_BP.shape[1],
-            *map(_address, (tables_BP, *totals_and_new, chunk_lens_B)),
-            (ctypes.c_void_p * 8)(*map(_address, turns)),
-            *map(_address, (cache.keys, cache.values, cache.key_scales, cache.value_scales)),
-            *map(_address, (cache.key_bias_NKd, *(addresses or (None, None)))),
-        )
-        self.address = ctypes.addressof(self._fields)
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+        bias = [cache.bias_turns(yarn, int(totals_and_new[0].max())) for yarn in yarns] if biased else []
+        bias_turns = [torch.tensor([x.data_ptr() for x in column]) for column in zip(*bias)] or [None, None]
+        stored = [cache.keys, cache.values, cache.key_scales, cache.value_scales, cache.key_bias_NKd]
+        tensors = [tables_BP, *totals_and_new, chunk_lens_B, *turns, *stored, *bias_turns]
+        shape = [config.num_attention_heads, config.num_key_value_heads, config.head_dim, cache.page_size, cache.pages]
+        sizes = [*shape, len(new_B), int(new_B.sum()), tables_BP.shape[1]]
+        self._fields = torch.tensor(sizes + [0 if x is None else x.data_ptr() for x in tensors])
+        self._kept = (tensors, bias)
+        self.address = self._fields.data_ptr()
