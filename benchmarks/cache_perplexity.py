@@ -80,7 +80,7 @@ def formats(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
 def growth(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
     """Mean loss of the second halves, three ways, and the processor time that growing took."""
     found: dict[str, list[Tensor]] = {"turned anew": [], "read again": [], "native": []}
-    seconds = {name: 0.0 for name in found}
+    seconds = dict.fromkeys(found, 0.0)
     for tokens in windows:
         half = len(tokens) // 2 // PAGE * PAGE
         way = LongContext(Yarn(2.0, half))
@@ -94,13 +94,13 @@ def growth(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
                 read(model, cache, tokens[:half], chunk, way)
             seconds[name] += time.process_time() - start
             parts.append(read(model, cache, tokens, chunk, LongContext() if name == "native" else way, half))
-    for name, parts in found.items():
-        losses = torch.cat(parts)
-        print(
-            f"  {name:12} mean loss {losses.mean():8.4f}, first 64 {torch.stack([p[:64] for p in parts]).mean():8.4f}",
-            end="",
-        )
-        print(f"  growing took {seconds[name]:8.3f} s of processor time")
+        for name, parts in found.items():
+            first = torch.stack([part[:64] for part in parts]).mean()
+            print(
+                f"  {name:12} mean loss {torch.cat(parts).mean():8.4f}, of the first 64 tokens {first:8.4f}, "
+                f"growing took {seconds[name]:8.3f} s of processor time",
+                flush=True,
+            )
 
 
 @torch.inference_mode()
@@ -120,9 +120,8 @@ def main() -> None:
     ]
     pieces = [torch.tensor(tokenizer.encode(t)).split(options.window) for t in texts]
     windows = [w for piece in pieces for w in piece if len(w) > options.window // 4]
-    print(
-        f"{sum(map(len, windows)):,} tokens in {len(windows)} windows, compiled: {paged.has_kernel(Cache.of(model, 1, PAGE))}"
-    )
+    print(f"{sum(map(len, windows)):,} tokens in {len(windows)} windows", flush=True)
+    print(f"compiled attention: {paged.has_kernel(Cache.of(model, 1, PAGE))}", flush=True)
     (growth if options.growth else formats)(model, windows, options.chunk)
 
 
