@@ -190,3 +190,12 @@ def test_a_broken_number_shows_and_stays_in_its_sequence():
             other, hurt = sequences.result()
             assert torch.equal(other, whole[0])
             assert not hurt[seen].isfinite().all(-1).any()
+
+
+def test_nothing_is_read_or_written_outside_the_pages():
+    sequences = Sequences(config_of(), [40], [PLAIN])
+    good = sequences.tables
+    for tables in (good[:, :2], torch.full_like(good, sequences.cache.pages), good - 10):
+        sequences.tables = tables
+        with pytest.raises(ValueError, match=r"pages do not hold \[40\] tokens"):
+            sequences.call([40])

@@ -7,7 +7,6 @@ of a sequence, S slots of a page, L = P · S, m tokens of a sequence.
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class Paged:
         self._contexts = for_each(long_context, len(self.new))
         self._kernel = _kernel() if has_kernel(cache) else None
         self._all = tuple(range(len(self.new)))
-        self._grids: dict[tuple[int, ...], _Grid] = {}
+        self._grids: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
         self._call: tuple[Rotation, _Call] | None = None
 
     def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
@@ -60,7 +59,7 @@ class Paged:
             return self._plain(q_THd, k_TKd, v_TKd, rotation, layer)
         if self._call is None or self._call[0] is not rotation:
             kernels.follow_torch()
-            self._call = rotation, _Call(self, rotation)
+            self._call = rotation, _Call(self, rotation, len(q_THd))
         inputs = [x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THd, k_TKd, v_TKd)]
         out_THd = torch.empty(q_THd.shape)
         places = (n for x in inputs for n in (x.data_ptr(), x.stride(0)))
@@ -75,7 +74,7 @@ class Paged:
         near_THd = rotate(q_THd, *rotation.query)
         if self.cache.key_bias_NKd is not None:
             k_TKd = k_TKd - self.cache.key_bias_NKd[layer].to(k_TKd.dtype)
-        self.cache.write(layer, self._places.written_T, rotate(k_TKd, *rotation.key), v_TKd)
+        self.cache.write(layer, self._places[3], rotate(k_TKd, *rotation.key), v_TKd)
         if not rotation.chunk_lens:
             return self._masked(near_THd, layer, self._all)
         outs = list(near_THd.split(self.new))
@@ -108,7 +107,8 @@ class Paged:
         return sdpa(q_THd[rows_BQ], k_BLKd, v_BLKd, mask_B1QL)[real_BQ]
 
     @cached_property
-    def _places(self) -> "_Places":
+    def _places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the new tokens the rows in the call, which are real, the positions; and the slots they are written to."""
         device, size = self.cache.device, self.cache.page_size
         totals_B1 = torch.tensor(self.totals, device=device)[:, None]
         new_B1 = torch.tensor(self.new, device=device)[:, None]
@@ -117,34 +117,17 @@ class Paged:
         real_BQ = steps_1Q < new_B1
         at_BQ = torch.minimum(totals_B1 - new_B1 + steps_1Q, totals_B1 - 1)
         written_T = (self.tables_BP.gather(1, at_BQ // size) * size + at_BQ % size)[real_BQ]
-        return _Places(new_B1.cumsum(0) - new_B1 + torch.minimum(steps_1Q, new_B1 - 1), real_BQ, at_BQ, written_T)
+        return new_B1.cumsum(0) - new_B1 + torch.minimum(steps_1Q, new_B1 - 1), real_BQ, at_BQ, written_T
 
-    def _grid(self, chosen: list[int]) -> "_Grid":
+    def _grid(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of the queries, which of them are real, pages, and who sees whom."""
         tables_BP = self.tables_BP[chosen, : max(self._pages(i) for i in chosen)]
         rows_BQ, real_BQ, at_BQ = (x[chosen, : max(self.new[i] for i in chosen)] for x in self._places[:3])
         keys_L = torch.arange(tables_BP.shape[1] * self.cache.page_size, device=self.cache.device)
-        return _Grid(rows_BQ, real_BQ, tables_BP, (keys_L <= at_BQ[:, :, None])[:, None])
+        return rows_BQ, real_BQ, tables_BP, (keys_L <= at_BQ[:, :, None])[:, None]
 
     def _pages(self, sequence: int) -> int:
         return -(-self.totals[sequence] // self.cache.page_size)
-
-
-class _Places(NamedTuple):
-    """Of the new tokens: their rows in the call, which are real, their positions; and the slots they are written to."""
-
-    rows_BQ: Tensor
-    real_BQ: Tensor
-    at_BQ: Tensor
-    written_T: Tensor
-
-
-class _Grid(NamedTuple):
-    """Rows of the queries, which of them are real, pages, and who sees whom."""
-
-    rows_BQ: Tensor
-    real_BQ: Tensor
-    tables_BP: Tensor
-    mask_B1QL: Tensor
 
 
 def has_kernel(cache: Cache) -> bool:
@@ -164,9 +147,12 @@ class _Call:
     It is `PagedCall` of attention.cpp: numbers and addresses of 8 bytes, an address 0 where something is not there.
     """
 
-    def __init__(self, paged: Paged, rotation: Rotation):
+    def __init__(self, paged: Paged, rotation: Rotation, rows: int):
         cache, config, yarns = paged.cache, paged.cache.config, [paged.context(i).yarn for i in range(len(paged.new))]
         tables_BP = paged.tables_BP.to("cpu", torch.int64).contiguous()
+        outside = int(tables_BP.min()) < 0 or int(tables_BP.max()) >= cache.pages
+        if outside or rows != sum(paged.new) or max(paged.totals) > tables_BP.shape[1] * cache.page_size:
+            raise ValueError(f"pages do not hold {paged.totals} tokens, or there are not {sum(paged.new)} new ones")
         sizes = [torch.tensor(paged.totals), torch.tensor(paged.new)]
         chunk_lens_B = torch.tensor(rotation.chunk_lens) if rotation.chunk_lens else None
         nothing = (None, None)
@@ -176,7 +162,7 @@ class _Call:
         stored = [cache.keys, cache.values, cache.key_scales, cache.value_scales, cache.key_bias_NKd]
         tensors = [tables_BP, *sizes, chunk_lens_B, *turns, *stored, *(bias_turns or nothing)]
         shape = [config.num_attention_heads, config.num_key_value_heads, config.head_dim, cache.page_size, cache.pages]
-        numbers = [*shape, len(paged.new), sum(paged.new), tables_BP.shape[1]]
+        numbers = [*shape, len(paged.new), rows, tables_BP.shape[1]]
         self._fields = torch.tensor(numbers + [0 if x is None else x.data_ptr() for x in tensors])
         self._kept = (tensors, bias)
         self.address = self._fields.data_ptr()
