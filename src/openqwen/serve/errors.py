@@ -1,0 +1,87 @@
+"""Errors in OpenAI's shape."""
+
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from openqwen.support.errors import OpenQwenError
+
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer. param: the field at fault. code: for programs."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+
+    def body(self) -> dict[str, Any]:
+        """The JSON that says so."""
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The whole answer."""
+        headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
+
+
+def refused(error: OpenQwenError) -> ApiError:
+    """What the engine or the tokenizer would not take is the client's fault."""
+    return ApiError(400, error.what + (f" To mend it: {error.do}." if error.do else ""), param=_param(error))
+
+
+def _param(error: OpenQwenError) -> str | None:
+    where = str(error.where) if error.where is not None else None
+    return where if where and where.partition("[")[0] in ("messages", "prompt", "tools") else None
+
+
+def install(app: FastAPI) -> None:
+    """Every way in which a request can fail answers in the one shape."""
+
+    @app.exception_handler(ApiError)
+    async def _(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(OpenQwenError)
+    async def _(request: Request, error: OpenQwenError) -> Response:
+        return refused(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        # The union of a field's types lends its names to the path; only the client's own keys are of use to it.
+        path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
+        param = ".".join(path) or None
+        return ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param=param).response()
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, error: HTTPException) -> Response:
+        response = ApiError(error.status_code, str(error.detail)).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, error: Exception) -> Response:
+        return ApiError(500, "The server has a fault; its log tells which.").response()

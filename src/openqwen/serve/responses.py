@@ -1,0 +1,253 @@
+"""/v1/responses: OpenAI's newer form of a chat, turned into the older one on the way in and back on the way out."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import Field, model_validator
+
+from openqwen.serve.answers import Writing, identity
+from openqwen.serve.api import Api
+from openqwen.serve.errors import ApiError
+from openqwen.serve.protocol import Body, ChatRequest, Function, Json, Message, TextPart, ToolFunction
+from openqwen.serve.tools import Arguments, Call, Piece, Text
+
+
+class MessageItem(Body):
+    """A turn of the conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+
+class CallItem(Function):
+    """A call that the model made."""
+
+    type: Literal["function_call"]
+    call_id: str
+
+
+class ResultItem(Body):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+
+
+class FlatTool(ToolFunction):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+
+
+class FlatChoice(Body):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class Format(Body):
+    """What the text must be."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    schema_: Json | None = Field(None, alias="schema")
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "Format":
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("schema is missing")
+        return self
+
+
+class TextConfig(Body):
+    """How the text is formed."""
+
+    format: Format | None = None
+
+
+class ResponsesRequest(Body):
+    """/v1/responses. Nothing is stored: the conversation comes whole with each request."""
+
+    model: str | None = None
+    input: str | Annotated[list[MessageItem | CallItem | ResultItem], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    tools: list[FlatTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    stream: bool | None = None
+    previous_response_id: None = Field(None, description="not kept here")
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+
+    def messages(self) -> list[Json]:
+        """The conversation in the older form."""
+        out: list[Json] = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        for item in items:
+            if isinstance(item, MessageItem):
+                out.append({"role": item.role, "content": item.model_dump()["content"]})
+            elif isinstance(item, ResultItem):
+                out.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
+            else:
+                if not out or out[-1]["role"] != "assistant":
+                    out.append({"role": "assistant", "content": None})
+                function = {"name": item.name, "arguments": item.arguments}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                out[-1].setdefault("tool_calls", []).append(call)
+        return out
+
+    def chat(self) -> ChatRequest:
+        """The whole request in the older form."""
+        choice: Any = self.tool_choice
+        if isinstance(choice, FlatChoice):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        values: Json = {"messages": [Message.model_validate(m) for m in self.messages()], "tool_choice": choice}
+        values["tools"] = self.tools and [
+            {"type": "function", "function": tool.model_dump(exclude_unset=True, exclude={"type"})} for tool in self.tools
+        ]
+        form = self.text.format if self.text else None
+        if form and form.type != "text":
+            schema = {"json_schema": {"schema": form.schema_}} if form.schema_ is not None else {}
+            values["response_format"] = {"type": form.type, **schema}
+        for name in ("model", "temperature", "top_p", "parallel_tool_calls", "stream"):
+            values[name] = getattr(self, name)
+        return ChatRequest.model_validate(values | {"max_completion_tokens": self.max_output_tokens})
+
+
+class Responding:
+    """One response as it is made."""
+
+    def __init__(self, request: ResponsesRequest, writing: Writing, model: str):
+        self.request, self.answers, self._writing = request, writing.answers, writing
+        self._number = 0
+        self._open: Json | None = None  # the item that is being made
+        echoed = request.model_dump(exclude_unset=True, exclude={"input", "stream", "user", "previous_response_id"})
+        self._response: Json = {
+            "id": "resp_" + identity("")[1:],
+            "object": "response",
+            "created_at": int(time.time()),
+            "error": None,
+            "incomplete_details": None,
+            "instructions": None,
+            "metadata": None,
+            "parallel_tool_calls": True,
+            "temperature": None,
+            "tool_choice": "auto",
+            "tools": [],
+            "top_p": None,
+            "store": False,
+            **{key: value for key, value in echoed.items() if value is not None},
+            "model": model,
+            "status": "in_progress",
+            "output": [],
+            "usage": None,
+        }
+
+    @classmethod
+    async def begin(cls, request: ResponsesRequest, api: Api) -> "Responding":
+        """Have the answer made."""
+        return cls(request, await api.chat(request.chat()), api.named(request.model))
+
+    async def whole(self) -> Json:
+        """The response when it is finished."""
+        async for _ in self._events():
+            pass
+        return self._response
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Server-sent events."""
+        try:
+            async for event in self._events():
+                yield b"event: %s\ndata: %s\n\n" % (event["type"].encode(), orjson.dumps(event))
+        except ApiError as error:
+            event = self._event("error", **error.body()["error"])
+            yield b"event: error\ndata: %s\n\n" % orjson.dumps(event)
+
+    async def _events(self) -> AsyncIterator[Json]:
+        yield self._event("response.created", response=dict(self._response))
+        yield self._event("response.in_progress", response=dict(self._response))
+        choice = self._writing.choices[0]
+        async for _, made in self.answers:
+            for piece in choice.take(made):
+                for event in self._piece(piece):
+                    yield event
+        if not self._response["output"]:  # an answer without a character is a message all the same
+            for event in self._piece(Text("")):
+                yield event
+        cut = choice.reason == "length"
+        for event in self._close("incomplete" if cut else "completed"):
+            yield event
+        usage = self._writing.usage()
+        self._response |= {
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "usage": {
+                "input_tokens": usage["prompt_tokens"],
+                "input_tokens_details": usage["prompt_tokens_details"],
+                "output_tokens": usage["completion_tokens"],
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": usage["total_tokens"],
+            },
+        }
+        yield self._event("response.incomplete" if cut else "response.completed", response=self._response)
+
+    def _event(self, kind: str, **values: Any) -> Json:
+        self._number += 1
+        return {"type": kind, "sequence_number": self._number - 1, **values}
+
+    def _place(self) -> Json:
+        assert self._open is not None
+        place = {"item_id": self._open["id"], "output_index": len(self._response["output"]) - 1}
+        return place | ({"content_index": 0} if self._open["type"] == "message" else {})
+
+    def _piece(self, piece: Piece) -> list[Json]:
+        events: list[Json] = []
+        if isinstance(piece, Text):
+            if self._open is None or self._open["type"] != "message":
+                item = {"type": "message", "id": "msg_" + identity("")[1:], "role": "assistant", "content": []}
+                events += [*self._close("completed"), self._begin(item)]
+                part: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+                events.append(self._event("response.content_part.added", part=dict(part), **self._place()))
+                item["content"] = [part]
+            self._open["content"][0]["text"] += piece.text  # type: ignore[index]
+            if piece.text:
+                told = {"delta": piece.text, "logprobs": []}
+                events.append(self._event("response.output_text.delta", **told, **self._place()))
+        elif isinstance(piece, Call):
+            names = {"id": "fc_" + identity("")[1:], "call_id": identity("call"), "name": piece.name, "arguments": ""}
+            events += [*self._close("completed"), self._begin({"type": "function_call", **names})]
+        elif isinstance(piece, Arguments):
+            self._open["arguments"] += piece.text  # type: ignore[index]
+            events.append(self._event("response.function_call_arguments.delta", delta=piece.text, **self._place()))
+        return events
+
+    def _begin(self, item: Json) -> Json:
+        self._open = item
+        item["status"] = "in_progress"
+        self._response["output"].append(item)
+        place = {"output_index": len(self._response["output"]) - 1}
+        return self._event("response.output_item.added", item=dict(item), **place)
+
+    def _close(self, status: str) -> list[Json]:
+        if self._open is None:
+            return []
+        item, place = self._open, self._place()
+        item["status"] = status
+        if item["type"] == "message":
+            part = item["content"][0]
+            done = self._event("response.output_text.done", text=part["text"], logprobs=[], **place)
+            events = [done, self._event("response.content_part.done", part=part, **place)]
+        else:
+            told = {"arguments": item["arguments"], "name": item["name"]}
+            events = [self._event("response.function_call_arguments.done", **told, **place)]
+        self._open = None
+        return [*events, self._event("response.output_item.done", item=item, output_index=place["output_index"])]
