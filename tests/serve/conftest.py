@@ -18,7 +18,7 @@ import torch
 from openqwen.model import ModelConfig, Qwen2, Scorer, initialize, save_checkpoint
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 
-CONTEXT = 512
+CONTEXT = 1024
 
 
 @pytest.fixture(scope="session")

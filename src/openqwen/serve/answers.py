@@ -81,7 +81,8 @@ class Writing:
         most = 1 if isinstance(request, ChatRequest) and request.parallel_tool_calls is False else None
         self.choices = [Choice(ToolCalls() if tools else None, most) for _ in answers.requests]
         self._n = len(self.choices) // len(prompts)
-        self._logprobs = request.logprobs not in (None, False)  # type: ignore[attr-defined]
+        asked = request.logprobs  # type: ignore[attr-defined]
+        self._logprobs = asked is not None and asked is not False
         options = request.stream_options
         self._usage_last = bool(options and options.include_usage)
         self._usage_always = bool(self._usage_last and options and options.continuous_usage_stats)

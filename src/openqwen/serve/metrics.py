@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from openqwen.engine import Event, Stats
@@ -37,6 +37,7 @@ class Metrics:
     """What the server has done, to be read at /metrics."""
 
     def __init__(self, model: str):
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model}
 

@@ -11,6 +11,8 @@ from openqwen.serve.errors import ApiError
 
 Ids = list[Annotated[int, Field(ge=0, lt=1 << 31)]]
 Json = dict[str, Any]
+# The blanks of calls in Qwen2.5's training data, and no others: else a model may write blanks without end.
+_AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Body(BaseModel):
@@ -278,7 +280,8 @@ def forced_calls(functions: list[ToolFunction], several: bool) -> Structure:
     for number, function in enumerate(functions):
         head = json.dumps(f'\n{{"name": {json.dumps(function.name)}, "arguments": ')
         bodies.append(f'<tool_call> {head} arguments{number} "}}\\n" </tool_call>')
-        rules.append(f"arguments{number}: %json {json.dumps(function.parameters or {'type': 'object'})}")
+        parameters = {"type": "object", **(function.parameters or {}), "x-guidance": _AS_TRAINED}
+        rules.append(f"arguments{number}: %json {json.dumps(parameters)}")
     return Structure("grammar", "\n".join([*rules, "call: " + " | ".join(bodies)]))
 
 

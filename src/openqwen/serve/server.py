@@ -44,11 +44,11 @@ def serve(source: str, config: ServeConfig) -> None:
     names = config.name or [Path(source).name if Path(source).exists() else source]
     engine = _engine(source, config)
     scorer = None if config.reward is None else load_scorer(config.reward, device=engine.model.device)
+    _become(config.user, config.data)
     with tempfile.TemporaryDirectory(prefix="openqwen-") as private:
         folder = config.data or Path(private)
-        _become(config.user, folder)
-        app = asyncio.run(_run(engine, scorer, names, keys, listener, config, folder, source))
-    if app:
+        failed = asyncio.run(_run(engine, scorer, names, keys, listener, config, folder, source))
+    if failed:
         raise OpenQwenError("The engine has failed.", do="see the traceback above; report it with the model and request")
 
 
@@ -138,7 +138,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _become(user: str | None, folder: Path) -> None:
+def _become(user: str | None, folder: Path | None) -> None:
     """From root to the unprivileged user, to whom the folder of files is given."""
     if os.geteuid() != 0:
         return
@@ -149,9 +149,10 @@ def _become(user: str | None, folder: Path) -> None:
         entry = pwd.getpwnam(user)
     except KeyError:
         raise OpenQwenError(f"There is no user '{user}'.", where="--user") from None
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in [folder, *folder.iterdir()]:
-        os.chown(path, entry.pw_uid, entry.pw_gid)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in [folder, *folder.iterdir()]:
+            os.chown(path, entry.pw_uid, entry.pw_gid)
     os.setgroups([])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
