@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from openqwen.serve.answers import identity
 from openqwen.serve.api import Api
-from openqwen.serve.errors import ApiError, refused
+from openqwen.serve.errors import ApiError, told
 from openqwen.serve.protocol import BatchRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Json
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
@@ -169,10 +169,11 @@ async def _answer(api: Api, endpoint: str, line: bytes) -> Json:
         if record.get("url") != endpoint:
             raise ApiError(400, f"The url of this line is not the batch's, {endpoint}.", "url")
         body, status = await _patiently(lambda: _value(api, endpoint, record["body"])), 200
-    except (ApiError, OpenQwenError, ValidationError, ValueError) as error:
-        fault = refused(error) if isinstance(error, OpenQwenError) else error
-        fault = fault if isinstance(fault, ApiError) else ApiError(400, str(error))
+    except json.JSONDecodeError:
+        fault = ApiError(400, "A line of a batch is JSON.")
         body, status = fault.body(), fault.status
+    except (ApiError, OpenQwenError, ValidationError) as error:
+        body, status = told(error).body(), told(error).status
     response = {"status_code": status, "request_id": identity("req"), "body": body}
     return {"id": identity("batch_req"), "custom_id": custom_id, "response": response, "error": None}
 

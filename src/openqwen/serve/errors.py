@@ -6,6 +6,7 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from openqwen.support.errors import OpenQwenError
@@ -47,41 +48,32 @@ class ApiError(Exception):
         return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
 
 
-def refused(error: OpenQwenError) -> ApiError:
-    """What the engine or the tokenizer would not take is the client's fault."""
-    return ApiError(400, error.what + (f" To mend it: {error.do}." if error.do else ""), param=_param(error))
-
-
-def _param(error: OpenQwenError) -> str | None:
-    where = str(error.where) if error.where is not None else None
-    return where if where and where.partition("[")[0] in ("messages", "prompt", "tools") else None
+def told(error: Exception) -> ApiError:
+    """An error that is the client's, as it is told; any other is ours, and its text stays here."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, OpenQwenError):  # what the engine or the tokenizer would not take
+        where = str(error.where)
+        param = where if where.partition("[")[0] in ("messages", "prompt", "tools") else None
+        return ApiError(400, error.what + (f" To mend it: {error.do}." if error.do else ""), param)
+    if isinstance(error, RequestValidationError | ValidationError):
+        first = error.errors()[0]
+        # The union of a field's types lends its names to the path; only the client's own keys are of use to it.
+        path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
+        param = ".".join(path[1:] if path[:1] == ["body"] else path) or None
+        return ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param)
+    return ApiError(500, "The server has a fault; its log tells which.")
 
 
 def install(app: FastAPI) -> None:
     """Every way in which a request can fail answers in the one shape."""
 
-    @app.exception_handler(ApiError)
-    async def _(request: Request, error: ApiError) -> Response:
-        return error.response()
-
-    @app.exception_handler(OpenQwenError)
-    async def _(request: Request, error: OpenQwenError) -> Response:
-        return refused(error).response()
-
-    @app.exception_handler(RequestValidationError)
-    async def _(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        # The union of a field's types lends its names to the path; only the client's own keys are of use to it.
-        path = [str(part) for part in first["loc"][1:] if isinstance(part, int) or str(part).isidentifier()]
-        param = ".".join(path) or None
-        return ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param=param).response()
-
-    @app.exception_handler(HTTPException)
-    async def _(request: Request, error: HTTPException) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            return told(error).response()
         response = ApiError(error.status_code, str(error.detail)).response()
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)
-    async def _(request: Request, error: Exception) -> Response:
-        return ApiError(500, "The server has a fault; its log tells which.").response()
+    for kind in (ApiError, OpenQwenError, RequestValidationError, ValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
