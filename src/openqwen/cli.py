@@ -207,9 +207,7 @@ def _serve(arguments: Sequence[str]) -> None:
 
     text = "A Hugging Face folder, a .gguf file or a hub id."
     options = dataclasses.make_dataclass("ServeOptions", [("model", Annotated[str, tyro.conf.arg(help=text)])])
-    flags, config = parse(
-        _named(arguments, "--model"), options, ServeConfig(), "openqwen serve", RECIPE_VERBS["serve"]
-    )
+    flags, config = parse(_named(arguments, "--model"), options, ServeConfig(), "openqwen serve", RECIPE_VERBS["serve"])
     try:
         from openqwen.serve.server import serve
     except ModuleNotFoundError as error:

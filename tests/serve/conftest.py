@@ -27,7 +27,9 @@ def tokenizer():
 
 
 def save(kind, folder, tokenizer, seed):
-    config = ModelConfig(tokenizer.vocab_size, 32, 48, 2, 4, 2, max_position_embeddings=CONTEXT, tie_word_embeddings=True)
+    config = ModelConfig(
+        tokenizer.vocab_size, 32, 48, 2, 4, 2, max_position_embeddings=CONTEXT, tie_word_embeddings=True
+    )
     model = kind(config)
     initialize(model, torch.Generator().manual_seed(seed))
     with torch.no_grad():  # sharper than a fresh network, so that answers differ

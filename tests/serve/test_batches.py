@@ -11,7 +11,8 @@ import pytest
 def lines(count, **body):
     default = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
     entries = [
-        {"custom_id": f"r{n}", "method": "POST", "url": "/v1/chat/completions", "body": default | body} for n in range(count)
+        {"custom_id": f"r{n}", "method": "POST", "url": "/v1/chat/completions", "body": default | body}
+        for n in range(count)
     ]
     return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
 
@@ -87,7 +88,11 @@ def test_nonsense(client, server):
     file = client.files.create(file=b"\n\n", purpose="batch")
     with pytest.raises(openai.BadRequestError):
         client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-    for content, kind in ((b"x", "multipart/form-data"), (b"x", "multipart/form-data; boundary=y"), (b"{}", "application/json")):
+    for content, kind in (
+        (b"x", "multipart/form-data"),
+        (b"x", "multipart/form-data; boundary=y"),
+        (b"{}", "application/json"),
+    ):
         assert server.http.post("/v1/files", content=content, headers={"content-type": kind}).status_code == 400
     assert server.http.post("/v1/files", content=b"x").status_code == 400
 

@@ -12,13 +12,19 @@ WEATHER = {
         "description": "The weather of a city.",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "properties": {
+                "city": {"enum": ["Paris", "Rome"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
             "required": ["city", "days"],
             "additionalProperties": False,
         },
     },
 }
-CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "additionalProperties": False}}}
+CLOCK = {
+    "type": "function",
+    "function": {"name": "clock", "parameters": {"type": "object", "additionalProperties": False}},
+}
 
 
 def ask(client, **options):
@@ -142,7 +148,11 @@ def test_parts_developer_and_tool_messages_are_read(client):
     system, developer = ([{"role": role, "content": "x"}, *joined] for role in ("system", "developer"))
     assert text_of(client, messages=system) == text_of(client, messages=developer)
     call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
-    answered = [*joined, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "12"}]
+    answered = [
+        *joined,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "12"},
+    ]
     assert text_of(client, messages=answered, tools=[CLOCK])
 
 

@@ -10,7 +10,9 @@ PROMPT = "The best book is"
 
 
 def ask(client, **options):
-    return client.completions.create(**({"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "temperature": 0} | options))
+    return client.completions.create(
+        **({"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "temperature": 0} | options)
+    )
 
 
 def test_a_completion(client):
@@ -76,7 +78,9 @@ def test_penalties_biases_and_ends(server, client):
     banned = server.http.post("/tokenize", json={"prompt": ask(client).choices[0].text}).json()["tokens"]
     other = ask(client, logit_bias={str(i): -100 for i in banned}, extra_body={"return_token_ids": True}).choices[0]
     assert not set(other.token_ids) & set(banned)
-    forced = ask(client, logit_bias={str(banned[0]): 100}, max_tokens=4, extra_body={"return_token_ids": True}).choices[0]
+    forced = ask(client, logit_bias={str(banned[0]): 100}, max_tokens=4, extra_body={"return_token_ids": True}).choices[
+        0
+    ]
     assert forced.token_ids == [banned[0]] * 4
     ended = ask(client, logit_bias={str(banned[0]): 100}, extra_body={"stop_token_ids": [banned[0]]}).choices[0]
     assert (ended.text, ended.finish_reason) == ("", "stop")
@@ -93,7 +97,9 @@ def test_embeddings(client):
     assert vectors[0] == pytest.approx(vectors[2], abs=1e-5)
     assert vectors[0] != pytest.approx(vectors[1], abs=1e-2)
     assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
-    raw = client.embeddings.with_raw_response.create(model="tiny", input="one text", encoding_format="base64").http_response
+    raw = client.embeddings.with_raw_response.create(
+        model="tiny", input="one text", encoding_format="base64"
+    ).http_response
     packed = base64.b64decode(raw.json()["data"][0]["embedding"])
     assert struct.unpack(f"<{len(packed) // 4}f", packed) == pytest.approx(vectors[0], abs=1e-5)
     short = client.embeddings.create(model="tiny", input="one text", dimensions=8).data[0].embedding
@@ -128,7 +134,9 @@ def test_scores_are_the_reward_models(server, reward, tokenizer):
     from openqwen.model import load_scorer
     from openqwen.train.reward import score
 
-    talks = [[{"role": "user", "content": "a?"}, {"role": "assistant", "content": text}] for text in ("yes", "no, never")]
+    talks = [
+        [{"role": "user", "content": "a?"}, {"role": "assistant", "content": text}] for text in ("yes", "no, never")
+    ]
     answer = server.http.post("/score", json={"conversations": talks}).json()
     expected = score(load_scorer(reward), tokenizer, talks)
     assert [entry["score"] for entry in answer["data"]] == pytest.approx(expected, abs=1e-4)
@@ -143,6 +151,10 @@ def test_health_and_metrics(server, client):
     for name in (
         ["num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total"]
         + ["prefix_cache_hits_total", "prefix_cache_queries_total", "num_preemptions_total", "request_success_total"]
-        + ["time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "e2e_request_latency_seconds_count"]
+        + [
+            "time_to_first_token_seconds_count",
+            "inter_token_latency_seconds_count",
+            "e2e_request_latency_seconds_count",
+        ]
     ):
-        assert f'vllm:{name}{{' in text
+        assert f"vllm:{name}{{" in text

@@ -93,7 +93,9 @@ def test_malformed_completions(server, body):
     told(server.http.post("/v1/completions", json=body), 400)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'"text"', b"[1]", b"42", b"null", b"\xff\xfe", b'{"messages": [' * 500])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'"text"', b"[1]", b"42", b"null", b"\xff\xfe", b'{"messages": [' * 500]
+)
 def test_bodies_that_are_no_object(server, content):
     headers = {"content-type": "application/json"}
     for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/tokenize", "/score"):

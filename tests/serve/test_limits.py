@@ -153,7 +153,9 @@ def test_sigterm_lets_answers_end_and_takes_no_more(start, tiny):
 def test_after_the_time_to_drain_the_rest_is_dropped(start, tiny):
     server = start(tiny, "--drain", 1)
     server.http.post("/pause")
-    reading = threading.Thread(target=lambda: httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=60))
+    reading = threading.Thread(
+        target=lambda: httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"}, timeout=60)
+    )
     reading.start()
     assert server.settles("vllm:num_requests_waiting", 1)
     assert server.stop() == 0
@@ -177,7 +179,13 @@ def test_a_port_that_is_taken(start, tiny, server, capsys):
 
 
 def test_nothing_is_read_from_the_disk(server):
-    for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/page/index.html", "/index.html/../x"):
+    for path in (
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "//etc/passwd",
+        "/page/index.html",
+        "/index.html/../x",
+    ):
         assert server.http.get(path).status_code == 404
     for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "file-..", "x" * 500):
         assert server.http.get(f"/v1/files/{name}/content").status_code == 404

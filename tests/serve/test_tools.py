@@ -31,8 +31,38 @@ def call(name, arguments):
 
 # Pieces of the format and of text that nearly is the format, so that random joins meet every state.
 PARTS = st.sampled_from(
-    [OPEN, CLOSE, "<", "<tool", "_call>", "</tool", "{", "}", "[", "]", '"', "\\", ":", ",", " ", "\n", "name", '"name"']
-    + ['"arguments"', '{"name": "f", "arguments": {"a": "}"}}', "null", "1.0e3", "é", "日本", "x", '"g"', '\\"', "<tool_call"]
+    [
+        OPEN,
+        CLOSE,
+        "<",
+        "<tool",
+        "_call>",
+        "</tool",
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        "\\",
+        ":",
+        ",",
+        " ",
+        "\n",
+        "name",
+        '"name"',
+    ]
+    + [
+        '"arguments"',
+        '{"name": "f", "arguments": {"a": "}"}}',
+        "null",
+        "1.0e3",
+        "é",
+        "日本",
+        "x",
+        '"g"',
+        '\\"',
+        "<tool_call",
+    ]
 )
 MESSY = st.lists(PARTS, max_size=30).map("".join)
 

@@ -4,7 +4,6 @@ import json
 import threading
 
 from conftest import save
-
 from openqwen.model import Qwen2
 
 

@@ -73,7 +73,13 @@ class Writing:
     """The answers to one request for text. `model` is the name that the client used."""
 
     def __init__(
-        self, request: Options, answers: Answers, prompts: list[list[int]], tokenizer: Tokenizer, model: str, print_: str
+        self,
+        request: Options,
+        answers: Answers,
+        prompts: list[list[int]],
+        tokenizer: Tokenizer,
+        model: str,
+        print_: str,
     ):
         self.request, self.answers, self._prompts, self._tokenizer = request, answers, prompts, tokenizer
         self.chat = isinstance(request, ChatRequest)
@@ -83,9 +89,9 @@ class Writing:
         self._n = len(self.choices) // len(prompts)
         asked = request.logprobs  # type: ignore[attr-defined]
         self._logprobs = asked is not None and asked is not False
-        options = request.stream_options
-        self._usage_last = bool(options and options.include_usage)
-        self._usage_always = bool(self._usage_last and options and options.continuous_usage_stats)
+        options = request.stream_options or {}
+        self._usage_last = bool(options.get("include_usage"))
+        self._usage_always = self._usage_last and bool(options.get("continuous_usage_stats"))
         self._head = {
             "id": identity("chatcmpl" if self.chat else "cmpl"),
             "object": "chat.completion" if self.chat else "text_completion",
@@ -119,7 +125,9 @@ class Writing:
             else:
                 entry["text"] = echoed + choice.text
             entry["logprobs"] = self._told(lists[number], len(echoed))
-            choices.append(entry | {"finish_reason": choice.reason} | self._ids(number, choice.token_ids, choice.versions))
+            choices.append(
+                entry | {"finish_reason": choice.reason} | self._ids(number, choice.token_ids, choice.versions)
+            )
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     async def frames(self) -> AsyncIterator[bytes]:
@@ -159,7 +167,12 @@ class Writing:
         yield DONE
 
     def _chunk(
-        self, number: int, said: Json | str, logprobs: Json | None = None, reason: str | None = None, more: Json | None = None
+        self,
+        number: int,
+        said: Json | str,
+        logprobs: Json | None = None,
+        reason: str | None = None,
+        more: Json | None = None,
     ) -> bytes:
         told = b"null" if logprobs is None else orjson.dumps(logprobs)
         parts = [self._front, b"%d" % number, b',"delta":' if self.chat else b',"text":', orjson.dumps(said)]

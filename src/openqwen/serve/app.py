@@ -7,26 +7,15 @@ from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from openqwen.serve import errors
+from openqwen.serve import protocol as p
 from openqwen.serve.answers import Writing
 from openqwen.serve.api import Api
-from openqwen.serve.batches import PURPOSES, Batches, read_upload
+from openqwen.serve.batches import Batches, read_upload
 from openqwen.serve.gate import EventStream, until_gone
 from openqwen.serve.metrics import CONTENT_TYPE
-from openqwen.serve.protocol import (
-    BatchRequest,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    EmbeddingRequest,
-    Json,
-    ScoreRequest,
-    TemplateRequest,
-    TokenizeRequest,
-    WeightsRequest,
-)
 from openqwen.serve.responses import Responding, ResponsesRequest
 
 _POLICY = (
@@ -34,54 +23,24 @@ _POLICY = (
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _TYPES = {"html": "text/html; charset=utf-8", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+_TEXT, _MAYBE = {"type": "string"}, {"type": ["string", "null"]}
+_FIELDS = {"message": _TEXT, "type": _TEXT, "param": _MAYBE, "code": _MAYBE}
 _ERROR = {
-    "description": "What was wrong, in OpenAI's shape.",
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["error"],
-                "properties": {
-                    "error": {
-                        "type": "object",
-                        "required": ["message", "type", "param", "code"],
-                        "properties": {
-                            "message": {"type": "string"},
-                            "type": {"type": "string"},
-                            "param": {"type": ["string", "null"]},
-                            "code": {"type": ["string", "null"]},
-                        },
-                    }
-                },
-            }
-        }
-    },
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "object", "required": list(_FIELDS), "properties": _FIELDS}},
 }
-_FAILURES: dict[int | str, Json] = {code: _ERROR for code in (400, 401, 403, 404, 405, 408, 409, 413, 429, 500, 503)}
-_STREAM: dict[int | str, Json] = {200: {"content": {"text/event-stream": {}, "application/json": {}}}}
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary"},
-                        "purpose": {"type": "string", "enum": list(PURPOSES)},
-                    },
-                }
-            }
-        },
-    }
+_FAILURES: dict[int | str, p.Json] = {
+    code: {"description": "What was wrong.", "content": {"application/json": {"schema": _ERROR}}}
+    for code in (400, 401, 403, 404, 405, 408, 409, 413, 429, 500, 503)
 }
+_STREAM: p.Json = {200: {"content": {"text/event-stream": {}, "application/json": {}}}}
+_UPLOAD = {"type": "object", "required": ["file", "purpose"], "properties": {"file": _TEXT, "purpose": _TEXT}}
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}}
 
 
-class JSON(Response):
+class JSON(JSONResponse):
     """A JSON answer."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         """Bytes."""
@@ -96,135 +55,87 @@ async def answer(http: Request, start: Coroutine[Any, Any, Writing | Responding]
     if writing.request.stream:
         return EventStream(writing.frames(), writing.answers.close, 2 * api.config.timeout)
     try:
-        whole = await until_gone(http.receive, writing.whole())
+        return JSON(await until_gone(http.receive, writing.whole()))
     finally:
         writing.answers.close()
-    return Response(status_code=499) if whole is None else JSON(whole)
 
 
 def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
     """The whole application but for the gate."""
     app = FastAPI(title="OpenQwen", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
-    errors.install(app)
 
-    def route(method: str, path: str, **options: Any) -> Any:
-        """OpenAI's paths are served without their /v1 too, as llama.cpp does."""
+    def route(method: str, path: str, function: Any, **options: Any) -> None:
+        options = {"responses": _FAILURES | options.pop("more", {}), "response_class": JSON, **options}
+        app.add_api_route(path, function, methods=[method], **options)
+        if path.startswith("/v1/"):  # llama.cpp serves these without the prefix too
+            app.add_api_route(path[3:], function, methods=[method], include_in_schema=False)
 
-        def both(function: Any) -> Any:
-            options.setdefault("responses", _FAILURES)
-            app.add_api_route(path, function, methods=[method], response_class=JSON, **options)
-            if path.startswith("/v1/"):
-                app.add_api_route(path[3:], function, methods=[method], include_in_schema=False, response_class=JSON)
-            return function
+    def with_body(path: str, kind: Any, make: Any, writes: bool = False) -> None:
+        """make: from the body to a coroutine of JSON, or of answers that it writes."""
 
-        return both
+        async def endpoint(body: kind, http: Request) -> Response:
+            return await answer(http, make(body), api) if writes else JSON(await until_gone(http.receive, make(body)))
 
-    @route("POST", "/v1/chat/completions", responses=_FAILURES | _STREAM)
-    async def chat(body: ChatRequest, http: Request) -> Response:
-        return await answer(http, api.chat(body), api)
+        route("POST", path, endpoint, more=_STREAM if writes else {}, name=path)
 
-    @route("POST", "/v1/completions", responses=_FAILURES | _STREAM)
-    async def complete(body: CompletionRequest, http: Request) -> Response:
-        return await answer(http, api.complete(body), api)
+    def with_name(method: str, path: str, make: Any) -> None:
+        async def endpoint(name: str) -> Response:
+            return JSON(make(name))
 
-    @route("POST", "/v1/responses", responses=_FAILURES | _STREAM)
-    async def respond(body: ResponsesRequest, http: Request) -> Response:
-        return await answer(http, Responding.begin(body, api), api)
+        route(method, path, endpoint, name=method + path)
 
-    @route("POST", "/v1/embeddings")
-    async def embed(body: EmbeddingRequest, http: Request) -> Response:
-        return JSON(await until_gone(http.receive, api.embed(body)))
+    def bare(method: str, path: str, make: Any) -> None:
+        async def endpoint() -> Response:
+            made = make()
+            return JSON(await made if asyncio.iscoroutine(made) else made)
 
-    @route("POST", "/score")
-    async def score(body: ScoreRequest, http: Request) -> Response:
-        return JSON(await until_gone(http.receive, api.score(body)))
+        route(method, path, endpoint, name=method + path)
 
-    @route("GET", "/v1/models")
-    async def models() -> Response:
-        return JSON({"object": "list", "data": [api.model(name) for name in api.names]})
-
-    @route("GET", "/v1/models/{name:path}")
-    async def model(name: str) -> Response:
-        return JSON(api.model(api.named(name)))
-
-    @route("POST", "/tokenize")
-    async def tokenize(body: TokenizeRequest) -> Response:
-        return JSON(await api.tokenize(body))
-
-    @route("POST", "/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> Response:
-        text = api.tokenizer.decode(body.tokens, skip_control=False)
-        return JSON({"content": text, "prompt": text})
-
-    @route("POST", "/apply-template")
-    async def template(body: TemplateRequest) -> Response:
-        return JSON({"prompt": await api.template(body.messages, body.tools)})
-
-    @route("POST", "/v1/files", openapi_extra=_FORM)
     async def upload(http: Request) -> Response:
         form = await asyncio.to_thread(read_upload, await http.body(), http.headers.get("content-type", ""))
         return JSON(batches.add_file(*form))
 
-    @route("GET", "/v1/files")
-    async def list_files() -> Response:
-        return JSON({"object": "list", "data": list(batches.files.values()), "has_more": False})
+    async def content(name: str) -> Response:
+        return Response(batches.content(name), media_type="application/octet-stream")
 
-    @route("GET", "/v1/files/{file_id}")
-    async def file(file_id: str) -> Response:
-        return JSON(batches.file(file_id))
+    async def metrics() -> Response:
+        return Response(api.bridge.metrics.text(), media_type=CONTENT_TYPE)
 
-    @route("GET", "/v1/files/{file_id}/content", responses=_FAILURES | {200: {"content": {"application/octet-stream": {}}}})
-    async def content(file_id: str) -> Response:
-        return Response(batches.content(file_id), media_type="application/octet-stream")
-
-    @route("DELETE", "/v1/files/{file_id}")
-    async def delete(file_id: str) -> Response:
-        return JSON(batches.delete(file_id))
-
-    @route("POST", "/v1/batches")
-    async def batch(body: BatchRequest) -> Response:
-        return JSON(batches.add_batch(body))
-
-    @route("GET", "/v1/batches")
-    async def list_batches() -> Response:
-        return JSON({"object": "list", "data": list(batches.batches.values()), "has_more": False})
-
-    @route("GET", "/v1/batches/{batch_id}")
-    async def one_batch(batch_id: str) -> Response:
-        return JSON(batches.batch(batch_id))
-
-    @route("POST", "/v1/batches/{batch_id}/cancel")
-    async def cancel(batch_id: str) -> Response:
-        return JSON(batches.cancel(batch_id))
-
-    @route("POST", "/pause")
-    async def pause() -> Response:
-        await api.bridge.pause(True)
-        return JSON({"paused": True, "version": api.bridge.engine.version})
-
-    @route("POST", "/resume")
-    async def resume() -> Response:
-        await api.bridge.pause(False)
-        return JSON({"paused": False, "version": api.bridge.engine.version})
-
-    @route("POST", "/update_weights")
-    async def update(body: WeightsRequest) -> Response:
-        await api.update_weights(body.version)
-        return JSON({"version": api.bridge.engine.version})
-
-    @route("GET", "/health")
     async def health() -> Response:
         state = "failed" if api.bridge.dead else "paused" if api.bridge.paused else "ok"
         return JSON({"status": state, "version": api.bridge.engine.version}, 503 if api.bridge.dead else 200)
 
-    @route("GET", "/metrics", responses=_FAILURES | {200: {"content": {"text/plain": {}}}})
-    async def metrics() -> Response:
-        return Response(api.bridge.metrics.text(), media_type=CONTENT_TYPE)
+    def listed(entries: Any) -> p.Json:
+        return {"object": "list", "data": list(entries), "has_more": False}
 
+    with_body("/v1/chat/completions", p.ChatRequest, api.chat, writes=True)
+    with_body("/v1/completions", p.CompletionRequest, api.complete, writes=True)
+    with_body("/v1/responses", ResponsesRequest, lambda body: Responding.begin(body, api), writes=True)
+    with_body("/v1/embeddings", p.EmbeddingRequest, api.embed)
+    with_body("/score", p.ScoreRequest, api.score)
+    with_body("/tokenize", p.TokenizeRequest, api.tokenize)
+    with_body("/detokenize", p.DetokenizeRequest, api.detokenize)
+    with_body("/apply-template", p.TemplateRequest, api.template)
+    with_body("/v1/batches", p.BatchRequest, batches.add_batch)
+    with_body("/update_weights", p.WeightsRequest, api.update_weights)
+    bare("GET", "/v1/models", lambda: listed(map(api.model, api.names)))
+    bare("GET", "/v1/files", lambda: listed(batches.files.values()))
+    bare("GET", "/v1/batches", lambda: listed(batches.batches.values()))
+    bare("POST", "/pause", lambda: api.bridge.pause(True))
+    bare("POST", "/resume", lambda: api.bridge.pause(False))
+    with_name("GET", "/v1/models/{name:path}", lambda name: api.model(api.named(name)))
+    with_name("GET", "/v1/files/{name}", batches.file)
+    with_name("DELETE", "/v1/files/{name}", batches.delete)
+    with_name("GET", "/v1/batches/{name}", batches.batch)
+    with_name("POST", "/v1/batches/{name}/cancel", batches.cancel)
+    route("POST", "/v1/files", upload, openapi_extra=_FORM)
+    route("GET", "/v1/files/{name}/content", content, more={200: {"content": {"application/octet-stream": {}}}})
+    route("GET", "/metrics", metrics, more={200: {"content": {"text/plain": {}}}})
+    route("GET", "/health", health)
     for path, (body, kind) in page().items():
         app.add_api_route(path, _file(body, kind), methods=["GET"], include_in_schema=False)
-    schema = app.openapi()
-    for operation in (o for operations in schema["paths"].values() for o in operations.values()):
+    errors.install(app)
+    for operation in (o for operations in app.openapi()["paths"].values() for o in operations.values()):
         operation["responses"].pop("422", None)  # ours are 400
     return app
 
@@ -232,9 +143,9 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
 def page() -> dict[str, tuple[bytes, str]]:
     """The chat page: (content, type) of each file by its path, all read now and never again."""
     folder = files("openqwen.serve") / "page"
-    found = {entry.name: entry.read_bytes() for entry in folder.iterdir()} if folder.is_dir() else {}
-    kinds = {name: _TYPES[name.rpartition(".")[2]] for name in found if name.rpartition(".")[2] in _TYPES}
-    return {"/" + ("" if name == "index.html" else name): (found[name], kind) for name, kind in kinds.items()}
+    found = list(folder.iterdir()) if folder.is_dir() else []
+    kinds = {entry: _TYPES.get(entry.name.rpartition(".")[2]) for entry in found}
+    return {"/" + e.name.replace("index.html", ""): (e.read_bytes(), kind) for e, kind in kinds.items() if kind}
 
 
 def _file(body: bytes, kind: str) -> Any:

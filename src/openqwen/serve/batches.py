@@ -1,10 +1,9 @@
-"""Files and batches: kept in a folder under names of our own making; batches yield to everybody else and survive restarts."""
+"""Files and batches: kept in a folder under names of our own; batches yield to everybody else and survive restarts."""
 
 import asyncio
 import email.policy
 import json
 import time
-from collections.abc import Callable, Iterator
 from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ from openqwen.serve.protocol import BatchRequest, ChatRequest, CompletionRequest
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 
-_MOST_FILES, _MOST_LINES = 1_000, 50_000
+_MOST, _MOST_LINES = 1_000, 50_000  # files, and batches; lines of a batch
 _TOGETHER = 8  # lines of a batch at work at once
 _OPEN = ("in_progress", "cancelling")
-PURPOSES = ("batch", "user_data", "evals", "fine-tune", "assistants")
 
 
 class Batches:
@@ -34,27 +32,21 @@ class Batches:
         self.files: dict[str, Json] = {entry["id"]: entry for entry in known if entry["object"] == "file"}
         self.batches: dict[str, Json] = {entry["id"]: entry for entry in known if entry["object"] == "batch"}
         self._wake = asyncio.Event()
-        self._wake.set()
 
     def add_file(self, name: str, purpose: str, content: bytes) -> Json:
         """Keep a file."""
-        if purpose not in PURPOSES:
-            raise ApiError(400, f"purpose must be one of {', '.join(PURPOSES)}.", "purpose")
         kept = sum(entry["bytes"] for entry in self.files.values())
-        if len(self.files) >= _MOST_FILES or kept + len(content) > self._most:
+        if len(self.files) >= _MOST or kept + len(content) > self._most:
             raise ApiError(413, "There is no room for this file; delete others first.", "file", "storage_full")
         entry = {"id": identity("file"), "object": "file", "bytes": len(content), "created_at": int(time.time())}
         entry |= {"filename": name, "purpose": purpose, "status": "processed"}
         (self._folder / entry["id"]).write_bytes(content)
-        write_json(self._folder / f"{entry['id']}.json", entry)
-        self.files[entry["id"]] = entry
+        self._keep(self.files, entry)
         return entry
 
     def file(self, name: str) -> Json:
         """What is known of a file."""
-        if name not in self.files:
-            raise ApiError(404, f"There is no file '{name}'.", "file_id")
-        return self.files[name]
+        return _known(self.files, name)
 
     def content(self, name: str) -> bytes:
         """The bytes of a file."""
@@ -72,24 +64,18 @@ class Batches:
 
     def batch(self, name: str) -> Json:
         """How a batch stands."""
-        if name not in self.batches:
-            raise ApiError(404, f"There is no batch '{name}'.", "batch_id")
-        return self.batches[name]
+        return _known(self.batches, name)
 
-    def add_batch(self, request: BatchRequest) -> Json:
+    async def add_batch(self, request: BatchRequest) -> Json:
         """Queue a batch."""
-        content = self.content(request.input_file_id)
-        if len(self.batches) >= _MOST_FILES:
-            raise ApiError(413, "Too many batches are kept.", code="storage_full")
-        count = sum(1 for line in content.splitlines() if line.strip())
-        if not 0 < count <= _MOST_LINES:
+        count = sum(1 for line in self.content(request.input_file_id).splitlines() if line.strip())
+        if not 0 < count <= _MOST_LINES or len(self.batches) >= _MOST:
             raise ApiError(400, f"A batch has 1 to {_MOST_LINES} lines; this file has {count}.", "input_file_id")
-        now = int(time.time())
-        batch: Json = {"id": identity("batch"), "object": "batch", **request.model_dump(), "errors": None}
-        batch |= {"status": "in_progress", "output_file_id": None, "error_file_id": None, "created_at": now}
-        batch |= {"in_progress_at": now, "expires_at": None, "completed_at": None, "cancelled_at": None}
-        batch |= {"request_counts": {"total": count, "completed": 0, "failed": 0}}
-        self._keep(batch)
+        now, never = int(time.time()), ("errors", "output_file_id", "error_file_id", "expires_at", "completed_at")
+        batch: Json = {"id": identity("batch"), "object": "batch", **request.model_dump(exclude={"model"})}
+        batch |= {"status": "in_progress", "created_at": now, "in_progress_at": now, **dict.fromkeys(never)}
+        batch |= {"request_counts": {"total": count, "completed": 0, "failed": 0}, "cancelled_at": None}
+        self._keep(self.batches, batch)
         self._wake.set()
         return batch
 
@@ -98,33 +84,32 @@ class Batches:
         batch = self.batch(name)
         if batch["status"] == "in_progress":
             batch["status"] = "cancelling"
-            self._keep(batch)
-            self._wake.set()
+            self._keep(self.batches, batch)
         return batch
 
-    def _keep(self, batch: Json) -> None:
-        self.batches[batch["id"]] = batch
-        write_json(self._folder / f"{batch['id']}.json", batch)
+    def _keep(self, where: dict[str, Json], entry: Json) -> None:
+        where[entry["id"]] = entry
+        write_json(self._folder / f"{entry['id']}.json", entry)
 
     async def run(self, api: Api) -> None:
         """Work through the batches, oldest first, for as long as the server runs."""
         while True:
             waiting = [batch for batch in self.batches.values() if batch["status"] in _OPEN]
-            if not waiting:
+            if waiting:
+                await self._work(api, min(waiting, key=lambda batch: (batch["created_at"], batch["id"])))
+            else:
                 self._wake.clear()
                 await self._wake.wait()
-                continue
-            batch = min(waiting, key=lambda batch: (batch["created_at"], batch["id"]))
-            await self._work(api, batch)
 
     async def _work(self, api: Api, batch: Json) -> None:
         """Answer the lines of a batch that have no answer yet."""
-        done_path = self._folder / f"{batch['id']}.done"
-        done = list(_objects(done_path.read_bytes())) if done_path.exists() else []
-        known = {entry["line"] for entry in done}
+        path = self._folder / f"{batch['id']}.done"
+        done = _objects(path.read_bytes()) if path.exists() else []
+        known, counts = {entry["line"] for entry in done}, batch["request_counts"]
         lines = [line for line in self.content(batch["input_file_id"]).splitlines() if line.strip()]
         left = iter([number for number in range(len(lines)) if number not in known])
-        with open(done_path, "ab") as file:
+        counts |= {"completed": sum(map(_good, done)), "failed": len(done) - sum(map(_good, done))}
+        with open(path, "ab") as file:
 
             async def worker() -> None:
                 for number in left:
@@ -132,46 +117,46 @@ class Batches:
                         return
                     entry = {"line": number, **await _answer(api, batch["endpoint"], lines[number])}
                     done.append(entry)
-                    # A newline first: a line that a crash cut short then spoils no other.
-                    file.write(b"\n" + json.dumps(entry).encode())
+                    file.write(
+                        b"\n" + json.dumps(entry).encode()
+                    )  # first the newline: a line cut short spoils no other
                     file.flush()
-                    counts = batch["request_counts"]
-                    counts["completed" if entry["response"]["status_code"] == 200 else "failed"] += 1
+                    counts["completed" if _good(entry) else "failed"] += 1
 
-            failed = sum(entry["response"]["status_code"] != 200 for entry in done)
-            batch["request_counts"] |= {"completed": len(done) - failed, "failed": failed}
             await asyncio.gather(*(worker() for _ in range(_TOGETHER)))
         done.sort(key=lambda entry: entry["line"])
-        self._finish(batch, done)
-        done_path.unlink()
+        for key, wanted in (("output", True), ("error", False)):
+            kept = [{k: v for k, v in entry.items() if k != "line"} for entry in done if _good(entry) == wanted]
+            if kept:
+                content = "".join(json.dumps(entry) + "\n" for entry in kept).encode()
+                batch[f"{key}_file_id"] = self.add_file(f"{batch['id']}_{key}.jsonl", "batch_output", content)["id"]
+        batch["status"] = "cancelled" if batch["status"] == "cancelling" else "completed"
+        batch[f"{batch['status']}_at"] = int(time.time())
+        self._keep(self.batches, batch)
+        path.unlink()
 
-    def _finish(self, batch: Json, done: list[Json]) -> None:
-        for key, name, wanted in (("output_file_id", "output", True), ("error_file_id", "errors", False)):
-            kept = [entry for entry in done if (entry["response"]["status_code"] == 200) == wanted]
-            lines = [json.dumps({k: v for k, v in entry.items() if k != "line"}) + "\n" for entry in kept]
-            if lines:
-                content = "".join(lines).encode()
-                batch[key] = self.add_file(f"{batch['id']}_{name}.jsonl", "batch", content)["id"]
-        cancelled = batch["status"] == "cancelling"
-        batch["status"] = "cancelled" if cancelled else "completed"
-        batch["cancelled_at" if cancelled else "completed_at"] = int(time.time())
-        self._keep(batch)
+
+def _known(where: dict[str, Json], name: str) -> Json:
+    if name not in where:
+        raise ApiError(404, f"There is nothing named '{name}' here.", "id")
+    return where[name]
+
+
+def _good(entry: Json) -> bool:
+    return entry["response"]["status_code"] == 200
 
 
 async def _answer(api: Api, endpoint: str, line: bytes) -> Json:
     """One line's answer, in OpenAI's form."""
     custom_id: Any = None
     try:
-        record = json.loads(line)
+        record = next(iter(_objects(line)), None)
         if not isinstance(record, dict) or not isinstance(record.get("body"), dict):
-            raise ApiError(400, "A line of a batch is an object with custom_id, method, url and body.")
+            raise ApiError(400, "A line of a batch is a JSON object with custom_id, method, url and body.")
         custom_id = record.get("custom_id")
         if record.get("url") != endpoint:
             raise ApiError(400, f"The url of this line is not the batch's, {endpoint}.", "url")
-        body, status = await _patiently(lambda: _value(api, endpoint, record["body"])), 200
-    except json.JSONDecodeError:
-        fault = ApiError(400, "A line of a batch is JSON.")
-        body, status = fault.body(), fault.status
+        body, status = await _value(api, endpoint, record["body"] | {"stream": False, "stream_options": None}), 200
     except (ApiError, OpenQwenError, ValidationError) as error:
         body, status = told(error).body(), told(error).status
     response = {"status_code": status, "request_id": identity("req"), "body": body}
@@ -179,46 +164,44 @@ async def _answer(api: Api, endpoint: str, line: bytes) -> Json:
 
 
 async def _value(api: Api, endpoint: str, body: Json) -> Json:
-    body = body | {"stream": False, "stream_options": None}
-    if endpoint == "/v1/embeddings":
-        return await api.embed(EmbeddingRequest.model_validate(body))
-    if endpoint == "/v1/completions":
-        writing = await api.complete(CompletionRequest.model_validate(body), priority=-1)
-    else:
-        writing = await api.chat(ChatRequest.model_validate(body), priority=-1)
-    try:
-        return await writing.whole()
-    finally:
-        writing.answers.close()
-
-
-async def _patiently(make: Callable[[], Any]) -> Json:
     """A batch waits where others would be told to come back."""
     while True:
         try:
-            return await make()
+            if endpoint == "/v1/embeddings":
+                return await api.embed(EmbeddingRequest.model_validate(body))
+            if endpoint == "/v1/completions":
+                writing = await api.complete(CompletionRequest.model_validate(body), priority=-1)
+            else:
+                writing = await api.chat(ChatRequest.model_validate(body), priority=-1)
+            try:
+                return await writing.whole()
+            finally:
+                writing.answers.close()
         except ApiError as error:
             if error.status != 429:
                 raise
             await asyncio.sleep(min(error.retry or 1, 5))
 
 
-def _objects(content: bytes) -> Iterator[Json]:
+def _objects(content: bytes) -> list[Json]:
+    """The JSON values of the lines; one that a crash cut short is none."""
+    values = []
     for line in content.splitlines():
         try:
-            yield json.loads(line)
-        except ValueError:  # the line at which a crash cut the file
+            values.append(json.loads(line))
+        except ValueError:
             continue
+    return values
 
 
 def read_upload(body: bytes, content_type: str) -> tuple[str, str, bytes]:
     """(file name, purpose, content) of a multipart form."""
     head = f"Content-Type: {content_type}\r\n\r\n".encode("latin-1")
     form = BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
-    if not form.is_multipart():
-        raise ApiError(400, "Send a multipart form with file and purpose.", "file")
-    found: dict[str, Any] = {str(part.get_param("name", header="content-disposition")): part for part in form.iter_parts()}
-    if "file" not in found or "purpose" not in found:
-        raise ApiError(400, "The form needs file and purpose.", "purpose" if "file" in found else "file")
+    parts = form.iter_parts() if form.is_multipart() else []
+    found: dict[str, Any] = {str(part.get_param("name", header="content-disposition")): part for part in parts}
+    for name in ("file", "purpose"):
+        if name not in found:
+            raise ApiError(400, "Send a multipart form with file and purpose.", name)
     purpose = found["purpose"].get_payload(decode=True).decode(errors="replace")
     return found["file"].get_filename() or "file", purpose, found["file"].get_payload(decode=True)

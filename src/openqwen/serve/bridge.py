@@ -115,14 +115,11 @@ class Bridge:
     def _release(self, count: int) -> None:
         self.outstanding -= count
 
-    async def pause(self, paused: bool) -> None:
+    async def pause(self, paused: bool) -> dict[str, Any]:
         """Hold all answers where they are, or let them go on."""
-
-        def change() -> None:
-            (self.engine.pause if paused else self.engine.resume)()
-            self.paused = paused
-
-        await self.call(change)
+        await self.call(self.engine.pause if paused else self.engine.resume)
+        self.paused = paused
+        return {"paused": paused, "version": self.engine.version}
 
     def stop(self) -> None:
         """End the thread; returns when it has ended."""

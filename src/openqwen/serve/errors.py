@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from openqwen.support.errors import OpenQwenError
 
@@ -72,7 +73,9 @@ def install(app: FastAPI) -> None:
         if not isinstance(error, HTTPException):
             return told(error).response()
         response = ApiError(error.status_code, str(error.detail)).response()
-        response.headers.update(error.headers or {})
+        if error.status_code == 405:  # the router names the methods of one of the path's routes alone
+            here = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(request.url.path)]
+            response.headers["Allow"] = ", ".join(sorted({method for r in here for method in r.methods or ()}))
         return response
 
     for kind in (ApiError, OpenQwenError, RequestValidationError, ValidationError, HTTPException, Exception):

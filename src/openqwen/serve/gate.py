@@ -120,7 +120,9 @@ class TimedProtocol(H11Protocol):
             self.transport.close()
 
 
-async def until_gone(receive: Receive, work: Coroutine[Any, Any, Result], seconds: float | None = None) -> Result | None:
+async def until_gone(
+    receive: Receive, work: Coroutine[Any, Any, Result], seconds: float | None = None
+) -> Result | None:
     """The result of the work; None, and the work cancelled, when the client leaves first or the time is over."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))

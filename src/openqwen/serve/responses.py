@@ -2,81 +2,73 @@
 
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import orjson
-from pydantic import Field, model_validator
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from openqwen.serve.answers import Writing, identity
 from openqwen.serve.api import Api
 from openqwen.serve.errors import ApiError
-from openqwen.serve.protocol import Body, ChatRequest, Function, Json, Message, TextPart, ToolFunction
+from openqwen.serve.protocol import Body, ChatRequest, Content, Count, FunctionName, Json, PlainFormat
 from openqwen.serve.tools import Arguments, Call, Piece, Text
 
 
-class MessageItem(Body):
-    """A turn of the conversation."""
-
-    type: Literal["message"] = "message"
+class MessageItem(TypedDict):
+    type: NotRequired[Literal["message"]]
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Content
 
 
-class CallItem(Function):
-    """A call that the model made."""
-
+class CallItem(TypedDict):
     type: Literal["function_call"]
     call_id: str
+    name: str
+    arguments: NotRequired[str]
 
 
-class ResultItem(Body):
-    """What a call gave."""
-
+class ResultItem(TypedDict):
     type: Literal["function_call_output"]
     call_id: str
     output: str
 
 
-class FlatTool(ToolFunction):
-    """A function that the model may call."""
-
+class FlatTool(TypedDict):
     type: Literal["function"]
+    name: FunctionName
+    description: NotRequired[str | None]
+    parameters: NotRequired[Json | None]
 
 
-class FlatChoice(Body):
-    """The function that must be called."""
-
+class FlatChoice(TypedDict):
     type: Literal["function"]
     name: str
 
 
-class Format(Body):
-    """What the text must be."""
-
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str | None = None
-    schema_: Json | None = Field(None, alias="schema")
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> "Format":
-        if self.type == "json_schema" and self.schema_ is None:
-            raise ValueError("schema is missing")
-        return self
+class FlatJson(TypedDict):
+    type: Literal["json_object"]
 
 
-class TextConfig(Body):
-    """How the text is formed."""
+class FlatSchema(TypedDict):
+    type: Literal["json_schema"]
+    name: NotRequired[str]
+    schema: Json
 
-    format: Format | None = None
+
+Format = Annotated[PlainFormat | FlatJson | FlatSchema, Field(discriminator="type")]
+
+
+class TextConfig(TypedDict):
+    format: NotRequired[Format | None]
 
 
 class ResponsesRequest(Body):
     """/v1/responses. Nothing is stored: the conversation comes whole with each request."""
 
-    model: str | None = None
     input: str | Annotated[list[MessageItem | CallItem | ResultItem], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     tools: list[FlatTool] | None = None
@@ -86,41 +78,35 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     previous_response_id: None = Field(None, description="not kept here")
     metadata: dict[str, str] | None = None
-    user: str | None = None
-
-    def messages(self) -> list[Json]:
-        """The conversation in the older form."""
-        out: list[Json] = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        items = [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        for item in items:
-            if isinstance(item, MessageItem):
-                out.append({"role": item.role, "content": item.model_dump()["content"]})
-            elif isinstance(item, ResultItem):
-                out.append({"role": "tool", "content": item.output, "tool_call_id": item.call_id})
-            else:
-                if not out or out[-1]["role"] != "assistant":
-                    out.append({"role": "assistant", "content": None})
-                function = {"name": item.name, "arguments": item.arguments}
-                call = {"id": item.call_id, "type": "function", "function": function}
-                out[-1].setdefault("tool_calls", []).append(call)
-        return out
 
     def chat(self) -> ChatRequest:
         """The whole request in the older form."""
-        choice: Any = self.tool_choice
-        if isinstance(choice, FlatChoice):
-            choice = {"type": "function", "function": {"name": choice.name}}
-        values: Json = {"messages": [Message.model_validate(m) for m in self.messages()], "tool_choice": choice}
-        values["tools"] = self.tools and [
-            {"type": "function", "function": tool.model_dump(exclude_unset=True, exclude={"type"})} for tool in self.tools
-        ]
-        form = self.text.format if self.text else None
-        if form and form.type != "text":
-            schema = {"json_schema": {"schema": form.schema_}} if form.schema_ is not None else {}
-            values["response_format"] = {"type": form.type, **schema}
+        messages: list[Json] = []
+        if self.instructions is not None:
+            messages.append({"role": "system", "content": self.instructions})
+        items: Any = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        for item in items:
+            if "role" in item:
+                messages.append({"role": item["role"], "content": item["content"]})
+            elif item["type"] == "function_call_output":
+                messages.append({"role": "tool", "content": item["output"]})
+            else:
+                if not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant"})
+                messages[-1].setdefault("tool_calls", []).append({"function": _without_type(item)})
+        values: Json = {"messages": messages, "max_completion_tokens": self.max_output_tokens}
+        values["tools"] = [{"type": "function", "function": _without_type(tool)} for tool in self.tools or []]
+        choice, form = self.tool_choice, (self.text or {}).get("format")
+        if form is not None:
+            values["response_format"] = form | ({"json_schema": form} if form["type"] == "json_schema" else {})
+        values["tool_choice"] = {"type": "function", "function": choice} if isinstance(choice, dict) else choice
         for name in ("model", "temperature", "top_p", "parallel_tool_calls", "stream"):
             values[name] = getattr(self, name)
-        return ChatRequest.model_validate(values | {"max_completion_tokens": self.max_output_tokens})
+        return ChatRequest.model_validate(values)
+
+
+def _without_type(value: Any) -> Json:
+    return {key: inner for key, inner in value.items() if key != "type"}
 
 
 class Responding:
@@ -130,27 +116,11 @@ class Responding:
         self.request, self.answers, self._writing = request, writing.answers, writing
         self._number = 0
         self._open: Json | None = None  # the item that is being made
-        echoed = request.model_dump(exclude_unset=True, exclude={"input", "stream", "user", "previous_response_id"})
-        self._response: Json = {
-            "id": "resp_" + identity("")[1:],
-            "object": "response",
-            "created_at": int(time.time()),
-            "error": None,
-            "incomplete_details": None,
-            "instructions": None,
-            "metadata": None,
-            "parallel_tool_calls": True,
-            "temperature": None,
-            "tool_choice": "auto",
-            "tools": [],
-            "top_p": None,
-            "store": False,
-            **{key: value for key, value in echoed.items() if value is not None},
-            "model": model,
-            "status": "in_progress",
-            "output": [],
-            "usage": None,
-        }
+        told = request.model_dump(exclude_none=True, exclude={"input", "stream"})
+        self._response: Json = dict.fromkeys(("error", "incomplete_details", "instructions", "metadata", "usage"))
+        self._response |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], **told, "model": model}
+        self._response |= {"id": "resp_" + identity("")[1:], "object": "response", "created_at": int(time.time())}
+        self._response |= {"status": "in_progress", "output": [], "store": False}
 
     @classmethod
     async def begin(cls, request: ResponsesRequest, api: Api) -> "Responding":
@@ -187,16 +157,14 @@ class Responding:
         for event in self._close("incomplete" if cut else "completed"):
             yield event
         usage = self._writing.usage()
-        self._response |= {
-            "status": "incomplete" if cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "usage": {
-                "input_tokens": usage["prompt_tokens"],
-                "input_tokens_details": usage["prompt_tokens_details"],
-                "output_tokens": usage["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": usage["total_tokens"],
-            },
+        self._response |= {"status": "incomplete" if cut else "completed"}
+        self._response |= {"incomplete_details": {"reason": "max_output_tokens"} if cut else None}
+        self._response["usage"] = {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage["total_tokens"],
         }
         yield self._event("response.incomplete" if cut else "response.completed", response=self._response)
 

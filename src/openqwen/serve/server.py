@@ -49,7 +49,9 @@ def serve(source: str, config: ServeConfig) -> None:
         folder = config.data or Path(private)
         failed = asyncio.run(_run(engine, scorer, names, keys, listener, config, folder, source))
     if failed:
-        raise OpenQwenError("The engine has failed.", do="see the traceback above; report it with the model and request")
+        raise OpenQwenError(
+            "The engine has failed.", do="see the traceback above; report it with the model and request"
+        )
 
 
 async def _run(
@@ -122,7 +124,9 @@ def _tokens(text: str | None) -> int | None:
         return None
     number, unit = (text[:-1], 1024) if text[-1:].lower() == "k" else (text, 1)
     if not number.isdigit():
-        raise OpenQwenError(f"'{text}' is no number of tokens.", where="--max-context", do="give one such as 32768 or 128k")
+        raise OpenQwenError(
+            f"'{text}' is no number of tokens.", where="--max-context", do="give one such as 32768 or 128k"
+        )
     return int(number) * unit
 
 
@@ -159,7 +163,13 @@ def _become(user: str | None, folder: Path | None) -> None:
 
 
 def _say(
-    engine: Engine, api: Api, names: list[str], keys: list[str], listener: socket.socket, config: ServeConfig, source: str
+    engine: Engine,
+    api: Api,
+    names: list[str],
+    keys: list[str],
+    listener: socket.socket,
+    config: ServeConfig,
+    source: str,
 ) -> None:
     host, port = listener.getsockname()[:2]
     form = config.quantize or str(engine.model.head_VD.dtype).removeprefix("torch.")
