@@ -70,7 +70,8 @@ class Structures:
             fault = str(error)
         if fault:
             raise OpenQwenError(
-                f"This {structure.kind} cannot be followed: {fault.splitlines()[0]}", where="sampling, structure"
+                f"This {structure.kind} cannot be followed: {' '.join(fault.split())[:300]}",
+                where="sampling, structure",
             )
         return Matcher(inner, self._tokenizer.vocab_size)
 

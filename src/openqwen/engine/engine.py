@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from openqwen.engine.adapters import Adapters
 from openqwen.engine.answer import grow
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.constrain import Structures
@@ -19,12 +20,13 @@ from openqwen.engine.drafter import Lookup
 from openqwen.engine.pages import PagePool
 from openqwen.engine.plan import Work
 from openqwen.engine.request import Event, Output, Prompt, Request, Sampling
-from openqwen.engine.runner import Read, Runner, bytes_per_page, cache_dtype
+from openqwen.engine.runner import Read, Runner
 from openqwen.engine.sampler import Choice, Row, choose, seed_of_sample
 from openqwen.engine.schedule import Schedule
 from openqwen.engine.score import embeddings, log_probs_of
 from openqwen.engine.text import TextStream
-from openqwen.model import Qwen2
+from openqwen.model import Cache, LongContext, Qwen2
+from openqwen.model.long_context import profile, stated_context
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
 from openqwen.tokenizer import Tokenizer
@@ -68,7 +70,8 @@ class Engine:
         pool = self._pool()
         self._longest = min(self._context, pool.count * pool.page_size)
         self._schedule = Schedule(pool, config)
-        self._runner = Runner(model, pool.count, pool.page_size)
+        self.adapters = Adapters(model)
+        self._runner = Runner(model, self.adapters, Cache.of(model, pool.count, pool.page_size, config.cache))
         self._structures = Structures(tokenizer, self._stops)
         self._pending: list[Event] = []
         self._paused = False
@@ -86,7 +89,7 @@ class Engine:
     ) -> Request:
         """Queue a prompt: text, token ids, or messages for the chat template. OpenQwenError says what is wrong with it.
 
-        seed: in place of `sampling.seed`. priority: the larger goes first.
+        seed: in place of `sampling.seed`. adapter: a name added to `adapters`. priority: the larger goes first.
         """
         number = next(self._numbers)
         return self._submit(number, self._ids(prompt), sampling, seed, adapter, priority, number)
@@ -207,7 +210,7 @@ class Engine:
     def score(self, ids: Sequence[int], sampling: Sampling = Sampling()) -> list[float]:  # noqa: B008 (frozen)
         """The log-probability of each token but the first, given those before it: len(ids) − 1 numbers."""
         self._check(ids, self._context)
-        return log_probs_of(self.model, ids, sampling.long_context)
+        return log_probs_of(self.model, ids, self._long_context(sampling, len(ids)))
 
     def embed(self, prompts: Sequence[Prompt]) -> Tensor:
         """The hidden state of each prompt's last token, of length 1: [B, D], float32."""
@@ -227,22 +230,24 @@ class Engine:
         group: int,
     ) -> Request:
         self._check(ids, self._longest - 1)
-        if adapter is not None:
-            raise OpenQwenError(f"There is no adapter called '{adapter}'.", where="adapter")
+        chosen = None if adapter is None else self.adapters.get(adapter)
         matcher = self._structures.matcher(sampling.structure) if sampling.structure else None
         if not self._schedule.running and not self._schedule.waiting and self._fingerprint() != self._weights:
             self.refresh()  # somebody has trained the model
+        limit = min(len(ids) + sampling.max_tokens, self._longest)
+        context = self._long_context(sampling, limit)
         request = Request(
             id=number,
             prompt_ids=ids,
             sampling=sampling,
             seed=sampling.seed if seed is None else seed,
-            limit=min(len(ids) + sampling.max_tokens, self._longest),
+            limit=limit,
             stream=TextStream(self.tokenizer, sampling.stop),
             matcher=matcher,
-            adapter=adapter,
+            adapter=chosen,
             priority=priority,
-            group=None if self.config.prefix_cache else group,
+            long_context=context,
+            profile=(context, chosen and chosen.number, None if self.config.prefix_cache else group),
         )
         self._schedule.add(request)
         return request
@@ -270,14 +275,23 @@ class Engine:
         size = self.config.page_size
         one = -(-self._context // size)
         memory = self.config.cache_bytes or _CACHE_BYTES
-        affordable = memory // bytes_per_page(self.model.config, size, cache_dtype(self.model))
+        affordable = memory // Cache.bytes_per_page(
+            self.model.config, size, self.config.cache, self.model.head_VD.dtype
+        )
         if self.config.cache_bytes is None:
             affordable = max(affordable, one)
         return PagePool(max(1, min(affordable, self.config.max_running * one)), size)
 
     @property
     def _context(self) -> int:
-        return self.config.max_context or self.model.config.max_position_embeddings
+        return self.config.max_context or stated_context(self.model.config)
+
+    def _long_context(self, sampling: Sampling, tokens: int) -> LongContext | None:
+        """How a sequence of at most this many tokens is read. Dual Chunk Attention's scale must not change on the way:
+        what is cached would not be what is read anew."""
+        if sampling.long_context or (self.config.max_context is None and self.model.config.dual_chunk is None):
+            return sampling.long_context
+        return profile(self.model.config, tokens, self._context)
 
     def _guess(self, work: Work) -> list[int]:
         """Drafted tokens that fit the request's structure, their pages held."""

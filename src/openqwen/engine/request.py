@@ -12,6 +12,7 @@ from openqwen.model import LongContext
 from openqwen.support.errors import OpenQwenError
 
 if TYPE_CHECKING:
+    from openqwen.engine.adapters import Adapter
     from openqwen.engine.constrain import Matcher
     from openqwen.engine.drafter import Lookup
 
@@ -43,7 +44,7 @@ class Sampling:
     and once an occurrence. logit_bias: (id, what is added to its score). seed: of the draws. stop: texts that end the
     answer and are left out of it. stop_ids: token ids that end it, besides the tokenizer's own unless ignore_eos.
     top_logprobs: how many of the likeliest tokens to tell at each position. structure: what the answer must look like.
-    long_context: how the sequence is read; None: as the model's configuration says.
+    long_context: how the sequence is read; None: as the engine's settings and the model's configuration say.
     """
 
     max_tokens: int = 64
@@ -112,9 +113,10 @@ class Request:
     stream: TextStream
     matcher: "Matcher | None" = None
     lookup: "Lookup | None" = None
-    adapter: str | None = None
+    adapter: "Adapter | None" = None
+    long_context: LongContext | None = None
     priority: int = 0
-    group: int | None = None  # requests of different groups share no pages
+    profile: tuple[object, ...] = ()  # how it is read: requests of different profiles share no pages
 
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)

@@ -91,8 +91,7 @@ class Schedule:
     def _digest(self, request: Request) -> None:
         """Digests of all full pages that the known tokens make; they stand for how the tokens are read, too."""
         size, known = self.pool.page_size, request.digests
-        profile = (self.version, request.sampling.long_context, request.adapter, request.group)
-        parent = known[-1] if known else chain(repr(profile).encode(), [])
+        parent = known[-1] if known else chain(repr((self.version, request.profile)).encode(), [])
         for number in range(len(known), request.total // size):
             parent = chain(parent, request.tokens(number * size, (number + 1) * size))
             known.append(parent)
