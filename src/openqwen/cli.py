@@ -206,7 +206,9 @@ def _serve(arguments: Sequence[str]) -> None:
     from openqwen.serve.settings import ServeConfig
 
     text = "A Hugging Face folder, a .gguf file or a hub id."
-    options = dataclasses.make_dataclass("ServeOptions", [("model", Annotated[str, tyro.conf.arg(help=text)])])
+    options: type[Any] = dataclasses.make_dataclass(
+        "ServeOptions", [("model", Annotated[str, tyro.conf.arg(help=text)])]
+    )
     flags, config = parse(_named(arguments, "--model"), options, ServeConfig(), "openqwen serve", RECIPE_VERBS["serve"])
     try:
         from openqwen.serve.server import serve

@@ -10,10 +10,8 @@ import pytest
 
 def lines(count, **body):
     default = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
-    entries = [
-        {"custom_id": f"r{n}", "method": "POST", "url": "/v1/chat/completions", "body": default | body}
-        for n in range(count)
-    ]
+    entry = {"method": "POST", "url": "/v1/chat/completions", "body": default | body}
+    entries = [{"custom_id": f"r{n}", **entry} for n in range(count)]
     return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
 
 
@@ -44,8 +42,6 @@ def test_files(client):
     assert client.files.delete(file.id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(file.id)
-    with pytest.raises(openai.BadRequestError):
-        client.files.create(file=b"x", purpose="no purpose")
 
 
 def test_a_batch(client):
@@ -88,12 +84,8 @@ def test_nonsense(client, server):
     file = client.files.create(file=b"\n\n", purpose="batch")
     with pytest.raises(openai.BadRequestError):
         client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
-    for content, kind in (
-        (b"x", "multipart/form-data"),
-        (b"x", "multipart/form-data; boundary=y"),
-        (b"{}", "application/json"),
-    ):
-        assert server.http.post("/v1/files", content=content, headers={"content-type": kind}).status_code == 400
+    for kind in ("multipart/form-data", "multipart/form-data; boundary=y", "application/json", "x"):
+        assert server.http.post("/v1/files", content=b"x", headers={"content-type": kind}).status_code == 400
     assert server.http.post("/v1/files", content=b"x").status_code == 400
 
 

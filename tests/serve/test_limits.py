@@ -179,13 +179,7 @@ def test_a_port_that_is_taken(start, tiny, server, capsys):
 
 
 def test_nothing_is_read_from_the_disk(server):
-    for path in (
-        "/../../etc/passwd",
-        "/%2e%2e/%2e%2e/etc/passwd",
-        "//etc/passwd",
-        "/page/index.html",
-        "/index.html/../x",
-    ):
+    for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/page/index.html", "/page/../x"):
         assert server.http.get(path).status_code == 404
     for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "file-..", "x" * 500):
         assert server.http.get(f"/v1/files/{name}/content").status_code == 404

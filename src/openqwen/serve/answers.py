@@ -70,17 +70,9 @@ class Choice:
 
 
 class Writing:
-    """The answers to one request for text. `model` is the name that the client used."""
+    """The answers to one request for text. names: model and system_fingerprint, as the client is told."""
 
-    def __init__(
-        self,
-        request: Options,
-        answers: Answers,
-        prompts: list[list[int]],
-        tokenizer: Tokenizer,
-        model: str,
-        print_: str,
-    ):
+    def __init__(self, request: Options, answers: Answers, prompts: list[list[int]], tokenizer: Tokenizer, names: Json):
         self.request, self.answers, self._prompts, self._tokenizer = request, answers, prompts, tokenizer
         self.chat = isinstance(request, ChatRequest)
         tools = isinstance(request, ChatRequest) and bool(request.offered)
@@ -89,15 +81,14 @@ class Writing:
         self._n = len(self.choices) // len(prompts)
         asked = request.logprobs  # type: ignore[attr-defined]
         self._logprobs = asked is not None and asked is not False
-        options = request.stream_options or {}
+        options: Any = request.stream_options or {}
         self._usage_last = bool(options.get("include_usage"))
         self._usage_always = self._usage_last and bool(options.get("continuous_usage_stats"))
         self._head = {
             "id": identity("chatcmpl" if self.chat else "cmpl"),
             "object": "chat.completion" if self.chat else "text_completion",
             "created": int(time.time()),
-            "model": model,
-            "system_fingerprint": print_,
+            **names,
         }
 
     def usage(self) -> Json:
@@ -125,9 +116,7 @@ class Writing:
             else:
                 entry["text"] = echoed + choice.text
             entry["logprobs"] = self._told(lists[number], len(echoed))
-            choices.append(
-                entry | {"finish_reason": choice.reason} | self._ids(number, choice.token_ids, choice.versions)
-            )
+            choices.append(entry | {"finish_reason": choice.reason} | self._ids(choice.token_ids, choice.versions))
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     async def frames(self) -> AsyncIterator[bytes]:
@@ -146,17 +135,17 @@ class Writing:
                 choice = self.choices[number]
                 pieces = choice.take(event)
                 logprobs = self._told([event], offsets[number]) if event.token_ids else None
-                ids = self._ids(number, event.token_ids, [event.version] * len(event.token_ids))
+                ids = self._ids(event.token_ids, [event.version] * len(event.token_ids))
                 offsets[number] += len(event.text)
                 if not self.chat:
                     if event.text or event.finish_reason or logprobs or ids:
-                        yield self._chunk(number, event.text, logprobs, choice.reason, ids)
+                        yield self._chunk(number, event.text, logprobs, choice.reason, **ids)
                     continue
                 deltas = [choice.delta(piece) for piece in pieces]
                 if not deltas and event.token_ids and (logprobs or ids):
                     deltas = [{"content": ""}]
                 for delta in deltas:
-                    yield self._chunk(number, delta, logprobs, None, ids)
+                    yield self._chunk(number, delta, logprobs, None, **ids)
                     logprobs, ids = None, {}
                 if choice.reason:
                     yield self._chunk(number, {}, None, choice.reason)
@@ -167,12 +156,7 @@ class Writing:
         yield DONE
 
     def _chunk(
-        self,
-        number: int,
-        said: Json | str,
-        logprobs: Json | None = None,
-        reason: str | None = None,
-        more: Json | None = None,
+        self, number: int, said: Json | str, logprobs: Json | None = None, reason: str | None = None, **more: Any
     ) -> bytes:
         told = b"null" if logprobs is None else orjson.dumps(logprobs)
         parts = [self._front, b"%d" % number, b',"delta":' if self.chat else b',"text":', orjson.dumps(said)]
@@ -187,7 +171,7 @@ class Writing:
             return ""
         return self._tokenizer.decode(self._prompts[number // self._n], skip_control=False)
 
-    def _ids(self, number: int, token_ids: list[int], versions: list[int]) -> Json:
+    def _ids(self, token_ids: list[int], versions: list[int]) -> Json:
         if not self.request.return_token_ids:
             return {}
         return {"token_ids": token_ids, "token_versions": versions}
@@ -209,9 +193,10 @@ class Writing:
                 entries.append(self._entry(token, logprob) | {"top_logprobs": likeliest})
             return {"content": entries, "refusal": None}
         texts = [self._entry(token, logprob)["token"] for token, logprob, _ in rows]
-        tops = []
-        for (token, logprob, top), text in zip(rows, texts):
-            tops.append({self._entry(i, p)["token"]: max(p, _LEAST) for i, p in top} | {text: max(logprob, _LEAST)})
+        tops = [
+            {self._entry(i, p)["token"]: max(p, _LEAST) for i, p in top} | {text: max(logprob, _LEAST)}
+            for (_, logprob, top), text in zip(rows, texts)
+        ]
         offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
         values = [max(logprob, _LEAST) for _, logprob, _ in rows]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}

@@ -59,10 +59,8 @@ class Api:
     def _several(self, value: Any, param: str) -> list[list[int]]:
         """The prompts in a field that takes one or many, as text or ids."""
         prompts = [value] if isinstance(value, str) or isinstance(value[0], int) else value
-        encode = self.tokenizer.encode
-        return [
-            self._fitting(encode(one, allow_control=True) if isinstance(one, str) else one, param) for one in prompts
-        ]
+        rows = [self.tokenizer.encode(one, allow_control=True) if isinstance(one, str) else one for one in prompts]
+        return [self._fitting(ids, param) for ids in rows]
 
     def _fitting(self, ids: list[int], param: str) -> list[int]:
         if len(ids) >= self.max_context:
@@ -93,7 +91,8 @@ class Api:
         samplings = [request.sampling(self._defaults, min(most or room, room), top) for room in rooms]
         asked = [(ids, sampling, request.n or 1) for ids, sampling in zip(prompts, samplings)]
         answers = await self.bridge.submit(asked, priority)
-        return Writing(request, answers, prompts, self.tokenizer, model, f"{self._print}-{self.bridge.engine.version}")
+        names = {"model": model, "system_fingerprint": f"{self._print}-{self.bridge.engine.version}"}
+        return Writing(request, answers, prompts, self.tokenizer, names)
 
     async def embed(self, request: EmbeddingRequest) -> Json:
         """Vectors of length 1."""
@@ -145,8 +144,9 @@ class Api:
 
     async def template(self, request: TemplateRequest) -> Json:
         """A chat as the text that the model reads."""
-        render = self.tokenizer.apply_chat_template
-        return {"prompt": await asyncio.to_thread(render, plain(request.messages), request.tools, True)}
+        tools: Any = request.tools
+        render = partial(self.tokenizer.apply_chat_template, plain(request.messages), tools, True)
+        return {"prompt": await asyncio.to_thread(render)}
 
     async def update_weights(self, request: WeightsRequest) -> Json:
         """Put the weights of a subfolder of --weights into the network at work."""

@@ -34,7 +34,7 @@ _FAILURES: dict[int | str, p.Json] = {
     code: {"description": "What was wrong.", "content": {"application/json": {"schema": _ERROR}}}
     for code in (400, 401, 403, 404, 405, 408, 409, 413, 429, 500, 503)
 }
-_STREAM: p.Json = {200: {"content": {"text/event-stream": {}, "application/json": {}}}}
+_STREAM: dict[int | str, p.Json] = {200: {"content": {"text/event-stream": {}, "application/json": {}}}}
 _UPLOAD = {"type": "object", "required": ["file", "purpose"], "properties": {"file": _TEXT, "purpose": _TEXT}}
 _FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}}
 

@@ -38,7 +38,7 @@ class Batches:
         kept = sum(entry["bytes"] for entry in self.files.values())
         if len(self.files) >= _MOST or kept + len(content) > self._most:
             raise ApiError(413, "There is no room for this file; delete others first.", "file", "storage_full")
-        entry = {"id": identity("file"), "object": "file", "bytes": len(content), "created_at": int(time.time())}
+        entry: Json = {"id": identity("file"), "object": "file", "bytes": len(content), "created_at": int(time.time())}
         entry |= {"filename": name, "purpose": purpose, "status": "processed"}
         (self._folder / entry["id"]).write_bytes(content)
         self._keep(self.files, entry)

@@ -1,5 +1,4 @@
-"""The engine in a thread of its own, and how asyncio talks with it: jobs go in by a queue, and what a step has made comes
-out in one hop."""
+"""The engine in a thread of its own: jobs go in by a queue, and what a step has made comes out in one hop."""
 
 import asyncio
 import queue
@@ -106,11 +105,12 @@ class Bridge:
         """Stop what still runs of these."""
         if not self.dead:
             future = self._post(lambda: sum(map(self._on_drop, answers.requests)))
-            future.add_done_callback(lambda done: done.exception() or self._cancelled(done.result()))
+            future.add_done_callback(self._cancelled)
 
-    def _cancelled(self, count: int) -> None:
-        self._release(count)
-        self.metrics.finished("abort", count)
+    def _cancelled(self, done: "asyncio.Future[int]") -> None:
+        if not done.exception():
+            self._release(done.result())
+            self.metrics.finished("abort", done.result())
 
     def _release(self, count: int) -> None:
         self.outstanding -= count

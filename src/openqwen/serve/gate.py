@@ -12,7 +12,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from openqwen.serve.errors import ApiError
 
 Result = TypeVar("Result")
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -84,7 +83,7 @@ class Gate:
         if self._keys and path not in self._open:
             word, _, given = headers.get(b"authorization", b"").partition(b" ")
             key = given.strip() if word.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-            if not any([hmac.compare_digest(key, known) for known in self._keys]):  # every one, so that time tells none
+            if not sum(hmac.compare_digest(key, known) for known in self._keys):  # all, so that time tells nothing
                 raise ApiError(401, "A valid API key is needed.", code="invalid_api_key")
         if int(headers.get(b"content-length", b"0")) > self._limit:
             raise self._too_large()
@@ -97,6 +96,7 @@ class TimedProtocol(H11Protocol):
     """uvicorn's HTTP, but a client that dawdles over its headers is let go of."""
 
     seconds = 20.0
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A new client."""
@@ -111,7 +111,7 @@ class TimedProtocol(H11Protocol):
             self._watch()
 
     def _watch(self) -> None:
-        if getattr(self, "_timer", None) is None:
+        if self._timer is None:
             self._timer = self.loop.call_later(self.seconds, self._late)
 
     def _late(self) -> None:

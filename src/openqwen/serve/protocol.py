@@ -1,7 +1,10 @@
 """What clients may send: OpenAI's requests, with vLLM's additions where they are of use. Unknown fields are ignored."""
 
+# ruff: noqa: UP013 (shapes of one line each)
+
 import json
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,99 +19,51 @@ Int = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) an
 Count = Annotated[Int, Field(ge=1, le=1 << 31)]
 Filled = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[Annotated[Int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Several = Field(min_length=1, max_length=256)
 Prompts = Filled | Ids | Annotated[list[Filled], Several] | Annotated[list[Ids], Several]
 
-
-class TextPart(TypedDict):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-
+TextPart = TypedDict("TextPart", {"type": Literal["text", "input_text", "output_text"], "text": str})
 Content = str | list[TextPart]
-
-
-class Function(TypedDict):
-    name: str
-    arguments: NotRequired[str]
-
-
-class ToolCall(TypedDict):
-    id: NotRequired[str]
-    type: NotRequired[Literal["function"]]
-    function: Function
-
-
-class Said(TypedDict):
-    role: Literal["system", "developer", "user", "tool"]
-    content: Content
-
-
-class Answer(TypedDict):
-    role: Literal["assistant"]
-    content: NotRequired[Content | None]
-    tool_calls: NotRequired[list[ToolCall] | None]
-
-
+Function = TypedDict("Function", {"name": str, "arguments": NotRequired[str]})
+ToolCall = TypedDict(
+    "ToolCall", {"id": NotRequired[str], "type": NotRequired[Literal["function"]], "function": Function}
+)
+Said = TypedDict("Said", {"role": Literal["system", "developer", "user", "tool"], "content": Content})
+Answer = TypedDict(
+    "Answer",
+    {
+        "role": Literal["assistant"],
+        "content": NotRequired[Content | None],
+        "tool_calls": NotRequired[list[ToolCall] | None],
+    },
+)
 Message = Annotated[Said | Answer, Field(discriminator="role")]
 Messages = Annotated[list[Message], Field(min_length=1)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
-
-class ToolFunction(TypedDict):
-    name: FunctionName
-    description: NotRequired[str | None]
-    parameters: NotRequired[Json | None]
-
-
-class Tool(TypedDict):
-    type: Literal["function"]
-    function: ToolFunction
-
-
-class Named(TypedDict):
-    name: str
-
-
-class NamedTool(TypedDict):
-    type: Literal["function"]
-    function: Named
-
-
-class Schema(TypedDict):
-    name: NotRequired[str]
-    schema: Json
-
-
-class PlainFormat(TypedDict):
-    type: Literal["text"]
-
-
-class JsonFormat(TypedDict):
-    type: Literal["json_object"]
-    schema: NotRequired[Json | None]
-
-
-class SchemaFormat(TypedDict):
-    type: Literal["json_schema"]
-    json_schema: Schema
-
-
-Form = NotRequired[str | None]
-
-
-class Structured(TypedDict):
-    json: NotRequired[Json | str | None]
-    regex: Form
-    grammar: Form
-    choice: NotRequired[list[str] | None]
-
-
-class StreamOptions(TypedDict):
-    include_usage: NotRequired[bool | None]
-    continuous_usage_stats: NotRequired[bool | None]
-
-
+ToolFunction = TypedDict(
+    "ToolFunction",
+    {"name": FunctionName, "description": NotRequired[str | None], "parameters": NotRequired[Json | None]},
+)
+Tool = TypedDict("Tool", {"type": Literal["function"], "function": ToolFunction})
+Named = TypedDict("Named", {"name": str})
+NamedTool = TypedDict("NamedTool", {"type": Literal["function"], "function": Named})
+Schema = TypedDict("Schema", {"name": NotRequired[str], "schema": Json})
+PlainFormat = TypedDict("PlainFormat", {"type": Literal["text"]})
+JsonFormat = TypedDict("JsonFormat", {"type": Literal["json_object"], "schema": NotRequired[Json | None]})
+SchemaFormat = TypedDict("SchemaFormat", {"type": Literal["json_schema"], "json_schema": Schema})
+Structured = TypedDict(
+    "Structured",
+    {
+        "json": NotRequired[Json | None],
+        "regex": NotRequired[str | None],
+        "grammar": NotRequired[str | None],
+        "choice": NotRequired[list[str] | None],
+    },
+)
+StreamOptions = TypedDict(
+    "StreamOptions", {"include_usage": NotRequired[bool | None], "continuous_usage_stats": NotRequired[bool | None]}
+)
 # The blanks of calls in Qwen2.5's training data, and no others: else a model may write blanks without end.
 _AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -151,15 +106,15 @@ class Options(Body):
 
     def structure(self) -> Structure | None:
         """What the answer must look like, where the client says."""
-        asked = self.structured_outputs or {}
+        asked: Any = self.structured_outputs or {}
         if asked.get("choice"):
-            return Structure("grammar", "start: " + " | ".join(map(json.dumps, asked["choice"] or [])))
+            return Structure("grammar", "start: " + " | ".join(map(json.dumps, asked["choice"])))
         for name, kind in (("json", "json_schema"), ("regex", "regex"), ("grammar", "grammar")):
             if (source := asked.get(name)) is not None:
                 return Structure(kind, source if isinstance(source, str) else json.dumps(source))  # type: ignore[arg-type]
         return None
 
-    def sampling(self, defaults: Json, max_tokens: int, top_logprobs: int) -> Sampling:
+    def sampling(self, defaults: Mapping[str, Any], max_tokens: int, top_logprobs: int) -> Sampling:
         """As the engine wants it. defaults: the checkpoint's generation_config."""
 
         def of(name: str, otherwise: float) -> float:
@@ -211,7 +166,7 @@ class ChatRequest(Options):
         return self
 
     @property
-    def offered(self) -> list[Tool] | None:
+    def offered(self) -> list[Any] | None:
         """The tools that the model is told of."""
         return None if self.tool_choice == "none" else self.tools or None
 

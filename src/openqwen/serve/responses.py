@@ -1,5 +1,7 @@
 """/v1/responses: OpenAI's newer form of a chat, turned into the older one on the way in and back on the way out."""
 
+# ruff: noqa: UP013 (shapes of one line each)
+
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, NotRequired
@@ -11,56 +13,37 @@ from typing_extensions import TypedDict
 from openqwen.serve.answers import Writing, identity
 from openqwen.serve.api import Api
 from openqwen.serve.errors import ApiError
-from openqwen.serve.protocol import Body, ChatRequest, Content, Count, FunctionName, Json, PlainFormat
+from openqwen.serve.protocol import (
+    Body,
+    ChatRequest,
+    Content,
+    Count,
+    FunctionName,
+    Json,
+    PlainFormat,
+)
 from openqwen.serve.tools import Arguments, Call, Piece, Text
 
-
-class MessageItem(TypedDict):
-    type: NotRequired[Literal["message"]]
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-
-
-class CallItem(TypedDict):
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: NotRequired[str]
-
-
-class ResultItem(TypedDict):
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str
-
-
-class FlatTool(TypedDict):
-    type: Literal["function"]
-    name: FunctionName
-    description: NotRequired[str | None]
-    parameters: NotRequired[Json | None]
-
-
-class FlatChoice(TypedDict):
-    type: Literal["function"]
-    name: str
-
-
-class FlatJson(TypedDict):
-    type: Literal["json_object"]
-
-
-class FlatSchema(TypedDict):
-    type: Literal["json_schema"]
-    name: NotRequired[str]
-    schema: Json
-
-
+Role = Literal["system", "developer", "user", "assistant"]
+MessageItem = TypedDict("MessageItem", {"type": NotRequired[Literal["message"]], "role": Role, "content": Content})
+CallItem = TypedDict(
+    "CallItem", {"type": Literal["function_call"], "call_id": str, "name": str, "arguments": NotRequired[str]}
+)
+ResultItem = TypedDict("ResultItem", {"type": Literal["function_call_output"], "call_id": str, "output": str})
+FlatTool = TypedDict(
+    "FlatTool",
+    {
+        "type": Literal["function"],
+        "name": FunctionName,
+        "description": NotRequired[str | None],
+        "parameters": NotRequired[Json | None],
+    },
+)
+FlatChoice = TypedDict("FlatChoice", {"type": Literal["function"], "name": str})
+FlatJson = TypedDict("FlatJson", {"type": Literal["json_object"]})
+FlatSchema = TypedDict("FlatSchema", {"type": Literal["json_schema"], "name": NotRequired[str], "schema": Json})
 Format = Annotated[PlainFormat | FlatJson | FlatSchema, Field(discriminator="type")]
-
-
-class TextConfig(TypedDict):
-    format: NotRequired[Format | None]
+TextConfig = TypedDict("TextConfig", {"format": NotRequired[Format | None]})
 
 
 class ResponsesRequest(Body):
@@ -212,8 +195,8 @@ class Responding:
         item["status"] = status
         if item["type"] == "message":
             part = item["content"][0]
-            done = self._event("response.output_text.done", text=part["text"], logprobs=[], **place)
-            events = [done, self._event("response.content_part.done", part=part, **place)]
+            done: Json = self._event("response.output_text.done", text=part["text"], logprobs=[], **place)
+            events: list[Json] = [done, self._event("response.content_part.done", part=part, **place)]
         else:
             told = {"arguments": item["arguments"], "name": item["name"]}
             events = [self._event("response.function_call_arguments.done", **told, **place)]

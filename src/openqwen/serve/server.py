@@ -49,9 +49,7 @@ def serve(source: str, config: ServeConfig) -> None:
         folder = config.data or Path(private)
         failed = asyncio.run(_run(engine, scorer, names, keys, listener, config, folder, source))
     if failed:
-        raise OpenQwenError(
-            "The engine has failed.", do="see the traceback above; report it with the model and request"
-        )
+        raise OpenQwenError("The engine has failed.", do="report the traceback above with the request")
 
 
 async def _run(
@@ -78,7 +76,7 @@ async def _run(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         work = asyncio.create_task(batches.run(api))
-        _say(engine, api, names, keys, listener, config, source)
+        _say(api, keys, listener, source)
         yield
         work.cancel()
         with suppress(asyncio.CancelledError):
@@ -110,7 +108,7 @@ async def _run(
 
 def _engine(source: str, config: ServeConfig) -> Engine:
     device = config.device or best_device()
-    options = {} if config.quantize is None else {"quantize": config.quantize}
+    options: dict[str, Any] = {} if config.quantize is None else {"quantize": config.quantize}
     if options and "quantize" not in inspect.signature(load_model).parameters:
         raise OpenQwenError("This version cannot quantize.", where="--quantize")
     model = load_model(source, device=device, **options)
@@ -124,9 +122,7 @@ def _tokens(text: str | None) -> int | None:
         return None
     number, unit = (text[:-1], 1024) if text[-1:].lower() == "k" else (text, 1)
     if not number.isdigit():
-        raise OpenQwenError(
-            f"'{text}' is no number of tokens.", where="--max-context", do="give one such as 32768 or 128k"
-        )
+        raise OpenQwenError(f"'{text}' is no length.", where="--max-context", do="give 32768 or 32k")
     return int(number) * unit
 
 
@@ -162,17 +158,9 @@ def _become(user: str | None, folder: Path | None) -> None:
     os.setuid(entry.pw_uid)
 
 
-def _say(
-    engine: Engine,
-    api: Api,
-    names: list[str],
-    keys: list[str],
-    listener: socket.socket,
-    config: ServeConfig,
-    source: str,
-) -> None:
-    host, port = listener.getsockname()[:2]
-    form = config.quantize or str(engine.model.head_VD.dtype).removeprefix("torch.")
+def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> None:
+    (host, port), model = listener.getsockname()[:2], api.bridge.engine.model
+    form = api.config.quantize or str(model.head_VD.dtype).removeprefix("torch.")
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    parts = [f"{names[0]} ({source})", form, f"on {engine.model.device}", f"context {api.max_context:,}"]
-    console.print("; ".join(parts) + f"; {'key needed' if keys else 'no key needed'}; {where}")
+    parts = [f"{api.names[0]} ({source})", form, f"on {model.device}", f"context {api.max_context:,}"]
+    console.print("; ".join([*parts, "key needed" if keys else "no key needed", where]))

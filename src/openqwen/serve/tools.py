@@ -5,26 +5,29 @@ calls come out, and the arguments are the very characters that the model wrote.
 """
 
 import json
-from typing import NamedTuple
+from dataclasses import dataclass
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _SPACE = " \t\r\n"
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True)
+class Text:
     """Words of the answer outside calls."""
 
     text: str
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True)
+class Call:
     """A call begins: its number in the answer, and the function's name."""
 
     index: int
     name: str
 
 
-class Arguments(NamedTuple):
+@dataclass(frozen=True)
+class Arguments:
     """More of a call's arguments, verbatim."""
 
     index: int
@@ -68,17 +71,18 @@ class ToolCalls:
         return out
 
     def _say(self, text: str) -> None:
-        if text:
-            before = self._out.pop().text if self._out and isinstance(self._out[-1], Text) else ""
-            self._out.append(Text(before + text))
+        last = self._out[-1] if self._out else None
+        if isinstance(last, Text):
+            self._out[-1] = Text(last.text + text)
+        elif text:
+            self._out.append(Text(text))
 
     def _argue(self, text: str) -> None:
-        if text and self._index is not None:
-            last = self._out[-1] if self._out else None
-            before = last.text if isinstance(last, Arguments) and last.index == self._index else None
-            if before is not None:
-                self._out.pop()
-            self._out.append(Arguments(self._index, (before or "") + text))
+        last = self._out[-1] if self._out else None
+        if isinstance(last, Arguments) and last.index == self._index:
+            self._out[-1] = Arguments(last.index, last.text + text)
+        elif text and self._index is not None:
+            self._out.append(Arguments(self._index, text))
 
     def _text(self, character: str) -> None:
         """Outside calls: all but white space and what may become a tag is passed on at once."""
