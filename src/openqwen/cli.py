@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RECIPE_VERBS = {
     "run": "Run a whole recipe: raw text in, an aligned chat model out. Resumable.",
     "chat": "Talk to a model in the terminal.",
+    "serve": "Serve a model over HTTP: OpenAI's API and a chat page.",
     "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
     "report": "Write the HTML report of a run folder.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
@@ -79,6 +80,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         verbs: dict[str, Callable[[Sequence[str]], None]] = {
             "run": _run,
             "chat": _chat,
+            "serve": _serve,
             "convert": _convert,
             "report": _report,
             "preview": _preview,
@@ -206,6 +208,25 @@ def _chat(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--model", *arguments]
     tyro.cli(chat, args=list(arguments), prog="openqwen chat", description=RECIPE_VERBS["chat"])
+
+
+def _serve(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.flags import parse
+    from openqwen.serve.settings import ServeConfig
+
+    text = "A Hugging Face folder, a .gguf file or a hub id."
+    options: type[Any] = dataclasses.make_dataclass(
+        "ServeOptions", [("model", Annotated[str, tyro.conf.arg(help=text)])]
+    )
+    flags, config = parse(_named(arguments, "--model"), options, ServeConfig(), "openqwen serve", RECIPE_VERBS["serve"])
+    try:
+        from openqwen.serve.server import serve
+    except ModuleNotFoundError as error:
+        what = f"Serving needs the library {error.name}."
+        raise OpenQwenError(what, do="pip install 'openqwen[serve]'") from None
+    serve(flags.model, config)
 
 
 def _convert(arguments: Sequence[str]) -> None:

@@ -1,0 +1,206 @@
+"""The engine's events as OpenAI's objects: whole, or as a stream of chunks whose unchanging bytes are made once."""
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import orjson
+
+from openqwen.engine import Event
+from openqwen.serve.bridge import Answers
+from openqwen.serve.errors import ApiError
+from openqwen.serve.protocol import ChatRequest, CompletionRequest, Json, Options
+from openqwen.serve.tools import Arguments, Call, Piece, Text, ToolCalls
+from openqwen.tokenizer import Tokenizer
+
+DONE = b"data: [DONE]\n\n"
+_LEAST = -9999.0  # JSON has no infinity
+
+
+def identity(kind: str) -> str:
+    """A name that nobody can guess."""
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+@dataclass
+class Choice:
+    """One answer, as far as it has come."""
+
+    machine: ToolCalls | None = None  # where tools are offered
+    most_calls: int | None = None
+    text: str = ""
+    calls: list[Json] = field(default_factory=list)
+    logprobs: list[Json] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    reason: str | None = None
+
+    def take(self, event: Event) -> list[Piece]:
+        """Add an event; returns what became certain by it."""
+        self.token_ids += event.token_ids
+        self.versions += [event.version] * len(event.token_ids)
+        if self.machine is None:
+            pieces: list[Piece] = [Text(event.text)] if event.text else []
+        else:
+            pieces = self.machine.push(event.text) + (self.machine.finish() if event.finish_reason else [])
+        kept = [p for p in pieces if isinstance(p, Text) or self.most_calls is None or p.index < self.most_calls]
+        for piece in kept:
+            if isinstance(piece, Text):
+                self.text += piece.text
+            elif isinstance(piece, Call):
+                function = {"name": piece.name, "arguments": ""}
+                self.calls.append({"id": identity("call"), "type": "function", "function": function})
+            else:
+                self.calls[piece.index]["function"]["arguments"] += piece.text
+        if event.finish_reason:
+            self.reason = "tool_calls" if self.calls and event.finish_reason == "stop" else event.finish_reason
+        return kept
+
+    def delta(self, piece: Piece) -> Json:
+        """A piece as a stream tells it."""
+        if isinstance(piece, Text):
+            return {"content": piece.text}
+        if isinstance(piece, Arguments):
+            return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+        begun = {"id": self.calls[piece.index]["id"], "type": "function"}
+        return {"tool_calls": [{"index": piece.index, **begun, "function": {"name": piece.name, "arguments": ""}}]}
+
+
+class Writing:
+    """The answers to one request for text. names: model and system_fingerprint, as the client is told."""
+
+    def __init__(self, request: Options, answers: Answers, prompts: list[list[int]], tokenizer: Tokenizer, names: Json):
+        self.request, self.answers, self._prompts, self._tokenizer = request, answers, prompts, tokenizer
+        self.chat = isinstance(request, ChatRequest)
+        tools = isinstance(request, ChatRequest) and bool(request.offered)
+        most = 1 if isinstance(request, ChatRequest) and request.parallel_tool_calls is False else None
+        self.choices = [Choice(ToolCalls() if tools else None, most) for _ in answers.requests]
+        self._n = len(self.choices) // len(prompts)
+        asked = request.logprobs  # type: ignore[attr-defined]
+        self._logprobs = asked is not None and asked is not False
+        options: Any = request.stream_options or {}
+        self._usage_last = bool(options.get("include_usage"))
+        self._usage_always = self._usage_last and bool(options.get("continuous_usage_stats"))
+        self._head = {
+            "id": identity("chatcmpl" if self.chat else "cmpl"),
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": int(time.time()),
+            **names,
+        }
+
+    def usage(self) -> Json:
+        """Tokens so far; a prompt counts once however many answers it gets."""
+        prompt = sum(map(len, self._prompts))
+        answer = sum(len(choice.token_ids) for choice in self.choices)
+        cached = sum(request.cached_tokens for request in self.answers.requests[:: self._n])
+        details = {"prompt_tokens_details": {"cached_tokens": cached}}
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer, **details}
+
+    async def whole(self) -> Json:
+        """The answers when all are finished."""
+        lists: dict[int, list[Event]] = {number: [] for number in range(len(self.choices))}
+        async for number, event in self.answers:
+            self.choices[number].take(event)
+            lists[number].append(event)
+        choices = []
+        for number, choice in enumerate(self.choices):
+            echoed = self._echo(number)
+            entry: Json = {"index": number}
+            if self.chat:
+                entry["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+                if choice.calls:
+                    entry["message"] |= {"content": choice.text or None, "tool_calls": choice.calls}
+            else:
+                entry["text"] = echoed + choice.text
+            entry["logprobs"] = self._told(lists[number], len(echoed))
+            choices.append(entry | {"finish_reason": choice.reason} | self._ids(choice.token_ids, choice.versions))
+        return {**self._head, "choices": choices, "usage": self.usage()}
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """Server-sent events, an error's included."""
+        head = self._head | ({"object": "chat.completion.chunk"} if self.chat else {})
+        self._front = b"data: " + orjson.dumps(head)[:-1] + b',"choices":[{"index":'
+        offsets = [0] * len(self.choices)
+        try:
+            for number in range(len(self.choices)):
+                if self.chat:
+                    yield self._chunk(number, {"role": "assistant", "content": None})
+                elif echoed := self._echo(number):
+                    offsets[number] = len(echoed)
+                    yield self._chunk(number, echoed)
+            async for number, event in self.answers:
+                choice = self.choices[number]
+                pieces = choice.take(event)
+                logprobs = self._told([event], offsets[number]) if event.token_ids else None
+                ids = self._ids(event.token_ids, [event.version] * len(event.token_ids))
+                offsets[number] += len(event.text)
+                if not self.chat:
+                    if event.text or event.finish_reason or logprobs or ids:
+                        yield self._chunk(number, event.text, logprobs, choice.reason, **ids)
+                    continue
+                deltas = [choice.delta(piece) for piece in pieces]
+                if not deltas and event.token_ids and (logprobs or ids):
+                    deltas = [{"content": ""}]
+                for delta in deltas:
+                    yield self._chunk(number, delta, logprobs, None, **ids)
+                    logprobs, ids = None, {}
+                if choice.reason:
+                    yield self._chunk(number, {}, None, choice.reason)
+            if self._usage_last:
+                yield b"data: " + orjson.dumps({**head, "choices": [], "usage": self.usage()}) + b"\n\n"
+        except ApiError as error:
+            yield b"data: " + orjson.dumps(error.body()) + b"\n\n"
+        yield DONE
+
+    def _chunk(
+        self, number: int, said: Json | str, logprobs: Json | None = None, reason: str | None = None, **more: Any
+    ) -> bytes:
+        told = b"null" if logprobs is None else orjson.dumps(logprobs)
+        parts = [self._front, b"%d" % number, b',"delta":' if self.chat else b',"text":', orjson.dumps(said)]
+        parts += [b',"logprobs":', told, b',"finish_reason":', b"null" if reason is None else b'"%s"' % reason.encode()]
+        if more:
+            parts += [b",", orjson.dumps(more)[1:-1]]
+        usage = [b'],"usage":', orjson.dumps(self.usage()), b"}\n\n"] if self._usage_always else [b"]}\n\n"]
+        return b"".join([*parts, b"}", *usage])
+
+    def _echo(self, number: int) -> str:
+        if not isinstance(self.request, CompletionRequest) or not self.request.echo:
+            return ""
+        return self._tokenizer.decode(self._prompts[number // self._n], skip_control=False)
+
+    def _ids(self, token_ids: list[int], versions: list[int]) -> Json:
+        if not self.request.return_token_ids:
+            return {}
+        return {"token_ids": token_ids, "token_versions": versions}
+
+    def _told(self, events: list[Event], offset: int) -> Json | None:
+        """Log-probabilities: for chat an entry each token, for completions four lists."""
+        if not self._logprobs:
+            return None
+        rows = [
+            row
+            for event in events
+            for row in zip(event.token_ids, event.logprobs, event.top or [[]] * len(event.token_ids))
+        ]
+        if self.chat:
+            most = self.request.top_logprobs or 0  # type: ignore[attr-defined]
+            entries = []
+            for token, logprob, top in rows:
+                likeliest = [self._entry(*pair) for pair in top[:most]]
+                entries.append(self._entry(token, logprob) | {"top_logprobs": likeliest})
+            return {"content": entries, "refusal": None}
+        texts = [self._entry(token, logprob)["token"] for token, logprob, _ in rows]
+        tops = [
+            {self._entry(i, p)["token"]: max(p, _LEAST) for i, p in top} | {text: max(logprob, _LEAST)}
+            for (_, logprob, top), text in zip(rows, texts)
+        ]
+        offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
+        values = [max(logprob, _LEAST) for _, logprob, _ in rows]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self._tokenizer.token_bytes(token)
+        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, _LEAST), "bytes": list(raw)}

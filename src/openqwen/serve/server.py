@@ -1,0 +1,166 @@
+"""`openqwen serve MODEL`: load, listen, answer, and leave without dropping anybody."""
+
+import asyncio
+import inspect
+import os
+import pwd
+import secrets
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from openqwen.engine import Engine, EngineConfig
+from openqwen.model import load_model, load_scorer
+from openqwen.serve.api import Api
+from openqwen.serve.app import application, page
+from openqwen.serve.batches import Batches
+from openqwen.serve.bridge import Bridge
+from openqwen.serve.gate import Gate, TimedProtocol
+from openqwen.serve.metrics import Metrics
+from openqwen.serve.settings import ServeConfig
+from openqwen.support.device import best_device
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.progress import console
+from openqwen.tokenizer import load_tokenizer
+
+_LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
+
+
+def serve(source: str, config: ServeConfig) -> None:
+    """Serve a model until SIGTERM or SIGINT."""
+    listener = _listen(config.host, config.port)  # a port that is taken is found out before the model is loaded
+    keys = [*config.api_key, *filter(None, os.environ.get("OPENQWEN_API_KEY", "").split(","))]
+    if not keys and config.host not in ("localhost", "127.0.0.1", "::1"):
+        keys = [secrets.token_urlsafe(32)]
+        console.print(f"No key was given, so one was made: {keys[0]}")
+    names = config.name or [Path(source).name if Path(source).exists() else source]
+    engine = _engine(source, config)
+    scorer = None if config.reward is None else load_scorer(config.reward, device=engine.model.device)
+    _become(config.user, config.data)
+    with tempfile.TemporaryDirectory(prefix="openqwen-") as private:
+        folder = config.data or Path(private)
+        failed = asyncio.run(_run(engine, scorer, names, keys, listener, config, folder, source))
+    if failed:
+        raise OpenQwenError("The engine has failed.", do="report the traceback above with the request")
+
+
+async def _run(
+    engine: Engine,
+    scorer: Any,
+    names: list[str],
+    keys: list[str],
+    listener: socket.socket,
+    config: ServeConfig,
+    folder: Path,
+    source: str,
+) -> bool:
+    """Serve; returns whether the engine failed."""
+    server: uvicorn.Server
+
+    def failed() -> None:
+        server.should_exit = True
+
+    metrics = Metrics(names[0])
+    bridge = Bridge(engine, metrics, config.queue, config.timeout, failed)
+    api = Api(bridge, config, names, scorer)
+    batches = Batches(folder, config.max_files)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        work = asyncio.create_task(batches.run(api))
+        _say(api, keys, listener, source)
+        yield
+        work.cancel()
+        with suppress(asyncio.CancelledError):
+            await work
+
+    app: Any = application(api, batches, lifespan)
+    hosts = [] if keys else [*_LOOPBACK, config.host]
+    app = Gate(app, keys, hosts, frozenset({"/health", *page()}), config.max_body, config.idle)
+    if config.origin:
+        app = CORSMiddleware(app, config.origin, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
+    TimedProtocol.seconds = config.idle
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it has drained
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=TimedProtocol,
+            ws="none",
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=max(round(config.drain), 1),
+            timeout_keep_alive=round(config.idle) or 1,
+        )
+    )
+    with suppress(KeyboardInterrupt):
+        await server.serve([listener])
+    bridge.stop()
+    return bridge.dead
+
+
+def _engine(source: str, config: ServeConfig) -> Engine:
+    device = config.device or best_device()
+    options: dict[str, Any] = {} if config.quantize is None else {"quantize": config.quantize}
+    if options and "quantize" not in inspect.signature(load_model).parameters:
+        raise OpenQwenError("This version cannot quantize.", where="--quantize")
+    model = load_model(source, device=device, **options)
+    longest = _tokens(config.max_context)
+    return Engine(model, load_tokenizer(source), EngineConfig(max_context=longest))
+
+
+def _tokens(text: str | None) -> int | None:
+    """`128k` is 131,072."""
+    if text is None:
+        return None
+    number, unit = (text[:-1], 1024) if text[-1:].lower() == "k" else (text, 1)
+    if not number.isdigit():
+        raise OpenQwenError(f"'{text}' is no length.", where="--max-context", do="give 32768 or 32k")
+    return int(number) * unit
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        message = f"Cannot listen there: {error.strerror or error}."
+        raise OpenQwenError(message, where=f"{host}:{port}", do="give another --host or --port") from None
+    return listener
+
+
+def _become(user: str | None, folder: Path | None) -> None:
+    """From root to the unprivileged user, to whom the folder of files is given."""
+    if os.geteuid() != 0:
+        return
+    if user is None:
+        console.print("This runs as root; --user NAME makes it run as somebody who may do less.")
+        return
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise OpenQwenError(f"There is no user '{user}'.", where="--user") from None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in [folder, *folder.iterdir()]:
+            os.chown(path, entry.pw_uid, entry.pw_gid)
+    os.setgroups([])
+    os.setgid(entry.pw_gid)
+    os.setuid(entry.pw_uid)
+
+
+def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> None:
+    (host, port), model = listener.getsockname()[:2], api.bridge.engine.model
+    form = api.config.quantize or str(model.head_VD.dtype).removeprefix("torch.")
+    where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    parts = [f"{api.names[0]} ({source})", form, f"on {model.device}", f"context {api.max_context:,}"]
+    console.print("; ".join([*parts, "key needed" if keys else "no key needed", where]))

@@ -1,0 +1,108 @@
+"""Files and batches: kept, answered at leisure, and taken up again after a kill."""
+
+import json
+import signal
+import time
+
+import openai
+import pytest
+
+
+def lines(count, **body):
+    default = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
+    entry = {"method": "POST", "url": "/v1/chat/completions", "body": default | body}
+    entries = [{"custom_id": f"r{n}", **entry} for n in range(count)]
+    return "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+
+
+def begin(client, content, endpoint="/v1/chat/completions"):
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"a": "b"})
+
+
+def ended(client, batch, seconds=60):
+    end = time.monotonic() + seconds
+    while (batch := client.batches.retrieve(batch.id)).status not in ("completed", "cancelled"):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return batch
+
+
+def read(client, name):
+    return [json.loads(line) for line in client.files.content(name).text.splitlines()]
+
+
+def test_files(client):
+    content = bytes(range(256)) + b"\r\n--boundary\r\n\n"
+    file = client.files.create(file=("../../evil name.bin", content), purpose="batch")
+    assert (file.object, file.bytes, file.purpose) == ("file", len(content), "batch")
+    assert client.files.retrieve(file.id) == file
+    assert file.id in [entry.id for entry in client.files.list().data]
+    assert client.files.content(file.id).read() == content
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+def test_a_batch(client):
+    content = lines(12) + lines(1, max_tokens=-1) + b"no json\n" + lines(1).replace(b"chat/completions", b"other")
+    batch = ended(client, begin(client, content))
+    assert (batch.status, batch.metadata) == ("completed", {"a": "b"})
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (15, 12, 3)
+    output = read(client, batch.output_file_id)
+    assert [entry["custom_id"] for entry in output] == [f"r{n}" for n in range(12)]
+    assert all(entry["response"]["body"]["usage"]["completion_tokens"] == 4 for entry in output)
+    assert len({entry["response"]["body"]["choices"][0]["message"]["content"] for entry in output}) == 1
+    faults = read(client, batch.error_file_id)
+    assert [entry["response"]["status_code"] for entry in faults] == [400] * 3
+    assert all(entry["response"]["body"]["error"]["message"] for entry in faults)
+    assert batch.id in [entry.id for entry in client.batches.list().data]
+
+
+def test_embeddings_in_a_batch(client):
+    entry = {"custom_id": "e", "method": "POST", "url": "/v1/embeddings", "body": {"input": "x"}}
+    batch = ended(client, begin(client, json.dumps(entry).encode(), "/v1/embeddings"))
+    assert read(client, batch.output_file_id)[0]["response"]["body"]["data"][0]["embedding"]
+
+
+def test_others_go_first_and_a_batch_can_be_stopped(client):
+    batch = begin(client, lines(300, max_tokens=300, ignore_eos=True))
+    with pytest.raises(openai.ConflictError):
+        client.files.delete(batch.input_file_id)
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=2).choices
+    assert client.batches.retrieve(batch.id).status == "in_progress"
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    assert ended(client, batch).status == "cancelled"
+
+
+def test_nonsense(client, server):
+    with pytest.raises(openai.NotFoundError):
+        client.batches.create(input_file_id="file-1", endpoint="/v1/completions", completion_window="24h")
+    with pytest.raises(openai.NotFoundError):
+        client.batches.retrieve("batch-1")
+    file = client.files.create(file=b"\n\n", purpose="batch")
+    with pytest.raises(openai.BadRequestError):
+        client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    for kind in ("multipart/form-data", "multipart/form-data; boundary=y", "application/json", "x"):
+        assert server.http.post("/v1/files", content=b"x", headers={"content-type": kind}).status_code == 400
+    assert server.http.post("/v1/files", content=b"x").status_code == 400
+
+
+def test_a_batch_survives_a_kill(start, tiny, tmp_path):
+    folder = tmp_path / "kept"
+    server = start(tiny, "--data", folder)
+    client = server.client()
+    batch = begin(client, lines(60, max_tokens=60, ignore_eos=True))
+    while client.batches.retrieve(batch.id).request_counts.completed < 9:
+        time.sleep(0.02)
+    server.stop(signal.SIGKILL)
+    (partial,) = folder.glob("*.done")
+    partial.write_bytes(partial.read_bytes()[:-20])  # the last line was being written
+    before = {entry["id"] for entry in map(json.loads, filter(None, partial.read_bytes().splitlines()[:-1]))}
+    client = start(tiny, "--data", folder).client()
+    batch = ended(client, batch)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (60, 0)
+    output = read(client, batch.output_file_id)
+    assert [entry["custom_id"] for entry in output] == [f"r{n}" for n in range(60)]
+    assert before < {entry["id"] for entry in output}  # what was answered before was kept

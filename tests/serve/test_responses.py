@@ -1,0 +1,92 @@
+"""/v1/responses, by the `openai` client."""
+
+import json
+
+import openai
+import pytest
+from test_chat import WEATHER
+
+TALK = [{"role": "system", "content": "Book"}, {"role": "user", "content": "What is the best book?"}]
+TOOL = {"type": "function", **WEATHER["function"]}
+
+
+def ask(client, **options):
+    defaults = {"model": "tiny", "input": TALK, "max_output_tokens": 8, "temperature": 0}
+    return client.responses.create(**(defaults | options))
+
+
+def test_a_response_is_the_chats_answer(client):
+    response = ask(client)
+    assert response.id.startswith("resp_")
+    assert response.output[0].id.startswith("msg_")
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert response.usage.output_tokens == 8
+    chat = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=8, temperature=0)
+    assert response.output_text == chat.choices[0].message.content
+    assert response.usage.input_tokens == chat.usage.prompt_tokens
+    told = ask(client, input="What is the best book?", instructions="Book")
+    assert told.output_text == response.output_text
+
+
+def test_a_stream(client):
+    events = list(ask(client, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
+    assert kinds[-4:] == [
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.incomplete",
+    ]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    final = events[-1].response
+    assert "".join(event.delta for event in events[4:-4]) == final.output_text == ask(client).output_text
+    assert {event.item_id for event in events[3:-2]} == {final.output[0].id}
+    assert events[0].response.id == final.id
+
+
+def test_calls_and_their_results(client):
+    options = {"tools": [TOOL], "tool_choice": {"type": "function", "name": "get_weather"}, "max_output_tokens": 200}
+    response = ask(client, **options)
+    (call,) = response.output
+    assert (call.type, call.name, response.status) == ("function_call", "get_weather", "completed")
+    assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
+    events = list(ask(client, stream=True, **options))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(deltas) == call.arguments
+    talk = [
+        *TALK,
+        {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments},
+        {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+    ]
+    assert ask(client, input=talk, tools=[TOOL]).output
+
+
+def test_structure(client):
+    form = {"type": "json_schema", "name": "x", "schema": {"const": "foo"}}
+    response = ask(client, text={"format": form}, max_output_tokens=30)
+    assert (response.output_text, response.status) == ('"foo"', "completed")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"input": []},
+        {"input": [{"role": "user"}]},
+        {"text": {"format": {"type": "json_schema", "name": "x"}}},
+        {"previous_response_id": "resp_1"},
+        {"max_output_tokens": 0},
+        {"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}},
+        {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]},
+    ],
+    ids=str,
+)
+def test_what_is_refused(client, options):
+    with pytest.raises(openai.BadRequestError):
+        ask(client, **options)
