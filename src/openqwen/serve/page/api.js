@@ -61,7 +61,7 @@ async function refusal(response) {
     403: "This key may not do that.",
     404: "Choose another model in the settings, or check the server's address.",
     413: "Shorten the conversation, or begin a new one.",
-    429: "The server is busy; it will be asked again.",
+    429: "The server is busy.",
     503: "The server is starting or stopping; try again.",
   }[status] ?? (status >= 500 ? "See the server's log, then try again." : "Try again.");
   return new ApiError(said || `The server said ${status} ${response.statusText}.`, { status, advice, retry: status === 429 ? seconds || 5 : null });

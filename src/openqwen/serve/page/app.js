@@ -62,7 +62,6 @@ function drawNow() {
     return frameOfPair.element;
   });
   reconcile(at("turns"), elements.length ? elements : [welcome(catalog.find((model) => model.id === current.settings.model), store.durable)]);
-  at("turns").classList.toggle("wide", turns.some((node) => node.pair));
   const busy = liveTurns().length > 0;
   at("turns").setAttribute("aria-busy", String(busy));
   drawTop();
@@ -78,7 +77,7 @@ function drawJump() {
 
 function drawTop() {
   const title = titleOf(current);
-  at("title").textContent = title;
+  at("title").textContent = path(current).length ? title : "";
   document.title = path(current).length ? `${title} · OpenQwen` : "OpenQwen";
   at("show-prompt").hidden = !canRender;
 }
@@ -207,7 +206,7 @@ const act = {
   open(conversation) {
     open(conversation);
     showSidebar(false);
-    at("composer-text").focus();
+    focusField();
   },
   fresh: () => act.open(path(current).length ? fresh() : current),
   rename(conversation, title) {
@@ -287,6 +286,11 @@ function grow() {
   const area = at("composer-text");
   area.style.height = "auto";
   area.style.height = `${Math.min(area.scrollHeight, innerHeight * 0.4)}px`;
+}
+
+/** Not where it would bring up a keyboard on the glass. */
+function focusField() {
+  if (!matchMedia("(pointer: coarse)").matches) at("composer-text").focus();
 }
 
 function keepDraft() {
@@ -391,5 +395,5 @@ async function connect() {
 build();
 await store.open();
 open(store.conversations.get(sessionStorage.getItem("openqwen.open")) ?? fresh());
-at("composer-text").focus();
+focusField();
 connect();

@@ -109,7 +109,7 @@ function list(lines, at, depth) {
   while (end < lines.length) {
     const found = ITEM.exec(lines[end]);
     if (!found || RULE.test(lines[end]) || kind(found[2]) !== kind(first[2])) break;
-    const [item, after] = listItem(lines, end, found, depth);
+    const [item, after] = listItem(lines, end, found);
     const children = read(item, depth + 1);
     items.push(children);
     const between = blank(lines[after - 1]);
@@ -125,7 +125,7 @@ function list(lines, at, depth) {
 }
 
 /** Lines of an item without their indentation, and the line after it. */
-function listItem(lines, at, [, indent, marker, gap = " ", rest = ""], depth) {
+function listItem(lines, at, [, indent, marker, gap = " ", rest = ""]) {
   const space = gap.length > 4 || !rest ? 1 : gap.length;
   const offset = indent.length + marker.length + space;
   const inside = [rest ? " ".repeat(gap.length - space) + rest : ""];
@@ -136,7 +136,7 @@ function listItem(lines, at, [, indent, marker, gap = " ", rest = ""], depth) {
       if (inside.length === 1 && !inside[0]) break; // an item begins with one blank line at most
       inside.push("");
     } else if (indentOf(line) >= offset) inside.push(line.slice(offset));
-    else if (inside.at(-1) === "" || starts(lines, end, depth) || !lazy(inside)) break;
+    else if (inside.at(-1) === "" || starts(lines, end) || ITEM.test(line) || !lazy(inside)) break;
     else inside.push(line.trimStart());
   }
   return [inside, end];

@@ -2,8 +2,8 @@
 
 import { copyButton, h, iconButton, number } from "./dom.js";
 
-function show(title, ...content) {
-  const dialog = h("dialog", { "aria-label": title },
+function show(title, kind, ...content) {
+  const dialog = h("dialog", { "aria-label": title, class: kind },
     h("header", {}, h("h2", {}, title), iconButton("close", "Close", () => dialog.close())), content);
   dialog.addEventListener("close", () => dialog.remove());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
@@ -14,7 +14,7 @@ function show(title, ...content) {
 /** The text that the model reads, control tokens marked. */
 export function showPrompt({ prompt, tokens }) {
   const parts = prompt.split(/(<\|[a-z_]+\|>|<\/?tools?>|<\/?tool_call>|<\/?tool_response>)/).map((part, n) => (n % 2 ? h("span", { class: "control" }, part) : part));
-  show("Prompt", h("div", { class: "row" }, h("span", { class: "hint" }, `${number.format(tokens)} tokens, as the chat template renders them`), copyButton(() => prompt)),
+  show("Prompt", "wide", h("div", { class: "row" }, h("span", { class: "hint" }, `${number.format(tokens)} tokens, as the chat template renders them`), copyButton(() => prompt, "Copy the prompt")),
     h("pre", { class: "prompt", tabindex: "0" }, parts));
 }
 
@@ -24,5 +24,5 @@ const KEYS = [
 ];
 
 export function showKeys() {
-  show("Keys", h("dl", { class: "keys" }, KEYS.map(([what, keys]) => [h("dt", {}, what), h("dd", {}, keys.split(" ").map((one) => (/^(in|an|empty|field)$/.test(one) ? `${one} ` : h("kbd", {}, one))))]).flat()));
+  show("Keys", "narrow", h("dl", { class: "keys" }, KEYS.map(([what, keys]) => [h("dt", {}, what), h("dd", {}, keys.split(" ").map((one) => (/^(in|an|empty|field)$/.test(one) ? `${one} ` : h("kbd", {}, one))))]).flat()));
 }

@@ -23,17 +23,16 @@ const DRAWINGS = {
   copy: "M9 9h10v11H9zM15 9V4H5v11h4",
   edit: "M5 19l1-4L16.5 4.5l3 3L9 18zM14 7l3 3",
   again: "M19.5 12a7.5 7.5 0 1 1-2.3-5.4M19.5 4v4.2h-4.2",
-  prompt: "M8 5H5v14h3M16 5h3v14h-3M9 12h6",
+  prompt: "M6 4h12v16H6zM9 8.5h6M9 12h6M9 15.5h3.5",
+  check: "M5 12.5l4.5 4.5L19 7.5",
   tokens: "M4 7h5v4H4zM11 7h9v4h-9zM4 14h9v4H4zM15 14h5v4h-5z",
   sliders: "M4 8h8M18 8h2M4 16h3M13 16h7M15 5.5v5M10 13.5v5",
-  columns: "M4 5h16v14H4zM12 5v14",
   light: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4M5.3 18.7l1.4-1.4M17.3 6.7l1.4-1.4",
   dark: "M19.5 14.5A8 8 0 0 1 9.5 4.5a8 8 0 1 0 10 10z",
   auto: "M12 4a8 8 0 1 0 0 16 8 8 0 0 0 0-16zM12 4v16M12 8h5.5M12 12h8M12 16h6.5",
   left: "M14 6l-6 6 6 6",
   right: "M10 6l6 6-6 6",
   down: "M12 5v14M6 13l6 6 6-6",
-  dots: "M6 12h.01M12 12h.01M18 12h.01",
   keys: "M3 7h18v10H3zM7 10.5h.01M11 10.5h.01M15 10.5h.01M8 14h8",
 };
 
@@ -65,18 +64,19 @@ export async function copy(text) {
   area.remove();
 }
 
-/** A button that copies `text()` and says so for a moment. */
-export function copyButton(text, props = {}) {
-  const label = h("span", {}, "Copy");
+/** A button that copies `text()` and says so for a moment, in a word or (drawn) in a drawing. */
+export function copyButton(text, label, drawn = false) {
+  const face = (done) => (drawn ? icon(done ? "check" : "copy") : done ? "Copied" : "Copy");
   let timer = 0;
   const onclick = async () => {
     await copy(text());
-    label.textContent = "Copied";
+    button.replaceChildren(face(true));
     announce("Copied");
     clearTimeout(timer);
-    timer = setTimeout(() => (label.textContent = "Copy"), 1600);
+    timer = setTimeout(() => button.replaceChildren(face(false)), 1600);
   };
-  return h("button", { type: "button", class: "quiet text", onclick, ...props }, label);
+  const button = h("button", { type: "button", class: drawn ? "quiet" : "quiet text", "aria-label": label, title: drawn && label, onclick }, face(false));
+  return button;
 }
 
 /** Tell a screen reader. */

@@ -91,7 +91,7 @@ function code(block, live) {
   const text = h("code", {});
   const name = h("span", { class: "language" }, block.language || "text");
   const figure = h("figure", { class: "code" },
-    h("figcaption", {}, name, copyButton(() => shown.text, { "aria-label": "Copy code" })),
+    h("figcaption", {}, name, copyButton(() => shown.text, "Copy code")),
     h("pre", { tabindex: "0" }, text));
   const paint = (next, open) => {
     shown = next;

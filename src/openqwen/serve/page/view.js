@@ -45,7 +45,7 @@ export class Turn {
     this.element.classList.toggle("waiting-first", running && !node.content && !node.calls?.length);
     if (!this.editing) reconcile(this.body, this.content(running));
     this.stats.textContent = statistics(node, running);
-    const state = JSON.stringify([running, place.last, place.chosen, place.canRender, this.editing, this.asTokens, !!node.tokens, versionsOf(place, node)]);
+    const state = JSON.stringify([running, place.last, place.chosen, place.canRender, this.editing, this.asTokens, !!node.tokens, !!node.content, versionsOf(place, node)]);
     if (state !== this.state) this.foot.replaceChildren(...this.buttons(running));
     this.state = state;
   }
@@ -80,7 +80,7 @@ export class Turn {
     const { error } = this.node;
     const { waiting } = this.place;
     const again = () => this.act.again(this.node);
-    const box = h("div", { class: "trouble", role: "alert" }, h("p", {}, h("strong", {}, error.message), ` ${error.advice ?? ""}`));
+    const box = h("div", { class: "trouble", role: "alert" }, h("p", {}, h("strong", {}, error.message), ` ${error.retry && !waiting ? "The server is busy; try again later." : error.advice ?? ""}`));
     if (error.status === 401) box.append(keyForm(again));
     else if (waiting) {
       box.append(h("p", { class: "note" }, `Asking again in ${waiting} s. `),
@@ -104,8 +104,8 @@ export class Turn {
     }
     const tools = h("span", { class: "tools" });
     if (!running) {
-      tools.append(copyButton(() => node.content, { "aria-label": "Copy message" }));
-      if (node.role !== "tool") tools.append(iconButton("edit", "Edit", () => this.edit()));
+      if (node.content) tools.append(copyButton(() => node.content, "Copy message", true));
+      if (node.content && node.role !== "tool") tools.append(iconButton("edit", "Edit", () => this.edit()));
       if (assistant) tools.append(iconButton("again", "Regenerate", () => act.regenerate(node)));
       if (assistant && node.tokens) tools.append(iconButton("tokens", "Token probabilities", () => this.toggleTokens(), { "aria-pressed": String(this.asTokens) }));
       if (assistant && place.canRender) tools.append(iconButton("prompt", "Prompt as the model read it", () => act.showPrompt(node)));
@@ -172,7 +172,7 @@ class Call {
     this.name = h("strong", {});
     this.text = h("code", {});
     this.element = h("section", { class: "call", "aria-label": "Tool call" },
-      h("header", {}, h("span", { class: "eyebrow" }, "Calls"), this.name, copyButton(() => this.text.textContent, { "aria-label": "Copy arguments" })),
+      h("header", {}, h("span", { class: "eyebrow" }, "Calls"), this.name, copyButton(() => this.text.textContent, "Copy arguments")),
       h("pre", { tabindex: "0" }, this.text));
   }
 
