@@ -149,12 +149,13 @@ async function run(conversation, node) {
     if (conversation === current) draw();
   };
   const over = answer(conversation, node, changed);
+  drawNow();
   drawSidebar();
   await over;
+  if (node.error?.retry && (tries.get(node.id) ?? 0) < TRIES) wait(conversation, node, Math.ceil(node.error.retry));
+  else if (!node.error) announce(`Answer finished, ${node.stats?.tokens ?? 0} tokens`); // an error is an alert by itself
   await store.changed(conversation, node);
   drawSidebar();
-  if (node.error?.retry && (tries.get(node.id) ?? 0) < TRIES) wait(conversation, node, Math.ceil(node.error.retry));
-  else announce(node.error ? node.error.message : `Answer finished, ${node.stats?.tokens ?? 0} tokens`);
 }
 
 /** A busy server is asked again when it said. */

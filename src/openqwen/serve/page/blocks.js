@@ -53,7 +53,8 @@ function one(lines, at, depth) {
     if (QUOTE.test(line)) return quote(lines, at, depth);
     if (ITEM.test(line)) return list(lines, at, depth);
   }
-  if (MATH.test(line)) return math(lines, at);
+  const formula = math(lines, at);
+  if (formula) return formula;
   if (tableAt(lines, at)) return table(lines, at);
   return paragraph(lines, at);
 }
@@ -74,12 +75,14 @@ function fenced(lines, at) {
   return [{ kind: "code", language: info.trim().split(/[\s{]/)[0], text: inside.join("\n") }, Math.min(end + 1, lines.length)];
 }
 
+/** A formula set apart, or null. */
 function math(lines, at) {
+  if (!MATH.test(lines[at])) return null;
   const close = lines[at].includes("$$") ? "$$" : "\\]";
   let text = lines[at].trim().slice(2), end = at + 1;
   while (!text.includes(close) && end < lines.length && !blank(lines[end])) text += `\n${lines[end++]}`;
   const stop = text.indexOf(close);
-  if (stop < 0 || text.slice(stop + 2).trim()) return paragraph(lines, at);
+  if (stop < 0 || text.slice(stop + 2).trim()) return null;
   return [{ kind: "math", text: text.slice(0, stop).trim() }, end];
 }
 
@@ -88,7 +91,7 @@ function quote(lines, at, depth) {
   let end = at;
   for (; end < lines.length; end++) {
     if (QUOTE.test(lines[end])) inside.push(lines[end].replace(QUOTE, ""));
-    else if (blank(lines[end]) || starts(lines, end) || !lazy(inside)) break;
+    else if (blank(lines[end]) || starts(lines, end) || ITEM.test(lines[end]) || !lazy(inside)) break;
     else inside.push(lines[end]);
   }
   return [{ kind: "quote", children: read(inside, depth + 1) }, end];
@@ -96,7 +99,9 @@ function quote(lines, at, depth) {
 
 /** Whether a line without the container's mark may go on the paragraph that the container's last line is in. */
 function lazy(inside) {
-  const last = inside.at(-1) ?? "";
+  let at = inside.length - 1;
+  while (at > 0 && indentOf(inside[at]) >= 4 && !blank(inside[at - 1])) at -= 1; // indented, but not code
+  const last = inside[at] ?? "";
   const fences = inside.filter((line) => FENCE.test(line)).length;
   return !blank(last) && fences % 2 === 0 && indentOf(last) < 4 && !HEADING.test(last) && !RULE.test(last);
 }
@@ -171,8 +176,7 @@ function paragraph(lines, at) {
       const text = lines.slice(at, end).map((line) => line.trimStart()).join("\n").trimEnd();
       return [{ kind: "heading", level: under[1][0] === "=" ? 1 : 2, text }, end + 1];
     }
-    if (starts(lines, end)) break;
-    if (MATH.test(lines[end])) break;
+    if (starts(lines, end) || math(lines, end)) break;
   }
   return [{ kind: "paragraph", text: lines.slice(at, end).map((line) => line.trimStart()).join("\n").trimEnd() }, end];
 }
@@ -197,7 +201,8 @@ function table(lines, at) {
   const rows = [];
   let end = at + 2;
   for (; end < lines.length && !blank(lines[end]); end++) {
-    if (indentOf(lines[end]) < 4 && starts(lines, end) && !lines[end].trim().startsWith("|")) break;
+    const another = starts(lines, end) || ITEM.test(lines[end]) || indentOf(lines[end]) >= 4;
+    if (another && !lines[end].trim().startsWith("|")) break;
     const row = cells(lines[end]).slice(0, aligned.length);
     rows.push([...row, ...Array(aligned.length - row.length).fill("")]);
   }

@@ -6,7 +6,7 @@ const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const SPACE = /^\s?$/u;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const WIDE = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}]/u;
-const BARE = /^(https?:\/\/|www\.)[^\s<>]+/i;
+const BARE = /^(https?:\/\/|www\.)[^\s<>\p{Script=Han}\u3000-\u303f\uff00-\uffef]+/iu; // Chinese goes on without a space
 const ENTITY = /^&(?:#(\d{1,7})|#x([0-9a-f]{1,6})|(amp|lt|gt|quot|apos|nbsp|copy|hellip|mdash|ndash|times|rarr|larr));/i;
 const NAMED = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", hellip: "…", mdash: "—", ndash: "–", times: "×", rarr: "→", larr: "←" };
 
@@ -79,7 +79,6 @@ class Line {
   escape() {
     const next = this.text[this.at + 1] ?? "";
     if (next === "(") if (this.math("\\(", "\\)")) return true;
-    if (next === "[") if (this.math("\\[", "\\]")) return true;
     if (next === "\n") return this.put(h("br"), this.at + 2);
     if (!ESCAPABLE.test(next)) return false;
     this.plain += next;
@@ -144,12 +143,13 @@ class Line {
     const target = /^\(\s*(?:<([^<>\n]*)>|((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*))(?:\s+(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'))?\s*\)/.exec(this.text.slice(close + 1, close + 4000));
     if (!target) return this.live && !this.text.slice(close).includes(")") && this.put(h("span", {}, inline(label, true, false)), this.text.length);
     const address = (target[1] ?? target[2]).replace(/\\([!-/:-@[-`{-~])/g, "$1");
+    if (!safeAddress(address)) return false; // shown as it was written
     return this.put(link(address, [inline(label, false, false)], target[3] ?? target[4]), close + 1 + target[0].length);
   }
 
   pointed() {
     const found = /^<((?:https?:\/\/|mailto:)[^\s<>]+)>/i.exec(this.text.slice(this.at, this.at + 2000));
-    if (found) return this.put(link(found[1], [found[1].replace(/^mailto:/i, "")]), this.at + found[0].length);
+    if (found) return this.put(link(found[1], [found[1]]), this.at + found[0].length);
     const breaks = /^<br ?\/?>/i.exec(this.text.slice(this.at, this.at + 6));
     return breaks ? this.put(h("br"), this.at + breaks[0].length) : false;
   }
@@ -158,7 +158,7 @@ class Line {
     if (!this.links || /[\p{L}\p{N}]$/u.test(before(this.text, this.at))) return false;
     const found = BARE.exec(this.text.slice(this.at, this.at + 2000));
     if (!found) return false;
-    let address = found[0].replace(/[?!.,:;*_~'"。，、；：）】」]+$/u, "");
+    let address = found[0].replace(/[?!.,:;*_~'"]+$/, "");
     while (address.endsWith(")") && address.split(")").length > address.split("(").length) address = address.slice(0, -1);
     return this.put(link(/^www/i.test(address) ? `http://${address}` : address, [address]), this.at + address.length);
   }
