@@ -1,0 +1,114 @@
+/** Making an answer: one request, its stream, and what it leaves in the turn. */
+
+import * as api from "./api.js";
+import { before, messages, stamp } from "./tree.js";
+
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "seed"];
+const running = new Map(); // turn id -> AbortController
+
+export const isRunning = (node) => running.has(node.id);
+export const stop = (node) => running.get(node.id)?.abort();
+export const anyRunning = () => running.size > 0;
+
+/** Function definitions typed by hand: OpenAI's list of tools, or bare functions. Throws what is wrong, in words. */
+export function parseTools(text) {
+  if (!text.trim()) return [];
+  let value;
+  try {
+    value = JSON.parse(text);
+  } catch (error) {
+    throw new Error(`Not JSON: ${error.message}`);
+  }
+  return (Array.isArray(value) ? value : [value]).map((tool, number) => {
+    const definition = tool?.type === "function" ? tool.function : tool;
+    const where = `Tool ${number + 1}`;
+    if (typeof definition?.name !== "string") throw new Error(`${where} has no name.`);
+    if (!/^[\w.-]{1,64}$/.test(definition.name)) throw new Error(`${where}: a name is letters, digits, _ . - and at most 64 long.`);
+    const { parameters } = definition;
+    if (parameters !== undefined && (typeof parameters !== "object" || parameters === null || Array.isArray(parameters))) {
+      throw new Error(`${where} (${definition.name}): "parameters" must be a JSON schema object.`);
+    }
+    return { type: "function", function: definition };
+  });
+}
+
+/** The body of a request that asks for what follows `turns`. */
+export function request(settings, turns, model) {
+  const body = { model, messages: messages(settings, turns), stream: true, stream_options: { include_usage: true } };
+  for (const name of NUMBERS) if (String(settings[name]).trim() !== "") body[name] = Number(settings[name]);
+  const stops = settings.stop.split("\n").filter((line) => line !== "");
+  if (stops.length) body.stop = stops;
+  const tools = parseTools(settings.tools);
+  if (tools.length) body.tools = tools;
+  if (settings.logprobs) Object.assign(body, { logprobs: true, top_logprobs: 5 });
+  return body;
+}
+
+/** Fill `node` with the model's answer to the turns above it. `onchange` follows every piece; resolves when over. */
+export async function answer(conversation, node, onchange) {
+  const control = new AbortController();
+  running.set(node.id, control);
+  Object.assign(node, { content: "", done: false, updated: stamp() });
+  for (const name of ["calls", "tokens", "error", "finish", "stats"]) delete node[name];
+  const clock = { start: performance.now(), first: 0, last: 0, pieces: 0 };
+  onchange();
+  try {
+    const where = api.base(node.base ?? "");
+    const body = request(conversation.settings, before(conversation, node), node.model);
+    for await (const chunk of api.chat(where, body, control.signal)) {
+      take(node, chunk, clock);
+      onchange();
+    }
+    node.finish ??= "stop";
+  } catch (error) {
+    node.finish = error.name === "AbortError" ? "stopped" : "error";
+    if (node.finish === "error") {
+      const { message, advice = "Change the settings.", status = 0, retry = null } = error;
+      node.error = { message, advice, status, retry };
+    }
+  } finally {
+    running.delete(node.id);
+    Object.assign(node, { done: true, updated: stamp() });
+    onchange();
+  }
+}
+
+function take(node, chunk, clock) {
+  node.updated = stamp();
+  if (chunk.usage) count(node, chunk.usage, clock);
+  const choice = chunk.choices?.[0];
+  if (!choice) return;
+  const { delta = {}, logprobs } = choice;
+  if (delta.content || delta.tool_calls) {
+    clock.last = performance.now();
+    clock.first ||= clock.last;
+    clock.pieces += 1;
+    count(node, null, clock);
+  }
+  if (delta.content) node.content += delta.content;
+  for (const piece of delta.tool_calls ?? []) {
+    node.calls ??= [];
+    const call = (node.calls[piece.index ?? 0] ??= { id: "", name: "", text: "" });
+    if (piece.id) call.id = piece.id;
+    if (piece.function?.name) call.name += piece.function.name;
+    call.text += piece.function?.arguments ?? "";
+  }
+  if (logprobs?.content) {
+    node.tokens ??= [];
+    for (const { token, logprob, top_logprobs: top = [] } of logprobs.content) {
+      node.tokens.push({ token, logprob, top: top.map((other) => [other.token, other.logprob]) });
+    }
+  }
+  if (choice.finish_reason) node.finish = choice.finish_reason;
+}
+
+/** Counts and speed: tokens after the first over the time since the first; pieces stand for tokens until usage comes. */
+function count(node, usage, clock) {
+  const tokens = usage?.completion_tokens ?? clock.pieces;
+  const seconds = (clock.last - clock.first) / 1000;
+  node.stats = { tokens, first: (clock.first - clock.start) / 1000 };
+  if (tokens > 1 && seconds > 0) node.stats.rate = (tokens - 1) / seconds;
+  if (usage) node.stats.prompt = usage.prompt_tokens;
+  const cached = usage?.prompt_tokens_details?.cached_tokens;
+  if (cached) node.stats.cached = cached;
+}

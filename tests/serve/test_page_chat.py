@@ -1,0 +1,311 @@
+"""The chat page in Chromium: asking, answers, versions, tools, errors, side by side, keys."""
+
+import json
+
+from browser import chromium, context, load, page, say, settings, settled, stub, texts  # noqa: F401
+
+WEATHER = [{"name": "get_weather", "parameters": {"type": "object", "properties": {"place": {"type": "string"}}}}]
+
+
+def call(name, arguments, index=0, number=1):
+    return {
+        "tool_calls": [
+            {
+                "index": index,
+                "id": f"call-{number}",
+                "type": "function",
+                "function": {"name": name, "arguments": arguments},
+            }
+        ]
+    }
+
+
+def test_an_answer_comes_in_pieces(page, stub):  # noqa: F811
+    stub.answers, stub.pause = ["Some **bold** words, " * 12], 0.03
+    say(page, "Hello", wait=False)
+    page.locator(".turn.assistant strong").first.wait_for()
+    early = page.locator(".turn.assistant .markdown").inner_text()
+    assert page.locator("#turns").get_attribute("aria-busy") == "true"
+    settled(page)
+    assert len(early) < len(page.locator(".turn.assistant .markdown").inner_text())
+    assert page.locator(".turn.assistant strong").count() == 12
+    body = stub.seen[0]
+    assert body["messages"] == [{"role": "user", "content": "Hello"}]
+    assert body["stream"] and body["model"] == "tiny" and body["max_tokens"] == 2048
+    assert "temperature" not in body  # the checkpoint's own
+    stats = page.locator(".turn.assistant .stats").inner_text()
+    assert "51 tokens" in stats and "tokens/s" in stats and "first after" in stats
+    assert page.locator("#usage").inner_text() == "62 of 4,096 tokens"
+
+
+def test_stop_ends_the_request_and_keeps_what_came(page, stub):  # noqa: F811
+    stub.answers, stub.pause = ["word " * 400], 0.02
+    say(page, "Go on", wait=False)
+    page.locator(".turn.assistant .markdown").wait_for()
+    page.keyboard.press("Escape")
+    settled(page)
+    assert page.locator(".turn.assistant .note").inner_text() == "Stopped."
+    said = page.locator(".turn.assistant .markdown").inner_text()
+    page.wait_for_timeout(300)
+    assert page.locator(".turn.assistant .markdown").inner_text() == said
+    assert stub.aborted == 1
+    stub.answers, stub.pause = ["Good."], 0
+    say(page, "And now?")
+    assert [m["role"] for m in stub.seen[1]["messages"]] == ["user", "assistant", "user"]
+
+
+def test_regenerate_and_go_between_versions(page, stub):  # noqa: F811
+    stub.answers = ["First answer", "Second answer", "Third answer"]
+    say(page, "Question")
+    page.click("[aria-label=Regenerate]")
+    page.get_by_text("Second answer").wait_for()
+    settled(page)
+    assert texts(page, ".versions") == ["2/2"]
+    page.click("[aria-label='Earlier version']")
+    page.get_by_text("First answer").wait_for()
+    say(page, "Follow-up to the first")
+    assert texts(page, ".markdown") == ["First answer", "Third answer"]
+    page.locator("[aria-label='Later version']").first.click()
+    page.get_by_text("Second answer").wait_for()
+    assert texts(page, ".markdown") == ["Second answer"]
+    page.click("[aria-label='Earlier version']")
+    page.get_by_text("Third answer").wait_for()
+
+
+def test_edit_makes_a_branch(page, stub):  # noqa: F811
+    stub.answers = ["To the old", "To the new"]
+    say(page, "Old question")
+    page.press("#composer-text", "ArrowUp")
+    editor = page.locator(".editor textarea")
+    assert editor.input_value() == "Old question"
+    editor.fill("New question")
+    editor.press("Enter")
+    page.get_by_text("To the new").wait_for()
+    settled(page)
+    assert stub.seen[1]["messages"] == [{"role": "user", "content": "New question"}]
+    page.click("[aria-label='Earlier version']")
+    page.get_by_text("To the old").wait_for()
+    page.hover(".turn.assistant")
+    page.locator(".turn.assistant [aria-label=Edit]").click()
+    page.fill(".editor textarea", "What it should have said")
+    page.click("text=Save as a new version")
+    page.get_by_text("Edited by you.").wait_for()
+    say(page, "Go on")
+    assert stub.seen[2]["messages"][1] == {"role": "assistant", "content": "What it should have said"}
+
+
+def test_parameters_and_system_prompt(page, stub):  # noqa: F811
+    panel = settings(page)
+    panel.get_by_label("System prompt").fill("Be brief.")
+    panel.get_by_label("Temperature").fill("0.7")
+    panel.get_by_label("Top k").fill("20")
+    panel.get_by_label("Seed").fill("5")
+    panel.get_by_label("Stop texts").fill("END\n###")
+    panel.get_by_label("Top p").fill("7")
+    assert panel.get_by_label("Top p").get_attribute("aria-invalid") == "true"
+    panel.get_by_label("Min p").fill("0.05")
+    say(page, "Hi")
+    body = stub.seen[0]
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    wanted = {"temperature": 0.7, "top_k": 20, "seed": 5, "min_p": 0.05, "stop": ["END", "###"]}
+    assert {name: body[name] for name in wanted} == wanted
+    assert "top_p" not in body
+    panel.get_by_text("Reset sampling").click()
+    say(page, "Hi again")
+    assert not {"temperature", "top_k", "seed", "min_p", "stop"} & set(stub.seen[1])
+    assert stub.seen[1]["messages"][0]["content"] == "Be brief."
+
+
+def test_tool_calls_and_their_results(page, stub):  # noqa: F811
+    panel = settings(page)
+    tools = panel.get_by_label("Functions, as JSON")
+    tools.fill("[{")
+    assert "Not JSON" in panel.locator(".wrong:not(:empty)").inner_text()
+    tools.fill('[{"description": "x"}]')
+    assert panel.locator(".wrong:not(:empty)").inner_text() == "Tool 1 has no name."
+    tools.fill(json.dumps(WEATHER))
+    assert panel.get_by_text("1 function: get_weather").is_visible()
+    both = [
+        {"content": "I shall look."},
+        call("get_weather", '{"place": "Par'),
+        {"tool_calls": [{"index": 0, "function": {"arguments": 'is"}'}}]},
+        call("get_weather", '{"place": "Rome"}', index=1, number=2),
+    ]
+    stub.answers = [both, "Paris is warmer."]
+    say(page, "Which is warmer?")
+    assert stub.seen[0]["tools"] == [{"type": "function", "function": WEATHER[0]}]
+    assert texts(page, ".call strong") == ["get_weather", "get_weather"]
+    assert json.loads(page.locator(".call pre").first.inner_text()) == {"place": "Paris"}
+    page.locator(".results textarea").first.fill('{"celsius": 21}')
+    page.locator(".results textarea").last.fill('{"celsius": 19}')
+    page.click("text=Give the results")
+    page.get_by_text("Paris is warmer.").wait_for()
+    said = stub.seen[1]["messages"]
+    assert [m["role"] for m in said] == ["user", "assistant", "tool", "tool"]
+    assert [c["function"]["arguments"] for c in said[1]["tool_calls"]] == ['{"place": "Paris"}', '{"place": "Rome"}']
+    assert [(m["tool_call_id"], m["content"]) for m in said[2:]] == [
+        ("call-1", '{"celsius": 21}'),
+        ("call-2", '{"celsius": 19}'),
+    ]
+
+
+def test_a_busy_server_is_asked_again(page, stub):  # noqa: F811
+    stub.refusals = [(429, "Too many answers are being made.", {"Retry-After": "2"})]
+    say(page, "Hi", wait=False)
+    trouble = page.locator(".trouble")
+    trouble.wait_for()
+    assert "Too many answers are being made." in trouble.inner_text() and "Asking again in" in trouble.inner_text()
+    page.get_by_text("Hello there.").wait_for()
+    settled(page)
+    assert len(stub.seen) == 2 and trouble.count() == 0
+    stub.refusals = [(429, "Busy.", {"Retry-After": "60"})]
+    say(page, "Hi", wait=False)
+    page.click("text=Leave it")
+    settled(page)
+    page.click("text=Try again")
+    settled(page)
+    assert texts(page, ".markdown") == ["Hello there."] * 2
+
+
+def test_the_key_is_asked_for(page, stub):  # noqa: F811
+    stub.key = "secret-1"
+    load_without_model(page, stub)
+    say(page, "Hi", wait=False)
+    page.get_by_label("API key").fill("wrong")
+    page.click("text=Use this key")
+    page.locator(".trouble [aria-label='API key']").wait_for()
+    page.get_by_label("API key").fill("secret-1")
+    page.get_by_label("API key").press("Enter")
+    page.get_by_text("Hello there.").wait_for()
+    assert page.locator("#model").inner_text() == "tiny"
+    assert page.evaluate("localStorage.getItem('openqwen.key')") is None  # until the tab closes
+
+
+def load_without_model(page, stub):  # noqa: F811
+    page.goto(stub.url)
+    page.wait_for_selector(".welcome")
+
+
+def test_errors_stand_where_they_happen(page, stub):  # noqa: F811
+    stub.refusals = [(400, "The prompt has 5000 tokens; this model takes 4095.", {})]
+    say(page, "Long")
+    assert "this model takes 4095" in page.locator(".turn.assistant .trouble").inner_text()
+    stub.answers, stub.cut = ["a beginning that breaks off"], 3
+    page.click("text=Try again")
+    page.get_by_text("The answer broke off.").wait_for()
+    assert page.locator(".markdown").inner_text() == "a beginning tha"
+    stub.cut = None
+    page.click("text=Try again")
+    page.get_by_text("a beginning that breaks off").wait_for()
+    settled(page)
+    assert page.locator(".trouble").count() == 0
+    stub.shutdown()
+    stub.server_close()
+    say(page, "Are you there?")
+    assert "The server does not answer." in page.locator(".trouble").inner_text()
+
+
+def test_the_longest_answer_is_said_to_be_reached(page, stub):  # noqa: F811
+    stub.answers = [[{"content": "Cut", "finish": "length"}]]
+    say(page, "Hi")
+    assert "longest answer was reached" in page.locator(".turn.assistant .note").inner_text()
+
+
+def test_the_prompt_as_rendered(page, stub):  # noqa: F811
+    say(page, "What do you read?")
+    page.fill("#composer-text", "And this")
+    page.click("#show-prompt")
+    prompt = page.locator("dialog pre").inner_text()
+    assert prompt.endswith("<|im_start|>user\nAnd this<|im_end|>\n<|im_start|>assistant\n")
+    assert page.locator("dialog .control").first.inner_text() == "<|im_start|>"
+    page.keyboard.press("Escape")
+    stub.renders = False
+    load(page, stub)
+    assert page.locator("#show-prompt").is_hidden()
+
+
+def test_side_by_side(page, stub):  # noqa: F811
+    panel = settings(page)
+    panel.get_by_text("Two answers to each message").click()
+    assert panel.get_by_label("Second model").input_value() == "reference"
+    say(page, "Compare")
+    assert sorted(body["model"] for body in stub.seen) == ["reference", "tiny"]
+    boxes = [page.locator(".pair .turn").nth(n).bounding_box() for n in (0, 1)]
+    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] < boxes[1]["x"]
+    assert page.locator(".pair .turn.chosen .label").inner_text() == "tiny"
+    stub.answers = ["Again."]
+    page.click("text=Continue with this")
+    panel.get_by_text("Two answers to each message").click()
+    say(page, "Next")
+    assert page.locator(".pair .turn.chosen .label").inner_text() == "reference"
+    assert stub.seen[2]["messages"][1] == {"role": "assistant", "content": "Hello there."}
+    panel.get_by_text("Two answers to each message").click()
+    panel.get_by_label("Its path").fill("https://elsewhere.example/v1")
+    panel.get_by_label("Its path").press("Enter")
+    panel.get_by_text("is another server").wait_for()
+    panel.get_by_label("Its path").fill("/reference/v1")
+    panel.get_by_label("Its path").press("Enter")
+    panel.locator("option", has_text="other").wait_for(state="attached")
+    say(page, "Elsewhere")
+    assert sorted(body["model"] for body in stub.seen[3:]) == ["other", "tiny"]
+
+
+def test_token_probabilities(page, stub):  # noqa: F811
+    settings(page).get_by_text("Token probabilities").click()
+    stub.answers = ["Hello world"]
+    say(page, "Hi")
+    assert stub.seen[0]["logprobs"] is True and stub.seen[0]["top_logprobs"] == 5
+    page.hover(".turn.assistant")
+    page.click(".turn.assistant [aria-label='Token probabilities']")
+    assert page.locator(".tokens-view").inner_text() == "Hello world"
+    assert "81.9 %" in page.locator(".token").first.get_attribute("title")
+
+
+def test_copy(page, stub, context):  # noqa: F811
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    stub.answers = ["Look:\n\n```py\nx = 1\ny = 2\n```\n"]
+    say(page, "Code")
+    page.click(".code [aria-label='Copy code']")
+    page.locator(".code", has_text="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "x = 1\ny = 2"
+    page.click(".turn.assistant [aria-label='Copy message']")
+    page.locator(".turn.assistant .foot .icon-check").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == "Look:\n\n```py\nx = 1\ny = 2\n```\n"
+
+
+def test_keys(page, stub):  # noqa: F811
+    field = page.locator("#composer-text")
+    field.fill("one")
+    field.press("Shift+Enter")
+    field.press_sequentially("two")
+    assert field.input_value() == "one\ntwo" and stub.seen == []
+    page.keyboard.press("Control+/")
+    assert page.locator("dialog").get_by_text("Stop the answer").is_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+,")
+    assert page.locator("#panel").is_visible()
+    page.keyboard.press("Control+,")
+    assert page.locator("#panel").is_hidden()
+    field.press("Enter")
+    settled(page)
+    assert stub.seen[0]["messages"][0]["content"] == "one\ntwo"
+    page.keyboard.press("Control+Shift+Enter")
+    page.locator(".versions").wait_for()
+    settled(page)
+    page.keyboard.press("Control+Shift+O")
+    page.locator(".welcome").wait_for()
+    assert page.evaluate("document.activeElement.id") == "composer-text"
+
+
+def test_nothing_said_becomes_html(page, stub):  # noqa: F811
+    evil = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script>"
+    stub.answers = [[{"content": evil}, call(evil, evil)]]
+    say(page, evil)
+    page.locator(".results textarea").fill(evil)
+    page.click("text=Give the result")
+    page.locator(".turn.tool").wait_for()
+    settled(page)
+    page.click("#show-prompt")
+    page.locator("dialog pre").wait_for()
+    assert not page.evaluate("window.hacked")
+    assert page.locator("img").count() == 0
