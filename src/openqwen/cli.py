@@ -44,7 +44,7 @@ STAGE_VERBS = {
     "online-dpo": "DPO on the model's own answers, judged by the reward model.",
     "evaluate": "Score a model.",
 }
-BENCHES = ["train"]
+BENCHES = ["train", "engine"]
 
 _MODELS = {"model", "reward"}  # what stages read that may be a hub id too
 

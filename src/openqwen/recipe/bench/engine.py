@@ -32,11 +32,11 @@ Seconds = dict[str, float]
 _PEER_TYPE: dict[str, Literal["f32", "q8_0", "q4_0"]] = {"float32": "f32", "int8": "q8_0", "int4": "q4_0"}
 _PREFILL, _WRITTEN = 1_024, 64
 _TOGETHER, _PROMPT, _NEW = 16, 256, 128
-_PEER = Path(__file__).with_name("peer_llama_cpp.py")
+_PEER = Path(__file__).parents[4] / "benchmarks" / "peer_llama_cpp.py"
 _EDIT = "Rename the variable `{old}` to `{new}` in this code, change nothing else, and say nothing else.\n\n{code}"
 
 
-def bench_engine(
+def bench(
     model: Annotated[str, tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL")],
     peer: Annotated[Path | None, tyro.conf.arg(help="A Python that has llama-cpp-python; none: ours alone.")] = None,
     kinds: Annotated[tuple[Kind, ...], tyro.conf.arg(help="Forms of the weights.")] = ("int8", "int4"),
