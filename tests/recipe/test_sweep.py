@@ -78,7 +78,7 @@ def test_a_sweep_writes_cells_laws_doubts_and_a_picture_and_reuses_cells(made, t
     assert len(result["optima"]) == len(result["bowls"]) == 4
     assert all(cell["loss"] > 0 for cell in result["cells"])
     assert {cell["parameters"] for cell in result["cells"]} == {1_000, 2_384}
-    assert any("too few for a bowl" in note for note in result["notes"])
+    assert any("the best learning rate lies at the" in note for note in result["notes"])
     assert any("No law for the learning rate" in note for note in result["notes"])
     page = (tmp_path / "sweep" / "sweep.html").read_text()
     assert result["notes"][0] in page
