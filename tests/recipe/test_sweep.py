@@ -130,6 +130,11 @@ def test_pretraining_goes_on_from_a_checkpoint_by_the_command_line(made, tmp_pat
     assert manifest["inputs"]["model"]["stage"] == str(tmp_path / "base")
     assert base["metrics"]["parameters"] == manifest["metrics"]["parameters"]
 
+    assert cli.main(["convert", str(tmp_path / "base"), str(tmp_path / "base.gguf")]) == 0
+    assert cli.main([*further[:-1], str(tmp_path / "same"), "--model", str(tmp_path / "base.gguf")]) == 0
+    same = json.loads((tmp_path / "same" / "manifest.json").read_text())
+    assert same["metrics"]["loss"] == manifest["metrics"]["loss"]
+
     capsys.readouterr()
     wrong = shutil.copytree(tmp_path / "base", tmp_path / "wrong")
     other = [
