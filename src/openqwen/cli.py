@@ -167,6 +167,7 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
 
     from openqwen.recipe.alone import run_alone
     from openqwen.recipe.flags import parse
+    from openqwen.recipe.settings import find_recipe, load_settings
     from openqwen.recipe.stage import Stage, outside_of
     from openqwen.recipe.stages import VERBS, Recipe
 
@@ -177,25 +178,18 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     fields.append(("output", Annotated[Path, tyro.conf.arg(help="The folder to make.", metavar="FOLDER")]))
     fields.append(("seed", Annotated[int, tyro.conf.arg(help="Of every random draw.")], dataclasses.field(default=0)))
     flags: type[Any] = dataclasses.make_dataclass("StageOptions", fields)
-    settings, about = verb.config(), verb.help
-    if name.replace("-", "_") in Recipe.model_fields:
-        settings, arguments = _recipe_section(name, settings, arguments)
+    settings, about, section = verb.config(), verb.help, name.replace("-", "_")
+    if section in Recipe.model_fields:
         about += " `--recipe RECIPE`: with that recipe's settings for this stage, which the flags then change."
+        pairs = zip(arguments, [*arguments[1:], ""])
+        recipe = next((a.partition("=")[2] or b for a, b in pairs if a.partition("=")[0] == "--recipe"), "")
+        if recipe:
+            settings = getattr(load_settings(find_recipe(recipe), Recipe), section)
+            arguments = _without(arguments, "--recipe")
     options, config = parse(arguments, flags, settings, f"openqwen {name}", about)
     outside = {role: getattr(options, role.replace("-", "_")) for role in verb.inputs} | outside_of(config)
     stage = Stage(name=name, kind=name, config=config, run=verb.run, outside=outside)
     run_alone(stage, options.output, options.seed, _command(name, arguments))
-
-
-def _recipe_section(name: str, default: Any, arguments: Sequence[str]) -> tuple[Any, list[str]]:
-    """The settings that a stage alone starts from: those of `--recipe RECIPE` if given; and the other arguments."""
-    if "--recipe" not in arguments[:-1]:
-        return default, list(arguments)
-    from openqwen.recipe.settings import find_recipe, load_settings
-    from openqwen.recipe.stages import Recipe
-
-    recipe = load_settings(find_recipe(arguments[list(arguments).index("--recipe") + 1]), Recipe)
-    return getattr(recipe, name.replace("-", "_")), _without(arguments, "--recipe")
 
 
 def _named(arguments: Sequence[str], *flags: str) -> list[str]:

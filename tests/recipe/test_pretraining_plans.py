@@ -70,7 +70,7 @@ def test_the_plans_are_printed_by_a_dry_run(name, tmp_path, capsys):
 
 def test_a_stage_alone_reads_its_section_of_a_recipe(tmp_path, capsys):
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["extend", "--recipe", "qwen2.5-turbo", "--help"])
+        cli.main(["extend", "--recipe=qwen2.5-turbo", "--help"])
     shown = capsys.readouterr().out
     assert "--stages.to-256k.tokens" in shown
     assert "10000000" in shown
