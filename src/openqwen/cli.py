@@ -174,8 +174,9 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
 
     from openqwen.recipe.alone import run_alone
     from openqwen.recipe.flags import parse
+    from openqwen.recipe.settings import find_recipe, load_settings
     from openqwen.recipe.stage import Stage, outside_of
-    from openqwen.recipe.stages import VERBS
+    from openqwen.recipe.stages import VERBS, Recipe
     from openqwen.support.hub import local
 
     verb: Verb = VERBS[name]
@@ -185,7 +186,15 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     fields.append(("output", Annotated[Path, tyro.conf.arg(help="The folder to make.", metavar="FOLDER")]))
     fields.append(("seed", Annotated[int, tyro.conf.arg(help="Of every random draw.")], dataclasses.field(default=0)))
     flags: type[Any] = dataclasses.make_dataclass("StageOptions", fields)
-    options, config = parse(arguments, flags, verb.config(), f"openqwen {name}", verb.help)
+    settings, about, section = verb.config(), verb.help, name.replace("-", "_")
+    if section in Recipe.model_fields:
+        about += " `--recipe RECIPE`: with that recipe's settings for this stage, which the flags then change."
+        pairs = zip(arguments, [*arguments[1:], ""])
+        recipe = next((a.partition("=")[2] or b for a, b in pairs if a.partition("=")[0] == "--recipe"), "")
+        if recipe:
+            settings = getattr(load_settings(find_recipe(recipe), Recipe), section)
+            arguments = _without(arguments, "--recipe")
+    options, config = parse(arguments, flags, settings, f"openqwen {name}", about)
     outside = {role: getattr(options, role.replace("-", "_")) for role in verb.inputs}
     outside |= {role: local(outside[role]) for role in _MODELS & outside.keys()}
     outside |= outside_of(config)

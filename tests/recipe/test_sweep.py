@@ -78,7 +78,7 @@ def test_a_sweep_writes_cells_laws_doubts_and_a_picture_and_reuses_cells(made, t
     assert len(result["optima"]) == len(result["bowls"]) == 4
     assert all(cell["loss"] > 0 for cell in result["cells"])
     assert {cell["parameters"] for cell in result["cells"]} == {1_000, 2_384}
-    assert any("too few for a bowl" in note for note in result["notes"])
+    assert any("the best learning rate lies at the" in note for note in result["notes"])
     assert any("No law for the learning rate" in note for note in result["notes"])
     page = (tmp_path / "sweep" / "sweep.html").read_text()
     assert result["notes"][0] in page
@@ -129,6 +129,11 @@ def test_pretraining_goes_on_from_a_checkpoint_by_the_command_line(made, tmp_pat
     base = json.loads((tmp_path / "base" / "manifest.json").read_text())
     assert manifest["inputs"]["model"]["stage"] == str(tmp_path / "base")
     assert base["metrics"]["parameters"] == manifest["metrics"]["parameters"]
+
+    assert cli.main(["convert", str(tmp_path / "base"), str(tmp_path / "base.gguf")]) == 0
+    assert cli.main([*further[:-1], str(tmp_path / "same"), "--model", str(tmp_path / "base.gguf")]) == 0
+    same = json.loads((tmp_path / "same" / "manifest.json").read_text())
+    assert same["metrics"]["loss"] == manifest["metrics"]["loss"]
 
     capsys.readouterr()
     wrong = shutil.copytree(tmp_path / "base", tmp_path / "wrong")

@@ -1,6 +1,10 @@
 """Data stages: each with its own rows, RoPE base and learning rate, one optimizer throughout, resumed to the bit."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +64,9 @@ def config(network=NETWORK, **changes):
 
 
 def train(folder, settings=None, start=None):
-    arguments = (SOURCES, Tokenizer(), 90, start, folder / "output", folder / "scratch", 3, "test")
+    output = folder / ("output" if os.environ.get("RANK", "0") == "0" else "follower")
+    output.mkdir(parents=True, exist_ok=True)
+    arguments = (SOURCES, Tokenizer(), 90, start, output, folder / "scratch", 3, "test")
     return pretrain(settings or config(), *arguments)
 
 
@@ -140,6 +146,21 @@ def test_killed_anywhere_and_resumed_across_the_edges_gives_the_same_bits(tmp_pa
         assert [e["loss"] for e in log_of(tmp_path / f"cut-{stop}")] == [e["loss"] for e in log_of(tmp_path / "whole")]
 
 
+def test_two_processes_train_what_one_trains_through_all_stages(tmp_path):
+    train(tmp_path / "one")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    done = subprocess.run([*launch, __file__, str(tmp_path / "two")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (log_of(tmp_path / name) for name in ("one", "two"))
+    assert [e["data_stage"] for e in one] == [e["data_stage"] for e in two]
+    assert [e["loss"] for e in one] == pytest.approx([e["loss"] for e in two], rel=1e-4)
+    a, b = (load_model(tmp_path / name / "output") for name in ("one", "two"))
+    assert a.config == b.config
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-3, atol=1e-3), name
+
+
 def test_one_stage_named_or_not_is_the_same_training(tmp_path):
     plain = config(stages={}, data={"tokens": 1_200, "context": 16, "batch_tokens": 200, "micro_tokens": 150})
     named = config(stages={"only": {"tokens": 1_200, "context": 16}})
@@ -214,3 +235,9 @@ def test_the_order_of_the_stages_is_part_of_what_an_artifact_depends_on():
     )
     assert [stage.name for stage in ExtendConfig(stages=turned).resolved()] == ["joined", "long", "short"]
     assert data_stages.DataStage.model_fields["tokens"].is_required()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()

@@ -97,7 +97,11 @@ def test_sizes_and_data_that_grow_together_cannot_be_told_apart():
 
 
 def test_too_few_cells_are_said():
-    assert "too few" in Bowl(trained(rates=2, batches=2)[:4]).bottom(np.ones(4)).rate_fault
+    five = Bowl([trained(rates=3, batches=3)[n] for n in (0, 1, 3, 4, 8)])
+    assert "too few" in five.bottom(five.losses).rate_fault
+    two = Bowl([c for c in trained(rates=2, batches=2) if (c.parameters, c.tokens) == (2e6, 1e8)])
+    assert "edge" in two.bottom(two.losses).rate_fault
+    assert "edge" in two.bottom(two.losses).batch_fault
 
 
 def test_a_law_through_no_point():

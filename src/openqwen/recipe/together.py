@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from openqwen.recipe.stage import Stage, Work
 
 TRAINING = {"pretrain", "extend", "sft", "reward", "dpo"}
-ALONE = {
-    "online-dpo",
-    "sweep",
-}  # many networks in turn, or one: its engine generates with the network that trains, which must be whole
+ALONE = {"online-dpo", "sweep"}  # one generates with the network that trains, which must be whole; one has many
 
 
 def many() -> bool:

@@ -45,13 +45,14 @@ class Bowl:
     """loss ≈ quadratic in (ln lr, ln B), fitted to the cells of one size; far from the bottom it bends otherwise.
 
     So a cell counts the less the further its loss is above the best: by 1 / (1 + excess/τ)², τ the lower quartile of
-    the excess. With one batch size it is a parabola in ln lr.
+    the excess. A curvature needs three values along its axis; without it the bottom is on the edge.
     """
 
     def __init__(self, cells: Sequence[Cell]):
         self.cells = [c for c in cells if math.isfinite(c.loss)]
         points = np.log([[c.learning_rate, c.batch_tokens] for c in self.cells])
         self._low, self._high = points.min(0), points.max(0)
+        self._steps = [len(np.unique(axis)) for axis in points.T.round(9)]
         self.losses = np.array([c.loss for c in self.cells])
         excess = self.losses - self.losses.min()
         self._weights = 1 / (1 + excess / max(float(np.quantile(excess, 0.25)), 1e-9))
@@ -62,8 +63,9 @@ class Bowl:
         """The quadratic's terms at points [..., 2]."""
         middle, half = (self._high + self._low) / 2, (self._high - self._low) / 2
         x, y = np.moveaxis((points - middle) / np.where(half > 0, half, 1.0), -1, 0)
-        terms = [np.ones_like(x), x, x * x] + ([y, x * y, y * y] if half[1] > 0 else [])
-        return np.stack(terms, axis=-1)
+        terms = [np.ones_like(x), x, y, x * y, x * x, y * y]
+        known = [True, *(n > 1 for n in self._steps), min(self._steps) > 1, *(n > 2 for n in self._steps)]
+        return np.stack([term for term, fits in zip(terms, known, strict=True) if fits], axis=-1)
 
     def fit(self, losses: np.ndarray) -> np.ndarray:
         """Coefficients of the terms."""

@@ -32,20 +32,20 @@ class SweepConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     networks: dict[str, NetworkConfig] = Field(
-        default_factory=lambda: {"small": _size(36, 2), "middle": _size(60, 3), "large": _size(96, 4)},
+        default_factory=lambda: {"small": _size(36, 2), "middle": _size(60, 3), "large": _size(84, 3)},
         description="the sizes, dense or with experts",
     )
-    amounts: list[int] = Field([60_000, 180_000], min_length=1, description="amounts of data, in tokens")
+    amounts: list[int] = Field([30_000, 90_000], min_length=1, description="amounts of data, in tokens")
     learning_rates: list[float] = Field(
-        [1e-3, 2.5e-3, 6.3e-3, 1.6e-2, 4e-2], min_length=1, description="peak learning rates, evenly apart in logarithm"
+        [1e-3, 2.5e-3, 6e-3, 1.5e-2], min_length=1, description="peak learning rates, evenly apart in logarithm"
     )
-    batch_tokens: list[int] = Field([256, 768, 2_304], min_length=1, description="tokens of one optimizer step")
+    batch_tokens: list[int] = Field([128, 384, 1_152], min_length=1, description="tokens of one optimizer step")
     data: DataConfig = Field(
         default_factory=lambda: DataConfig(context=128), description="what is read; its tokens and batch_tokens vary"
     )
     rope_theta: float = Field(10_000.0, gt=1, description="RoPE base")
     train: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer; its learning rate varies")
-    heldout_tokens: int = Field(40_000, gt=0, description="held-out tokens that each cell is scored on")
+    heldout_tokens: int = Field(20_000, gt=0, description="held-out tokens that each cell is scored on")
     draws: int = Field(200, ge=1, description="bootstrap draws behind each interval")
     target_parameters: float = Field(3.6e8, gt=0, description="size to predict for, without the vocabulary's tables")
     target_tokens: float = Field(1e10, gt=0, description="tokens to predict for")
