@@ -1,17 +1,20 @@
 """Fine-tuning on demonstrations: what is kept, what adapters leave behind, what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize, load_model, save_checkpoint
 from openqwen.model.lora import LoraConfig, load_adapter
+from openqwen.recipe.settings import load_settings
+from openqwen.recipe.stages import Recipe
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.conversations import conversation, fit
 from openqwen.train.losses import next_token
-from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.rows import Rows
 from openqwen.train.sft import SftConfig, sft
 
@@ -145,3 +148,14 @@ def test_a_bad_step_is_named_by_its_records(start, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", broken)
     with pytest.raises(OpenQwenError, match=r"step 2 of sft \(records \d, \d\)"):
         run(start, demonstrations(tmp_path / "d.jsonl"), tmp_path)
+
+
+def test_the_shipped_recipe_is_the_report_s():
+    path = Path(__file__).parents[2] / "recipes" / "qwen2-sft.yaml"
+    config = load_settings(path, Recipe).sft
+    assert (config.epochs, config.max_length) == (2, 32_768)
+    assert (config.train.learning_rate, config.train.weight_decay, config.train.clip) == (7e-6, 0.1, 1.0)
+    rates = [learning_rate(config.train, step, 1_000) for step in range(1_000)]
+    assert max(rates) == pytest.approx(7e-6)
+    assert rates[-1] == pytest.approx(7e-7, rel=1e-3)
+    assert config.train == SftConfig().train
