@@ -131,11 +131,11 @@ class Engine:
             running = [r for r in running if not r.finish_reason]
 
     def _pages(self, requests: list[_Request]) -> Pages:
-        config, weight = self.model.config, self.model.head_VD
+        config, dtype = self.model.config, self.model.dtype
         needs = sorted((Pages.needed(self._room(r)) for r in requests), reverse=True)
-        affordable = _CACHE_BYTES // Pages.bytes_per_page(config, weight.dtype)
+        affordable = _CACHE_BYTES // Pages.bytes_per_page(config, dtype)
         count = max(min(sum(needs[:_RUNNING]), affordable), needs[0] if needs else 1)
-        return Pages(config, count, weight.device, weight.dtype)
+        return Pages(config, count, self.model.device, dtype)
 
     def _admit(self, waiting: deque[_Request], running: list[_Request], pages: Pages) -> list[_Request]:
         """Take waiting requests, first come first served, whose pages to the very end are free."""
