@@ -2,10 +2,10 @@
 
     python benchmarks/perplexity.py [--kinds int8 int4] [--calibrate] [--threads 2] [--kilobytes 100]
 
-Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA. Half of the bytes is speeches,
-half is programs (HumanEval, MBPP), read in windows of 1,024 tokens. --calibrate: with second moments of other text
-(books, word problems). Prints, for each kind: bits a weight that a decoded token reads, perplexity of text, code and
-both, and how much more that is than the source's.
+Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA. Half of the bytes are of
+speeches, half of programs (HumanEval, MBPP), read in windows of 1,024 tokens. --calibrate: with second moments of other
+text (books, word problems). Prints, for each kind: bits of a weight that a decoded token reads, perplexity of text, of
+code and of both, and how much more that is than the source's.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,8 @@ def held_out(bytes_each: int) -> dict[str, str]:
 
 def calibration() -> list[str]:
     """Other text: beginnings of books and word problems."""
-    books = [record["text"][20_000:24_000] for record, _ in zip(records("corpus/books_en_train_1.jsonl.gz"), range(16))]
-    problems = [
-        record["question"] + record["answer"] for record, _ in zip(records("eval/gsm8k_train.jsonl.gz"), range(32))
-    ]
+    books = [record["text"][20_000:24_000] for record in islice(records("corpus/books_en_train_1.jsonl.gz"), 16)]
+    problems = [record["question"] + record["answer"] for record in islice(records("eval/gsm8k_train.jsonl.gz"), 32)]
     return [*books, "\n\n".join(problems)]
 
 
@@ -98,7 +97,7 @@ def main() -> None:
         model = source if kind == "float32" else quantize(source, kind, matters)
         made = time.perf_counter() - start
         surprises = [nats(model, part) for part in ids.values()]
-        found = [perplexity(part) for part in (*surprises, sum(surprises, []))]
+        found = [perplexity(part) for part in (*surprises, [*chain(*surprises)])]
         base = base or found
         bits = 32 if kind == "float32" else bits_per_weight(model)
         columns = "".join(f"{ours:10.4f} {100 * (ours / its - 1):+6.2f}%" for ours, its in zip(found, base))

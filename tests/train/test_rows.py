@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.train.losses import document_log_probs, next_token
+from openqwen.train.packing import pack
 from openqwen.train.rows import Rows, common_beginning
 
 
@@ -53,6 +54,33 @@ def test_loss_and_gradient_are_those_of_documents_apart(seed, count, shared):
         assert_close(found_grads[name], g, rtol=1e-3, atol=1e-5 * g.abs().max().item() + 1e-7)
     with torch.no_grad():
         assert_close(document_log_probs(model, together), document_log_probs(model, apart), rtol=1e-5, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), budget=st.integers(1, 200), share=st.booleans(), order=st.randoms())
+def test_any_cut_into_packs_gives_one_loss_and_one_gradient(seed, budget, share, order):
+    model, data = tiny(tie_word_embeddings=bool(seed % 2)), conversations(seed, count=5)
+    loss, grads = gradient(model, Rows.of(data))
+    order.shuffle(data)
+    model.zero_grad()
+    total, count = 0.0, 0
+    for numbers in pack([len(ids) for ids, _ in data], budget):
+        part = next_token(model, Rows.of([data[i] for i in numbers], share=share))
+        part.sum.backward()
+        total, count = total + part.sum.item(), count + part.count
+    assert count == sum(sum(mask) for _, mask in data)
+    assert total == pytest.approx(loss, rel=1e-5)
+    for name, p in model.named_parameters():
+        assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-5 * grads[name].abs().max().item() + 1e-7)
+
+
+@given(sizes=st.lists(st.integers(1, 40), max_size=30), budget=st.integers(1, 60))
+def test_packs_hold_everything_once_and_depend_on_the_sizes_alone(sizes, budget):
+    """So a resumed run packs as the uninterrupted one: there is no state to lose."""
+    rows = pack(sizes, budget)
+    assert sorted(i for row in rows for i in row) == list(range(len(sizes)))
+    assert all(len(row) == 1 or sum(sizes[i] for i in row) <= budget for row in rows)
+    assert rows == pack(list(sizes), budget)
 
 
 def test_what_is_shared():

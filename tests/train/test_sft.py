@@ -1,17 +1,20 @@
 """Fine-tuning on demonstrations: what is kept, what adapters leave behind, what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize, load_model, save_checkpoint
-from openqwen.model.lora import LoraConfig, load_adapter
+from openqwen.model.lora import LoraConfig, add_adapters, load_adapter
+from openqwen.recipe.settings import load_settings
+from openqwen.recipe.stages import Recipe
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.conversations import conversation, fit
 from openqwen.train.losses import next_token
-from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.rows import Rows
 from openqwen.train.sft import SftConfig, sft
 
@@ -58,6 +61,31 @@ def test_long_conversations_are_counted(start, tmp_path):
     assert (metrics["examples"], metrics["too_long"], metrics["truncated"]) == (3, 0, 1)
     with pytest.raises(OpenQwenError, match="record 3"):
         run(start, data, tmp_path / "refused", max_length=140, too_long="refuse")
+
+
+@pytest.mark.parametrize(("kind", "near"), [("int8", 0.999), ("int4", 0.98)])
+def test_adapters_learn_over_packed_matrices(start, tmp_path, kind, near):
+    """Their gradient is near the one over whole matrices; what they learn is merged into the whole ones."""
+    gradients = {}
+    for base in ("none", kind):
+        model = load_model(start[0])
+        add_adapters(model, LoraConfig(rank=4, base=base), torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(2)
+        for n, p in model.named_parameters():
+            if n.endswith("lora_B"):
+                p.data.normal_(0, 0.1, generator=generator)
+        next_token(model, Rows.of([(list(range(3, 40)), [1] * 37)])).sum.backward()
+        gradients[base] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert torch.nn.functional.cosine_similarity(gradients["none"], gradients[kind], dim=0) > near
+    data = demonstrations(tmp_path / "d.jsonl")
+    plain = run(start, data, tmp_path / "plain", lora=LoraConfig(rank=4, alpha=8))
+    metrics = run(start, data, tmp_path, lora=LoraConfig(rank=4, alpha=8, base=kind))
+    assert metrics["loss"] == pytest.approx(plain["loss"], rel=0.02)
+    merged, adapted = load_model(tmp_path / "out"), load_model(start[0])
+    load_adapter(adapted, tmp_path / "out" / "adapter")
+    tokens, packed = torch.arange(20), Packed.from_lengths([20])
+    hidden = [m(tokens, packed.positions, packed) for m in (merged, adapted)]
+    torch.testing.assert_close(*hidden, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -145,3 +173,14 @@ def test_a_bad_step_is_named_by_its_records(start, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", broken)
     with pytest.raises(OpenQwenError, match=r"step 2 of sft \(records \d, \d\)"):
         run(start, demonstrations(tmp_path / "d.jsonl"), tmp_path)
+
+
+def test_the_shipped_recipe_is_the_report_s():
+    path = Path(__file__).parents[2] / "recipes" / "qwen2-sft.yaml"
+    config = load_settings(path, Recipe).sft
+    assert (config.epochs, config.max_length) == (2, 32_768)
+    assert (config.train.learning_rate, config.train.weight_decay, config.train.clip) == (7e-6, 0.1, 1.0)
+    rates = [learning_rate(config.train, step, 1_000) for step in range(1_000)]
+    assert max(rates) == pytest.approx(7e-6)
+    assert rates[-1] == pytest.approx(7e-7, rel=1e-3)
+    assert config.train == SftConfig().train

@@ -6,7 +6,7 @@ W' = m · (W + s·B·A) / ‖W + s·B·A‖, rows taken one by one, the norm tre
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from openqwen.model.quantize import Kind, QuantizedLinear, check
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
 from openqwen.support.files import read_json, write_json
 
@@ -32,6 +33,10 @@ class LoraConfig(BaseModel):
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     targets: list[str] = Field(_TARGETS, min_length=1, description="names of the linear layers that get an adapter")
     dora: bool = Field(False, description="DoRA: learn the length of each row of a matrix apart from its direction")
+    base: Literal["none", "int8", "int4"] = Field(
+        "none",
+        description="while adapters learn, the matrices under them are held in 8 or 4 bits (CPU); none: as loaded",
+    )
 
 
 class LoraLinear(nn.Module):
@@ -39,7 +44,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, config: LoraConfig, generator: torch.Generator):
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base = base.requires_grad_(False) if config.base == "none" else _packed(base, config.base)
         self.scale = config.alpha / config.rank
         weight = base.weight
         bound = base.in_features**-0.5  # as PEFT: kaiming uniform with a = √5
@@ -63,12 +68,20 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain layer that computes the same."""
+        """The plain layer that computes the same; of one whose base is not packed."""
+        assert isinstance(self.base, nn.Linear)
         weight = self.merged_direction()
         if self.magnitude is not None:
             weight = weight * (self.magnitude / weight.norm(dim=1))[:, None]
         self.base.weight.copy_(weight)
         return self.base.requires_grad_(True)
+
+
+def _packed(linear: nn.Linear, kind: Kind) -> QuantizedLinear:
+    check(kind, linear.weight.device)
+    matrix = QuantizedLinear(linear.in_features, {"": linear.out_features}, kind, bias=linear.bias is not None)
+    matrix.fill([linear.weight.detach()], [] if linear.bias is None else [linear.bias.detach()])
+    return matrix
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> None:

@@ -192,7 +192,7 @@ def _gradient(model: Qwen2, micros: Sequence[Sequence[Sample]]) -> tuple[list[Te
     model.zero_grad()
     total, count = torch.zeros((), device=model.device), 0
     for micro in micros:
-        loss = next_token(model, Rows.of(micro, model.device))
+        loss = next_token(model, Rows.of(micro, model.device, share=True))
         loss.sum.backward()
         total += loss.sum.detach()
         count += loss.count

@@ -1,9 +1,12 @@
 """Where the tensors live: a GPU where there is one, without being asked; the CPU otherwise."""
 
+import ctypes
 import os
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -24,6 +27,27 @@ def free_memory() -> int:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Main memory that is freed in here stays with the process until the end, where the C library is glibc.
+
+    Large tensors that come and go in every step of training would else be given back and fetched, page by zeroed page.
+    """
+    libc = ctypes.CDLL(None)
+    if not (sys.platform == "linux" and hasattr(libc, "mallopt")):
+        yield
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    libc.mallopt(trim_threshold, -1)
+    libc.mallopt(mmap_max, 0)
+    try:
+        yield
+    finally:
+        libc.mallopt(trim_threshold, 128 * 1024)
+        libc.mallopt(mmap_max, 65_536)
+        libc.malloc_trim(0)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -55,7 +55,7 @@ class _LogProbs(torch.autograd.Function):
 
 def log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """log p(target) of each of N tokens given the hidden state that predicts it, float32 [N]; differentiable."""
-    return _LogProbs.apply(hidden_ND, head_VD, targets_N)
+    return _LogProbs.apply(*_lowered(hidden_ND, head_VD), targets_N)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -98,7 +98,16 @@ class _CrossEntropy(torch.autograd.Function):
 
 def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Σ −log p(target) over N tokens, float32 []; its backward pass can be run once."""
-    return _CrossEntropy.apply(hidden_ND, head_VD, targets_N)
+    return _CrossEntropy.apply(*_lowered(hidden_ND, head_VD), targets_N)
+
+
+def _lowered(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the numbers that products are computed in, rounded once, not by every product under autocast."""
+    kind = hidden_ND.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden_ND, head_VD
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden_ND.to(dtype), head_VD.to(dtype)
 
 
 def _add_product(sum_VD: Tensor, slope_CV: Tensor, hidden_CD: Tensor) -> None:

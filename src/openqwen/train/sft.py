@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from openqwen.model import Qwen2, Scorer, load_model
-from openqwen.model.lora import LoraConfig, add_adapters, merge_adapters, save_adapter
+from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl
@@ -19,7 +19,7 @@ from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.packing import pack
-from openqwen.train.parallel import load_for_training
+from openqwen.train.parallel import join, load_for_training
 from openqwen.train.rows import Rows, Sample
 from openqwen.train.trainer import SaveConfig, Trainer
 from openqwen.train.validation import ValidationConfig
@@ -86,6 +86,8 @@ def sft(
         data, held_out = data.part(config.validation.share, generators["data.validation"])
     order = Epochs(len(data.samples), config.epochs, config.batch, generators)
     if config.lora.rank:
+        if config.lora.base != "none" and not join().alone:
+            raise OpenQwenError("Packed matrices are not sharded.", where="lora.base", do="train in one process")
         add_adapters(model, config.lora, generators.torch("lora"))
 
     def rows(chosen: Sequence[Sample]) -> list[Rows]:
@@ -160,5 +162,8 @@ def _merged(trainer: Trainer[Rows], config: SftConfig, output: Path, start: Path
     whole = trainer.whole()
     if trainer.world.main:
         save_adapter(whole, config.lora, output / ADAPTER, base=str(start))
+        if config.lora.base != "none":  # what was learned over rounded matrices goes into those that were rounded
+            whole = load_model(start)
+            load_adapter(whole, output / ADAPTER)
         merge_adapters(whole)
     return lambda: whole

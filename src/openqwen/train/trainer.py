@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from openqwen.model import Qwen2, Scorer, save_checkpoint
-from openqwen.support.device import peak_flops, peak_memory
+from openqwen.support.device import freed_memory_kept, peak_flops, peak_memory
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
@@ -106,6 +106,7 @@ class Trainer(Generic[Micro]):
         last_save = time.monotonic()
         tracking = Tracking(self.optimizer.track if self.world.main else [], self.scratch, self.label, first)
         with (
+            freed_memory_kept(),
             closing(tracking),
             open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
             StateWriter(self.scratch, self.save.keep, self.world) as writer,
