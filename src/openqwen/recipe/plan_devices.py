@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from openqwen.model import ModelConfig
@@ -63,7 +64,7 @@ def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
             advice.append(f"{stage.name} does not fit on {count} x {name}: {_change(stage, network, told, device)}.")
     title = f"{network.parameters() / 1e9:.2f} billion weights on {count} x {name}, {device.memory:.0f} GiB each"
     console.print(f"{title}; {USABLE:.0%} of it can be used", markup=False)
-    console.print(table, width=max(console.width, _WIDTH), crop=False, soft_wrap=False)
+    Console(width=max(console.width, _WIDTH)).print(table)
     for line in advice:
         console.print(line, markup=False)
     console.print(
