@@ -27,6 +27,7 @@ RECIPE_VERBS = {
     "report": "Write the HTML report of a run folder.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
     "bench": "Measure a claimed speed on this machine, beside a peer: openqwen bench train --help.",
+    "plan": "Say what fits on which devices, how fast and how long, before anyone pays for it.",
     "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
 }
 STAGE_VERBS = {
@@ -86,6 +87,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
             "quantize": _quantize,
             "report": _report,
             "preview": _preview,
+            "plan": _plan,
             "verify": _verify,
             "bench": _bench,
         }
@@ -262,6 +264,15 @@ def _preview(arguments: Sequence[str]) -> None:
     from openqwen.recipe.preview import preview
 
     tyro.cli(preview, args=list(arguments), prog="openqwen preview", description=RECIPE_VERBS["preview"])
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.plan_devices import plan
+
+    named = _named(arguments, "--recipe")
+    tyro.cli(plan, args=named, prog="openqwen plan", description=RECIPE_VERBS["plan"])
 
 
 def _verify(arguments: Sequence[str]) -> None:

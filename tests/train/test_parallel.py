@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openqwen.model import ModelConfig, Qwen2, save_weights
+from openqwen.model import ModelConfig, Qwen2, Scorer, initialize, save_checkpoint, save_weights
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
+from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.parallel import ParallelConfig, World
 from openqwen.train.parallel.degrees import check
 
-RANKS, LOADING = (Path(__file__).with_name(name) for name in ("ranks.py", "loading.py"))
+RANKS, LOADING, ONLINE = (Path(__file__).with_name(f"{name}.py") for name in ("ranks", "loading", "online"))
 NEVER = 99
 KINDS = ["dense", "experts", "dual", "reward", "adapters"]
 TWO = ["dense", "dense:tensor=2", "dual:context=2", "experts:expert=2", "experts:context=2"]
@@ -145,6 +146,33 @@ def test_a_rank_reads_its_own_part_of_a_checkpoint_and_no_more(tmp_path):
     shares = [float(line.split()[1]) for line in start(4, LOADING, tmp_path).splitlines() if "share" in line]
     assert len(shares) == 4
     assert max(shares) < 0.45  # a quarter, and what sharding itself imports
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A model that says anything and so stops now and then, a reward model, and prompts."""
+    folder = tmp_path_factory.mktemp("chats")
+    tokenizer = train_tokenizer(["one two three"] * 9, TokenizerConfig(vocabulary=300))
+    config = ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True)
+    model, scorer = Qwen2(config), Scorer(config)
+    initialize(model, torch.Generator().manual_seed(1))
+    initialize(scorer, torch.Generator().manual_seed(2))
+    save_checkpoint(model, tokenizer, folder / "model")
+    save_checkpoint(scorer, tokenizer, folder / "reward")
+    asked = [{"prompt": [{"role": "user", "content": text}]} for text in ("one", "two", "three", "one two")]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
+    return folder
+
+
+@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_online_dpo_over_two_processes(chats, tmp_path, tensor):
+    start(1, ONLINE, chats, tmp_path / "one", 1)
+    start(2, ONLINE, chats, tmp_path / "two", tensor)
+    ours, theirs = log(tmp_path / "two"), log(tmp_path / "one")
+    assert sum(entry["tokens"] for entry in theirs) > 0
+    for mine, right in zip(ours, theirs, strict=True):
+        for name in ("loss", "gradient_norm", "tokens", "reward", "length"):
+            assert mine.get(name) == pytest.approx(right.get(name), rel=1e-3, abs=1e-6), name
 
 
 def test_every_rank_gets_as_many_micro_batches():

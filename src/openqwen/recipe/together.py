@@ -13,13 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openqwen.support.errors import OpenQwenError
-
 if TYPE_CHECKING:
     from openqwen.recipe.stage import Stage, Work
 
-TRAINING = {"pretrain", "extend", "sft", "reward", "dpo"}
-ALONE = {"online-dpo", "sweep"}  # one generates with the network that trains, which must be whole; one has many
+TRAINING = {"pretrain", "extend", "sft", "reward", "dpo", "online-dpo"}
+ALONE = {"sweep"}  # many small networks, each in one process
 
 
 def many() -> bool:
@@ -29,12 +27,6 @@ def many() -> bool:
 
 def run_stage(stage: "Stage", work: "Work") -> dict[str, float]:
     """Run a stage, on all ranks where it trains; only rank 0 calls this."""
-    if many() and stage.kind in ALONE:
-        raise OpenQwenError(
-            f"'{stage.kind}' trains in one process only.",
-            where=stage.name,
-            do="run the same command without torchrun: finished stages are reused",
-        )
     if many() and stage.kind in TRAINING:
         _tell((stage.run, work))
     return stage.run(work)

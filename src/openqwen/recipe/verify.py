@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openqwen.engine import Engine, Output, Sampling
 from openqwen.model import Packed, Qwen2, load_model
+from openqwen.recipe.verify_ranks import gradient_over_ranks, missing_memory
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl
@@ -47,7 +48,7 @@ class Proof:
         return self.seen <= self.bound
 
 
-def verify(model: Path, data: Path, records: int = 16, seed: int = 0) -> bool:
+def verify(model: Path, data: Path, records: int = 16, seed: int = 0, ranks: int = 2) -> bool:
     """Print the proofs; returns whether all hold.
 
     Args:
@@ -55,6 +56,7 @@ def verify(model: Path, data: Path, records: int = 16, seed: int = 0) -> bool:
         data: A JSONL file of demonstrations.
         records: How many of them to use, from the start.
         seed: Of every random draw.
+        ranks: Processes that share the work in the last proof; 0 leaves it out.
     """
     tokenizer = load_tokenizer(model)
     network = load_model(model, device=best_device()).eval()
@@ -65,11 +67,16 @@ def verify(model: Path, data: Path, records: int = 16, seed: int = 0) -> bool:
     if len(samples) < 2:
         raise OpenQwenError("Packing needs at least two demonstrations.", where=data, do="give more, or --records 2")
     proofs: list[Proof] = []
-    with progress("verify", total=6, unit="proofs") as bar:
+    with progress("verify", total=6 + (ranks > 0), unit="proofs") as bar:
         for proof in all_proofs(network, tokenizer, samples, seed):
             proofs.append(proof)
             bar.advance()
+        short = missing_memory(network.config) if ranks else 0.0
+        if ranks and not short:
+            proofs.append(ranks_do_not_matter(network, model, samples, ranks))
     console.print(_table(proofs))
+    if short:
+        console.print(f"Not tried: {ranks} processes; they need {short / 2**30:.1f} GiB more memory than is free.")
     return all(proof.holds for proof in proofs)
 
 
@@ -101,6 +108,15 @@ def cuts_do_not_matter(model: Qwen2, samples: Sequence[Sample], seed: int) -> Pr
         ranks = [micros[rank::3] for rank in range(3)]
         worst = max(worst, _relative(_gradient(model, [m for rank in ranks for m in rank])[1], whole))
     return Proof("any cut into micro-batches and ranks: one gradient", worst, _GRADIENT)
+
+
+def ranks_do_not_matter(model: Qwen2, source: Path, samples: Sequence[Sample], ranks: int = 2) -> Proof:
+    """A micro-batch for each document, dealt to real processes that hold shards, against one batch in this one."""
+    found = gradient_over_ranks(source, [[sample] for sample in samples], ranks)
+    whole = _gradient(model, [samples])[1]
+    theirs = [found[name].to(model.device) for name, _ in model.named_parameters()]
+    number = {2: "two"}.get(ranks, str(ranks))
+    return Proof(f"{number} processes that share the network: one gradient", _relative(theirs, whole), _GRADIENT)
 
 
 def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: int) -> Proof:

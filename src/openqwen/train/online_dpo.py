@@ -1,7 +1,8 @@
 """Online DPO with the reward model in the loop (Qwen2 report, 4.3, the online stage).
 
 Each step the current policy answers a few prompts several times; the reward model picks the most and the least
-preferred answer of each prompt; the DPO loss learns from that pair. The engine holds the very module that trains.
+preferred answer of each prompt; the DPO loss learns from that pair. The engine holds the very module that trains; over
+several processes, where that is sharded, each holds a whole copy that is refreshed every step.
 """
 
 import copy
@@ -20,12 +21,12 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.branches import branches
 from openqwen.train.conversations import Compared, Messages
 from openqwen.train.dpo import Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
+from openqwen.train.parallel import copy_weights, join
 from openqwen.train.reward import score_sequences
 from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import SaveConfig, Trainer
@@ -79,7 +80,9 @@ def online_dpo(
     model = load_model(start, device=device)
     reference = copy.deepcopy(model).requires_grad_(False)
     scorer = load_scorer(reward_model, device=device)
-    engine = Engine(model, tokenizer)
+    world = join()
+    actor = model if world.alone else copy.deepcopy(model).requires_grad_(False)  # whole where the other is sharded
+    engine = Engine(actor, tokenizer)
     pool: list[Messages] = [record["prompt"] for record in read_jsonl(prompts)]
     if not pool:
         raise OpenQwenError("There are no prompts to answer.", where=prompts)
@@ -90,10 +93,14 @@ def online_dpo(
         asked = [pool[i] for i in order.batch(step) for _ in range(config.samples)]
         # Seeds are a function of the step: a resumed run draws what the uninterrupted run would have drawn.
         seeds = Generators(seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
+        if actor is not model:
+            copy_weights(model, actor)
         engine.refresh(step)
-        outputs = engine.generate(asked, sampling, seeds=[int(s) for s in seeds])
+        mine = slice(world.rank, None, world.size)  # prompts are dealt to the ranks, and their answers told to all
+        outputs = engine.generate(asked[mine], sampling, seeds=[int(s) for s in seeds[mine]])
+        rewards = score_sequences(scorer, [_ids(o, tokenizer.eos_id) for o in outputs], config.micro_tokens)
+        outputs, rewards = world.told(outputs), world.told(rewards)
         sequences = [_ids(o, tokenizer.eos_id) for o in outputs]
-        rewards = score_sequences(scorer, sequences, config.micro_tokens)
         slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
         ranks = [v for g in slices for v in votes(sequences[g], rewards[g])] if config.vote else rewards
         found = [pair for pair in (_best_and_worst(outputs, ranks, group) for group in slices) if pair]
@@ -103,16 +110,15 @@ def online_dpo(
         episodes = []
         for cut in cut_to_budget([group.size for group in groups], config.micro_tokens):
             part = groups[cut]
-            with torch.inference_mode():
-                rows = branches([(group.prompt, group.answers) for group in part], device)
-                log_probs = document_log_probs(reference, rows)
             share = len(part) / len(rewards)
-            pairs = Pairs.of(part, log_probs.clone(), device)
+            pairs = Pairs.of(part, torch.empty(0), device)
             lengths = sum(len(o.token_ids) for o in outputs) * share
             episodes.append(Episode(pairs, sum(rewards) * share, lengths))
         return episodes
 
     def loss(episode: Episode) -> Loss:
+        with torch.no_grad():
+            episode.pairs.reference = document_log_probs(reference, episode.pairs.rows)
         value = episode.pairs.loss(model, config.beta)
         value.extras |= {"reward": episode.rewards, "length": episode.lengths}
         return value

@@ -125,6 +125,14 @@ class World:
         """A function of rows whose work is shared by the ranks that hold the same rows. See `shard.dealt`."""
         return dealt(function, self.mesh.same_rows if self.mesh else None)
 
+    def told(self, mine: Sequence[Micro]) -> list[Micro]:
+        """A list that was dealt to the ranks one by one, in its order, from what each made of its own."""
+        if self.alone:
+            return list(mine)
+        parts: list[list[Micro]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, list(mine))
+        return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
+
     def agree(self, wish: bool) -> bool:
         """Rank 0's wish, on every rank."""
         if self.alone:
@@ -140,6 +148,14 @@ class World:
 
 
 _WORLDS: WeakKeyDictionary[nn.Module, World] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, copied: nn.Module) -> None:
+    """A sharded network's weights into a whole one of the same names. Every rank must call it, as it gathers."""
+    places = dict(copied.named_parameters())
+    for name, parameter in model.named_parameters():
+        places[name].copy_(whole_tensor(parameter))
 
 
 def load_for_training(source: str | Path) -> Qwen2:
