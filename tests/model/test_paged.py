@@ -1,6 +1,8 @@
 """The compiled attention over pages: equal to the plain path, and the same bits however the work is cut."""
 
+import platform
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Yarn, paged
+from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Yarn, kernels, paged
+from openqwen.support import native
 
 PLAIN = LongContext()
 YARN = LongContext(Yarn(4.0, 64))
@@ -199,3 +202,19 @@ def test_nothing_is_read_or_written_outside_the_pages():
         sequences.tables = tables
         with pytest.raises(ValueError, match=r"pages do not hold \[40\] tokens"):
             sequences.call([40])
+
+
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2", "-mno-fma")])
+@pytest.mark.parametrize("format", ["float", "int8"])
+def test_older_processors_get_the_same_to_rounding(flags, format, monkeypatch):
+    folder = Path(kernels.__file__).parent / "native"
+    sources = [folder / name for name in ("lanes.h", "pool.h", "pool.cpp", "attention.cpp")]
+    if platform.machine() != "x86_64" or not (older := native.load("attention", sources, flags)):
+        pytest.skip("builds for older processors are of x86-64")
+    function = older.openqwen_paged_attention
+    function.argtypes = paged._kernel().argtypes
+    case = [[300, 40], [1, 7]], config_of(14, 2, 64), [301, 47], [CHUNKS, YARN]
+    ours = run(*case, format=format)
+    monkeypatch.setattr(paged, "_kernel", lambda: function)
+    for a, b in zip(run(*case, format=format).result(), ours.result(), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-5 if format == "float" else 2e-2)

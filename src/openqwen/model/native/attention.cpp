@@ -49,11 +49,14 @@ namespace {
 
 int8_t round_to_int8(float x) { return static_cast<int8_t>(std::lrintf(x)); }
 
-// The scale that maps the row onto −127 … 127.
+// The scale that maps the row onto −127 … 127; NaN where the row has one, so that it is not lost.
 float scale_of(const float* x, int64_t n) {
-  float most = 0;
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, std::fabs(x[i]));
-  return most / 127;
+  float most = 0, broken = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    most = std::max(most, std::fabs(x[i]));
+    broken += x[i] - x[i];
+  }
+  return most / 127 + broken;
 }
 
 // x[d] turned by cos and sin [d/2], times `scale`, to out[i · stride].
@@ -137,8 +140,7 @@ void score_rows(int rows, const float* q, const float* keys, int64_t stride, int
 template <int R>
 void weigh_rows(int rows, const float* weights, const float* const* tiles, int count, int64_t d, float* out) {
   if (rows == R)
-    return d % (2 * kLanes) ? weigh<R, 1>(weights, tiles, count, d, out)
-                : weigh<R, 2>(weights, tiles, count, d, out);
+    return d % (2 * kLanes) ? weigh<R, 1>(weights, tiles, count, d, out) : weigh<R, 2>(weights, tiles, count, d, out);
   if constexpr (R > 1) weigh_rows<R - 1>(rows, weights, tiles, count, d, out);
 }
 
@@ -169,9 +171,9 @@ struct Scratch {
 };
 
 class Attention {
-  public:
+ public:
   Attention(const PagedCall& call, int64_t layer, const Task& task, Scratch& scratch)
-    : c(call), t(task), s(scratch), layer(layer), group(c.heads / c.kv_heads), rows(t.tokens * group) {
+      : c(call), t(task), s(scratch), layer(layer), group(c.heads / c.kv_heads), rows(t.tokens * group) {
     s.fit(rows, c.width);
     chunk_len = c.chunk_lens ? c.chunk_lens[t.sequence] : 0;
     chunk = chunk_len ? t.at / chunk_len : 0;
@@ -204,7 +206,7 @@ class Attention {
     finish(out);
   }
 
-  private:
+ private:
   // Turned the ways that this chunk needs, times 1/√d, packed [rows / kRows, d, kRows].
   void turn_queries(const float* q, int64_t stride) {
     const int64_t d = c.width, half = d / 2;
