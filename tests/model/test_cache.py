@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Qwen2, Yarn, initialize, load_model
+from openqwen.model.lora import LoraConfig, add_adapters
+from openqwen.model.quantize import quantize
 from openqwen.model.rope import key_turns, rotate
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import load_tokenizer
@@ -100,11 +102,11 @@ def test_a_huge_key_bias_ruins_rounded_keys_unless_it_is_taken_off(page_size):
     assert ruin > 10 * error
 
 
-def test_the_bias_of_an_adapted_model_is_found():
-    from openqwen.model.lora import LoraConfig, add_adapters
-
+def test_the_bias_of_an_adapted_or_quantised_model_is_found():
     model = biased_model(3.0)
     plain = Cache.of(model, 1, 16, "int8").key_bias_NKd
+    assert plain.shape == (2, 2, 16)
+    assert torch.equal(Cache.of(quantize(model, "int8"), 1, 16, "int8").key_bias_NKd, plain)
     add_adapters(model, LoraConfig(rank=2), torch.Generator().manual_seed(0))
     assert torch.equal(Cache.of(model, 1, 16, "int8").key_bias_NKd, plain)
 
