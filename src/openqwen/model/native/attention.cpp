@@ -216,8 +216,8 @@ class Attention {
         const int64_t token = t.row + i / group, head = t.head * group + i % group;
         const float* const* tables = c.query_turns[way];
         float* packed = s.queries[way].data() + i / kRows * kRows * d + i % kRows;
-        turn(q + token * stride + head * d, tables[0] + token * half, tables[1] + token * half, d, scale,
-                     packed, kRows);
+        turn(q + token * stride + head * d, tables[0] + token * half, tables[1] + token * half, d, scale, packed,
+             kRows);
       }
   }
 
@@ -247,17 +247,17 @@ class Attention {
       const int64_t ahead = chunk_len ? chunk - at / chunk_len : 0;
       const float* queries = s.queries[std::min<int64_t>(ahead, kTurns - 1)].data();
       for (int64_t r = 0; r < rows; r += kRows)
-        score_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), queries + r * d, keys, stride,
-                                  d, s.scores.data() + r * kBlock + n * kLanes);
+        score_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), queries + r * d, keys, stride, d,
+                          s.scores.data() + r * kBlock + n * kLanes);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t limit = std::min<int64_t>(count, t.at + r / group + 1 - start);
       most[r] = weights(s.scores.data() + r * kBlock, static_cast<int>(std::max<int64_t>(limit, 0)), tiles,
-                              value_scales, &sums[r]);
+                        value_scales, &sums[r]);
     }
     for (int64_t r = 0; r < rows; r += kRows)
-      weigh_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), s.scores.data() + r * kBlock,
-                              values, count, d, s.block.data() + r * d);
+      weigh_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), s.scores.data() + r * kBlock, values,
+                        count, d, s.block.data() + r * d);
   }
 
   // Scores → exp(score − maximum), times the values' scales where they have them; only the first `limit` are seen.
@@ -301,7 +301,7 @@ class Attention {
       const Lanes a = all(bias[i]), b = all(bias[i + half]);
       store(s.keys.data() + i * kLanes, fma(scale, from_int8(keys + i * S), a * cos - b * sin));
       store(s.keys.data() + (i + half) * kLanes,
-                  fma(scale, from_int8(keys + (i + half) * S), fma(b, cos, a * sin)));
+            fma(scale, from_int8(keys + (i + half) * S), fma(b, cos, a * sin)));
     }
   }
 
@@ -385,7 +385,7 @@ std::vector<Split> split(const PagedCall& c, std::vector<Task>& tasks) {
   const int64_t threads = Pool::shared().threads();
   const int64_t wanted = 4 * threads, count = static_cast<int64_t>(tasks.size());
   std::vector<Split> splits;
-  if (threads < 2 || count >= wanted) return splits;
+  if (threads < 2 || count == 0 || count >= wanted) return splits;
   std::vector<Task> out;
   const int64_t each = (wanted + count - 1) / count;
   for (const Task& task : tasks) {
@@ -419,8 +419,8 @@ void write_all(const PagedCall& c, int64_t layer, const float* k, int64_t k_stri
     std::vector<float> scratch(2 * c.width);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t head = 0; head < c.kv_heads; ++head)
-        write(c, layer, row, places[row].first, places[row].second, head,
-                      k + row * k_stride + head * c.width, v + row * v_stride + head * c.width, scratch.data());
+        write(c, layer, row, places[row].first, places[row].second, head, k + row * k_stride + head * c.width,
+              v + row * v_stride + head * c.width, scratch.data());
   });
 }
 
