@@ -263,6 +263,7 @@ def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
     Raises OpenQwenError where the model is not on a CPU, or the kind is unknown.
     """
     check(kind, model.device)
+    whole(model)
     quantized = QuantizedQwen2(model.config, kind)
     refresh(quantized, model)
     return quantized
@@ -277,6 +278,15 @@ def check(kind: str, device: torch.device) -> None:
             f"Quantised weights run on the CPU, not on {device}.",
             do='give device="cpu", or leave quantize out and give dtype="bfloat16"',
         )
+
+
+def whole(model: Qwen2) -> Qwen2:
+    """The model, if its weights are not quantised yet; OpenQwenError otherwise."""
+    if isinstance(model, QuantizedQwen2):
+        raise OpenQwenError(
+            f"These weights are {model.kind} already; what they were is lost.", do="give the model they were made from"
+        )
+    return model
 
 
 def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from openqwen.model import load_model
-from openqwen.model.quantize import bits_per_weight
+from openqwen.model.quantize import bits_per_weight, whole
 from openqwen.model.quantize import quantize as quantized
 from openqwen.recipe.convert import refuse, write_folder
 from openqwen.support.hub import local
@@ -26,7 +26,7 @@ def quantize(
     refuse(target, overwrite)
     path = local(source)
     with progress("reading", unit="weights") as work:
-        model = load_model(path, dtype=None, advance=work.advance)
+        model = whole(load_model(path, dtype=None, advance=work.advance))
     tokenizer = load_tokenizer(path)
     made = quantized(model, to)
     target.parent.mkdir(parents=True, exist_ok=True)
