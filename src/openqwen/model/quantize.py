@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openqwen.model import kernels
-from openqwen.model.attention import Attention, Packed
+from openqwen.model.attention import Attention
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Decoder, Qwen2, RMSNorm
 from openqwen.model.experts import Routing, SparseFeedForward
@@ -58,8 +58,8 @@ class PackedMatrix(nn.Module):
         return unpack(self.packed, self.form, self.outputs, self.inputs)
 
     @torch.no_grad()
-    def fill(self, weights: Sequence[Tensor], biases: Sequence[Tensor], matters: Tensor | None = None) -> None:
-        """Take the values of these matrices, one after the other. matters: see `packed.choose`."""
+    def fill(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
+        """Take the values of these matrices, one after the other."""
         weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].contiguous()
         if weight.dtype not in _TYPES:
             weight = weight.float()
@@ -67,13 +67,12 @@ class PackedMatrix(nn.Module):
             self.packed = torch.empty(self.packed.shape, dtype=torch.uint8)
         if self.bias is not None:
             self.bias = torch.cat(list(biases)).float()
-        matters = None if matters is None else matters.float().contiguous()
-        if kernel := kernels.function("openqwen_quantize", c_void_p, *[c_int64] * 4, c_void_p, c_void_p):
+        if kernel := kernels.function("openqwen_quantize", c_void_p, *[c_int64] * 4, c_void_p):
             kernels.follow_torch()
             sizes = (_TYPES[weight.dtype], *weight.shape, self.form.bits)
-            kernel(weight.data_ptr(), *sizes, kernels.address(matters), self.packed.data_ptr())
+            kernel(weight.data_ptr(), *sizes, self.packed.data_ptr())
         else:
-            self.packed.copy_(pack(*choose(weight, self.form, matters), self.form))
+            self.packed.copy_(pack(*choose(weight, self.form), self.form))
 
     def times(self, x_TK: Tensor, before: Before = None, residual_TN: Tensor | None = None) -> Tensor:
         """residual + W before(x) + bias: [T, outputs]. Differentiable by x and the residual."""
@@ -104,7 +103,7 @@ class PackedMatrix(nn.Module):
         called = (self.packed.data_ptr(), weight, before)
         if called != self._called:
             kind = 1 if norm is not None else 2 if before is swiglu else 0
-            bias, eps = kernels.address(self.bias) or 0, 0.0 if norm is None else norm.eps
+            bias, eps = 0 if self.bias is None else self.bias.data_ptr(), 0.0 if norm is None else norm.eps
             values = (called[0], bias, weight, self.inputs, self.outputs, self.form.bits, kind, eps)
             self._call = torch.frombuffer(bytearray(struct.pack("=7qd", *values)), dtype=torch.int64).clone()
             self._called = called
@@ -258,16 +257,15 @@ class QuantizedQwen2(Qwen2):
         return torch.float32
 
 
-def quantize(model: Qwen2, kind: Kind, matters: Mapping[str, Tensor] | None = None) -> QuantizedQwen2:
+def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
     """The same network with weights of 8 or 4 bits, in memory of its own: the source may be dropped.
 
-    matters: for published names of matrices (`model.layers.0.self_attn.q_proj`) how much each of their inputs counts,
-    from `second_moments`; without, all count the same.
     Raises OpenQwenError where the model is not on a CPU, or the kind is unknown.
     """
     check(kind, model.device)
+    whole(model)
     quantized = QuantizedQwen2(model.config, kind)
-    refresh(quantized, model, matters)
+    refresh(quantized, model)
     return quantized
 
 
@@ -282,12 +280,21 @@ def check(kind: str, device: torch.device) -> None:
         )
 
 
-def refresh(quantized: QuantizedQwen2, source: Qwen2, matters: Mapping[str, Tensor] | None = None) -> None:
+def whole(model: Qwen2) -> Qwen2:
+    """The model, if its weights are not quantised yet; OpenQwenError otherwise."""
+    if isinstance(model, QuantizedQwen2):
+        raise OpenQwenError(
+            f"These weights are {model.kind} already; what they were is lost.", do="give the model they were made from"
+        )
+    return model
+
+
+def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:
     """Quantise anew, in place, the weights of a source of the same shape, which a trainer has moved meanwhile."""
-    for name, matrix, parts in _matrices(quantized, source):
+    for matrix, parts in _matrices(quantized, source):
         weights = [part if isinstance(part, Tensor) else part.weight for part in parts]
         biases = [part.bias for part in parts if isinstance(part, nn.Linear) and part.bias is not None]
-        matrix.fill(weights, biases, (matters or {}).get(name))
+        matrix.fill(weights, biases)
     modules = dict(quantized.named_modules())
     for name, module in source.named_modules():
         if isinstance(module, RMSNorm):
@@ -297,59 +304,28 @@ def refresh(quantized: QuantizedQwen2, source: Qwen2, matters: Mapping[str, Tens
             modules[name].register_buffer("gates", gates)
 
 
-def _matrices(
-    quantized: QuantizedQwen2, source: Qwen2
-) -> Iterator[tuple[str, PackedMatrix, Sequence[nn.Linear | Tensor]]]:
-    """Each packed matrix with its name (its first part's, as published) and its parts."""
-    yield "model.embed_tokens", cast(Any, quantized.model.embed_tokens), [source.model.embed_tokens.weight]
+def _matrices(quantized: QuantizedQwen2, source: Qwen2) -> Iterator[tuple[PackedMatrix, Sequence[nn.Linear | Tensor]]]:
+    """Each packed matrix and the parts of the source that it is merged from."""
+    yield cast(Any, quantized.model.embed_tokens), [source.model.embed_tokens.weight]
     if quantized.lm_head is not None:
-        yield "lm_head", quantized._head, [source.head_VD]
+        yield quantized._head, [source.head_VD]
     pairs: Iterable[tuple[Any, Any]] = zip(quantized.model.layers, source.model.layers)
-    for number, (layer, plain) in enumerate(pairs):
-        name, attention = f"model.layers.{number}", plain.self_attn
-        yield f"{name}.self_attn.q_proj", layer.qkv_proj, [attention.q_proj, attention.k_proj, attention.v_proj]
-        yield f"{name}.self_attn.o_proj", layer.o_proj, [attention.o_proj]
-        networks = [(f"{name}.mlp", layer.mlp, plain.mlp)]
+    for layer, plain in pairs:
+        attention, networks = plain.self_attn, [(layer.mlp, plain.mlp)]
+        yield layer.qkv_proj, [attention.q_proj, attention.k_proj, attention.v_proj]
+        yield layer.o_proj, [attention.o_proj]
         if isinstance(plain.mlp, SparseFeedForward):
-            networks = [(f"{name}.mlp.shared_expert", layer.mlp.shared_expert, plain.mlp.shared_expert)]
-            fused = zip(layer.mlp.experts, plain.mlp.experts.gate_up_proj, plain.mlp.experts.down_proj)
-            for e, (expert, gate_up, down) in enumerate(fused):
-                yield f"{name}.mlp.experts.{e}.gate_proj", expert.gate_up_proj, [gate_up]
-                yield f"{name}.mlp.experts.{e}.down_proj", expert.down_proj, [down]
-        for own, mine, theirs in networks:
-            yield f"{own}.gate_proj", mine.gate_up_proj, [theirs.gate_proj, theirs.up_proj]
-            yield f"{own}.down_proj", mine.down_proj, [theirs.down_proj]
+            networks = [(layer.mlp.shared_expert, plain.mlp.shared_expert)]
+            experts = plain.mlp.experts
+            for expert, gate_up, down in zip(layer.mlp.experts, experts.gate_up_proj, experts.down_proj):
+                yield expert.gate_up_proj, [gate_up]
+                yield expert.down_proj, [down]
+        for mine, theirs in networks:
+            yield mine.gate_up_proj, [theirs.gate_proj, theirs.up_proj]
+            yield mine.down_proj, [theirs.down_proj]
 
 
 def bits_per_weight(quantized: QuantizedQwen2) -> float:
     """Of what one decoded token reads: every matrix and scale, without the embedding table unless it is the output."""
     matrices = [m for m in quantized.modules() if isinstance(m, QuantizedLinear) or m is quantized._head]
     return 8 * sum(m.packed.nbytes for m in matrices) / sum(m.inputs * m.outputs for m in matrices)
-
-
-@torch.no_grad()
-def second_moments(model: Qwen2, documents: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The mean square of every input of every linear layer, by its published name, over documents of token ids.
-
-    What `quantize` takes as `matters`: a weight whose input is large is worth more care. The experts of a sparse layer
-    are left out.
-    """
-    found: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = found.get(name, 0) + inputs[0].float().square().sum(0)
-
-        return look
-
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    watches = [m.register_forward_pre_hook(watch(name)) for name, m in linears]
-    try:
-        for ids_T in documents:
-            hidden_TD = model(ids_T, torch.arange(len(ids_T)), Packed.from_lengths([len(ids_T)]))
-            found["lm_head"] = found.get("lm_head", 0) + hidden_TD.float().square().sum(0)
-    finally:
-        for watched in watches:
-            watched.remove()
-    tokens = sum(map(len, documents))
-    return {name: total / tokens for name, total in found.items()}
