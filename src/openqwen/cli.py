@@ -25,6 +25,7 @@ RECIPE_VERBS = {
     "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
     "report": "Write the HTML report of a run folder.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
+    "bench": "Measure a claimed speed on this machine, beside a peer: openqwen bench serve --help.",
     "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
 }
 STAGE_VERBS = {
@@ -42,6 +43,7 @@ STAGE_VERBS = {
     "online-dpo": "DPO on the model's own answers, judged by the reward model.",
     "evaluate": "Score a model.",
 }
+BENCHES = ["serve"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,6 +82,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
             "report": _report,
             "preview": _preview,
             "verify": _verify,
+            "bench": _bench,
         }
         verbs[verb](rest)
     elif verb in STAGE_VERBS:
@@ -241,6 +244,17 @@ def _verify(arguments: Sequence[str]) -> None:
 
     if not tyro.cli(verify, args=list(arguments), prog="openqwen verify", description=RECIPE_VERBS["verify"]):
         raise OpenQwenError("A proof does not hold.", do="see the line marked ✗; report it with the model and the data")
+
+
+def _bench(arguments: Sequence[str]) -> None:
+    import importlib
+
+    import tyro
+
+    if not arguments or arguments[0] not in BENCHES:
+        raise OpenQwenError("Which speed?", do=f"openqwen bench {{{','.join(BENCHES)}}} --help")
+    measure = importlib.import_module(f"openqwen.recipe.bench.{arguments[0]}").bench
+    tyro.cli(measure, args=list(arguments[1:]), prog=f"openqwen bench {arguments[0]}")
 
 
 def _report(arguments: Sequence[str]) -> None:

@@ -3,7 +3,15 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from openqwen.engine import Event, Stats
@@ -39,6 +47,7 @@ class Metrics:
     def __init__(self, model: str):
         disable_created_metrics()
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._labels = {"model_name": model}
 
         def make(kind: Any, name: str, text: str, **options: Any) -> Any:

@@ -156,6 +156,8 @@ def _become(user: str | None, folder: Path | None) -> None:
     os.setgroups([])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
+    if not os.access(os.__file__, os.R_OK):
+        raise OpenQwenError(f"'{user}' may not read this Python.", where=os.__file__, do="install it for everybody")
 
 
 def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> None:
