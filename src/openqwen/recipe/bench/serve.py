@@ -1,7 +1,7 @@
 """`openqwen bench serve`: a running server under load from clients that leave, err and come back; names as in vLLM's.
 
-A few prompts of random lengths are first answered alone, greedily; under load every whole answer must be the same. Where
-two tokens are equally likely to within rounding, either is right.
+A few prompts of random lengths are first answered alone, greedily; under load every whole answer must be the same.
+Where two tokens are equally likely to within rounding, either is right.
 """
 
 import asyncio
@@ -100,7 +100,7 @@ class _Load:
 
     async def run(self, seconds: float, prompts: int, words: int) -> dict[str, Any]:
         draw = random.Random(self.seed)
-        self.asked = [
+        self.asked: list[dict[str, Any]] = [
             {
                 "prompt": " ".join(str(draw.randrange(10_000)) for _ in range(draw.randint(1, words))),
                 "max_tokens": draw.randint(1, self.tokens),
