@@ -157,7 +157,7 @@ def test_log_probabilities_are_the_models(network):
         truth = table.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1).tolist()
         assert output.logprobs == pytest.approx(truth[len(output.prompt_ids) - 1 :], abs=1e-4)
         assert engine.score(ids) == pytest.approx(truth, abs=1e-4)
-        for row, top in zip(table[len(output.prompt_ids) - 1 :], output.top, strict=True):
+        for row, top in zip(table[len(output.prompt_ids) - 1 :], output.request.top, strict=True):
             values, found = row[: WORDS.vocab_size].topk(3)
             assert [i for i, _ in top] == found.tolist()
             assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)

@@ -26,10 +26,10 @@ def right(count: int = 1_000, grain: int = 7) -> bool:
     return torch.equal(out[:count], torch.arange(count) ** 2) and out[count] == -1
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5, 3, 8, 1, 2])
-def test_every_piece_is_done_once_on_any_number_of_threads(threads):
-    set_threads(threads)
-    assert all(right(count, grain) for count in (0, 1, 2, 63, 1_000) for grain in (1, 7, 64) for _ in range(20))
+def test_every_piece_is_done_once_on_any_number_of_threads():
+    for threads in (1, 2, 5, 3, 8, 1, 2):
+        set_threads(threads)
+        assert all(right(count, grain) for count in (0, 1, 2, 63, 1_000) for grain in (1, 7, 64) for _ in range(20))
 
 
 def test_calls_from_many_threads_at_once():

@@ -177,3 +177,25 @@ def test_what_does_not_suit_the_kernel_takes_the_plain_path():
     uneven = LongContext(dual_chunk=DualChunk(50, 20))
     ours, plain = (run([[100], [1]], config_of(), [101], [uneven], way=way) for way in ("compiled", "plain"))
     assert torch.equal(ours.result()[0], plain.result()[0])
+
+
+def test_a_broken_number_shows_and_stays_in_its_sequence():
+    config, lengths = config_of(), [40, 300]
+    whole = run([lengths], config, lengths, [PLAIN] * 2).result()
+    for part, seen in ((slice(0, 64), slice(20, 21)), (slice(96, 128), slice(20, None))):  # a query; a value
+        for number in (float("nan"), float("inf")):
+            sequences = Sequences(config, lengths, [PLAIN] * 2)
+            sequences.parts[1][20, part] = number
+            sequences.call(lengths)
+            other, hurt = sequences.result()
+            assert torch.equal(other, whole[0])
+            assert not hurt[seen].isfinite().all(-1).any()
+
+
+def test_nothing_is_read_or_written_outside_the_pages():
+    sequences = Sequences(config_of(), [40], [PLAIN])
+    good = sequences.tables
+    for tables in (good[:, :2], torch.full_like(good, sequences.cache.pages), good - 10):
+        sequences.tables = tables
+        with pytest.raises(ValueError, match=r"pages do not hold \[40\] tokens"):
+            sequences.call([40])

@@ -1,8 +1,8 @@
 """Weights + prompts → tokens."""
 
 from openqwen.engine.config import EngineConfig
-from openqwen.engine.engine import Engine, Stats
-from openqwen.engine.request import Event, FinishReason, Output, Prompt, Request, Sampling, Structure
+from openqwen.engine.engine import Engine
+from openqwen.engine.request import Event, FinishReason, Output, Prompt, Request, Sampling, Stats, Structure
 
 __all__ = [
     "Engine",

@@ -14,7 +14,7 @@ from openqwen.support.errors import OpenQwenError
 if TYPE_CHECKING:
     from openqwen.engine.adapters import Adapter
     from openqwen.engine.constrain import Matcher
-    from openqwen.engine.drafter import Lookup
+    from openqwen.engine.drafter import Pace
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or messages
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -68,11 +68,11 @@ class Sampling:
         finite = math.isfinite
         for name, good, wanted in (
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
-            ("temperature", finite(self.temperature) and self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k >= 0, "0 (no cut) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("repetition_penalty", finite(self.repetition_penalty) and self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("presence_penalty", finite(self.presence_penalty), "a finite number"),
             ("frequency_penalty", finite(self.frequency_penalty), "a finite number"),
             ("top_logprobs", self.top_logprobs >= 0, "0 or more"),
@@ -80,14 +80,13 @@ class Sampling:
             ("logit_bias", all(i >= 0 and finite(b) for i, b in self.logit_bias), "ids of 0 or more, finite numbers"),
         ):
             if not good:
-                raise OpenQwenError(
-                    f"{name} cannot be {getattr(self, name)}.", where=f"sampling, {name}", do=f"give {wanted}"
-                )
+                value = getattr(self, name)
+                raise OpenQwenError(f"{name} cannot be {value}.", where=f"sampling, {name}", do=f"give {wanted}")
 
     @cached_property
     def penalised(self) -> bool:
         """Whether scores depend on the tokens so far."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
     def cut(self) -> bool:
@@ -112,7 +111,7 @@ class Request:
     limit: int
     stream: TextStream
     matcher: "Matcher | None" = None
-    lookup: "Lookup | None" = None
+    pace: "Pace | None" = None
     adapter: "Adapter | None" = None
     long_context: LongContext | None = None
     priority: int = 0
@@ -181,29 +180,33 @@ class Event:
 
 @dataclass(frozen=True)
 class Output:
-    """One answer. `token_ids` leaves out the stop token; the lists have one entry for each token id (see `Request`)."""
+    """One answer. `token_ids` leaves out the stop token; `logprobs` has one entry for each id. request: the rest."""
 
     text: str
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: str  # "stop" | "length" | "cancelled" | "error"
     prompt_ids: list[int]
-    drawn_logprobs: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
-    top: list[TopTokens] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    request: Request | None = None
 
-    @classmethod
-    def of(cls, request: Request) -> "Output":
-        """The answer that a finished request holds."""
-        return cls(
-            request.text,
-            request.output_ids,
-            request.logprobs,
-            request.finish_reason or "length",
-            request.prompt_ids,
-            request.drawn_logprobs,
-            request.kept,
-            request.top,
-            request.versions,
-        )
+
+@dataclass
+class Stats:
+    """Where the engine stands, and what it has done since its start.
+
+    tokens_in: of the prompts started; cache_hits: those of them found in the cache. drafted, accepted: guessed tokens,
+    and those that were right.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    pages_used: int = 0
+    tokens_in: int = 0
+    cache_hits: int = 0
+    tokens_out: int = 0
+    preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    version: int = 0

@@ -162,10 +162,12 @@ def _among_candidates(
     before_RC = probs_RC.cumsum(-1) - probs_RC
     keep_RC &= (before_RC < top_p * left_R1) & (probs_RC >= min_p * probs_RC[:, :1])
     keep_RC[:, 0] = True
-    kept_RC = (probs_RC * keep_RC).cumsum(-1)
+    # Drawn in the order of ids: similar scores then give similar samples, and a cut that cuts nothing the uncut one's.
+    order_RC = ids_RC.argsort(-1)
+    kept_RC = (probs_RC * keep_RC).gather(1, order_RC).cumsum(-1)
     total_R = kept_RC[:, -1]
     goal_R = _below(draws_R * total_R, total_R)
-    at_R1 = torch.searchsorted(kept_RC, goal_R[:, None], right=True)
+    at_R1 = order_RC.gather(1, torch.searchsorted(kept_RC, goal_R[:, None], right=True))
     tokens_R = ids_RC.gather(1, at_R1).squeeze(1)
     logprobs_R = (probs_RC.gather(1, at_R1).squeeze(1) / total_R).log()
     if size < width and len(again := keep_RC[:, -1].nonzero().squeeze(1)):

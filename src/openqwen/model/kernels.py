@@ -41,3 +41,8 @@ def follow_torch() -> None:
     if (count := torch.get_num_threads()) != _width and (setter := function("openqwen_set_threads", ctypes.c_int32)):
         setter(count)
         _width = count
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor begins, for a `c_void_p`; None where there is none."""
+    return None if tensor is None else tensor.data_ptr()

@@ -20,6 +20,7 @@ namespace {
 constexpr int kBlock = 256;      // keys of one softmax block
 constexpr int kTiles = kBlock / kLanes;
 constexpr int kTileRows = 64;    // rows that share a pass over the keys, at least one token's
+constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr int kTurns = 3;        // of a query: for its own chunk, the one before, all earlier ones
 
 }  // namespace
@@ -152,7 +153,7 @@ struct Task {
 
 struct Scratch {
   std::vector<float> queries[kTurns], scores, block, total, keys, values, bias;
-  std::vector<float> most, sums;
+  std::vector<float> most, sums, block_most, block_sums;  // of each row: what its scores are taken less, and Σ exp
 
   void fit(int64_t rows, int64_t d) {
     const size_t padded = (rows + kRows - 1) / kRows * kRows;
@@ -163,8 +164,7 @@ struct Scratch {
     keys.resize(kLanes * d);
     values.resize(kBlock * d);
     bias.resize(2 * d);
-    most.resize(padded);
-    sums.resize(padded);
+    for (auto* x : {&most, &sums, &block_most, &block_sums}) x->resize(padded);
   }
 };
 
@@ -180,27 +180,18 @@ class Attention {
   // q: [rows of the call, H, d], token rows `stride` apart; out: [rows of the call, H, d].
   void run(const float* q, int64_t stride, float* out) {
     turn_queries(q, stride);
+    begin();
     const int64_t d = c.width;
-    std::fill_n(s.most.begin(), rows, -std::numeric_limits<float>::infinity());
-    std::fill_n(s.sums.begin(), rows, 0.0f);
-    std::fill_n(s.total.begin(), rows * d, 0.0f);
-    for (int64_t block = t.first_block; block < t.last_block; ++block) {
-      float most[1 + kTileRows], sums[1 + kTileRows];
-      std::vector<float> many;
-      float *m = most, *l = sums;
-      if (rows > kTileRows) {  // one token with more heads to a key head than that
-        many.resize(2 * rows);
-        m = many.data();
-        l = m + rows;
-      }
-      attend(block, m, l);
+    float *most = s.block_most.data(), *sums = s.block_sums.data(), *block = s.block.data();
+    for (int64_t n = t.first_block; n < t.last_block; ++n) {
+      attend(n, most, sums);
       if (t.parts) {
-        float* part = t.parts + (block - t.first_block) * rows * (d + 2);
-        std::copy_n(m, rows, part);
-        std::copy_n(l, rows, part + rows);
-        std::copy_n(s.block.data(), rows * d, part + 2 * rows);
+        float* part = t.parts + (n - t.first_block) * rows * (d + 2);
+        std::copy_n(most, rows, part);
+        std::copy_n(sums, rows, part + rows);
+        std::copy_n(block, rows * d, part + 2 * rows);
       } else {
-        merge(m, l, s.block.data());
+        merge(most, sums, block);
       }
     }
     if (!t.parts) finish(out);
@@ -208,11 +199,8 @@ class Attention {
 
   // What `run` left in `parts`, all blocks of the row, in ascending order.
   void collect(const float* parts, int64_t blocks, float* out) {
-    const int64_t d = c.width;
-    std::fill_n(s.most.begin(), rows, -std::numeric_limits<float>::infinity());
-    std::fill_n(s.sums.begin(), rows, 0.0f);
-    std::fill_n(s.total.begin(), rows * d, 0.0f);
-    for (int64_t b = 0; b < blocks; ++b, parts += rows * (d + 2)) merge(parts, parts + rows, parts + 2 * rows);
+    begin();
+    for (int64_t b = 0; b < blocks; ++b, parts += rows * (c.width + 2)) merge(parts, parts + rows, parts + 2 * rows);
     finish(out);
   }
 
@@ -272,11 +260,10 @@ class Attention {
 
   // Scores → exp(score − maximum), times the values' scales where they have them; only the first `limit` are seen.
   float weights(float* scores, int limit, int tiles, const float* const* value_scales, float* total) {
-    const float none = -std::numeric_limits<float>::infinity();
     const int full = limit / kLanes;
-    Lanes top = all(none);
+    Lanes top = all(kNone);
     for (int n = 0; n < full; ++n) top = larger(top, load(scores + n * kLanes));
-    if (limit % kLanes) top = larger(top, first(load(scores + full * kLanes), limit % kLanes, none));
+    if (limit % kLanes) top = larger(top, first(load(scores + full * kLanes), limit % kLanes, kNone));
     const float most = limit ? largest(top) : 0;
     const Lanes shift = all(most);
     Lanes sums = all(0);
@@ -290,7 +277,7 @@ class Attention {
       store(scores + n * kLanes, x);
     }
     *total = sum(sums);
-    return limit ? most : none;
+    return limit ? most : kNone;
   }
 
   // Sixteen keys of int8 → s.keys, [d, 16], with their bias at its position.
@@ -324,11 +311,17 @@ class Attention {
     return out;
   }
 
+  void begin() {
+    std::fill_n(s.most.begin(), rows, kNone);
+    std::fill_n(s.sums.begin(), rows, 0.0f);
+    std::fill_n(s.total.begin(), rows * c.width, 0.0f);
+  }
+
   // The one softmax over what came before and one block more.
   void merge(const float* most, const float* sums, const float* block) {
     const int64_t d = c.width;
     for (int64_t r = 0; r < rows; ++r) {
-      if (std::isinf(most[r])) continue;
+      if (most[r] == kNone) continue;  // the row sees none of the block
       const float top = std::max(s.most[r], most[r]);
       const float old = std::exp(s.most[r] - top), now = std::exp(most[r] - top);
       s.most[r] = top;

@@ -137,9 +137,10 @@ inline float largest(Lanes a) {
   return x[0];
 }
 
-// eˣ for x ≤ 88, to about 2 units in the last place (Cephes' polynomial); exactly 0 below −104, so also at −∞.
+// eˣ for x ≤ 88, to about 2 units in the last place (Cephes' polynomial); exactly 0 below −104 (or a little before),
+// so also at −∞; NaN for NaN.
 inline Lanes exp(Lanes x) {
-  x = larger(x, all(-110.0f));
+  x = larger(all(-110.0f), x);  // in this order NaN stays NaN
   const Lanes n = rounded(x * all(1.44269504088896341f));
   const Lanes r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), x));
   Lanes y = all(1.9875691500e-4f);
