@@ -33,10 +33,7 @@ _MALFORMED: list[tuple[str, Any]] = [
 @dataclass
 class _Tally:
     counts: Counter[str] = field(default_factory=Counter)
-    first: list[float] = field(default_factory=list)  # seconds until the first token
-    between: list[float] = field(default_factory=list)  # seconds between tokens
-    each: list[float] = field(default_factory=list)  # seconds a token after the first, a mean for each answer
-    whole: list[float] = field(default_factory=list)  # seconds until the end
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in ("ttft", "tpot", "itl", "e2el")})
     faults: list[str] = field(default_factory=list)
 
     def fault(self, text: str) -> None:
@@ -112,7 +109,7 @@ class _Load:
             for _ in range(prompts)
         ]
         self.alone = [await self._answer(body, None) for body in self.asked]
-        self.tally, before = _Tally(), await self._memory()
+        self.tally, before = _Tally(), await self._metrics()
         with progress("load", seconds, "s") as work:
             start = time.monotonic()
             clients = [asyncio.create_task(self._client(n, start + seconds)) for n in range(self.connections)]
@@ -164,7 +161,7 @@ class _Load:
                     continue
                 choice, now = json.loads(line[6:])["choices"][0], time.monotonic()
                 if choice["token_ids"]:
-                    (self.tally.between if last else self.tally.first).append(now - (last or start))
+                    self.tally.seconds["itl" if last else "ttft"].append(now - (last or start))
                     first, last = first or now, now
                     answer.ids += choice["token_ids"]
                     answer.logprobs += choice["logprobs"]["token_logprobs"]
@@ -173,9 +170,9 @@ class _Load:
             raise self.lost("the answer has no end")
         self.tally.counts["completed"] += 1
         self.tally.counts["total_output_tokens"] += len(answer.ids)
-        self.tally.whole.append(time.monotonic() - start)
+        self.tally.seconds["e2el"].append(time.monotonic() - start)
         if len(answer.ids) > 1:
-            self.tally.each.append((last - first) / (len(answer.ids) - 1))
+            self.tally.seconds["tpot"].append((last - first) / (len(answer.ids) - 1))
         return answer
 
     async def _metrics(self) -> dict[str, float]:
@@ -183,18 +180,16 @@ class _Load:
         found = re.findall(r"^([a-z:_]+?)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE)
         return {name: float(value) for name, value in found}
 
-    async def _memory(self) -> float:
-        return (await self._metrics()).get("process_resident_memory_bytes", 0.0) / 2**20
-
-    async def _leaks(self, before: float) -> dict[str, Any]:
+    async def _leaks(self, before: dict[str, float]) -> dict[str, Any]:
+        after = await self._metrics()
         for _ in range(100):  # those who left last are being cleared away
-            metrics = await self._metrics()
-            if not metrics["openqwen:pages_held"]:
+            if not after["openqwen:pages_held"]:
                 break
             await asyncio.sleep(0.1)
-        after = metrics.get("process_resident_memory_bytes", 0.0) / 2**20
-        held = int(metrics["openqwen:pages_held"])
-        return {"pages_held_at_end": held, "memory_before_mib": before, "memory_after_mib": after}
+            after = await self._metrics()
+        memory = [values.get("process_resident_memory_bytes", 0.0) / 2**20 for values in (before, after)]
+        held = int(after["openqwen:pages_held"])
+        return {"pages_held_at_end": held, "memory_before_mib": memory[0], "memory_after_mib": memory[1]}
 
     def _figures(self, seconds: float) -> dict[str, Any]:
         tally, counts = self.tally, self.tally.counts
@@ -202,8 +197,7 @@ class _Load:
         out: dict[str, Any] = {"duration": seconds, **{name: counts[name] for name in names}}
         out["request_throughput"] = counts["completed"] / seconds
         out["output_throughput"] = counts["total_output_tokens"] / seconds
-        kinds = {"ttft": tally.first, "tpot": tally.each, "itl": tally.between, "e2el": tally.whole}
-        for name, values in kinds.items():
+        for name, values in tally.seconds.items():
             if len(values) > 1:
                 milliseconds = [value * 1e3 for value in values]
                 out[f"mean_{name}_ms"], out[f"median_{name}_ms"] = fmean(milliseconds), median(milliseconds)
