@@ -46,7 +46,7 @@ STAGE_VERBS = {
     "online-dpo": "DPO on the model's own answers, judged by the reward model.",
     "evaluate": "Score a model.",
 }
-BENCHES = ["train", "engine"]
+BENCHES = ["train", "engine", "serve"]
 
 _MODELS = {"model", "reward"}  # what stages read that may be a hub id too
 

@@ -53,7 +53,8 @@ class Server:
     """A running `openqwen serve`, ended by its process id."""
 
     def __init__(self, *arguments, **environment):
-        command = [sys.executable, "-m", "openqwen.cli", "serve", *map(str, arguments), "--port", "0"]
+        port = () if "--port" in arguments else ("--port", "0")
+        command = [sys.executable, "-m", "openqwen.cli", "serve", *map(str, (*arguments, *port))]
         source = str(Path(__file__).parents[2] / "src")
         variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source, "COLUMNS": "500"} | environment
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=variables)
@@ -81,9 +82,10 @@ class Server:
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}[{{ ]", line))
 
     def settles(self, name, value, seconds=30):
-        """Whether a metric comes to a value."""
+        """Whether a metric comes to a value, or to where a function of it is true."""
+        good = value if callable(value) else lambda seen: seen == value
         end = time.monotonic() + seconds
-        while self.metric(name) != value:
+        while not good(self.metric(name)):
             if time.monotonic() > end:
                 return False
             time.sleep(0.05)

@@ -36,6 +36,7 @@ CHAT = [
     {"messages": USER, "max_tokens": 1.5},
     {"messages": USER, "temperature": -1},
     {"messages": USER, "temperature": 2.1},
+    {"messages": USER, "repetition_penalty": 5e-324},
     {"messages": USER, "top_p": 0},
     {"messages": USER, "top_p": True},
     {"messages": USER, "n": 0},
@@ -132,3 +133,10 @@ def test_unknown_fields_are_ignored_and_the_server_still_works(client):
         model="tiny", messages=USER, max_tokens=2, extra_body={"frobnicate": 1, "store": False, "metadata": {"a": "b"}}
     )
     assert answer.choices[0].message.content is not None
+
+
+def test_next_to_nothing_is_no_fault(server):
+    body = {"messages": USER, "max_tokens": 4}
+    expected = server.http.post("/v1/chat/completions", json=body | {"temperature": 0}).json()["choices"]
+    for option in ({"temperature": 5e-324}, {"top_p": 5e-324}, {"min_p": 1.0}, {"top_k": 1}):
+        assert server.http.post("/v1/chat/completions", json=body | option).json()["choices"] == expected

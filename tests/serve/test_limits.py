@@ -1,8 +1,11 @@
 """Keys, limits, clients that leave, and the end: what a server is for when things go wrong."""
 
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -90,28 +93,28 @@ def test_an_answer_that_takes_too_long(start, tiny):
     assert server.metric("openqwen:pages_held") == 0
 
 
+def leave(server, path, body, there):
+    """Send a request, wait until `there` says that it is where it should be, and hang up."""
+    host, port = server.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        assert there()
+
+
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("where", ["queue", "decode"])
+@pytest.mark.parametrize("where", ["waiting", "running"])
 def test_who_leaves_is_not_worked_for(server, where, stream):
     ended = server.metric("vllm:request_success_total")
     made = server.metric("vllm:generation_tokens_total")
-    if where == "queue":
+    if where == "waiting":
         server.http.post("/pause")
     body = LONG | {"n": 8, "stream": stream}
-    with httpx.Client(base_url=server.url) as leaving:
-        request = leaving.build_request("POST", "/v1/chat/completions", json=body, timeout=0.4)
-        if stream:
-            response = leaving.send(request, stream=True)
-            lines = response.iter_lines()
-            for _ in range(1 if where == "queue" else 40):
-                next(lines)
-            response.close()
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                leaving.send(request)
-    gauge = "vllm:num_requests_waiting" if where == "queue" else "vllm:num_requests_running"
+    gauge = f"vllm:num_requests_{where}"
+    leave(server, "/v1/chat/completions", body, lambda: server.settles(gauge, 8))
     assert server.settles(gauge, 0)
-    if where == "queue":
+    if where == "waiting":
         server.http.post("/resume")
     assert server.settles("openqwen:pages_held", 0)
     assert server.metric("vllm:request_success_total") == ended + 8
@@ -120,8 +123,10 @@ def test_who_leaves_is_not_worked_for(server, where, stream):
 
 def test_who_leaves_during_prefill_is_not_worked_for(server):
     prompts = [[1 + (7 * i + k) % 500 for k in range(1000)] for i in range(24)]
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/completions", json={"prompt": prompts, "max_tokens": 9}, timeout=0.3)
+    made = server.metric("vllm:generation_tokens_total")
+    body = {"prompt": prompts, "max_tokens": 900, "ignore_eos": True}
+    leave(server, "/v1/completions", body, lambda: server.settles("openqwen:pages_held", bool))
+    assert server.metric("vllm:generation_tokens_total") < made + 24 * 900
     assert server.settles("vllm:num_requests_running", 0)
     assert server.settles("vllm:num_requests_waiting", 0)
     assert server.metric("openqwen:pages_held") == 0
@@ -164,6 +169,10 @@ def test_after_the_time_to_drain_the_rest_is_dropped(start, tiny):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_root_can_step_down(start, tiny):
+    try:
+        subprocess.run([sys.executable, "-c", ""], user="nobody", check=True)
+    except PermissionError:
+        pytest.skip("this Python lies where nobody else may read it")
     server = start(tiny, "--user", "nobody")
     with open(f"/proc/{server.process.pid}/status", encoding="utf-8") as file:
         ids = dict(line.split(":", 1) for line in file if line.startswith(("Uid", "Gid")))

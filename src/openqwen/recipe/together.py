@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openqwen.support.errors import OpenQwenError
+
 if TYPE_CHECKING:
     from openqwen.recipe.stage import Stage, Work
 
@@ -27,6 +29,10 @@ def many() -> bool:
 
 def run_stage(stage: "Stage", work: "Work") -> dict[str, float]:
     """Run a stage, on all ranks where it trains; only rank 0 calls this."""
+    if many() and stage.kind in ALONE:
+        raise OpenQwenError(
+            f"'{stage.kind}' trains in one process only.", where=stage.name, do="run the same command without torchrun"
+        )
     if many() and stage.kind in TRAINING:
         _tell((stage.run, work))
     return stage.run(work)

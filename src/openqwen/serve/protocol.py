@@ -15,10 +15,12 @@ from openqwen.serve.errors import ApiError
 
 Json = dict[str, Any]
 # JSON has one kind of number: to it, 8.0 is an integer.
-Int = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)]
-Count = Annotated[Int, Field(ge=1, le=1 << 31)]
+_INTEGRAL = BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v)
+Count = Annotated[int, Field(ge=1, le=1 << 31), _INTEGRAL]
+Id = Annotated[int, Field(ge=0, lt=1 << 31), _INTEGRAL]
+Top = Annotated[int, Field(ge=0, le=20), _INTEGRAL]
 Filled = Annotated[str, Field(min_length=1)]
-Ids = Annotated[list[Annotated[Int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
+Ids = Annotated[list[Id], Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Several = Field(min_length=1, max_length=256)
 Prompts = Filled | Ids | Annotated[list[Filled], Several] | Annotated[list[Ids], Several]
@@ -80,18 +82,18 @@ class Options(Body):
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Int | None = Field(None, ge=-1, le=1 << 31, description="-1 and 0: no cut")
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31), _INTEGRAL] | None = Field(None, description="-1 and 0: no cut")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
         None
     )
-    seed: Int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    n: Int | None = Field(None, ge=1, le=128, description="answers to each prompt")
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), _INTEGRAL] | None = None
+    n: Annotated[int, Field(ge=1, le=128), _INTEGRAL] | None = Field(None, description="answers to each prompt")
     stop: Filled | Annotated[list[Filled], Field(max_length=16)] | None = None
-    stop_token_ids: list[Annotated[Int, Field(ge=0, lt=1 << 31)]] | None = None
+    stop_token_ids: list[Id] | None = None
     ignore_eos: bool | None = Field(None, description="go on after the model's own end")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -121,10 +123,12 @@ class Options(Body):
             value = getattr(self, name)
             return float(defaults.get(name) or otherwise) if value is None else value
 
-        greedy = defaults.get("do_sample") is False and self.temperature is None
+        temperature = of("temperature", 1.0)
+        # Scores divided by next to nothing are no numbers.
+        greedy = temperature < 1e-3 or (defaults.get("do_sample") is False and self.temperature is None)
         return Sampling(
             max_tokens=max_tokens,
-            temperature=0.0 if greedy else of("temperature", 1.0),
+            temperature=0.0 if greedy else temperature,
             top_k=max(int(of("top_k", 0)), 0),
             top_p=of("top_p", 1.0),
             min_p=of("min_p", 0.0),
@@ -148,7 +152,7 @@ class ChatRequest(Options):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Int | None = Field(None, ge=0, le=20)
+    top_logprobs: Top | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -217,7 +221,7 @@ class CompletionRequest(Options):
 
     prompt: Prompts = Field(description="text in which control tokens are read, or ids")
     max_tokens: Count | None = 16
-    logprobs: Int | None = Field(None, ge=0, le=20)
+    logprobs: Top | None = None
     echo: bool | None = Field(None, description="give the prompt back before the answer")
 
 
@@ -249,7 +253,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """/detokenize."""
 
-    tokens: list[Annotated[Int, Field(ge=0, lt=1 << 31)]]
+    tokens: list[Id]
 
 
 class TemplateRequest(Body):
@@ -262,7 +266,7 @@ class TemplateRequest(Body):
 class WeightsRequest(Body):
     """/update_weights: the subfolder of --weights to load."""
 
-    version: Int = Field(ge=0, lt=1 << 31)
+    version: Id
 
 
 class BatchRequest(Body):

@@ -164,7 +164,7 @@ class Responding:
         events: list[Json] = []
         if isinstance(piece, Text):
             if self._open is None or self._open["type"] != "message":
-                item = {"type": "message", "id": "msg_" + identity("")[1:], "role": "assistant", "content": []}
+                item: Json = {"type": "message", "id": "msg_" + identity("")[1:], "role": "assistant", "content": []}
                 events += [*self._close("completed"), self._begin(item)]
                 part: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
                 events.append(self._event("response.content_part.added", part=dict(part), **self._place()))
@@ -193,10 +193,11 @@ class Responding:
             return []
         item, place = self._open, self._place()
         item["status"] = status
+        events: list[Json]
         if item["type"] == "message":
             part = item["content"][0]
-            done: Json = self._event("response.output_text.done", text=part["text"], logprobs=[], **place)
-            events: list[Json] = [done, self._event("response.content_part.done", part=part, **place)]
+            done = self._event("response.output_text.done", text=part["text"], logprobs=[], **place)
+            events = [done, self._event("response.content_part.done", part=part, **place)]
         else:
             told = {"arguments": item["arguments"], "name": item["name"]}
             events = [self._event("response.function_call_arguments.done", **told, **place)]

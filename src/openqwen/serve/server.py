@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from openqwen.engine import Engine, EngineConfig
-from openqwen.model import load_model, load_scorer
+from openqwen.model import Scorer, load_model, load_scorer
 from openqwen.serve.api import Api
 from openqwen.serve.app import application, page
 from openqwen.serve.batches import Batches
@@ -31,36 +31,34 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 from openqwen.tokenizer import load_tokenizer
 
-_LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
+_LOOPBACK = ["localhost", "127.0.0.1", "::1", "[::1]"]
 
 
 def serve(source: str, config: ServeConfig) -> None:
     """Serve a model until SIGTERM or SIGINT."""
     listener = _listen(config.host, config.port)  # a port that is taken is found out before the model is loaded
     keys = [*config.api_key, *filter(None, os.environ.get("OPENQWEN_API_KEY", "").split(","))]
-    if not keys and config.host not in ("localhost", "127.0.0.1", "::1"):
+    if not keys and config.host not in _LOOPBACK:
         keys = [secrets.token_urlsafe(32)]
         console.print(f"No key was given, so one was made: {keys[0]}")
-    names = config.name or [Path(source).name if Path(source).exists() else source]
     engine = _engine(source, config)
     scorer = None if config.reward is None else load_scorer(config.reward, device=engine.model.device)
     _become(config.user, config.data)
     with tempfile.TemporaryDirectory(prefix="openqwen-") as private:
         folder = config.data or Path(private)
-        failed = asyncio.run(_run(engine, scorer, names, keys, listener, config, folder, source))
+        failed = asyncio.run(_run(engine, scorer, source, keys, listener, config, folder))
     if failed:
         raise OpenQwenError("The engine has failed.", do="report the traceback above with the request")
 
 
 async def _run(
     engine: Engine,
-    scorer: Any,
-    names: list[str],
+    scorer: Scorer | None,
+    source: str,
     keys: list[str],
     listener: socket.socket,
     config: ServeConfig,
     folder: Path,
-    source: str,
 ) -> bool:
     """Serve; returns whether the engine failed."""
     server: uvicorn.Server
@@ -68,8 +66,8 @@ async def _run(
     def failed() -> None:
         server.should_exit = True
 
-    metrics = Metrics(names[0])
-    bridge = Bridge(engine, metrics, config.queue, config.timeout, failed)
+    names = config.name or [Path(source).name if Path(source).exists() else source]
+    bridge = Bridge(engine, Metrics(names[0]), config.queue, config.timeout, failed)
     api = Api(bridge, config, names, scorer)
     batches = Batches(folder, config.max_files)
 
@@ -79,8 +77,7 @@ async def _run(
         _say(api, keys, listener, source)
         yield
         work.cancel()
-        with suppress(asyncio.CancelledError):
-            await work
+        await asyncio.gather(work, return_exceptions=True)
 
     app: Any = application(api, batches, lifespan)
     hosts = [] if keys else [*_LOOPBACK, config.host]
@@ -89,17 +86,10 @@ async def _run(
         app = CORSMiddleware(app, config.origin, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
     TimedProtocol.seconds = config.idle
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it has drained
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            http=TimedProtocol,
-            ws="none",
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=max(round(config.drain), 1),
-            timeout_keep_alive=round(config.idle) or 1,
-        )
-    )
+    settings: dict[str, Any] = {"http": TimedProtocol, "ws": "none", "log_level": "warning", "server_header": False}
+    settings["timeout_graceful_shutdown"] = max(round(config.drain), 1)
+    settings["timeout_keep_alive"] = max(round(config.idle), 1)
+    server = uvicorn.Server(uvicorn.Config(app, **settings))
     with suppress(KeyboardInterrupt):
         await server.serve([listener])
     bridge.stop()
@@ -156,6 +146,8 @@ def _become(user: str | None, folder: Path | None) -> None:
     os.setgroups([])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
+    if not os.access(os.__file__, os.R_OK):
+        raise OpenQwenError(f"'{user}' may not read this Python.", where=os.__file__, do="install it for everybody")
 
 
 def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> None:
