@@ -162,7 +162,7 @@ def test_a_busy_server_is_asked_again(page, stub):  # noqa: F811
     say(page, "Hi", wait=False)
     page.click("text=Leave it")
     settled(page)
-    page.click("text=Try again")
+    page.get_by_role("button", name="Try again").click()
     settled(page)
     assert texts(page, ".markdown") == ["Hello there."] * 2
 
@@ -186,23 +186,22 @@ def load_without_model(page, stub):  # noqa: F811
     page.wait_for_selector(".welcome")
 
 
-def test_errors_stand_where_they_happen(page, stub):  # noqa: F811
+def test_errors_stand_where_they_happen(page, stub, context):  # noqa: F811
     stub.refusals = [(400, "The prompt has 5000 tokens; this model takes 4095.", {})]
     say(page, "Long")
     assert "this model takes 4095" in page.locator(".turn.assistant .trouble").inner_text()
     stub.answers, stub.cut = ["a beginning that breaks off"], 3
-    page.click("text=Try again")
+    page.get_by_role("button", name="Try again").click()
     page.get_by_text("The answer broke off.").wait_for()
     assert page.locator(".markdown").inner_text() == "a beginning tha"
     stub.cut = None
-    page.click("text=Try again")
+    page.get_by_role("button", name="Try again").click()
     page.get_by_text("a beginning that breaks off").wait_for()
     settled(page)
     assert page.locator(".trouble").count() == 0
-    stub.shutdown()
-    stub.server_close()
+    context.set_offline(True)
     say(page, "Are you there?")
-    assert "The server does not answer." in page.locator(".trouble").inner_text()
+    page.locator(".trouble", has_text="The server does not answer.").wait_for()
 
 
 def test_the_longest_answer_is_said_to_be_reached(page, stub):  # noqa: F811

@@ -40,6 +40,7 @@ def test_a_reload_while_an_answer_comes(page, stub):  # noqa: F811
 def test_a_reload_right_after_sending(page, stub):  # noqa: F811
     stub.pause, stub.answers = 0.5, ["slow answer"]
     page.fill("#composer-text", "Just sent")
+    page.wait_for_selector("#send:not([disabled])")
     page.evaluate("document.querySelector('#send').click(); location.reload()")
     page.locator(".turn.user").wait_for()
     assert texts(page, ".turn.user .plain") == ["Just sent"]

@@ -88,7 +88,7 @@ def test_no_scrolling_sideways(page, stub, width):  # noqa: F811
 def test_on_a_phone_the_side_panels_slide_in(page, stub):  # noqa: F811
     page.set_viewport_size({"width": 390, "height": 780})
     say(page, "Hello")
-    assert page.locator("#sidebar").is_hidden()
+    page.locator("#sidebar").wait_for(state="hidden")
     page.click("#open-sidebar")
     page.locator("#sidebar .open").wait_for()
     page.keyboard.press("Escape")
