@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from openqwen.model import ModelConfig, Packed, Paged, Qwen2, Scorer, initialize
+from openqwen.model import Cache, ModelConfig, Packed, Paged, Qwen2, Scorer, initialize
 
 SHAPES = [  # hidden, heads, key/value heads, tied
     (64, 4, 4, True),
@@ -105,7 +105,7 @@ def test_paged_equals_packed_however_the_tokens_are_fed():
     packed = Packed.from_lengths(lengths)
     expected = model(tokens, packed.positions, packed).split(lengths)
     pieces = tokens.split(lengths)
-    cache = torch.zeros(2, 3, 16, 4, 2, 16)
+    cache = Cache(model.config, 16, 4)
     tables = torch.tensor([[3, 7, 1, 0], [2, 0, 0, 0], [15, 4, 9, 5]])
     fed = [0, 0, 0]
     got = [[], [], []]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from openqwen.model import ModelConfig, Packed, Paged, Qwen2, Routing, experts, initialize, published
+from openqwen.model import Cache, ModelConfig, Packed, Paged, Qwen2, Routing, experts, initialize, published
 from openqwen.model.experts import Experts
 
 
@@ -232,7 +232,7 @@ def test_experts_generate_from_a_cache_as_they_read_whole():
     packed = Packed.from_lengths(lengths)
     with torch.inference_mode():
         expected = model(tokens, packed.positions, packed).split(lengths)
-        cache = torch.zeros(2, 3, 16, 4, 2, 16)
+        cache = Cache(model.config, 16, 4)
         tables = torch.tensor([[3, 7, 1], [2, 0, 5]])
         first = torch.cat([p[:3] for p in tokens.split(lengths)])
         model(first, torch.tensor([0, 1, 2] * 2), Paged(cache, tables, [3, 3], [3, 3]))

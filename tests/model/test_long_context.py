@@ -1,10 +1,25 @@
 """Long context through the whole network: sequences read differently in one batch, the cache against packed rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from openqwen.model import DualChunk, LongContext, ModelConfig, Packed, Paged, Qwen2, Yarn, dual_chunk, initialize
+from openqwen.model import (
+    Cache,
+    DualChunk,
+    LongContext,
+    ModelConfig,
+    Packed,
+    Paged,
+    Qwen2,
+    Yarn,
+    dual_chunk,
+    initialize,
+)
+from openqwen.model.long_context import context_tokens, describe, profile, trained_window
+from openqwen.support.errors import OpenQwenError
 
 PLAIN = LongContext()
 YARN = LongContext(Yarn(4.0, 16))
@@ -116,11 +131,10 @@ def test_a_context_for_each_sequence_or_an_error():
         Packed.from_lengths([1, 2, 3], [None, PLAIN])
 
 
-def feed(model, tokens, lengths, calls, ways):
+def feed(model, tokens, lengths, calls, ways, page_size=4):
     """Hidden states of the sequences, fed as the calls say (new tokens of each)."""
-    config = model.config
     pages = 4 * len(lengths) * (max(lengths) // 4 + 1)
-    cache = torch.zeros(2, 3, pages, 4, config.num_key_value_heads, config.head_dim)
+    cache = Cache(model.config, pages, page_size)
     width = max(lengths) // 4 + 1
     tables = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[: width * len(lengths)].view(-1, width)
     pieces = tokens.split(lengths)
@@ -161,3 +175,71 @@ def test_a_whole_prompt_in_one_call_is_scaled_by_its_length():
     packed = Packed.from_lengths([40])
     (found,) = feed(model, tokens, [40], [[40]], [None])
     assert_close(found, model(tokens, packed.positions, packed), rtol=1e-4, atol=1e-5)
+
+
+SMALL = ModelConfig(128, 64, 136, 1, 4, 2, max_position_embeddings=1_024)
+
+
+def test_a_request_gets_the_smallest_factor_that_covers_it():
+    assert [profile(SMALL, n, 4_096) for n in (1, 1_024)] == [LongContext()] * 2
+    assert profile(SMALL, 1_025, 4_096) == profile(SMALL, 2_048, 4_096) == LongContext(Yarn(2.0, 1_024))
+    assert profile(SMALL, 2_049, 4_096) == LongContext(Yarn(4.0, 1_024))
+    with pytest.raises(OpenQwenError, match=r"4,097 tokens, prompt and answer, does not fit in a context of 4,096"):
+        profile(SMALL, 4_097, 4_096)
+    with pytest.raises(OpenQwenError, match=r"1,025 tokens"):
+        profile(SMALL, 1_025)
+
+
+def test_beyond_yarn_a_request_is_read_in_chunks():
+    dual = DualChunk(1_024, 32, 1_024)
+    assert profile(SMALL, 1_024, 100_000) == LongContext()
+    assert profile(SMALL, 1_025, 100_000) == LongContext(None, dual, 2_048)
+    assert profile(SMALL, 10_000, 100_000) == LongContext(None, dual, 16_384)
+
+
+def test_a_checkpoint_that_states_its_long_context():
+    million = ModelConfig.named("qwen2.5-7b-instruct-1m")
+    assert trained_window(million) == 262_144
+    assert profile(million, 5) == LongContext(None, million.dual_chunk, 262_144)
+    assert profile(million, 1_000_000) == LongContext(None, million.dual_chunk, 1_048_576)
+    static = replace(SMALL, yarn=Yarn(4.0, 1_024))
+    assert profile(static, 1_000) == LongContext()
+    assert profile(static, 4_096) == LongContext(Yarn(4.0, 1_024))
+    base = ModelConfig.named("qwen2.5-7b")
+    assert (base.max_position_embeddings, trained_window(base)) == (131_072, 32_768)
+    assert profile(base, 100_000) == LongContext(Yarn(4.0, 32_768))
+
+
+def test_a_maximum_says_what_it_means():
+    config = ModelConfig.named("qwen2.5-7b-instruct")
+    assert describe(config) == "context 32,768: requests of up to 32,768 tokens are read as trained"
+    assert "longer ones by YARN × 2 or 4, chosen for each request" in describe(config, context_tokens("128k"))
+    assert describe(config, 40_000).endswith("YARN × 2, chosen for each request")
+    assert "Dual Chunk Attention in chunks of 31,744" in describe(config, context_tokens("1m"))
+    assert [context_tokens(t) for t in ("128k", "1M", "40000")] == [131_072, 1_048_576, 40_000]
+    for wrong in ("", "k", "-1", "0", "1.5m", "128kb", "³k"):
+        with pytest.raises(OpenQwenError, match="no length of a context"):
+            context_tokens(wrong)
+
+
+def test_a_profile_reads_the_same_however_the_tokens_are_fed():
+    model, tokens = make(), tokens_of(60)
+    way = LongContext(dual_chunk=DualChunk(24, 8, 16), tokens=64)
+    packed = Packed.from_lengths([60], way)
+    expected = model(tokens, packed.positions, packed)
+    (found,) = feed(model, tokens, [60], [[30]] + [[1]] * 5 + [[25]], [way])
+    assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    scaled = LongContext(dual_chunk=DualChunk(24, 8, 16))  # by its own length at each call, as in vLLM
+    (other,) = feed(model, tokens, [60], [[30]] + [[1]] * 5 + [[25]], [scaled])
+    assert not torch.allclose(other[35:], expected[35:], atol=1e-3)
+    unscaled = LongContext(dual_chunk=DualChunk(24, 8))
+    assert not torch.allclose(feed(model, tokens, [60], [[60]], [unscaled])[0], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_factor_one_and_one_chunk_change_no_bit_of_paged_reading(page_size):
+    model, tokens = make(), tokens_of(30)
+    calls = [[16], [1], [13]]
+    (plain,) = feed(model, tokens, [30], calls, [None], page_size)
+    for way in (LongContext(Yarn(1.0, 8)), LongContext(dual_chunk=DualChunk(40, 8, 64)), profile(SMALL, 30, 100_000)):
+        assert torch.equal(feed(model, tokens, [30], calls, [way], page_size)[0], plain)

@@ -1,169 +1,266 @@
-"""Weights + prompts → tokens. Rollouts, scoring, synthesis, evaluation and chat all use this one engine.
+"""Weights + prompts → tokens. Rollouts, scoring, synthesis, evaluation, chat and the server all use this one engine.
 
-Continuous batching over a paged cache: requests are admitted as pages become free, new prompts are read in one call
-(prefill), then every running request advances by one token a call (decode).
+Requests are queued (`submit`) and advanced together, one forward call a `step`, until they end or are cancelled:
+continuous batching over a paged, shared cache. `generate` and `stream` are loops around that.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from itertools import count
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from openqwen.engine.pages import Pages
-from openqwen.engine.sampler import Sampling, choose, uniforms
-from openqwen.model import Paged, Qwen2
+from openqwen.engine.adapters import Adapters
+from openqwen.engine.admission import Admission
+from openqwen.engine.answer import grow
+from openqwen.engine.config import EngineConfig
+from openqwen.engine.constrain import Structures
+from openqwen.engine.drafter import Drafter, DraftModel
+from openqwen.engine.request import Event, Output, Prompt, Request, Sampling, Stats
+from openqwen.engine.runner import Read, Runner
+from openqwen.engine.sampler import Choice, Row, choose, seed_of_sample
+from openqwen.engine.schedule import Schedule
+from openqwen.engine.score import embeddings, log_probs_of
+from openqwen.engine.text import TextStream
+from openqwen.model import Cache, Qwen2
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
 from openqwen.tokenizer import Tokenizer
 
-Prompt = str | list[int] | list[dict[str, Any]]  # text, token ids, or messages
-
-_CACHE_BYTES = 2**30
-_RUNNING = 128  # requests decoded together, at most
-_PREFILL = 8_192  # prompt tokens read in one call, at most (one longer prompt alone may exceed it)
-
-
-@dataclass(frozen=True)
-class Output:
-    """One answer. `token_ids` leaves out the stop token; `logprobs` has one entry for each token id."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str  # "stop" | "length"
-    prompt_ids: list[int]
-
-
-@dataclass
-class _Request:
-    number: int
-    prompt_ids: list[int]
-    sampling: Sampling
-    draws: np.ndarray
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+_BUDGET_CPU, _BUDGET = 512, 4096
+_GREEDY, _DEFAULTS = Sampling(), EngineConfig()
 
 
 class Engine:
-    """Generates with a model that others (a trainer) may be changing between calls: it holds the module itself."""
+    """Generates with a model that others (a trainer) may change between calls: it holds the module itself.
 
-    def __init__(self, model: Qwen2, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+    draft: a smaller model of the same vocabulary, to guess for `speculate` in place of prompt lookup. adapters: what
+    requests may name. All methods are called from one thread, or one after the other.
+    """
+
+    def __init__(
+        self, model: Qwen2, tokenizer: Tokenizer, config: EngineConfig = _DEFAULTS, draft: Qwen2 | None = None
+    ):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.adapters = Adapters(model)
         self._stops = {tokenizer.eos_id, tokenizer.endoftext_id}
+        self._budget = config.token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET)
+        self._admission = Admission(model, tokenizer, config)
+        self._schedule = Schedule(self._admission.pool(), config)
+        cache = Cache.of(model, self._admission.pages, config.page_size, config.cache)
+        self._runner = Runner(model, self.adapters, cache)
+        self._structures = Structures(tokenizer, self._stops)
+        self._drafter = Drafter(config.speculate)
+        if draft is not None:
+            room = config.draft_below * self._admission.longest
+            self._drafter.draft = DraftModel(draft, tokenizer.vocab_size, config.page_size, room)
+        self._pending: list[Event] = []
+        self._paused = False
+        self._numbers = count(1)
+        self._weights = self._fingerprint()
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = _GREEDY,
+        seed: int | None = None,
+        adapter: str | None = None,
+        priority: int = 0,
+    ) -> Request:
+        """Queue a prompt: text, token ids, or messages for the chat template. OpenQwenError says what is wrong with it.
+
+        seed: in place of `sampling.seed`. adapter: a name added to `adapters`. priority: the larger goes first.
+        """
+        seeds = [sampling.seed if seed is None else seed]
+        return self._submit(prompt, sampling, seeds, adapter, priority)[0]
+
+    def submit_many(
+        self, prompt: Prompt, sampling: Sampling, n: int, adapter: str | None = None, priority: int = 0
+    ) -> list[Request]:
+        """Queue n samples of one prompt, which is read once; seeds follow from `sampling.seed` and each one's index."""
+        seeds = [seed_of_sample(sampling.seed, index) for index in range(n)]
+        return self._submit(prompt, sampling, seeds, adapter, priority)
+
+    def cancel(self, request: Request) -> None:
+        """End a request wherever it is; its pages are free at once. One that has ended stays as it is."""
+        if request.finish_reason is None:
+            self._schedule.end(request, "cancelled")
+            self._pending.append(Event(request, [], "", [], [], "cancelled", self.version))
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Advance by one forward call at most; returns what was made, [] when there is nothing to do."""
+        events, self._pending = self._pending, []
+        works = [] if self._paused else self._schedule.next(self._budget)
+        if not works:
+            return events
+        reads, rows = [], list[Row]()
+        guesses = self._drafter.guess(works)
+        for work, guess in zip(works, guesses):
+            request = work.request
+            self._schedule.hold(request, request.total + len(guess))
+            new = request.tokens(request.computed, request.computed + work.count) + guess
+            scored = len(guess) + 1 if work.count == request.left else 0
+            reads.append(Read(request, new, scored))
+            rows += self._rows(request, guess) if scored else ()
+        logits_RV = self._runner.run(reads)
+        choice = choose(logits_RV, rows, self.tokenizer.vocab_size) if rows else None
+        at = 0
+        for read, guess in zip(reads, guesses):
+            if choice and read.scored:
+                events.append(self._advance(read.request, guess, choice, at))
+                at += read.scored
+            else:
+                read.request.computed += len(read.tokens)
+                self._schedule.seal(read.request)
+        return events
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has something to do or to tell."""
+        at_work = bool(self._schedule.waiting or self._schedule.running)
+        return bool(self._pending) or (at_work and not self._paused)
+
+    @property
+    def version(self) -> int:
+        """The number of the weights."""
+        return self._schedule.counts.version
+
+    def stats(self) -> Stats:
+        """Counts for metrics."""
+        return self._schedule.stats()
+
+    def pause(self) -> None:
+        """Hold everything where it is: steps do nothing until `resume`. Requests may still be queued and cancelled."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._paused = False
+
+    def refresh(self, version: int | None = None) -> None:
+        """The weights have changed (version: their new number): nothing that was cached of older ones is used again.
+
+        Requests that run keep what they have written and read it anew, with the new weights, before they go on.
+        """
+        self._schedule.restart(self.version + 1 if version is None else version)
+        self._weights = self._fingerprint()
 
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling = _GREEDY,
         seeds: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> list[Output]:
         """Answer every prompt, in order. `seeds`: one for each prompt, in place of `sampling.seed`."""
-        requests = [
-            self._request(n, prompt, sampling, sampling.seed if seeds is None else seeds[n])
-            for n, prompt in enumerate(prompts)
+        requests: list[Request] = []
+        try:
+            for number, prompt in enumerate(prompts):
+                requests.append(self.submit(prompt, sampling, None if seeds is None else seeds[number]))
+            for event in self._events_of(requests):
+                if event.finish_reason and progress:
+                    progress.advance(1)
+        finally:
+            self._drop(requests)
+        return [
+            Output(r.text, r.output_ids, r.logprobs, r.finish_reason or "length", r.prompt_ids, r) for r in requests
         ]
-        for request, _ in self._run(requests):
-            if request.finish_reason and progress:
-                progress.advance(1)
-        return [self._output(r) for r in requests]
 
-    def stream(self, prompt: Prompt, sampling: Sampling = Sampling()) -> Iterator[int]:  # noqa: B008 (frozen)
+    def stream(self, prompt: Prompt, sampling: Sampling = _GREEDY) -> Iterator[int]:
         """Yield an answer's token ids as they are made, the stop token left out."""
-        request = self._request(0, prompt, sampling, sampling.seed)
-        for _, token in self._run([request]):
-            if token is not None:
-                yield token
+        request = self.submit(prompt, sampling)
+        try:
+            for event in self._events_of([request]):
+                yield from event.token_ids
+        finally:
+            self._drop([request])
 
-    def _request(self, number: int, prompt: Prompt, sampling: Sampling, seed: int) -> _Request:
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
-        elif prompt and isinstance(prompt[0], dict):
-            ids, _ = self.tokenizer.encode_chat(prompt, add_generation_prompt=True)
-        else:
-            ids = list(prompt)  # type: ignore[arg-type]
-        limit = self.model.config.max_position_embeddings
-        if not ids or len(ids) >= limit:
-            raise OpenQwenError(
-                f"A prompt has {len(ids)} tokens; this model takes 1 to {limit - 1}.",
-                where=f"prompt {number}",
-                do="shorten it",
+    def score(self, ids: Sequence[int], sampling: Sampling = _GREEDY) -> list[float]:
+        """The log-probability of each token but the first, given those before it: len(ids) − 1 numbers."""
+        ids = self._admission.ids(ids, self._admission.context)
+        return log_probs_of(self.model, ids, self._admission.long_context(sampling, len(ids)))
+
+    def embed(self, prompts: Sequence[Prompt]) -> Tensor:
+        """The hidden state of each prompt's last token, of length 1: [B, D], float32."""
+        return embeddings(self.model, [self._admission.ids(prompt, self._admission.context) for prompt in prompts])
+
+    def _submit(
+        self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int], adapter: str | None, priority: int
+    ) -> list[Request]:
+        longest = self._admission.longest
+        ids = self._admission.ids(prompt, longest - 1)
+        limit = min(len(ids) + sampling.max_tokens, longest)
+        context = self._admission.long_context(sampling, limit)
+        chosen = None if adapter is None else self.adapters.get(adapter)
+        numbers = [next(self._numbers) for _ in seeds]
+        group = None if self.config.prefix_cache or not numbers else numbers[0]
+        requests = [
+            Request(
+                id=number,
+                prompt_ids=list(ids),
+                sampling=sampling,
+                seed=seed,
+                limit=limit,
+                stream=TextStream(self.tokenizer, sampling.stop),
+                matcher=self._structures.matcher(sampling.structure) if sampling.structure else None,
+                adapter=chosen,
+                long_context=context,
+                priority=priority,
+                profile=(context, chosen and chosen.number, group),
             )
-        return _Request(number, ids, sampling, uniforms(seed, sampling.max_tokens))
+            for number, seed in zip(numbers, seeds)
+        ]
+        if not self._schedule.running and not self._schedule.waiting and self._fingerprint() != self._weights:
+            self.refresh()  # somebody has trained the model
+        for request in requests:
+            self._schedule.add(request)
+        return requests
 
-    def _output(self, request: _Request) -> Output:
-        text = self.tokenizer.decode(request.ids)
-        return Output(text, request.ids, request.logprobs, request.finish_reason or "length", request.prompt_ids)
+    def _rows(self, request: Request, guess: list[int]) -> Iterator[Row]:
+        """The places whose tokens are to be chosen: the next, and the one after each guessed token."""
+        masks = request.matcher.masks(guess, self.model.config.vocab_size) if request.matcher else None
+        place = len(request.output_ids)
+        for number in range(len(guess) + 1):
+            answer = request.output_ids + guess[:number] if request.sampling.penalised else ()
+            allowed = masks[number].to(self.model.device) if masks else None
+            yield Row(request.sampling, request.seed, place + number, request.prompt_ids, answer, allowed)
 
-    def _room(self, request: _Request) -> int:
-        """Tokens the request may come to hold."""
-        longest = len(request.prompt_ids) + request.sampling.max_tokens
-        return min(longest, self.model.config.max_position_embeddings)
+    def _advance(self, request: Request, guess: list[int], choice: Choice, at: int) -> Event:
+        start, counts = len(request.output_ids), self._schedule.counts
+        growth = grow(request, guess, choice, at, self._stops, self.version)
+        if guess and request.pace:
+            request.pace.learn(len(guess), growth.right)
+        counts.drafted += len(guess)
+        counts.accepted += growth.right
+        counts.tokens_out += len(request.output_ids) - start
+        self._schedule.seal(request)
+        if growth.reason:
+            self._schedule.end(request, growth.reason)
+        ids, logprobs, top = request.output_ids[start:], request.logprobs[start:], request.top[start:]
+        return Event(request, ids, growth.text, logprobs, top, growth.reason, self.version)
 
-    @torch.inference_mode()
-    def _run(self, requests: list[_Request]) -> Iterator[tuple[_Request, int | None]]:
-        """Yield (request, token) for each token, and (request, None) where a stop token ended one."""
-        pages = self._pages(requests)
-        waiting, running = deque(requests), list[_Request]()
-        while waiting or running:
-            fresh = self._admit(waiting, running, pages)
-            batch = fresh or running
-            tokens, logprobs = self._forward(batch, pages)
-            if fresh:
-                running += fresh
-            for request, token, logprob in zip(batch, tokens, logprobs):
-                stopped = token in self._stops or token in request.sampling.stop_ids
-                if not stopped:
-                    request.ids.append(token)
-                    request.logprobs.append(logprob)
-                if stopped:
-                    request.finish_reason = "stop"
-                elif len(request.prompt_ids) + len(request.ids) >= self._room(request):
-                    request.finish_reason = "length"
-                if request.finish_reason:
-                    pages.give_back(request.pages)
-                yield request, None if stopped else token
-            running = [r for r in running if not r.finish_reason]
+    def _events_of(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Step until these requests have ended; what happens to others meanwhile is told at the next step."""
+        ours, others = set(requests), list[Event]()
+        try:
+            while any(request.finish_reason is None for request in requests):
+                if self._paused:
+                    raise OpenQwenError("The engine is paused.", do="call resume() first")
+                for event in self.step():
+                    if event.request in ours:
+                        yield event
+                    else:
+                        others.append(event)
+        finally:
+            self._pending += others
 
-    def _pages(self, requests: list[_Request]) -> Pages:
-        config, weight = self.model.config, self.model.head_VD
-        needs = sorted((Pages.needed(self._room(r)) for r in requests), reverse=True)
-        affordable = _CACHE_BYTES // Pages.bytes_per_page(config, weight.dtype)
-        count = max(min(sum(needs[:_RUNNING]), affordable), needs[0] if needs else 1)
-        return Pages(config, count, weight.device, weight.dtype)
+    def _drop(self, requests: Sequence[Request]) -> None:
+        """Cancel what has not ended, and tell nobody: its caller is gone."""
+        for request in requests:
+            self.cancel(request)
+        self._pending = [event for event in self._pending if event.request not in requests]
 
-    def _admit(self, waiting: deque[_Request], running: list[_Request], pages: Pages) -> list[_Request]:
-        """Take waiting requests, first come first served, whose pages to the very end are free."""
-        fresh: list[_Request] = []
-        tokens = 0
-        while waiting and len(running) + len(fresh) < _RUNNING:
-            need = Pages.needed(self._room(waiting[0]))
-            tokens += len(waiting[0].prompt_ids)
-            if need > len(pages.free) or (fresh and tokens > _PREFILL):
-                break
-            request = waiting.popleft()
-            request.pages = pages.take(need)
-            fresh.append(request)
-        return fresh
-
-    def _forward(self, batch: list[_Request], pages: Pages) -> tuple[list[int], list[float]]:
-        """Read each request's newest tokens (a fresh one's whole prompt) and choose its next."""
-        device = self.model.device
-        new = [r.ids[-1:] or r.prompt_ids for r in batch]
-        totals = [len(r.prompt_ids) + len(r.ids) for r in batch]
-        width = max(len(r.pages) for r in batch)
-        tables = torch.tensor([r.pages + [0] * (width - len(r.pages)) for r in batch], device=device)
-        counts = [len(n) for n in new]
-        tokens = torch.tensor([t for n in new for t in n], device=device)
-        positions = torch.tensor([p for n, t in zip(counts, totals) for p in range(t - n, t)], device=device)
-        hidden = self.model(tokens, positions, Paged(pages.cache, tables, totals, counts))
-        last = torch.tensor(counts, device=device).cumsum(0) - 1
-        logits = self.model.logits(hidden[last])[:, : self.tokenizer.vocab_size]
-        draws = np.array([r.draws[len(r.ids)] for r in batch])
-        chosen, logprobs = choose(logits, [r.sampling for r in batch], draws)
-        return chosen.tolist(), logprobs.tolist()
+    def _fingerprint(self) -> int:
+        """Changes when a weight is changed in place, as optimizers do."""
+        return hash(tuple((p.data_ptr(), p._version) for p in self.model.parameters() if not p.is_inference()))

@@ -1,37 +1,103 @@
-"""The cache's memory, in pages that sequences borrow and give back."""
+"""The cache's pages: who holds them, and what they hold.
 
-import torch
-from torch import Tensor
+A full page is known by the digest of its tokens, of all tokens before them and of how they were read (the profile), so
+that whoever starts alike finds it. A page that nobody holds keeps its digest until it is taken for something else: the
+free list, oldest first, is the cache's order of eviction.
+"""
 
-from openqwen.model import ModelConfig
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
-PAGE = 16  # tokens
+
+def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The digest of a page that follows `parent`; 128 bits of BLAKE2b, so equal digests mean equal tokens."""
+    return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
-class Pages:
-    """A pool of pages and its free list; the cache tensor is [2, N, pages, PAGE, K, d]."""
+class PagePool:
+    """`count` pages of `page_size` tokens. Each is held (references > 0), cached (none, but known) or blank."""
 
-    def __init__(self, config: ModelConfig, count: int, device: torch.device, dtype: torch.dtype):
-        shape = (2, config.num_hidden_layers, count, PAGE, config.num_key_value_heads, config.head_dim)
-        # Zeros, not empty memory: masked keys are multiplied by a weight of 0, and 0 × NaN would be NaN.
-        self.cache: Tensor = torch.zeros(shape, device=device, dtype=dtype)
-        self.free = list(range(count - 1, -1, -1))
+    def __init__(self, count: int, page_size: int):
+        self.count, self.page_size = count, page_size
+        self.references = [0] * count
+        self._blank = list(range(count - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._page_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
 
-    @staticmethod
-    def needed(tokens: int) -> int:
+    @property
+    def available(self) -> int:
+        """Pages that can be taken."""
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def cached(self) -> int:
+        """Pages that nobody holds but somebody may find."""
+        return len(self._cached)
+
+    def needed(self, tokens: int) -> int:
         """Pages that hold this many tokens."""
-        return -(-tokens // PAGE)
+        return -(-tokens // self.page_size)
 
-    @staticmethod
-    def bytes_per_page(config: ModelConfig, dtype: torch.dtype) -> int:
-        """Memory of one page over all layers."""
-        width = config.num_key_value_heads * config.head_dim
-        return 2 * config.num_hidden_layers * PAGE * width * dtype.itemsize
+    def match(self, digests: Iterable[bytes]) -> list[int]:
+        """The known pages of the longest beginning of a chain; they are not held yet."""
+        pages = []
+        for digest in digests:
+            if (page := self._page_of.get(digest)) is None:
+                break
+            pages.append(page)
+        return pages
 
     def take(self, count: int) -> list[int]:
-        """Borrow pages; the caller has seen that enough are free."""
-        return [self.free.pop() for _ in range(count)]
+        """Hold pages for new content, blank ones first, then the oldest; the caller has seen that enough are free."""
+        pages = []
+        for _ in range(count):
+            if self._blank:
+                page = self._blank.pop()
+            else:
+                page, _ = self._cached.popitem(last=False)
+                del self._page_of[self._digest_of.pop(page)]
+            self.references[page] = 1
+            pages.append(page)
+        return pages
 
-    def give_back(self, pages: list[int]) -> None:
-        """Return borrowed pages."""
-        self.free.extend(pages)
+    def share(self, pages: Iterable[int]) -> None:
+        """Hold pages that were found."""
+        for page in pages:
+            self.references[page] += 1
+            self._cached.pop(page, None)
+
+    def seal(self, page: int, digest: bytes) -> None:
+        """Make a full page known. Where its content is known already, by another page, that one stays the one found."""
+        if digest not in self._page_of:
+            self._page_of[digest] = page
+            self._digest_of[page] = digest
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Let go of pages, the last first: of a chain, the end is evicted before the beginning that others share."""
+        for page in reversed(pages):
+            self.references[page] -= 1
+            if not self.references[page]:
+                if page in self._digest_of:
+                    self._cached[page] = None
+                else:
+                    self._blank.append(page)
+
+    def forget(self) -> None:
+        """Make all pages unknown: nobody will find what they hold."""
+        self._blank += self._cached
+        self._cached.clear()
+        self._page_of.clear()
+        self._digest_of.clear()
+
+    def check(self, holders: Iterable[Sequence[int]]) -> None:
+        """Raise RuntimeError unless blank + cached + held pages are all pages and references are the holders'."""
+        held = Counter(page for pages in holders for page in pages)
+        kinds = [set(self._blank), set(self._cached), set(held)]
+        whole = sum(map(len, kinds)) == self.count == len(set().union(*kinds))
+        counted = all(self.references[page] == held[page] for page in range(self.count))
+        known = {page: digest for digest, page in self._page_of.items()} == self._digest_of
+        if not (whole and counted and known and kinds[1] <= self._digest_of.keys()):
+            raise RuntimeError(f"pages do not add up: {[len(k) for k in kinds]} of {self.count}")

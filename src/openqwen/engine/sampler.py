@@ -1,61 +1,221 @@
-"""From scores to the next token. A request's draws depend on its seed alone, never on its neighbours in the batch."""
+"""From scores to the next tokens, all rows in one pass.
 
+Randomness is counter-based: the draw of a token is a function of its request's seed and its place in the answer, so a
+sample depends neither on its neighbours nor on preemption nor on speculation.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openqwen.engine.penalties import penalise
+from openqwen.engine.request import Sampling, TopTokens
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens and when to stop.
+_CANDIDATES = 64  # tokens that cuts look at first; where more would pass, all are sorted
+_BLOCK = 128  # scores are searched in blocks of this size (that of Qwen's vocabularies is a multiple)
 
-    max_tokens: most tokens to write. temperature 0 takes the likeliest token. top_k 0 and top_p 1 cut nothing.
-    seed: of a request's draws. stop_ids: token ids that end the answer, besides the tokenizer's own.
+
+@dataclass
+class Row:
+    """One position whose token is to be chosen: of a request with this seed, the `place`-th of its answer.
+
+    prompt, answer: the ids before it, for the penalties. allowed: [V], where a structure rules.
     """
 
-    max_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_ids: tuple[int, ...] = ()
+    sampling: Sampling
+    seed: int
+    place: int
+    prompt: Sequence[int] = ()
+    answer: Sequence[int] = ()
+    allowed: Tensor | None = None
 
 
-def uniforms(seed: int, count: int) -> np.ndarray:
-    """The draws of one request, all `count` of them, in [0, 1)."""
-    return np.random.Generator(np.random.Philox(key=seed)).random(count)
+@dataclass
+class Choice:
+    """Of each row: the token; its log-probability under the model, and under the distribution that it was drawn from;
+    the probability that cuts kept (of what penalties and temperature made); and the likeliest tokens."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    drawn_logprobs: list[float]
+    kept: list[float]
+    top: list[TopTokens]
 
 
-def choose(logits_BV: Tensor, samplings: list[Sampling], draws_B: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Next tokens [B] and their log-probabilities [B] under the model's own distribution (temperature 1, nothing cut).
+def draws(seeds: Sequence[int], places: Sequence[int]) -> np.ndarray:
+    """Uniform numbers in [0, 1), one for each (seed, place): SplitMix64's mixing (Steele et al. 2014), twice."""
+    with np.errstate(over="ignore"):
+        keys = _mix(np.array([seed & (2**64 - 1) for seed in seeds], np.uint64))
+        words = _mix(keys + np.array(places, np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-    Sampling inverts the cumulative distribution at each request's own draw.
+
+def seed_of_sample(seed: int, index: int) -> int:
+    """The seed of one of several samples of a prompt; that of the first is the given one."""
+    if index == 0:
+        return seed
+    return int(_mix(np.array([(seed + 0x632BE59BD9B4E019 * index) & (2**64 - 1)], np.uint64))[0])
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
+    """Choose a token for each row. Those of `vocabulary` and beyond (padding) are never chosen.
+
+    logits_RV: float32, and free to be written to.
     """
-    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=-1)
-    tokens_B = logprobs_BV.argmax(dim=-1)
-    rows = [i for i, s in enumerate(samplings) if s.temperature > 0]
-    if rows:
-        chosen = [samplings[i] for i in rows]
-        temperatures = torch.tensor([s.temperature for s in chosen], device=logits_BV.device)[:, None]
-        probs_BV = torch.softmax(logprobs_BV[rows] / temperatures, dim=-1)
-        if any(s.top_k or s.top_p < 1 for s in chosen):
-            probs_BV = _cut(probs_BV, chosen)
-        cumulative_BV = probs_BV.double().cumsum(dim=-1)
-        targets_B1 = torch.from_numpy(draws_B[rows]).to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
-        # right=True: a draw of exactly 0 never lands on a token of probability 0
-        picked = torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(-1)
-        tokens_B[rows] = picked.clamp(max=probs_BV.shape[-1] - 1)
-    return tokens_B, logprobs_BV.gather(1, tokens_B[:, None]).squeeze(-1)
+    normalizer_R = normalizers(logits_RV)
+    logits_RV[:, vocabulary:] = -torch.inf
+    changed = [r for r, row in enumerate(rows) if _changes(row)]
+    scores_RV = logits_RV.clone() if changed else logits_RV
+    for r in changed:
+        row = rows[r]
+        penalise(scores_RV[r], row.sampling, row.prompt, row.answer)
+        if row.allowed is not None:
+            scores_RV[r].masked_fill_(~row.allowed, -torch.inf)
+    tokens_R = likeliest(scores_RV)
+    drawn_R = torch.zeros_like(normalizer_R)
+    kept_R = torch.ones_like(normalizer_R)
+    for cut in (False, True):
+        if some := [r for r, row in enumerate(rows) if row.sampling.temperature > 0 and row.sampling.cut == cut]:
+            _draw(scores_RV, rows, some, cut, (tokens_R, drawn_R, kept_R))
+    found_R = logits_RV.gather(1, tokens_R[:, None]).squeeze(1) - normalizer_R
+    if greedy := [r for r, row in enumerate(rows) if row.sampling.temperature == 0]:
+        kept_R[greedy] = found_R[greedy].exp()
+        if some := [r for r in greedy if r in changed]:
+            own_R = scores_RV[some].gather(1, tokens_R[some, None]).squeeze(1) - normalizers(scores_RV[some])
+            kept_R[some] = own_R.exp()
+    top = _top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
+    return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), kept_R.tolist(), top)
 
 
-def _cut(probs_BV: Tensor, samplings: list[Sampling]) -> Tensor:
-    """Zero all but each row's top_k likeliest tokens, and all beyond the first top_p of the probability."""
-    ordered_BV, index_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-    vocabulary = probs_BV.shape[-1]
-    ks_B1 = torch.tensor([s.top_k or vocabulary for s in samplings], device=probs_BV.device)[:, None]
-    ps_B1 = torch.tensor([s.top_p for s in samplings], device=probs_BV.device)[:, None]
-    before_BV = ordered_BV.cumsum(dim=-1) - ordered_BV
-    kept_BV = (torch.arange(vocabulary, device=probs_BV.device) < ks_B1) & (before_BV < ps_B1)
-    return torch.zeros_like(probs_BV).scatter(1, index_BV, ordered_BV * kept_BV)
+def _changes(row: Row) -> bool:
+    return row.sampling.penalised or bool(row.sampling.logit_bias) or row.allowed is not None
+
+
+def _draw(
+    scores_RV: Tensor, rows: Sequence[Row], some: list[int], cut: bool, into: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Draw the tokens of some rows; writes tokens, log-probabilities and kept shares into the rows of `into`."""
+    chosen = [rows[r] for r in some]
+    device = scores_RV.device
+    temperature_R1 = torch.tensor([row.sampling.temperature for row in chosen], device=device)[:, None]
+    scaled_RV = (scores_RV if len(some) == len(rows) else scores_RV[some]) / temperature_R1
+    draws_R = torch.from_numpy(draws([row.seed for row in chosen], [row.place for row in chosen])).to(device)
+    if cut:
+        found = _among_candidates(scaled_RV, [row.sampling for row in chosen], draws_R, _CANDIDATES)
+    else:
+        probs_RV = torch.softmax(scaled_RV, dim=-1)
+        tokens_R = _invert(probs_RV, draws_R)
+        logprobs_R = probs_RV.gather(1, tokens_R[:, None]).squeeze(1).log()
+        found = tokens_R, logprobs_R, torch.ones_like(logprobs_R)
+    for whole, part in zip(into, found):
+        whole[some] = part.to(whole)
+
+
+def _invert(probs_RV: Tensor, draws_R: Tensor) -> Tensor:
+    """The first token at which the cumulative probability exceeds draw × total: first its block, then within it."""
+    block = gcd(probs_RV.shape[1], _BLOCK)
+    probs_RBb = probs_RV.unflatten(1, (-1, block))
+    sums_RB = probs_RBb.sum(-1).double().cumsum(-1)
+    goal_R = _below(draws_R * sums_RB[:, -1], sums_RB[:, -1])
+    at_R = torch.searchsorted(sums_RB, goal_R[:, None], right=True).squeeze(1)
+    every_R = torch.arange(len(at_R), device=at_R.device)
+    before_R = torch.where(at_R > 0, sums_RB[every_R, (at_R - 1).clamp(min=0)], 0.0)
+    within_Rb = probs_RBb[every_R, at_R].double().cumsum(-1)
+    rest_R = _below(goal_R - before_R, within_Rb[:, -1])
+    return at_R * block + torch.searchsorted(within_Rb, rest_R[:, None], right=True).squeeze(1)
+
+
+def _below(x: Tensor, bound: Tensor) -> Tensor:
+    """x, or the largest number below `bound` if that is less: a draw never lands beyond the last possible token."""
+    return torch.minimum(x, torch.nextafter(bound, torch.zeros_like(bound)))
+
+
+def _among_candidates(
+    scaled_RV: Tensor, samplings: list[Sampling], draws_R: Tensor, candidates: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut to the likeliest tokens, then draw: tokens, their log-probabilities, and the probability kept, each [R].
+
+    Each row's cuts as in transformers: top_k, then top_p of what is left, then min_p. `candidates` likeliest tokens
+    are looked at; rows in which the last of them passes all cuts are done again over the whole vocabulary.
+    """
+    width, device = scaled_RV.shape[1], scaled_RV.device
+    size = min(max(candidates, *(s.top_k + 1 for s in samplings)), width)
+    values_RC, ids_RC = top_of(scaled_RV, size)
+    probs_RC = (values_RC - normalizers(scaled_RV)[:, None]).double().exp()
+    rank_C = torch.arange(size, device=device)
+    top_k, top_p, min_p = (
+        torch.tensor(column, device=device)[:, None]
+        for column in zip(*((s.top_k or width, s.top_p, s.min_p) for s in samplings))
+    )
+    keep_RC = rank_C < top_k
+    left_R1 = torch.where(top_k < width, (probs_RC * keep_RC).sum(-1, keepdim=True), 1.0)
+    before_RC = probs_RC.cumsum(-1) - probs_RC
+    keep_RC &= (before_RC < top_p * left_R1) & (probs_RC >= min_p * probs_RC[:, :1])
+    keep_RC[:, 0] = True
+    # Drawn in the order of ids: similar scores then give similar samples, and a cut that cuts nothing the uncut one's.
+    order_RC = ids_RC.argsort(-1)
+    kept_RC = (probs_RC * keep_RC).gather(1, order_RC).cumsum(-1)
+    total_R = kept_RC[:, -1]
+    goal_R = _below(draws_R * total_R, total_R)
+    at_R1 = order_RC.gather(1, torch.searchsorted(kept_RC, goal_R[:, None], right=True))
+    tokens_R = ids_RC.gather(1, at_R1).squeeze(1)
+    logprobs_R = (probs_RC.gather(1, at_R1).squeeze(1) / total_R).log()
+    if size < width and len(again := keep_RC[:, -1].nonzero().squeeze(1)):
+        rows = again.tolist()
+        found = _among_candidates(scaled_RV[again], [samplings[r] for r in rows], draws_R[again], width)
+        for whole, part in zip((tokens_R, logprobs_R, total_R), found):
+            whole[again] = part
+    return tokens_R, logprobs_R, total_R
+
+
+def likeliest(scores_RV: Tensor) -> Tensor:
+    """argmax of each row: of its blocks, then within the best. On a CPU torch's own over a row is ten times slower."""
+    block = gcd(scores_RV.shape[1], _BLOCK)
+    blocks_RBb = scores_RV.unflatten(1, (-1, block))
+    best_R = blocks_RBb.amax(-1).argmax(-1)
+    return best_R * block + blocks_RBb[torch.arange(len(best_R), device=best_R.device), best_R].argmax(-1)
+
+
+def normalizers(scores_RV: Tensor) -> Tensor:
+    """log Σ exp of each row, by way of log_softmax: on a CPU that is the quickest of torch's."""
+    at_R1 = likeliest(scores_RV)[:, None]
+    return (scores_RV.gather(1, at_R1) - torch.log_softmax(scores_RV, dim=-1).gather(1, at_R1)).squeeze(1)
+
+
+def top_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest scores of each row and their ids, in order, without sorting the vocabulary.
+
+    They lie in the `count` blocks whose largest scores are the largest, so only those are searched.
+    """
+    width = scores_RV.shape[1]
+    block = gcd(width, _BLOCK)
+    if block < 32 or 4 * count > width // block:
+        values_RC, ids_RC = scores_RV.topk(count, dim=-1)
+        return values_RC, ids_RC
+    blocks_RBb = scores_RV.unflatten(1, (-1, block))
+    best_RC = blocks_RBb.amax(-1).topk(count, dim=-1).indices
+    found_RX = blocks_RBb.gather(1, best_RC[:, :, None].expand(-1, -1, block)).flatten(1)
+    values_RC, at_RC = found_RX.topk(count, dim=-1)
+    return values_RC, best_RC.gather(1, at_RC // block) * block + at_RC % block
+
+
+def _top_tokens(logits_RV: Tensor, normalizer_R: Tensor, counts: Sequence[int]) -> list[TopTokens]:
+    """The likeliest tokens of each row that asks for some, by the model's own distribution."""
+    top: list[TopTokens] = [[] for _ in counts]
+    asking = [r for r, count in enumerate(counts) if count]
+    if asking:
+        values_RC, ids_RC = top_of(logits_RV[asking], min(max(counts), logits_RV.shape[1]))
+        logprobs_RC = values_RC - normalizer_R[asking][:, None]
+        for r, ids, logprobs in zip(asking, ids_RC.tolist(), logprobs_RC.tolist()):
+            top[r] = list(zip(ids, logprobs))[: counts[r]]
+    return top

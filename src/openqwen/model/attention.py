@@ -1,9 +1,9 @@
 """Who sees whom, and from where; an argument of the forward call.
 
 The network asks once a call how queries and keys are turned (`rotation`), then in every layer what each token takes
-from those that it sees (`attend`). `Packed` lays whole documents end to end (training, scoring); `Paged` continues
-sequences whose earlier keys and values lie in a cache (generation). Shapes: T tokens, H query heads, K key/value heads,
-d head width, B documents of one bucket, L their padded length, Q new tokens of a sequence, N layers, S slots of a page.
+from those that it sees (`attend`). `Packed` lays whole documents end to end (training, scoring); `Paged` (paged.py)
+continues sequences whose earlier keys and values lie in a cache (generation). Shapes: T tokens, H query heads, K
+key/value heads, d head width, B documents of one bucket, L their padded length.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Attention(Protocol):
         ...
 
 
-def _sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = None) -> Tensor:
+def sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = None) -> Tensor:
     """Grouped-query attention of B padded sequences; causal unless a mask says who is seen. Returns [B, L, H, d]."""
     out = F.scaled_dot_product_attention(
         q_BLHd.transpose(1, 2),
@@ -47,7 +47,7 @@ def _sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = 
     return out.transpose(1, 2)
 
 
-def _divided(q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int]) -> dict[int, dual_chunk.Queries]:
+def divided(q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int]) -> dict[int, dual_chunk.Queries]:
     """The three turns of the queries of each sequence that is divided into chunks; `near_THd` are turned already."""
     if rotation.successive is None or rotation.inter is None:
         return {}
@@ -59,7 +59,8 @@ def _divided(q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int
     }
 
 
-def _for_each(long_context: LongContexts, count: int) -> list[LongContext | None]:
+def for_each(long_context: LongContexts, count: int) -> list[LongContext | None]:
+    """One for each of `count` sequences."""
     if long_context is None or isinstance(long_context, LongContext):
         return [long_context] * count
     if len(long_context) != count:
@@ -119,7 +120,7 @@ class Packed:
             raise ValueError("every document needs at least one token")
         self.lengths = list(lengths)
         self.total = sum(lengths)
-        self._contexts = _for_each(long_context, len(lengths))
+        self._contexts = for_each(long_context, len(lengths))
         self._even = len(set(lengths)) == 1
         self._device = torch.device("cpu")
         self._layouts: dict[tuple[int, ...], _Buckets] = {}  # by the documents that stand apart
@@ -153,16 +154,16 @@ class Packed:
         k_TKd = rotate(k_TKd, *rotation.key)
         if self._even and not rotation.chunk_lens:
             shape = (len(self.lengths), self.lengths[0])
-            return _sdpa(*(x.unflatten(0, shape) for x in (near_THd, k_TKd, v_TKd))).flatten(0, 1)
+            return sdpa(*(x.unflatten(0, shape) for x in (near_THd, k_TKd, v_TKd))).flatten(0, 1)
         apart = tuple(i for i, chunk_len in enumerate(rotation.chunk_lens) if chunk_len)
         layout = self._layout(apart)
         outs = []
         for gather in layout.gathers:
             rows = gather.flatten()
             parts = (x.index_select(0, rows).unflatten(0, gather.shape) for x in (near_THd, k_TKd, v_TKd))
-            outs.append(_sdpa(*parts).flatten(0, 1))
+            outs.append(sdpa(*parts).flatten(0, 1))
         if apart:
-            queries = _divided(q_THd, near_THd, rotation, self.lengths)
+            queries = divided(q_THd, near_THd, rotation, self.lengths)
             ks, vs = k_TKd.split(self.lengths), v_TKd.split(self.lengths)
             outs += [dual_chunk.attend(queries[i], ks[i], vs[i], rotation.chunk_lens[i]) for i in apart]
         return torch.cat(outs).index_select(0, layout.order) if layout.gathers else torch.cat(outs)
@@ -172,80 +173,3 @@ class Packed:
             with torch.inference_mode(False):  # kept: the next call may be one that trains
                 self._layouts[apart] = _Buckets(self.lengths, apart, self._device)
         return self._layouts[apart]
-
-
-class Paged:
-    """New tokens of several sequences, whose earlier keys and values lie in a cache of pages.
-
-    cache: [2, N, pages, page size, K, d], keys then values, written in place; keys enter it turned by their position
-    (within their chunk, where there are chunks), so they stay right whoever reads them. Sequence b owns the pages
-    `tables_BP[b]` in order (padded with any page); it holds `totals[b]` tokens, the last `new[b]` of which are in this
-    call, laid end to end in the order of the sequences. long_context: as in `Packed.from_lengths`. Where it scales
-    queries by the length, that is the sequence's total at this call, as in vLLM.
-    """
-
-    def __init__(
-        self,
-        cache: Tensor,
-        tables_BP: Tensor,
-        totals: Sequence[int],
-        new: Sequence[int],
-        long_context: LongContexts = None,
-    ):
-        self.cache, self._tables_BP = cache, tables_BP
-        self._totals, self._new = list(totals), list(new)
-        self._contexts = _for_each(long_context, len(self._new))
-        totals_B1 = torch.tensor(totals, device=cache.device)[:, None]
-        new_B1 = torch.tensor(new, device=cache.device)[:, None]
-        # Query j of a sequence stands at position total − new + j and sees the keys up to itself.
-        steps_1Q = torch.arange(max(new), device=cache.device)[None]
-        self._real_BQ = steps_1Q < new_B1
-        self._at_BQ = torch.minimum(totals_B1 - new_B1 + steps_1Q, totals_B1 - 1)
-        size = cache.shape[3]
-        self._written_T = (tables_BP.gather(1, self._at_BQ // size) * size + self._at_BQ % size)[self._real_BQ]
-        self._rows_BQ = new_B1.cumsum(0) - new_B1 + torch.minimum(steps_1Q, new_B1 - 1)
-        self._all = tuple(range(len(self._new)))
-        self._grids: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
-
-    def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
-        """See `Attention.rotation`."""
-        return rotation_of(positions_T, config, self._contexts, self._new, self._totals)
-
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
-        """See `Attention.attend`; the new keys and values enter the cache on the way."""
-        near_THd = rotate(q_THd, *rotation.query)
-        pages_PSKd, values_PSKd = self.cache[0, layer], self.cache[1, layer]
-        pages_PSKd.flatten(0, 1)[self._written_T] = rotate(k_TKd, *rotation.key)
-        values_PSKd.flatten(0, 1)[self._written_T] = v_TKd
-        if not rotation.chunk_lens:
-            return self._masked(near_THd, layer, self._all)
-        outs = list(near_THd.split(self._new))
-        for i, queries in _divided(q_THd, near_THd, rotation, self._new).items():
-            pages = self._tables_BP[i, : self._pages(i)]
-            k_mKd, v_mKd = (x[pages].flatten(0, 1)[: self._totals[i]] for x in (pages_PSKd, values_PSKd))
-            outs[i] = dual_chunk.attend(queries, k_mKd, v_mKd, rotation.chunk_lens[i])
-        if short := tuple(i for i in self._all if not rotation.chunk_lens[i]):
-            found = self._masked(near_THd, layer, short).split([self._new[i] for i in short])
-            for i, out in zip(short, found, strict=True):
-                outs[i] = out
-        return torch.cat(outs)
-
-    def _masked(self, q_THd: Tensor, layer: int, chosen: tuple[int, ...]) -> Tensor:
-        """The chosen sequences in one padded call; a mask says who sees whom."""
-        if chosen not in self._grids:
-            self._grids[chosen] = self._grid(list(chosen))
-        rows_BQ, real_BQ, tables_BP, mask_B1QL = self._grids[chosen]
-        k_BLKd, v_BLKd = (x[tables_BP].flatten(1, 2) for x in (self.cache[0, layer], self.cache[1, layer]))
-        return _sdpa(q_THd[rows_BQ], k_BLKd, v_BLKd, mask_B1QL)[real_BQ]
-
-    def _grid(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows of the queries, which of them are real, pages, and who sees whom."""
-        tables_BP = self._tables_BP[chosen, : max(self._pages(i) for i in chosen)]
-        rows_BQ, real_BQ, at_BQ = (
-            x[chosen, : max(self._new[i] for i in chosen)] for x in (self._rows_BQ, self._real_BQ, self._at_BQ)
-        )
-        keys_L = torch.arange(tables_BP.shape[1] * self.cache.shape[3], device=self.cache.device)
-        return rows_BQ, real_BQ, tables_BP, (keys_L <= at_BQ[:, :, None])[:, None]
-
-    def _pages(self, sequence: int) -> int:
-        return -(-self._totals[sequence] // self.cache.shape[3])

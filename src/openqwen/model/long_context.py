@@ -1,4 +1,5 @@
-"""How a sequence longer than the training window is read: YARN and Dual Chunk Attention, as `config.json` states them.
+"""How a sequence longer than the training window is read: YARN and Dual Chunk Attention, as `config.json` states them,
+or as one request needs them (`profile`).
 
 The numbers only; the arithmetic is in rope.py and dual_chunk.py.
 """
@@ -6,9 +7,15 @@ The numbers only; the arithmetic is in rope.py and dual_chunk.py.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openqwen.support.errors import OpenQwenError
+
+if TYPE_CHECKING:
+    from openqwen.model.config import ModelConfig
+
+_STRETCH = 4  # as far as YARN alone goes: the factor of the Qwen team's own configurations
+_UNITS = {"k": 1024, "m": 1024**2}
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,81 @@ class DualChunk:
 
 @dataclass(frozen=True)
 class LongContext:
-    """How one sequence is read. The default is plain RoPE attention. Sequences of one batch may differ."""
+    """How one sequence is read. The default is plain RoPE attention. Sequences of one batch may differ.
+
+    tokens: the length that Dual Chunk Attention's query scale counts with. None takes the sequence's own at each call,
+    as vLLM does: then generating token by token scales a query by the length at its step, one pass scales all by the
+    final length, and the two differ. A number, settled at admission, makes them the same.
+    """
 
     yarn: Yarn | None = None
     dual_chunk: DualChunk | None = None
+    tokens: int | None = None
+
+
+def profile(config: "ModelConfig", tokens: int, max_context: int | None = None) -> LongContext:
+    """How to read a request of at most `tokens` tokens, prompt and answer: stretched by the smallest of 1, 2, 4 … that
+    covers it. At factor 1 it keeps every bit of a model that knows no longer context.
+
+    YARN stretches up to four times the trained window. Dual Chunk Attention reads what is longer than the window where
+    the checkpoint's configuration has it, or where `max_context` (None: what the checkpoint states) is beyond that.
+    OpenQwenError where the request does not fit in max_context.
+    """
+    most, window = max_context or stated_context(config), trained_window(config)
+    if tokens > most:
+        raise OpenQwenError(
+            f"A request of {tokens:,} tokens, prompt and answer, does not fit in a context of {most:,}.",
+            do="shorten the prompt, ask for fewer tokens, or serve with a larger --max-context",
+        )
+    factor = 1
+    while factor * window < tokens:
+        factor *= 2
+    if dual := config.dual_chunk:
+        return LongContext(config.yarn, dual, factor * window)
+    if factor == 1:
+        return LongContext()
+    if dual := _chunks(window, most):
+        return LongContext(dual_chunk=dual, tokens=factor * window)
+    return LongContext(Yarn(float(factor), window))
+
+
+def describe(config: "ModelConfig", max_context: int | None = None) -> str:
+    """One line: what this maximum means for short and long requests."""
+    most, window = max_context or stated_context(config), trained_window(config)
+    plain = f"context {most:,}: requests of up to {min(most, window):,} tokens are read as trained"
+    if most <= window:
+        return plain
+    if dual := config.dual_chunk or _chunks(window, most):
+        return f"{plain}, longer ones by Dual Chunk Attention in chunks of {dual.chunk_len:,}"
+    factors = [2**n for n in range(1, _STRETCH.bit_length()) if 2 ** (n - 1) * window < most]
+    return f"{plain}, longer ones by YARN × {' or '.join(map(str, factors))}, chosen for each request"
+
+
+def context_tokens(text: str) -> int:
+    """Tokens of "128k", "1m" (1,024 and 1,024² to the unit) or "40000". OpenQwenError for anything else."""
+    digits, unit = (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
+    if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
+        raise OpenQwenError(f"'{text}' is no length of a context.", do="write 32k, 128k, 1m or a number of tokens")
+    return int(digits) * unit
+
+
+def trained_window(config: "ModelConfig") -> int:
+    """Tokens up to which the network reads as it was trained, with nothing stretched."""
+    if dual := config.dual_chunk:
+        return dual.original_max_position_embeddings or dual.chunk_size
+    if config.yarn:
+        return config.yarn.original_max_position_embeddings
+    # Base models of Qwen2 and Qwen2.5 state 131,072 but were trained on 32,768 (qwen2-recipe facts, 4.4).
+    overstated = config.max_position_embeddings == 131_072 and config.rope_theta == 1_000_000.0
+    return 32_768 if overstated else config.max_position_embeddings
+
+
+def stated_context(config: "ModelConfig") -> int:
+    """The longest context that the checkpoint's configuration speaks of."""
+    stretched = int(config.yarn.factor * config.yarn.original_max_position_embeddings) if config.yarn else 0
+    return max(config.max_position_embeddings, stretched)
+
+
+def _chunks(window: int, most: int) -> DualChunk | None:
+    """Chunks of a model whose configuration has none, in the proportions of Qwen2.5-1M."""
+    return DualChunk(window, window // 32, window) if most > _STRETCH * window else None

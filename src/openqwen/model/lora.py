@@ -94,7 +94,7 @@ def merge_adapters(model: nn.Module) -> None:
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT and vLLM load. base: the model adapted."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in _tensors(model)}
+    tensors = {_PREFIX + n: t.detach().cpu().contiguous() for n, t in _tensors(model)}
     with disk_errors(folder):
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     values = {
@@ -114,14 +114,20 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) 
     write_json(folder / CONFIG, values)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
-    """Give the network the adapter in a PEFT folder, in place. OpenQwenError where it is of another kind or network."""
+def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """What a PEFT folder holds: the adapter's shape, and its tensors by the names of the network's layers."""
     config = _read_config(folder / CONFIG)
-    add_adapters(model, config, torch.Generator())
     try:
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise OpenQwenError(f"The adapter's weights cannot be read: {error}", where=folder / WEIGHTS) from None
+    return config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
+    """Give the network the adapter in a PEFT folder, in place. OpenQwenError where it is of another kind or network."""
+    config, tensors = read_adapter(folder)
+    add_adapters(model, config, torch.Generator())
     wanted = dict(_tensors(model))
     shapes = {n: list(t.shape) for n, t in tensors.items()}
     for name, tensor in wanted.items():
@@ -167,12 +173,12 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The adapters' parameters under PEFT's names."""
+    """The adapters' parameters under PEFT's names, without its prefix."""
     for name, module in _adapters(model):
-        yield f"{_PREFIX}{name}.lora_A.weight", module.lora_A
-        yield f"{_PREFIX}{name}.lora_B.weight", module.lora_B
+        yield f"{name}.lora_A.weight", module.lora_A
+        yield f"{name}.lora_B.weight", module.lora_B
         if module.magnitude is not None:
-            yield f"{_PREFIX}{name}.lora_magnitude_vector", module.magnitude
+            yield f"{name}.lora_magnitude_vector", module.magnitude
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -78,6 +78,15 @@ def rotate(x_THd: Tensor, cos_T1f: Tensor, sin_T1f: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def key_turns(positions_T: Tensor, config: ModelConfig, context: LongContext | None) -> Turns:
+    """What the keys at these positions of a sequence are turned by, read as `context` says (None: the model's)."""
+    chosen = context or config.long_context
+    if chosen.dual_chunk:
+        positions_T = positions_T % chosen.dual_chunk.chunk_len
+    frequencies = inverse_frequencies(config.head_dim, config.rope_theta, chosen.yarn, positions_T.device)
+    return turns(positions_T, frequencies, chosen.yarn.temperature if chosen.yarn else 1.0)
+
+
 def rotation_of(
     positions_T: Tensor,
     config: ModelConfig,
@@ -90,7 +99,8 @@ def rotation_of(
     chosen = [config.long_context if c is None else c for c in contexts]
     frequencies, temperature = _frequencies(config, [c.yarn for c in chosen], rows, positions_T.device)
     duals = [c.dual_chunk for c in chosen]
-    scales = [dual.query_scale(n) if dual else 1.0 for dual, n in zip(duals, lengths, strict=True)]
+    counted = [c.tokens or n for c, n in zip(chosen, lengths, strict=True)]
+    scales = [dual.query_scale(n) if dual else 1.0 for dual, n in zip(duals, counted, strict=True)]
     chunk_lens = tuple(
         dual.chunk_len if dual and n > dual.chunk_len else 0 for dual, n in zip(duals, lengths, strict=True)
     )

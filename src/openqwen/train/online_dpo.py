@@ -90,6 +90,7 @@ def online_dpo(
         asked = [pool[i] for i in order.batch(step) for _ in range(config.samples)]
         # Seeds are a function of the step: a resumed run draws what the uninterrupted run would have drawn.
         seeds = Generators(seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
+        engine.refresh(step)
         outputs = engine.generate(asked, sampling, seeds=[int(s) for s in seeds])
         sequences = [_ids(o, tokenizer.eos_id) for o in outputs]
         rewards = score_sequences(scorer, sequences, config.micro_tokens)

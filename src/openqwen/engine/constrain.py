@@ -1,0 +1,124 @@
+"""Answers that must fit a JSON schema, a regular expression or a grammar: a mask a step, made by llguidance."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openqwen.engine.request import Structure
+from openqwen.support.errors import OpenQwenError
+from openqwen.tokenizer import Tokenizer
+
+try:
+    import llguidance
+except ImportError:  # an extra
+    llguidance = None  # type: ignore[assignment]
+
+# JSON without blanks: a model that may write blanks can write nothing else until its tokens are spent.
+_COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+
+
+class _Vocabulary:
+    """What llguidance needs to know of a tokenizer."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_id
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.control_ids.values())
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
+
+
+class Structures:
+    """Makes matchers for one tokenizer, whose answers end with any of `stops`."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Iterable[int]):
+        self._tokenizer, self._stops = tokenizer, sorted(stops)
+
+    @cached_property
+    def _vocabulary(self) -> Any:
+        """Made when it is first needed: it takes about a second."""
+        if llguidance is None:
+            raise OpenQwenError(
+                "Structured output needs the library llguidance.",
+                where="sampling, structure",
+                do="pip install 'openqwen[serve]'",
+            )
+        wrapper = llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer))
+        return llguidance.LLTokenizer(wrapper, eos_token=self._stops)
+
+    def matcher(self, structure: Structure) -> "Matcher":
+        """A matcher at the start of its answer. OpenQwenError where the structure cannot be understood."""
+        vocabulary, make = self._vocabulary, llguidance.LLMatcher
+        try:
+            if structure.kind == "json_schema":
+                grammar = make.grammar_from_json_schema(structure.source, overrides=_COMPACT)
+            elif structure.kind == "regex":
+                grammar = make.grammar_from_regex(structure.source)
+            else:
+                grammar = make.grammar_from_lark(structure.source)
+            inner = make(vocabulary, grammar, log_level=0)
+            fault = inner.get_error()
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            raise OpenQwenError(
+                f"This {structure.kind} cannot be followed: {' '.join(fault.split())[:300]}",
+                where="sampling, structure",
+            )
+        return Matcher(inner, self._tokenizer.vocab_size)
+
+
+class Matcher:
+    """Follows one answer."""
+
+    def __init__(self, inner: Any, vocabulary: int):
+        self._inner, self._vocabulary = inner, vocabulary
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing more may follow but the end."""
+        return self._inner.is_stopped()
+
+    @property
+    def fault(self) -> str:
+        """Why no further token can be judged (a limit of the library); empty while all is well."""
+        return self._inner.get_error()
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+        self._inner.consume_token(token)
+
+    def forced(self) -> list[int]:
+        """Tokens that are the only way on from here."""
+        return self._inner.compute_ff_tokens()
+
+    def fitting(self, drafts: Sequence[int]) -> list[int]:
+        """The drafted tokens up to the first that does not fit."""
+        return list(drafts[: self._inner.validate_tokens(list(drafts))])
+
+    def masks(self, drafts: Sequence[int], width: int) -> list[Tensor]:
+        """Which of `width` tokens may come next, and after each of the (fitting) drafts: bool [width] each."""
+        masks = [self._mask(width)]
+        for number, token in enumerate(drafts):
+            self._inner.consume_token(token)
+            if self.complete:  # after it anything will do: the answer ends there
+                masks += [masks[-1]] * (len(drafts) - number)
+                drafts = drafts[: number + 1]
+                break
+            masks.append(self._mask(width))
+        if drafts:
+            self._inner.rollback(len(drafts))
+        return masks
+
+    def _mask(self, width: int) -> Tensor:
+        bits = np.frombuffer(self._inner.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
+        return torch.from_numpy(np.pad(allowed, (0, width - len(allowed))))

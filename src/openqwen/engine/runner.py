@@ -1,0 +1,55 @@
+"""One forward call over the new tokens of several requests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openqwen.engine.adapters import Adapters
+from openqwen.engine.request import Request
+from openqwen.model import Cache, Paged, Qwen2
+
+
+@dataclass
+class Read:
+    """New tokens of a request, from position `request.computed` on; of the last `scored` the scores are wanted."""
+
+    request: Request
+    tokens: list[int]
+    scored: int
+
+
+class Runner:
+    """Holds the cache's memory and calls the model."""
+
+    def __init__(self, model: Qwen2, adapters: Adapters, cache: Cache):
+        self._model, self._adapters, self._cache = model, adapters, cache
+
+    def run(self, reads: Sequence[Read]) -> Tensor:
+        """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32."""
+        device = self._model.device
+        counts = [len(read.tokens) for read in reads]
+        starts = [read.request.computed for read in reads]
+        totals = [start + count for start, count in zip(starts, counts)]
+        ends = list(accumulate(counts))
+        table_BP = np.zeros((len(reads), max(len(read.request.pages) for read in reads)), np.int64)
+        for row, read in zip(table_BP, reads):
+            row[: len(read.request.pages)] = read.request.pages
+        tokens_T = torch.tensor([t for read in reads for t in read.tokens], device=device)
+        positions_T = torch.tensor([p for a, b in zip(starts, totals) for p in range(a, b)], device=device)
+        paged = Paged(
+            self._cache,
+            torch.from_numpy(table_BP).to(device),
+            totals,
+            counts,
+            [read.request.long_context for read in reads],
+        )
+        with self._adapters.on([read.request.adapter for read in reads], counts):
+            hidden_TD = self._model(tokens_T, positions_T, paged)
+        wanted = [row for read, end in zip(reads, ends) for row in range(end - read.scored, end)]
+        if len(wanted) < len(positions_T):
+            hidden_TD = hidden_TD[torch.tensor(wanted, dtype=torch.long, device=device)]
+        return self._model.logits(hidden_TD).float()

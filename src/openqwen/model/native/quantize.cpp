@@ -1,0 +1,189 @@
+// A matrix to its packed form (packed.h). C ABI, called by kernels.py.
+//
+// A byte's scale is the group's largest weight over 127. A nibble's is searched for: of a few candidates, each refitted by
+// least squares, the one that leaves the least squared error, each input weighted by how much it matters. packed.py does
+// the same in plain PyTorch; the two may choose differently between candidates that are equally good.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "packed.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace openqwen {
+namespace {
+
+enum Type : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+float half_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7FFF;
+  const float magnitude = from_bits(rest << 13) * from_bits(0x77800000);  // 2^112: subnormal halves come out right too
+  return from_bits(to_bits(rest < 0x7C00 ? magnitude : from_bits(rest << 13 | 0x7F800000)) | sign);
+}
+
+void read(const void* matrix, int64_t type, int64_t first, int64_t count, float* out) {
+  if (type == kFloat32) {
+    std::memcpy(out, static_cast<const float*>(matrix) + first, count * sizeof(float));
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(matrix) + first;
+  if (type == kBfloat16) {
+    for (int64_t k = 0; k < count; ++k) out[k] = from_bits(uint32_t(from[k]) << 16);
+  } else {
+    for (int64_t k = 0; k < count; ++k) out[k] = half_to_float(from[k]);
+  }
+}
+
+// The nearest bfloat16 (halves to even), as a float32.
+float rounded(float value) {
+  const uint32_t bits = to_bits(value);
+  return from_bits((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000);
+}
+
+float largest(const float* w, int count) {
+  float most = 0;
+  for (int k = 0; k < count; ++k) {
+    if (std::fabs(w[k]) > std::fabs(most)) most = w[k];
+  }
+  return most;
+}
+
+// The scale of a group of bytes; its weights in `stored`.
+float choose(const float* w, uint8_t* stored) {
+  // Rounded up, lest the largest weight fall outside.
+  const float exact = std::fabs(largest(w, Int8::kGroup)) / 127.0f;
+  const float scale = from_bits((to_bits(exact) + 0xFFFF) & 0xFFFF0000), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  for (int k = 0; k < Int8::kGroup; ++k) {
+    stored[k] = uint8_t(int32_t(std::min(std::max(nearest(w[k] * inverse), -127.0f), 127.0f)) + 128);
+  }
+  return scale;
+}
+
+// What a group's largest weight may become, in the code's units: a negative one reverses the group's sign.
+constexpr float kLargest[] = {-135.0f, -122.0f, -110.0f, 100.0f, 112.0f, 125.0f};
+constexpr int kLanes = 16;  // outputs whose groups are searched at once
+
+// The place in the code that is nearest to each x.
+inline void nearest_code(const float* x, int32_t* place) {
+  for (int i = 0; i < kLanes; ++i) place[i] = 0;
+  for (int j = 0; j < 15; ++j) {
+    const float border = 0.5f * float(kCode[j] + kCode[j + 1]);
+    for (int i = 0; i < kLanes; ++i) place[i] += x[i] > border;
+  }
+}
+
+inline void code_value(const float* x, float* value) {
+  for (int i = 0; i < kLanes; ++i) value[i] = kCode[0];
+  for (int j = 0; j < 15; ++j) {
+    const float border = 0.5f * float(kCode[j] + kCode[j + 1]), step = float(kCode[j + 1] - kCode[j]);
+    for (int i = 0; i < kLanes; ++i) value[i] += x[i] > border ? step : 0.0f;
+  }
+}
+
+inline void inverses(const float* x, float* inverse) {
+  for (int i = 0; i < kLanes; ++i) inverse[i] = std::fabs(x[i]) > 1e-30f ? 1.0f / x[i] : 0.0f;
+}
+
+// w [kGroup][kLanes]: for each lane the scale, and the places in the code [kGroup][kLanes].
+void search(const float (*w)[kLanes], const float* matters, float* scale, int32_t (*place)[kLanes]) {
+  float most[kLanes] = {}, best[kLanes], inverse[kLanes], x[kLanes], q[kLanes];
+  for (int k = 0; k < Int4::kGroup; ++k) {
+    for (int i = 0; i < kLanes; ++i) most[i] = std::fabs(w[k][i]) > std::fabs(most[i]) ? w[k][i] : most[i];
+  }
+  inverses(most, inverse);
+  for (int i = 0; i < kLanes; ++i) best[i] = -1.0f, scale[i] = 0.0f;
+  for (float target : kLargest) {
+    float wq[kLanes] = {}, qq[kLanes] = {};
+    for (int k = 0; k < Int4::kGroup; ++k) {
+      for (int i = 0; i < kLanes; ++i) x[i] = w[k][i] * (inverse[i] * target);
+      code_value(x, q);
+      for (int i = 0; i < kLanes; ++i) wq[i] += matters[k] * w[k][i] * q[i];
+      for (int i = 0; i < kLanes; ++i) qq[i] += matters[k] * q[i] * q[i];
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      const float denominator = std::max(qq[i], 1e-30f), gain = wq[i] * wq[i] / denominator;
+      const bool better = gain > best[i];
+      best[i] = better ? gain : best[i];
+      scale[i] = better ? wq[i] / denominator : scale[i];
+    }
+  }
+  for (int i = 0; i < kLanes; ++i) scale[i] = rounded(scale[i]);
+  inverses(scale, inverse);
+  for (int k = 0; k < Int4::kGroup; ++k) {
+    for (int i = 0; i < kLanes; ++i) x[i] = w[k][i] * inverse[i];
+    nearest_code(x, place[k]);
+  }
+}
+
+void put_scale(uint8_t* record, int row, float scale) {
+  const uint16_t high = uint16_t(to_bits(scale) >> 16);
+  std::memcpy(record + 2 * row, &high, 2);
+}
+
+// Where the four inputs from k on of an output lie among a record's weights.
+uint8_t* place(uint8_t* weights, int row, int k) {
+  return weights + (k / 4 * 2 + row / 16) * 64 + row % 16 * 4;
+}
+
+// 32 outputs' weights [kTile, padded] → one record for each group.
+void tile_of(Int8, const std::vector<float>& w, int64_t padded, const float*, uint8_t* tile) {
+  uint8_t stored[Int8::kGroup];
+  for (int64_t at = 0; at < padded; at += Int8::kGroup, tile += Int8::kBytes) {
+    for (int r = 0; r < kTile; ++r) {
+      put_scale(tile, r, choose(w.data() + r * padded + at, stored));
+      for (int k = 0; k < Int8::kGroup; k += 4) std::memcpy(place(tile + kScales, r, k), stored + k, 4);
+    }
+  }
+}
+
+void tile_of(Int4, const std::vector<float>& w, int64_t padded, const float* matters, uint8_t* tile) {
+  constexpr int kHalf = Int4::kGroup / 2;
+  float turned[Int4::kGroup][kLanes], scale[kLanes];
+  int32_t code[Int4::kGroup][kLanes];
+  for (int64_t at = 0; at < padded; at += Int4::kGroup, tile += Int4::kBytes) {
+    for (int first = 0; first < kTile; first += kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        const float* from = w.data() + (first + i) * padded + at;
+        for (int k = 0; k < Int4::kGroup; ++k) turned[k][i] = from[k];
+      }
+      search(turned, matters + at, scale, code);
+      for (int i = 0; i < kLanes; ++i) put_scale(tile, first + i, scale[i]);
+      for (int k = 0; k < kHalf; ++k) {
+        uint8_t* to = place(tile + kScales, first, k / 4 * 4) + k % 4;
+        for (int i = 0; i < kLanes; ++i) to[4 * i] = uint8_t(code[k][i] | code[kHalf + k][i] << 4);
+      }
+    }
+  }
+}
+
+template <class Format>
+void quantize(const void* matrix, int64_t type, int64_t n, int64_t k, const float* matters, uint8_t* packed) {
+  const int64_t groups = pieces(k, Format::kGroup), padded = groups * Format::kGroup;
+  std::vector<float> weight(padded, 1.0f);
+  if (matters) std::copy(matters, matters + k, weight.begin());
+  parallel_for(pieces(n, kTile), 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> rows(kTile * padded);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t * kTile, count = std::min<int64_t>(kTile, n - first);
+      if (count < kTile) std::fill(rows.begin(), rows.end(), 0.0f);
+      for (int64_t r = 0; r < count; ++r) read(matrix, type, (first + r) * k, k, rows.data() + r * padded);
+      tile_of(Format{}, rows, padded, weight.data(), packed + t * groups * Format::kBytes);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace openqwen
+
+extern "C" {
+
+// matrix [n, k] of float32 (type 0), bfloat16 (1) or float16 (2); matters [k], or null; packed: see packed.h.
+void openqwen_quantize(const void* matrix, int64_t type, int64_t n, int64_t k, int64_t bits, const float* matters,
+                       uint8_t* packed) {
+  auto quantize = bits == 8 ? openqwen::quantize<openqwen::Int8> : openqwen::quantize<openqwen::Int4>;
+  quantize(matrix, type, n, k, matters, packed);
+}
+}

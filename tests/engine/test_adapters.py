@@ -1,0 +1,113 @@
+"""Requests with adapters of their own, against PEFT and against a network that has the adapter built in."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from tiny import model, plain_greedy, prompts, tokenizer
+from transformers import AutoModelForCausalLM
+
+from openqwen.engine import Engine, Sampling
+from openqwen.model import save_checkpoint
+from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, save_adapter
+from openqwen.support.errors import OpenQwenError
+
+WORDS = tokenizer()
+
+
+def adapter(network, folder, seed, **options):
+    """Save an adapter whose update is not small."""
+    config = LoraConfig(rank=4, alpha=8.0, **options)
+    adapted = copy.deepcopy(network)
+    add_adapters(adapted, config, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(seed + len(name)))
+    save_adapter(adapted, config, folder, "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network():
+    return model(seed=3)
+
+
+def test_each_request_has_its_own_adapter(network, tmp_path):
+    asked, sampling = prompts(6, seed=1), Sampling(max_tokens=12)
+    engine = Engine(network, WORDS)
+    truths = [network]
+    for name, targets in (("one", ["q_proj", "v_proj"]), ("two", ["k_proj", "o_proj", "gate_proj", "down_proj"])):
+        engine.adapters.add(name, adapter(network, tmp_path / name, len(targets), targets=targets))
+        truths.append(copy.deepcopy(network))
+        load_adapter(truths[-1], tmp_path / name)
+    names = [None, "one", "two"] * 2
+    for _ in range(2):  # with a warm cache too: no request may find another adapter's pages
+        requests = [engine.submit(prompt, sampling, adapter=name) for prompt in asked for name in names[:3]]
+        while engine.busy:
+            engine.step()
+        for number, request in enumerate(requests):
+            truth = plain_greedy(truths[number % 3], WORDS, request.prompt_ids, 12)
+            assert request.output_ids == truth[0]
+            assert request.logprobs == pytest.approx(truth[1], abs=1e-4)
+    plain = [requests[n].output_ids for n in range(0, 18, 3)]
+    assert plain != [requests[n].output_ids for n in range(1, 18, 3)]
+    assert not network.model.layers[0].self_attn.q_proj._forward_hooks
+
+
+def test_an_adapter_of_peft_speaks_as_in_peft(network, tmp_path):
+    save_checkpoint(network, WORDS, tmp_path / "base")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    torch.manual_seed(0)
+    theirs = get_peft_model(
+        theirs, PeftConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["q_proj", "up_proj"])
+    )
+    theirs.save_pretrained(tmp_path / "adapter")
+    engine = Engine(network, WORDS)
+    engine.adapters.add("peft", tmp_path / "adapter")
+    request = engine.submit(list(range(30)), Sampling(max_tokens=10, ignore_eos=True), adapter="peft")
+    while engine.busy:
+        engine.step()
+    ids = torch.tensor([request.prompt_ids + request.output_ids])
+    with torch.no_grad():
+        truth = torch.log_softmax(theirs(ids).logits[0, :-1].float(), -1).gather(1, ids[0, 1:, None]).squeeze(1)
+    assert request.logprobs == pytest.approx(truth[29:].tolist(), abs=1e-4)
+
+
+def test_adapters_come_and_go_while_requests_run(network, tmp_path):
+    engine = Engine(network, WORDS)
+    engine.adapters.add("x", adapter(network, tmp_path / "a", 1))
+    first = engine.submit([1, 2, 3] * 10, Sampling(max_tokens=8, ignore_eos=True), adapter="x")
+    engine.step()
+    engine.adapters.add("x", adapter(network, tmp_path / "b", 2))
+    second = engine.submit([1, 2, 3] * 10, Sampling(max_tokens=8, ignore_eos=True), adapter="x")
+    engine.adapters.remove("x")
+    assert engine.adapters.names == []
+    while engine.busy:
+        engine.step()
+    assert second.cached_tokens == 0
+    for request, folder in ((first, "a"), (second, "b")):
+        truth = copy.deepcopy(network)
+        load_adapter(truth, tmp_path / folder)
+        ids, logprobs, _ = plain_greedy(truth, WORDS, request.prompt_ids, 1)
+        assert request.logprobs[:1] == pytest.approx(logprobs or request.logprobs[:1], abs=1e-4)
+        assert not ids or request.output_ids[0] == ids[0]
+
+
+def test_an_adapter_that_does_not_fit_is_named(network, tmp_path):
+    engine = Engine(network, WORDS)
+    engine.adapters.add("right", adapter(network, tmp_path / "a", 1))
+    with pytest.raises(OpenQwenError, match="Did you mean 'right'"):
+        engine.submit([1], adapter="rigth")
+    wide = copy.deepcopy(network)
+    wide.model.layers[1].self_attn.q_proj = torch.nn.Linear(32, 64)
+    with pytest.raises(OpenQwenError, match="64 × 32"):
+        engine.adapters.add("wide", adapter(wide, tmp_path / "wide", 1, targets=["q_proj"]))
+    other = copy.deepcopy(network)
+    other.model.extra = torch.nn.Linear(32, 32)
+    with pytest.raises(OpenQwenError, match=r"no linear layer 'model\.extra'"):
+        engine.adapters.add("extra", adapter(other, tmp_path / "extra", 1, targets=["extra"]))
+    with pytest.raises(OpenQwenError, match="DoRA"):
+        engine.adapters.add("dora", adapter(network, tmp_path / "dora", 1, dora=True))

@@ -1,0 +1,259 @@
+"""What a request may depend on: not on a cache, its neighbours, the budget, preemption or drafts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import model, plain_greedy, prompts, scores, tokenizer
+
+from openqwen.engine import Engine, EngineConfig, Sampling
+from openqwen.model import DualChunk, Yarn
+from openqwen.support.errors import OpenQwenError
+
+WORDS = tokenizer()
+PAGE = 16
+
+
+@pytest.fixture(scope="module", params=["plain", "yarn", "chunks"])
+def network(request):
+    options = {
+        "plain": {},
+        "yarn": {"yarn": Yarn(4.0, 16)},
+        "chunks": {"dual_chunk": DualChunk(16, 5)},  # of 11 tokens: prompts cross borders, which are no page borders
+    }
+    return model(**options[request.param])
+
+
+def answers(network, asked, sampling, seeds=None, **config):
+    engine = Engine(network, WORDS, EngineConfig(**config))
+    outputs = engine.generate(asked, sampling, seeds)
+    engine._schedule.pool.check([])
+    return outputs, engine.stats()
+
+
+def same(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.text == other.text
+        assert one.finish_reason == other.finish_reason
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"prefix_cache": False},
+        {"token_budget": 7, "page_size": 4},
+        {"cache_bytes": 2**16, "page_size": 8},
+        {"speculate": 6, "draft_below": 99},
+    ],
+    ids=lambda c: " ".join(c) or "default",
+)
+def test_greedy_equals_a_loop_without_a_cache(network, config):
+    asked = [*prompts(9), [1, 2, 3, 4] * 9]
+    outputs, _ = answers(network, asked, Sampling(max_tokens=25), **config)
+    for prompt, output in zip(asked, outputs):
+        ids, logprobs, reason = plain_greedy(network, WORDS, prompt, 25)
+        assert output.token_ids == ids
+        assert output.finish_reason == reason
+        assert output.logprobs == pytest.approx(logprobs, abs=1e-4)
+        assert output.text == WORDS.decode(ids)
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(network):
+    asked, sampling, seeds = prompts(12, seed=1), Sampling(max_tokens=15, temperature=1.0), list(range(12))
+    together, _ = answers(network, asked, sampling, seeds)
+    for n in (0, 5, 11):
+        same(answers(network, [asked[n]], sampling, [n])[0], [together[n]])
+    other, _ = answers(network, asked, sampling, range(12, 24))
+    assert [o.token_ids for o in other] != [o.token_ids for o in together]
+
+
+def test_preempted_equals_undisturbed_and_nothing_streamed_is_retracted(network):
+    asked, sampling, seeds = prompts(10, seed=2), Sampling(max_tokens=40, temperature=1.0), list(range(10))
+    undisturbed, _ = answers(network, asked, sampling, seeds)
+    engine = Engine(network, WORDS, EngineConfig(cache_bytes=10 * 4096, token_budget=64))
+    requests = [engine.submit(prompt, sampling, seed) for prompt, seed in zip(asked, seeds)]
+    told = {request.id: ([], "") for request in requests}
+    while engine.busy:
+        for event in engine.step():
+            ids, text = told[event.request.id]
+            told[event.request.id] = ids + event.token_ids, text + event.text
+            assert event.request.output_ids == told[event.request.id][0]
+    assert engine.stats().preemptions > 0
+    for request, output in zip(requests, undisturbed):
+        assert told[request.id] == (output.token_ids, output.text) == (request.output_ids, request.text)
+        assert request.logprobs == pytest.approx(output.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("past", range(-1, 12))
+def test_cold_equals_warm(network, past):
+    """Around page borders, where other engines have failed."""
+    start = prompts(1, seed=3, longest=2)[0] * (2 * PAGE + past)
+    asked = [start, [*start, 7], start + [7] * 17, start[: PAGE + 1]]
+    sampling = Sampling(max_tokens=12)
+    engine = Engine(network, WORDS)
+    cold = [answers(network, [prompt], sampling, prefix_cache=False)[0][0] for prompt in asked]
+    same([engine.generate([prompt], sampling)[0] for prompt in asked], cold)
+    same(engine.generate(asked, sampling), cold)
+    assert engine.stats().cache_hits > 0
+    engine._schedule.pool.check([])
+
+
+def test_answers_continue_from_their_own_pages(network):
+    engine = Engine(network, WORDS)
+    (first,) = engine.generate(prompts(1, seed=9), Sampling(max_tokens=40, ignore_eos=True))
+    longer = first.prompt_ids + first.token_ids + [5]
+    (second,) = engine.generate([longer], Sampling(max_tokens=5))
+    assert engine.stats().cache_hits == (len(longer) - 2) // PAGE * PAGE
+    same([second], answers(network, [longer], Sampling(max_tokens=5))[0])
+
+
+def test_samples_share_the_pages_of_their_prompt(network):
+    prompt, sampling = list(range(1, 3 * PAGE + 3)), Sampling(max_tokens=6, temperature=1.0, seed=5)
+    for prefix_cache in (True, False):
+        engine = Engine(network, WORDS, EngineConfig(prefix_cache=prefix_cache))
+        samples = engine.submit_many(prompt, sampling, 4)
+        read = []
+        while engine.busy:
+            engine.step()
+            read.append(engine.stats())
+        assert engine.stats().cache_hits == 3 * 3 * PAGE
+        assert max(stats.pages_used for stats in read) <= 3 + 4
+        alone = [engine.generate([prompt], sampling, [request.seed])[0] for request in samples]
+        assert [r.output_ids for r in samples] == [o.token_ids for o in alone]
+        assert len({tuple(r.output_ids) for r in samples}) == 4
+        assert samples[0].seed == 5
+
+
+def test_a_cancelled_request_ends_at_once_wherever_it_is(network):
+    asked = prompts(6, seed=4, longest=60)
+    for steps in range(5):  # queued, being read, decoding
+        engine = Engine(network, WORDS, EngineConfig(token_budget=20, max_running=3))
+        requests = [engine.submit(prompt, Sampling(max_tokens=20)) for prompt in asked]
+        for _ in range(steps):
+            engine.step()
+        for request in requests[::2]:
+            engine.cancel(request)
+            engine.cancel(request)
+        told = []
+        while engine.busy:
+            told += [(e.request.id, e.finish_reason) for e in engine.step() if e.finish_reason]
+        assert len(told) == 6
+        assert {i for i, reason in told if reason == "cancelled"} == {r.id for r in requests[::2]}
+        engine._schedule.pool.check([])
+        expected, _ = answers(network, asked[1::2], Sampling(max_tokens=20))
+        assert [r.output_ids for r in requests[1::2]] == [o.token_ids for o in expected]
+
+
+def test_log_probabilities_are_the_models(network):
+    asked = prompts(5, seed=6)
+    outputs, _ = answers(network, asked, Sampling(max_tokens=20, temperature=1.0, top_logprobs=3), range(5))
+    engine = Engine(network, WORDS)
+    for output in outputs:
+        ids = output.prompt_ids + output.token_ids
+        table = torch.log_softmax(scores(network, ids), -1)[:-1]
+        truth = table.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1).tolist()
+        assert output.logprobs == pytest.approx(truth[len(output.prompt_ids) - 1 :], abs=1e-4)
+        assert engine.score(ids) == pytest.approx(truth, abs=1e-4)
+        for row, top in zip(table[len(output.prompt_ids) - 1 :], output.request.top, strict=True):
+            values, found = row[: WORDS.vocab_size].topk(3)
+            assert [i for i, _ in top] == found.tolist()
+            assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_changed_weights_leave_nothing_in_the_cache():
+    network = model(seed=1)
+    engine = Engine(network, WORDS)
+    prompt, sampling = list(range(60)), Sampling(max_tokens=20)
+    running = engine.submit(prompt, Sampling(max_tokens=30, ignore_eos=True))
+    while len(running.output_ids) < 7:
+        engine.step()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    engine.refresh(4)
+    while engine.busy:
+        assert all(event.version == 4 for event in engine.step())
+    assert running.versions == [0] * 7 + [4] * 23
+    ids = running.prompt_ids + running.output_ids
+    assert running.logprobs[7:] == pytest.approx(Engine(network, WORDS).score(ids)[len(prompt) + 6 :], abs=1e-4)
+    with torch.no_grad():
+        network.model.norm.weight.mul_(-1.0)  # nobody says so: the engine sees it when it is idle
+    assert engine.generate([prompt], sampling)[0].token_ids == plain_greedy(network, WORDS, prompt, 20)[0]
+    assert engine.version == 5
+
+
+def test_a_paused_engine_holds_everything_where_it_is():
+    engine = Engine(model(), WORDS)
+    request = engine.submit([1, 2, 3], Sampling(max_tokens=4, ignore_eos=True))
+    engine.step()
+    engine.pause()
+    assert not engine.busy
+    assert engine.step() == []
+    assert len(request.output_ids) == 1
+    with pytest.raises(OpenQwenError, match="paused"):
+        engine.generate([[1]])
+    engine.resume()
+    while engine.busy:
+        engine.step()
+    assert len(request.output_ids) == 4
+
+
+def test_priority_goes_first():
+    engine = Engine(model(), WORDS, EngineConfig(max_running=1))
+    low, high = engine.submit([1, 2]), engine.submit([1, 2], priority=1)
+    ended = []
+    while engine.busy:
+        ended += [event.request for event in engine.step() if event.finish_reason]
+    assert ended == [high, low]
+
+
+def test_answers_end_at_the_context_limit_and_at_stop_ids(network):
+    engine = Engine(network, WORDS)
+    (output,) = engine.generate([[1] * 120], Sampling(max_tokens=50))
+    assert len(output.token_ids) <= 8
+    (free,) = engine.generate([[3, 4]], Sampling(max_tokens=8, ignore_eos=True))
+    assert len(free.token_ids) == 8
+    (cut,) = engine.generate([[3, 4]], Sampling(max_tokens=8, ignore_eos=True, stop_ids=(free.token_ids[2],)))
+    assert cut.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[2])]
+    assert cut.finish_reason == "stop"
+    assert list(engine.stream([3, 4], Sampling(max_tokens=8, ignore_eos=True))) == free.token_ids
+
+
+def test_a_bad_request_is_named():
+    engine = Engine(model(), WORDS)
+    for prompt, words in (([1] * 128, "128 tokens"), ([], "0 tokens"), ([320], "id 320"), ([-1, 2], "id -1")):
+        with pytest.raises(OpenQwenError, match=words):
+            engine.submit(prompt)
+    with pytest.raises(OpenQwenError, match="no adapter called 'x'"):
+        engine.submit([1], adapter="x")
+    for options in ({"top_p": 0.0}, {"temperature": -1.0}, {"max_tokens": 0}, {"stop": ("",)}):
+        with pytest.raises(OpenQwenError, match=next(iter(options))):
+            Sampling(**options)
+
+
+def test_rows_beyond_the_vocabulary_are_never_sampled():
+    outputs, _ = answers(model(), prompts(40, seed=4), Sampling(max_tokens=10, temperature=3.0), range(40))
+    assert all(t < WORDS.vocab_size for o in outputs for t in o.token_ids)
+
+
+def test_embeddings_are_the_last_hidden_states(network):
+    asked = prompts(5, seed=8)
+    found = Engine(network, WORDS).embed(asked)
+    assert found.shape == (5, 32)
+    assert found.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+    logits = network.logits(found[2])
+    truth = scores(network, asked[2])[-1]
+    assert torch.corrcoef(torch.stack([logits, truth]))[0, 1] > 1 - 1e-5
+
+
+def test_a_request_at_yarn_factor_one_or_below_one_chunk_is_the_plain_one_to_the_bit():
+    from openqwen.model import LongContext
+
+    network, asked = model(), prompts(4, seed=7)
+    plain, _ = answers(network, asked, Sampling(max_tokens=20))
+    for context in (LongContext(Yarn(1.0, 16)), LongContext(dual_chunk=DualChunk(120, 20))):
+        other, _ = answers(network, asked, replace(Sampling(max_tokens=20), long_context=context))
+        assert [(o.token_ids, o.logprobs) for o in other] == [(o.token_ids, o.logprobs) for o in plain]

@@ -1,0 +1,136 @@
+"""What is drawn, against transformers' logits processors and the distribution itself."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from openqwen.engine import Sampling
+from openqwen.engine.penalties import penalise
+from openqwen.engine.sampler import Row, choose, draws, seed_of_sample, top_of
+
+
+def random_scores(rows, width, spread=3.0, seed=0):
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def processed(scores_RV, sampling):
+    """The distribution that transformers would draw from."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return torch.softmax(warpers(None, scores_RV), -1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([33, 320, 5120]),
+    st.sampled_from([0.3, 1.0, 2.5]),
+    st.sampled_from([0, 1, 5, 70, 2000]),
+    st.sampled_from([1.0, 0.9, 0.5, 0.05]),
+    st.sampled_from([0.0, 0.1, 1.0]),
+    st.sampled_from([0.5, 4.0]),
+)
+def test_every_cut_gives_the_distribution_of_transformers(width, temperature, top_k, top_p, min_p, spread):
+    """64 evenly spaced draws of one row: each token's probability, and the set of those possible."""
+    scores_RV = random_scores(2, width, spread)
+    sampling = Sampling(temperature=temperature, top_k=min(top_k, width), top_p=top_p, min_p=min_p)
+    truth_RV = processed(scores_RV.clone(), sampling)
+    full_RV = torch.softmax(scores_RV / temperature, -1)
+    for row, (truth_V, full_V) in enumerate(zip(truth_RV, full_RV)):
+        rows = [Row(sampling, seed, 0) for seed in range(64)]
+        found = choose(scores_RV[row].expand(64, -1).clone(), rows, width)
+        for token, logprob, drawn, kept in zip(found.tokens, found.logprobs, found.drawn_logprobs, found.kept):
+            assert truth_V[token] > 0
+            assert drawn == pytest.approx(float(truth_V[token].log()), abs=1e-4)
+            assert kept == pytest.approx(float(full_V[truth_V > 0].sum()), abs=1e-4)
+            assert logprob == pytest.approx(float(torch.log_softmax(scores_RV[row], -1)[token]), abs=1e-4)
+            # What connects the two: the drawn-from distribution is the whole one, cut and scaled up again.
+            assert drawn + np.log(kept) == pytest.approx(float(full_V[token].log()), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 30, "min_p": 0.02}], ids=str)
+def test_draws_follow_the_distribution(options):
+    """Chi-square over 20,000 seeds: within five standard deviations of its mean, which is its degrees of freedom."""
+    scores_RV, sampling = random_scores(1, 256, 2.0), Sampling(temperature=0.8, **options)
+    truth_V = processed(scores_RV.clone(), sampling)[0].double().numpy()
+    count = 20_000
+    found = choose(scores_RV.expand(count, -1).clone(), [Row(sampling, seed, 3) for seed in range(count)], 256)
+    seen_V = np.bincount(found.tokens, minlength=256)
+    often = truth_V * count >= 5
+    expected = np.append(truth_V[often] * count, truth_V[~often].sum() * count)
+    observed = np.append(seen_V[often], seen_V[~often].sum())
+    fit = expected > 0
+    chi_square = float(((observed - expected)[fit] ** 2 / expected[fit]).sum())
+    freedom = int(fit.sum()) - 1
+    assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
+
+
+def test_draws_are_uniform_and_apart():
+    many = draws(np.repeat(np.arange(300), 300).tolist(), np.tile(np.arange(300), 300).tolist())
+    assert np.histogram(many, 20, (0, 1))[0] == pytest.approx(np.full(20, 4500), rel=0.07)
+    table = many.reshape(300, 300)
+    assert abs(np.corrcoef(table[:-1].ravel(), table[1:].ravel())[0, 1]) < 0.02
+    assert abs(np.corrcoef(table[:, :-1].ravel(), table[:, 1:].ravel())[0, 1]) < 0.02
+    assert draws([-1, 2**70 + 3], [0, 0]).tolist() == draws([2**64 - 1, 3], [0, 0]).tolist()
+    assert len({seed_of_sample(7, i) for i in range(100)}) == 100
+
+
+def test_rows_do_not_touch_each_other():
+    kinds = [
+        Sampling(temperature=1.0),
+        Sampling(),
+        Sampling(temperature=0.7, top_p=0.8),
+        Sampling(temperature=1.0, repetition_penalty=1.5),
+        Sampling(logit_bias=((3, 50.0),)),
+    ]
+    scores_RV = random_scores(5, 320)
+    rows = [Row(kind, 11, 2, prompt=[1, 2, 3], answer=[4, 4]) for kind in kinds]
+    together = choose(scores_RV.clone(), rows, 300)
+    for n, row in enumerate(rows):
+        alone = choose(scores_RV[n : n + 1].clone(), [row], 300)
+        assert alone.tokens == together.tokens[n : n + 1]
+        for name in ("logprobs", "drawn_logprobs", "kept"):
+            assert getattr(alone, name) == pytest.approx(getattr(together, name)[n : n + 1], abs=1e-5)
+    assert together.tokens[4] == 3
+    assert together.drawn_logprobs[1] == 0
+    assert together.kept[1] == pytest.approx(np.exp(together.logprobs[1]), rel=1e-5)
+
+
+@given(st.lists(st.integers(0, 49), max_size=30), st.lists(st.integers(0, 49), max_size=30), st.floats(0.5, 2.0))
+def test_penalties_are_those_of_transformers_and_of_the_api(prompt, answer, penalty):
+    scores_V = random_scores(1, 50)[0]
+    repeated = scores_V.clone()
+    penalise(repeated, Sampling(repetition_penalty=penalty), prompt, answer)
+    ids = torch.tensor([prompt + answer], dtype=torch.long)
+    assert torch.allclose(repeated, RepetitionPenaltyLogitsProcessor(penalty)(ids, scores_V[None].clone())[0])
+    counted = scores_V.clone()
+    bias = ((5, 1.5), (5, 0.5), (7, -2.0))
+    penalise(counted, Sampling(presence_penalty=0.7, frequency_penalty=0.2, logit_bias=bias), prompt, answer)
+    for token in range(50):
+        off = 0.2 * answer.count(token) + 0.7 * (token in answer) - {5: 2.0, 7: -2.0}.get(token, 0.0)
+        assert float(counted[token]) == pytest.approx(float(scores_V[token]) - off, abs=1e-5)
+
+
+@given(st.integers(1, 100), st.sampled_from([128, 1280, 12800]), st.integers(0, 9))
+@settings(deadline=None)
+def test_the_largest_are_found_without_a_sort(count, width, seed):
+    scores_RV = random_scores(3, width, seed=seed)
+    scores_RV[1, : width // 2] = -torch.inf
+    values, ids = top_of(scores_RV, count)
+    expected = scores_RV.topk(count, dim=-1)
+    assert values.tolist() == expected.values.tolist()
+    assert scores_RV.gather(1, ids).tolist() == values.tolist()

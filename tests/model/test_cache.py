@@ -1,0 +1,120 @@
+"""What a cache holds: formats, page operations, a key bias that would ruin eight bits, turning keys anew."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Qwen2, Yarn, initialize
+from openqwen.model.rope import key_turns, rotate
+from openqwen.support.errors import OpenQwenError
+
+CONFIG = ModelConfig(64, 64, 96, 2, 4, 2, rope_theta=1_000.0, initializer_range=0.2)
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("page_size", [4, 16])
+def test_what_is_written_is_read(page_size):
+    k, v = random(9, 2, 16), random(9, 2, 16, seed=1)
+    slots = torch.randperm(3 * page_size, generator=torch.Generator().manual_seed(2))[:9]
+    for format, limit in (("float", 0.0), ("int8", 1 / 250)):
+        cache = Cache(CONFIG, 3, page_size, format)
+        cache.write(1, slots, k, v)
+        for found, written in zip(cache.read(1, torch.arange(3)[None]), (k, v), strict=True):
+            assert found.shape == (1, 3 * page_size, 2, 16)
+            error = (found[0, slots] - written).abs().amax(-1)
+            assert (error <= limit * written.abs().amax(-1)).all()
+        assert not cache.read(0, torch.arange(3)[None])[0].any()
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"), [("float", torch.float32), ("float", torch.bfloat16), ("int8", torch.float32)]
+)
+def test_bytes_of_a_page_are_those_of_the_memory(format, dtype):
+    cache = Cache(CONFIG, 5, 16, format, dtype)
+    tensors = [cache.keys, cache.values, cache.key_scales, cache.value_scales]
+    assert sum(x.nbytes for x in tensors if x is not None) == 5 * Cache.bytes_per_page(CONFIG, 16, format, dtype)
+
+
+@pytest.mark.parametrize("format", ["float", "int8"])
+def test_pages_are_copied_and_cleared_over_all_layers(format):
+    cache = Cache(CONFIG, 4, 4, format)
+    for layer in range(2):
+        cache.write(layer, torch.arange(8), random(8, 2, 16, seed=layer), random(8, 2, 16, seed=9))
+    before = [cache.read(layer, torch.tensor([[0, 1]])) for layer in range(2)]
+    cache.copy([0, 1], [3, 2])
+    cache.clear([0, 1])
+    for layer in range(2):
+        assert not any(x.any() for x in cache.read(layer, torch.tensor([[0, 1]])))
+        for found, wanted in zip(cache.read(layer, torch.tensor([[3, 2]])), before[layer], strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_an_unknown_format_is_named():
+    with pytest.raises(OpenQwenError, match="'int3' is no format"):
+        Cache(CONFIG, 1, 16, "int3")
+
+
+def biased_model(size):
+    model = Qwen2(CONFIG)
+    initialize(model, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for n, layer in enumerate(model.model.layers):
+            bias = layer.self_attn.k_proj.bias.copy_(size * random(32, seed=n))
+            bias.view(2, 2, 8)[:, :, :6] = 0  # as in Qwen2, it is huge where the rotation is slow
+    return model
+
+
+@torch.inference_mode()
+def hidden(model, cache, tokens, calls):
+    table, done, outs = torch.arange(cache.pages)[None], 0, []
+    for new in calls:
+        paged = Paged(cache, table, [done + new], [new])
+        outs.append(model(tokens[done : done + new], torch.arange(done, done + new), paged))
+        done += new
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("page_size", [8, 16])  # the plain path, and the compiled one where there is a compiler
+def test_a_huge_key_bias_ruins_rounded_keys_unless_it_is_taken_off(page_size):
+    model, tokens = biased_model(200.0), torch.randint(0, 64, (90,), generator=torch.Generator().manual_seed(4))
+    calls, pages = [60, 1, 1, 28], 96 // page_size
+    exact = hidden(model, Cache.of(model, pages, page_size), tokens, calls)
+    ours = hidden(model, Cache.of(model, pages, page_size, "int8"), tokens, calls)
+    naive = hidden(model, Cache(CONFIG, pages, page_size, "int8"), tokens, calls)
+    error, ruin = ((x - exact).norm() / exact.norm() for x in (ours, naive))
+    assert error < 0.02
+    assert ruin > 10 * error
+
+
+def test_the_bias_of_an_adapted_model_is_found():
+    from openqwen.model.lora import LoraConfig, add_adapters
+
+    model = biased_model(3.0)
+    plain = Cache.of(model, 1, 16, "int8").key_bias_NKd
+    add_adapters(model, LoraConfig(rank=2), torch.Generator().manual_seed(0))
+    assert torch.equal(Cache.of(model, 1, 16, "int8").key_bias_NKd, plain)
+
+
+WAYS = [None, LongContext(Yarn(2.0, 16)), LongContext(Yarn(4.0, 16)), LongContext(dual_chunk=DualChunk(28, 4))]
+
+
+@pytest.mark.parametrize("format", ["float", "int8"])
+@pytest.mark.parametrize("after", WAYS)
+@pytest.mark.parametrize("before", WAYS)
+def test_keys_turned_anew_are_those_of_the_other_profile(before, after, format):
+    k, v = random(50, 2, 16), random(50, 2, 16, seed=1)
+    pages, slots = [6, 1, 4, 2], None
+    table = torch.tensor(pages)
+    slots = table[torch.arange(50) // 16] * 16 + torch.arange(50) % 16
+    caches = [Cache(CONFIG, 7, 16, format) for _ in range(2)]
+    for cache, way in zip(caches, (before, after), strict=True):
+        for layer in range(2):
+            cache.write(layer, slots, rotate(k, *key_turns(torch.arange(50), CONFIG, way)), v)
+    caches[0].rerotate(pages, 50, before, after)
+    for layer in range(2):
+        (mine, values), (wanted, same) = (cache.read(layer, table[None]) for cache in caches)
+        assert torch.equal(values, same)
+        assert_close(mine, wanted, rtol=1e-5, atol=1e-5 if format == "float" else 0.06)
