@@ -63,7 +63,7 @@ def chat(
     talk = Chat(engine, sampling, system)
     with _history():
         if sys.stdin.isatty():
-            console.print(f"[dim]{model}. {_KEYS} /help lists commands.[/dim]")
+            console.print(f"{Path(model).name}. {_KEYS} /help lists commands.", style="dim", soft_wrap=False)
         while talk.turn():
             pass
 
@@ -147,7 +147,7 @@ class Chat:
     def _help(self, _: str) -> None:
         for name, (argument, text) in _COMMANDS.items():
             console.print(f"  {f'/{name} {argument}':<20}{text}", markup=False)
-        console.print(_KEYS)
+        console.print(_KEYS, soft_wrap=False)
 
     def _new(self, _: str) -> None:
         self.messages = []
@@ -159,7 +159,9 @@ class Chat:
             console.print("The checkpoint's own." if self.system is None else self.system, markup=False)
 
     def _set(self, text: str) -> None:
-        names = [f.name for f in dataclasses.fields(Sampling) if type(f.default) in _EXAMPLES]
+        names = [
+            f.name for f in dataclasses.fields(Sampling) if type(f.default) in _EXAMPLES and f.name != "top_logprobs"
+        ]
         if not text:
             for name in names:
                 console.print(f"  {name:<20}{getattr(self.sampling, name)}")
