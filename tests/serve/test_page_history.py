@@ -40,6 +40,7 @@ def test_a_reload_while_an_answer_comes(page, stub):  # noqa: F811
 def test_a_reload_right_after_sending(page, stub):  # noqa: F811
     stub.pause, stub.answers = 0.5, ["slow answer"]
     page.fill("#composer-text", "Just sent")
+    page.wait_for_selector("#send:not([disabled])")
     page.evaluate("document.querySelector('#send').click(); location.reload()")
     page.locator(".turn.user").wait_for()
     assert texts(page, ".turn.user .plain") == ["Just sent"]
@@ -83,7 +84,8 @@ def test_export_and_import(page, stub, chromium, tmp_path):  # noqa: F811
     file = tmp_path / waiting.value.suggested_filename
     waiting.value.save_as(file)
     saved = json.loads(file.read_text())
-    assert saved["format"] == "openqwen.conversations" and len(saved["conversations"]) == 1
+    assert saved["format"] == "openqwen.conversations"
+    assert len(saved["conversations"]) == 1
     page.set_input_files("input[type=file]", file)  # again into the same browser: the same conversation
     page.get_by_text("One conversation is imported.").wait_for()
     assert page.locator("#sidebar .list li").count() == 1

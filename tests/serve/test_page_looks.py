@@ -4,7 +4,18 @@ import pytest
 from browser import chromium, context, load, page, say, settings, settled, stub, texts  # noqa: F401
 from stub_api import PAGE
 
-LONG = "A " + "verylongword" * 30 + " `" + "code" * 60 + "`\n\n```\n" + "x" * 300 + "\n```\n\n|" + "a|" * 30 + "\n|" + "-|" * 30
+LONG = (
+    "A "
+    + "verylongword" * 30
+    + " `"
+    + "code" * 60
+    + "`\n\n```\n"
+    + "x" * 300
+    + "\n```\n\n|"
+    + "a|" * 30
+    + "\n|"
+    + "-|" * 30
+)
 
 # Text whose contrast with what is behind it is under WCAG's AA, 4.5 to 1 (3 to 1 for large text).
 FAINT = """() => {
@@ -16,17 +27,21 @@ FAINT = """() => {
     return [...canvas.getImageData(0, 0, 1, 1).data];
   };
   const over = ([r, g, b, a], below) => [r, g, b].map((c, n) => c * a / 255 + below[n] * (1 - a / 255));
-  const behind = (node) => node ? over(rgba(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
-  const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, w, n) => sum + w * ((c[n] / 255) <= 0.03928 ? c[n] / 255 / 12.92 : ((c[n] / 255 + 0.055) / 1.055) ** 2.4), 0);
+  const behind = (node) => node
+    ? over(rgba(getComputedStyle(node).backgroundColor), behind(node.parentElement)) : [255, 255, 255];
+  const linear = (c) => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, w, n) => sum + w * linear(c[n] / 255), 0);
   const found = [];
   for (const node of document.querySelectorAll("body *")) {
     const words = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
-    if (!words || !node.checkVisibility({opacityProperty: true}) || node.closest(".offscreen, :disabled, noscript")) continue;
+    if (!words || !node.checkVisibility({opacityProperty: true})) continue;
+    if (node.closest(".offscreen, :disabled, noscript")) continue;
     const style = getComputedStyle(node);
     const ground = behind(node);
     const [a, b] = [light(over(rgba(style.color), ground)), light(ground)].sort((x, y) => y - x);
     const large = parseFloat(style.fontSize) >= 24;
-    if ((a + 0.05) / (b + 0.05) < (large ? 3 : 4.5)) found.push([node.textContent.slice(0, 40), (a + 0.05) / (b + 0.05)]);
+    const contrast = (a + 0.05) / (b + 0.05);
+    if (contrast < (large ? 3 : 4.5)) found.push([node.textContent.slice(0, 40), contrast]);
   }
   return found;
 }"""
@@ -39,7 +54,10 @@ NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, sele
 
 def busy_page(page, stub):  # noqa: F811
     """A conversation with all kinds of things in it."""
-    stub.answers = ["# T\n\ntext [l](https://a.b) `c`\n\n```py\n# remark\nx = 'a' + 1\n```\n\n> q\n\n|a|\n|-|\n|b|", LONG]
+    stub.answers = [
+        "# T\n\ntext [l](https://a.b) `c`\n\n```py\n# remark\nx = 'a' + 1\n```\n\n> q\n\n|a|\n|-|\n|b|",
+        LONG,
+    ]
     say(page, "Question")
     stub.refusals = [(400, "No.", {})]
     say(page, "Again")
@@ -80,7 +98,9 @@ def test_no_scrolling_sideways(page, stub, width):  # noqa: F811
     for selector in ("html", "#scroller", "#composer", "#top"):
         sizes = page.evaluate(f"(({{scrollWidth: a, clientWidth: b}}) => [a, b])(document.querySelector('{selector}'))")
         assert sizes[0] <= sizes[1], selector
-    edge = page.evaluate("Math.max(...[...document.querySelectorAll('.turn')].map((n) => n.getBoundingClientRect().right))")
+    edge = page.evaluate(
+        "Math.max(...[...document.querySelectorAll('.turn')].map((n) => n.getBoundingClientRect().right))"
+    )
     assert edge <= width
     assert page.locator("#composer .box").bounding_box()["x"] >= 0
 
@@ -88,7 +108,7 @@ def test_no_scrolling_sideways(page, stub, width):  # noqa: F811
 def test_on_a_phone_the_side_panels_slide_in(page, stub):  # noqa: F811
     page.set_viewport_size({"width": 390, "height": 780})
     say(page, "Hello")
-    assert page.locator("#sidebar").is_hidden()
+    page.locator("#sidebar").wait_for(state="hidden")
     page.click("#open-sidebar")
     page.locator("#sidebar .open").wait_for()
     page.keyboard.press("Escape")
@@ -120,7 +140,8 @@ def test_everything_comes_from_the_package(page, stub, context):  # noqa: F811
     load(page, stub)
     stub.answers = ["![pixel](https://evil.example/p.png) https://evil.example"]
     say(page, "Hi")
-    assert asked and all(url.startswith(stub.url) for url in asked)
+    assert asked
+    assert all(url.startswith(stub.url) for url in asked)
     assert {url.rpartition("/")[2] for url in asked} >= {p.name for p in PAGE.iterdir() if p.suffix in (".js", ".css")}
     assert not [p for p in PAGE.iterdir() if len(p.read_text().splitlines()) >= 500]
 

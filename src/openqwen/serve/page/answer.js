@@ -5,6 +5,14 @@ import { before, messages, stamp } from "./tree.js";
 
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "seed"];
 const running = new Map(); // turn id -> AbortController
+let leaving = false; // the page goes, and its connections with it: no fault of theirs
+
+for (const name of ["beforeunload", "pagehide"]) {
+  addEventListener(name, () => {
+    leaving = true;
+    setTimeout(() => (leaving = false), 1000);
+  });
+}
 
 export const isRunning = (node) => running.has(node.id);
 export const stop = (node) => running.get(node.id)?.abort();
@@ -61,7 +69,7 @@ export async function answer(conversation, node, onchange) {
     }
     node.finish ??= "stop";
   } catch (error) {
-    node.finish = error.name === "AbortError" ? "stopped" : "error";
+    node.finish = leaving ? "interrupted" : error.name === "AbortError" ? "stopped" : "error";
     if (node.finish === "error") {
       const { message, advice = "Change the settings.", status = 0, retry = null } = error;
       node.error = { message, advice, status, retry };

@@ -74,7 +74,7 @@ export function exported(conversations) {
 
 /** Theme, export of all, import. */
 export function fillFoot(place, all, act) {
-  const file = h("input", { type: "file", accept: ".json,.jsonl", class: "offscreen", tabindex: "-1", "aria-label": "File to import" });
+  const file = h("input", { type: "file", accept: ".json,.jsonl", hidden: true, "aria-label": "File to import" });
   file.addEventListener("change", async () => {
     try {
       for (const one of file.files) act.bring(fromFile(await one.text()));

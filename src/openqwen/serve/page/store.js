@@ -14,7 +14,11 @@ export class Store {
     this.unsaved = new Map(); // conversation id -> ids of turns not yet on disk
     this.writing = new Map(); // the same, on their way
     this.timer = 0;
+    this.tail = Promise.resolve();
+    this.onchange = onchange;
+    const opened = new Promise((resolve) => (this.opened = resolve));
     channel?.addEventListener("message", async ({ data }) => {
+      await opened; // another tab may write before this one has read
       await this.reload(data.id);
       onchange(data.id);
     });
@@ -35,6 +39,7 @@ export class Store {
       this.durable = false;
     }
     this.readJournal();
+    this.opened();
   }
 
   transact(mode, act) {
@@ -62,9 +67,15 @@ export class Store {
     return this.flush();
   }
 
-  async flush() {
+  /** Write all that is unsaved, after what is being written. */
+  flush() {
     clearTimeout(this.timer);
     this.timer = 0;
+    this.tail = this.tail.then(() => this.writeAll());
+    return this.tail;
+  }
+
+  async writeAll() {
     for (const [id, turns] of [...this.unsaved]) {
       this.unsaved.delete(id);
       this.writing.set(id, turns);
@@ -77,18 +88,21 @@ export class Store {
   async write(id) {
     const ours = this.conversations.get(id);
     if (!ours || !this.durable) return;
+    let more = false;
     try {
       // Read and write in one transaction: turns that another tab has added meanwhile stay.
       await this.transact("readwrite", (store) => {
         const request = store.get(id);
         request.onsuccess = () => {
           const union = request.result ? merge(ours, request.result) : ours;
+          more = Object.keys(union.nodes).length > Object.keys(ours.nodes).length;
           ours.nodes = { ...union.nodes, ...ours.nodes };
           store.put(structuredClone(union));
         };
         return request;
       });
       channel?.postMessage({ id });
+      if (more) this.onchange(id);
     } catch (error) {
       if (error?.name === "QuotaExceededError") this.onfull?.();
       else this.durable = false;
