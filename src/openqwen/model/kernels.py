@@ -45,6 +45,11 @@ def follow_torch() -> None:
         _width = count
 
 
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor begins, for a `c_void_p`; None where there is none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def linear() -> Callable[..., Any] | None:
     """`openqwen_linear` of native/linear.cpp, on as many threads as PyTorch has; None where there are no kernels."""
     follow_torch()
