@@ -115,6 +115,12 @@ def test_the_verdict_states_law_interval_and_reach():
     assert size == pytest.approx(1e8)
     assert low < truth < high
     assert result["notes"][0].startswith("Learning rate for 1e+08 parameters and 1e+08 tokens:")
+    assert not any("not identified" in note for note in result["notes"])
+    noisy = [cell | {"loss": cell["loss"] + 0.1 * (n * 7 % 5)} for n, cell in enumerate(law_cells())]
+    doubts = judge(noisy, config, 1)["notes"]
+    assert any("not identified: the interval spans a factor of" in note for note in doubts)
+    low_batches = [cell for cell in law_cells() if cell["batch_tokens"] < 0.5 * cell["tokens"] ** 0.6 * 1.5]
+    assert any("hold at a batch size on the edge" in note for note in judge(low_batches, config, 1)["notes"])
     assert "62 times the largest network and 25 times the data" in result["notes"][-1]
     assert json.dumps(result, allow_nan=False)
 

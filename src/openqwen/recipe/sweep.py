@@ -25,6 +25,7 @@ from openqwen.train.sweep import SweepConfig, run_cells
 HELP = "Fit a scaling law for learning rate and batch size to many small trainings (pretrain --sweep)."
 _PAGE = Path(__file__).parent / "report" / "templates" / "sweep.html"
 _SHAKY = 0.9  # share of the bootstrap's draws that must give a law
+_WIDE = 10  # upper over lower end of an interval that says nothing
 
 
 def run_sweep(work: Work) -> dict[str, float]:
@@ -75,6 +76,10 @@ def judge(records: Sequence[dict[str, Any]], config: SweepConfig, seed: int) -> 
     notes = []
     for name, fit, fault in zip(("learning rate", "batch size"), fits, faults, strict=True):
         notes += _notes(name, fit, fault, optima, target)
+    if conditional := sum(not rate and bool(batch) for rate, batch in zip(*faults, strict=True)):
+        notes.append(
+            f"{conditional} of the learning rates hold at a batch size on the edge of the grid, not at the best."
+        )
     sizes, amounts = max(c.parameters for c in cells), max(c.tokens for c in cells)
     if target[0] > 10 * sizes or target[1] > 10 * amounts:
         notes.append(
@@ -104,6 +109,10 @@ def _notes(name: str, fit: Fit, faults: list[str], optima: list[Optimum], target
         ]
         if fit.held < _SHAKY:
             lines.append(f"That is doubtful: only {fit.held:.0%} of the resamples gave a law for the {name}.")
+        if high >= _WIDE * low:
+            lines.append(
+                f"That is not identified: the interval spans a factor of {high / low:,.0f}. It needs more cells."
+            )
         for what, exponent in (("size", fit.law.of_parameters), ("amount of data", fit.law.of_tokens)):
             if math.isnan(exponent):
                 lines.append(f"Optima are known at one {what} only: how the {name} depends on it is not.")
