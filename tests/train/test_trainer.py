@@ -401,3 +401,16 @@ def test_frozen_weights_are_neither_moved_nor_saved(tmp_path):
     assert {n.rpartition(".")[2] for n in load_file(saved)} == {"lora_A", "lora_B"}
     one.run()
     assert all(torch.equal(before[n], p) for n, p in one.model.named_parameters() if n in before)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(tmp_path):
+    runs = []
+    for compiled in (False, True):
+        one = trainer(tmp_path / str(compiled), steps=3)
+        one.optimizer.compile = compiled
+        one.run()
+        log = (tmp_path / str(compiled) / "metrics.jsonl").read_text().splitlines()
+        runs.append([json.loads(line)["loss"] for line in log])
+        assert not any("_orig_mod" in name for name in one.model.state_dict())
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)

@@ -37,6 +37,7 @@ class StageCurves:
 
 # (field, title, level of reference, fixed bounds); a stage shows those that its metrics have.
 _EXTRAS: tuple[tuple[str, str, tuple[float, str] | None, tuple[float, float] | None], ...] = (
+    ("validation_loss", "Held-out loss", None, None),
     ("accuracy", "Accuracy (chosen above rejected)", (0.5, "chance"), (0.0, 1.0)),
     ("margin", "Margin (chosen − rejected)", (0.0, ""), None),
     ("reward", "Reward of its own answers", None, None),
