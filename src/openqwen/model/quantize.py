@@ -107,7 +107,7 @@ class PackedMatrix(nn.Module):
         called = (self.packed.data_ptr(), weight, before)
         if called != self._called:
             kind = 1 if norm is not None else 2 if before is swiglu else 0
-            bias, eps = 0 if self.bias is None else self.bias.data_ptr(), 0.0 if norm is None else norm.eps
+            bias, eps = kernels.address(self.bias) or 0, 0.0 if norm is None else norm.eps
             values = (called[0], bias, weight, self.inputs, self.outputs, self.form.bits, kind, eps)
             self._call = torch.frombuffer(bytearray(struct.pack("=7qd", *values)), dtype=torch.int64).clone()
             self._called = called
