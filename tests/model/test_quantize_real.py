@@ -1,4 +1,4 @@
-"""Quantised weights of the real checkpoint: what they cost, on our own code (benchmarks/perplexity.py measures more)."""
+"""Quantised weights of the real checkpoint: what they cost, on code of ours (benchmarks/perplexity.py has more)."""
 
 import os
 from pathlib import Path
