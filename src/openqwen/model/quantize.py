@@ -106,6 +106,8 @@ class PackedMatrix(nn.Module):
         weight = 0 if norm is None else norm.weight.data_ptr()
         called = (self.packed.data_ptr(), weight, before)
         if called != self._called:
+            if {x.dtype for x in (self.bias, norm and norm.weight) if x is not None} - {torch.float32}:
+                raise OpenQwenError("A quantised model was cast.", do="leave it in float32, which it computes in")
             kind = 1 if norm is not None else 2 if before is swiglu else 0
             bias, eps = kernels.address(self.bias) or 0, 0.0 if norm is None else norm.eps
             values = (called[0], bias, weight, self.inputs, self.outputs, self.form.bits, kind, eps)
