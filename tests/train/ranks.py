@@ -55,7 +55,8 @@ class Watched(Trainer):
     def _norm_and_scale(self, count):
         if self.gradient is None:
             found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-            self.gradient = {n: whole_tensor(g).detach().to_dense() / count for n, g in found.items()}
+            dense = {n: g.to_dense() if g.is_sparse else whole_tensor(g).clone() for n, g in found.items()}
+            self.gradient = {n: g / count for n, g in dense.items()}
         return super()._norm_and_scale(count)
 
 

@@ -68,9 +68,9 @@ def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
     for line in advice:
         console.print(line, markup=False)
     console.print(
-        f"An estimate in float32 at {device.share:.0%} of {device.flops / 1e12:.3g} TFLOPS: memory within about 15 %, "
-        "time within a factor of two. GiB of one device: weights, gradients, optimizer states, activations, scores of "
-        "the vocabulary, and what is gathered to work on.",
+        f"An estimate. GiB of one device in float32: weights, gradients, optimizer states, activations, scores of the "
+        f"vocabulary, what is gathered to work on. Time: arithmetic at {device.share:.0%} of {device.flops / 1e12:.3g} "
+        "TFLOPS, with the links at their makers' word; data and generation are not in it.",
         markup=False,
     )
 

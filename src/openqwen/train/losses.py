@@ -1,5 +1,6 @@
 """Losses return (sum, count); only the trainer divides (law 2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,15 +24,18 @@ class Loss:
 
 def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Tensor:
     """Log-probabilities [N] of the rows' targets; `routing` is filled by experts."""
-    score = world_of(model).dealt(lambda hidden_ND, targets_N: log_probs(hidden_ND, model.head_VD, targets_N))
-    return score(_predicting(model, rows, routing), rows.targets)
+    return _scored(model, rows, routing, log_probs)
 
 
-def _predicting(model: Qwen2, rows: Rows, routing: Routing | None) -> Tensor:
-    """Hidden states [N, D] that predict the rows' targets."""
+def _scored(
+    model: Qwen2, rows: Rows, routing: Routing | None, score: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """What `score` makes of the hidden states [N, D] that predict, the head, and the targets [N]; ranks share it."""
     hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
     # Where every token predicts one (pre-training), copying the rows would be waste.
-    return hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
+    picked_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
+    shared = world_of(model).dealt(lambda hidden_ND, targets_N: score(hidden_ND, model.head_VD, targets_N))
+    return shared(picked_ND, rows.targets)
 
 
 def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
@@ -43,10 +47,7 @@ def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
 
 def next_token(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Loss:
     """Cross-entropy of every target: pre-training and SFT; `routing` is filled by experts."""
-    if world_of(model).copies > 1:  # ranks that hold the same rows score a part each
-        return Loss(-token_log_probs(model, rows, routing).sum(), len(rows.targets))
-    hidden_ND = _predicting(model, rows, routing)
-    return Loss(cross_entropy(hidden_ND, model.head_VD, rows.targets), len(rows.targets))
+    return Loss(_scored(model, rows, routing, cross_entropy), len(rows.targets))
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:
