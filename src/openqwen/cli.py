@@ -23,6 +23,7 @@ RECIPE_VERBS = {
     "chat": "Talk to a model in the terminal.",
     "serve": "Serve a model over HTTP: OpenAI's API and a chat page.",
     "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
+    "quantize": "Weights of 8 or 4 bits, for a CPU: openqwen quantize SOURCE TARGET --to int8.",
     "report": "Write the HTML report of a run folder.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
     "bench": "Measure a claimed speed on this machine, beside a peer: openqwen bench serve --help.",
@@ -79,6 +80,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
             "chat": _chat,
             "serve": _serve,
             "convert": _convert,
+            "quantize": _quantize,
             "report": _report,
             "preview": _preview,
             "verify": _verify,
@@ -227,6 +229,14 @@ def _convert(arguments: Sequence[str]) -> None:
     from openqwen.recipe.convert import convert
 
     tyro.cli(convert, args=list(arguments), prog="openqwen convert", description=RECIPE_VERBS["convert"])
+
+
+def _quantize(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.quantize import quantize
+
+    tyro.cli(quantize, args=list(arguments), prog="openqwen quantize", description=RECIPE_VERBS["quantize"])
 
 
 def _preview(arguments: Sequence[str]) -> None:
