@@ -6,7 +6,8 @@ import sys
 import threading
 
 import pytest
-from conftest import save
+from serving import save
+
 from openqwen.model import Qwen2
 
 
