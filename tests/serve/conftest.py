@@ -1,42 +1,18 @@
-"""A tiny random model, and servers of it: each in a process of its own, on a free port."""
+"""The tiny model, a server for the tests of a module, and servers with flags of a test's own."""
 
-import os
-import re
-import select
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from pydoc_data.topics import topics
 
-import httpx
-import openai
 import pytest
-import torch
+from serving import Server, save
 
-from openqwen.model import ModelConfig, Qwen2, Scorer, initialize, save_checkpoint
+from openqwen.model import Qwen2, Scorer
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
-
-CONTEXT = 1024
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer([topics[name] for name in sorted(topics)[:40]], TokenizerConfig(vocabulary=600))
-
-
-def save(kind, folder, tokenizer, seed):
-    config = ModelConfig(
-        tokenizer.vocab_size, 32, 48, 2, 4, 2, max_position_embeddings=CONTEXT, tie_word_embeddings=True
-    )
-    model = kind(config)
-    initialize(model, torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # sharper than a fresh network, so that answers differ
-        for parameter in model.parameters():
-            parameter.mul_(4.0)
-    save_checkpoint(model, tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -47,61 +23,6 @@ def tiny(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def reward(tokenizer, tmp_path_factory):
     return save(Scorer, tmp_path_factory.mktemp("models") / "reward", tokenizer, 1)
-
-
-class Server:
-    """A running `openqwen serve`, ended by its process id."""
-
-    def __init__(self, *arguments, **environment):
-        port = () if "--port" in arguments else ("--port", "0")
-        command = [sys.executable, "-m", "openqwen.cli", "serve", *map(str, (*arguments, *port))]
-        source = str(Path(__file__).parents[2] / "src")
-        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source, "COLUMNS": "500"} | environment
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=variables)
-        os.set_blocking(self.process.stdout.fileno(), False)
-        self.log = ""
-        self.url = self._wait_for(r"(http://\S+)$").group(1)
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-
-    def _wait_for(self, pattern, seconds=90):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            select.select([self.process.stdout], [], [], 0.2)
-            self.log += (self.process.stdout.read() or b"").decode()
-            if found := re.search(pattern, self.log, re.MULTILINE):
-                return found
-            if self.process.poll() is not None:
-                break
-        raise AssertionError(f"the server did not start:\n{self.log}")
-
-    def client(self, key="none", **options):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
-
-    def metric(self, name):
-        text = self.http.get("/metrics").text
-        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}[{{ ]", line))
-
-    def settles(self, name, value, seconds=30):
-        """Whether a metric comes to a value, or to where a function of it is true."""
-        good = value if callable(value) else lambda seen: seen == value
-        end = time.monotonic() + seconds
-        while not good(self.metric(name)):
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.05)
-        return True
-
-    def stop(self, number=signal.SIGTERM, seconds=60):
-        self.http.close()
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        try:
-            self.process.wait(seconds)
-        finally:
-            self.process.kill()
-        self.log += (self.process.stdout.read() or b"").decode()
-        self.process.stdout.close()
-        return self.process.returncode
 
 
 @pytest.fixture(scope="module")

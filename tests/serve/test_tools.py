@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from openqwen.serve.tools import CLOSE, OPEN, Arguments, Call, Text, ToolCalls
 
 
-def read(*chunks):
+def read(*chunks, names=()):
     """(text, [(name, arguments)]) of the chunks, and what came in pieces must be in order."""
-    machine = ToolCalls()
+    machine = ToolCalls(names)
     pieces = [piece for chunk in chunks for piece in machine.push(chunk)] + machine.finish()
     text, calls = "", []
     for piece in pieces:
@@ -40,7 +40,8 @@ MESSY = st.lists(PARTS, max_size=30).map("".join)
 def test_any_cutting_gives_the_same(text, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-    assert read(*chunks) == read(text) == read(*text)
+    for names in ((), ["f", "g"]):
+        assert read(*chunks, names=names) == read(text, names=names) == read(*text, names=names)
 
 
 VALUES = st.recursive(
@@ -89,6 +90,24 @@ def test_calls_come_out_as_they_were_written(calls, indent, before):
 def test_examples(text, expected):
     assert read(text) == expected
     assert read(*text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"name": "f", "arguments": {"a": 1}}', ("", [("f", '{"a": 1}')])),
+        ('\n{"name": "f"}\n{"name": "g", "arguments": {}}', ("", [("f", "{}"), ("g", "{}")])),
+        (call("f", "{}") + '{"name": "g"}', ("", [("f", "{}"), ("g", "{}")])),
+        ('{"name": "h", "arguments": {}}', ('{"name": "h", "arguments": {}}', [])),
+        ('{"capital": {"name": "f"}}', ('{"capital": {"name": "f"}}', [])),
+        ('{"name": 5}', ('{"name": 5}', [])),
+        ('{"name": {"f": 1}} {"name": "f"}', ('{"name": {"f": 1}} {"name": "f"}', [])),
+        ('So: {"name": "f"}', ('So: {"name": "f"}', [])),
+    ],
+)
+def test_calls_without_tags(text, expected):
+    assert read(text, names=["f", "g"]) == expected
+    assert read(*text, names=["f", "g"]) == expected
 
 
 def test_arguments_stream_as_they_come():

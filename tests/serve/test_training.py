@@ -1,9 +1,13 @@
 """What a trainer needs of the server: paused, resumed, given new weights, and every token says which made it."""
 
 import json
+import subprocess
+import sys
 import threading
 
-from conftest import save
+import pytest
+from serving import save
+
 from openqwen.model import Qwen2
 
 
@@ -45,3 +49,25 @@ def test_weights_change_while_answers_are_made(start, tiny, tokenizer, tmp_path)
     fresh = start(tmp_path / "3").http.post("/v1/completions", json=body).json()
     assert fresh["choices"][0]["token_ids"] == new["choices"][0]["token_ids"]
     assert server.metric("openqwen:weights_version") == 3
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_packed_weights_are_served_and_changed(start, tiny, tokenizer, tmp_path, kind):
+    new = save(Qwen2, tmp_path / "1", tokenizer, seed=5)
+    server = start(tiny, "--quantize", kind, "--weights", tmp_path, "--engine.cache", "int8")
+    assert f"; {kind}; " in server.log
+    body = {"prompt": "x", "max_tokens": 20, "ignore_eos": True, "temperature": 0}
+    old = server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert server.http.post("/update_weights", json={"version": 1}).json() == {"version": 1}
+    text = server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert text != old
+    fresh = start(new, "--quantize", kind, "--engine.cache", "int8")
+    assert fresh.http.post("/v1/completions", json=body).json()["choices"][0]["text"] == text
+
+
+def test_a_missing_library_is_named():
+    code = "import sys; sys.modules['fastapi'] = None; from openqwen.cli import main; sys.exit(main(['serve', 'x']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Serving needs the library fastapi" in done.stderr
+    assert "openqwen[serve]" in done.stderr

@@ -70,14 +70,15 @@ class Choice:
 
 
 class Writing:
-    """The answers to one request for text. names: model and system_fingerprint, as the client is told."""
+    """The answers to one request for text. told: the model and system_fingerprint."""
 
-    def __init__(self, request: Options, answers: Answers, prompts: list[list[int]], tokenizer: Tokenizer, names: Json):
+    def __init__(self, request: Options, answers: Answers, prompts: list[list[int]], tokenizer: Tokenizer, told: Json):
         self.request, self.answers, self._prompts, self._tokenizer = request, answers, prompts, tokenizer
         self.chat = isinstance(request, ChatRequest)
-        tools = isinstance(request, ChatRequest) and bool(request.offered)
+        tools = request.offered or [] if isinstance(request, ChatRequest) else []
+        names = [tool["function"]["name"] for tool in tools]
         most = 1 if isinstance(request, ChatRequest) and request.parallel_tool_calls is False else None
-        self.choices = [Choice(ToolCalls() if tools else None, most) for _ in answers.requests]
+        self.choices = [Choice(ToolCalls(names) if tools else None, most) for _ in answers.requests]
         self._n = len(self.choices) // len(prompts)
         asked = request.logprobs  # type: ignore[attr-defined]
         self._logprobs = asked is not None and asked is not False
@@ -88,7 +89,7 @@ class Writing:
             "id": identity("chatcmpl" if self.chat else "cmpl"),
             "object": "chat.completion" if self.chat else "text_completion",
             "created": int(time.time()),
-            **names,
+            **told,
         }
 
     def usage(self) -> Json:

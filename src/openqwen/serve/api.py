@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from openqwen.model import Packed, Scorer, load_model
+from openqwen.model.quantize import QuantizedQwen2, refresh
 from openqwen.serve.answers import Writing
 from openqwen.serve.bridge import Bridge
 from openqwen.serve.errors import ApiError
@@ -154,14 +155,15 @@ class Api:
         folder = self.config.weights and self.config.weights / str(version)
         if folder is None or not folder.is_dir():
             raise ApiError(404, f"There are no weights of version {version}.", "version")
-        new, old = (await asyncio.to_thread(load_model, folder, None)).state_dict(), engine.model.state_dict()
-        if {name: tensor.shape for name, tensor in new.items()} != {name: tensor.shape for name, tensor in old.items()}:
+        new, model = await asyncio.to_thread(load_model, folder), engine.model
+        if new.config != model.config:
             raise ApiError(409, f"The weights of version {version} are of another network.", "version")
 
-        @torch.no_grad()
         def change() -> None:
-            for name, tensor in new.items():
-                old[name].copy_(tensor)
+            if isinstance(model, QuantizedQwen2):
+                refresh(model, new)
+            else:
+                model.load_state_dict(new.state_dict())
             engine.refresh(version)
 
         await self.bridge.call(change)

@@ -1,7 +1,6 @@
 """`openqwen serve MODEL`: load, listen, answer, and leave without dropping anybody."""
 
 import asyncio
-import inspect
 import os
 import pwd
 import secrets
@@ -17,8 +16,10 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from openqwen.engine import Engine, EngineConfig
+from openqwen.engine import Engine
 from openqwen.model import Scorer, load_model, load_scorer
+from openqwen.model.kernels import library as kernels_library
+from openqwen.model.quantize import QuantizedQwen2
 from openqwen.serve.api import Api
 from openqwen.serve.app import application, page
 from openqwen.serve.batches import Batches
@@ -97,19 +98,15 @@ async def _run(
 
 
 def _engine(source: str, config: ServeConfig) -> Engine:
+    settings = config.engine
+    if config.max_context is not None:
+        settings = settings.model_copy(update={"max_context": _tokens(config.max_context)})
     device = config.device or best_device()
-    options: dict[str, Any] = {} if config.quantize is None else {"quantize": config.quantize}
-    if options and "quantize" not in inspect.signature(load_model).parameters:
-        raise OpenQwenError("This version cannot quantize.", where="--quantize")
-    model = load_model(source, device=device, **options)
-    longest = _tokens(config.max_context)
-    return Engine(model, load_tokenizer(source), EngineConfig(max_context=longest))
+    return Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
 
 
-def _tokens(text: str | None) -> int | None:
+def _tokens(text: str) -> int:
     """`128k` is 131,072."""
-    if text is None:
-        return None
     number, unit = (text[:-1], 1024) if text[-1:].lower() == "k" else (text, 1)
     if not number.isdigit():
         raise OpenQwenError(f"'{text}' is no length.", where="--max-context", do="give 32768 or 32k")
@@ -152,7 +149,8 @@ def _become(user: str | None, folder: Path | None) -> None:
 
 def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> None:
     (host, port), model = listener.getsockname()[:2], api.bridge.engine.model
-    form = api.config.quantize or str(model.head_VD.dtype).removeprefix("torch.")
+    form = model.kind if isinstance(model, QuantizedQwen2) else str(model.dtype).removeprefix("torch.")
+    kernels = "compiled kernels" if kernels_library() else "plain PyTorch"
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    parts = [f"{api.names[0]} ({source})", form, f"on {model.device}", f"context {api.max_context:,}"]
+    parts = [f"{api.names[0]} ({source})", form, f"{kernels} on {model.device}", f"context {api.max_context:,}"]
     console.print("; ".join([*parts, "key needed" if keys else "no key needed", where]))

@@ -5,6 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from openqwen.engine import EngineConfig
+
 
 class ServeConfig(BaseModel):
     """Secure unless told otherwise: loopback only, closed to other origins, everything limited."""
@@ -28,4 +30,5 @@ class ServeConfig(BaseModel):
     timeout: float = Field(600.0, gt=0, description="seconds that one answer may take")
     idle: float = Field(20.0, gt=0, description="seconds that a client may take to send a request")
     drain: float = Field(30.0, ge=0, description="seconds that running answers get after SIGTERM")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine")
     user: str | None = Field(None, description="unprivileged user to become when started by root")

@@ -5,6 +5,7 @@ calls come out, and the arguments are the very characters that the model wrote.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
@@ -42,10 +43,13 @@ class ToolCalls:
 
     White space before a call, and after the last one, belongs to the format and is dropped. What opens like a call but
     is none (no JSON object with a name) is given back as text. A call that the answer's end cuts off keeps what it had.
+    names: of functions whose calls are known without a tag too, where the answer is nothing else: Qwen2.5-Coder leaves
+    the tags out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str] = ()) -> None:
         self.count = 0  # calls begun
+        self._names = names  # emptied when something else is said
         self._out: list[Piece] = []
         self._held = ""  # white space, or the beginning of a tag, that may yet belong to a call
         self._state = self._text
@@ -71,6 +75,8 @@ class ToolCalls:
         return out
 
     def _say(self, text: str) -> None:
+        if text:
+            self._names = ()
         last = self._out[-1] if self._out else None
         if isinstance(last, Text):
             self._out[-1] = Text(last.text + text)
@@ -90,6 +96,9 @@ class ToolCalls:
         tag = self._held.lstrip(_SPACE)
         if tag == OPEN:
             self._begin(self._held)
+        elif tag == "{" and self._names:
+            self._begin(self._held)
+            self._bare, self._state = True, self._inside
         elif tag and not OPEN.startswith(tag):
             keep = "<" if character == "<" else ""  # the tag may begin anew with this very character
             kept = self._held.removesuffix(keep)
@@ -101,6 +110,7 @@ class ToolCalls:
         """A tag has opened a call: its characters, its number once its name is known, and the value being read."""
         self._raw, self._held, self._arguments = raw, "", ""
         self._index: int | None = None
+        self._bare = False  # without a tag
         self._key: str | None = None  # None: a key is awaited
         self._token, self._depth, self._quoted, self._escaped = "", 0, False, False
         self._state = self._before
@@ -125,7 +135,7 @@ class ToolCalls:
         elif self._depth or self._key is not None:  # in a value
             if not self._depth and (character in ",}" or (self._token and character in _SPACE)):
                 self._value_ends()
-                if character == "}":
+                if character == "}" and self._state == self._inside:
                     self._end()
             elif self._token or character not in _SPACE:
                 self._depth += (character in "{[") - (character in "}]")
@@ -138,6 +148,8 @@ class ToolCalls:
         elif character == ":" and self._token:
             again = self._token == '"arguments"' and self._arguments
             self._key, self._token = "" if again else self._token, ""
+            if self._bare and self._index is None and self._key != '"name"':
+                self._end()
         elif character == "}" or character not in _SPACE + ",":
             self._end()
 
@@ -149,7 +161,9 @@ class ToolCalls:
 
     def _value_ends(self) -> None:
         """The call begins when its name is whole; arguments that came before the name follow it."""
-        if self._key == '"name"' and self._index is None and self._token.startswith('"'):
+        if self._bare and self._index is None and _unquoted(self._token) not in self._names:
+            self._end()
+        elif self._key == '"name"' and self._index is None and self._token.startswith('"'):
             self._index, self.count = self.count, self.count + 1
             self._out.append(Call(self._index, _unquoted(self._token)))
             self._argue(self._arguments)
@@ -163,7 +177,7 @@ class ToolCalls:
             self._state = self._text
         else:
             self._argue("" if self._arguments else "{}")
-            self._token, self._state = "", self._after
+            self._token, self._state = "", self._text if self._bare else self._after
 
     def _after(self, character: str) -> None:
         """Between the object's end and the closing tag; another call may open without one."""
