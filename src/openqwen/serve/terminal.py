@@ -159,9 +159,8 @@ class Chat:
             console.print("The checkpoint's own." if self.system is None else self.system, markup=False)
 
     def _set(self, text: str) -> None:
-        names = [
-            f.name for f in dataclasses.fields(Sampling) if type(f.default) in _EXAMPLES and f.name != "top_logprobs"
-        ]
+        names = [f.name for f in dataclasses.fields(Sampling) if type(f.default) in _EXAMPLES]
+        names.remove("top_logprobs")
         if not text:
             for name in names:
                 console.print(f"  {name:<20}{getattr(self.sampling, name)}")
