@@ -1,11 +1,10 @@
 """Perplexity of quantised weights against the source in float32, on 100 kB of real text and code.
 
-    python benchmarks/perplexity.py [--kinds int8 int4] [--calibrate] [--threads 2] [--kilobytes 100]
+    python benchmarks/perplexity.py [--kinds int8 int4] [--threads 2] [--kilobytes 100]
 
-Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA. Half of the bytes is speeches,
-half is programs (HumanEval, MBPP), read in windows of 1,024 tokens. --calibrate: with second moments of other text
-(books, word problems). Prints, for each kind: bits a weight that a decoded token reads, perplexity of text, code and
-both, and how much more that is than the source's.
+Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA. Half of the bytes are of
+speeches, half of programs (HumanEval, MBPP), read in windows of 1,024 tokens. Prints, for each kind: bits of a weight
+that a decoded token reads, perplexity of text, of code and of both, and how much more that is than the source's.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,6 @@ def held_out(bytes_each: int) -> dict[str, str]:
     return {name: text.encode()[:bytes_each].decode(errors="ignore") for name, text in texts.items()}
 
 
-def calibration() -> list[str]:
-    """Other text: beginnings of books and word problems."""
-    books = [record["text"][20_000:24_000] for record, _ in zip(records("corpus/books_en_train_1.jsonl.gz"), range(16))]
-    problems = [
-        record["question"] + record["answer"] for record, _ in zip(records("eval/gsm8k_train.jsonl.gz"), range(32))
-    ]
-    return [*books, "\n\n".join(problems)]
-
-
 @torch.inference_mode()
 def nats(model: Any, ids: torch.Tensor) -> list[float]:
     """The surprise at each token but the first of its window."""
@@ -75,11 +66,10 @@ def perplexity(surprises: list[float]) -> float:
 def main() -> None:
     """See the module."""
     from openqwen import load_model, load_tokenizer
-    from openqwen.model.quantize import bits_per_weight, quantize, second_moments
+    from openqwen.model.quantize import bits_per_weight, quantize
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="*", default=["int8", "int4"])
-    parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kilobytes", type=int, default=100)
     options = parser.parse_args()
@@ -88,17 +78,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     tokenizer, source = load_tokenizer(CHECKPOINT), load_model(CHECKPOINT)
     ids = {name: torch.tensor(tokenizer.encode(text)) for name, text in held_out(500 * options.kilobytes).items()}
-    matters = None
-    if options.calibrate:
-        matters = second_moments(source, [torch.tensor(tokenizer.encode(text))[:WINDOW] for text in calibration()])
     print(f"{sum(map(len, ids.values())):,} tokens; {'':>14}" + "".join(f"{name:>18}" for name in (*ids, "both")))
     base: list[float] = []
     for kind in ("float32", *options.kinds):
         start = time.perf_counter()
-        model = source if kind == "float32" else quantize(source, kind, matters)
+        model = source if kind == "float32" else quantize(source, kind)
         made = time.perf_counter() - start
         surprises = [nats(model, part) for part in ids.values()]
-        found = [perplexity(part) for part in (*surprises, sum(surprises, []))]
+        found = [perplexity(part) for part in (*surprises, [*chain(*surprises)])]
         base = base or found
         bits = 32 if kind == "float32" else bits_per_weight(model)
         columns = "".join(f"{ours:10.4f} {100 * (ours / its - 1):+6.2f}%" for ours, its in zip(found, base))

@@ -22,6 +22,7 @@ RECIPE_VERBS = {
     "run": "Run a whole recipe: raw text in, an aligned chat model out. Resumable.",
     "chat": "Talk to a model in the terminal.",
     "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
+    "quantize": "Weights of 8 or 4 bits, for a CPU: openqwen quantize SOURCE TARGET --to int8.",
     "report": "Write the HTML report of a run folder.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
     "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
@@ -75,6 +76,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
             "run": _run,
             "chat": _chat,
             "convert": _convert,
+            "quantize": _quantize,
             "report": _report,
             "preview": _preview,
             "verify": _verify,
@@ -203,6 +205,14 @@ def _convert(arguments: Sequence[str]) -> None:
     from openqwen.recipe.convert import convert
 
     tyro.cli(convert, args=list(arguments), prog="openqwen convert", description=RECIPE_VERBS["convert"])
+
+
+def _quantize(arguments: Sequence[str]) -> None:
+    import tyro
+
+    from openqwen.recipe.quantize import quantize
+
+    tyro.cli(quantize, args=list(arguments), prog="openqwen quantize", description=RECIPE_VERBS["quantize"])
 
 
 def _preview(arguments: Sequence[str]) -> None:

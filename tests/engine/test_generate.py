@@ -7,7 +7,8 @@ import torch
 from tiny import model, plain_greedy, prompts, scores, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
-from openqwen.model import DualChunk, Yarn
+from openqwen.model import DualChunk, LongContext, Yarn
+from openqwen.model.quantize import quantize
 from openqwen.support.errors import OpenQwenError
 
 WORDS = tokenizer()
@@ -68,6 +69,20 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(network):
         same(answers(network, [asked[n]], sampling, [n])[0], [together[n]])
     other, _ = answers(network, asked, sampling, range(12, 24))
     assert [o.token_ids for o in other] != [o.token_ids for o in together]
+
+
+@pytest.mark.parametrize(("kind", "cache"), [("int8", "float"), ("int4", "int8")])
+def test_where_rows_are_apart_neighbours_guesses_and_the_cache_change_no_bit(kind, cache):
+    """Packed weights and the compiled attention give a row the same bits whatever shares the call."""
+    network = quantize(model(width=64), kind)
+    asked, seeds = [*prompts(10, seed=5), [5, 6, 7, 8] * 6], list(range(11))
+    for sampling in (Sampling(max_tokens=30), Sampling(max_tokens=30, temperature=1.0, top_p=0.9)):
+        alone = [answers(network, [p], sampling, [s], cache=cache)[0][0] for p, s in zip(asked, seeds)]
+        for config in ({}, {"token_budget": 9}, {"speculate": 5, "draft_below": 99}, {"cache_bytes": 2**18}):
+            together, _ = answers(network, asked, sampling, seeds, cache=cache, **config)
+            for one, other in zip(alone, together):
+                assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+                assert one.request.drawn_logprobs == other.request.drawn_logprobs
 
 
 def test_preempted_equals_undisturbed_and_nothing_streamed_is_retracted(network):
@@ -250,10 +265,29 @@ def test_embeddings_are_the_last_hidden_states(network):
 
 
 def test_a_request_at_yarn_factor_one_or_below_one_chunk_is_the_plain_one_to_the_bit():
-    from openqwen.model import LongContext
-
     network, asked = model(), prompts(4, seed=7)
     plain, _ = answers(network, asked, Sampling(max_tokens=20))
     for context in (LongContext(Yarn(1.0, 16)), LongContext(dual_chunk=DualChunk(120, 20))):
         other, _ = answers(network, asked, replace(Sampling(max_tokens=20), long_context=context))
         assert [(o.token_ids, o.logprobs) for o in other] == [(o.token_ids, o.logprobs) for o in plain]
+
+
+def test_each_request_is_stretched_as_far_as_it_needs_and_no_further():
+    network, window = model(max_position_embeddings=64), 64
+    asked = [*prompts(3, seed=7, longest=30), [(7 * n) % 250 for n in range(150)], [(7 * n) % 250 for n in range(90)]]
+    sampling = Sampling(max_tokens=20, ignore_eos=True)
+    plain, _ = answers(network, asked[:3], sampling)
+    same_bits, _ = answers(network, asked[:3], sampling, max_context=256)
+    assert [(o.token_ids, o.logprobs) for o in same_bits] == [(o.token_ids, o.logprobs) for o in plain]
+    engine = Engine(network, WORDS, EngineConfig(max_context=256))
+    requests = [engine.submit(prompt, sampling) for prompt in asked]
+    while engine.busy:
+        engine.step()
+    assert [r.long_context.yarn and r.long_context.yarn.factor for r in requests] == [None, None, None, 4.0, 2.0]
+    assert [r.output_ids for r in requests[:3]] == [o.token_ids for o in plain]
+    assert requests[4].cached_tokens == 0  # the same tokens, turned otherwise
+    for request in requests[3:]:
+        stretched = model(max_position_embeddings=64, yarn=Yarn(request.long_context.yarn.factor, window))
+        ids = request.prompt_ids + request.output_ids
+        truth = torch.log_softmax(scores(stretched, ids), -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
+        assert request.logprobs == pytest.approx(truth[len(request.prompt_ids) - 1 :].tolist(), abs=1e-4)

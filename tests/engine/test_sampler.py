@@ -14,7 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from openqwen.engine import Sampling
+from openqwen.engine import Sampling, sampler
 from openqwen.engine.penalties import penalise
 from openqwen.engine.sampler import Row, choose, draws, seed_of_sample, top_of
 
@@ -134,3 +134,20 @@ def test_the_largest_are_found_without_a_sort(count, width, seed):
     expected = scores_RV.topk(count, dim=-1)
     assert values.tolist() == expected.values.tolist()
     assert scores_RV.gather(1, ids).tolist() == values.tolist()
+
+
+@given(st.sampled_from([33, 320, 5120]), st.sampled_from([0.2, 1.0, 3.0]), st.integers(0, 9), st.booleans())
+@settings(deadline=None)
+def test_block_sums_in_plain_pytorch_and_in_cpp(width, temperature, seed, masked):
+    scores_RV = random_scores(3, width, 8.0, seed)
+    if masked:
+        scores_RV[:, width // 3 :] = -torch.inf
+    temperature_R = torch.full((3,), temperature)
+    truth_R = torch.logsumexp(scores_RV.double() / temperature, -1)
+    for kernel in (sampler._kernel, lambda: None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler, "_kernel", kernel)
+            peak_R, sums_RB = sampler.block_sums(scores_RV, temperature_R)
+            assert torch.equal(peak_R, scores_RV.amax(-1))
+            assert (peak_R / temperature + sums_RB.sum(-1).log()).tolist() == pytest.approx(truth_R.tolist(), rel=1e-5)
+            assert sampler.normalizers(scores_RV, temperature_R).tolist() == pytest.approx(truth_R.tolist(), rel=1e-6)

@@ -16,10 +16,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(vocabulary, [(ids[a], ids[b]) for a, b in MERGES])
 
 
-def model(seed: int = 0, noise: float = 0.15, rows: int = 320, **options) -> Qwen2:
-    config = ModelConfig(
-        rows, 32, 48, 2, 4, 2, **({"max_position_embeddings": 128, "tie_word_embeddings": True} | options)
-    )
+def model(seed: int = 0, noise: float = 0.15, width: int = 32, **options) -> Qwen2:
+    defaults = {"max_position_embeddings": 128, "tie_word_embeddings": True}
+    config = ModelConfig(320, width, 48, 2, 4, 2, **(defaults | options))
     network = Qwen2(config)
     generator = torch.Generator().manual_seed(seed)
     initialize(network, generator)

@@ -1,12 +1,25 @@
 """What a cache holds: formats, page operations, a key bias that would ruin eight bits, turning keys anew."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Qwen2, Yarn, initialize
+from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Qwen2, Yarn, initialize, load_model
+from openqwen.model.lora import LoraConfig, add_adapters
+from openqwen.model.quantize import quantize
 from openqwen.model.rope import key_turns, rotate
 from openqwen.support.errors import OpenQwenError
+from openqwen.tokenizer import load_tokenizer
+
+REAL = Path(
+    os.environ.get(
+        "OPENQWEN_REAL_CHECKPOINT", Path.home() / ".cache/real-checkpoint/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+    )
+)
 
 CONFIG = ModelConfig(64, 64, 96, 2, 4, 2, rope_theta=1_000.0, initializer_range=0.2)
 
@@ -89,11 +102,11 @@ def test_a_huge_key_bias_ruins_rounded_keys_unless_it_is_taken_off(page_size):
     assert ruin > 10 * error
 
 
-def test_the_bias_of_an_adapted_model_is_found():
-    from openqwen.model.lora import LoraConfig, add_adapters
-
+def test_the_bias_of_an_adapted_or_quantised_model_is_found():
     model = biased_model(3.0)
     plain = Cache.of(model, 1, 16, "int8").key_bias_NKd
+    assert plain.shape == (2, 2, 16)
+    assert torch.equal(Cache.of(quantize(model, "int8"), 1, 16, "int8").key_bias_NKd, plain)
     add_adapters(model, LoraConfig(rank=2), torch.Generator().manual_seed(0))
     assert torch.equal(Cache.of(model, 1, 16, "int8").key_bias_NKd, plain)
 
@@ -118,3 +131,19 @@ def test_keys_turned_anew_are_those_of_the_other_profile(before, after, format):
         (mine, values), (wanted, same) = (cache.read(layer, table[None]) for cache in caches)
         assert torch.equal(values, same)
         assert_close(mine, wanted, rtol=1e-5, atol=1e-5 if format == "float" else 0.06)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.is_file(), reason=f"the real checkpoint is not here: {REAL}")
+def test_the_real_checkpoint_loses_less_than_half_a_percent():
+    """benchmarks/cache_perplexity.py does it on more text."""
+    text = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    model, tokens = load_model(REAL), torch.tensor(load_tokenizer(REAL).encode(text)[:800])
+    losses = []
+    for cache in (Cache.of(model, 50, 16), Cache.of(model, 50, 16, "int8"), Cache(model.config, 50, 16, "int8")):
+        with torch.inference_mode():
+            logits = model.logits(hidden(model, cache, tokens, [256, 256, 256, 32]))
+        losses.append(F.cross_entropy(logits[:-1], tokens[1:]).item())
+    exact, ours, naive = losses
+    assert abs(ours - exact) < 0.005
+    assert naive > exact + 0.005

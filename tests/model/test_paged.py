@@ -1,6 +1,8 @@
 """The compiled attention over pages: equal to the plain path, and the same bits however the work is cut."""
 
+import platform
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Yarn, paged
+from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Qwen2, Yarn, initialize, kernels, paged
+from openqwen.model.quantize import quantize
+from openqwen.support import native
 
 PLAIN = LongContext()
 YARN = LongContext(Yarn(4.0, 64))
@@ -199,3 +203,50 @@ def test_nothing_is_read_or_written_outside_the_pages():
         sequences.tables = tables
         with pytest.raises(ValueError, match=r"pages do not hold \[40\] tokens"):
             sequences.call([40])
+
+
+@pytest.mark.parametrize("flags", [("-mno-avx512f",), ("-mno-avx512f", "-mno-avx2", "-mno-fma")])
+@pytest.mark.parametrize("format", ["float", "int8"])
+def test_older_processors_get_the_same_to_rounding(flags, format, monkeypatch):
+    folder = Path(kernels.__file__).parent / "native"
+    sources = [folder / name for name in ("lanes.h", "pool.h", "pool.cpp", "attention.cpp")]
+    if platform.machine() != "x86_64" or not (older := native.load("attention", sources, flags)):
+        pytest.skip("builds for older processors are of x86-64")
+    function = older.openqwen_paged_attention
+    function.argtypes = paged._kernel().argtypes
+    case = [[300, 40], [1, 7]], config_of(14, 2, 64), [301, 47], [CHUNKS, YARN]
+    ours = run(*case, format=format)
+    monkeypatch.setattr(paged, "_kernel", lambda: function)
+    for a, b in zip(run(*case, format=format).result(), ours.result(), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-5 if format == "float" else 2e-2)
+
+
+@pytest.mark.parametrize("format", ["float", "int8"])
+def test_a_quantised_network_gives_the_same_bits_alone_and_in_company(format):
+    config = ModelConfig(60, 128, 160, 2, 8, 2, rope_theta=1_000.0, initializer_range=0.2)
+    model = Qwen2(config)
+    initialize(model, torch.Generator().manual_seed(5))
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=5.0)
+    model, lengths = quantize(model, "int8"), [70, 300, 25]
+    tokens = torch.randint(0, 60, (sum(lengths),), generator=torch.Generator().manual_seed(6)).split(lengths)
+    tables = torch.arange(60).view(3, 20)
+
+    def feed(calls):
+        cache, done, outs = Cache.of(model, 60, 16, format), [0] * 3, [[] for _ in range(3)]
+        for new in calls:
+            active = [i for i in range(3) if new[i]]
+            counts, totals = [new[i] for i in active], [done[i] + new[i] for i in active]
+            some = torch.cat([tokens[i][done[i] : done[i] + new[i]] for i in active])
+            positions = torch.cat([torch.arange(t - n, t) for n, t in zip(counts, totals)])
+            attention = Paged(cache, tables[active], totals, counts, [[PLAIN, CHUNKS, YARN][i] for i in active])
+            with torch.inference_mode():
+                found = model.logits(model(some, positions, attention))
+            for i, out in zip(active, found.split(counts)):
+                outs[i].append(out)
+                done[i] += new[i]
+        return [torch.cat(out) for out in outs]
+
+    together = feed([[50, 200, 0], [1, 60, 25], *[[1, 1, 0]] * 19, [0, 21, 0]])
+    alone = feed([[70, 0, 0], [0, 300, 0], [0, 0, 25]])
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))

@@ -22,7 +22,7 @@ class Admission:
         self.context = config.max_context or stated_context(model.config)
         # Fewer pages than all that run could ever fill, and at least one whole sequence, unless told otherwise.
         one = -(-self.context // config.page_size)
-        size = Cache.bytes_per_page(model.config, config.page_size, config.cache, model.head_VD.dtype)
+        size = Cache.bytes_per_page(model.config, config.page_size, config.cache, model.dtype)
         count = config.cache_bytes // size if config.cache_bytes else max(one, _CACHE_BYTES // size)
         self.pages = max(1, min(count, config.max_running * one))
         self.longest = min(self.context, self.pages * config.page_size)

@@ -263,4 +263,5 @@ class Engine:
 
     def _fingerprint(self) -> int:
         """Changes when a weight is changed in place, as optimizers do."""
-        return hash(tuple((p.data_ptr(), p._version) for p in self.model.parameters() if not p.is_inference()))
+        weights = (*self.model.parameters(), *self.model.buffers())
+        return hash(tuple((w.data_ptr(), w._version) for w in weights if not w.is_inference()))

@@ -4,8 +4,10 @@ Randomness is counter-based: the draw of a token is a function of its request's 
 sample depends neither on its neighbours nor on preemption nor on speculation.
 """
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from openqwen.engine.penalties import penalise
 from openqwen.engine.request import Sampling, TopTokens
+from openqwen.model import kernels
 
 _CANDIDATES = 64  # tokens that cuts look at first; where more would pass, all are sorted
 _BLOCK = 128  # scores are searched in blocks of this size (that of Qwen's vocabularies is a multiple)
@@ -107,32 +110,35 @@ def _draw(
     """Draw the tokens of some rows; writes tokens, log-probabilities and kept shares into the rows of `into`."""
     chosen = [rows[r] for r in some]
     device = scores_RV.device
-    temperature_R1 = torch.tensor([row.sampling.temperature for row in chosen], device=device)[:, None]
-    scaled_RV = (scores_RV if len(some) == len(rows) else scores_RV[some]) / temperature_R1
+    temperature_R = torch.tensor([row.sampling.temperature for row in chosen], device=device)
+    own_RV = scores_RV if len(some) == len(rows) else scores_RV[some]
     draws_R = torch.from_numpy(draws([row.seed for row in chosen], [row.place for row in chosen])).to(device)
     if cut:
-        found = _among_candidates(scaled_RV, [row.sampling for row in chosen], draws_R, _CANDIDATES)
+        found = _among_candidates(own_RV, temperature_R, [row.sampling for row in chosen], draws_R, _CANDIDATES)
     else:
-        probs_RV = torch.softmax(scaled_RV, dim=-1)
-        tokens_R = _invert(probs_RV, draws_R)
-        logprobs_R = probs_RV.gather(1, tokens_R[:, None]).squeeze(1).log()
-        found = tokens_R, logprobs_R, torch.ones_like(logprobs_R)
+        found = _among_all(own_RV, temperature_R, draws_R)
     for whole, part in zip(into, found):
         whole[some] = part.to(whole)
 
 
-def _invert(probs_RV: Tensor, draws_R: Tensor) -> Tensor:
-    """The first token at which the cumulative probability exceeds draw × total: first its block, then within it."""
-    block = gcd(probs_RV.shape[1], _BLOCK)
-    probs_RBb = probs_RV.unflatten(1, (-1, block))
-    sums_RB = probs_RBb.sum(-1).double().cumsum(-1)
-    goal_R = _below(draws_R * sums_RB[:, -1], sums_RB[:, -1])
-    at_R = torch.searchsorted(sums_RB, goal_R[:, None], right=True).squeeze(1)
+def _among_all(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first token at which the cumulative probability exceeds the draw: first its block, then within it.
+
+    Returns tokens, their log-probabilities, and the probability kept (1), each [R].
+    """
+    peak_R, sums_RB = block_sums(scores_RV, temperature_R)
+    ends_RB = sums_RB.double().cumsum(-1)
+    total_R = ends_RB[:, -1]
+    goal_R = _below(draws_R * total_R, total_R)
+    at_R = torch.searchsorted(ends_RB, goal_R[:, None], right=True).squeeze(1)
     every_R = torch.arange(len(at_R), device=at_R.device)
-    before_R = torch.where(at_R > 0, sums_RB[every_R, (at_R - 1).clamp(min=0)], 0.0)
-    within_Rb = probs_RBb[every_R, at_R].double().cumsum(-1)
+    before_R = torch.where(at_R > 0, ends_RB[every_R, (at_R - 1).clamp(min=0)], 0.0)
+    own_Rb = scores_RV.unflatten(1, (sums_RB.shape[1], -1))[every_R, at_R]
+    within_Rb = ((own_Rb - peak_R[:, None]) / temperature_R[:, None]).double().exp().cumsum(-1)
     rest_R = _below(goal_R - before_R, within_Rb[:, -1])
-    return at_R * block + torch.searchsorted(within_Rb, rest_R[:, None], right=True).squeeze(1)
+    place_R1 = torch.searchsorted(within_Rb, rest_R[:, None], right=True)
+    found_R = (own_Rb.gather(1, place_R1).squeeze(1) - peak_R) / temperature_R - total_R.log()
+    return at_R * own_Rb.shape[1] + place_R1.squeeze(1), found_R, torch.ones_like(peak_R)
 
 
 def _below(x: Tensor, bound: Tensor) -> Tensor:
@@ -141,17 +147,17 @@ def _below(x: Tensor, bound: Tensor) -> Tensor:
 
 
 def _among_candidates(
-    scaled_RV: Tensor, samplings: list[Sampling], draws_R: Tensor, candidates: int
+    scores_RV: Tensor, temperature_R: Tensor, samplings: list[Sampling], draws_R: Tensor, candidates: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cut to the likeliest tokens, then draw: tokens, their log-probabilities, and the probability kept, each [R].
 
     Each row's cuts as in transformers: top_k, then top_p of what is left, then min_p. `candidates` likeliest tokens
     are looked at; rows in which the last of them passes all cuts are done again over the whole vocabulary.
     """
-    width, device = scaled_RV.shape[1], scaled_RV.device
+    width, device = scores_RV.shape[1], scores_RV.device
     size = min(max(candidates, *(s.top_k + 1 for s in samplings)), width)
-    values_RC, ids_RC = top_of(scaled_RV, size)
-    probs_RC = (values_RC - normalizers(scaled_RV)[:, None]).double().exp()
+    values_RC, ids_RC = top_of(scores_RV, size)
+    probs_RC = (values_RC / temperature_R[:, None] - normalizers(scores_RV, temperature_R)[:, None]).double().exp()
     rank_C = torch.arange(size, device=device)
     top_k, top_p, min_p = (
         torch.tensor(column, device=device)[:, None]
@@ -172,7 +178,8 @@ def _among_candidates(
     logprobs_R = (probs_RC.gather(1, at_R1).squeeze(1) / total_R).log()
     if size < width and len(again := keep_RC[:, -1].nonzero().squeeze(1)):
         rows = again.tolist()
-        found = _among_candidates(scaled_RV[again], [samplings[r] for r in rows], draws_R[again], width)
+        own = scores_RV[again], temperature_R[again], [samplings[r] for r in rows], draws_R[again]
+        found = _among_candidates(*own, width)
         for whole, part in zip((tokens_R, logprobs_R, total_R), found):
             whole[again] = part
     return tokens_R, logprobs_R, total_R
@@ -186,10 +193,36 @@ def likeliest(scores_RV: Tensor) -> Tensor:
     return best_R * block + blocks_RBb[torch.arange(len(best_R), device=best_R.device), best_R].argmax(-1)
 
 
-def normalizers(scores_RV: Tensor) -> Tensor:
-    """log Σ exp of each row, by way of log_softmax: on a CPU that is the quickest of torch's."""
-    at_R1 = likeliest(scores_RV)[:, None]
-    return (scores_RV.gather(1, at_R1) - torch.log_softmax(scores_RV, dim=-1).gather(1, at_R1)).squeeze(1)
+def normalizers(scores_RV: Tensor, temperature_R: Tensor | None = None) -> Tensor:
+    """log Σ exp(score / temperature) of each row."""
+    temperature_R = torch.ones_like(scores_RV[:, 0]) if temperature_R is None else temperature_R
+    peak_R, sums_RB = block_sums(scores_RV, temperature_R)
+    return peak_R / temperature_R + sums_RB.double().sum(-1).log().float()
+
+
+def block_sums(scores_RV: Tensor, temperature_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's largest score [R], and Σ exp((score − largest) / temperature) over each block [R, blocks].
+
+    In C++ where it can be, which writes nothing as wide as the vocabulary; float32 both.
+    """
+    block = gcd(scores_RV.shape[1], _BLOCK)
+    on_cpu = scores_RV.device.type == "cpu" and scores_RV.stride(1) == 1 and block % 16 == 0
+    if on_cpu and (kernel := _kernel()):
+        kernels.follow_torch()
+        rows, width = scores_RV.shape
+        peak_R, sums_RB = scores_RV.new_empty(rows), scores_RV.new_empty(rows, width // block)
+        outputs = temperature_R.data_ptr(), peak_R.data_ptr(), sums_RB.data_ptr()
+        kernel(scores_RV.data_ptr(), rows, scores_RV.stride(0), width, block, *outputs)
+        return peak_R, sums_RB
+    peak_R = scores_RV.amax(-1)
+    powers_RV = ((scores_RV - peak_R[:, None]) / temperature_R[:, None]).exp_()
+    return peak_R, powers_RV.unflatten(1, (-1, block)).sum(-1)
+
+
+@cache
+def _kernel() -> Callable[..., None] | None:
+    size, pointer = ctypes.c_int64, ctypes.c_void_p
+    return kernels.function("openqwen_block_sums", pointer, *(size,) * 4, *(pointer,) * 3)
 
 
 def top_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:

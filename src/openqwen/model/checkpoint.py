@@ -3,20 +3,25 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Qwen2, Scorer
 from openqwen.model.gguf import read_gguf
-from openqwen.model.stored import Stored, stored_in_folder
+from openqwen.model.quantize import Kind, QuantizedQwen2, check
+from openqwen.model.quantize import quantize as quantized
+from openqwen.model.stored import Stored, stored_in_folder, weight_files
 from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 from openqwen.support.hub import local
 
 _GENERATION = "generation_config.json"
+_PACKED = {"quant_method": "openqwen", "version": 1}  # of model/packed.py
 
 
 class Vocabulary(Protocol):
@@ -42,16 +47,24 @@ def load_model(
     dtype: str | None = "float32",
     device: str | torch.device = "cpu",
     advance: Callable[[int], None] = ignore,
+    quantize: Kind | None = None,
 ) -> Qwen2:
     """Read a language model.
 
     source: a Hugging Face folder of safetensors files, a .gguf file, or an id on the hub (`owner/name`,
     `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
     or where the files mix several. Half-precision weights that need no cast are used from the file, not copied.
-    advance: called with the number of weights read since the last call. Raises OpenQwenError.
+    advance: called with the number of weights read since the last call. quantize: "int8" or "int4", on a CPU
+    (`model.quantize`); a folder that holds such weights already needs no word of it. Raises OpenQwenError.
     """
-    config, stored, where = _read(local(source))
-    return fill(lambda: Qwen2(config), stored, where, dtype, device, advance)
+    path = local(source)
+    if (kept := _kept_quantized(path, quantize)) is not None:
+        return kept
+    if quantize is not None:
+        check(quantize, torch.device(device))
+    config, stored, where = _read(path)
+    model = fill(lambda: Qwen2(config), stored, where, None if quantize else dtype, device, advance)
+    return model if quantize is None else quantized(model, quantize)
 
 
 def load_scorer(source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu") -> Scorer:
@@ -90,6 +103,8 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = model.config.to_json("ForCausalLM" if isinstance(model, Qwen2) else "ForSequenceClassification", dtype)
+    if isinstance(model, QuantizedQwen2):
+        config["quantization_config"] = _PACKED | {"kind": model.kind}
     ends = _ends(tokenizer, None if chat else config["eos_token_id"])
     if config["eos_token_id"] is None or chat:
         config |= ends | {"eos_token_id": tokenizer.eos_id}
@@ -125,6 +140,38 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, Stored], Path]:
     return config, stored, path
 
 
+def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
+    """The model of a folder that `save_checkpoint` wrote of quantised weights; of any other None."""
+    if not (path / "config.json").is_file():
+        return None
+    config = _folder_config(path)
+    own = config.other.get("quantization_config") or {}
+    if own.get("quant_method") != _PACKED["quant_method"]:
+        return None
+    if own.get("version") != _PACKED["version"] or asked not in (None, own["kind"]):
+        raise OpenQwenError(
+            f"These weights are {own.get('kind')}, version {own.get('version')} of their form; asked for is"
+            f" {asked or own.get('kind')}, version {_PACKED['version']}.",
+            where=path,
+            do="quantise the source anew: openqwen quantize MODEL OUTPUT --to KIND",
+        )
+    model = QuantizedQwen2(config, own["kind"])
+    try:
+        tensors = {name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()}
+        # Cloned: memory of our own can lie in large pages, which a file's do not, and they are read for every token.
+        model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise OpenQwenError(f"The quantised weights cannot be read: {error}", where=path) from None
+    return cast(QuantizedQwen2, model.requires_grad_(False))
+
+
+def _folder_config(path: Path) -> ModelConfig:
+    config = ModelConfig.from_json(read_json(path / "config.json"), where=str(path / "config.json"))
+    if (path / _GENERATION).is_file():
+        config = replace(config, generation=read_json(path / _GENERATION))
+    return config
+
+
 def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
     if not (path / "config.json").is_file():
         raise OpenQwenError(
@@ -132,10 +179,7 @@ def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
             where=path,
             do="give a Hugging Face folder with config.json and *.safetensors, a .gguf file, or a hub id (owner/name)",
         )
-    config = ModelConfig.from_json(read_json(path / "config.json"), where=str(path / "config.json"))
-    if (path / _GENERATION).is_file():
-        config = replace(config, generation=read_json(path / _GENERATION))
-    stored = stored_in_folder(path)
+    config, stored = _folder_config(path), stored_in_folder(path)
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # some files repeat the embedding
     return config, stored

@@ -65,6 +65,11 @@ class Qwen2(nn.Module):
         """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what flows between the layers: keys and values too."""
+        return self.model.embed_tokens.weight.dtype
+
 
 class Scorer(nn.Module):
     """The reward model: a decoder with one linear output, read at a sequence's last token.

@@ -6,6 +6,7 @@ Sums are rounded in the order in which they are written, so that every path give
 
 import ctypes
 from collections.abc import Callable
+from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,23 @@ def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., An
 def follow_torch() -> None:
     """Give the pool as many threads as PyTorch has now. Cheap; called before kernels that share their work out."""
     global _width
-    if (count := torch.get_num_threads()) != _width and (setter := function("openqwen_set_threads", ctypes.c_int32)):
+    count = torch.get_num_threads()
+    if count != _width and (setter := function("openqwen_set_threads", ctypes.c_int32)):
         setter(count)
         _width = count
 
 
+def linear() -> Callable[..., Any] | None:
+    """`openqwen_linear` of native/linear.cpp, on as many threads as PyTorch has; None where there are no kernels."""
+    follow_torch()
+    return _linear()
+
+
+@cache
+def _linear() -> Callable[..., Any] | None:
+    return function("openqwen_linear", c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Where a tensor begins, for a `c_void_p`; None where there is none."""
+    """Where a tensor's numbers are, as kernels take it."""
     return None if tensor is None else tensor.data_ptr()

@@ -42,31 +42,26 @@ class Format:
 FORMATS = {"int8": Format(8, 64), "int4": Format(4, 32)}
 
 
-def choose(weight_NK: Tensor, form: Format, matters_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(stored uint8 [N, G·group], scale [N, G], exact in bfloat16) for a matrix, K padded with zeros.
-
-    matters_K: how much a squared error at each input counts; None: all the same.
-    """
-    padding = (0, -weight_NK.shape[1] % form.group)
-    w_NGk = F.pad(weight_NK.float(), padding).unflatten(1, (-1, form.group))
+def choose(weight_NK: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """(stored uint8 [N, G·group], scale [N, G], exact in bfloat16) for a matrix, K padded with zeros."""
+    w_NGk = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % form.group)).unflatten(1, (-1, form.group))
     largest_NG1 = w_NGk.gather(2, w_NGk.abs().argmax(2, keepdim=True))
     if form.bits == 8:  # rounded up, lest the largest weight fall outside
         exact = (largest_NG1.abs() / 127).view(torch.int32)
         scale_NG1 = ((exact + 0xFFFF) & ~0xFFFF).view(torch.float32)
     else:
-        matters = torch.ones(weight_NK.shape[1]) if matters_K is None else matters_K.float()
-        scale_NG1 = _searched(w_NGk, largest_NG1, F.pad(matters, padding, value=1.0).unflatten(0, (-1, form.group)))
+        scale_NG1 = _searched(w_NGk, largest_NG1)
     stored = form.nearest(w_NGk * _inverse(scale_NG1))
     return stored.to(torch.uint8).flatten(1), scale_NG1.squeeze(2)
 
 
-def _searched(w_NGk: Tensor, largest_NG1: Tensor, matters_Gk: Tensor) -> Tensor:
+def _searched(w_NGk: Tensor, largest_NG1: Tensor) -> Tensor:
     """Of a few candidates the scale, refitted by least squares, with the least squared error."""
     form = FORMATS["int4"]
     best, scale = torch.full_like(largest_NG1, -1.0), torch.zeros_like(largest_NG1)
     for target in _LARGEST:
         q = form.values()[form.nearest(w_NGk * (_inverse(largest_NG1) * target))]
-        a, b = ((matters_Gk * x * q).sum(2, keepdim=True) for x in (w_NGk, q))
+        a, b = ((x * q).sum(2, keepdim=True) for x in (w_NGk, q))
         gain = a * a / b
         best, scale = torch.where(gain > best, gain, best), torch.where(gain > best, a / b, scale)
     return scale.bfloat16().float()

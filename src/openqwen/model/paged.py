@@ -163,6 +163,6 @@ class _Call:
         tensors = [tables_BP, *sizes, chunk_lens_B, *turns, *stored, *(bias_turns or nothing)]
         shape = [config.num_attention_heads, config.num_key_value_heads, config.head_dim, cache.page_size, cache.pages]
         numbers = [*shape, len(paged.new), rows, tables_BP.shape[1]]
-        self._fields = torch.tensor(numbers + [0 if x is None else x.data_ptr() for x in tensors])
+        self._fields = torch.tensor(numbers + [kernels.address(x) or 0 for x in tensors])
         self._kept = (tensors, bias)
         self.address = self._fields.data_ptr()

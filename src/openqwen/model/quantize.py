@@ -7,16 +7,16 @@ gate and up). The network is frozen, but gradients flow through it to its input,
 """
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ctypes import c_int64, c_void_p
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openqwen.model import kernels
-from openqwen.model.attention import Attention, Packed
+from openqwen.model.attention import Attention
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Decoder, Qwen2, RMSNorm
 from openqwen.model.experts import Routing, SparseFeedForward
@@ -50,7 +50,7 @@ class PackedMatrix(nn.Module):
         self.inputs, self.outputs, self.parts, self.form = inputs, sum(parts.values()), dict(parts), FORMATS[kind]
         self.register_buffer("packed", torch.empty(self.form.shape(self.outputs, inputs), dtype=torch.uint8))
         self.register_buffer("bias", torch.empty(self.outputs) if bias else None)
-        self._call, self._called = torch.empty(0), (0, 0, 0)
+        self._call, self._called = torch.empty(0), (0, 0, cast(Before, None))
 
     @property
     def weight(self) -> Tensor:
@@ -58,22 +58,21 @@ class PackedMatrix(nn.Module):
         return unpack(self.packed, self.form, self.outputs, self.inputs)
 
     @torch.no_grad()
-    def fill(self, weights: list[Tensor], biases: list[Tensor], matters: Tensor | None = None) -> None:
-        """Take the values of these matrices, one after the other. matters: see `packed.choose`."""
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+    def fill(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
+        """Take the values of these matrices, one after the other."""
+        weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].contiguous()
         if weight.dtype not in _TYPES:
             weight = weight.float()
         if self.packed.is_meta:
             self.packed = torch.empty(self.packed.shape, dtype=torch.uint8)
         if self.bias is not None:
-            self.bias = torch.cat(biases).float()
-        matters = None if matters is None else matters.float().contiguous()
-        if kernel := kernels.function("openqwen_quantize", c_void_p, *[c_int64] * 4, c_void_p, c_void_p):
+            self.bias = torch.cat(list(biases)).float()
+        if kernel := kernels.function("openqwen_quantize", c_void_p, *[c_int64] * 4, c_void_p):
             kernels.follow_torch()
             sizes = (_TYPES[weight.dtype], *weight.shape, self.form.bits)
-            kernel(weight.data_ptr(), *sizes, kernels.address(matters), self.packed.data_ptr())
+            kernel(weight.data_ptr(), *sizes, self.packed.data_ptr())
         else:
-            self.packed.copy_(pack(*choose(weight, self.form, matters), self.form))
+            self.packed.copy_(pack(*choose(weight, self.form), self.form))
 
     def times(self, x_TK: Tensor, before: Before = None, residual_TN: Tensor | None = None) -> Tensor:
         """residual + W before(x) + bias: [T, outputs]. Differentiable by x and the residual."""
@@ -83,26 +82,28 @@ class PackedMatrix(nn.Module):
         return y_TN if residual_TN is None else residual_TN + y_TN
 
     def _times(self, x_TK: Tensor, before: Before, residual_TN: Tensor | None) -> Tensor:
-        kernel = kernels.function("openqwen_linear", c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
-        if kernel is None:
+        if (kernel := kernels.linear()) is None:
             x_TK = in_bytes(x_TK.float() if before is None else before(x_TK.float()), self.form)
             y_TN = F.linear(x_TK, self.weight, self.bias)
             return y_TN if residual_TN is None else residual_TN + y_TN
-        kernels.follow_torch()
-        x_TK = x_TK.float().contiguous()
-        residual_TN = None if residual_TN is None else residual_TN.contiguous()
-        out_TN = torch.empty(len(x_TK), self.outputs)
-        kernel(self._address(before), x_TK.data_ptr(), len(x_TK), kernels.address(residual_TN), out_TN.data_ptr())
+        if x_TK.dtype is not torch.float32 or not x_TK.is_contiguous():
+            x_TK = x_TK.float().contiguous()
+        if residual_TN is not None and not residual_TN.is_contiguous():
+            residual_TN = residual_TN.contiguous()
+        rows = x_TK.shape[0]
+        out_TN = torch.empty(rows, self.outputs)
+        residual = None if residual_TN is None else residual_TN.data_ptr()
+        kernel(self._address(before), x_TK.data_ptr(), rows, residual, out_TN.data_ptr())
         return out_TN
 
     def _address(self, before: Before) -> int:
         """Of `struct Linear` in native/linear.cpp; made anew when memory moved."""
         norm = before if isinstance(before, RMSNorm) else None
         weight = 0 if norm is None else norm.weight.data_ptr()
-        kind = 1 if norm is not None else 2 if before is swiglu else 0
-        called = (self.packed.data_ptr(), weight, kind)
+        called = (self.packed.data_ptr(), weight, before)
         if called != self._called:
-            bias, eps = kernels.address(self.bias) or 0, 0.0 if norm is None else norm.eps
+            kind = 1 if norm is not None else 2 if before is swiglu else 0
+            bias, eps = 0 if self.bias is None else self.bias.data_ptr(), 0.0 if norm is None else norm.eps
             values = (called[0], bias, weight, self.inputs, self.outputs, self.form.bits, kind, eps)
             self._call = torch.frombuffer(bytearray(struct.pack("=7qd", *values)), dtype=torch.int64).clone()
             self._called = called
@@ -225,16 +226,16 @@ class QuantizedQwen2(Qwen2):
         with without_memory():
             self.model = Decoder(config)
             vocabulary = {"embed_tokens": config.vocab_size}
-            self.model.embed_tokens = QuantizedEmbedding(config.hidden_size, vocabulary, _TABLE)
+            self.model.embed_tokens = cast(Any, QuantizedEmbedding(config.hidden_size, vocabulary, _TABLE))
             self.model.layers = nn.ModuleList(QuantizedLayer(config, n, kind) for n in range(config.num_hidden_layers))
             shared = config.tie_word_embeddings and kind == _TABLE
             head = QuantizedLinear(config.hidden_size, {"lm_head": config.vocab_size}, kind)
-        self.lm_head = None if shared else head
+        self.lm_head = cast(Any, None if shared else head)
         self.requires_grad_(False)
 
     @property
     def _head(self) -> PackedMatrix:
-        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return cast(PackedMatrix, self.model.embed_tokens if self.lm_head is None else self.lm_head)
 
     @property
     def head_VD(self) -> Tensor:
@@ -250,34 +251,50 @@ class QuantizedQwen2(Qwen2):
         """The CPU."""
         return self._head.packed.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, of what flows between the matrices."""
+        return torch.float32
 
-def quantize(model: Qwen2, kind: Kind, matters: Mapping[str, Tensor] | None = None) -> QuantizedQwen2:
-    """The same network with weights of 8 or 4 bits, in memory of its own. The source keeps its weights and may be dropped.
 
-    matters: for published names of matrices (`model.layers.0.self_attn.q_proj`) how much each of their inputs counts,
-    from `second_moments`; without, inputs behind a norm count by its weight squared, others all the same.
+def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
+    """The same network with weights of 8 or 4 bits, in memory of its own: the source may be dropped.
+
     Raises OpenQwenError where the model is not on a CPU, or the kind is unknown.
     """
-    if kind not in FORMATS:
-        raise OpenQwenError(f"Weights cannot be quantised to '{kind}'.", do=f"choose one of {', '.join(FORMATS)}")
-    if model.device.type != "cpu":
-        raise OpenQwenError(
-            f"Quantised weights run on the CPU; this model is on {model.device}.",
-            do='load it with device="cpu", or keep bfloat16 there',
-        )
+    check(kind, model.device)
+    whole(model)
     quantized = QuantizedQwen2(model.config, kind)
-    refresh(quantized, model, matters)
+    refresh(quantized, model)
     return quantized
 
 
-def refresh(quantized: QuantizedQwen2, source: Qwen2, matters: Mapping[str, Tensor] | None = None) -> None:
+def check(kind: str, device: torch.device) -> None:
+    """Raise OpenQwenError where there is no such kind, or the device is not a CPU."""
+    if kind not in FORMATS:
+        raise OpenQwenError(f"Weights cannot be quantised to '{kind}'.", do=f"choose one of {', '.join(FORMATS)}")
+    if device.type != "cpu":
+        raise OpenQwenError(
+            f"Quantised weights run on the CPU, not on {device}.",
+            do='give device="cpu", or leave quantize out and give dtype="bfloat16"',
+        )
+
+
+def whole(model: Qwen2) -> Qwen2:
+    """The model, if its weights are not quantised yet; OpenQwenError otherwise."""
+    if isinstance(model, QuantizedQwen2):
+        raise OpenQwenError(
+            f"These weights are {model.kind} already; what they were is lost.", do="give the model they were made from"
+        )
+    return model
+
+
+def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:
     """Quantise anew, in place, the weights of a source of the same shape, which a trainer has moved meanwhile."""
-    known = matters or {}
-    for name, matrix, linears, norm in _matrices(quantized, source):
-        gamma = None if norm is None else norm.weight.detach().float().square()
-        weights = [linear if isinstance(linear, Tensor) else linear.weight for linear in linears]
-        biases = [linear.bias for linear in linears if isinstance(linear, nn.Linear) and linear.bias is not None]
-        matrix.fill([w.detach() for w in weights], [b.detach() for b in biases], known.get(name, gamma))
+    for matrix, parts in _matrices(quantized, source):
+        weights = [part if isinstance(part, Tensor) else part.weight for part in parts]
+        biases = [part.bias for part in parts if isinstance(part, nn.Linear) and part.bias is not None]
+        matrix.fill(weights, biases)
     modules = dict(quantized.named_modules())
     for name, module in source.named_modules():
         if isinstance(module, RMSNorm):
@@ -287,58 +304,28 @@ def refresh(quantized: QuantizedQwen2, source: Qwen2, matters: Mapping[str, Tens
             modules[name].register_buffer("gates", gates)
 
 
-def _matrices(
-    quantized: QuantizedQwen2, source: Qwen2
-) -> Iterator[tuple[str, PackedMatrix, list[nn.Linear] | list[Tensor], RMSNorm | None]]:
-    """Every packed matrix: the published name of its first part, the matrix, its parts, the norm that it reads through."""
-    yield "model.embed_tokens", quantized.model.embed_tokens, [source.model.embed_tokens.weight], None
+def _matrices(quantized: QuantizedQwen2, source: Qwen2) -> Iterator[tuple[PackedMatrix, Sequence[nn.Linear | Tensor]]]:
+    """Each packed matrix and the parts of the source that it is merged from."""
+    yield cast(Any, quantized.model.embed_tokens), [source.model.embed_tokens.weight]
     if quantized.lm_head is not None:
-        yield "lm_head", quantized.lm_head, [source.head_VD], source.model.norm
-    for number, (layer, plain) in enumerate(zip(quantized.model.layers, source.model.layers)):
-        name, attention = f"model.layers.{number}", plain.self_attn
-        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-        yield f"{name}.self_attn.q_proj", layer.qkv_proj, qkv, plain.input_layernorm
-        yield f"{name}.self_attn.o_proj", layer.o_proj, [attention.o_proj], None
-        norm, networks = plain.post_attention_layernorm, [("", layer.mlp, plain.mlp)]
+        yield quantized._head, [source.head_VD]
+    pairs: Iterable[tuple[Any, Any]] = zip(quantized.model.layers, source.model.layers)
+    for layer, plain in pairs:
+        attention, networks = plain.self_attn, [(layer.mlp, plain.mlp)]
+        yield layer.qkv_proj, [attention.q_proj, attention.k_proj, attention.v_proj]
+        yield layer.o_proj, [attention.o_proj]
         if isinstance(plain.mlp, SparseFeedForward):
-            networks = [(".shared_expert", layer.mlp.shared_expert, plain.mlp.shared_expert)]
-            for e, (gate_up, down) in enumerate(zip(plain.mlp.experts.gate_up_proj, plain.mlp.experts.down_proj)):
-                yield f"{name}.mlp.experts.{e}.gate_proj", layer.mlp.experts[e].gate_up_proj, [gate_up], norm
-                yield f"{name}.mlp.experts.{e}.down_proj", layer.mlp.experts[e].down_proj, [down], None
-        for own, mine, theirs in networks:
-            yield f"{name}.mlp{own}.gate_proj", mine.gate_up_proj, [theirs.gate_proj, theirs.up_proj], norm
-            yield f"{name}.mlp{own}.down_proj", mine.down_proj, [theirs.down_proj], None
+            networks = [(layer.mlp.shared_expert, plain.mlp.shared_expert)]
+            experts = plain.mlp.experts
+            for expert, gate_up, down in zip(layer.mlp.experts, experts.gate_up_proj, experts.down_proj):
+                yield expert.gate_up_proj, [gate_up]
+                yield expert.down_proj, [down]
+        for mine, theirs in networks:
+            yield mine.gate_up_proj, [theirs.gate_proj, theirs.up_proj]
+            yield mine.down_proj, [theirs.down_proj]
 
 
 def bits_per_weight(quantized: QuantizedQwen2) -> float:
     """Of what one decoded token reads: every matrix and scale, without the embedding table unless it is the output."""
     matrices = [m for m in quantized.modules() if isinstance(m, QuantizedLinear) or m is quantized._head]
     return 8 * sum(m.packed.nbytes for m in matrices) / sum(m.inputs * m.outputs for m in matrices)
-
-
-@torch.no_grad()
-def second_moments(model: Qwen2, documents: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The mean square of every input of every linear layer, by its published name, over documents of token ids.
-
-    What `quantize` takes as `matters`: a weight whose input is large is worth more care. The experts of a sparse layer
-    are left out.
-    """
-    found: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            found[name] = found.get(name, 0) + inputs[0].float().square().sum(0)
-
-        return look
-
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    watches = [m.register_forward_pre_hook(watch(name)) for name, m in linears]
-    try:
-        for ids_T in documents:
-            hidden_TD = model(ids_T, torch.arange(len(ids_T)), Packed.from_lengths([len(ids_T)]))
-            found["lm_head"] = found.get("lm_head", 0) + hidden_TD.float().square().sum(0)
-    finally:
-        for watched in watches:
-            watched.remove()
-    tokens = sum(map(len, documents))
-    return {name: total / tokens for name, total in found.items()}

@@ -104,7 +104,7 @@ def stored_in_folder(folder: Path) -> dict[str, Stored]:
     Experts that a file keeps fused (transformers 5 in memory) are named one by one, as in the published files.
     """
     found: dict[str, Stored] = {}
-    for path in _weight_files(folder):
+    for path in weight_files(folder):
         for name, stored in _directory(path).items():
             if name in found:
                 raise OpenQwenError(f"'{name}' is also in {found[name].path.name}.", where=path)
@@ -112,7 +112,7 @@ def stored_in_folder(folder: Path) -> dict[str, Stored]:
     return {name: stored for fused in found for name, stored in _unfused(fused, found[fused])}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files; nothing else is read, a pickle least of all."""
     if (folder / INDEX).is_file():
         names = _indexed(folder / INDEX)

@@ -12,6 +12,7 @@ import tyro
 
 from openqwen.model import Qwen2, load_model, save_checkpoint
 from openqwen.model.gguf import Rounded, not_stored, save_gguf
+from openqwen.model.quantize import whole
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, replace_folder
 from openqwen.support.hub import local
@@ -46,10 +47,10 @@ def convert(
             ("--dtype", "a .gguf file, which takes --type") if to_gguf else ("--type", "a folder, which takes --dtype")
         )
         raise OpenQwenError(f"{flag} does not go with {other}.", where=target)
-    _refuse(target, overwrite)
+    refuse(target, overwrite)
     path = local(source)
     with progress("reading", unit="weights") as work:
-        model = load_model(path, dtype=None, advance=work.advance)
+        model = whole(load_model(path, dtype=None, advance=work.advance))
     tokenizer = load_tokenizer(path)
     before = _dtype(model)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ def convert(
         else:
             kind = dtype or before
             rounded = _cast(model, getattr(torch, kind))
-            _write_folder(model, tokenizer, target, work.advance)
+            write_folder(model, tokenizer, target, work.advance)
             lost = (
                 [] if model.config.generation else ["the source has no generation defaults: only stop tokens are set"]
             )
@@ -70,7 +71,7 @@ def convert(
         console.print(f"  {line}", markup=False)
 
 
-def _refuse(target: Path, overwrite: bool) -> None:
+def refuse(target: Path, overwrite: bool) -> None:
     """Nothing is replaced unasked, and nothing but a checkpoint ever."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
@@ -89,7 +90,8 @@ def _write_gguf(
     return save_gguf(model, target, kind, target.stem, vocabulary, advance)
 
 
-def _write_folder(model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Callable[[int], None]) -> None:
+def write_folder(model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Callable[[int], None]) -> None:
+    """Save a checkpoint aside, then put it in its place."""
     aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("aside", "old"))
     try:
         save_checkpoint(model, tokenizer, fresh_folder(aside), advance=advance)

@@ -49,11 +49,14 @@ namespace {
 
 int8_t round_to_int8(float x) { return static_cast<int8_t>(std::lrintf(x)); }
 
-// The scale that maps the row onto −127 … 127.
+// The scale that maps the row onto −127 … 127; NaN where the row has one, so that it is not lost.
 float scale_of(const float* x, int64_t n) {
-  float most = 0;
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, std::fabs(x[i]));
-  return most / 127;
+  float most = 0, broken = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    most = std::max(most, std::fabs(x[i]));
+    broken += x[i] - x[i];
+  }
+  return most / 127 + broken;
 }
 
 // x[d] turned by cos and sin [d/2], times `scale`, to out[i · stride].
@@ -137,8 +140,7 @@ void score_rows(int rows, const float* q, const float* keys, int64_t stride, int
 template <int R>
 void weigh_rows(int rows, const float* weights, const float* const* tiles, int count, int64_t d, float* out) {
   if (rows == R)
-    return d % (2 * kLanes) ? weigh<R, 1>(weights, tiles, count, d, out)
-                : weigh<R, 2>(weights, tiles, count, d, out);
+    return d % (2 * kLanes) ? weigh<R, 1>(weights, tiles, count, d, out) : weigh<R, 2>(weights, tiles, count, d, out);
   if constexpr (R > 1) weigh_rows<R - 1>(rows, weights, tiles, count, d, out);
 }
 
@@ -169,9 +171,9 @@ struct Scratch {
 };
 
 class Attention {
-  public:
+ public:
   Attention(const PagedCall& call, int64_t layer, const Task& task, Scratch& scratch)
-    : c(call), t(task), s(scratch), layer(layer), group(c.heads / c.kv_heads), rows(t.tokens * group) {
+      : c(call), t(task), s(scratch), layer(layer), group(c.heads / c.kv_heads), rows(t.tokens * group) {
     s.fit(rows, c.width);
     chunk_len = c.chunk_lens ? c.chunk_lens[t.sequence] : 0;
     chunk = chunk_len ? t.at / chunk_len : 0;
@@ -204,7 +206,7 @@ class Attention {
     finish(out);
   }
 
-  private:
+ private:
   // Turned the ways that this chunk needs, times 1/√d, packed [rows / kRows, d, kRows].
   void turn_queries(const float* q, int64_t stride) {
     const int64_t d = c.width, half = d / 2;
@@ -214,8 +216,8 @@ class Attention {
         const int64_t token = t.row + i / group, head = t.head * group + i % group;
         const float* const* tables = c.query_turns[way];
         float* packed = s.queries[way].data() + i / kRows * kRows * d + i % kRows;
-        turn(q + token * stride + head * d, tables[0] + token * half, tables[1] + token * half, d, scale,
-                     packed, kRows);
+        turn(q + token * stride + head * d, tables[0] + token * half, tables[1] + token * half, d, scale, packed,
+             kRows);
       }
   }
 
@@ -245,17 +247,17 @@ class Attention {
       const int64_t ahead = chunk_len ? chunk - at / chunk_len : 0;
       const float* queries = s.queries[std::min<int64_t>(ahead, kTurns - 1)].data();
       for (int64_t r = 0; r < rows; r += kRows)
-        score_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), queries + r * d, keys, stride,
-                                  d, s.scores.data() + r * kBlock + n * kLanes);
+        score_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), queries + r * d, keys, stride, d,
+                          s.scores.data() + r * kBlock + n * kLanes);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t limit = std::min<int64_t>(count, t.at + r / group + 1 - start);
       most[r] = weights(s.scores.data() + r * kBlock, static_cast<int>(std::max<int64_t>(limit, 0)), tiles,
-                              value_scales, &sums[r]);
+                        value_scales, &sums[r]);
     }
     for (int64_t r = 0; r < rows; r += kRows)
-      weigh_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), s.scores.data() + r * kBlock,
-                              values, count, d, s.block.data() + r * d);
+      weigh_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), s.scores.data() + r * kBlock, values,
+                        count, d, s.block.data() + r * d);
   }
 
   // Scores → exp(score − maximum), times the values' scales where they have them; only the first `limit` are seen.
@@ -299,7 +301,7 @@ class Attention {
       const Lanes a = all(bias[i]), b = all(bias[i + half]);
       store(s.keys.data() + i * kLanes, fma(scale, from_int8(keys + i * S), a * cos - b * sin));
       store(s.keys.data() + (i + half) * kLanes,
-                  fma(scale, from_int8(keys + (i + half) * S), fma(b, cos, a * sin)));
+            fma(scale, from_int8(keys + (i + half) * S), fma(b, cos, a * sin)));
     }
   }
 
@@ -383,7 +385,7 @@ std::vector<Split> split(const PagedCall& c, std::vector<Task>& tasks) {
   const int64_t threads = Pool::shared().threads();
   const int64_t wanted = 4 * threads, count = static_cast<int64_t>(tasks.size());
   std::vector<Split> splits;
-  if (threads < 2 || count >= wanted) return splits;
+  if (threads < 2 || count == 0 || count >= wanted) return splits;
   std::vector<Task> out;
   const int64_t each = (wanted + count - 1) / count;
   for (const Task& task : tasks) {
@@ -417,8 +419,8 @@ void write_all(const PagedCall& c, int64_t layer, const float* k, int64_t k_stri
     std::vector<float> scratch(2 * c.width);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t head = 0; head < c.kv_heads; ++head)
-        write(c, layer, row, places[row].first, places[row].second, head,
-                      k + row * k_stride + head * c.width, v + row * v_stride + head * c.width, scratch.data());
+        write(c, layer, row, places[row].first, places[row].second, head, k + row * k_stride + head * c.width,
+              v + row * v_stride + head * c.width, scratch.data());
   });
 }
 

@@ -1,8 +1,8 @@
 // A matrix to its packed form (packed.h). C ABI, called by kernels.py.
 //
 // A byte's scale is the group's largest weight over 127. A nibble's is searched for: of a few candidates, each refitted by
-// least squares, the one that leaves the least squared error, each input weighted by how much it matters. packed.py does
-// the same in plain PyTorch; the two may choose differently between candidates that are equally good.
+// least squares, the one that leaves the least squared error. packed.py does the same in plain PyTorch; the two may choose
+// differently between candidates that are equally good.
 
 #include <algorithm>
 #include <cmath>
@@ -66,56 +66,57 @@ float choose(const float* w, uint8_t* stored) {
 constexpr float kLargest[] = {-135.0f, -122.0f, -110.0f, 100.0f, 112.0f, 125.0f};
 constexpr int kLanes = 16;  // outputs whose groups are searched at once
 
-// The place in the code that is nearest to each x.
-inline void nearest_code(const float* x, int32_t* place) {
-  for (int i = 0; i < kLanes; ++i) place[i] = 0;
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+using Places = int32_t __attribute__((vector_size(4 * kLanes)));
+
+inline Places same_bits(Lanes x) { return reinterpret_cast<Places>(x); }
+inline Lanes chosen(Places where, Lanes x, Lanes y) {
+  return reinterpret_cast<Lanes>((where & same_bits(x)) | (~where & same_bits(y)));
+}
+inline Lanes all(float x) { return Lanes{} + x; }
+inline Lanes absolute(Lanes x) { return reinterpret_cast<Lanes>(same_bits(x) & 0x7FFFFFFF); }
+inline Lanes inverse_of(Lanes x) { return chosen(absolute(x) > 1e-30f, 1.0f / x, Lanes{}); }
+
+// Of the code's levels the one that is nearest to each x, and its place among them.
+inline Lanes nearest_level(Lanes x) {
+  Lanes level = all(kCode[0]);
+#pragma GCC unroll 15
   for (int j = 0; j < 15; ++j) {
-    const float border = 0.5f * float(kCode[j] + kCode[j + 1]);
-    for (int i = 0; i < kLanes; ++i) place[i] += x[i] > border;
+    const Places above = x > 0.5f * float(kCode[j] + kCode[j + 1]);
+    level += reinterpret_cast<Lanes>(above & same_bits(all(float(kCode[j + 1] - kCode[j]))));
   }
+  return level;
 }
 
-inline void code_value(const float* x, float* value) {
-  for (int i = 0; i < kLanes; ++i) value[i] = kCode[0];
-  for (int j = 0; j < 15; ++j) {
-    const float border = 0.5f * float(kCode[j] + kCode[j + 1]), step = float(kCode[j + 1] - kCode[j]);
-    for (int i = 0; i < kLanes; ++i) value[i] += x[i] > border ? step : 0.0f;
-  }
+inline Places nearest_place(Lanes x) {
+  Places place{};
+#pragma GCC unroll 15
+  for (int j = 0; j < 15; ++j) place -= x > 0.5f * float(kCode[j] + kCode[j + 1]);
+  return place;
 }
 
-inline void inverses(const float* x, float* inverse) {
-  for (int i = 0; i < kLanes; ++i) inverse[i] = std::fabs(x[i]) > 1e-30f ? 1.0f / x[i] : 0.0f;
-}
-
-// w [kGroup][kLanes]: for each lane the scale, and the places in the code [kGroup][kLanes].
-void search(const float (*w)[kLanes], const float* matters, float* scale, int32_t (*place)[kLanes]) {
-  float most[kLanes] = {}, best[kLanes], inverse[kLanes], x[kLanes], q[kLanes];
-  for (int k = 0; k < Int4::kGroup; ++k) {
-    for (int i = 0; i < kLanes; ++i) most[i] = std::fabs(w[k][i]) > std::fabs(most[i]) ? w[k][i] : most[i];
-  }
-  inverses(most, inverse);
-  for (int i = 0; i < kLanes; ++i) best[i] = -1.0f, scale[i] = 0.0f;
+// w [kGroup]: for each lane the scale, and the places in the code [kGroup].
+Lanes search(const Lanes* w, Places* place) {
+  Lanes most{}, best = all(-1.0f), scale{};
+  for (int k = 0; k < Int4::kGroup; ++k) most = chosen(absolute(w[k]) > absolute(most), w[k], most);
+  const Lanes inverse = inverse_of(most);
   for (float target : kLargest) {
-    float wq[kLanes] = {}, qq[kLanes] = {};
+    const Lanes factor = inverse * target;
+    Lanes wq{}, qq{};
     for (int k = 0; k < Int4::kGroup; ++k) {
-      for (int i = 0; i < kLanes; ++i) x[i] = w[k][i] * (inverse[i] * target);
-      code_value(x, q);
-      for (int i = 0; i < kLanes; ++i) wq[i] += matters[k] * w[k][i] * q[i];
-      for (int i = 0; i < kLanes; ++i) qq[i] += matters[k] * q[i] * q[i];
+      const Lanes q = nearest_level(w[k] * factor);
+      wq += w[k] * q;
+      qq += q * q;
     }
-    for (int i = 0; i < kLanes; ++i) {
-      const float denominator = std::max(qq[i], 1e-30f), gain = wq[i] * wq[i] / denominator;
-      const bool better = gain > best[i];
-      best[i] = better ? gain : best[i];
-      scale[i] = better ? wq[i] / denominator : scale[i];
-    }
+    const Lanes fitted = wq / qq, gain = wq * fitted;
+    const Places better = gain > best;
+    best = chosen(better, gain, best);
+    scale = chosen(better, fitted, scale);
   }
   for (int i = 0; i < kLanes; ++i) scale[i] = rounded(scale[i]);
-  inverses(scale, inverse);
-  for (int k = 0; k < Int4::kGroup; ++k) {
-    for (int i = 0; i < kLanes; ++i) x[i] = w[k][i] * inverse[i];
-    nearest_code(x, place[k]);
-  }
+  const Lanes last = inverse_of(scale);
+  for (int k = 0; k < Int4::kGroup; ++k) place[k] = nearest_place(w[k] * last);
+  return scale;
 }
 
 void put_scale(uint8_t* record, int row, float scale) {
@@ -129,7 +130,7 @@ uint8_t* place(uint8_t* weights, int row, int k) {
 }
 
 // 32 outputs' weights [kTile, padded] → one record for each group.
-void tile_of(Int8, const std::vector<float>& w, int64_t padded, const float*, uint8_t* tile) {
+void tile_of(Int8, const std::vector<float>& w, int64_t padded, uint8_t* tile) {
   uint8_t stored[Int8::kGroup];
   for (int64_t at = 0; at < padded; at += Int8::kGroup, tile += Int8::kBytes) {
     for (int r = 0; r < kTile; ++r) {
@@ -139,38 +140,37 @@ void tile_of(Int8, const std::vector<float>& w, int64_t padded, const float*, ui
   }
 }
 
-void tile_of(Int4, const std::vector<float>& w, int64_t padded, const float* matters, uint8_t* tile) {
+void tile_of(Int4, const std::vector<float>& w, int64_t padded, uint8_t* tile) {
   constexpr int kHalf = Int4::kGroup / 2;
-  float turned[Int4::kGroup][kLanes], scale[kLanes];
-  int32_t code[Int4::kGroup][kLanes];
+  Lanes turned[Int4::kGroup];
+  Places code[Int4::kGroup];
   for (int64_t at = 0; at < padded; at += Int4::kGroup, tile += Int4::kBytes) {
     for (int first = 0; first < kTile; first += kLanes) {
       for (int i = 0; i < kLanes; ++i) {
         const float* from = w.data() + (first + i) * padded + at;
         for (int k = 0; k < Int4::kGroup; ++k) turned[k][i] = from[k];
       }
-      search(turned, matters + at, scale, code);
+      const Lanes scale = search(turned, code);
       for (int i = 0; i < kLanes; ++i) put_scale(tile, first + i, scale[i]);
       for (int k = 0; k < kHalf; ++k) {
+        const Places both = code[k] | code[kHalf + k] << 4;
         uint8_t* to = place(tile + kScales, first, k / 4 * 4) + k % 4;
-        for (int i = 0; i < kLanes; ++i) to[4 * i] = uint8_t(code[k][i] | code[kHalf + k][i] << 4);
+        for (int i = 0; i < kLanes; ++i) to[4 * i] = uint8_t(both[i]);
       }
     }
   }
 }
 
 template <class Format>
-void quantize(const void* matrix, int64_t type, int64_t n, int64_t k, const float* matters, uint8_t* packed) {
+void quantize(const void* matrix, int64_t type, int64_t n, int64_t k, uint8_t* packed) {
   const int64_t groups = pieces(k, Format::kGroup), padded = groups * Format::kGroup;
-  std::vector<float> weight(padded, 1.0f);
-  if (matters) std::copy(matters, matters + k, weight.begin());
   parallel_for(pieces(n, kTile), 1, [&](int64_t begin, int64_t end) {
     std::vector<float> rows(kTile * padded);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * kTile, count = std::min<int64_t>(kTile, n - first);
       if (count < kTile) std::fill(rows.begin(), rows.end(), 0.0f);
       for (int64_t r = 0; r < count; ++r) read(matrix, type, (first + r) * k, k, rows.data() + r * padded);
-      tile_of(Format{}, rows, padded, weight.data(), packed + t * groups * Format::kBytes);
+      tile_of(Format{}, rows, padded, packed + t * groups * Format::kBytes);
     }
   });
 }
@@ -180,10 +180,9 @@ void quantize(const void* matrix, int64_t type, int64_t n, int64_t k, const floa
 
 extern "C" {
 
-// matrix [n, k] of float32 (type 0), bfloat16 (1) or float16 (2); matters [k], or null; packed: see packed.h.
-void openqwen_quantize(const void* matrix, int64_t type, int64_t n, int64_t k, int64_t bits, const float* matters,
-                       uint8_t* packed) {
+// matrix [n, k] of float32 (type 0), bfloat16 (1) or float16 (2); packed: see packed.h.
+void openqwen_quantize(const void* matrix, int64_t type, int64_t n, int64_t k, int64_t bits, uint8_t* packed) {
   auto quantize = bits == 8 ? openqwen::quantize<openqwen::Int8> : openqwen::quantize<openqwen::Int4>;
-  quantize(matrix, type, n, k, matters, packed);
+  quantize(matrix, type, n, k, packed);
 }
 }

@@ -1,0 +1,36 @@
+"""`openqwen quantize SOURCE TARGET --to int8`: a folder of quantised weights, which loads as fast as it is read."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from openqwen.model import load_model
+from openqwen.model.quantize import bits_per_weight, whole
+from openqwen.model.quantize import quantize as quantized
+from openqwen.recipe.convert import refuse, write_folder
+from openqwen.support.hub import local
+from openqwen.support.progress import console, progress
+from openqwen.tokenizer import load_tokenizer
+
+
+def quantize(
+    source: Annotated[
+        str, tyro.conf.Positional, tyro.conf.arg(help="A folder, a .gguf file or a hub id.", metavar="SOURCE")
+    ],
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The folder to make.", metavar="TARGET")],
+    to: Annotated[Literal["int8", "int4"], tyro.conf.arg(help="Of the weights.")] = "int8",
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace what is there.")] = False,
+) -> None:
+    """Write a model with weights of 8 or 4 bits. The target is whole or not there."""
+    refuse(target, overwrite)
+    path = local(source)
+    with progress("reading", unit="weights") as work:
+        model = whole(load_model(path, dtype=None, advance=work.advance))
+    tokenizer = load_tokenizer(path)
+    made = quantized(model, to)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with progress("writing", unit="tensors") as work:
+        write_folder(made, tokenizer, target, work.advance)
+    bits = bits_per_weight(made)
+    console.print(f"{target}: {model.config.parameters():,} weights, {to}, {bits:.2f} bits each", markup=False)
