@@ -78,6 +78,9 @@ class Handler(BaseHTTPRequestHandler):
             self._json({"prompt": f"{turns}<|im_start|>assistant\n"})
             return
         self.server.seen.append(body)
+        if body.get("model", "tiny") not in ("tiny", "reference", "other"):
+            self._json({"error": {"message": f"There is no model '{body['model']}'."}}, 404)
+            return
         if self.server.refusals:
             status, message, headers = self.server.refusals.pop(0)
             self._json({"error": {"message": message}}, status, headers)

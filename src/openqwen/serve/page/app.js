@@ -186,6 +186,7 @@ function endWait(node) {
 
 function again(conversation, node) {
   endWait(node);
+  node.model ||= conversation.settings.model; // not known when it was first asked
   run(conversation, node);
 }
 
@@ -240,6 +241,7 @@ const act = {
     toast(conversations.length === 1 ? "One conversation is imported." : `${conversations.length} conversations are imported.`);
   },
   keys: showKeys,
+  connect,
   again: (node) => again(current, node),
   cancelWait: (node) => endWait(node),
   regenerate(node) {
@@ -382,7 +384,6 @@ function build() {
   at("shade").onclick = () => showSidebar(false);
   document.addEventListener("keydown", onkey);
   addEventListener("beforeunload", (event) => anyRunning() && store.durable === false && event.preventDefault());
-  addEventListener("openqwen-key", connect);
   store.onfull = () => toast("The browser's storage is full: export conversations and delete some, or the newest will be lost.");
   fillFoot(at("sidebar-foot"), () => store.list(), act);
 }
