@@ -67,14 +67,20 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if not self._allowed():
             return
-        if self.path.endswith("/chat/render"):
+        if self.path.endswith("/tokenize"):
+            self._json({"tokens": [0] * len(body["content"]), "count": len(body["content"])})
+            return
+        if self.path.endswith("/apply-template"):
             if not self.server.renders:
                 self._json({"error": {"message": "Not Found"}}, 404)
                 return
             turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in body["messages"])
-            self._json({"prompt": f"{turns}<|im_start|>assistant\n", "tokens": len(turns)})
+            self._json({"prompt": f"{turns}<|im_start|>assistant\n"})
             return
         self.server.seen.append(body)
+        if body.get("model", "tiny") not in ("tiny", "reference", "other"):
+            self._json({"error": {"message": f"There is no model '{body['model']}'."}}, 404)
+            return
         if self.server.refusals:
             status, message, headers = self.server.refusals.pop(0)
             self._json({"error": {"message": message}}, status, headers)

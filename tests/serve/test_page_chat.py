@@ -222,6 +222,7 @@ def test_the_prompt_as_rendered(page, stub):  # noqa: F811
     page.click("#show-prompt")
     prompt = page.locator("dialog pre").inner_text()
     assert prompt.endswith("<|im_start|>user\nAnd this<|im_end|>\n<|im_start|>assistant\n")
+    assert f"{len(prompt)} tokens" in page.locator("dialog .hint").inner_text()
     assert page.locator("dialog .control").first.inner_text() == "<|im_start|>"
     page.keyboard.press("Escape")
     stub.renders = False

@@ -154,3 +154,26 @@ def test_two_tabs_do_not_overwrite_each_other(page, stub, context):  # noqa: F81
     })""")
     wanted = ["Follow-up here", "From the other tab", "From this tab", "Hello there.", "Shared question"]
     assert sorted(nodes) == wanted
+
+
+def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page, stub):  # noqa: F811
+    stub.answers, stub.pause = ["word " * 300], 0.02
+    say(page, "Tell me", wait=False)
+    page.locator(".markdown").wait_for()
+    page.locator("#sidebar .menu summary").click()
+    page.click("#sidebar .choices >> text=Delete")
+    page.locator(".welcome").wait_for()
+    page.wait_for_timeout(1000)
+    assert stub.aborted == 1
+    load(page, stub)
+    assert page.locator("#sidebar .open").count() == 0
+
+
+def test_what_is_being_written_stays_when_another_tab_changes_something(page, stub, context):  # noqa: F811
+    page.fill("#composer-text", "half a thou")
+    other = context.new_page()
+    load(other, stub)
+    say(other, "From elsewhere")
+    page.locator("#sidebar .open", has_text="From elsewhere").wait_for()
+    assert page.locator("#composer-text").input_value() == "half a thou"
+    assert page.locator(".welcome").is_visible()

@@ -219,9 +219,7 @@ def test_lines_are_there_in_the_next_chat(model, tmp_path):
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     terminal = Terminal(model, tmp_path, "--max-tokens", "3")
     terminal.until(PROMPT)
-    terminal.type("\x1b[A" * 5)  # /quit, /undo, the long one, a line to remember ...
-    terminal.until("a line to remember")
-    terminal.type("\n")
+    terminal.type("\x12remember\r")  # Ctrl-R searches
     terminal.until("3 tokens")
     terminal.until(PROMPT)
     assert terminal.end() == 0

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -56,8 +56,7 @@ def chat(
     ] = None,
 ) -> None:
     """Talk to a model."""
-    options: dict[str, Any] = {} if quantize is None else {"quantize": quantize}
-    network = load_model(model, device=best_device(), **options)
+    network = load_model(model, device=best_device(), quantize=quantize)
     engine = Engine(network, load_tokenizer(model), EngineConfig(max_context=max_context))
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     talk = Chat(engine, sampling, system)
@@ -159,9 +158,8 @@ class Chat:
             console.print("The checkpoint's own." if self.system is None else self.system, markup=False)
 
     def _set(self, text: str) -> None:
-        names = [
-            f.name for f in dataclasses.fields(Sampling) if type(f.default) in _EXAMPLES and f.name != "top_logprobs"
-        ]
+        names = [f.name for f in dataclasses.fields(Sampling) if type(f.default) in _EXAMPLES]
+        names.remove("top_logprobs")
         if not text:
             for name in names:
                 console.print(f"  {name:<20}{getattr(self.sampling, name)}")

@@ -42,7 +42,7 @@ export function parseTools(text) {
 
 /** The body of a request that asks for what follows `turns`. */
 export function request(settings, turns, model) {
-  const body = { model, messages: messages(settings, turns), stream: true, stream_options: { include_usage: true } };
+  const body = { ...(model && { model }), messages: messages(settings, turns), stream: true, stream_options: { include_usage: true } };
   for (const name of NUMBERS) if (String(settings[name]).trim() !== "") body[name] = Number(settings[name]);
   const stops = settings.stop.split("\n").filter((line) => line !== "");
   if (stops.length) body.stop = stops;

@@ -73,9 +73,12 @@ export async function models(where = HOME) {
   return data.map((model) => ({ id: model.id, context: model.max_model_len ?? model.meta?.n_ctx_train ?? null }));
 }
 
-/** The prompt as the chat template renders it: {prompt, tokens}. */
+/** The prompt as the chat template renders it: {prompt, tokens}. Both routes are known from llama.cpp's server too. */
 export async function render(where, body) {
-  return (await ask(`${where}/chat/render`, body)).json();
+  const root = where.replace(/\/v1$/, "");
+  const { prompt } = await (await ask(`${root}/apply-template`, body)).json();
+  const { count, tokens } = await (await ask(`${root}/tokenize`, { content: prompt, parse_special: true })).json();
+  return { prompt, tokens: count ?? tokens.length };
 }
 
 /** Data of server-sent events out of pieces of bytes, however they are cut. */

@@ -13,7 +13,11 @@ import { pair, reconcile, Turn, welcome } from "./view.js";
 const at = (id) => document.getElementById(id);
 const TRIES = 10; // times that a busy server is asked again by itself
 
-const store = new Store((id) => (id === current?.id || !store.conversations.has(current?.id) ? open(store.conversations.get(current?.id) ?? fresh()) : draw()));
+const store = new Store((id) => {
+  if (id === current?.id && !store.conversations.has(id)) open(fresh());
+  else draw();
+  drawSidebar(false);
+});
 let current = null;
 let catalog = [];
 let canRender = false;
@@ -94,7 +98,9 @@ function drawFoot(turns, busy) {
   at("send").disabled = !at("composer-text").value.trim();
 }
 
-function drawSidebar() {
+/** asked: by the person; otherwise a menu or a title being changed is left alone. */
+function drawSidebar(asked = true) {
+  if (!asked && at("conversations").querySelector(".menu[open], li input")) return;
   const busy = (conversation) => Object.values(conversation.nodes).some(isRunning);
   fillSidebar(at("conversations"), store.list(), current, busy, act);
 }
@@ -144,18 +150,19 @@ async function generate(conversation, parent) {
 }
 
 async function run(conversation, node) {
+  const kept = () => store.conversations.has(conversation.id); // not deleted meanwhile
   const changed = () => {
-    store.changed(conversation, node, true);
+    if (kept()) store.changed(conversation, node, true);
     if (conversation === current) draw();
   };
   const over = answer(conversation, node, changed);
   drawNow();
-  drawSidebar();
+  drawSidebar(false);
   await over;
   if (node.error?.retry && (tries.get(node.id) ?? 0) < TRIES) wait(conversation, node, Math.ceil(node.error.retry));
   else if (!node.error) announce(`Answer finished, ${node.stats?.tokens ?? 0} tokens`); // an error is an alert by itself
-  await store.changed(conversation, node);
-  drawSidebar();
+  if (kept()) await store.changed(conversation, node);
+  drawSidebar(false);
 }
 
 /** A busy server is asked again when it said. */
@@ -179,6 +186,7 @@ function endWait(node) {
 
 function again(conversation, node) {
   endWait(node);
+  node.model ||= conversation.settings.model; // not known when it was first asked
   run(conversation, node);
 }
 
@@ -217,8 +225,9 @@ const act = {
     draw();
   },
   remove(conversation) {
-    Object.values(conversation.nodes).forEach((node) => (stop(node), endWait(node)));
     store.remove(conversation.id);
+    localStorage.removeItem(`openqwen.draft.${conversation.id}`);
+    Object.values(conversation.nodes).forEach((node) => (stop(node), endWait(node)));
     if (conversation === current) open(store.list()[0] ?? fresh());
     drawSidebar();
     toast(`“${titleOf(conversation)}” is deleted.`, "Undo", () => (store.changed(conversation), open(conversation)));
@@ -232,6 +241,7 @@ const act = {
     toast(conversations.length === 1 ? "One conversation is imported." : `${conversations.length} conversations are imported.`);
   },
   keys: showKeys,
+  connect,
   again: (node) => again(current, node),
   cancelWait: (node) => endWait(node),
   regenerate(node) {
@@ -374,7 +384,6 @@ function build() {
   at("shade").onclick = () => showSidebar(false);
   document.addEventListener("keydown", onkey);
   addEventListener("beforeunload", (event) => anyRunning() && store.durable === false && event.preventDefault());
-  addEventListener("openqwen-key", connect);
   store.onfull = () => toast("The browser's storage is full: export conversations and delete some, or the newest will be lost.");
   fillFoot(at("sidebar-foot"), () => store.list(), act);
 }

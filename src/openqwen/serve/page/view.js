@@ -39,7 +39,7 @@ export class Turn {
     this.place = place;
     const { node } = this;
     const running = isRunning(node);
-    this.label.textContent = { user: "You", tool: `Result of ${node.name || "a call"}` }[node.role] ?? node.model ?? "Model";
+    this.label.textContent = { user: "You", tool: `Result of ${node.name || "a call"}` }[node.role] ?? (node.model || "Model");
     this.element.setAttribute("aria-label", this.label.textContent);
     this.element.classList.toggle("running", running);
     this.element.classList.toggle("waiting-first", running && !node.content && !node.calls?.length);
@@ -81,7 +81,7 @@ export class Turn {
     const { waiting } = this.place;
     const again = () => this.act.again(this.node);
     const box = h("div", { class: "trouble", role: "alert" }, h("p", {}, h("strong", {}, error.message), ` ${error.retry && !waiting ? "The server is busy; try again later." : error.advice ?? ""}`));
-    if (error.status === 401) box.append(keyForm(again));
+    if (error.status === 401) box.append(keyForm(() => this.act.connect().then(again)));
     else if (waiting) {
       box.append(h("p", { class: "note" }, `Asking again in ${waiting} s. `),
         h("div", { class: "row" }, h("button", { type: "button", class: "button", onclick: again }, "Ask now"),
@@ -204,7 +204,6 @@ function keyForm(then) {
   const onsubmit = (event) => {
     event.preventDefault();
     key.set(field.value.trim(), remember.checked);
-    dispatchEvent(new Event("openqwen-key"));
     then();
   };
   return h("form", { class: "key", onsubmit }, h("div", { class: "row" }, field, h("button", { class: "button primary" }, "Use this key")),
