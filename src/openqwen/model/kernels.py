@@ -59,8 +59,3 @@ def linear() -> Callable[..., Any] | None:
 @cache
 def _linear() -> Callable[..., Any] | None:
     return function("openqwen_linear", c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
-
-
-def address(tensor: torch.Tensor | None) -> int | None:
-    """Where a tensor begins, for a `c_void_p`; None where there is none."""
-    return None if tensor is None else tensor.data_ptr()
