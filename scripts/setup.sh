@@ -29,5 +29,7 @@ $pip install --no-deps -r .venv/requirements-without-torch.txt
 $pip install --no-deps --no-build-isolation --editable .
 # Optional: compiled parts, which are built on first use where this is left out. Without a compiler plain Python works.
 .venv/bin/python -c 'from openqwen.tokenizer import fast
-print("The tokenizer is compiled." if fast.library() else "The tokenizer runs in plain Python.")'
+from openqwen.model import kernels
+print("The tokenizer is compiled." if fast.library() else "The tokenizer runs in plain Python.")
+print("The network has compiled kernels." if kernels.library() else "The network runs in plain PyTorch.")'
 echo "Ready: .venv/bin/openqwen --help"

@@ -223,6 +223,13 @@ def test_experts(kind):
     assert routing.counts_LE().sum(1).tolist() == [18, 18]
 
 
+@compiled
+def test_a_network_that_was_cast_is_refused():
+    made = quantize(network(), "int8").to(torch.bfloat16)
+    with torch.no_grad(), pytest.raises(OpenQwenError, match="was cast"):
+        read(made)
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(OpenQwenError, match="int3"):
         quantize(network(), "int3")

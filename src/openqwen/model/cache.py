@@ -122,22 +122,20 @@ class Cache:
     def bias_turns(self, yarn: Yarn | None, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin that turn a key bias to positions below `length`: to every STEP-th [⌈length / STEP⌉ or more, 2,
         d/2], and from there by 0 … STEP − 1 [2, d/2, STEP]. Kept, since every call reads them."""
-        bases, steps = self._bias_turns.get(yarn, (None, None))
-        if bases is None or steps is None or len(bases) * STEP < length:
-            frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, yarn, self.device).double()
-            count = -(-max(length, 1024) // STEP)
-            count = 1 << (count - 1).bit_length()
-            angles = torch.arange(count, device=self.device)[:, None] * STEP * frequencies
+        found = self._bias_turns.get(yarn)
+        if found is None or len(found[0]) * STEP < length:
+            frequencies = inverse_frequencies(self.config.head_dim, self.config.rope_theta, yarn).double()
+            count = 1 << (max(length, 1024) // STEP).bit_length()
+            angles = torch.arange(count)[:, None] * STEP * frequencies
             bases = torch.stack((angles.cos(), angles.sin()), dim=1) * (yarn.temperature if yarn else 1.0)
-            turns = torch.arange(STEP, device=self.device) * frequencies[:, None]
-            steps = torch.stack((turns.cos(), turns.sin()))
-            self._bias_turns[yarn] = bases.float(), steps.float()
-        return self._bias_turns[yarn]
+            angles = torch.arange(STEP) * frequencies[:, None]
+            steps = torch.stack((angles.cos(), angles.sin()))
+            self._bias_turns[yarn] = found = bases.float().to(self.device), steps.float().to(self.device)
+        return found
 
     def turned_bias(self, layer: int, yarn: Yarn | None, positions_L: Tensor) -> Tensor:
-        """What the keys at these positions (within their chunk) lack, [L, K, d] in `dtype`."""
-        if self.key_bias_NKd is None:
-            return torch.zeros((), dtype=self.dtype, device=self.device)
+        """The turned key bias at these positions (within their chunk), which the keys lack, [L, K, d] in `dtype`."""
+        assert self.key_bias_NKd is not None
         bases, steps = self.bias_turns(yarn, int(positions_L.max()) + 1)
         base, step = bases[positions_L // STEP], steps[..., positions_L % STEP].permute(2, 0, 1)
         once = rotate(self.key_bias_NKd[layer], base[:, :1], base[:, 1:])
@@ -158,8 +156,8 @@ class Cache:
         table_P = torch.tensor(list(pages), device=self.device)
         slots_T = table_P[at_T // self.page_size] * self.page_size + at_T % self.page_size
         for layer in range(self.config.num_hidden_layers):
-            k_TKd = self.read(layer, table_P[None])[0][0, :length]
-            self._write_keys(layer, slots_T, rotate(rotate(k_TKd, *back), *forth))
+            k_TKd = self.read(layer, table_P[None])[0][0, :length].float()
+            self._write_keys(layer, slots_T, rotate(rotate(k_TKd, *back), *forth).to(self.dtype))
 
     def _scales(self) -> list[Tensor]:
         return [x for x in (self.key_scales, self.value_scales) if x is not None]

@@ -57,5 +57,5 @@ def _linear() -> Callable[..., Any] | None:
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
-    """Where a tensor's numbers are, as kernels take it."""
+    """Where a tensor begins, for a `c_void_p`; None where there is none."""
     return None if tensor is None else tensor.data_ptr()

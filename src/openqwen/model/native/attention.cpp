@@ -110,17 +110,20 @@ void score(const float* q, const float* keys, int64_t stride, int64_t d, float* 
   for (int r = 0; r < R; ++r) store(out + r * kBlock, sums[r]);
 }
 
+inline Lanes read(const float* p) { return load(p); }
+inline Lanes read(const int8_t* p) { return from_int8(p); }
+
 // out[R, d] = weights[R, count] · values[count, d], values in tiles of sixteen; V vectors of d at once.
-template <int R, int V>
-void weigh(const float* weights, const float* const* tiles, int count, int64_t d, float* out) {
+template <int R, int V, class Value>
+void weigh(const float* weights, const Value* const* tiles, int count, int64_t d, float* out) {
   for (int64_t at = 0; at < d; at += V * kLanes) {
     Lanes sums[R][V];
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < V; ++n) sums[r][n] = all(0);
     for (int j = 0; j < count; ++j) {
-      const float* value = tiles[j / kLanes] + (j % kLanes) * d + at;
+      const Value* value = tiles[j / kLanes] + (j % kLanes) * d + at;
       Lanes x[V];
-      for (int n = 0; n < V; ++n) x[n] = load(value + n * kLanes);
+      for (int n = 0; n < V; ++n) x[n] = read(value + n * kLanes);
       for (int r = 0; r < R; ++r) {
         const Lanes w = all(weights[r * kBlock + j]);
         for (int n = 0; n < V; ++n) sums[r][n] = fma(w, x[n], sums[r][n]);
@@ -137,8 +140,8 @@ void score_rows(int rows, const float* q, const float* keys, int64_t stride, int
   if constexpr (R > 1) score_rows<R - 1>(rows, q, keys, stride, d, out);
 }
 
-template <int R>
-void weigh_rows(int rows, const float* weights, const float* const* tiles, int count, int64_t d, float* out) {
+template <int R, class Value>
+void weigh_rows(int rows, const float* weights, const Value* const* tiles, int count, int64_t d, float* out) {
   if (rows == R)
     return d % (2 * kLanes) ? weigh<R, 1>(weights, tiles, count, d, out) : weigh<R, 2>(weights, tiles, count, d, out);
   if constexpr (R > 1) weigh_rows<R - 1>(rows, weights, tiles, count, d, out);
@@ -227,7 +230,9 @@ class Attention {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, t.at + t.tokens - start));  // keys seen by any row
     const int tiles = (count + kLanes - 1) / kLanes;
     const float* values[kTiles];
+    const int8_t* bytes[kTiles];  // values of int8 that few rows read, as they lie in the page
     const float* value_scales[kTiles];
+    const bool few = c.key_scales && rows <= kRows;
     for (int n = 0; n < tiles; ++n) {
       const int64_t at = start + n * kLanes;
       const int64_t page = c.tables[t.sequence * c.table_width + at / S];
@@ -240,8 +245,8 @@ class Attention {
         read_keys(place, slot, at);
         keys = s.keys.data();
         stride = kLanes;
-        const int seen = std::min(count - n * kLanes, kLanes);
-        values[n] = read_values(place, slot, seen, s.values.data() + n * kLanes * d);
+        bytes[n] = static_cast<const int8_t*>(c.values) + (place * S + slot) * d;
+        if (!few) values[n] = read_values(bytes[n], std::min(count - n * kLanes, kLanes), n);
         value_scales[n] = c.value_scales + place * S + slot;
       }
       const int64_t ahead = chunk_len ? chunk - at / chunk_len : 0;
@@ -255,6 +260,7 @@ class Attention {
       most[r] = weights(s.scores.data() + r * kBlock, static_cast<int>(std::max<int64_t>(limit, 0)), tiles,
                         value_scales, &sums[r]);
     }
+    if (few) return weigh_rows<kRows>(static_cast<int>(rows), s.scores.data(), bytes, count, d, s.block.data());
     for (int64_t r = 0; r < rows; r += kRows)
       weigh_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), s.scores.data() + r * kBlock, values,
                         count, d, s.block.data() + r * d);
@@ -305,11 +311,10 @@ class Attention {
     }
   }
 
-  // The `seen` first values of a tile as floats, not yet times their scales, [16, d].
-  const float* read_values(int64_t place, int64_t slot, int seen, float* out) {
-    const int64_t d = c.width;
-    const int8_t* values = static_cast<const int8_t*>(c.values) + (place * c.slots + slot) * d;
-    for (int64_t i = 0; i < seen * d; i += kLanes) store(out + i, from_int8(values + i));
+  // The `seen` first values of the block's n-th tile as floats, not yet times their scales, [16, d].
+  const float* read_values(const int8_t* values, int seen, int n) {
+    float* out = s.values.data() + n * kLanes * c.width;
+    for (int64_t i = 0; i < seen * c.width; i += kLanes) store(out + i, from_int8(values + i));
     return out;
   }
 
