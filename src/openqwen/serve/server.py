@@ -1,6 +1,7 @@
 """`openqwen serve MODEL`: load, listen, answer, and leave without dropping anybody."""
 
 import asyncio
+import logging
 import os
 import pwd
 import secrets
@@ -86,6 +87,7 @@ async def _run(
     if config.origin:
         app = CORSMiddleware(app, config.origin, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
     TimedProtocol.seconds = config.idle
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a client that left while it was written to is no news
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it has drained
     settings: dict[str, Any] = {"http": TimedProtocol, "ws": "none", "log_level": "warning", "server_header": False}
     settings["timeout_graceful_shutdown"] = max(round(config.drain), 1)
