@@ -59,13 +59,13 @@ def test_conversations_can_be_named_searched_and_deleted(page, stub):  # noqa: F
     page.click("#sidebar .choices >> text=Rename")
     page.get_by_label("Title").fill("The third")
     page.get_by_label("Title").press("Enter")
-    assert page.locator("#title").inner_text() == "The third"
+    page.locator("#title", has_text="The third").wait_for()
     page.get_by_label("Search conversations").fill("")
     page.locator("#sidebar .current .menu summary").click()
     page.click("#sidebar .current .choices >> text=Delete")
     assert page.locator("#sidebar .list li").count() == 6
     page.click("text=Undo")
-    assert page.locator("#title").inner_text() == "The third"
+    page.locator("#title", has_text="The third").wait_for()
     page.locator("#sidebar .current .menu summary").click()
     page.click("#sidebar .current .choices >> text=Delete")
     load(page, stub)

@@ -129,8 +129,9 @@ export class Store {
 
   /** What IndexedDB has not yet, written in the one way that is over before the page is. */
   writeJournal() {
-    const entries = [...this.writing, ...this.unsaved].map(([id, turns]) => {
-      const { nodes, ...head } = this.conversations.get(id) ?? { nodes: {} };
+    const known = [...this.writing, ...this.unsaved].filter(([id]) => this.conversations.has(id));
+    const entries = known.map(([id, turns]) => {
+      const { nodes, ...head } = this.conversations.get(id);
       return { ...head, nodes: Object.fromEntries([...turns].map((turn) => [turn, nodes[turn]])) };
     });
     if (entries.length) localStorage.setItem(OURS, JSON.stringify(entries));
