@@ -199,14 +199,15 @@ def test_a_step_without_a_target_and_a_rate_that_explodes_are_named(tmp_path):
 )
 def test_memory_that_runs_out_names_the_step_and_the_levers(tmp_path, error):
     one = poisoned(trainer(tmp_path), set())
-    inner = one.loss
+    batch, loss, steps = one.batch, one.loss, []
+    one.batch = lambda step: steps.append(step) or batch(step)
 
-    def loss(rows):
-        if len(list(tmp_path.glob("state-*"))) == 2:
+    def fails_in_step_3(rows):
+        if steps[-1] == 3:
             raise error
-        return inner(rows)
+        return loss(rows)
 
-    one.loss = loss
+    one.loss = fails_in_step_3
     with pytest.raises(OpenQwenError, match=r"records 3 and 4(.|\n)*16 tokens(.|\n)*micro_tokens(.|\n)*recompute"):
         one.run()
     trainer(tmp_path).run()  # goes on from the last state
