@@ -19,7 +19,7 @@ class EngineConfig(BaseModel):
     page_size: int = Field(16, gt=0, description="tokens of one page of the cache")
     max_running: int = Field(128, gt=0, description="requests at work at once, at most")
     token_budget: int | None = Field(
-        None, gt=0, description="tokens of one forward call, at most; by default 512 on a CPU, 4096 elsewhere"
+        None, gt=0, description="tokens of one forward call, at most; by default 256 on a CPU, 4096 elsewhere"
     )
     prefix_cache: bool = Field(True, description="let later requests reuse the pages of those that began alike")
     speculate: int = Field(0, ge=0, description="most tokens to draft ahead and check in one call; 0 drafts none")

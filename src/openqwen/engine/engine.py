@@ -27,7 +27,7 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
 from openqwen.tokenizer import Tokenizer
 
-_BUDGET_CPU, _BUDGET = 512, 4096
+_BUDGET_CPU, _BUDGET = 256, 4096
 _GREEDY, _DEFAULTS = Sampling(), EngineConfig()
 
 

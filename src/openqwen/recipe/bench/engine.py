@@ -22,6 +22,7 @@ from rich.table import Table
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import Qwen2, load_model
 from openqwen.recipe.convert import convert
+from openqwen.recipe.quantize import quantize
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 from openqwen.tokenizer import Tokenizer, load_tokenizer
@@ -47,18 +48,21 @@ def bench(
     theirs: dict[str, Seconds] = {}
     with tempfile.TemporaryDirectory() as name:
         for kind in kinds:
-            file = Path(name) / f"{kind}.gguf"
+            file, folder = Path(name) / f"{kind}.gguf", Path(name) / kind
+            if kind == "float32":
+                convert(model, folder)
+            else:
+                quantize(model, folder, to=kind)
             if peer:
                 convert(model, file, type=_PEER_TYPE[kind])
-            ours[kind], theirs[kind] = _in_turn(model, kind, peer, file, rounds)
-            file.unlink(missing_ok=True)
+            ours[kind], theirs[kind] = _in_turn(str(folder), kind, peer, file, rounds)
     console.print(_table(ours, theirs))
 
 
 def _in_turn(model: str, kind: Kind, peer: Path | None, file: Path, rounds: int) -> tuple[Seconds, Seconds]:
     """Medians of ours and of the peer's, measured alternately."""
-    started = statistics.median(_start(model, kind) for _ in range(rounds))
-    tokenizer, network = load_tokenizer(model), load_model(model, quantize=None if kind == "float32" else kind)
+    started = statistics.median(_start(model) for _ in range(rounds))
+    tokenizer, network = load_tokenizer(model), load_model(model)
     measures: list[Seconds] = []
     peers: list[Seconds] = []
     for seed in range(rounds):
@@ -153,12 +157,11 @@ def _warmth(model: Qwen2, tokenizer: Tokenizer, ids: list[int]) -> tuple[float, 
     return cold, warm
 
 
-def _start(model: str, kind: Kind) -> float:
+def _start(model: str) -> float:
     """Seconds from a new process to the first token of its first answer."""
-    quantize = "None" if kind == "float32" else repr(kind)
     code = (
         "import sys, openqwen as oq\n"
-        f"engine = oq.Engine(oq.load_model(sys.argv[1], quantize={quantize}), oq.load_tokenizer(sys.argv[1]))\n"
+        "engine = oq.Engine(oq.load_model(sys.argv[1]), oq.load_tokenizer(sys.argv[1]))\n"
         "next(engine.stream([{'role': 'user', 'content': 'Hello.'}], oq.Sampling(max_tokens=2, ignore_eos=True)))"
     )
     return _timed(lambda: subprocess.run([sys.executable, "-c", code, model], check=True))
