@@ -1,6 +1,6 @@
 """Speed of the quantised kernels, and what share of the machine's ceilings that is.
 
-    python benchmarks/kernels.py [--threads 1 2] [--layers 24] [--only ceilings products forward]
+    python benchmarks/packed_products.py [--threads 1 2] [--layers 24] [--only ceilings products forward]
 
 ceilings: the rate at which memory is read (512 MB, larger than any cache), and float32 multiplication. products: one
 layer's matrices of a 0.5B and its output matrix, for 1 to 512 rows; of 1 row all layers are read in turn, so that
