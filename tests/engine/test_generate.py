@@ -291,3 +291,22 @@ def test_each_request_is_stretched_as_far_as_it_needs_and_no_further():
         ids = request.prompt_ids + request.output_ids
         truth = torch.log_softmax(scores(stretched, ids), -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
         assert request.logprobs == pytest.approx(truth[len(request.prompt_ids) - 1 :].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_scores_that_are_no_numbers_end_that_answer_alone(temperature):
+    network, asked = model(), prompts(2, seed=5)
+    good = Sampling(max_tokens=8, ignore_eos=True)
+    alone = Engine(network, WORDS).generate(asked[:1], good)[0]
+    engine = Engine(network, WORDS)
+    fine = engine.submit(asked[0], good)
+    bad = engine.submit(asked[1] * 2, replace(good, temperature=temperature, repetition_penalty=5e-324))
+    while engine.busy:
+        engine.step()
+    assert (bad.finish_reason, bad.output_ids) == ("error", [])
+    assert fine.output_ids == alone.token_ids
+    engine._schedule.pool.check([])
+    with torch.no_grad():
+        network.model.norm.weight.fill_(torch.nan)
+    broken = Engine(network, WORDS).generate(asked, replace(good, temperature=temperature, top_p=0.9))
+    assert [output.finish_reason for output in broken] == ["error", "error"]

@@ -42,6 +42,8 @@ def _write(
 ) -> tuple[str, FinishReason | None]:
     """Add one token; returns the text that it makes final, and why the answer ends, if it does."""
     token, sampling = choice.tokens[row], request.sampling
+    if row in choice.broken:
+        return "", "error"
     if token in sampling.stop_ids or (token in stops and not sampling.ignore_eos):
         return "", "stop"
     request.output_ids.append(token)

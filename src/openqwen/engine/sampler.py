@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import gcd
+from math import gcd, isfinite
 
 import numpy as np
 import torch
@@ -40,13 +40,17 @@ class Row:
 @dataclass
 class Choice:
     """Of each row: the token; its log-probability under the model, and under the distribution that it was drawn from;
-    the probability that cuts kept (of what penalties and temperature made); and the likeliest tokens."""
+    the probability that cuts kept (of what penalties and temperature made); and the likeliest tokens.
+
+    broken: the rows whose scores are no numbers, so that nothing was chosen.
+    """
 
     tokens: list[int]
     logprobs: list[float]
     drawn_logprobs: list[float]
     kept: list[float]
     top: list[TopTokens]
+    broken: frozenset[int] = frozenset()
 
 
 def draws(seeds: Sequence[int], places: Sequence[int]) -> np.ndarray:
@@ -84,6 +88,9 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
         penalise(scores_RV[r], row.sampling, row.prompt, row.answer)
         if row.allowed is not None:
             scores_RV[r].masked_fill_(~row.allowed, -torch.inf)
+    broken = [r for r, peak in enumerate(scores_RV.amax(-1).tolist()) if not isfinite(peak)]
+    for r in broken:  # nothing can be chosen there: something else is, and thrown away
+        scores_RV[r] = logits_RV[r] = normalizer_R[r] = 0.0
     tokens_R = likeliest(scores_RV)
     drawn_R = torch.zeros_like(normalizer_R)
     kept_R = torch.ones_like(normalizer_R)
@@ -97,7 +104,7 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
             own_R = scores_RV[some].gather(1, tokens_R[some, None]).squeeze(1) - normalizers(scores_RV[some])
             kept_R[some] = own_R.exp()
     top = _top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
-    return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), kept_R.tolist(), top)
+    return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), kept_R.tolist(), top, frozenset(broken))
 
 
 def _changes(row: Row) -> bool:
