@@ -72,7 +72,7 @@ def test_under_load_nothing_is_guessed():
 def test_guessed_tokens_follow_the_models_distribution():
     """Chi-square over 4,000 seeds of the second token, which the draft model guesses, against its exact probability."""
     prompt, count, width = [9, 3, 4, 5], 4000, WORDS.vocab_size
-    machine = engine(1, CLOSE, draft_below=999)
+    machine = engine(1, CLOSE, draft_below=999, token_budget=512)
     sampling = Sampling(max_tokens=3, temperature=1.0, ignore_eos=True)
     outputs = [o for n in range(0, count, 100) for o in machine.generate([prompt] * 100, sampling, range(n, n + 100))]
     assert machine.stats().drafted == count

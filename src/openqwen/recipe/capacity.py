@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from openqwen.model import ModelConfig
-from openqwen.train.log_probs import CHUNK, KEEP_BYTES
+from openqwen.train.log_probs import BLOCK_BYTES
 from openqwen.train.parallel import ParallelConfig
 from openqwen.train.parallel.degrees import faults
 from openqwen.train.recompute import Recompute
@@ -96,8 +96,7 @@ def memory(config: ModelConfig, setting: Setting) -> Memory:
         buffers = tables * (1 + (setting.trained == 1)) + layer * (2 + setting.trained)
     kept, whole = _kept(config, setting), _kept(config, replace(setting, recompute="nothing"))
     rows = setting.tokens / parallel.tensor  # dealt to all ranks that hold the same
-    made = rows * config.vocab_size
-    scores = (made if made * _WORD <= KEEP_BYTES else 0) + 2 * min(rows, CHUNK) * config.vocab_size
+    scores = min(rows * config.vocab_size, BLOCK_BYTES / _WORD) + rows * config.hidden_size
     scores += table if setting.trained == 1 else 0  # the head's gradient, before it is added to the table's
     # Either the head's backward pass is the worst moment, or that of a layer, with what it computes again.
     again = (whole - kept) / config.num_hidden_layers + setting.tokens * _passing(config, parallel.tensor)
