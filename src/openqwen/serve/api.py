@@ -37,7 +37,7 @@ class Api:
     def __init__(self, bridge: Bridge, config: ServeConfig, names: list[str], scorer: Scorer | None):
         self.bridge, self.config, self.names, self.scorer = bridge, config, names, scorer
         self.tokenizer = bridge.engine.tokenizer
-        self.max_context = bridge.engine.config.max_context or bridge.engine.model.config.max_position_embeddings
+        self.max_context = bridge.engine.longest
         self._defaults = bridge.engine.model.config.generation
         self._started = int(time.time())
         self._print = "b" + hashlib.sha256(repr((names, bridge.engine.model.config)).encode()).hexdigest()[:10]

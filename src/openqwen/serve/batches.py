@@ -117,9 +117,8 @@ class Batches:
                         return
                     entry = {"line": number, **await _answer(api, batch["endpoint"], lines[number])}
                     done.append(entry)
-                    file.write(
-                        b"\n" + json.dumps(entry).encode()
-                    )  # first the newline: a line cut short spoils no other
+                    # First the newline: a line cut short spoils no other.
+                    file.write(b"\n" + json.dumps(entry).encode())
                     file.flush()
                     counts["completed" if _good(entry) else "failed"] += 1
 

@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from openqwen.engine import Engine
 from openqwen.model import Scorer, load_model, load_scorer
 from openqwen.model.kernels import library as kernels_library
+from openqwen.model.long_context import context_tokens, describe
 from openqwen.model.quantize import QuantizedQwen2
 from openqwen.serve.api import Api
 from openqwen.serve.app import application, page
@@ -102,17 +103,9 @@ async def _run(
 def _engine(source: str, config: ServeConfig) -> Engine:
     settings = config.engine
     if config.max_context is not None:
-        settings = settings.model_copy(update={"max_context": _tokens(config.max_context)})
+        settings = settings.model_copy(update={"max_context": context_tokens(config.max_context)})
     device = config.device or best_device()
     return Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
-
-
-def _tokens(text: str) -> int:
-    """`128k` is 131,072."""
-    number, unit = (text[:-1], 1024) if text[-1:].lower() == "k" else (text, 1)
-    if not number.isdigit():
-        raise OpenQwenError(f"'{text}' is no length.", where="--max-context", do="give 32768 or 32k")
-    return int(number) * unit
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -154,5 +147,7 @@ def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> Non
     form = model.kind if isinstance(model, QuantizedQwen2) else str(model.dtype).removeprefix("torch.")
     kernels = "compiled kernels" if kernels_library() else "plain PyTorch"
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    parts = [f"{api.names[0]} ({source})", form, f"{kernels} on {model.device}", f"context {api.max_context:,}"]
+    chosen = api.config.max_context is not None
+    context = describe(model.config, api.max_context) if chosen else f"context {api.max_context:,}"
+    parts = [f"{api.names[0]} ({source})", form, f"{kernels} on {model.device}", context]
     console.print("; ".join([*parts, "key needed" if keys else "no key needed", where]))

@@ -19,7 +19,7 @@ class ServeConfig(BaseModel):
     name: list[str] = Field([], description="names under which clients ask for the model; none: the source's own name")
     device: str | None = Field(None, description="where the model runs; none: a GPU where there is one")
     quantize: Literal["int8", "int4"] | None = Field(None, description="weights in 8 or 4 bits, packed while loading")
-    max_context: str | None = Field(None, description="longest prompt and answer in tokens, such as 128k")
+    max_context: str | None = Field(None, description="longest prompt and answer in tokens, such as 128k or 1m")
     reward: str | None = Field(None, description="a reward model to serve at /score besides")
     weights: Path | None = Field(None, description="folder whose subfolders 1, 2, ... /update_weights may load")
     data: Path | None = Field(None, description="folder for files and batches; none: gone when the server ends")

@@ -17,6 +17,7 @@ import tyro
 
 from openqwen.engine import Engine, EngineConfig, Request, Sampling
 from openqwen.model import load_model
+from openqwen.model.long_context import context_tokens
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.progress import console
@@ -52,12 +53,13 @@ def chat(
         Literal["int8", "int4"] | None, tyro.conf.arg(help="Weights in 8 or 4 bits, packed while loading.")
     ] = None,
     max_context: Annotated[
-        int | None, tyro.conf.arg(help="Tokens of the whole conversation, at most; none: as the model says.")
+        str | None, tyro.conf.arg(help="Tokens of the whole conversation, such as 128k; none: as the model says.")
     ] = None,
 ) -> None:
     """Talk to a model."""
+    most = None if max_context is None else context_tokens(max_context)
     network = load_model(model, device=best_device(), quantize=quantize)
-    engine = Engine(network, load_tokenizer(model), EngineConfig(max_context=max_context))
+    engine = Engine(network, load_tokenizer(model), EngineConfig(max_context=most))
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
     talk = Chat(engine, sampling, system)
     with _history():

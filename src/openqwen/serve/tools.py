@@ -52,7 +52,6 @@ class ToolCalls:
         self._names = names  # emptied when something else is said
         self._out: list[Piece] = []
         self._held = ""  # white space, or the beginning of a tag, that may yet belong to a call
-        self._state = self._text
         self._begin("")
         self._state = self._text
 

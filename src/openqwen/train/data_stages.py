@@ -122,11 +122,6 @@ class StagedTrainer(Trainer[Balanced]):
         self, step: int, movers: Sequence[torch.optim.Optimizer], earlier: Sequence[dict[str, float]]
     ) -> dict[str, float]:
         number, stretch = self.at(step)
-        train = stretch.stage.train
-        rate = learning_rate(train, step - stretch.first, stretch.pieces.steps)
-        self.optimizer = train.model_copy(
-            update={"learning_rate": rate, "schedule": "constant", "final_share": 1.0, "warmup_share": 0.0}
-        )
         enter(self.model, stretch.stage)
         if len(self.stretches) == 1:
             return super()._step(step, movers, earlier)
@@ -135,6 +130,10 @@ class StagedTrainer(Trainer[Balanced]):
             said = f"{data.tokens:,} tokens, rows of {data.context:,}, RoPE base {stretch.stage.rope_theta:,.0f}"
             console.print(f"  data stage {stretch.stage.name}: {said}", markup=False)
         return super()._step(step, movers, earlier) | {"data_stage": number + 1.0}
+
+    def _rate(self, step: int) -> float:
+        _, stretch = self.at(step)
+        return learning_rate(stretch.stage.train, step - stretch.first, stretch.pieces.steps)
 
 
 def enter(model: Any, stage: Resolved) -> None:

@@ -150,7 +150,7 @@ class Trainer(Generic[Micro]):
     ) -> dict[str, float]:
         start = time.perf_counter()
         micros = self.batch(step)
-        rate = learning_rate(self.optimizer, step, self.steps)
+        rate = self._rate(step)
         total, count, extras = self._backward(step, micros)
         if micros and count == 0:
             raise OpenQwenError(
@@ -260,6 +260,9 @@ class Trainer(Generic[Micro]):
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.optimizer, step, self.steps)
 
     def _named(self, step: int) -> str:
         return f" ({self.name(step)})" if self.name else ""
