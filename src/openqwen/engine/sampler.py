@@ -88,9 +88,13 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
         penalise(scores_RV[r], row.sampling, row.prompt, row.answer)
         if row.allowed is not None:
             scores_RV[r].masked_fill_(~row.allowed, -torch.inf)
-    broken = [r for r, peak in enumerate(scores_RV.amax(-1).tolist()) if not isfinite(peak)]
+    own_R = normalizer_R
+    if changed:
+        own_R = normalizer_R.clone()
+        own_R[changed] = normalizers(scores_RV[changed])
+    broken = [r for r, total in enumerate(own_R.tolist()) if not isfinite(total)]
     for r in broken:  # nothing can be chosen there: something else is, and thrown away
-        scores_RV[r] = logits_RV[r] = normalizer_R[r] = 0.0
+        scores_RV[r] = logits_RV[r] = normalizer_R[r] = own_R[r] = 0.0
     tokens_R = likeliest(scores_RV)
     drawn_R = torch.zeros_like(normalizer_R)
     kept_R = torch.ones_like(normalizer_R)
@@ -98,11 +102,9 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
         if some := [r for r, row in enumerate(rows) if row.sampling.temperature > 0 and row.sampling.cut == cut]:
             _draw(scores_RV, rows, some, cut, (tokens_R, drawn_R, kept_R))
     found_R = logits_RV.gather(1, tokens_R[:, None]).squeeze(1) - normalizer_R
-    if greedy := [r for r, row in enumerate(rows) if row.sampling.temperature == 0]:
-        kept_R[greedy] = found_R[greedy].exp()
-        if some := [r for r in greedy if r in changed]:
-            own_R = scores_RV[some].gather(1, tokens_R[some, None]).squeeze(1) - normalizers(scores_RV[some])
-            kept_R[some] = own_R.exp()
+    greedy_R = torch.tensor([row.sampling.temperature == 0 for row in rows], device=kept_R.device)
+    shares_R = (scores_RV.gather(1, tokens_R[:, None]).squeeze(1) - own_R).exp()
+    kept_R = torch.where(greedy_R, shares_R, kept_R)
     top = _top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
     return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), kept_R.tolist(), top, frozenset(broken))
 
@@ -193,11 +195,10 @@ def _among_candidates(
 
 
 def likeliest(scores_RV: Tensor) -> Tensor:
-    """argmax of each row: of its blocks, then within the best. On a CPU torch's own over a row is ten times slower."""
-    block = gcd(scores_RV.shape[1], _BLOCK)
-    blocks_RBb = scores_RV.unflatten(1, (-1, block))
-    best_R = blocks_RBb.amax(-1).argmax(-1)
-    return best_R * block + blocks_RBb[torch.arange(len(best_R), device=best_R.device), best_R].argmax(-1)
+    """argmax of each row, the first where several are largest. On a CPU by NumPy, ten times as fast as torch there."""
+    if scores_RV.device.type == "cpu":
+        return torch.from_numpy(scores_RV.numpy().argmax(-1))
+    return scores_RV.argmax(-1)
 
 
 def normalizers(scores_RV: Tensor, temperature_R: Tensor | None = None) -> Tensor:

@@ -33,9 +33,13 @@ class Decoder(nn.Module):
         """Token ids and their positions in their documents → hidden states [T, D]; `routing` is filled by experts."""
         x_TD = self.embed_tokens(tokens_T)
         rotation = attention.rotation(positions_T, self.config)
+        return self.norm(self.through_layers(x_TD, rotation, attention, routing))
+
+    def through_layers(self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None) -> Tensor:
+        """[T, D] → [T, D], every layer in its turn."""
         for layer in self.layers:
             x_TD = layer(x_TD, rotation, attention, routing)
-        return self.norm(x_TD)
+        return x_TD
 
 
 class Qwen2(nn.Module):

@@ -55,16 +55,23 @@ class Paged:
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
         """See `Attention.attend`; the new keys and values enter the cache on the way."""
         suits = q_THd.dtype == torch.float32 and not q_THd.requires_grad
-        if not self._kernel or not suits or any(n % STEP for n in rotation.chunk_lens):
+        call = self.compiled(rotation, len(q_THd)) if suits else None
+        if not self._kernel or call is None:
             return self._plain(q_THd, k_TKd, v_TKd, rotation, layer)
-        if self._call is None or self._call[0] is not rotation:
-            kernels.follow_torch()
-            self._call = rotation, _Call(self, rotation, len(q_THd))
         inputs = [x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THd, k_TKd, v_TKd)]
         out_THd = torch.empty(q_THd.shape)
         places = (n for x in inputs for n in (x.data_ptr(), x.stride(0)))
-        self._kernel(self._call[1].address, layer, *places, out_THd.data_ptr())
+        self._kernel(call, layer, *places, out_THd.data_ptr())
         return out_THd
+
+    def compiled(self, rotation: Rotation, rows: int) -> int | None:
+        """Where `PagedCall` of native/layers.h lies for this call of so many rows; None where only PyTorch can."""
+        if not self._kernel or any(n % STEP for n in rotation.chunk_lens):
+            return None
+        if self._call is None or self._call[0] is not rotation:
+            kernels.follow_torch()
+            self._call = rotation, _Call(self, rotation, rows)
+        return self._call[1].address
 
     def context(self, sequence: int) -> LongContext:
         """How this sequence is read."""
@@ -144,7 +151,7 @@ def _kernel() -> Callable[..., None] | None:
 class _Call:
     """What a forward call tells the compiled attention once for all layers; keeps alive what it points to.
 
-    It is `PagedCall` of attention.cpp: numbers and addresses of 8 bytes, an address 0 where something is not there.
+    It is `PagedCall` of native/layers.h: numbers and addresses of 8 bytes, an address 0 where something is not there.
     """
 
     def __init__(self, paged: Paged, rotation: Rotation, rows: int):

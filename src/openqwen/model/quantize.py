@@ -21,6 +21,7 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Decoder, Qwen2, RMSNorm
 from openqwen.model.experts import Routing, SparseFeedForward, route
 from openqwen.model.packed import FORMATS, choose, in_bytes, pack, rows_of, unpack
+from openqwen.model.paged import Paged
 from openqwen.model.rope import Rotation
 from openqwen.model.weights import without_memory
 from openqwen.support.errors import OpenQwenError
@@ -102,9 +103,10 @@ class PackedMatrix(nn.Module):
 
     def _address(self, before: Before) -> int:
         """Of `struct Linear` in native/linear.cpp; made anew when memory moved."""
+        # Each token asks a hundred times; past nn.Module's own lookup it costs a fifth.
         norm = before if isinstance(before, RMSNorm) else None
-        weight = 0 if norm is None else norm.weight.data_ptr()
-        called = (self.packed.data_ptr(), weight, before)
+        weight = 0 if norm is None else cast(Tensor, norm._parameters["weight"]).data_ptr()
+        called = (cast(Tensor, self._buffers["packed"]).data_ptr(), weight, before)
         if called != self._called:
             if {x.dtype for x in (self.bias, norm and norm.weight) if x is not None} - {torch.float32}:
                 raise OpenQwenError("A quantised model was cast.", do="leave it in float32, which it computes in")
@@ -218,6 +220,44 @@ class QuantizedLayer(nn.Module):
         return self.mlp(x_TD, self.post_attention_layernorm, x_TD)
 
 
+class QuantizedDecoder(Decoder):
+    """As `Decoder`. Over a compiled cache of pages, where no gradient is asked for, all layers are one compiled call:
+    the same kernels in the same order, and so the same bits, without Python between them."""
+
+    def through_layers(self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None) -> Tensor:
+        """See `Decoder.through_layers`."""
+        kernel = kernels.function("openqwen_layers", c_void_p, c_void_p, c_int64, c_void_p)
+        plain = kernel is None or not isinstance(attention, Paged) or (torch.is_grad_enabled() and x_TD.requires_grad)
+        matrices = [] if plain else self._matrices()
+        call = cast(Paged, attention).compiled(rotation, len(x_TD)) if matrices else None
+        if kernel is None or call is None:
+            return super().through_layers(x_TD, rotation, attention, routing)
+        x_TD = x_TD.clone(memory_format=torch.contiguous_format)
+        layers = torch.tensor(matrices)
+        kernel(call, layers.data_ptr(), len(self.layers), x_TD.data_ptr())
+        return x_TD
+
+    def _matrices(self) -> list[int]:
+        """Each layer's `struct Layer` of native/layers.h; none where something else stands in a matrix's place."""
+        found = []
+        for layer in self.layers:
+            own: Any = layer._modules
+            mlp: Any = own["mlp"]
+            if type(mlp) is not QuantizedFeedForward:
+                return []
+            pairs = (
+                (own["qkv_proj"], own["input_layernorm"]),
+                (own["o_proj"], None),
+                (mlp._modules["gate_up_proj"], own["post_attention_layernorm"]),
+                (mlp._modules["down_proj"], swiglu),
+            )
+            for matrix, before in pairs:
+                if type(matrix) is not QuantizedLinear or matrix._forward_hooks:
+                    return []
+                found.append(matrix._address(before))
+        return found
+
+
 class QuantizedQwen2(Qwen2):
     """The language model in packed weights: float32 in between, on a CPU, frozen."""
 
@@ -225,7 +265,7 @@ class QuantizedQwen2(Qwen2):
         nn.Module.__init__(self)
         self.config, self.kind = config, kind
         with without_memory():
-            self.model = Decoder(config)
+            self.model = QuantizedDecoder(config)
             vocabulary = {"embed_tokens": config.vocab_size}
             self.model.embed_tokens = cast(Any, QuantizedEmbedding(config.hidden_size, vocabulary, _CAREFUL))
             self.model.layers = nn.ModuleList(QuantizedLayer(config, n, kind) for n in range(config.num_hidden_layers))

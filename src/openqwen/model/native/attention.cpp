@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "layers.h"
 #include "pool.h"
 
 namespace openqwen {
@@ -21,29 +22,6 @@ constexpr int kBlock = 256;      // keys of one softmax block
 constexpr int kTiles = kBlock / kLanes;
 constexpr int kTileRows = 64;    // rows that share a pass over the keys, at least one token's
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr int kTurns = 3;        // of a query: for its own chunk, the one before, all earlier ones
-
-}  // namespace
-
-// What stays the same in all layers of one forward call. Python fills it (paged.py has the same list).
-struct PagedCall {
-  int64_t heads, kv_heads, width, slots, pages, sequences, rows, table_width;
-  const int64_t* tables;      // [sequences, table_width]
-  const int64_t* totals;      // [sequences] tokens, the new ones included
-  const int64_t* counts;      // [sequences] new tokens
-  const int64_t* chunk_lens;  // [sequences] multiples of 16, or 0 where a sequence is not divided
-  const float* key_turn[2];   // cos and sin, [rows, d/2]
-  const float* query_turns[kTurns][2];
-  void* keys;                 // [layers, pages, K, d, S] float32 or int8
-  void* values;               // [layers, pages, K, S, d]
-  float* key_scales;          // [layers, pages, K, S] where int8, else null
-  float* value_scales;
-  const float* key_bias;      // [layers, K, d]: taken off before rounding, added after; null where there is none
-  const float* const* bias_bases;  // [sequences] → [positions / 16, 2, d/2] cos and sin of every sixteenth position
-  const float* const* bias_steps;  // [sequences] → [2, d/2, 16] cos and sin of positions 0 … 15
-};
-
-namespace {
 
 // ---- writing -------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "layers.h"
 #include "packed.h"
 #include "pool.h"
 #include "simd.h"
@@ -19,17 +20,6 @@ namespace {
 constexpr int64_t kSlab = 512;                  // rows whose activations are held as bytes at one time
 constexpr int64_t kCached = 384 * 1024;         // bytes of activations that stay near a core while tiles pass by
 constexpr int64_t kTransform = 32 * 1024;       // inputs that one thread turns into bytes at a time, at least
-
-enum Before : int64_t { kNothing = 0, kNorm = 1, kSwiglu = 2 };
-
-// As kernels.py lays it out.
-struct Linear {
-  const uint8_t* packed;
-  const float* bias;         // [outputs], or null
-  const float* norm;         // [inputs], where before is kNorm
-  int64_t inputs, outputs, bits, before;
-  double eps;
-};
 
 // A group of a row: its scale, and −zero · Σ q, where every sum of products begins.
 struct Group {

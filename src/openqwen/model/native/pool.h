@@ -48,19 +48,14 @@ class Pool {
       for (int64_t i = 0; i < count; ++i) body(i);
       return;
     }
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (; started_ < threads() - 1; ++started_) {
-        std::thread([this, index = started_] { serve(index); }).detach();
-      }
-      call_ = [](const void* what, int64_t i) { (*static_cast<const Body*>(what))(i); };
-      body_ = &body;
-      count_ = count;
-      next_ = 0;
-      left_.store(count, std::memory_order_relaxed);
-      round_.fetch_add(1, std::memory_order_release);
-      if (asleep_ > 0) wake_.notify_all();
-    }
+    const uint64_t round = ((next_.load(std::memory_order_relaxed) >> 32) + 1) << 32;
+    next_.store(round | kClosed, std::memory_order_seq_cst);
+    call_.store([](const void* what, int64_t i) { (*static_cast<const Body*>(what))(i); }, std::memory_order_relaxed);
+    body_.store(&body, std::memory_order_relaxed);
+    count_.store(count, std::memory_order_relaxed);
+    left_.store(count, std::memory_order_relaxed);
+    next_.store(round, std::memory_order_seq_cst);
+    if (started_ < threads() - 1 || asleep_.load(std::memory_order_seq_cst) > 0) summon();
     work();
     for (int spins = 0; left_.load(std::memory_order_acquire) != 0; ++spins) {
       relax();
@@ -83,33 +78,48 @@ class Pool {
 
   explicit Pool(int width) : width_(width) {}
 
+  // Takes pieces of the present call until none is left. While the fields change, `next_` is closed; and a piece is taken
+  // only if `next_` is as it was before they were read. So call, body and count are always those of one call.
   void work() {
+    uint64_t at = next_.load(std::memory_order_acquire);
     for (;;) {
-      void (*call)(const void*, int64_t);
-      const void* body;
-      int64_t i;
-      {
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (next_ == count_) return;
-        i = next_++;
-        call = call_;
-        body = body_;
+      const auto call = call_.load(std::memory_order_relaxed);
+      const void* body = body_.load(std::memory_order_relaxed);
+      const int64_t count = count_.load(std::memory_order_relaxed), i = at & kClosed;
+      if (i == kClosed) {
+        relax();
+        at = next_.load(std::memory_order_acquire);
+      } else if (i >= count) {
+        return;
+      } else if (next_.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        call(body, i);
+        left_.fetch_sub(1, std::memory_order_acq_rel);
+        at = next_.load(std::memory_order_acquire);
       }
-      call(body, i);
-      left_.fetch_sub(1, std::memory_order_acq_rel);
     }
   }
+
+  // Start the threads that are missing and wake those that sleep.
+  void summon() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (; started_ < threads() - 1; ++started_) {
+      std::thread([this, index = started_] { serve(index); }).detach();
+    }
+    wake_.notify_all();
+  }
+
+  uint64_t round() const { return next_.load(std::memory_order_seq_cst) >> 32; }
 
   void serve(int index) {
     uint64_t seen = 0;
     for (;;) {
       if (!comes_soon(seen)) {
         std::unique_lock<std::mutex> lock(mutex_);
-        ++asleep_;
-        wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
-        --asleep_;
+        asleep_.fetch_add(1, std::memory_order_seq_cst);
+        wake_.wait(lock, [&] { return round() != seen; });
+        asleep_.fetch_sub(1, std::memory_order_seq_cst);
       }
-      seen = round_.load(std::memory_order_acquire);
+      seen = round();
       if (index < threads() - 1) {
         work();
       } else {
@@ -123,24 +133,28 @@ class Pool {
     const auto end = std::chrono::steady_clock::now() + kAwake;
     do {
       for (int i = 0; i < 32; ++i) {
-        if (round_.load(std::memory_order_acquire) != seen) return true;
+        if (round() != seen) return true;
         relax();
       }
     } while (std::chrono::steady_clock::now() < end);
     return false;
   }
 
-  std::mutex mutex_;  // over what follows, but for the atomics
-  std::condition_variable wake_, rest_;
-  int started_ = 0, asleep_ = 0;
-  void (*call_)(const void*, int64_t) = nullptr;
-  const void* body_ = nullptr;
-  int64_t count_ = 0, next_ = 0;
+  static constexpr uint64_t kClosed = 0xffffffff;
 
-  std::atomic<int> width_;
+  std::mutex mutex_;
+  std::condition_variable wake_, rest_;
+  int started_ = 0;  // threads; whoever has `taken_` starts more
+
+  // The present call: its number (upper half) and its next piece, or kClosed while what follows is being changed.
+  alignas(64) std::atomic<uint64_t> next_{0};
+  std::atomic<void (*)(const void*, int64_t)> call_{nullptr};
+  std::atomic<const void*> body_{nullptr};
+  std::atomic<int64_t> count_{0};
+
+  alignas(64) std::atomic<int64_t> left_{0};
+  std::atomic<int> width_, asleep_{0};
   std::atomic<bool> taken_{false};
-  std::atomic<uint64_t> round_{0};
-  std::atomic<int64_t> left_{0};
 };
 
 // body(begin, end) for each run of `grain` of 0 … count − 1, the last one shorter.
