@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openqwen.model import ModelConfig, Packed, Qwen2, initialize, kernels, load_model, save_checkpoint
+from openqwen.model import Cache, ModelConfig, Packed, Paged, Qwen2, initialize, kernels, load_model, save_checkpoint
 from openqwen.model.decoder import RMSNorm
 from openqwen.model.experts import Routing
 from openqwen.model.packed import FORMATS, choose, in_bytes, pack, rows_of, unpack
-from openqwen.model.quantize import QuantizedLinear, bits_per_weight, quantize, refresh, swiglu
+from openqwen.model.quantize import QuantizedEmbedding, QuantizedLinear, bits_per_weight, quantize, refresh, swiglu
 from openqwen.support.errors import OpenQwenError
 
 DENSE = ModelConfig(300, 96, 144, 2, 6, 2, tie_word_embeddings=True)
@@ -224,6 +224,64 @@ def test_experts(kind):
 
 
 @compiled
+def paged(model, counts=(5, 300, 1)):
+    """Hidden states of sequences read over pages, the first part of the second one before."""
+    cache = Cache.of(model, 64, 16)
+    tables = torch.arange(3 * 20).view(3, 20)
+    before = Paged(cache, tables[1:2], [37], [37])
+    model(torch.arange(37) % 300, torch.arange(37), before)
+    new = [counts[0], counts[1] - 37, counts[2]]
+    attention = Paged(cache, tables, counts, new)
+    positions = torch.cat([torch.arange(counts[0]), torch.arange(37, counts[1]), torch.arange(counts[2])])
+    return model(torch.arange(len(positions)) * 7 % 300, positions, attention)
+
+
+@compiled
+@kinds
+@torch.no_grad()
+def test_all_layers_in_one_call_are_the_layers_one_by_one(kind, monkeypatch):
+    model = quantize(network(ModelConfig(300, 128, 144, 3, 4, 2)), kind)
+    calls = []
+    found = kernels.function
+    monkeypatch.setattr(kernels, "function", lambda name, *a, **k: calls.append(name) or found(name, *a, **k))
+    together = paged(model)
+    assert "openqwen_layers" in calls
+    hook = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
+    singly = paged(model)
+    assert torch.equal(together, singly)
+    hook.remove()
+    model.model.layers[2].o_proj.packed = model.model.layers[2].o_proj.packed.clone()  # memory moved
+    assert torch.equal(paged(model), together)
+    model.model.layers[2].o_proj.packed.zero_()
+    assert not torch.equal(paged(model), together)
+
+
+@compiled
+@kinds
+def test_rows_of_a_table_are_those_of_plain_pytorch(kind):
+    table = QuantizedEmbedding(150, {"table": 70}, kind)
+    table.fill([normal(70, 150)])
+    rows = torch.tensor([0, 69, 33, 33, 31, 32])
+    assert torch.equal(table(rows), table.weight[rows])
+    assert table(rows[:0]).shape == (0, 150)
+    for outside in (70, -1):
+        with pytest.raises(IndexError):
+            table(torch.tensor([3, outside]))
+
+
+@compiled
+def test_torch_gets_its_threads_back():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with kernels.alone():
+            kernels.follow_torch()
+            assert (torch.get_num_threads(), kernels._width) == (1, 3)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_network_that_was_cast_is_refused():
     made = quantize(network(), "int8").to(torch.bfloat16)
     with torch.no_grad(), pytest.raises(OpenQwenError, match="was cast"):

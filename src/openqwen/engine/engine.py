@@ -5,6 +5,7 @@ continuous batching over a paged, shared cache. `generate` and `stream` are loop
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import count
 
 import torch
@@ -22,7 +23,8 @@ from openqwen.engine.sampler import Choice, Row, choose, seed_of_sample
 from openqwen.engine.schedule import Schedule
 from openqwen.engine.score import embeddings, log_probs_of
 from openqwen.engine.text import TextStream
-from openqwen.model import Cache, Qwen2
+from openqwen.model import Cache, Qwen2, kernels
+from openqwen.model.quantize import QuantizedQwen2
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
 from openqwen.tokenizer import Tokenizer
@@ -54,6 +56,7 @@ class Engine:
         if draft is not None:
             room = config.draft_below * self._admission.longest
             self._drafter.draft = DraftModel(draft, tokenizer.vocab_size, config.page_size, room)
+        self._threads = kernels.alone if isinstance(model, QuantizedQwen2) else nullcontext
         self._pending: list[Event] = []
         self._paused = False
         self._numbers = count(1)
@@ -108,8 +111,9 @@ class Engine:
             scored = len(guess) + 1 if work.count == request.left else 0
             reads.append(Read(request, new, scored))
             rows += self._rows(request, guess) if scored else ()
-        logits_RV = self._runner.run(reads)
-        choice = choose(logits_RV, rows, self.tokenizer.vocab_size) if rows else None
+        with self._threads():
+            logits_RV = self._runner.run(reads)
+            choice = choose(logits_RV, rows, self.tokenizer.vocab_size) if rows else None
         at = 0
         for read, guess in zip(reads, guesses):
             if choice and read.scored:

@@ -5,7 +5,8 @@ Sums are rounded in the order in which they are written, so that every path give
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from openqwen.support import native
 
 _FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 _width = 0  # threads of the pool
+_alone = False
 
 
 @cache
@@ -39,10 +41,29 @@ def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., An
 def follow_torch() -> None:
     """Give the pool as many threads as PyTorch has now. Cheap; called before kernels that share their work out."""
     global _width
-    count = torch.get_num_threads()
+    count = _width if _alone else torch.get_num_threads()
     if count != _width and (setter := function("openqwen_set_threads", ctypes.c_int32)):
         setter(count)
         _width = count
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While the block lasts PyTorch works on one thread: after each of its operations the others would look for work on
+    the cores that the pool's threads need, for milliseconds (OpenMP's way)."""
+    global _alone
+    if _alone or library() is None:
+        yield
+        return
+    follow_torch()
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+        torch.set_num_threads(count)
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

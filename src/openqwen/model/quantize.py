@@ -144,7 +144,17 @@ class QuantizedEmbedding(PackedMatrix):
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """Token ids [T] → their rows [T, D], float32."""
-        return rows_of(self.packed, self.form, tokens_T, self.inputs)
+        kernel = kernels.function("openqwen_rows", c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p)
+        if kernel is None:
+            return rows_of(self.packed, self.form, tokens_T, self.inputs)
+        kernels.follow_torch()
+        if len(tokens_T) and not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < self.outputs:
+            raise IndexError(f"token ids go from 0 to {self.outputs - 1}")
+        tokens_T, out_TD = tokens_T.long().contiguous(), torch.empty(len(tokens_T), self.inputs)
+        kernel(
+            self.packed.data_ptr(), self.form.bits, self.inputs, tokens_T.data_ptr(), len(tokens_T), out_TD.data_ptr()
+        )
+        return out_TD
 
 
 class QuantizedFeedForward(nn.Module):

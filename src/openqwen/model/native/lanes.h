@@ -35,7 +35,12 @@ inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mul_ps(a.x, b.x)}; }
 inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_ps(a.x, b.x)}; }
 inline Lanes operator-(Lanes a, Lanes b) { return {_mm512_sub_ps(a.x, b.x)}; }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
+inline Lanes operator/(Lanes a, Lanes b) { return {_mm512_div_ps(a.x, b.x)}; }
 inline Lanes larger(Lanes a, Lanes b) { return {_mm512_max_ps(a.x, b.x)}; }
+inline Lanes magnitude(Lanes a) { return {_mm512_abs_ps(a.x)}; }
+inline void to_int8(int8_t* p, Lanes a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.x)));
+}
 inline Lanes rounded(Lanes a) { return {_mm512_roundscale_ps(a.x, 0)}; }
 inline Lanes times_power(Lanes a, Lanes n) { return {_mm512_scalef_ps(a.x, n.x)}; }  // a · 2ⁿ, n whole
 // The first `count` lanes of a, the others `rest`.
@@ -68,7 +73,18 @@ inline Lanes operator-(Lanes a, Lanes b) { return {_mm256_sub_ps(a.x, b.x), _mm2
 inline Lanes fma(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.x, b.x, c.x), _mm256_fmadd_ps(a.y, b.y, c.y)};
 }
+inline Lanes operator/(Lanes a, Lanes b) { return {_mm256_div_ps(a.x, b.x), _mm256_div_ps(a.y, b.y)}; }
 inline Lanes larger(Lanes a, Lanes b) { return {_mm256_max_ps(a.x, b.x), _mm256_max_ps(a.y, b.y)}; }
+inline Lanes magnitude(Lanes a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.x), _mm256_andnot_ps(sign, a.y)};
+}
+inline void to_int8(int8_t* p, Lanes a) {
+  const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(a.x), _mm256_cvtps_epi32(a.y));
+  const __m256i words = _mm256_permute4x64_epi64(pairs, 0xd8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 inline Lanes rounded(Lanes a) { return {_mm256_round_ps(a.x, 0x8), _mm256_round_ps(a.y, 0x8)}; }
 inline __m256 times_power(__m256 a, __m256 n) {
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
@@ -102,7 +118,12 @@ inline Lanes operator*(Lanes a, Lanes b) { OPENQWEN_EACH(a.x[i] * b.x[i]); }
 inline Lanes operator+(Lanes a, Lanes b) { OPENQWEN_EACH(a.x[i] + b.x[i]); }
 inline Lanes operator-(Lanes a, Lanes b) { OPENQWEN_EACH(a.x[i] - b.x[i]); }
 inline Lanes fma(Lanes a, Lanes b, Lanes c) { OPENQWEN_EACH(a.x[i] * b.x[i] + c.x[i]); }
+inline Lanes operator/(Lanes a, Lanes b) { OPENQWEN_EACH(a.x[i] / b.x[i]); }
 inline Lanes larger(Lanes a, Lanes b) { OPENQWEN_EACH(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); }
+inline Lanes magnitude(Lanes a) { OPENQWEN_EACH(std::fabs(a.x[i])); }
+inline void to_int8(int8_t* p, Lanes a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(std::nearbyint(a.x[i]));
+}
 inline Lanes rounded(Lanes a) { OPENQWEN_EACH(std::nearbyint(a.x[i])); }
 inline Lanes times_power(Lanes a, Lanes n) {
   OPENQWEN_EACH(n.x[i] < -126 ? 0.0f : std::ldexp(a.x[i], static_cast<int>(n.x[i])));
@@ -121,21 +142,32 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
-// Folded in halves.
+// Folded in halves: (x₀ + x₈) + (x₄ + x₁₂) …
 inline float sum(Lanes a) {
+#if defined(__AVX512F__)
+  const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(a.x), _mm512_extractf32x8_ps(a.x, 1));
+  const __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
+  const __m128 w = _mm_add_ps(z, _mm_movehl_ps(z, z));
+  return _mm_cvtss_f32(_mm_add_ss(w, _mm_movehdup_ps(w)));
+#else
   float x[kLanes];
   store(x, a);
   for (int n = kLanes / 2; n; n /= 2)
     for (int i = 0; i < n; ++i) x[i] += x[i + n];
   return x[0];
+#endif
 }
 
 inline float largest(Lanes a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(a.x);
+#else
   float x[kLanes];
   store(x, a);
   for (int n = kLanes / 2; n; n /= 2)
     for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
   return x[0];
+#endif
 }
 
 // eˣ for x ≤ 88, to about 2 units in the last place (Cephes' polynomial); exactly 0 below −104 (or a little before),

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "lanes.h"
 #include "layers.h"
 #include "packed.h"
 #include "pool.h"
@@ -27,61 +28,56 @@ struct Group {
   int32_t offset;
 };
 
-float sum16(const float* lane) {
-  float half[8], quarter[4];
-  for (int i = 0; i < 8; ++i) half[i] = lane[i] + lane[i + 8];
-  for (int i = 0; i < 4; ++i) quarter[i] = half[i] + half[i + 4];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+// `count` numbers, or sixteen if there are more; zeros where there are fewer.
+Lanes load_up_to(const float* x, int64_t count) {
+  if (count >= kLanes) return load(x);
+  float some[kLanes] = {};
+  std::copy(x, x + count, some);
+  return load(some);
 }
 
-// e^x in float32, at most 2 units in the last place off; 0 below −87.
-inline float exponential(float x) {
-  const float bounded = std::min(std::max(x, -87.0f), 88.0f);
-  const float n = nearest(bounded * 1.44269504f);
-  const float r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float mantissa = (p * r) * r + r + 1.0f;
-  return mantissa * from_bits(uint32_t(int32_t(n) + 127) << 23);
-}
-
+// Both write whole sixteens to `out`: beyond the width, zeros.
 void rms_norm(const float* x, const Linear& linear, float* out) {
-  const int64_t width = linear.inputs, whole = width / 16 * 16;
-  float lane[16] = {};
-  for (int64_t k = 0; k < whole; k += 16) {
-    for (int i = 0; i < 16; ++i) lane[i] += x[k + i] * x[k + i];
+  const int64_t width = linear.inputs;
+  Lanes squares = all(0);
+  for (int64_t k = 0; k < width; k += kLanes) {
+    const Lanes v = load_up_to(x + k, width - k);
+    squares = squares + v * v;
   }
-  for (int64_t k = whole; k < width; ++k) lane[k - whole] += x[k] * x[k];
-  const float inverse = 1.0f / std::sqrt(sum16(lane) / float(width) + float(linear.eps));
-  for (int64_t k = 0; k < width; ++k) out[k] = x[k] * inverse * linear.norm[k];
+  const Lanes inverse = all(1.0f / std::sqrt(sum(squares) / float(width) + float(linear.eps)));
+  for (int64_t k = 0; k < width; k += kLanes) {
+    store(out + k, load_up_to(x + k, width - k) * inverse * load_up_to(linear.norm + k, width - k));
+  }
 }
 
 // x: gate and up, [2 · width].
 void swiglu(const float* x, int64_t width, float* out) {
-  for (int64_t k = 0; k < width; ++k) out[k] = x[k] / (1.0f + exponential(-x[k])) * x[width + k];
+  for (int64_t k = 0; k < width; k += kLanes) {
+    const Lanes gate = load_up_to(x + k, width - k), up = load_up_to(x + width + k, width - k);
+    const Lanes power = exp(all(0) - larger(all(-88.0f), gate));
+    store(out + k, gate / (all(1) + power) * up);
+  }
 }
 
 // out: the group's bytes.
 template <class Format>
 Group to_bytes(const float* x, int8_t* out) {
-  float most[16] = {}, nothing[16] = {};
-  for (int k = 0; k < Format::kGroup; k += 16) {
-    for (int i = 0; i < 16; ++i) most[i] = std::max(most[i], std::fabs(x[k + i]));
-    for (int i = 0; i < 16; ++i) nothing[i] += x[k + i] * 0.0f;  // not a number, where one of them is none or infinite
+  Lanes most = all(0), nothing = all(0);
+  for (int k = 0; k < Format::kGroup; k += kLanes) {
+    const Lanes v = load(x + k);
+    most = larger(magnitude(v), most);
+    nothing = nothing + v * all(0);  // not a number, where one of them is none or infinite
   }
-  const float largest = *std::max_element(most, most + 16);
-  const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-  int32_t sum = 0;
-  for (int k = 0; k < Format::kGroup; ++k) {
-    const int32_t q = int32_t(nearest(x[k] * inverse));
-    out[k] = int8_t(q);
-    sum += q;
+  const float top = largest(most), scale = top / 127.0f + sum(nothing);
+  if (scale != scale) return {scale, 0};
+  const Lanes inverse = all(top > 1e-30f ? 127.0f / top : 0.0f);
+  Lanes total = all(0);
+  for (int k = 0; k < Format::kGroup; k += kLanes) {
+    const Lanes q = rounded(load(x + k) * inverse);
+    to_int8(out + k, q);
+    total = total + q;
   }
-  return {largest / 127.0f + sum16(nothing), -kZero * sum};
+  return {scale, -kZero * int32_t(sum(total))};
 }
 
 // The bytes of a slab of rows, [rows, groups · kGroup], and their groups, [rows, groups].
@@ -183,7 +179,9 @@ void multiply(const Linear& linear, const Activations& from, int64_t rows, const
   const int64_t groups = pieces(linear.inputs, Format::kGroup), tiles = pieces(linear.outputs, kTile);
   const int64_t width = groups * Format::kGroup, n = linear.outputs;
   const int64_t near = std::max<int64_t>(kCached / width / V::kRows, 1) * V::kRows, parts = pieces(rows, near);
-  const int64_t grain = std::clamp<int64_t>(tiles / 16, 1, 16), ranges = pieces(tiles, grain);
+  // One block of rows waits for memory, which likes long runs; more rows are worth sharing out finely.
+  const int64_t grain = rows <= V::kRows ? pieces(tiles, 8) : std::clamp<int64_t>(tiles / 16, 1, 16);
+  const int64_t ranges = pieces(tiles, grain);
   Pool::shared().run(parts * ranges, [&](int64_t piece) {
     const int64_t first = piece / ranges * near, last = std::min(first + near, rows);
     const int64_t begin = piece % ranges * grain, end = std::min(begin + grain, tiles);
@@ -207,6 +205,23 @@ void multiply(const Linear& linear, const Activations& from, int64_t rows, const
       }
     }
   });
+}
+
+template <class Format>
+void read_row(const uint8_t* packed, int64_t inputs, int64_t row, float* out) {
+  const int64_t groups = pieces(inputs, Format::kGroup), lane = row % kTile;
+  const uint8_t* record = packed + row / kTile * groups * Format::kBytes;
+  for (int64_t g = 0; g < groups; ++g, record += Format::kBytes) {
+    const float scale = from_bits(uint32_t(record[2 * lane] | record[2 * lane + 1] << 8) << 16);
+    const int64_t first = g * Format::kGroup, count = std::min<int64_t>(Format::kGroup, inputs - first);
+    for (int64_t k = 0; k < count; ++k) {
+      const bool high = Format::kNibbles && k >= Format::kGroup / 2;
+      const int64_t at = high ? k - Format::kGroup / 2 : k;
+      const uint8_t stored = record[kScales + at / 4 * 4 * kTile + lane * 4 + at % 4];
+      const int32_t whole = Format::kNibbles ? kCode[high ? stored >> 4 : stored & 15] : int32_t(stored) - kZero;
+      out[first + k] = float(whole) * scale;
+    }
+  }
 }
 
 using Multiply = void (*)(const Linear&, const Activations&, int64_t, const float*, float*);
@@ -246,6 +261,15 @@ extern "C" {
 void openqwen_linear(const openqwen::Linear* linear, const float* x, int64_t rows, const float* residual, float* out) {
   auto run = linear->bits == 8 ? openqwen::run<openqwen::Int8> : openqwen::run<openqwen::Int4>;
   run(*linear, x, rows, residual, out);
+}
+
+// The rows `tokens` of a packed matrix in floats: out [count, inputs].
+void openqwen_rows(const uint8_t* packed, int64_t bits, int64_t inputs, const int64_t* tokens, int64_t count,
+                   float* out) {
+  auto read = bits == 8 ? openqwen::read_row<openqwen::Int8> : openqwen::read_row<openqwen::Int4>;
+  openqwen::parallel_for(count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) read(packed, inputs, tokens[m], out + m * inputs);
+  });
 }
 
 // 0 portable, 1 AVX2, 2 AVX512-VNNI; one that was not built becomes the best below it. Returns the one in use.
