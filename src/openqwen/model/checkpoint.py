@@ -160,9 +160,13 @@ def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
     model = QuantizedQwen2(config, own["kind"])
     try:
         tensors = {name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()}
-        # Cloned: memory of our own can lie in large pages, which a file's do not, and they are read for every token.
-        model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
-    except (SafetensorError, OSError, RuntimeError) as error:
+        model.allocate()  # memory of our own can lie in large pages, which a file's does not
+        matrices = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+        for name, matrix in matrices.items():
+            matrix.copy_(tensors[name])
+        rest = {name: tensor.clone() for name, tensor in tensors.items() if name not in matrices}
+        model.load_state_dict(matrices | rest, assign=True)
+    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise OpenQwenError(f"The quantised weights cannot be read: {error}", where=path) from None
     return cast(QuantizedQwen2, model.requires_grad_(False))
 

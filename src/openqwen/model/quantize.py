@@ -284,6 +284,14 @@ class QuantizedQwen2(Qwen2):
         self.lm_head = cast(Any, None if shared else head)
         self.requires_grad_(False)
 
+    def allocate(self) -> None:
+        """Memory for all matrices in one piece, in the order in which a token reads them: in long runs over large pages
+        a memory gives up to a third more bytes a second."""
+        matrices = [module for module in self.modules() if isinstance(module, PackedMatrix)]
+        memory = torch.empty(sum(matrix.packed.nbytes for matrix in matrices), dtype=torch.uint8)
+        for matrix, piece in zip(matrices, memory.split([matrix.packed.nbytes for matrix in matrices])):
+            matrix.packed = piece.view(matrix.packed.shape)
+
     @property
     def _head(self) -> PackedMatrix:
         return cast(PackedMatrix, self.model.embed_tokens if self.lm_head is None else self.lm_head)
@@ -316,6 +324,7 @@ def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
     check(kind, model.device)
     whole(model)
     quantized = QuantizedQwen2(model.config, kind)
+    quantized.allocate()
     refresh(quantized, model)
     return quantized
 

@@ -180,7 +180,7 @@ void multiply(const Linear& linear, const Activations& from, int64_t rows, const
   const int64_t width = groups * Format::kGroup, n = linear.outputs;
   const int64_t near = std::max<int64_t>(kCached / width / V::kRows, 1) * V::kRows, parts = pieces(rows, near);
   // One block of rows waits for memory, which likes long runs; more rows are worth sharing out finely.
-  const int64_t grain = rows <= V::kRows ? pieces(tiles, 8) : std::clamp<int64_t>(tiles / 16, 1, 16);
+  const int64_t grain = rows <= V::kRows ? pieces(tiles, 4) : std::clamp<int64_t>(tiles / 16, 1, 16);
   const int64_t ranges = pieces(tiles, grain);
   Pool::shared().run(parts * ranges, [&](int64_t piece) {
     const int64_t first = piece / ranges * near, last = std::min(first + near, rows);
