@@ -57,6 +57,5 @@ def _timed(work: Callable[[], object]) -> float:
 
 if __name__ == "__main__":
     found = measure()
-    print(
-        f"memory read: {(found.bytes_read or 0) / 1e9:.1f} GB/s; products of bytes: {(found.operations or 0) / 1e9:.0f} GOP/s"
-    )
+    print(f"memory read: {(found.bytes_read or 0) / 1e9:.1f} GB/s")
+    print(f"products of bytes: {(found.operations or 0) / 1e9:.0f} GOP/s")
