@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -13,6 +14,21 @@ from openqwen.support.errors import OpenQwenError, suggestion
 
 Options = TypeVar("Options")
 Settings = TypeVar("Settings", bound=BaseModel)
+
+_Flag = tyro.conf.FlagCreatePairsOff
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """The flags of `openqwen run` that are not settings of the recipe."""
+
+    output: Annotated[Path | None, tyro.conf.arg(help="The run folder; none: runs/RECIPE.", metavar="FOLDER")] = None
+    until: Annotated[str | None, tyro.conf.arg(help="Stop after this stage.", metavar="STAGE")] = None
+    from_: Annotated[
+        str | None, tyro.conf.arg(help="Make this stage and all later ones anew.", metavar="STAGE", name="from")
+    ] = None
+    dry_run: Annotated[bool, _Flag, tyro.conf.arg(help="Print what would happen, and do nothing.")] = False
+    verify: Annotated[bool, _Flag, tyro.conf.arg(help="Check files over 1 GB byte by byte too.")] = False
 
 
 def parse(
