@@ -16,13 +16,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 import openqwen
 from openqwen.recipe.stage import Stage, Work
 from openqwen.recipe.together import run_stage
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, read_json, replace_folder, sha256, write_json
+from openqwen.support.settings import Settings
 
 MANIFEST = "manifest.json"
 
@@ -46,10 +47,8 @@ class InputEntry(BaseModel):
     digest: str
 
 
-class Manifest(BaseModel):
+class Manifest(Settings):
     """The label of an artifact; `key` is what it depends on, `digest` what it holds."""
-
-    model_config = ConfigDict(extra="forbid")
 
     stage: str
     kind: str

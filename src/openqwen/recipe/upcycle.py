@@ -2,21 +2,20 @@
 
 from typing import Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.model import load_model, save_checkpoint
 from openqwen.model.upcycle import Upcycling, upcycle
 from openqwen.recipe.stage import Work
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.settings import Settings
 from openqwen.tokenizer import load_tokenizer
 
 HELP = "A dense network to a mixture of fine-grained experts."
 
 
-class UpcycleConfig(BaseModel):
+class UpcycleConfig(Settings):
     """The experts; the defaults are the 57B-A14B's, in proportion to the dense network's width F."""
-
-    model_config = ConfigDict(extra="forbid")
 
     experts: int = Field(64, gt=0, description="routed experts of each layer")
     experts_per_token: int = Field(8, gt=0, description="routed experts that a token passes through")

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.engine import Engine
 from openqwen.instruct.synthesize.rejection import Rejection, rejection_sample
@@ -14,14 +14,13 @@ from openqwen.instruct.synthesize.repurpose import demonstrations_from_docstring
 from openqwen.instruct.synthesize.tasks import Task, example, generate_tasks
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
+from openqwen.support.settings import Settings
 
 _EXAMPLES = 3  # of each method, in the report
 
 
-class InstructConfig(BaseModel):
+class InstructConfig(Settings):
     """How many demonstrations to make, and how."""
-
-    model_config = ConfigDict(extra="forbid")
 
     demonstrations: int = Field(20_000, ge=0, description="checkable tasks with the program's own answer")
     turns: int = Field(1, ge=1, description="tasks in one conversation, at most; each has one to so many")

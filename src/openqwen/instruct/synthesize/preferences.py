@@ -9,21 +9,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.engine import Engine, Output
 from openqwen.instruct.synthesize.rejection import sample_answers
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
+from openqwen.support.settings import Settings
 
 _EXAMPLES = 8  # pairs in the report
 
 
-class PreferConfig(BaseModel):
+class PreferConfig(Settings):
     """How many preferences to make, and what stands in where the model gives no right or no wrong answer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompts: int = Field(2_000, ge=1, description="prompts that the SFT model answers")
     heldout_prompts: int = Field(
