@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from openqwen.recipe.report.charts import bar
 from openqwen.recipe.report.run import EVALUATE, Run
 
 # How much of each kind the page shows; it says so where there is more.
@@ -31,6 +30,7 @@ def corpus(run: Run) -> dict[str, Any] | None:
     ]
     return {
         "read": report["read"],
+        "total": corpus_total(report),
         "funnel": _funnel(report),
         "steps": [{**step, "reasons": _reasons(step["reasons"])} for step in report["steps"] if step["reasons"]],
         "skipped": skipped,
@@ -51,27 +51,16 @@ def _funnel(report: dict[str, Any]) -> list[dict[str, Any]]:
     before = read["documents"]
     funnel = []
     for row in rows:
-        share = row["kept_bytes"] / whole
         joined = row["kept"] + row.get("dropped", 0) - before
-        funnel.append({"dropped": None, **row, "share": share, "bar": bar(share), "joined": joined})
+        funnel.append({"dropped": None, **row, "share": row["kept_bytes"] / whole, "joined": joined})
         before = row["kept"]
     return funnel
 
 
 def _reasons(reasons: dict[str, Any]) -> list[dict[str, Any]]:
-    """Most frequent first; bars are relative to the first."""
+    """Most frequent first."""
     ordered = sorted(reasons.items(), key=lambda item: (-item[1]["documents"], item[0]))[:REASONS]
-    most = max((found["documents"] for _, found in ordered), default=0) or 1
-    return [
-        {
-            "name": name,
-            "documents": found["documents"],
-            "bytes": found["bytes"],
-            "bar": bar(found["documents"] / most),
-            "examples": found["examples"][:EXAMPLES],
-        }
-        for name, found in ordered
-    ]
+    return [{**found, "name": name, "examples": found["examples"][:EXAMPLES]} for name, found in ordered]
 
 
 def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,7 +73,6 @@ def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
             "name": name,
             **found,
             "share": (found.get("weight") or 0) / weights,
-            "bar": bar((found.get("weight") or 0) / weights),
             "tokens": (tokens.get(name) or {}).get("tokens"),
             "bytes_per_token": density.get(name),
         }
@@ -98,7 +86,6 @@ def tokenizer(run: Run) -> dict[str, Any] | None:
     if statistics is None:
         return None
     density = statistics.get("bytes_per_token") or {}
-    most = max(density.values(), default=1) or 1
     examples = [
         {"tokens": [_token(token) for token in example["tokens"][:TOKENS]], "left": len(example["tokens"]) - TOKENS}
         for example in (statistics.get("examples") or [])[:6]
@@ -107,7 +94,7 @@ def tokenizer(run: Run) -> dict[str, Any] | None:
         "vocabulary": statistics.get("vocabulary"),
         "merges": statistics.get("merges"),
         "training_bytes": statistics.get("training_bytes"),
-        "density": [(name, value, bar(value / most)) for name, value in sorted(density.items(), key=lambda i: -i[1])],
+        "density": sorted(density.items(), key=lambda item: -item[1]),
         "longest": [token.replace("\n", "↵") for token in (statistics.get("longest") or [])[:LONGEST]],
         "examples": examples,
     }
@@ -178,7 +165,7 @@ def _by_task(groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     together = sum(counts, Counter[str]())
     most = max(together.values(), default=1)
     return [
-        {"task": task, "counts": [found[task] for found in counts], "bar": bar(total / most)}
+        {"task": task, "counts": [found[task] for found in counts], "share": total / most}
         for task, total in sorted(together.items(), key=lambda item: (-item[1], item[0]))
     ]
 

@@ -95,6 +95,15 @@ class Run:
         """What the evaluation of a stage wrote; empty where it was not evaluated."""
         return self.json(EVALUATE + stage, "scores.json") or {}
 
+    def scored(self, key: str) -> dict[str, Any]:
+        """This score of every evaluated stage that has it, in order."""
+        values = {name: self.scores(name).get(key) for name in self.evaluated}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def first(self, key: str) -> Any:
+        """This score of the first evaluated stage that has it, or None."""
+        return next(iter(self.scored(key).values()), None)
+
     @property
     def evaluated(self) -> list[str]:
         """Names of the stages that were evaluated, in order."""
