@@ -12,7 +12,7 @@ from openqwen.evaluate.bits_per_byte import bits_per_byte, halves, within_budget
 from openqwen.evaluate.checked import checked_accuracy, sampled_right
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.intervals import paired_gain, wilson_interval
-from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate_of_scores
+from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate
 from openqwen.evaluate.samples import sample_answers
 from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
@@ -141,8 +141,8 @@ def _against(
         )
         for side in (answers, before)
     ]
-    judged = win_rate_of_scores(*rewards)
-    checks = win_rate_of_scores(*([float(a["correct"]) for a in side] for side in (answers, before)))
+    judged = win_rate(*rewards)
+    checks = win_rate(*([float(a["correct"]) for a in side] for side in (answers, before)))
     return {
         "win_rate": judged["win_rate"],
         "win_rate_low": judged["low"],

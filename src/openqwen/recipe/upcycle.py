@@ -44,15 +44,7 @@ def run_upcycle(work: Work) -> dict[str, float]:
             where="--vocabulary-rows",
             do="give at least as many rows, or leave the flag out to keep all",
         )
-    plan = Upcycling(
-        experts=config.experts,
-        experts_per_token=config.experts_per_token,
-        expert_width=config.expert_width,
-        shared_width=config.shared_width,
-        reinitialised=config.reinit,
-        keep_output=config.keep_output,
-        vocabulary_rows=config.vocabulary_rows,
-    )
+    plan = Upcycling(**config.model_dump(exclude={"dtype"}))
     dense = load_model(source, dtype=config.dtype)
     model = upcycle(dense, plan, work.seed)
     save_checkpoint(model, tokenizer, work.output)

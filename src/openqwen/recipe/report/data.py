@@ -135,7 +135,7 @@ def preferences(run: Run) -> dict[str, Any] | None:
         "total": len(records),
         "heldout": len(heldout),
         "rows": _by_task([records, heldout]),
-        "written_by": report.get("chosen/rejected from") or {},
+        "written_by": report.get("by_author") or {},
         "sampled_accuracy": report.get("sampled_accuracy"),
         "examples": [
             {"kind": kind, "prompt": r["prompt"], "chosen": _answer(r["chosen"]), "rejected": _answer(r["rejected"])}
