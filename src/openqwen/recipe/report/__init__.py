@@ -43,7 +43,6 @@ def _contents(run: Run) -> dict[str, Any]:
         "demonstrations": data.demonstrations(run),
         "preferences": data.preferences(run),
         "samples": data.samples(run),
-        "configurations": data.configurations(run),
     }
 
 

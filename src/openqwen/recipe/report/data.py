@@ -189,29 +189,3 @@ def samples(run: Run) -> list[dict[str, Any]]:
         {"kind": kind, "prompts": [{"prompt": p, "answers": answers} for p, answers in list(prompts.items())[:PROMPTS]]}
         for kind, prompts in kinds.items()
     ]
-
-
-def configurations(run: Run) -> list[dict[str, Any]]:
-    """Each stage's exact configuration, machine, inputs, metrics and files."""
-    found = []
-    for stage in run.stages:
-        manifest = stage.manifest
-        files = manifest.get("files") or {}
-        facts = {
-            "kind": manifest.get("kind"),
-            "seed": manifest.get("seed"),
-            "key": manifest.get("key"),
-            "digest": stage.digest,
-        }
-        facts |= {"made": manifest.get("created"), "code": manifest.get("code")}
-        found.append(
-            {
-                "stage": stage,
-                "config": manifest.get("config") or {},
-                "facts": {key: value for key, value in facts.items() if value is not None},
-                "inputs": manifest.get("inputs") or {},
-                "files": len(files),
-                "bytes": sum(entry.get("bytes") or 0 for entry in files.values()),
-            }
-        )
-    return found

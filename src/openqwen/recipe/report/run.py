@@ -40,12 +40,10 @@ class Stage:
         return str(self.manifest.get("digest", ""))
 
     @property
-    def machine(self) -> dict[str, Any]:
-        return self.manifest.get("machine") or {}
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.manifest.get("metrics") or {}
+    def facts(self) -> dict[str, Any]:
+        """What identifies the artifact, for showing."""
+        names = {"kind": "kind", "seed": "seed", "key": "key", "digest": "digest", "made": "created", "code": "code"}
+        return {name: self.manifest[key] for name, key in names.items() if self.manifest.get(key) is not None}
 
     @property
     def inputs(self) -> list[str]:
