@@ -157,7 +157,7 @@ def make(stage: Stage, sources: Mapping[str, Source], seed: int, key: str, work:
         metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
     )
     write_json(output / MANIFEST, manifest.model_dump(mode="json"))
-    _publish(output, target)
+    replace_folder(output, target)
     shutil.rmtree(work, ignore_errors=True)
     return Artifact(target, manifest)
 
@@ -199,14 +199,6 @@ def outside_source(path: Path, role: str) -> Source:
     if not path.exists():
         raise OpenQwenError(f"The input '{role}' does not exist.", where=path, do="check the path")
     return Source(path, InputEntry(stage=str(path), digest=content_digest(path)))
-
-
-def _publish(output: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        os.rename(target, old)
-    replace_folder(output, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(store: Path) -> None:
