@@ -3,9 +3,8 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -30,8 +29,7 @@ _PRE_TOKENIZER = {
 }
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """What a tokenizer is made of, whatever kind of file it came from.
 
     vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first. control: their ids
@@ -43,7 +41,7 @@ class Parts:
     merges: list[Pair]
     control: tuple[ControlToken, ...]
     template: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = {}
     template_apart: bool = False
 
 
