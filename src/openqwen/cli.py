@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
+import runpy
 import shlex
 import sys
 import tempfile
@@ -47,7 +48,7 @@ STAGE_VERBS = {
     "online-dpo": "DPO on the model's own answers, judged by the reward model.",
     "evaluate": "Score a model.",
 }
-BENCHES = ["train", "engine", "serve"]
+BENCHES = ["train", "engine", "serve"]  # in recipe/bench/; engine with the peers' scripts in benchmarks/
 # Verbs whose flags are the arguments of one function: where it is, and the flag of a bare argument at the start.
 _FUNCTIONS = {
     "chat": ("openqwen.serve.terminal", "--model"),
@@ -220,7 +221,13 @@ def _bench(arguments: Sequence[str]) -> None:
 
     if not arguments or arguments[0] not in BENCHES:
         raise OpenQwenError("Which speed?", do=f"openqwen bench {{{','.join(BENCHES)}}} --help")
-    measure = importlib.import_module(f"openqwen.recipe.bench.{arguments[0]}").bench
+    if arguments[0] == "engine":
+        script = Path(__file__).parents[2] / "benchmarks" / "bench_engine.py"
+        if not script.is_file():
+            raise OpenQwenError("This benchmark is not installed.", where=script, do="run it from a source checkout")
+        measure = runpy.run_path(str(script))["bench"]
+    else:
+        measure = importlib.import_module(f"openqwen.recipe.bench.{arguments[0]}").bench
     tyro.cli(measure, args=list(arguments[1:]), prog=f"openqwen bench {arguments[0]}")
 
 
