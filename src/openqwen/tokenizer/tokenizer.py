@@ -136,8 +136,7 @@ class Tokenizer:
         Control tokens come from the template alone: in a message's content they stay text. Where no message holds
         one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
         """
-        encoded = chat.encode_chat(self, self._chat_template(), messages, tools, add_generation_prompt)
-        return encoded.ids, encoded.mask
+        return chat.encode_chat(self, self._chat_template(), messages, tools, add_generation_prompt)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers loads.
