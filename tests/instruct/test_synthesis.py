@@ -90,8 +90,8 @@ def test_rejection_sampling_keeps_what_the_program_accepts():
     assert len({seed for _, seed in asked}) > 130
     assert all((s.temperature, s.max_tokens) == (1.0, 16) for _, s, _ in engine.calls)
     right = Counter(p for p, seed in asked if seed % 2)
-    assert result.correct == sum(right.values())
-    assert result.samples == 34 * 4
+    assert result.acceptance["correct"] == sum(right.values())
+    assert result.acceptance["samples"] == 34 * 4
     assert len(result.demonstrations) == len(right), "equal answers to one prompt count once"
     by_question = {t.question: t for t in tasks}
     for record in result.demonstrations:
@@ -99,8 +99,8 @@ def test_rejection_sampling_keeps_what_the_program_accepts():
         assert by_question[question["content"]].answer == reply["content"]
         assert record["origin"]["method"] == "rejection"
         assert record["origin"]["model"] == "extend"
-    assert sum(row["samples"] for row in result.by_task.values()) == 34 * 4
-    assert all(row["rate"] == row["correct"] / row["samples"] for row in result.by_task.values())
+    assert sum(row["samples"] for row in result.acceptance["by_task"].values()) == 34 * 4
+    assert all(row["rate"] == row["correct"] / row["samples"] for row in result.acceptance["by_task"].values())
 
 
 def test_answers_are_drawn_at_their_temperatures():

@@ -57,16 +57,14 @@ def build_demonstrations(
 
     write_jsonl(folder / "demonstrations.jsonl", records)
     write_jsonl(folder / "prompts.jsonl", (_prompt(task, seed) for task in kept))
-    rate = rejection.correct / rejection.samples if rejection.samples else 0.0
-    counts = {"samples": rejection.samples, "correct": rejection.correct, "rate": rate, "by_task": rejection.by_task}
-    write_json(folder / "instruct.json", {"acceptance": counts})
+    write_json(folder / "instruct.json", {"acceptance": rejection.acceptance})
     return {
         "demonstrations": len(records),
         "gold": len(gold),
         "rejection": len(rejection.demonstrations),
         "repurpose": len(docstrings),
         "prompts": len(kept),
-        "acceptance": rate,
+        "acceptance": rejection.acceptance["rate"],
     }
 
 
