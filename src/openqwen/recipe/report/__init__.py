@@ -39,7 +39,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "source_scores": scores.source_table(run),
         "curves": training.curves(run),
         "corpus": data.corpus(run),
-        "tokenizer": data.tokenizer(run),
+        "tokenizer": run.json("tokenizer", "statistics.json"),
         "demonstrations": data.demonstrations(run),
         "preferences": data.preferences(run),
         "samples": data.samples(run),

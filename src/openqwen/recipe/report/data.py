@@ -1,4 +1,4 @@
-"""What happened to text: the corpus, the tokenizer, demonstrations and preferences, and samples of answers."""
+"""What happened to text: the corpus, demonstrations and preferences, and samples of answers."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import Any
 from openqwen.recipe.report.run import EVALUATE, Run
 
 # How much of each kind the page shows; it says so where there is more.
-REASONS, EXAMPLES, SKIPPED_EXAMPLES, LONGEST, TOKENS, KINDS, PROMPTS = 40, 3, 5, 40, 300, 16, 12
+REASONS, EXAMPLES, SKIPPED_EXAMPLES, KINDS, PROMPTS = 40, 3, 5, 16, 12
 
 _TASKLESS = "–"
 
@@ -80,31 +80,6 @@ def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def tokenizer(run: Run) -> dict[str, Any] | None:
-    """Sizes, bytes per token by source, the longest tokens, and texts cut into their tokens."""
-    statistics = run.json("tokenizer", "statistics.json")
-    if statistics is None:
-        return None
-    density = statistics.get("bytes_per_token") or {}
-    examples = [
-        {"tokens": [_token(token) for token in example["tokens"][:TOKENS]], "left": len(example["tokens"]) - TOKENS}
-        for example in (statistics.get("examples") or [])[:6]
-    ]
-    return {
-        "vocabulary": statistics.get("vocabulary"),
-        "merges": statistics.get("merges"),
-        "training_bytes": statistics.get("training_bytes"),
-        "density": sorted(density.items(), key=lambda item: -item[1]),
-        "longest": [token.replace("\n", "↵") for token in (statistics.get("longest") or [])[:LONGEST]],
-        "examples": examples,
-    }
-
-
-def _token(token: str) -> str:
-    """A newline shows as a sign and still breaks the line."""
-    return token.replace("\n", "↵\n").replace("\t", "→\t")
-
-
 def demonstrations(run: Run) -> dict[str, Any] | None:
     """Counts by task and method, how many sampled answers were right, and one example of each kind."""
     stage = run.stage("instruct")
@@ -120,7 +95,7 @@ def demonstrations(run: Run) -> dict[str, Any] | None:
         "rows": _by_task([[r for r in records if _kind(r)[0] == method] for method in methods]),
         "acceptance": acceptance,
         "rates": acceptance.get("by_task") or {},
-        "examples": [{"kind": kind, "messages": record["messages"]} for kind, record in _one_each(records)],
+        "examples": _one_each(records),
     }
 
 
@@ -137,15 +112,8 @@ def preferences(run: Run) -> dict[str, Any] | None:
         "rows": _by_task([records, heldout]),
         "written_by": report.get("by_author") or {},
         "sampled_accuracy": report.get("sampled_accuracy"),
-        "examples": [
-            {"kind": kind, "prompt": r["prompt"], "chosen": _answer(r["chosen"]), "rejected": _answer(r["rejected"])}
-            for kind, r in _one_each(records)
-        ],
+        "examples": _one_each(records),
     }
-
-
-def _answer(messages: list[dict[str, Any]]) -> str:
-    return "\n".join(str(message.get("content", "")) for message in messages)
 
 
 def _kind(record: dict[str, Any]) -> tuple[str, str]:
