@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 # Their bytes hold the clock (tokens per second), so they are checked for damage but no later stage depends on them.
 LOGS = frozenset({"metrics.jsonl"})
 
+_SOURCES = {".py", ".toml", ".json", ".jinja"}
 _HASH_UP_TO = 2**30  # bytes; of larger files only the size is checked, unless `thorough`
 
 
@@ -236,10 +237,10 @@ def version() -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 over the package's Python sources."""
+    """SHA-256 over the package's Python sources and the data files that they read."""
     root = Path(str(openqwen.__file__)).parent
-    sources = {path.relative_to(root).as_posix(): sha256(path) for path in root.rglob("*.py")}
-    return _digest(sources)
+    sources = [path for path in root.rglob("*") if path.suffix in _SOURCES]
+    return _digest({path.relative_to(root).as_posix(): sha256(path) for path in sources})
 
 
 def machine() -> dict[str, Any]:
@@ -260,8 +261,6 @@ def machine() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
