@@ -114,20 +114,18 @@ def _row(run: Run, stage: Stage, present: list[Score], before: dict[str, float])
 
 def task_table(run: Run) -> dict[str, Any] | None:
     """Accuracy of each task at each evaluated stage, with how far it is from chance to perfect (`share`)."""
-    by_stage = run.scored("checked_by_task")
-    tasks = sorted({task for results in by_stage.values() for task in results})
-    if not tasks:
+    stages, by_task = _by_name(run, "checked_by_task")
+    if not by_task:
         return None
     rows = []
-    for task in tasks:
-        results = [results.get(task) for results in by_stage.values()]
+    for task, results in by_task.items():
         known = next(result for result in results if result)
         cells = [_heat(result["accuracy"], result.get("chance", 0.0)) if result else None for result in results]
         rows.append({"name": task, "chance": known.get("chance"), "n": known.get("n"), "cells": cells})
     chance = run.first("chance")
-    total = [run.scores(name).get("checked_accuracy") for name in by_stage]
+    total = [run.scores(name).get("checked_accuracy") for name in stages]
     cells = [_heat(value, chance or 0.0) if value is not None else None for value in total]
-    return {"stages": list(by_stage), "rows": rows, "all": {"chance": chance, "cells": cells}}
+    return {"stages": stages, "rows": rows, "all": {"chance": chance, "cells": cells}}
 
 
 def _heat(accuracy: float, chance: float) -> dict[str, Any]:
@@ -137,14 +135,17 @@ def _heat(accuracy: float, chance: float) -> dict[str, Any]:
 
 def source_table(run: Run) -> dict[str, Any] | None:
     """Bits per byte of each source at each evaluated stage."""
-    by_stage = run.scored("bits_per_byte_by_source")
-    sources = sorted({source for results in by_stage.values() for source in results})
+    stages, by_source = _by_name(run, "bits_per_byte_by_source")
     gzip = run.first("gzip_bits_per_byte_by_source") or {}
-    rows = [
-        {"name": name, "gzip": gzip.get(name), "cells": [results.get(name) for results in by_stage.values()]}
-        for name in sources
-    ]
-    return {"stages": list(by_stage), "rows": rows} if rows else None
+    rows = [{"name": name, "gzip": gzip.get(name), "cells": cells} for name, cells in by_source.items()]
+    return {"stages": stages, "rows": rows} if rows else None
+
+
+def _by_name(run: Run, key: str) -> tuple[list[str], dict[str, list[Any]]]:
+    """(stages that have this score, for each name in it its value at each of them, None where it has none)."""
+    scored = run.scored(key)
+    names = sorted({name for values in scored.values() for name in values})
+    return list(scored), {name: [values.get(name) for values in scored.values()] for name in names}
 
 
 def headlines(run: Run) -> dict[str, Any]:
