@@ -64,17 +64,17 @@ def rejection_sample(
     answers = sample_answers(engine, prompts, samples, [temperature], max_tokens, seed, "rejection")
     origin = {"method": "rejection", "seed": seed, "parents": []} | ({"model": model} if model else {})
     demonstrations: list[dict[str, Any]] = []
-    samples: Counter[str] = Counter()
+    drawn: Counter[str] = Counter()
     correct: Counter[str] = Counter()
     for task, outputs in zip(tasks, answers, strict=True):
         right = [text for text in (plain_answer(output.text) for output in outputs) if task.check(text)]
-        samples[task.task] += len(outputs)
+        drawn[task.task] += len(outputs)
         correct[task.task] += len(right)
         for text in dict.fromkeys(right):
             messages = [*task.prompt, {"role": "assistant", "content": text}]
             demonstrations.append({"messages": messages, "origin": origin | {"tasks": [task.task]}})
-    by_task = {name: _counted(samples[name], correct[name]) for name in sorted(samples)}
-    return Rejection(demonstrations, _counted(samples.total(), correct.total()) | {"by_task": by_task})
+    by_task = {name: _counted(drawn[name], correct[name]) for name in sorted(drawn)}
+    return Rejection(demonstrations, _counted(drawn.total(), correct.total()) | {"by_task": by_task})
 
 
 def _counted(samples: int, correct: int) -> dict[str, Any]:
