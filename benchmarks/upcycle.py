@@ -135,10 +135,10 @@ def main() -> None:
     rows: dict[str, tuple[Callable[[], Qwen2], float]] = {
         "the parent, trained on": (lambda: parent_copy(parent), options.rate),
         "upcycled (the default)": (lambda: upcycle(parent, Upcycling(), 0), options.rate),
-        "upcycled, nothing drawn anew": (lambda: upcycle(parent, Upcycling(reinitialised=0.0), 0), options.rate),
+        "upcycled, nothing drawn anew": (lambda: upcycle(parent, Upcycling(reinit=0.0), 0), options.rate),
         "upcycled, output not kept": (lambda: upcycle(parent, Upcycling(keep_output=False), 0), options.rate),
         "upcycled, output not kept, nothing drawn anew": (
-            lambda: upcycle(parent, Upcycling(keep_output=False, reinitialised=0.0), 0),
+            lambda: upcycle(parent, Upcycling(keep_output=False, reinit=0.0), 0),
             options.rate,
         ),
         f"the same mixture from random weights, at {peak:g}": (scratch, peak),
@@ -177,7 +177,7 @@ def print_starts(parent: Qwen2, held_out: list[Rows]) -> None:
         "its feed-forward networks at half": half,
         "without them": none,
         "upcycled (the default)": upcycle(parent, Upcycling(), 0),
-        "nothing drawn anew": upcycle(parent, Upcycling(reinitialised=0.0), 0),
+        "nothing drawn anew": upcycle(parent, Upcycling(reinit=0.0), 0),
         "output not kept": upcycle(parent, Upcycling(keep_output=False), 0),
         "the shared expert's gate ~ N(0, 0.02) instead of 0": gated,
         "the shared expert drawn anew like the others": redrawn,

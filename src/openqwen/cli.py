@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import os
+import runpy
 import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +48,16 @@ STAGE_VERBS = {
     "online-dpo": "DPO on the model's own answers, judged by the reward model.",
     "evaluate": "Score a model.",
 }
-BENCHES = ["train", "engine", "serve"]
+BENCHES = ["train", "engine", "serve"]  # in recipe/bench/; engine with the peers' scripts in benchmarks/
+# Verbs whose flags are the arguments of one function: where it is, and the flag of a bare argument at the start.
+_FUNCTIONS = {
+    "chat": ("openqwen.serve.terminal", "--model"),
+    "convert": ("openqwen.recipe.convert", ""),
+    "quantize": ("openqwen.recipe.quantize", ""),
+    "preview": ("openqwen.recipe.preview", ""),
+    "plan": ("openqwen.recipe.plan_devices", "--recipe"),
+    "verify": ("openqwen.recipe.verify", ""),
+}
 
 _MODELS = {"model", "reward"}  # what stages read that may be a hub id too
 
@@ -75,23 +86,11 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if verb in ("--help", "-h", "help"):
         print(_overview())
     elif verb == "--version":
-        import importlib.metadata
-
         print(f"openqwen {importlib.metadata.version('openqwen')}")
+    elif verb in _FUNCTIONS:
+        _call(verb, rest)
     elif verb in RECIPE_VERBS:
-        verbs: dict[str, Callable[[Sequence[str]], None]] = {
-            "run": _run,
-            "chat": _chat,
-            "serve": _serve,
-            "convert": _convert,
-            "quantize": _quantize,
-            "report": _report,
-            "preview": _preview,
-            "plan": _plan,
-            "verify": _verify,
-            "bench": _bench,
-        }
-        verbs[verb](rest)
+        {"run": _run, "serve": _serve, "report": _report, "bench": _bench}[verb](rest)
     elif verb == "pretrain" and "--sweep" in rest:
         _stage("sweep", [text for text in rest if text != "--sweep"])
     elif verb in STAGE_VERBS:
@@ -110,9 +109,20 @@ def _overview() -> str:
     return "\n".join([*lines, "openqwen VERB --help shows every flag with its meaning and default."])
 
 
+def _call(verb: str, arguments: Sequence[str]) -> None:
+    """Read the command line into a function's arguments, and call it."""
+    import tyro
+
+    module, flag = _FUNCTIONS[verb]
+    function = getattr(importlib.import_module(module), verb)
+    given = _named(arguments, flag) if flag else list(arguments)
+    if tyro.cli(function, args=given, prog=f"openqwen {verb}", description=RECIPE_VERBS[verb]) is False:
+        raise OpenQwenError("A proof does not hold.", do="see the line marked ✗; report it with the model and the data")
+
+
 def _run(arguments: Sequence[str]) -> None:
     from openqwen.recipe import display, stages
-    from openqwen.recipe.flags import parse
+    from openqwen.recipe.flags import RunOptions, parse
     from openqwen.recipe.paths import paths
     from openqwen.recipe.runner import run_recipe
     from openqwen.recipe.settings import find_recipe, load_settings
@@ -121,16 +131,14 @@ def _run(arguments: Sequence[str]) -> None:
     if not arguments:
         raise OpenQwenError("Which recipe?", do="openqwen run RECIPE, such as: openqwen run tiny")
     if arguments[0] in ("--help", "-h"):
-        parse(["--help"], _run_options(Path("runs/RECIPE")), stages.Recipe(), "openqwen run RECIPE", about)
+        parse(["--help"], RunOptions, stages.Recipe(), "openqwen run RECIPE", about)
     if arguments[0].startswith("-"):
         raise OpenQwenError("The recipe comes first.", where=arguments[0], do=f"openqwen run RECIPE {arguments[0]} ...")
     path = find_recipe(arguments[0])
     recipe = load_settings(path, stages.Recipe)
     flags = ["--corpus.folder" + text[8:] if text.partition("=")[0] == "--corpus" else text for text in arguments[1:]]
-    options, recipe = parse(
-        flags, _run_options(Path("runs") / path.stem), recipe, f"openqwen run {arguments[0]}", about
-    )
-    output: Path = options.output
+    options, recipe = parse(flags, RunOptions, recipe, f"openqwen run {arguments[0]}", about)
+    output = options.output or Path("runs") / path.stem
     with _bugs_written_to(output):
         if not options.dry_run:
             display.note(paths())
@@ -146,30 +154,6 @@ def _run(arguments: Sequence[str]) -> None:
             continue_command=_command("run", _without(arguments, "--from")),
             finish=stages.finish,
         )
-
-
-def _run_options(output: Path) -> type[Any]:
-    """The flags of `run` that are not settings of the recipe, as a dataclass for tyro."""
-    import tyro
-
-    def flag(kind: Any, text: str, metavar: str | None = None, name: str | None = None) -> Any:
-        return Annotated[kind, tyro.conf.arg(help=text, metavar=metavar, name=name), tyro.conf.FlagCreatePairsOff]
-
-    stage = str | None
-    return dataclasses.make_dataclass(
-        "RunOptions",
-        [
-            ("output", flag(Path, "The run folder.", "FOLDER"), dataclasses.field(default=output)),
-            ("until", flag(stage, "Stop after this stage.", "STAGE"), dataclasses.field(default=None)),
-            (
-                "from_",
-                flag(stage, "Make this stage and all later ones anew.", "STAGE", "from"),
-                dataclasses.field(default=None),
-            ),
-            ("dry_run", flag(bool, "Print what would happen, and do nothing."), dataclasses.field(default=False)),
-            ("verify", flag(bool, "Check files over 1 GB byte by byte too."), dataclasses.field(default=False)),
-        ],
-    )
 
 
 def _stage(name: str, arguments: Sequence[str]) -> None:
@@ -213,16 +197,6 @@ def _named(arguments: Sequence[str], *flags: str) -> list[str]:
     return [text for pair in zip(flags, arguments[:bare]) for text in pair] + list(arguments[bare:])
 
 
-def _chat(arguments: Sequence[str]) -> None:
-    import tyro
-
-    from openqwen.serve.terminal import chat
-
-    if arguments and not arguments[0].startswith("-"):
-        arguments = ["--model", *arguments]
-    tyro.cli(chat, args=list(arguments), prog="openqwen chat", description=RECIPE_VERBS["chat"])
-
-
 def _serve(arguments: Sequence[str]) -> None:
     import tyro
 
@@ -242,56 +216,18 @@ def _serve(arguments: Sequence[str]) -> None:
     serve(flags.model, config)
 
 
-def _convert(arguments: Sequence[str]) -> None:
-    import tyro
-
-    from openqwen.recipe.convert import convert
-
-    tyro.cli(convert, args=list(arguments), prog="openqwen convert", description=RECIPE_VERBS["convert"])
-
-
-def _quantize(arguments: Sequence[str]) -> None:
-    import tyro
-
-    from openqwen.recipe.quantize import quantize
-
-    tyro.cli(quantize, args=list(arguments), prog="openqwen quantize", description=RECIPE_VERBS["quantize"])
-
-
-def _preview(arguments: Sequence[str]) -> None:
-    import tyro
-
-    from openqwen.recipe.preview import preview
-
-    tyro.cli(preview, args=list(arguments), prog="openqwen preview", description=RECIPE_VERBS["preview"])
-
-
-def _plan(arguments: Sequence[str]) -> None:
-    import tyro
-
-    from openqwen.recipe.plan_devices import plan
-
-    named = _named(arguments, "--recipe")
-    tyro.cli(plan, args=named, prog="openqwen plan", description=RECIPE_VERBS["plan"])
-
-
-def _verify(arguments: Sequence[str]) -> None:
-    import tyro
-
-    from openqwen.recipe.verify import verify
-
-    if not tyro.cli(verify, args=list(arguments), prog="openqwen verify", description=RECIPE_VERBS["verify"]):
-        raise OpenQwenError("A proof does not hold.", do="see the line marked ✗; report it with the model and the data")
-
-
 def _bench(arguments: Sequence[str]) -> None:
-    import importlib
-
     import tyro
 
     if not arguments or arguments[0] not in BENCHES:
         raise OpenQwenError("Which speed?", do=f"openqwen bench {{{','.join(BENCHES)}}} --help")
-    measure = importlib.import_module(f"openqwen.recipe.bench.{arguments[0]}").bench
+    if arguments[0] == "engine":
+        script = Path(__file__).parents[2] / "benchmarks" / "bench_engine.py"
+        if not script.is_file():
+            raise OpenQwenError("This benchmark is not installed.", where=script, do="run it from a source checkout")
+        measure = runpy.run_path(str(script))["bench"]
+    else:
+        measure = importlib.import_module(f"openqwen.recipe.bench.{arguments[0]}").bench
     tyro.cli(measure, args=list(arguments[1:]), prog=f"openqwen bench {arguments[0]}")
 
 

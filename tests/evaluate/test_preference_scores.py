@@ -1,7 +1,6 @@
 import pytest
 
 from openqwen.evaluate import near_misses, pair_accuracy, win_rate
-from openqwen.evaluate.preferences import win_rate_of_scores
 
 
 def by_length(conversations):
@@ -53,17 +52,16 @@ def test_the_scorer_sees_prompt_and_answer():
 
 
 def test_win_rate_is_symmetric_and_ties_count_half():
-    prompts = [prompt(str(n)) for n in range(4)]
-    a, b = ["xx", "x", "xxx", "x"], ["x", "xx", "x", "y"]
-    forth, back = win_rate(by_length, prompts, a, b), win_rate(by_length, prompts, b, a)
+    a, b = [2.0, 1.0, 3.0, 1.0], [1.0, 2.0, 1.0, 1.0]
+    forth, back = win_rate(a, b), win_rate(b, a)
     assert (forth["win_rate"], forth["ties"], forth["n"]) == (2.5 / 4, 1, 4)
     assert forth["win_rate"] + back["win_rate"] == 1
     assert forth["low"] == pytest.approx(1 - back["high"])
-    assert win_rate(by_length, prompts, a, a)["win_rate"] == 0.5
+    assert win_rate(a, a)["win_rate"] == 0.5
 
 
 def test_wins_by_a_check():
-    result = win_rate_of_scores([True, True, False, False], [False, True, False, False])
+    result = win_rate([True, True, False, False], [False, True, False, False])
     assert (result["win_rate"], result["ties"]) == (2.5 / 4, 3)
 
 
@@ -71,6 +69,6 @@ def test_nothing_to_compare_is_refused():
     with pytest.raises(ValueError, match="no pairs"):
         pair_accuracy(by_length, [])
     with pytest.raises(ValueError, match="no answers"):
-        win_rate_of_scores([], [])
+        win_rate([], [])
     with pytest.raises(ValueError, match="zip"):
-        win_rate(by_length, [prompt("a")], ["x"], [])
+        win_rate([1.0], [])

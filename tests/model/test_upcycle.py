@@ -36,7 +36,7 @@ def expert(mlp, e, x_TD):
 def test_all_experts_of_whole_copies_sum_to_copies_times_the_dense_network(experts, width, copies):
     """No matter whether an expert straddles two copies (widths that do not divide 40)."""
     dense = dense_model()
-    plan = Upcycling(experts, 2, width, shared_width=8, reinitialised=0.0)
+    plan = Upcycling(experts, 2, width, shared_width=8, reinit=0.0)
     model = upcycle(dense, plan, seed=3)
     x = torch.randn(9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for mine, parent in zip(model.model.layers, dense.model.layers):
@@ -57,7 +57,7 @@ def test_the_strip_is_shuffled_copies_end_to_end_and_the_rest_is_discarded():
 
 def test_experts_differ_and_are_slices_of_the_dense_network():
     dense = dense_model()
-    model = upcycle(dense, Upcycling(6, 2, 16, shared_width=8, reinitialised=0.0), seed=3)
+    model = upcycle(dense, Upcycling(6, 2, 16, shared_width=8, reinit=0.0), seed=3)
     parent, mlp = dense.model.layers[1].mlp, model.model.layers[1].mlp
     seen = set()
     for gate_up, down in zip(mlp.experts.gate_up_proj, mlp.experts.down_proj):
@@ -72,8 +72,8 @@ def test_experts_differ_and_are_slices_of_the_dense_network():
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_a_share_of_each_experts_channels_is_drawn_anew_with_its_mean_and_deviation(share):
     dense = dense_model(width=64)
-    kept = upcycle(dense, Upcycling(8, 2, 32, shared_width=8, reinitialised=0.0), seed=5)
-    drawn = upcycle(dense, Upcycling(8, 2, 32, shared_width=8, reinitialised=share), seed=5)
+    kept = upcycle(dense, Upcycling(8, 2, 32, shared_width=8, reinit=0.0), seed=5)
+    drawn = upcycle(dense, Upcycling(8, 2, 32, shared_width=8, reinit=share), seed=5)
     for before, after in zip(kept.model.layers, drawn.model.layers):
         a, b = before.mlp.experts, after.mlp.experts
         gate_same, up_same = (a.gate_up_proj == b.gate_up_proj).all(2).chunk(2, dim=1)
@@ -175,6 +175,6 @@ def test_what_cannot_be_upcycled_is_refused():
     with pytest.raises(OpenQwenError, match="152064 embedding rows, not 160000"):
         upcycled_config(dense, Upcycling(vocabulary_rows=160_000))
     with pytest.raises(OpenQwenError, match="cannot be drawn anew"):
-        upcycled_config(dense, Upcycling(reinitialised=1.5))
+        upcycled_config(dense, Upcycling(reinit=1.5))
     with pytest.raises(OpenQwenError, match="9 of 8 experts"):
         upcycled_config(dense, Upcycling(experts=8, experts_per_token=9))

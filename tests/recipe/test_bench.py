@@ -1,4 +1,4 @@
-"""`openqwen bench train`: both comparisons run on tiny data, in turn with a peer, and say what was measured."""
+"""`openqwen bench`: each comparison runs on tiny data, with or without a peer, and says what was measured."""
 
 import json
 import sys
@@ -26,11 +26,23 @@ def peer(tmp_path, monkeypatch):
     return sys.executable
 
 
-def test_fine_tuning(tmp_path, peer, capsys):
+def save_model(folder, positions):
     tokenizer = train_tokenizer(["What is one and one? Two. " * 9], TokenizerConfig(vocabulary=270))
-    model = Qwen2(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256))
+    model = Qwen2(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=positions))
     initialize(model, torch.Generator().manual_seed(1))
-    save_checkpoint(model, tokenizer, tmp_path / "model")
+    save_checkpoint(model, tokenizer, folder)
+
+
+def test_the_engine_alone(tmp_path, capsys):
+    save_model(tmp_path / "model", 2048)
+    arguments = ["bench", "engine", "--model", str(tmp_path / "model"), "--kinds", "float32", "--rounds", "1"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("float32 1 of 1", "prefill", "drafts", "warm", "tokens/s"))
+
+
+def test_fine_tuning(tmp_path, peer, capsys):
+    save_model(tmp_path / "model", 256)
     rows = [{"question": f"What is one and {n}?", "answer": "Two."} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["bench", "train", "--kind", "sft", "--data", str(tmp_path / "rows.jsonl"), "--steps", "3"]

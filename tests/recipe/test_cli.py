@@ -37,8 +37,8 @@ def test_a_bug_is_told_without_a_traceback(call, monkeypatch):
     def broken(arguments):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(openqwen.cli, "_chat", broken)
-    assert call("chat", "x") == 70
+    monkeypatch.setattr(openqwen.cli, "_report", broken)
+    assert call("report", "x") == 70
     assert "ZeroDivisionError: oops" in call.err
     path = Path(next(line for line in call.err.splitlines() if "where:" in line).split(": ", 1)[1].strip())
     assert "Traceback" in path.read_text()

@@ -281,7 +281,7 @@ def write_prefer(folder: Path) -> None:
     dump_lines(folder / "preferences.jsonl", pairs)
     dump_lines(folder / "heldout.jsonl", pairs[::9])
     written_by = {"model/model": 510, "model/program": 130, "program/model": 110}
-    dump(folder / "prefer.json", {"chosen/rejected from": written_by, "sampled_accuracy": 0.53})
+    dump(folder / "prefer.json", {"by_author": written_by, "sampled_accuracy": 0.53})
 
 
 class Page(HTMLParser):

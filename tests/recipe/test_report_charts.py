@@ -4,7 +4,8 @@ import re
 import numpy as np
 import pytest
 
-from openqwen.recipe.report.charts import Series, downsampled, line_chart, smoothed, ticks
+from openqwen.recipe.report import environment
+from openqwen.recipe.report.charts import downsampled, line_chart, smoothed, ticks
 from openqwen.recipe.report.text import count, number, shortened, size, visible
 
 
@@ -42,7 +43,9 @@ def test_ticks_are_few_even_and_inside(low, high):
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0] * 5, [math.nan] * 3, [1e-9, 2e-9], [1e12, -1e12]])
 def test_charts_survive_degenerate_curves(values):
-    drawn = line_chart([Series(list(range(len(values))), values)], "a <title>")
+    chart = line_chart(list(range(len(values))), {"smooth": values}, "a <title>")
+    drawn = environment().get_template("charts.html.j2").module.line_chart(chart)
+    assert ("<svg" in drawn) == bool(np.isfinite(values).any())
     assert "nan" not in re.sub(r"<p.*", "", drawn)
     assert "<title>" not in drawn
 

@@ -7,8 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from openqwen.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
 from openqwen.tokenizer.pretokenize import to_characters
+from openqwen.tokenizer.sources import parts_from_gguf
 
 TEXT = "It's 2026 — naïve cafe\u0301, 日本語 👩\u200d🚀\n\n\tdef f(x):\r\n  return x  <|im_end|><tool_call> end "
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -46,10 +47,10 @@ def metadata(tokenizer, padding=3):
 
 
 def test_gguf_metadata(trained):
-    assert same(tokenizer_from_gguf(metadata(trained), "x.gguf"), trained)
+    assert same(Tokenizer(*parts_from_gguf(metadata(trained), "x.gguf")), trained)
     old = metadata(trained)  # early converters called padding rows tokens of the user
     old["tokenizer.ggml.token_type"] = [4 if kind == 5 else kind for kind in old["tokenizer.ggml.token_type"]]
-    assert same(tokenizer_from_gguf(old, "x.gguf"), trained)
+    assert same(Tokenizer(*parts_from_gguf(old, "x.gguf")), trained)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_gguf_metadata(trained):
 def test_damaged_gguf_metadata_is_named(trained, key, value, complaint):
     damaged = metadata(trained) | {key: value}
     with pytest.raises(OpenQwenError, match=complaint) as caught:
-        tokenizer_from_gguf(damaged, "x.gguf")
+        parts_from_gguf(damaged, "x.gguf")
     assert caught.value.where == "x.gguf"
 
 

@@ -10,15 +10,15 @@ description says so.
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from openqwen.support.settings import Settings
 
 Profile = Literal["web", "text", "code"]
 
 
-class GopherQuality(BaseModel):
+class GopherQuality(Settings):
     """Gopher's quality rules; a word is what stands between white space, as in the paper."""
-
-    model_config = ConfigDict(extra="forbid")
 
     min_words: int = Field(50, description="fewest words in a document")
     max_words: int = Field(100_000, description="most words in a document")
@@ -34,10 +34,8 @@ class GopherQuality(BaseModel):
     min_stop_words: int = Field(2, description="fewest occurrences of stop words; 0 for languages other than English")
 
 
-class GopherRepetition(BaseModel):
+class GopherRepetition(Settings):
     """Gopher's repetition rules (table A1): shares of lines, paragraphs or characters."""
-
-    model_config = ConfigDict(extra="forbid")
 
     max_duplicate_lines: float = Field(0.3, description="largest share of lines that occurred before")
     max_duplicate_line_characters: float = Field(0.2, description="largest share of characters in such lines")
@@ -52,20 +50,16 @@ class GopherRepetition(BaseModel):
     )
 
 
-class C4(BaseModel):
+class C4(Settings):
     """C4's rules (section 2.2) but for end-of-line punctuation: FineWeb found that rule to cost more than it gives."""
-
-    model_config = ConfigDict(extra="forbid")
 
     min_line_words: int = Field(3, description="lines of fewer words are cut out")
     max_word_characters: int = Field(1000, description="lines with a longer word are cut out")
     min_sentences: int = Field(5, description="fewest sentences in a document")
 
 
-class FineWeb(BaseModel):
+class FineWeb(Settings):
     """FineWeb's own rules."""
-
-    model_config = ConfigDict(extra="forbid")
 
     min_punctuated_lines: float = Field(0.12, description="smallest share of lines that end in punctuation")
     short_line: int = Field(30, description="a line of at most so many characters is short")
@@ -74,10 +68,8 @@ class FineWeb(BaseModel):
     max_newlines_per_word: float = Field(0.3, description="most line ends per word")
 
 
-class WebRules(BaseModel):
+class WebRules(Settings):
     """Extracted web pages and collections made from them: the published limits, on unwrapped lines."""
-
-    model_config = ConfigDict(extra="forbid")
 
     gopher: GopherQuality = Field(default_factory=GopherQuality, description="Gopher's quality rules")
     c4: C4 = Field(default_factory=C4, description="C4's rules")
@@ -85,13 +77,11 @@ class WebRules(BaseModel):
     repetition: GopherRepetition = Field(default_factory=GopherRepetition, description="Gopher's repetition rules")
 
 
-class TextRules(BaseModel):
+class TextRules(Settings):
     """Books, notes and documentation: Gopher's and FineWeb's rules, with the limits that only web pages deserve eased.
 
     C4's rules are not among them: `{` and lines of two words are signs of a bad web page, not of a bad manual.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     gopher: GopherQuality = Field(
         default_factory=lambda: GopherQuality(min_alphabetic_words=0.7),
@@ -109,13 +99,11 @@ class TextRules(BaseModel):
     )
 
 
-class UnspacedRules(BaseModel):
+class UnspacedRules(Settings):
     """Chinese, Japanese, Thai and other scripts without spaces: rules that count characters, where words mean nothing.
 
     The limits are those of a published Chinese recipe (datajuicer/data-juicer#30).
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     min_characters: int = Field(200, description="fewest characters in a document")
     max_characters: int = Field(65_589, description="most characters in a document")
@@ -123,10 +111,8 @@ class UnspacedRules(BaseModel):
     max_duplicate_ngrams: float = Field(0.3, description="largest share of characters in windows that occurred before")
 
 
-class CodeRules(BaseModel):
+class CodeRules(Settings):
     """Source code: line lengths, character shares, generated files, and files that are data."""
-
-    model_config = ConfigDict(extra="forbid")
 
     min_characters: int = Field(
         200, description="shortest file, characters (our choice: below it there is nothing to learn)"
@@ -139,10 +125,8 @@ class CodeRules(BaseModel):
     )
 
 
-class FilterConfig(BaseModel):
+class FilterConfig(Settings):
     """The rules of each profile. A document has one profile, by its file type or its source."""
-
-    model_config = ConfigDict(extra="forbid")
 
     web: WebRules = Field(default_factory=WebRules, description="HTML, JSONL and Parquet")
     text: TextRules = Field(default_factory=TextRules, description="plain text, Markdown, reStructuredText, docstrings")
@@ -152,20 +136,16 @@ class FilterConfig(BaseModel):
     code: CodeRules = Field(default_factory=CodeRules, description="source code")
 
 
-class MinHashConfig(BaseModel):
+class MinHashConfig(Settings):
     """Near-deduplication with FineWeb's banding: half of all pairs at Jaccard 0.68 are found."""
-
-    model_config = ConfigDict(extra="forbid")
 
     shingle_words: int = Field(5, ge=1, description="words in a shingle")
     bands: int = Field(14, ge=1, description="bands; two documents that agree in one whole band are near-duplicates")
     rows: int = Field(8, ge=1, description="hashes in a band")
 
 
-class CorpusConfig(BaseModel):
+class CorpusConfig(Settings):
     """The corpus stage: from a folder of raw documents to training and held-out documents."""
-
-    model_config = ConfigDict(extra="forbid")
 
     folder: Path | None = Field(
         None,

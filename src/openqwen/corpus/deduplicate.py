@@ -11,8 +11,8 @@ import numpy as np
 import xxhash
 
 from openqwen.corpus.config import MinHashConfig
+from openqwen.tokenizer.fast import tasks
 
-_BATCH_BYTES = 1 << 20  # small enough for the arrays of a batch to stay near the cache
 _PRIME = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
 _INVERSE = pow(_PRIME, -1, 1 << 64)
 
@@ -88,10 +88,7 @@ def signatures(texts: Iterable[str], config: MinHashConfig, advance: Callable[[i
     # The hash functions are part of the method, not of a run: fixed, so that corpora can be compared.
     constants = _mix(np.arange(1, 2 * hashes + 1, dtype=np.uint64) * np.uint64(_INVERSE)).reshape(2, hashes)
     parts: list[np.ndarray] = [np.zeros((0, hashes), dtype=np.uint64)]
-    batch: list[str] = []
-    size = 0
-
-    def flush() -> None:
+    for batch in tasks(texts):  # small enough for its arrays to stay near the cache
         shingles, offsets = shingle_hashes(batch, config.shingle_words)
         part = np.empty((len(batch), hashes), dtype=np.uint64)
         for column in range(hashes):
@@ -101,15 +98,6 @@ def signatures(texts: Iterable[str], config: MinHashConfig, advance: Callable[[i
         parts.append(part)
         if advance:
             advance(len(batch))
-
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            flush()
-            batch, size = [], 0
-    if batch:
-        flush()
     return np.concatenate(parts)
 
 

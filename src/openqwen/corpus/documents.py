@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,23 @@ def write_documents(path: Path, documents: Iterable[dict[str, Any]]) -> int:
 
 def read_documents(path: Path) -> Iterator[dict[str, Any]]:
     """Documents in their order, one row group in memory at a time; a damaged file is an OpenQwenError."""
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS, columns=list(_COLUMNS)):
-                for document in batch.to_pylist():
-                    yield {**document, "meta": json.loads(document["meta"])}
-    except (OSError, pa.ArrowException, json.JSONDecodeError) as error:
-        raise OpenQwenError(
-            f"The documents cannot be read: {str(error).splitlines()[0]}", where=path, do="make the corpus again"
-        ) from None
+    with _damage_named(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS, columns=list(_COLUMNS)):
+            for document in batch.to_pylist():
+                yield {**document, "meta": json.loads(document["meta"])}
 
 
 def count_documents(path: Path) -> int:
     """How many documents a file holds, from its footer alone."""
-    try:
+    with _damage_named(path):
         return pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowException) as error:
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException, json.JSONDecodeError) as error:
         raise OpenQwenError(
             f"The documents cannot be read: {str(error).splitlines()[0]}", where=path, do="make the corpus again"
         ) from None

@@ -1,33 +1,23 @@
 """Accuracy on tasks that a program checks, against the best blind guess."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from openqwen.engine import Engine, Sampling
 from openqwen.support.progress import Progress
 
 
-class Item(Protocol):
-    """One task. chance: the accuracy of the best blind guess at it."""
+class Item(NamedTuple):
+    """One task.
 
-    @property
-    def task(self) -> str:
-        """The name of its kind."""
-        ...
+    task: the name of its kind. prompt: messages, or plain text for a model that has not learned to chat. chance: the
+    accuracy (0 to 1) of the best blind guess. check: whether a text is right.
+    """
 
-    @property
-    def prompt(self) -> str | list[dict[str, str]]:
-        """Messages, or plain text for a model that has not learned to chat."""
-        ...
-
-    @property
-    def chance(self) -> float:
-        """0 to 1."""
-        ...
-
-    def check(self, text: str) -> bool:
-        """Whether the answer is right."""
-        ...
+    task: str
+    prompt: str | list[dict[str, str]]
+    chance: float
+    check: Callable[[str], bool]
 
 
 def sampled_right(

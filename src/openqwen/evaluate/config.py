@@ -1,12 +1,12 @@
 """How much of each measure to take."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from openqwen.support.settings import Settings
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Settings):
     """Sizes of the evaluation; every stage of a recipe is measured on the same items."""
-
-    model_config = ConfigDict(extra="forbid")
 
     context: int = Field(512, ge=2, description="window for bits per byte, in tokens")
     heldout_bytes: int = Field(400_000, ge=1, description="held-out text scored, in UTF-8 bytes, shared by the sources")

@@ -44,23 +44,7 @@ def pair_accuracy(score: Score, pairs: Sequence[dict[str, Any]]) -> dict[str, An
     }
 
 
-def win_rate(
-    score: Score, prompts: Sequence[list[Message]], answers_a: Sequence[str], answers_b: Sequence[str]
-) -> dict[str, float]:
-    """How often `score` puts the answer of A above that of B to the same prompt.
-
-    Returns what `win_rate_of_scores` returns.
-    """
-    conversations = [
-        [*prompt, {"role": "assistant", "content": answer}]
-        for answers in (answers_a, answers_b)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    scores = score(conversations)
-    return win_rate_of_scores(scores[: len(prompts)], scores[len(prompts) :])
-
-
-def win_rate_of_scores(scores_a: Sequence[float], scores_b: Sequence[float]) -> dict[str, float]:
+def win_rate(scores_a: Sequence[float], scores_b: Sequence[float]) -> dict[str, float]:
     """Share of places where A's score is above B's, ties counting half, with a 95 % interval.
 
     The scores may be a reward model's, or 1 and 0 of a check. Returns {"win_rate", "low", "high", "ties", "n"}.

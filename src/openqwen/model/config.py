@@ -1,7 +1,7 @@
 """The numbers that make a Qwen2 network, as `config.json` states them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from openqwen.model import published
@@ -192,14 +192,7 @@ class ModelConfig:
         return attention + 3 * h * widths + h * self.num_experts + h  # the router, the shared expert's gate
 
 
-_REQUIRED = {
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-}
+_REQUIRED = {f.name for f in fields(ModelConfig) if f.default is MISSING and f.default_factory is MISSING}
 _EXPERTS_REQUIRED = {
     "num_experts",
     "num_experts_per_tok",

@@ -23,6 +23,29 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.gguf import BLOCKS, GgufHeader, NewTensor, read_header, write_gguf
 
 _ARCHITECTURES = {"qwen2": False, "qwen2moe": True}  # with experts or without
+# Hyper-parameters: our name of each (config.json's), and GGUF's behind that of the architecture.
+_SIZES = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+_EXPERT_SIZES = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+}
+_YARN = {
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -99,43 +122,32 @@ def _config(header: GgufHeader, stored: Mapping[str, Stored]) -> ModelConfig:
             f"This file holds a network of the kind '{kind}'.", where=where, do="give one of Qwen2 or Qwen2.5"
         )
 
-    def own(key: str, otherwise: Any = None) -> Any:
-        value = metadata.get(f"{kind}.{key}", otherwise)
-        return _shortest(value) if isinstance(value, float) else value
+    def own(names: Mapping[str, str]) -> dict[str, Any]:
+        values = {name: metadata.get(f"{kind}.{key}") for name, key in names.items()}
+        return {name: _shortest(v) if isinstance(v, float) else v for name, v in values.items() if v is not None}
 
-    embedding = stored.get("model.embed_tokens.weight")
+    def rows(name: str) -> int | None:
+        return stored[name].shape[0] if name in stored else None
+
     values = {
         "model_type": "qwen2_moe" if _ARCHITECTURES[kind] else "qwen2",
-        "vocab_size": embedding.shape[0] if embedding else None,
-        "hidden_size": own("embedding_length"),
-        "intermediate_size": own("feed_forward_length"),
-        "num_hidden_layers": own("block_count"),
-        "num_attention_heads": own("attention.head_count"),
-        "num_key_value_heads": own("attention.head_count_kv", own("attention.head_count")),
-        "max_position_embeddings": own("context_length"),
-        "rope_theta": own("rope.freq_base", 10_000.0),  # llama.cpp's, where the file is silent
-        "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
+        "vocab_size": rows("model.embed_tokens.weight"),
+        "num_key_value_heads": metadata.get(f"{kind}.attention.head_count"),
+        "rope_theta": 10_000.0,  # llama.cpp's, where the file is silent
         "tie_word_embeddings": "lm_head.weight" not in stored,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        **own(_SIZES),
     }
     if _ARCHITECTURES[kind]:
-        shared = stored.get("model.layers.0.mlp.shared_expert.up_proj.weight")
-        expert = stored.get("model.layers.0.mlp.experts.0.up_proj.weight")
-        values |= {
-            "num_experts": own("expert_count"),
-            "num_experts_per_tok": own("expert_used_count"),
-            "moe_intermediate_size": own("expert_feed_forward_length", expert and expert.shape[0]),
-            "shared_expert_intermediate_size": own("expert_shared_feed_forward_length", shared and shared.shape[0]),
+        widths = {
+            "moe_intermediate_size": rows("model.layers.0.mlp.experts.0.up_proj.weight"),
+            "shared_expert_intermediate_size": rows("model.layers.0.mlp.shared_expert.up_proj.weight"),
         }
-    if own("rope.scaling.type", "none") != "none":
-        values["rope_scaling"] = {
-            "rope_type": own("rope.scaling.type"),
-            "factor": own("rope.scaling.factor"),
-            "original_max_position_embeddings": own("rope.scaling.original_context_length"),
-            "beta_fast": own("rope.scaling.yarn_beta_fast"),
-            "beta_slow": own("rope.scaling.yarn_beta_slow"),
-        }
+        values |= widths | own(_EXPERT_SIZES)
+    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
+    if scaling != "none":
+        values["rope_scaling"] = {"rope_type": scaling, **own(_YARN)}
     return ModelConfig.from_json(values, where)
 
 
@@ -208,24 +220,12 @@ def not_stored(config: ModelConfig) -> list[str]:
 
 
 def _hyper_parameters(config: ModelConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "rope.freq_base": float(config.rope_theta),
-    }
-    if yarn := config.yarn:
-        values |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(yarn.factor),
-            "rope.scaling.original_context_length": yarn.original_max_position_embeddings,
-            "rope.scaling.yarn_beta_fast": float(yarn.beta_fast),
-            "rope.scaling.yarn_beta_slow": float(yarn.beta_slow),
-        }
+    values: dict[str, Any] = {key: getattr(config, name) for name, key in _SIZES.items()}
+    reals = ["rope.freq_base"]
+    if config.yarn:
+        values |= {"rope.scaling.type": "yarn"} | {key: getattr(config.yarn, name) for name, key in _YARN.items()}
+        reals += [_YARN["factor"], _YARN["beta_fast"], _YARN["beta_slow"]]
+    values |= {key: float(values[key]) for key in reals}  # a whole number may stand for one in a config.json
     if config.num_experts:
         if config.norm_topk_prob or not all(map(config.is_sparse, range(config.num_hidden_layers))):
             raise OpenQwenError(
@@ -233,12 +233,7 @@ def _hyper_parameters(config: ModelConfig) -> dict[str, Any]:
                 " differs (norm_topk_prob, decoder_sparse_step or mlp_only_layers).",
                 do="keep it as a Hugging Face folder",
             )
-        values |= {
-            "expert_count": config.num_experts,
-            "expert_used_count": config.num_experts_per_tok,
-            "expert_feed_forward_length": config.moe_intermediate_size,
-            "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
-        }
+        values |= {key: getattr(config, name) for name, key in _EXPERT_SIZES.items()}
     kind = "qwen2moe" if config.num_experts else "qwen2"
     return {f"{kind}.{key}": value for key, value in values.items()}
 

@@ -39,7 +39,7 @@ _PUBLISHED_SHARE = 2_560 / 18_944  # an expert of the 57B-A14B, of the 7B's feed
 class Upcycling:
     """How many experts, how wide, and how they start; a width of None follows the 57B-A14B's proportions.
 
-    reinitialised: share of each routed expert's channels drawn anew. vocabulary_rows: embedding rows to keep, or None
+    reinit: share of each routed expert's channels drawn anew. vocabulary_rows: embedding rows to keep, or None
     for all; the rest must be padding (the 7B has 152,064 rows, the 57B-A14B grown from it 151,936).
     """
 
@@ -47,7 +47,7 @@ class Upcycling:
     experts_per_token: int = 8
     expert_width: int | None = None
     shared_width: int | None = None
-    reinitialised: float = 0.5
+    reinit: float = 0.5
     keep_output: bool = True
     vocabulary_rows: int | None = None
 
@@ -74,8 +74,8 @@ def upcycled_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
             where="vocabulary_rows",
             do="leave it out to keep all rows",
         )
-    if not 0 <= plan.reinitialised <= 1:
-        raise OpenQwenError(f"A share of {plan.reinitialised} cannot be drawn anew.", where="reinitialised")
+    if not 0 <= plan.reinit <= 1:
+        raise OpenQwenError(f"A share of {plan.reinit} cannot be drawn anew.", where="reinit")
     return replace(
         dense,
         vocab_size=rows,
@@ -137,7 +137,7 @@ def _mixture(
     gate_EID = dense.gate_proj.weight[places_S].unflatten(0, (experts, width))
     up_EID = dense.up_proj.weight[places_S].unflatten(0, (experts, width))
     down_EDI = weight[:, places_S].unflatten(1, (experts, width)).transpose(0, 1).contiguous()
-    redraw([gate_EID, up_EID, down_EDI.transpose(1, 2)], plan.reinitialised, draws["weights"])
+    redraw([gate_EID, up_EID, down_EDI.transpose(1, 2)], plan.reinit, draws["weights"])
     router_ED = torch.randn(experts, config.hidden_size, generator=draws["router"]) * config.initializer_range
     return {
         "gate.weight": router_ED.to(weight),

@@ -16,19 +16,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 import openqwen
 from openqwen.recipe.stage import Stage, Work
 from openqwen.recipe.together import run_stage
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, read_json, replace_folder, sha256, write_json
+from openqwen.support.settings import Settings
 
 MANIFEST = "manifest.json"
 
 # Their bytes hold the clock (tokens per second), so they are checked for damage but no later stage depends on them.
 LOGS = frozenset({"metrics.jsonl"})
 
+_SOURCES = {".py", ".toml", ".json", ".jinja"}
 _HASH_UP_TO = 2**30  # bytes; of larger files only the size is checked, unless `thorough`
 
 
@@ -46,10 +48,8 @@ class InputEntry(BaseModel):
     digest: str
 
 
-class Manifest(BaseModel):
+class Manifest(Settings):
     """The label of an artifact; `key` is what it depends on, `digest` what it holds."""
-
-    model_config = ConfigDict(extra="forbid")
 
     stage: str
     kind: str
@@ -158,7 +158,7 @@ def make(stage: Stage, sources: Mapping[str, Source], seed: int, key: str, work:
         metrics={name: value if math.isfinite(value) else None for name, value in metrics.items()},
     )
     write_json(output / MANIFEST, manifest.model_dump(mode="json"))
-    _publish(output, target)
+    replace_folder(output, target)
     shutil.rmtree(work, ignore_errors=True)
     return Artifact(target, manifest)
 
@@ -202,14 +202,6 @@ def outside_source(path: Path, role: str) -> Source:
     return Source(path, InputEntry(stage=str(path), digest=content_digest(path)))
 
 
-def _publish(output: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        os.rename(target, old)
-    replace_folder(output, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def recover(store: Path) -> None:
     """Finish or undo what a kill in the middle of `make`'s last step left behind."""
     for old in store.glob(".*.old"):
@@ -245,10 +237,10 @@ def version() -> str:
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 over the package's Python sources."""
+    """SHA-256 over the package's Python sources and the data files that they read."""
     root = Path(str(openqwen.__file__)).parent
-    sources = {path.relative_to(root).as_posix(): sha256(path) for path in root.rglob("*.py")}
-    return _digest(sources)
+    sources = [path for path in root.rglob("*") if path.suffix in _SOURCES]
+    return _digest({path.relative_to(root).as_posix(): sha256(path) for path in sources})
 
 
 def machine() -> dict[str, Any]:
@@ -269,8 +261,6 @@ def machine() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

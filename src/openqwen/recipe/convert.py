@@ -1,7 +1,6 @@
 """`openqwen convert SOURCE TARGET`: a checkpoint in another form, and what that form cannot hold."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,14 +91,10 @@ def _write_gguf(
 
 def write_folder(model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Callable[[int], None]) -> None:
     """Save a checkpoint aside, then put it in its place."""
-    aside, old = (target.with_name(f".{target.name}.{kind}") for kind in ("aside", "old"))
+    aside = target.with_name(f".{target.name}.aside")
     try:
         save_checkpoint(model, tokenizer, fresh_folder(aside), advance=advance)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(target, old)
         replace_folder(aside, target)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

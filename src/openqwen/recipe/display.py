@@ -1,7 +1,6 @@
 """How a run looks: a line a stage, its progress, its result, and two tables."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 
 from rich import box
 from rich.table import Table
@@ -24,7 +23,8 @@ def heading(number: int, total: int, step: Step) -> None:
     line = Text(f"{number:>3}/{total:<3}", style="dim")
     if step.artifact is not None:
         line.append(f"{name:<19} ", style="not dim")
-        line.append(f"reused (made {_when(step.artifact.manifest)})")
+        made = step.artifact.manifest
+        line.append(f"reused (made {made.created.astimezone():%Y-%m-%d %H:%M} in {duration(made.seconds)})")
     else:
         line.append(f"{name:<19} ", style="not dim bold cyan")
         line.append("" if step.why == NOT_MADE else step.why)
@@ -108,11 +108,3 @@ def _number(name: str, value: int | float | None) -> str:
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
-
-
-def _when(manifest: Manifest) -> str:
-    return f"{_local(manifest.created)} in {duration(manifest.seconds)}"
-
-
-def _local(moment: datetime) -> str:
-    return f"{moment.astimezone():%Y-%m-%d %H:%M}"

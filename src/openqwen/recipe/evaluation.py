@@ -1,6 +1,5 @@
 """The scores of one model: what `evaluate-…` stages run."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -9,10 +8,10 @@ from typing import Any, cast
 from openqwen.corpus.documents import read_documents
 from openqwen.engine import Engine
 from openqwen.evaluate.bits_per_byte import bits_per_byte, halves, within_budget
-from openqwen.evaluate.checked import checked_accuracy, sampled_right
+from openqwen.evaluate.checked import Item, checked_accuracy, sampled_right
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.intervals import paired_gain, wilson_interval
-from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate_of_scores
+from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate
 from openqwen.evaluate.samples import sample_answers
 from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
@@ -32,30 +31,11 @@ _HEADLINES = (  # what the line of a stage shows first
 )
 
 
-@dataclass(frozen=True)
-class PlainTask:
-    """A task put as plain text, for a model that has not learned the chat format yet."""
-
-    inner: Task
-
-    @property
-    def task(self) -> str:
-        """The kind of task."""
-        return self.inner.task
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of the best blind guess."""
-        return self.inner.chance
-
-    @property
-    def prompt(self) -> str:
-        """The question, and the start of an answer."""
-        return plain_prompt(self.inner.question)
-
-    def check(self, text: str) -> bool:
-        """Whether the first line is right."""
-        return self.inner.check(plain_answer(text))
+def _item(task: Task, chats: bool) -> Item:
+    """A task as it is put: in the chat template, or as plain text to a model that has not learned the format yet."""
+    if chats:
+        return Item(task.task, task.prompt, task.chance, task.check)
+    return Item(task.task, plain_prompt(task.question), task.chance, lambda text: task.check(plain_answer(text)))
 
 
 def evaluate_model(work: Work) -> dict[str, float]:
@@ -87,7 +67,7 @@ def evaluate_model(work: Work) -> dict[str, float]:
 
     # The same tasks for every stage and every run: their seed is not the run's.
     tasks = generate_tasks(Generators(0)["evaluate"], config.checked, split="heldout")
-    items = tasks if chats else [PlainTask(task) for task in tasks]
+    items = [_item(task, chats) for task in tasks]
     with progress("checked tasks", 2 * len(items), "answers") as bar:
         checked = checked_accuracy(engine, items, config.max_tokens, bar)
         scores["sampled_accuracy"] = mean(sampled_right(engine, items, config.max_tokens, bar))
@@ -107,8 +87,9 @@ def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, float
     """Scores on the test split, with 95 % intervals: greedy and sampled, and what each gained on the SFT model."""
     tasks = generate_tasks(Generators(0)["test"], config.test, split="test")
     with progress("test tasks", 2 * len(tasks), "answers") as bar:
-        answers = checked_accuracy(engine, tasks, config.max_tokens, bar)["answers"]
-        for answer, right in zip(answers, sampled_right(engine, tasks, config.max_tokens, bar), strict=True):
+        items = [_item(task, chats=True) for task in tasks]
+        answers = checked_accuracy(engine, items, config.max_tokens, bar)["answers"]
+        for answer, right in zip(answers, sampled_right(engine, items, config.max_tokens, bar), strict=True):
             answer["sampled_correct"] = right
     write_jsonl(work.output / "test.jsonl", answers)
     before = list(read_jsonl(work.inputs["sft"] / "test.jsonl")) if "sft" in work.inputs else []
@@ -141,8 +122,8 @@ def _against(
         )
         for side in (answers, before)
     ]
-    judged = win_rate_of_scores(*rewards)
-    checks = win_rate_of_scores(*([float(a["correct"]) for a in side] for side in (answers, before)))
+    judged = win_rate(*rewards)
+    checks = win_rate(*([float(a["correct"]) for a in side] for side in (answers, before)))
     return {
         "win_rate": judged["win_rate"],
         "win_rate_low": judged["low"],

@@ -1,8 +1,10 @@
 """Settings from the command line: every field of a settings class is a dotted flag (`--sft.train.learning-rate`)."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -13,6 +15,21 @@ from openqwen.support.errors import OpenQwenError, suggestion
 
 Options = TypeVar("Options")
 Settings = TypeVar("Settings", bound=BaseModel)
+
+_Flag = tyro.conf.FlagCreatePairsOff
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """The flags of `openqwen run` that are not settings of the recipe."""
+
+    output: Annotated[Path | None, tyro.conf.arg(help="The run folder; none: runs/RECIPE.", metavar="FOLDER")] = None
+    until: Annotated[str | None, tyro.conf.arg(help="Stop after this stage.", metavar="STAGE")] = None
+    from_: Annotated[
+        str | None, tyro.conf.arg(help="Make this stage and all later ones anew.", metavar="STAGE", name="from")
+    ] = None
+    dry_run: Annotated[bool, _Flag, tyro.conf.arg(help="Print what would happen, and do nothing.")] = False
+    verify: Annotated[bool, _Flag, tyro.conf.arg(help="Check files over 1 GB byte by byte too.")] = False
 
 
 def parse(
@@ -46,13 +63,15 @@ def _mirror(settings: BaseModel) -> type:
     for name, info in type(settings).model_fields.items():
         value = getattr(settings, name)
         if isinstance(value, BaseModel) or _is_table(value):
-            nested = _mirror_table(value) if isinstance(value, dict) else _mirror(value)
+            entries = value.items() if isinstance(value, dict) else ()
+            table = [(key, _mirror(entry)) for key, entry in entries]
+            nested = dataclasses.make_dataclass("Table", table) if table else _mirror(value)
             nested.__doc__ = info.description or ""
             fields.append((name, nested))
         else:
             kind: Any = info.annotation
             leaf = Annotated[kind, tyro.conf.arg(help=info.description)]
-            fields.append((name, leaf, dataclasses.field(default_factory=functools.partial(_same, value))))
+            fields.append((name, leaf, dataclasses.field(default_factory=functools.partial(copy.copy, value))))
     # `kw_only`, so that nested settings, which have no default of their own, may follow plain fields.
     return dataclasses.make_dataclass(type(settings).__name__, fields, kw_only=True)
 
@@ -61,14 +80,6 @@ def _is_table(value: Any) -> bool:
     """Whether it is named settings, such as one entry a source."""
     named = isinstance(value, dict) and bool(value)
     return named and all(isinstance(v, BaseModel) and str(k).isidentifier() for k, v in value.items())
-
-
-def _mirror_table(table: dict[str, BaseModel]) -> type:
-    return dataclasses.make_dataclass("Table", [(name, _mirror(value)) for name, value in table.items()])
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _plain(mirrored: Any) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """The run folder: finished artifacts in `.store`, work in progress in `.work`, a link a stage to its current one."""
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from openqwen.recipe.artifact import Artifact, open_artifact, recover
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import read_json, write_json
 
 
 class RunFolder:
@@ -19,7 +19,7 @@ class RunFolder:
         self.store = root / ".store"
         self.work = root / ".work"
         self.lock = root / ".lock"
-        self._anew = self.work / "anew.json"
+        self._anew = self.work / "anew"  # an empty file for each stage that a `--from` asked for
 
     def prepare_root(self) -> None:
         """Make the run folder itself, for the lock to lie in."""
@@ -74,26 +74,21 @@ class RunFolder:
 
     def pending(self) -> list[str]:
         """Stages that a `--from` asked for and that were not made anew yet."""
-        return read_json(self._anew) if self._anew.exists() else []
+        return sorted(path.name for path in self._anew.glob("*"))
 
     def demand(self, stages: Iterable[str]) -> None:
         """Have these stages made anew, from their beginning, by this run or the ones that continue it."""
-        stages = list(stages)
         for stage in stages:
+            self._anew.mkdir(exist_ok=True)
             for work in self._of(self.work, stage):
                 shutil.rmtree(work, ignore_errors=True)
-        self._write_pending([*self.pending(), *(s for s in stages if s not in self.pending())])
+            (self._anew / stage).touch()
 
     def fulfil(self, stage: str) -> None:
         """The stage was made anew."""
-        if stage in self.pending():
-            self._write_pending([name for name in self.pending() if name != stage])
-
-    def _write_pending(self, stages: Sequence[str]) -> None:
-        if stages:
-            write_json(self._anew, list(stages))
-        else:
-            self._anew.unlink(missing_ok=True)
+        (self._anew / stage).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # others wait, or there is none
+            self._anew.rmdir()
 
     @staticmethod
     def _of(parent: Path, stage: str) -> list[Path]:

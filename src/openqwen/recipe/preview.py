@@ -1,5 +1,6 @@
 """`openqwen preview`: what SFT would learn from a file of demonstrations, token by token, before it starts."""
 
+from codecs import getincrementaldecoder
 from pathlib import Path
 
 import numpy as np
@@ -54,15 +55,9 @@ def colored(tokenizer: Tokenizer, sample: Sample) -> Text:
 
     A character spread over tokens takes the colour of its last one.
     """
-    text, pending = Text(), b""
+    text, decoder = Text(), getincrementaldecoder("utf-8")(errors="replace")
     for number, (i, learn) in enumerate(zip(*sample, strict=True)):
-        pending += tokenizer.token_bytes(int(i))
-        try:
-            piece, pending = pending.decode(), b""
-        except UnicodeDecodeError:
-            if len(pending) < 4:
-                continue
-            piece, pending = pending.decode(errors="replace"), b""
+        piece = decoder.decode(tokenizer.token_bytes(int(i)))
         if learn:
             piece = piece.replace("\n", "⏎\n")
         text.append(piece, style=(_LEARNED if learn else _READ)[number % 2])

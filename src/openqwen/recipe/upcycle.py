@@ -2,21 +2,20 @@
 
 from typing import Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.model import load_model, save_checkpoint
 from openqwen.model.upcycle import Upcycling, upcycle
 from openqwen.recipe.stage import Work
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.settings import Settings
 from openqwen.tokenizer import load_tokenizer
 
 HELP = "A dense network to a mixture of fine-grained experts."
 
 
-class UpcycleConfig(BaseModel):
+class UpcycleConfig(Settings):
     """The experts; the defaults are the 57B-A14B's, in proportion to the dense network's width F."""
-
-    model_config = ConfigDict(extra="forbid")
 
     experts: int = Field(64, gt=0, description="routed experts of each layer")
     experts_per_token: int = Field(8, gt=0, description="routed experts that a token passes through")
@@ -45,15 +44,7 @@ def run_upcycle(work: Work) -> dict[str, float]:
             where="--vocabulary-rows",
             do="give at least as many rows, or leave the flag out to keep all",
         )
-    plan = Upcycling(
-        experts=config.experts,
-        experts_per_token=config.experts_per_token,
-        expert_width=config.expert_width,
-        shared_width=config.shared_width,
-        reinitialised=config.reinit,
-        keep_output=config.keep_output,
-        vocabulary_rows=config.vocabulary_rows,
-    )
+    plan = Upcycling(**config.model_dump(exclude={"dtype"}))
     dense = load_model(source, dtype=config.dtype)
     model = upcycle(dense, plan, work.seed)
     save_checkpoint(model, tokenizer, work.output)

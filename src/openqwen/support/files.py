@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 import pyarrow as pa
 
@@ -17,15 +18,28 @@ from openqwen.support.errors import OpenQwenError, disk_errors
 _CHUNK = 2**20
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write aside, flush to the disk, rename: a reader sees the old file or the new one, never half."""
+@contextmanager
+def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
+    """A file (UTF-8, or "wb") to write aside, then flushed to the disk and renamed, or removed where something fails.
+
+    A reader sees the old file or the new one, never half.
+    """
     aside = path.with_name(f".{path.name}.aside")
-    with disk_errors(path):
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+    try:
+        with disk_errors(path):
+            with open(aside, mode, encoding=None if mode == "wb" else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    with whole_file(path) as file:
+        file.write(text)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,15 +90,10 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """Write records atomically, one JSON object a line; returns how many."""
     count = 0
-    aside = path.with_name(f".{path.name}.aside")
-    with disk_errors(path):
-        with open(aside, "w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+    with whole_file(path) as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 
@@ -95,18 +104,26 @@ def sha256(path: Path) -> str:
 
 
 def replace_folder(aside: Path, target: Path) -> None:
-    """Put a finished folder in its place, flushed to the disk first; `target` must not exist."""
+    """Put a finished folder in the place of what stands there, if anything does, flushed to the disk first.
+
+    A kill on the way leaves what stood there as `.NAME.old`.
+    """
+    old = target.with_name(f".{target.name}.old")
     with disk_errors(target):
         for path in sorted(aside.rglob("*")):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
         os.rename(aside, target)
         parent = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(parent)
         finally:
             os.close(parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def fresh_folder(path: Path) -> Path:

@@ -11,11 +11,12 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from openqwen.support.errors import OpenQwenError, disk_errors
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import whole_file
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, where the metadata give no general.alignment
@@ -216,7 +217,7 @@ class NewTensor:
 
 
 def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> None:
-    """Write a version 3 file aside, flush it, rename it.
+    """Write a version 3 file, atomically.
 
     metadata: text, booleans, integers, floats (stored as float32), lists of text, and NumPy arrays and scalars, which
     keep their type. Integers are stored as uint32, as llama.cpp expects of every count and id.
@@ -232,26 +233,14 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTen
         header += _text(tensor.name) + struct.pack("<I", len(tensor.shape))
         header += struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
         header += struct.pack("<IQ", _NUMBERS[tensor.type], offset)
-    aside = path.with_name(f".{path.name}.aside")
-    try:
-        with disk_errors(path), open(aside, "wb") as file:
-            _write(file, bytes(header).ljust(_aligned(len(header)), b"\0"), tensors, offsets)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write(file: BinaryIO, header: bytes, tensors: Sequence[NewTensor], offsets: Sequence[int]) -> None:
-    file.write(header)
-    start = file.tell()
-    for tensor, offset in zip(tensors, offsets):
-        for piece in tensor.data():
-            file.write(piece)
-        if file.tell() != start + offset + tensor.size:
-            raise ValueError(f"{tensor.name} gave {file.tell() - start - offset} bytes, not {tensor.size}")
-        file.write(bytes(_aligned(tensor.size) - tensor.size))
+    with whole_file(path, "wb") as file:
+        start = file.write(bytes(header).ljust(_aligned(len(header)), b"\0"))
+        for tensor, offset in zip(tensors, offsets):
+            for piece in tensor.data():
+                file.write(piece)
+            if file.tell() != start + offset + tensor.size:
+                raise ValueError(f"{tensor.name} gave {file.tell() - start - offset} bytes, not {tensor.size}")
+            file.write(bytes(_aligned(tensor.size) - tensor.size))
 
 
 def _aligned(size: int) -> int:

@@ -2,18 +2,16 @@
 
 from openqwen.tokenizer.control import CONTROL_TOKENS, ControlToken
 from openqwen.tokenizer.statistics import tokenizer_statistics
-from openqwen.tokenizer.tokenizer import StreamDecoder, Tokenizer, load_tokenizer, tokenizer_from_gguf
+from openqwen.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from openqwen.tokenizer.train import TokenizerConfig, take_bytes, train_tokenizer
 
 __all__ = [
     "CONTROL_TOKENS",
     "ControlToken",
-    "StreamDecoder",
     "Tokenizer",
     "TokenizerConfig",
     "load_tokenizer",
     "take_bytes",
-    "tokenizer_from_gguf",
     "tokenizer_statistics",
     "train_tokenizer",
 ]

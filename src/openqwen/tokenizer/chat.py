@@ -7,7 +7,6 @@ and the text between the control tokens is encoded in one piece, exactly as it w
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import regex
@@ -20,27 +19,14 @@ if TYPE_CHECKING:
 _HEADER = "assistant\n"
 
 
-@dataclass
-class EncodedChat:
-    """ids, and for each 1 where the assistant wrote it (its `<|im_end|>` included), else 0."""
-
-    ids: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-
-    def add(self, ids: list[int], mask: list[int]) -> None:
-        """Append tokens."""
-        self.ids += ids
-        self.mask += mask
-
-
 def encode_chat(
     tokenizer: "Tokenizer",
     template: str,
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     add_generation_prompt: bool,
-) -> EncodedChat:
-    """Render and encode.
+) -> tuple[list[int], list[int]]:
+    """Render and encode: ids, and for each 1 where the assistant wrote it (its `<|im_end|>` included), else 0.
 
     An assistant's turn begins after `<|im_start|>assistant` and its newline. Where the answer itself begins with a
     newline, one token may hold both newlines: the assistant did not write it alone, so it is not marked.
@@ -49,28 +35,28 @@ def encode_chat(
     guard = _unused_character([messages, tools]) if forged else ""
     shield = _shield(tokenizer, guard) if forged else lambda value: value
     text = render(template, shield(messages), shield(tools), add_generation_prompt)
-    chat = EncodedChat()
+    chat: list[int] = []
+    mask: list[int] = []
     opening = writing = False  # just after <|im_start|>; inside the assistant's turn
     for piece, control_id in tokenizer.split_control(text):
         if control_id is not None:
             writing = writing and control_id != tokenizer.im_start_id
-            chat.add([control_id], [int(writing)])
+            chat.append(control_id)
+            mask.append(int(writing))
             writing = writing and control_id != tokenizer.eos_id
             opening = control_id == tokenizer.im_start_id
             continue
         if forged:
             piece = piece.replace(guard, "")
         ids = tokenizer.encode(piece)
-        if not opening:
-            chat.add(ids, [int(writing)] * len(ids))
-        elif piece.startswith(_HEADER):
+        header = 0
+        if opening and piece.startswith(_HEADER):
             writing = True
             header = _tokens_from_before(tokenizer, ids, len(_HEADER))
-            chat.add(ids, [0] * header + [1] * (len(ids) - header))
-        else:
-            chat.add(ids, [0] * len(ids))
+        chat += ids
+        mask += [0] * header + [int(writing)] * (len(ids) - header)
         opening = False
-    return chat
+    return chat, mask
 
 
 def _tokens_from_before(tokenizer: "Tokenizer", ids: list[int], position: int) -> int:

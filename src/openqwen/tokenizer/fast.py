@@ -175,7 +175,7 @@ def packed(texts: Sequence[str]) -> tuple[bytes, np.ndarray]:
 
 
 def tasks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Runs of texts, each large enough to be worth a thread's while."""
+    """Runs of texts of about a million characters: worth a thread's while."""
     task, size = [], 0
     for text in texts:
         task.append(text)

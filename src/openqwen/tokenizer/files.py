@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -17,21 +17,14 @@ from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER, PATTERN, to_bytes,
 Pair = tuple[int, int]
 TEMPLATE_FILE = "chat_template.jinja"
 
-# Applied in this order: NFC, Qwen2's split, bytes as characters. The ByteLevel parts bring their own defaults, which
-# Qwen2 does not use, hence the flags.
-_NORMALIZER = {"type": "NFC"}
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-_PRE_TOKENIZER = {
-    "type": "Sequence",
-    "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
-        _BYTE_LEVEL,
-    ],
-}
+# What is the same in every Qwen2 tokenizer's files. Text goes through NFC, Qwen2's split and bytes as characters; the
+# ByteLevel parts bring their own defaults, which Qwen2 does not use, hence the flags. An added token is found in raw
+# text, as it stands: no stripping, no normalising.
+_LAYOUT: dict[str, Any] = json.loads((Path(__file__).parent / "layout.json").read_text(encoding="utf-8"))
+_LAYOUT["tokenizer"]["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """What a tokenizer is made of, whatever kind of file it came from.
 
     vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first. control: their ids
@@ -43,7 +36,7 @@ class Parts:
     merges: list[Pair]
     control: tuple[ControlToken, ...]
     template: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = {}
     template_apart: bool = False
 
 
@@ -53,7 +46,7 @@ def write_tokenizer(folder: Path, parts: Parts) -> None:
     names = [to_characters(token) for token in parts.vocabulary]
     ids = {name: i for i, name in enumerate(names)}
     pairs = [(names[left], names[right]) for left, right in parts.merges]
-    added = {len(names) + i: _added_token(token) for i, token in enumerate(parts.control)}
+    added = {len(names) + i: _LAYOUT["added_token"] | asdict(token) for i, token in enumerate(parts.control)}
     write_json(folder / "tokenizer.json", _tokenizer_json(ids, pairs, added))
     write_json(folder / "tokenizer_config.json", _tokenizer_config(parts, added))
     write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False) + "\n")
@@ -65,44 +58,17 @@ def write_tokenizer(folder: Path, parts: Parts) -> None:
 
 
 def _tokenizer_json(ids: dict[str, int], pairs: list[tuple[str, str]], added: dict[int, Any]) -> dict[str, Any]:
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, **token} for i, token in added.items()],
-        "normalizer": _NORMALIZER,
-        "pre_tokenizer": _PRE_TOKENIZER,
-        "post_processor": _BYTE_LEVEL,
-        "decoder": _BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": ids,
-            "merges": pairs,
-        },
-    }
+    layout = _LAYOUT["tokenizer"]
+    tokens = [{"id": i, **token} for i, token in added.items()]
+    return layout | {"added_tokens": tokens, "model": layout["model"] | {"vocab": ids, "merges": pairs}}
 
 
 def _tokenizer_config(parts: Parts, added: dict[int, Any]) -> dict[str, Any]:
     hidden = [token.content for token in parts.control if token.special and token.content != DOCUMENT_END]
-    defaults = {
-        "add_bos_token": False,
-        "add_prefix_space": False,
+    defaults = _LAYOUT["tokenizer_config"] | {
         "additional_special_tokens": hidden,
-        "bos_token": None,
-        "clean_up_tokenization_spaces": False,
         "eos_token": TURN_END if parts.template else DOCUMENT_END,
-        "errors": "replace",
         "pad_token": DOCUMENT_END,
-        "split_special_tokens": False,
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
     }
     if "extra_special_tokens" in parts.settings:  # the newer name: both in one file would contradict each other
         del defaults["additional_special_tokens"]
@@ -110,18 +76,6 @@ def _tokenizer_config(parts: Parts, added: dict[int, Any]) -> dict[str, Any]:
     if parts.template is not None and not parts.template_apart:
         config["chat_template"] = parts.template
     return dict(sorted(config.items()))
-
-
-def _added_token(token: ControlToken) -> dict[str, Any]:
-    """Found in raw text, as it stands: no stripping, no normalising."""
-    return {
-        "content": token.content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": token.special,
-    }
 
 
 class AddedToken(BaseModel):
@@ -164,7 +118,7 @@ def read_tokenizer_json(path: Path) -> Parts:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise OpenQwenError(f"This tokenizer is damaged or of another kind: {name}: {first['msg']}", path) from None
-    if file.normalizer != _NORMALIZER or _split_expression(file.pre_tokenizer) != PATTERN:
+    if file.normalizer != _LAYOUT["tokenizer"]["normalizer"] or _split_expression(file.pre_tokenizer) != PATTERN:
         raise OpenQwenError("This tokenizer cuts text by other rules than Qwen2's.", path, do="use a Qwen2 model")
     with naming(path):
         vocabulary, merges = checked_vocabulary(file.model.vocab, file.model.merges)

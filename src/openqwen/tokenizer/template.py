@@ -7,6 +7,7 @@ the helpers that transformers gives them, so one template renders to one text ev
 import json
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
@@ -23,52 +24,7 @@ DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
 # One turn is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. Tools are listed in the system turn; a call is a
 # JSON object between <tool_call> tags; the results of consecutive calls share one turn of the user.
-_CHATML = r"""
-{%- if messages[0].role == 'system' -%}
-    {%- set system = messages[0].content -%}
-    {%- set turns = messages[1:] -%}
-{%- else -%}
-    {%- set system = SYSTEM_PROMPT -%}
-    {%- set turns = messages -%}
-{%- endif -%}
-{{- '<|im_start|>system\n' + system -}}
-{%- if tools -%}
-    {{- '\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' -}}
-    {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' -}}
-    {%- for tool in tools -%}
-        {{- '\n' + (tool | tojson) -}}
-    {%- endfor -%}
-    {{- '\n</tools>\n\nFor each function call, return a json object with function name and arguments ' -}}
-    {{- 'within <tool_call></tool_call> XML tags:\n<tool_call>\n' -}}
-    {{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>' -}}
-{%- endif -%}
-{{- '<|im_end|>\n' -}}
-{%- for message in turns -%}
-    {%- if message.role == 'tool' -%}
-        {%- if loop.first or loop.previtem.role != 'tool' -%}
-            {{- '<|im_start|>user' -}}
-        {%- endif -%}
-        {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' -}}
-        {%- if loop.last or loop.nextitem.role != 'tool' -%}
-            {{- '<|im_end|>\n' -}}
-        {%- endif -%}
-    {%- else -%}
-        {{- '<|im_start|>' + message.role -}}
-        {%- if message.content or not message.tool_calls -%}
-            {{- '\n' + message.content -}}
-        {%- endif -%}
-        {%- for call in message.tool_calls or [] -%}
-            {%- set function = call.function or call -%}
-            {{- '\n<tool_call>\n{"name": "' + function.name + '", "arguments": ' -}}
-            {{- (function.arguments | tojson) + '}\n</tool_call>' -}}
-        {%- endfor -%}
-        {{- '<|im_end|>\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\n' -}}
-{%- endif -%}
-"""
+_CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
 
 
 def chatml_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:

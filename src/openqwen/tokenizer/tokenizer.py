@@ -1,8 +1,6 @@
 """Text to ids and back, by Qwen2's rules."""
 
-from codecs import getincrementaldecoder
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +15,7 @@ from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, T
 from openqwen.tokenizer.fast import best_encoder
 from openqwen.tokenizer.files import Parts, write_tokenizer
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
-from openqwen.tokenizer.sources import parts_from_gguf, read_source
+from openqwen.tokenizer.sources import read_source
 from openqwen.tokenizer.template import Message, render
 from openqwen.tokenizer.unicode import normalize
 
@@ -52,8 +50,7 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes build their own encoder."""
-        parts = self._parts()
-        return Tokenizer, tuple(getattr(parts, field.name) for field in fields(parts))
+        return Tokenizer, tuple(self._parts())
 
     @property
     def path(self) -> Literal["native", "python"]:
@@ -139,8 +136,7 @@ class Tokenizer:
         Control tokens come from the template alone: in a message's content they stay text. Where no message holds
         one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
         """
-        encoded = chat.encode_chat(self, self._chat_template(), messages, tools, add_generation_prompt)
-        return encoded.ids, encoded.mask
+        return chat.encode_chat(self, self._chat_template(), messages, tools, add_generation_prompt)
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers loads.
@@ -167,34 +163,4 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Kinds: tokenizer.json; vocab.json with merges.txt; a .tiktoken file of ranks; a .gguf file. OpenQwenError says what
     is missing or damaged.
     """
-    return _tokenizer(read_source(local(source)))
-
-
-def tokenizer_from_gguf(metadata: Mapping[str, Any], where: str | Path) -> Tokenizer:
-    """The tokenizer in the metadata of a GGUF file; `where` names the file in errors."""
-    return _tokenizer(parts_from_gguf(metadata, where))
-
-
-def _tokenizer(parts: Parts) -> Tokenizer:
-    return Tokenizer(*(getattr(parts, field.name) for field in fields(parts)))
-
-
-class StreamDecoder:
-    """Decodes ids one at a time; what it has given so far is always a beginning of the whole text.
-
-    A character that is spread over tokens comes when its last byte has come.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_control: bool = True):
-        self._tokenizer, self._skip_control = tokenizer, skip_control
-        self._decoder = getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, i: int) -> str:
-        """The text that this id completes, often none."""
-        if self._skip_control and self._tokenizer.is_hidden(i):
-            return ""
-        return self._decoder.decode(self._tokenizer.token_bytes(i))
-
-    def finish(self) -> str:
-        """What is left of an incomplete character: U+FFFD, or nothing."""
-        return self._decoder.decode(b"", final=True)
+    return Tokenizer(*read_source(local(source)))

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import progress
+from openqwen.support.settings import Settings
 from openqwen.tokenizer.fast import library
 from openqwen.tokenizer.fast_train import learn_merges
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER, split_words
@@ -24,10 +25,8 @@ Pair = tuple[int, int]
 _BYTE_IDS = {token[0]: i for i, token in enumerate(BYTES_IN_ID_ORDER)}
 
 
-class TokenizerConfig(BaseModel):
+class TokenizerConfig(Settings):
     """How a vocabulary is trained."""
-
-    model_config = ConfigDict(extra="forbid")
 
     vocabulary: int = Field(
         4096, ge=256, description="regular tokens, the 256 bytes included; control tokens come on top"

@@ -1,27 +1,23 @@
 """The `instruct` stage: demonstrations D from programs, the model itself and docstrings, and prompts for later."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.engine import Engine
-from openqwen.instruct.synthesize.rejection import Rejection, rejection_sample
+from openqwen.instruct.synthesize.rejection import rejection_sample
 from openqwen.instruct.synthesize.repurpose import demonstrations_from_docstrings
-from openqwen.instruct.synthesize.tasks import Task, example, generate_tasks
+from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
+from openqwen.support.settings import Settings
 
-_EXAMPLES = 3  # of each method, in the report
 
-
-class InstructConfig(BaseModel):
+class InstructConfig(Settings):
     """How many demonstrations to make, and how."""
-
-    model_config = ConfigDict(extra="forbid")
 
     demonstrations: int = Field(20_000, ge=0, description="checkable tasks with the program's own answer")
     turns: int = Field(1, ge=1, description="tasks in one conversation, at most; each has one to so many")
@@ -61,14 +57,14 @@ def build_demonstrations(
 
     write_jsonl(folder / "demonstrations.jsonl", records)
     write_jsonl(folder / "prompts.jsonl", (_prompt(task, seed) for task in kept))
-    write_json(folder / "instruct.json", _summary(records, rejection, kept))
+    write_json(folder / "instruct.json", {"acceptance": rejection.acceptance})
     return {
         "demonstrations": len(records),
         "gold": len(gold),
         "rejection": len(rejection.demonstrations),
         "repurpose": len(docstrings),
         "prompts": len(kept),
-        "acceptance": rejection.correct / rejection.samples if rejection.samples else 0.0,
+        "acceptance": rejection.acceptance["rate"],
     }
 
 
@@ -98,21 +94,3 @@ def _repurposed(
     found = list(demonstrations_from_docstrings(documents, generators["docstrings"], seed)) if count else []
     chosen = generators["repurpose"].permutation(len(found))[:count]
     return [found[i] for i in sorted(chosen)]
-
-
-def _summary(records: Sequence[dict[str, Any]], rejection: Rejection, kept: Sequence[Task]) -> dict[str, Any]:
-    """instruct.json: counts by method and task, acceptance of the sampled answers, examples of each method."""
-    methods = sorted({record["origin"]["method"] for record in records})
-    return {
-        "demonstrations": len(records),
-        "by_method": {m: sum(record["origin"]["method"] == m for record in records) for m in methods},
-        "by_task": dict(sorted(Counter(name for record in records for name in record["origin"]["tasks"]).items())),
-        "prompts": {"count": len(kept), "examples": [example(task) for task in kept[:_EXAMPLES]]},
-        "acceptance": {
-            "samples": rejection.samples,
-            "correct": rejection.correct,
-            "rate": rejection.correct / rejection.samples if rejection.samples else 0.0,
-            "by_task": rejection.by_task,
-        },
-        "examples": {m: list(islice((r for r in records if r["origin"]["method"] == m), _EXAMPLES)) for m in methods},
-    }

@@ -1,12 +1,16 @@
 """What every kind of checkable task shares: its pieces, and the helpers that draw them."""
 
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from numpy.random import Generator
 
 from openqwen.instruct.synthesize.words import WORDS
 
+# kind -> the ways to put its question
+FORMS: dict[str, list[str]] = tomllib.loads((Path(__file__).parent / "forms.toml").read_text(encoding="utf-8"))
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 
 

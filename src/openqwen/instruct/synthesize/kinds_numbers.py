@@ -4,7 +4,7 @@ from math import factorial
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import Draft, Kind, number, pick, words
+from openqwen.instruct.synthesize.kinds import FORMS, Draft, Kind, number, pick, words
 
 
 def _near(value: int, *others: int) -> tuple[str, ...]:
@@ -15,15 +15,7 @@ def _near(value: int, *others: int) -> tuple[str, ...]:
 def add(rng: Generator) -> Draft:
     """A number below 20 plus one below 10, in either order; no sum is likelier than 1/20."""
     a, b = number(rng, 0, 19), number(rng, 0, 9)
-    form = pick(
-        rng,
-        "What is {} + {}?",
-        "{} + {} = ?",
-        "Add {} and {}.",
-        "What is {} plus {}?",
-        "Compute {} + {}.",
-        "Give the sum of {} and {}.",
-    )
+    form = pick(rng, *FORMS["add"])
     first, second = (a, b) if rng.integers(2) else (b, a)
     return Draft(form.format(first, second), str(a + b), _near(a + b, a + b + 10, abs(a - b)), 1 / 20)
 
@@ -32,15 +24,7 @@ def subtract(rng: Generator) -> Draft:
     """A difference between 0 and 19, each equally often."""
     difference, b = number(rng, 0, 19), number(rng, 0, 12)
     a = difference + b
-    form = pick(
-        rng,
-        "What is {a} - {b}?",
-        "{a} - {b} = ?",
-        "Subtract {b} from {a}.",
-        "What is {a} minus {b}?",
-        "Compute {a} - {b}.",
-        "Take {b} away from {a}.",
-    )
+    form = pick(rng, *FORMS["subtract"])
     return Draft(form.format(a=a, b=b), str(difference), _near(difference, difference + 10, a + b), 1 / 20)
 
 
@@ -49,13 +33,7 @@ def compare(rng: Generator) -> Draft:
     a = number(rng, 0, 99)
     b = (a + number(rng, 1, 99)) % 100
     ask = pick(rng, "larger", "smaller")
-    form = pick(
-        rng,
-        "Which is {ask}, {a} or {b}?",
-        "Which number is {ask}: {a} or {b}?",
-        "Give the {ask} one of {a} and {b}.",
-        "What is the {ask} number, {a} or {b}?",
-    )
+    form = pick(rng, *FORMS["compare"])
     answer, other = (max(a, b), min(a, b)) if ask == "larger" else (min(a, b), max(a, b))
     return Draft(form.format(ask=ask, a=a, b=b), str(answer), (str(other),), 0.5)
 
@@ -68,13 +46,7 @@ def sort(rng: Generator) -> Draft:
         value = number(rng, 0, 29)
         if value not in values:
             values.append(value)
-    form = pick(
-        rng,
-        "Sort these numbers: {}",
-        "Sort from small to large: {}",
-        "Put in rising order: {}",
-        "Order these from low to high: {}",
-    )
+    form = pick(rng, *FORMS["sort"])
     rising = sorted(values)
     answer = " ".join(map(str, rising))
     orders = (rising[::-1], values, [*rising[1:], rising[0]])
@@ -85,13 +57,7 @@ def sort(rng: Generator) -> Draft:
 def count(rng: Generator) -> Draft:
     """How many words a list of one to six has."""
     n = number(rng, 1, 6)
-    form = pick(
-        rng,
-        "How many words are here: {}",
-        "Count the words: {}",
-        "How many words does this have: {}",
-        "Give the number of words in: {}",
-    )
+    form = pick(rng, *FORMS["count"])
     separator = pick(rng, " ", ", ")
     return Draft(form.format(separator.join(words(rng, n))), str(n), _near(n), 1 / 6)
 
@@ -102,13 +68,7 @@ def occurrences(rng: Generator) -> Draft:
     target, *others = words(rng, 4)
     items = [target] * n + others[: number(rng, 1, 2) if n else number(rng, 2, 3)]
     items = [items[i] for i in rng.permutation(len(items))]
-    form = pick(
-        rng,
-        "How often is {w} in: {x}",
-        "Count the word {w}: {x}",
-        "How many times does {w} come up: {x}",
-        "How many times is {w} in this list: {x}",
-    )
+    form = pick(rng, *FORMS["occurrences"])
     return Draft(form.format(w=target, x=" ".join(items)), str(n), _near(n, len(items)), 1 / 4)
 
 
@@ -118,13 +78,7 @@ def contains(rng: Generator) -> Draft:
     present = bool(rng.integers(2))
     if present:
         items[int(rng.integers(len(items)))] = target
-    form = pick(
-        rng,
-        "Is {w} in this list: {x}?",
-        "Does this list have {w}: {x}?",
-        "Yes or no: is {w} in {x}?",
-        "Say yes or no. Is {w} one of {x}?",
-    )
+    form = pick(rng, *FORMS["contains"])
     answer, other = ("yes", "no") if present else ("no", "yes")
     return Draft(form.format(w=target, x=", ".join(items)), answer, (other,), 0.5)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import LETTERS, Draft, Kind, number, pick, words
+from openqwen.instruct.synthesize.kinds import FORMS, LETTERS, Draft, Kind, number, pick, words
 from openqwen.instruct.synthesize.words import WORDS
 
 _TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
@@ -20,14 +20,7 @@ _INITIAL_SHARE = max(Counter(word[0] for word in WORDS).values()) / len(WORDS)
 def repeat(rng: Generator) -> Draft:
     """A word two to five times over."""
     (word,), n = words(rng, 1), number(rng, 2, 5)
-    form = pick(
-        rng,
-        "Repeat {w} {n} times.",
-        "Write {w} {n} times.",
-        "Say {w} {n} times.",
-        "Write the word {w} {t}.",
-        "Repeat the word {w} {t}.",
-    )
+    form = pick(rng, *FORMS["repeat"])
     answer = " ".join([word] * n)
     wrong = tuple(" ".join([word] * k) for k in (n - 1, n + 1))
     return Draft(form.format(w=word, n=n, t=_TIMES[n]), answer, wrong, 1 / (4 * len(WORDS)))
@@ -38,13 +31,7 @@ def place(rng: Generator) -> Draft:
     items = words(rng, number(rng, 3, 4))
     ask = pick(rng, *_PLACES)
     answer = items[-1] if ask == "last" else items[_PLACES.index(ask)]
-    form = pick(
-        rng,
-        "What is the {p} word of: {x}",
-        "Give the {p} word: {x}",
-        "Which word is {p}: {x}",
-        "Find the {p} word in: {x}",
-    )
+    form = pick(rng, *FORMS["place"])
     return Draft(form.format(p=ask, x=" ".join(items)), answer, tuple(w for w in items if w != answer), 1 / len(items))
 
 
@@ -52,13 +39,7 @@ def join(rng: Generator) -> Draft:
     """Two to four words with a given sign between them."""
     items = words(rng, number(rng, 2, 4))
     name = pick(rng, *_JOINTS)
-    form = pick(
-        rng,
-        "Join with {s}: {x}",
-        "Put {s} between these words: {x}",
-        "Join these words with {s}: {x}",
-        "Write with {s} between: {x}",
-    )
+    form = pick(rng, *FORMS["join"])
     answer = _JOINTS[name].join(items)
     wrong = (" ".join(items), *(sign.join(items) for sign in _JOINTS.values()), _JOINTS[name].join(items[:-1]))
     return Draft(form.format(s=name, x=" ".join(items)), answer, wrong, 0.0)
@@ -67,13 +48,7 @@ def join(rng: Generator) -> Draft:
 def reverse(rng: Generator) -> Draft:
     """Two to four words in reverse order."""
     items = words(rng, number(rng, 2, 4))
-    form = pick(
-        rng,
-        "Reverse the order: {}",
-        "Write these words backwards: {}",
-        "Reverse these words: {}",
-        "Give these in reverse order: {}",
-    )
+    form = pick(rng, *FORMS["reverse"])
     orders = (items, [*items[1:], items[0]], items[:0:-1])
     wrong = tuple(" ".join(order) for order in orders)
     return Draft(form.format(" ".join(items)), " ".join(items[::-1]), wrong, 1 / factorial(len(items)))
@@ -82,13 +57,7 @@ def reverse(rng: Generator) -> Draft:
 def initials(rng: Generator) -> Draft:
     """The first letters of two or three words. A constant answer needs every letter right for one length."""
     items = words(rng, number(rng, 2, 3))
-    form = pick(
-        rng,
-        "Give the first letter of each word: {}",
-        "Write the first letters of: {}",
-        "What are the initials of: {}",
-        "Take the first letter of each: {}",
-    )
+    form = pick(rng, *FORMS["initials"])
     letters = [word[0] for word in items]
     wrong = (" ".join(letters[::-1]), " ".join(letters[:-1]), " ".join([*letters[:-1], items[-1][1]]))
     return Draft(form.format(" ".join(items)), " ".join(letters), wrong, _INITIAL_SHARE**2 / 2)
@@ -98,13 +67,7 @@ def quote(rng: Generator) -> Draft:
     """One or two words between given signs, copied letter for letter."""
     text = " ".join(words(rng, number(rng, 1, 2)))
     name = pick(rng, *_QUOTES)
-    form = pick(
-        rng,
-        "Put {x} in {s}.",
-        "Write {x} in {s}.",
-        "Write this in {s}: {x}",
-        "Put {s} around {x}.",
-    )
+    form = pick(rng, *FORMS["quote"])
     quoted = {other: signs[0] + text + signs[1] for other, signs in _QUOTES.items()}
     wrong = (text, *quoted.values(), quoted[name][:-1])
     return Draft(form.format(x=text, s=name), quoted[name], wrong, 0.0)
@@ -129,13 +92,7 @@ def json_object(rng: Generator) -> Draft:
     """A JSON object with one given key and a word or a number as its value."""
     key, word = words(rng, 2)
     value = word if rng.integers(2) else number(rng, 0, 99)
-    form = pick(
-        rng,
-        "Write JSON with key {k} and value {v}.",
-        "Give a JSON object: key {k}, value {v}.",
-        "Make a JSON object where {k} is {v}.",
-        "Write {k} = {v} as JSON.",
-    )
+    form = pick(rng, *FORMS["json"])
     wanted = {key: value}
     wrong = (f"{{{key}: {value}}}", f'"{key}": {json.dumps(value)}', json.dumps({str(value): key}), f"{key} = {value}")
     return Draft(form.format(k=key, v=value), json.dumps(wanted), wrong, 0.0, lambda text: _is_object(text, wanted))
@@ -144,9 +101,7 @@ def json_object(rng: Generator) -> Draft:
 def bullets(rng: Generator) -> Draft:
     """Two or three items as a list, one a line, each behind "- " or "* "."""
     items = words(rng, number(rng, 2, 3))
-    form = pick(
-        rng, "List as bullets: {}", "Write a bullet list of {}.", "Make a bullet list: {}", "Put in a bullet list: {}"
-    )
+    form = pick(rng, *FORMS["bullets"])
     listed = ["\n".join(f"{sign} {item}" for item in items) for sign in "-*"]
     wrong = ("\n".join(items), ", ".join(items), "\n".join(f"- {item}" for item in items[::-1]), f"- {items[0]}")
     return Draft(form.format(", ".join(items)), listed[0], wrong, 0.0, lambda text: text in listed)
@@ -156,12 +111,7 @@ def exact_words(rng: Generator) -> Draft:
     """Exactly three to five words of plain lower-case letters, the outer two given; the rest is free."""
     n = number(rng, 3, 5)
     first, *middle, last = words(rng, n)
-    form = pick(
-        rng,
-        "Write exactly {n} words, from {a} to {b}.",
-        "Write {n} words. Start with {a} and end with {b}.",
-        "Give exactly {n} words: {a} first, {b} last.",
-    )
+    form = pick(rng, *FORMS["exact_words"])
 
     def accepts(text: str) -> bool:
         found = text.split(" ")
@@ -181,14 +131,7 @@ def equation(rng: Generator) -> Draft:
     if sign == "-":
         a, b = max(a, b), min(a, b)
     result = a + b if sign == "+" else a - b
-    form = pick(
-        rng,
-        "Write the equation: {a} {s} {b}",
-        "Write out {a} {s} {b} with its result.",
-        "Complete the equation {a} {s} {b} =",
-        "Answer in the form x {s} y = z: {a} {s} {b}",
-        "Give {a} {s} {b} as a full equation.",
-    )
+    form = pick(rng, *FORMS["equation"])
     left = f"{a} {sign} {b}"
     wrong = (str(result), left, f"{left} = {result + 1}", f"{left} = {abs(result - 1)}")
     return Draft(form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 169)

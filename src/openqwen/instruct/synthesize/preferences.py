@@ -9,21 +9,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.engine import Engine, Output
 from openqwen.instruct.synthesize.rejection import sample_answers
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
+from openqwen.support.settings import Settings
 
-_EXAMPLES = 8  # pairs in the report
 
-
-class PreferConfig(BaseModel):
+class PreferConfig(Settings):
     """How many preferences to make, and what stands in where the model gives no right or no wrong answer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     prompts: int = Field(2_000, ge=1, description="prompts that the SFT model answers")
     heldout_prompts: int = Field(
@@ -66,32 +63,16 @@ def build_preferences(
     }
     for name, records in pairs.items():
         write_jsonl(folder / f"{name}.jsonl", records)
-    summary = _summary(pairs["preferences"], pairs["heldout"])
-    write_json(folder / "prefer.json", summary | {"samples": len(right), "sampled_accuracy": accuracy})
     train = pairs["preferences"]
-    own = sum(pair["origin"]["chosen"] == pair["origin"]["rejected"] == "model" for pair in train)
+    authors = Counter(f"{pair['origin']['chosen']}/{pair['origin']['rejected']}" for pair in train)
+    summary = {"by_author": dict(sorted(authors.items())), "samples": len(right), "sampled_accuracy": accuracy}
+    write_json(folder / "prefer.json", summary)
     return {
         "pairs": len(train),
         "heldout_pairs": len(pairs["heldout"]),
         "sampled_accuracy": accuracy,
-        "own_share": own / len(train) if train else 0.0,
+        "own_share": authors["model/model"] / len(train) if train else 0.0,
         "test_pairs": len(pairs["test"]),
-    }
-
-
-def _summary(train: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """prefer.json: counts by task and by who wrote the two answers ("model", "program"), and examples."""
-
-    def count(pairs: Sequence[dict[str, Any]], *fields: str) -> dict[str, int]:
-        return dict(sorted(Counter("/".join(pair["origin"][f] for f in fields) for pair in pairs).items()))
-
-    return {
-        "pairs": len(train),
-        "heldout_pairs": len(held),
-        "by_task": count(train, "task"),
-        "heldout_by_task": count(held, "task"),
-        "by_author": count(train, "chosen", "rejected"),
-        "examples": list(train[:_EXAMPLES]),
     }
 
 

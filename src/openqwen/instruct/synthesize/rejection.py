@@ -3,6 +3,7 @@
 Qwen2 report, section 4.1 ("Rejection Sampling"); de-duplication as in RFT (Yuan et al. 2023).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,10 @@ from openqwen.support.progress import progress
 
 @dataclass(frozen=True)
 class Rejection:
-    """What rejection sampling gave. `by_task`: {task: {"samples", "correct", "rate"}}."""
+    """What rejection sampling gave. acceptance: {"samples", "correct", "rate", "by_task": {task: the first three}}."""
 
     demonstrations: list[dict[str, Any]]
-    samples: int
-    correct: int
-    by_task: dict[str, dict[str, float]]
+    acceptance: dict[str, Any]
 
 
 def sample_answers(
@@ -65,20 +64,21 @@ def rejection_sample(
     answers = sample_answers(engine, prompts, samples, [temperature], max_tokens, seed, "rejection")
     origin = {"method": "rejection", "seed": seed, "parents": []} | ({"model": model} if model else {})
     demonstrations: list[dict[str, Any]] = []
-    by_task: dict[str, dict[str, float]] = {}
+    drawn: Counter[str] = Counter()
+    correct: Counter[str] = Counter()
     for task, outputs in zip(tasks, answers, strict=True):
         right = [text for text in (plain_answer(output.text) for output in outputs) if task.check(text)]
-        row = by_task.setdefault(task.task, {"samples": 0, "correct": 0})
-        row["samples"] += len(outputs)
-        row["correct"] += len(right)
+        drawn[task.task] += len(outputs)
+        correct[task.task] += len(right)
         for text in dict.fromkeys(right):
             messages = [*task.prompt, {"role": "assistant", "content": text}]
             demonstrations.append({"messages": messages, "origin": origin | {"tasks": [task.task]}})
-    for row in by_task.values():
-        row["rate"] = row["correct"] / row["samples"]
-    total = int(sum(row["samples"] for row in by_task.values()))
-    correct = int(sum(row["correct"] for row in by_task.values()))
-    return Rejection(demonstrations, total, correct, dict(sorted(by_task.items())))
+    by_task = {name: _counted(drawn[name], correct[name]) for name in sorted(drawn)}
+    return Rejection(demonstrations, _counted(drawn.total(), correct.total()) | {"by_task": by_task})
+
+
+def _counted(samples: int, correct: int) -> dict[str, Any]:
+    return {"samples": samples, "correct": correct, "rate": correct / samples if samples else 0.0}
 
 
 def plain_prompt(question: str) -> str:

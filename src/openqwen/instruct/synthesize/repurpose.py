@@ -15,7 +15,7 @@ from typing import Any
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import pick
+from openqwen.instruct.synthesize.kinds import FORMS, pick
 
 SHORTEST, LONGEST = 20, 120  # characters of an answer
 _LONGEST_SIGNATURE = 72  # characters
@@ -57,13 +57,7 @@ def demonstrations_from_docstrings(documents: Iterable[dict[str, Any]], rng: Gen
 
 
 def _question(function: Described, rng: Generator) -> str:
-    form = pick(
-        rng,
-        "What does `{name}` do?",
-        "Describe `{name}` in one sentence.",
-        "Write a docstring for: {signature}",
-        "What is this function for? {signature}",
-    )
+    form = pick(rng, *FORMS["docstring"])
     return form.format(name=function.name, signature=function.signature)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from operator import eq
-from typing import Any
 
 from numpy.random import Generator
 
@@ -123,8 +122,3 @@ def _new_task(kind: Kind, rng: Generator, split: str, seen: set[str]) -> Task | 
             seen.add(task.question)
             return task
     return None
-
-
-def example(task: Task) -> dict[str, Any]:
-    """A task as a JSON-ready row for reports."""
-    return {"task": task.task, "prompt": task.question, "answer": task.answer}

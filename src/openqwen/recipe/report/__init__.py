@@ -21,7 +21,7 @@ def write_report(run_folder: Path) -> Path:
     is missing or an artifact's JSON is damaged.
     """
     run = load_run(Path(run_folder))
-    page = _environment().get_template("page.html.j2").render(_contents(run))
+    page = environment().get_template("page.html.j2").render(_contents(run))
     target = run.folder / "report.html"
     write_text(target, page)
     return target
@@ -31,24 +31,22 @@ def _contents(run: Run) -> dict[str, Any]:
     """Everything the page shows, section by section; a section without artifacts is None or empty."""
     return {
         "run": run,
-        "summary": scores.summary(run),
-        "cards": scores.cards(run),
+        "told": scores.headlines(run),
         "lineage": draw_lineage(run),
         "table": scores.score_table(run),
         "tasks": scores.task_table(run),
-        "pair_tasks": scores.pair_table(run),
+        "pair_tasks": sorted((run.scores("reward").get("pair_accuracy_by_task") or {}).items()),
         "source_scores": scores.source_table(run),
         "curves": training.curves(run),
         "corpus": data.corpus(run),
-        "tokenizer": data.tokenizer(run),
+        "tokenizer": run.json("tokenizer", "statistics.json"),
         "demonstrations": data.demonstrations(run),
         "preferences": data.preferences(run),
         "samples": data.samples(run),
-        "configurations": data.configurations(run),
     }
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     """Jinja with every value escaped and, before that, its invisible characters made visible."""
     loader = PackageLoader("openqwen.recipe.report")
     environment = Environment(
@@ -66,6 +64,7 @@ def _environment() -> Environment:
         "duration": duration,
         "number": number,
         "percent": percent,
+        "px": "{:.1f}".format,
         "shortened": shortened,
         "signed": signed,
         "size": size,

@@ -1,14 +1,13 @@
-"""What happened to text: the corpus, the tokenizer, demonstrations and preferences, and samples of answers."""
+"""What happened to text: the corpus, demonstrations and preferences, and samples of answers."""
 
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from openqwen.recipe.report.charts import bar
 from openqwen.recipe.report.run import EVALUATE, Run
 
 # How much of each kind the page shows; it says so where there is more.
-REASONS, EXAMPLES, SKIPPED_EXAMPLES, LONGEST, TOKENS, KINDS, PROMPTS = 40, 3, 5, 40, 300, 16, 12
+REASONS, EXAMPLES, SKIPPED_EXAMPLES, KINDS, PROMPTS = 40, 3, 5, 16, 12
 
 _TASKLESS = "–"
 
@@ -31,6 +30,7 @@ def corpus(run: Run) -> dict[str, Any] | None:
     ]
     return {
         "read": report["read"],
+        "total": corpus_total(report),
         "funnel": _funnel(report),
         "steps": [{**step, "reasons": _reasons(step["reasons"])} for step in report["steps"] if step["reasons"]],
         "skipped": skipped,
@@ -51,27 +51,16 @@ def _funnel(report: dict[str, Any]) -> list[dict[str, Any]]:
     before = read["documents"]
     funnel = []
     for row in rows:
-        share = row["kept_bytes"] / whole
         joined = row["kept"] + row.get("dropped", 0) - before
-        funnel.append({"dropped": None, **row, "share": share, "bar": bar(share), "joined": joined})
+        funnel.append({"dropped": None, **row, "share": row["kept_bytes"] / whole, "joined": joined})
         before = row["kept"]
     return funnel
 
 
 def _reasons(reasons: dict[str, Any]) -> list[dict[str, Any]]:
-    """Most frequent first; bars are relative to the first."""
+    """Most frequent first."""
     ordered = sorted(reasons.items(), key=lambda item: (-item[1]["documents"], item[0]))[:REASONS]
-    most = max((found["documents"] for _, found in ordered), default=0) or 1
-    return [
-        {
-            "name": name,
-            "documents": found["documents"],
-            "bytes": found["bytes"],
-            "bar": bar(found["documents"] / most),
-            "examples": found["examples"][:EXAMPLES],
-        }
-        for name, found in ordered
-    ]
+    return [{**found, "name": name, "examples": found["examples"][:EXAMPLES]} for name, found in ordered]
 
 
 def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,38 +73,11 @@ def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
             "name": name,
             **found,
             "share": (found.get("weight") or 0) / weights,
-            "bar": bar((found.get("weight") or 0) / weights),
             "tokens": (tokens.get(name) or {}).get("tokens"),
             "bytes_per_token": density.get(name),
         }
         for name, found in sorted(sources.items(), key=lambda item: (-item[1]["bytes"], item[0]))
     ]
-
-
-def tokenizer(run: Run) -> dict[str, Any] | None:
-    """Sizes, bytes per token by source, the longest tokens, and texts cut into their tokens."""
-    statistics = run.json("tokenizer", "statistics.json")
-    if statistics is None:
-        return None
-    density = statistics.get("bytes_per_token") or {}
-    most = max(density.values(), default=1) or 1
-    examples = [
-        {"tokens": [_token(token) for token in example["tokens"][:TOKENS]], "left": len(example["tokens"]) - TOKENS}
-        for example in (statistics.get("examples") or [])[:6]
-    ]
-    return {
-        "vocabulary": statistics.get("vocabulary"),
-        "merges": statistics.get("merges"),
-        "training_bytes": statistics.get("training_bytes"),
-        "density": [(name, value, bar(value / most)) for name, value in sorted(density.items(), key=lambda i: -i[1])],
-        "longest": [token.replace("\n", "↵") for token in (statistics.get("longest") or [])[:LONGEST]],
-        "examples": examples,
-    }
-
-
-def _token(token: str) -> str:
-    """A newline shows as a sign and still breaks the line."""
-    return token.replace("\n", "↵\n").replace("\t", "→\t")
 
 
 def demonstrations(run: Run) -> dict[str, Any] | None:
@@ -133,7 +95,7 @@ def demonstrations(run: Run) -> dict[str, Any] | None:
         "rows": _by_task([[r for r in records if _kind(r)[0] == method] for method in methods]),
         "acceptance": acceptance,
         "rates": acceptance.get("by_task") or {},
-        "examples": [{"kind": kind, "messages": record["messages"]} for kind, record in _one_each(records)],
+        "examples": _one_each(records),
     }
 
 
@@ -148,17 +110,10 @@ def preferences(run: Run) -> dict[str, Any] | None:
         "total": len(records),
         "heldout": len(heldout),
         "rows": _by_task([records, heldout]),
-        "written_by": report.get("chosen/rejected from") or {},
+        "written_by": report.get("by_author") or {},
         "sampled_accuracy": report.get("sampled_accuracy"),
-        "examples": [
-            {"kind": kind, "prompt": r["prompt"], "chosen": _answer(r["chosen"]), "rejected": _answer(r["rejected"])}
-            for kind, r in _one_each(records)
-        ],
+        "examples": _one_each(records),
     }
-
-
-def _answer(messages: list[dict[str, Any]]) -> str:
-    return "\n".join(str(message.get("content", "")) for message in messages)
 
 
 def _kind(record: dict[str, Any]) -> tuple[str, str]:
@@ -178,7 +133,7 @@ def _by_task(groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     together = sum(counts, Counter[str]())
     most = max(together.values(), default=1)
     return [
-        {"task": task, "counts": [found[task] for found in counts], "bar": bar(total / most)}
+        {"task": task, "counts": [found[task] for found in counts], "share": total / most}
         for task, total in sorted(together.items(), key=lambda item: (-item[1], item[0]))
     ]
 
@@ -202,29 +157,3 @@ def samples(run: Run) -> list[dict[str, Any]]:
         {"kind": kind, "prompts": [{"prompt": p, "answers": answers} for p, answers in list(prompts.items())[:PROMPTS]]}
         for kind, prompts in kinds.items()
     ]
-
-
-def configurations(run: Run) -> list[dict[str, Any]]:
-    """Each stage's exact configuration, machine, inputs, metrics and files."""
-    found = []
-    for stage in run.stages:
-        manifest = stage.manifest
-        files = manifest.get("files") or {}
-        facts = {
-            "kind": manifest.get("kind"),
-            "seed": manifest.get("seed"),
-            "key": manifest.get("key"),
-            "digest": stage.digest,
-        }
-        facts |= {"made": manifest.get("created"), "code": manifest.get("code")}
-        found.append(
-            {
-                "stage": stage,
-                "config": manifest.get("config") or {},
-                "facts": {key: value for key, value in facts.items() if value is not None},
-                "inputs": manifest.get("inputs") or {},
-                "files": len(files),
-                "bytes": sum(entry.get("bytes") or 0 for entry in files.values()),
-            }
-        )
-    return found

@@ -1,15 +1,13 @@
-"""The lineage as a picture: what was made from what."""
+"""The lineage as a picture: what was made from what. `templates/charts.html.j2` draws it."""
 
 from dataclasses import dataclass
 
-from markupsafe import Markup
-
 from openqwen.recipe.report.run import EVALUATE, Run, Stage
-from openqwen.recipe.report.text import duration, visible
 
 _BOX, _HIGH = 196, 50
 _ACROSS, _DOWN = 272, 74
 _EDGE = 34  # room at the left for arrows that pass by other boxes
+_KINDS = ("data", "model", "evaluation")
 _DATA, _MODEL, _EVALUATION = 0, 1, 2
 
 
@@ -29,8 +27,23 @@ class Box:
     def y(self) -> int:
         return 26 + self.row * _DOWN
 
+    @property
+    def kind(self) -> str:
+        return _KINDS[self.column]
 
-def draw_lineage(run: Run) -> Markup | None:
+
+@dataclass(frozen=True)
+class Picture:
+    """Boxes, the columns' headings with their places, and arrows: an SVG path, and whether it is faint."""
+
+    width: int
+    height: int
+    headings: list[tuple[str, int]]
+    boxes: list[Box]
+    arrows: list[tuple[str, bool]]
+
+
+def draw_lineage(run: Run) -> Picture | None:
     """Stages as boxes, arrows from inputs; None where there are none.
 
     An arrow that longer ways already imply is faint. At an evaluation only the models end in arrows: each reads the
@@ -39,20 +52,14 @@ def draw_lineage(run: Run) -> Markup | None:
     boxes = _places(run)
     if not boxes:
         return None
-    parts = [
-        _arrow(boxes[source], box, faint) for box in boxes.values() for source, faint in _drawn_inputs(boxes, run, box)
-    ]
-    parts.sort(key=lambda part: "faint" not in part)  # faint ones first, so that they lie below
-    parts += [_heading(column, name) for column, name in enumerate(("data", "models", "evaluation"))]
-    parts += [_box(box) for box in boxes.values()]
-    width = _EDGE + 2 * _ACROSS + _BOX + 4
-    height = max(box.y for box in boxes.values()) + _HIGH + 6
-    marker = (
-        '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path class="head" d="M0,0.5 L8,4 L0,7.5 z"/></marker></defs>'
+    arrows = [(_arrow(boxes[name], box), faint) for box in boxes.values() for name, faint in _inputs(boxes, run, box)]
+    return Picture(
+        width=_EDGE + 2 * _ACROSS + _BOX + 4,
+        height=max(box.y for box in boxes.values()) + _HIGH + 6,
+        headings=[(name, _EDGE + i * _ACROSS) for i, name in enumerate(("data", "models", "evaluation"))],
+        boxes=list(boxes.values()),
+        arrows=sorted(arrows, key=lambda arrow: not arrow[1]),  # faint ones first, so that they lie below
     )
-    svg = '<svg class="lineage" viewBox="0 0 {} {}" width="{}" role="img" aria-label="Lineage of the stages">{}{}</svg>'
-    return Markup(svg).format(width, height, width, Markup(marker), Markup("").join(parts))
 
 
 def _places(run: Run) -> dict[str, Box]:
@@ -74,7 +81,7 @@ def _places(run: Run) -> dict[str, Box]:
     return boxes
 
 
-def _drawn_inputs(boxes: dict[str, Box], run: Run, box: Box) -> list[tuple[str, bool]]:
+def _inputs(boxes: dict[str, Box], run: Run, box: Box) -> list[tuple[str, bool]]:
     """(input, whether other inputs already imply it) for the arrows that end at a box."""
     inputs = [name for name in box.stage.inputs if name in boxes]
     implied = set().union(*(_ancestors(run, name) for name in inputs))
@@ -84,29 +91,21 @@ def _drawn_inputs(boxes: dict[str, Box], run: Run, box: Box) -> list[tuple[str, 
 
 
 def _ancestors(run: Run, name: str) -> set[str]:
-    found: set[str] = set()
-    waiting = [name]
-    while waiting:
-        stage = run.stage(waiting.pop())
-        new = [given for given in (stage.inputs if stage else []) if given not in found]
-        found.update(new)
-        waiting += new
-    return found
+    stage = run.stage(name)
+    return set().union(*({given, *_ancestors(run, given)} for given in stage.inputs)) if stage else set()
 
 
-def _arrow(source: Box, target: Box, faint: bool) -> Markup:
+def _arrow(source: Box, target: Box) -> str:
     """Straight between neighbours, otherwise a curve through the space between the columns."""
     if source.column == target.column:
-        path = _same_column(source, target)
-    else:
-        right = target.column > source.column
-        x1, x2 = (source.x + _BOX, target.x) if right else (source.x, target.x + _BOX)
-        y1, y2 = source.y + _HIGH / 2, target.y + _HIGH / 2
-        if y1 != y2:  # keep the middle of the edge for the arrow along the row
-            y1, y2 = y1 + 9, y2 - 9
-        bend = 44 if right else -44
-        path = f"M{x1},{y1} C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}"
-    return Markup('<path class="arrow{}" d="{}" marker-end="url(#head)"/>').format(" faint" if faint else "", path)
+        return _same_column(source, target)
+    right = target.column > source.column
+    x1, x2 = (source.x + _BOX, target.x) if right else (source.x, target.x + _BOX)
+    y1, y2 = source.y + _HIGH / 2, target.y + _HIGH / 2
+    if y1 != y2:  # keep the middle of the edge for the arrow along the row
+        y1, y2 = y1 + 9, y2 - 9
+    bend = 44 if right else -44
+    return f"M{x1},{y1} C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}"
 
 
 def _same_column(source: Box, target: Box) -> str:
@@ -118,25 +117,3 @@ def _same_column(source: Box, target: Box) -> str:
     bulge = min(14 + 8 * abs(target.row - source.row), 44)
     reach = side - bulge if source.column == _DATA else side + bulge
     return f"M{side},{y1} C{reach},{y1} {reach},{y2} {side},{y2}"
-
-
-def _heading(column: int, name: str) -> Markup:
-    return Markup('<text class="heading" x="{}" y="14">{}</text>').format(_EDGE + column * _ACROSS, name)
-
-
-def _box(box: Box) -> Markup:
-    stage = box.stage
-    state = "stale" if stage.stale else {None: "", True: "reused", False: "made now"}[stage.reused]
-    kind = ("data", "model", "evaluation")[box.column]
-    facts = f"{duration(stage.seconds)}{' · ' + state if state else ''}"
-    svg = (
-        '<g class="stage {} {}"><title>{}</title><rect x="{}" y="{}" width="{}" height="{}" rx="7"/>'
-        '<text class="name" x="{}" y="{}">{}</text><text class="digest" x="{}" y="{}">{}</text>'
-        '<text class="facts end" x="{}" y="{}">{}</text></g>'
-    )
-    made_from = f"{stage.name} from {', '.join(stage.inputs) or 'raw input'}"
-    left, right, first, second = box.x + 11, box.x + _BOX - 11, box.y + 21, box.y + 39
-    return Markup(svg).format(
-        kind, state.split(" ")[0], visible(made_from), box.x, box.y, _BOX, _HIGH,
-        left, first, visible(stage.name), left, second, visible(stage.digest[:8]), right, second, facts,
-    )  # fmt: skip

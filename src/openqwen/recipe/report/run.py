@@ -40,12 +40,10 @@ class Stage:
         return str(self.manifest.get("digest", ""))
 
     @property
-    def machine(self) -> dict[str, Any]:
-        return self.manifest.get("machine") or {}
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.manifest.get("metrics") or {}
+    def facts(self) -> dict[str, Any]:
+        """What identifies the artifact, for showing."""
+        names = {"kind": "kind", "seed": "seed", "key": "key", "digest": "digest", "made": "created", "code": "code"}
+        return {name: self.manifest[key] for name, key in names.items() if self.manifest.get(key) is not None}
 
     @property
     def inputs(self) -> list[str]:
@@ -94,6 +92,15 @@ class Run:
     def scores(self, stage: str) -> dict[str, Any]:
         """What the evaluation of a stage wrote; empty where it was not evaluated."""
         return self.json(EVALUATE + stage, "scores.json") or {}
+
+    def scored(self, key: str) -> dict[str, Any]:
+        """This score of every evaluated stage that has it, in order."""
+        values = {name: self.scores(name).get(key) for name in self.evaluated}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def first(self, key: str) -> Any:
+        """This score of the first evaluated stage that has it, or None."""
+        return next(iter(self.scored(key).values()), None)
 
     @property
     def evaluated(self) -> list[str]:

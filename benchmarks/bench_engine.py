@@ -33,7 +33,7 @@ Seconds = dict[str, float]
 _PEER_TYPE: dict[str, Literal["f32", "q8_0", "q4_0"]] = {"float32": "f32", "int8": "q8_0", "int4": "q4_0"}
 _PREFILL, _WRITTEN = 1_024, 64
 _TOGETHER, _PROMPT, _NEW = 16, 256, 128
-_PEER = Path(__file__).parents[4] / "benchmarks" / "peer_llama_cpp.py"
+_PEER = Path(__file__).with_name("peer_llama_cpp.py")
 _EDIT = "Rename the variable `{old}` to `{new}` in this code, change nothing else, and say nothing else.\n\n{code}"
 
 
