@@ -1,7 +1,9 @@
 """In which numbers the network computes, whether it is compiled, and what to do when memory runs out.
 
 Weights, gradients and optimizer states are float32 always. With bfloat16, matrix products and attention take rounded
-copies of weights and activations (autocast); norms, softmax, the residual stream and losses stay float32.
+copies of weights and activations (autocast); norms, softmax, the residual stream and losses stay float32. Over several
+processes FSDP2 gathers the layers' weights rounded: half is sent, and no rounded copy of the whole network outlives the
+forward pass, as autocast's would.
 """
 
 from collections.abc import Iterator
@@ -20,11 +22,15 @@ LEVERS = (
 )
 
 
+def is_low(precision: Precision, device: torch.device) -> bool:
+    """Whether bfloat16 is meant; auto: on a GPU."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+
 @contextmanager
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Forward passes in here compute so; auto: bfloat16 on a GPU, float32 on a CPU."""
-    low = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    with torch.autocast(device.type, torch.bfloat16, enabled=low):
+    """Forward passes in here compute so."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_low(precision, device)):
         yield
 
 

@@ -22,13 +22,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from openqwen.model import Qwen2, Scorer, save_checkpoint
-from openqwen.support.device import freed_memory_kept, peak_flops, peak_memory
+from openqwen.support.device import best_device, freed_memory_kept, peak_flops, peak_memory
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.compute import LEVERS, compile_layers, computing, is_out_of_memory
+from openqwen.train.compute import LEVERS, compile_layers, computing, is_low, is_out_of_memory
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.parallel import World, join
@@ -89,7 +89,7 @@ class Trainer(Generic[Micro]):
             if self.optimizer.compile:
                 compile_layers(self.model)
             self.world = self.world.arranged(self.optimizer.parallel, self.model)
-            self.whole = self.world.shard(self.model)
+            self.whole = self.world.shard(self.model, low=is_low(self.optimizer.precision, best_device()))
             self._sharded = True
 
     def run(self) -> dict[str, float]:
@@ -165,7 +165,7 @@ class Trainer(Generic[Micro]):
             self._stop_or_skip(step, rate, why, earlier)
         for mover in movers:
             for group in mover.param_groups:
-                group["lr"] = rate
+                group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
             if micros and not why:
                 self._move(mover, scale)
             mover.zero_grad()

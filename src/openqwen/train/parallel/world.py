@@ -69,15 +69,15 @@ class World:
         check(parallel, model.config, self.size)
         return self if self.alone else replace(self, mesh=Mesh.of(parallel, self.size, best_device().type))
 
-    def shard(self, model: Network) -> Callable[[], Network]:
-        """Shard the network over the ranks, in place; nothing where this process is alone.
+    def shard(self, model: Network, low: bool = False) -> Callable[[], Network]:
+        """Shard the network over the ranks, in place; nothing where this process is alone. low: see `shard.shard`.
 
         Returns what gives the whole network back, on the CPU, to be saved. Every rank must call it, as it gathers.
         """
         if self.mesh is None:
             return lambda: model
         blueprint = copy.deepcopy(model, {id(p): _shape_of(p) for p in model.parameters()})
-        shard(model, self.mesh)
+        shard(model, self.mesh, low)
         _WORLDS[model] = self
 
         def whole() -> Network:
