@@ -22,6 +22,7 @@ from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain, stre
 from openqwen.train.rows import Rows
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 1}
+EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_width": 16, "shared_width": 32}
 STAGES = {
     "short": {"tokens": 1_200, "context": 16},
     "long": {"tokens": 900, "context": 64, "rope_theta": 1e6, "learning_rate": 2e-3, "schedule": "linear",
@@ -63,10 +64,10 @@ def config(network=NETWORK, **changes):
     return PretrainConfig.model_validate(values | changes)
 
 
-def train(folder, settings=None, start=None):
+def train(folder, settings=None, start=None, held=()):
     output = folder / ("output" if os.environ.get("RANK", "0") == "0" else "follower")
     output.mkdir(parents=True, exist_ok=True)
-    arguments = (SOURCES, Tokenizer(), 90, start, output, folder / "scratch", 3, "test")
+    arguments = (SOURCES, Tokenizer(), 90, start, output, folder / "scratch", 3, "test", held)
     return pretrain(settings or config(), *arguments)
 
 
@@ -172,9 +173,35 @@ def test_one_stage_named_or_not_is_the_same_training(tmp_path):
     assert "data_stage" not in log_of(tmp_path / "named")[0]
 
 
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_held_out_text_is_measured_and_the_best_weights_are_kept(tmp_path, experts):
+    """The rate is too high at the peak, so that the best weights are not the last."""
+    settings = config(
+        network=NETWORK | experts,
+        stages={},
+        data={"tokens": 2_000, "context": 16, "batch_tokens": 200, "micro_tokens": 40},
+        train=OptimizerConfig(learning_rate=0.3, schedule="constant"),
+        validation={"tokens": 100, "every": 2, "outcome": "best"},
+    )
+    held = [(SOURCES["a"].document(n)[:9].astype(np.int64), np.ones(9, dtype=bool)) for n in range(6)]
+    summary = train(tmp_path, settings, held=held)
+    measured = {e["step"]: e["validation_loss"] for e in log_of(tmp_path) if "validation_loss" in e}
+    assert list(measured) == [1, 3, 5, 7, 9]
+    assert min(measured.values()) == summary["best_validation_loss"] < measured[9]
+    with torch.no_grad():
+        kept = next_token(load_model(tmp_path / "output"), Rows.of(held))
+    assert float(kept.sum) / kept.count == pytest.approx(summary["best_validation_loss"], rel=1e-5)
+
+
+def test_validation_that_cannot_be_is_refused():
+    with pytest.raises(ValidationError, match="nothing held out"):
+        config(validation={"every": 2})
+    with pytest.raises(ValidationError, match="an early data stage"):
+        config(validation={"tokens": 100, "outcome": "best"})
+
+
 def test_a_mixture_of_experts_goes_through_stages(tmp_path):
-    experts = {"experts": 4, "experts_per_token": 2, "expert_width": 16, "shared_width": 32}
-    train(tmp_path, config(network=NETWORK | experts))
+    train(tmp_path, config(network=NETWORK | EXPERTS))
     assert json.loads((tmp_path / "output" / "experts.json").read_text())["layers"] == [0, 1]
     assert load_model(tmp_path / "output").config.rope_theta == 1e7
 

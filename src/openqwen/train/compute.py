@@ -18,7 +18,8 @@ from openqwen.model.decoder import Layer
 Precision = Literal["auto", "float32", "bfloat16"]
 LEVERS = (
     "lower micro_tokens, the tokens of one forward call; then train.recompute: cheap, then layers; "
-    "then adapters (lora.rank 16); then more processes (torchrun), which share weights and optimizer states"
+    "then train.method adamw8bit; then adapters (lora.rank 16); "
+    "then more processes (torchrun), which share weights and optimizer states"
 )
 
 

@@ -4,6 +4,7 @@ Blocks of 128 numbers share a scale. They lie within rows, so that codes and sca
 a training state holds both to the bit, whatever the number of ranks that reads it.
 """
 
+import importlib
 import logging
 from typing import Any
 
@@ -23,14 +24,14 @@ def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opti
     for name in ("torchao", "torch.utils._pytree"):  # which of its GPU kernels are not for this machine is no news
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        from torchao.optim import AdamW8bit
+        library = importlib.import_module("torchao.optim")
     except ImportError:
         raise OpenQwenError(
             "8-bit AdamW is torchao's, which is not installed.",
             where="train.method",
             do="pip install torchao, or choose adamw",
         ) from None
-    return AdamW8bit(groups, **settings, block_size=BLOCK)
+    return library.AdamW8bit(groups, **settings, block_size=BLOCK)
 
 
 def in_blocks(parameter: Tensor) -> bool:
@@ -43,7 +44,7 @@ def in_blocks(parameter: Tensor) -> bool:
 
 def parts(moment: Tensor) -> dict[str, Tensor]:
     """The codes and the scales (a row of them for each row) of a moment in 8 bits; they share its memory."""
-    own = moment.to_local() if isinstance(moment, DTensor) else moment
+    own: Any = moment.to_local() if isinstance(moment, DTensor) else moment
     if not hasattr(own, "codes"):
         return {}
     found = {"codes": own.codes, "scales": own.scale.view(*own.shape[:-1], own.shape[-1] // BLOCK)}
@@ -54,10 +55,9 @@ def parts(moment: Tensor) -> dict[str, Tensor]:
 
 def empty(parameter: Tensor, signed: bool) -> Tensor:
     """A moment in 8 bits for a parameter, all zero. signed: the mean gradient; else the mean squared one."""
-    from torchao.optim.subclass_8bit import OptimState8bit
-
+    kind = importlib.import_module("torchao.optim.subclass_8bit").OptimState8bit
     own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    moment = OptimState8bit.zeros(own.shape, signed, BLOCK, own.device, own.dtype)
+    moment = kind.zeros(own.shape, signed, BLOCK, own.device, own.dtype)
     return _as_sharded(moment, parameter) if isinstance(parameter, DTensor) else moment
 
 

@@ -1,6 +1,6 @@
 """Pre-training by next-token prediction, and its long-sequence phase with a raised RoPE base (Qwen2 report, 2.3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import join, load_for_training
 from openqwen.train.pieces import DataConfig, Pieces, Supply, TokenSource
-from openqwen.train.rows import Rows
+from openqwen.train.rows import Rows, Sample, cut_to_budget
 
 EXPERTS = "experts.json"  # the load of each expert at the end of training
 STAGES = "data_stages.json"  # the data stages of a run that has several
@@ -77,8 +77,12 @@ def pretrain(
     scratch: Path,
     seed: int,
     label: str,
+    held_out: Sequence[Sample] = (),
 ) -> dict[str, float]:
-    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to `output`."""
+    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to `output`.
+
+    held_out: nothing is learned from these; their loss, without that of the balance, is measured on the way.
+    """
     generators = Generators(seed)
     model = _network(config, vocabulary, start, generators)
     if join().main:
@@ -95,7 +99,7 @@ def pretrain(
         return with_loads(model, [Rows.of(micro, model.device) for micro in samples], balance)
 
     def loss(micro: Balanced) -> Loss:
-        if not sparse:
+        if not sparse or not model.training:
             return next_token(model, micro.rows)
         weight = model.config.router_aux_loss_coef
         return balanced(lambda rows, routing: next_token(model, rows, routing), micro, balance, weight)
@@ -103,6 +107,10 @@ def pretrain(
     def name(step: int) -> str:
         _, stretch = trainer.at(step)
         return stretch.pieces.name(step - stretch.first)
+
+    def measured() -> list[Balanced]:
+        cuts = cut_to_budget([len(ids) for ids, _ in held_out], config.data.micro_tokens)
+        return [Balanced(Rows.of(held_out[cut], model.device)) for cut in cuts]
 
     trainer = StagedTrainer(
         label=label,
@@ -118,6 +126,8 @@ def pretrain(
         generators=generators,
         flops=lambda micro: micro.rows.flops(model.config),
         name=name,
+        held_out=measured if held_out else None,
+        validation=config.validation,
         stretches=stretches,
     )
     metrics = trainer.run()

@@ -69,7 +69,7 @@ def shard(model: Qwen2 | Scorer, mesh: Mesh, low: bool = False) -> None:
             _deal(layer.mlp.experts, mesh.tensor)
             _fsdp(layer.mlp.experts, mesh.sparse)
         if low:  # also where nobody asked for autocast, as for a reference's log-probabilities
-            layer.forward = torch.autocast(mesh.whole.device_type, torch.bfloat16)(layer.forward)
+            layer.forward = torch.autocast(mesh.whole.device_type, torch.bfloat16)(layer.forward)  # type: ignore[method-assign]
         _fsdp(layer, mesh.dense, torch.bfloat16 if low else None)
     _fsdp(model, mesh.world)
     if isinstance(model, Qwen2) and model.stored is not None:
