@@ -22,7 +22,7 @@ from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import ParallelConfig, join, load_for_training, whole_tensor
 from openqwen.train.reward import Answers
 from openqwen.train.rows import Rows
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 SIZES = {
     "num_hidden_layers": 3,
@@ -117,24 +117,15 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
             raise Stop
         return micros(step)
 
-    trainer = Watched(
-        label="ranks",
-        model=model,
-        batch=batch,
-        loss=loss,
-        tokens=lambda micro: len(getattr(micro, "rows", micro).tokens),
-        steps=STEPS,
-        optimizer=OptimizerConfig(
-            learning_rate=1e-2,
-            parallel=parallel,
-            method="adamw8bit" if kind == "eight" else "adamw",
-            precision="bfloat16" if low else "float32",
-        ),
-        save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9),
-        scratch=folder,
-        output=folder / "output",
-        generators=generators,
+    train = OptimizerConfig(
+        learning_rate=1e-2,
+        parallel=parallel,
+        method="adamw8bit" if kind == "eight" else "adamw",
+        precision="bfloat16" if low else "float32",
     )
+    config = TrainingConfig(train=train, save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9))
+    place = Place(folder / "output", folder, 5, "ranks")
+    trainer = Watched(place, config, model, batch, loss, STEPS, generators)
     try:
         trainer.run()
     except Stop:

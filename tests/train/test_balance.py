@@ -23,7 +23,7 @@ from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.pretrain import PretrainConfig, pretrain
 from openqwen.train.rows import Rows, cut_to_budget
-from openqwen.train.trainer import SaveConfig
+from openqwen.train.trainer import Place, SaveConfig
 
 
 def tiny(seed=0, **changes):
@@ -172,7 +172,7 @@ def test_pretraining_a_mixture_of_experts(tmp_path, micro_tokens):
         save=SaveConfig(),
     )  # fmt: skip
     output = tmp_path / "model"
-    metrics = pretrain(config, {"a": Source()}, Tokenizer(), 90, None, output, tmp_path / "scratch", 3, "test")
+    metrics = pretrain(config, {"a": Source()}, Tokenizer(), 90, None, Place(output, tmp_path / "scratch", 3, "test"))
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert log[-1]["next_token_loss"] < 0.7 * log[0]["next_token_loss"]
     for entry in log:

@@ -20,6 +20,7 @@ from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain, stretches_of
 from openqwen.train.rows import Rows
+from openqwen.train.trainer import Place
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 1}
 EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_width": 16, "shared_width": 32}
@@ -67,8 +68,8 @@ def config(network=NETWORK, **changes):
 def train(folder, settings=None, start=None, held=()):
     output = folder / ("output" if os.environ.get("RANK", "0") == "0" else "follower")
     output.mkdir(parents=True, exist_ok=True)
-    arguments = (SOURCES, Tokenizer(), 90, start, output, folder / "scratch", 3, "test", held)
-    return pretrain(settings or config(), *arguments)
+    place = Place(output, folder / "scratch", 3, "test")
+    return pretrain(settings or config(), SOURCES, Tokenizer(), 90, start, place, held)
 
 
 def log_of(folder):
@@ -222,9 +223,9 @@ def test_a_token_beyond_the_vocabulary_is_named_before_training(tmp_path):
         def document(self, number):
             return super().document(number) + (200 if number == 7 else 0)
 
-    arguments = (Tokenizer(), 90, None, tmp_path / "output", tmp_path / "scratch", 3, "test")
+    place = Place(tmp_path / "output", tmp_path / "scratch", 3, "test")
     with pytest.raises(OpenQwenError, match=r"Document 7 of the source 'b' holds the token id 215, .* ends at 89"):
-        pretrain(config(), {"a": Source(1), "b": Bad(1)}, *arguments)
+        pretrain(config(), {"a": Source(1), "b": Bad(1)}, Tokenizer(), 90, None, place)
     assert not (tmp_path / "scratch").exists()
 
 

@@ -6,9 +6,8 @@ import torch
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.support.generators import Generators
 from openqwen.train.losses import next_token
-from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.rows import Rows
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
 class Stop(Exception):
@@ -36,19 +35,9 @@ def trainer(folder, model=None, stop_at=None, save_seconds=0.0, steps=12, rate=1
             raise Stop
         return micros(generators, step)
 
-    return Trainer(
-        label="test",
-        model=model,
-        batch=batch,
-        loss=lambda rows: next_token(model, rows),
-        tokens=lambda rows: len(rows.tokens),
-        steps=steps,
-        optimizer=OptimizerConfig(learning_rate=rate, **optimizer),
-        save=SaveConfig(seconds=save_seconds),
-        scratch=folder,
-        output=folder / "output",
-        generators=generators,
-    )
+    config = TrainingConfig(train={"learning_rate": rate, **optimizer}, save={"seconds": save_seconds})
+    place = Place(folder / "output", folder, 5, "test")
+    return Trainer(place, config, model, batch, lambda rows: next_token(model, rows), steps, generators)
 
 
 def same_bits(one, other):

@@ -19,6 +19,7 @@ from openqwen.train.parallel import join
 from openqwen.train.pieces import DataConfig
 from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain
 from openqwen.train.rows import Sample
+from openqwen.train.trainer import Place
 
 
 def run_pretrain(work: Work) -> dict[str, float]:
@@ -46,8 +47,8 @@ def _pretrain(
         context = min(stage.data.context for stage in config.resolved())
         order = Generators(work.seed)["data.validation"]
         held = held_out(work.inputs["corpus"], tokenizer, context, tokens, order)
-    place = (work.output, work.scratch, work.seed, work.label)
-    return pretrain(config, sources, tokenizer, tokenizer.vocab_size, start, *place, held)
+    place = Place(work.output, work.scratch, work.seed, work.label)
+    return pretrain(config, sources, tokenizer, tokenizer.vocab_size, start, place, held)
 
 
 def held_out(corpus: Path, tokenizer: Tokenizer, context: int, tokens: int, order: np.random.Generator) -> list[Sample]:

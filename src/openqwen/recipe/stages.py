@@ -34,6 +34,7 @@ from openqwen.train.pretrain import ExtendConfig, PretrainConfig
 from openqwen.train.reward import RewardConfig, reward
 from openqwen.train.sft import SftConfig, sft
 from openqwen.train.sweep import SweepConfig
+from openqwen.train.trainer import Place
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -119,9 +120,7 @@ def run_instruct(work: Work) -> dict[str, float]:
 
 def run_sft(work: Work) -> dict[str, float]:
     """D → a chat model."""
-    start, data = work.inputs["model"], _file(work.inputs["demonstrations"], "demonstrations.jsonl")
-    config, tokenizer = _config(work, SftConfig), load_tokenizer(start)
-    return sft(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+    return sft(_config(work, SftConfig), *_data(work, "demonstrations"))
 
 
 def run_prefer(work: Work) -> dict[str, float]:
@@ -133,29 +132,24 @@ def run_prefer(work: Work) -> dict[str, float]:
 
 def run_reward(work: Work) -> dict[str, float]:
     """P → a reward model."""
-    start, data = work.inputs["model"], _file(work.inputs["preferences"], "preferences.jsonl")
-    config, tokenizer = _config(work, RewardConfig), load_tokenizer(start)
-    return reward(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+    return reward(_config(work, RewardConfig), *_data(work, "preferences"))
 
 
 def run_dpo(work: Work) -> dict[str, float]:
     """P → a chat model that prefers what P prefers."""
-    start, data = work.inputs["model"], _file(work.inputs["preferences"], "preferences.jsonl")
-    config, tokenizer = _config(work, DpoConfig), load_tokenizer(start)
-    return dpo(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+    return dpo(_config(work, DpoConfig), *_data(work, "preferences"))
 
 
 def run_online_dpo(work: Work) -> dict[str, float]:
     """Prompts and the reward model → a chat model trained on its own answers."""
-    start, data = work.inputs["model"], _file(work.inputs["prompts"], "prompts.jsonl")
-    config, tokenizer = _config(work, OnlineDpoConfig), load_tokenizer(start)
-    scorer = work.inputs["reward"]
-    return online_dpo(config, start, scorer, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+    return online_dpo(_config(work, OnlineDpoConfig), work.inputs["reward"], *_data(work, "prompts"))
 
 
-def _file(path: Path, name: str) -> Path:
-    """A JSONL file given as itself, or as the artifact that holds it."""
-    return path / name if path.is_dir() else path
+def _data(work: Work, role: str) -> tuple[Path, Path, Tokenizer, Place]:
+    """The model to start from, a JSONL file given as itself or as the artifact that holds it, and so on."""
+    start, given = work.inputs["model"], work.inputs[role]
+    data = given / f"{role}.jsonl" if given.is_dir() else given
+    return start, data, load_tokenizer(start), Place(work.output, work.scratch, work.seed, work.label)
 
 
 Run = Callable[[Work], dict[str, float]]
@@ -210,76 +204,57 @@ def finish(run_folder: Path) -> list[str]:
     return [*lines, f"chat     openqwen chat {run_folder / models[0]}"] if models else lines
 
 
-_MODEL = "The model to start from: a Hugging Face folder, a .gguf file or a hub id."
+_GIVEN = {  # role -> what to give for it
+    "corpus": "A corpus artifact.",
+    "tokenizer": "A folder with a tokenizer.",
+    "tokens": "Token shards.",
+    "model": "The model to start from: a Hugging Face folder, a .gguf file or a hub id.",
+    "demonstrations": "A JSONL file of demonstrations D, or an instruct artifact.",
+    "preferences": "A JSONL file of preferences P, or a prefer artifact.",
+    "reward": "A reward model.",
+    "prompts": "A JSONL file of prompts, or an instruct artifact.",
+}
+
+
+def _verb(about: str, config: type[BaseModel], run: Run, *roles: str, **others: str) -> Verb:
+    return Verb(about, config, {role: _GIVEN[role] for role in roles} | others, run)
+
+
+_SHARDS = ("tokens", "tokenizer", "corpus")
+_PRETRAIN = "Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep."
 VERBS: dict[str, Verb] = {
-    "corpus": Verb("Raw documents to cleaned, filtered, deduplicated text.", CorpusStageConfig, {}, run_corpus),
-    "tokenizer": Verb(
-        "Train the byte-level BPE vocabulary.", TokenizerConfig, {"corpus": "A corpus artifact."}, run_tokenizer
+    "corpus": _verb("Raw documents to cleaned, filtered, deduplicated text.", CorpusStageConfig, run_corpus),
+    "tokenizer": _verb("Train the byte-level BPE vocabulary.", TokenizerConfig, run_tokenizer, "corpus"),
+    "tokens": _verb("Text to shards of token ids.", TokensConfig, run_tokens, "corpus", "tokenizer"),
+    "pretrain": _verb(_PRETRAIN, PretrainConfig, run_pretrain, *_SHARDS),
+    "sweep": _verb(sweep.HELP, SweepConfig, sweep.run_sweep, *_SHARDS),
+    "extend": _verb(
+        "Lengthen the context: longer rows, raised RoPE base.", ExtendConfig, run_extend, "model", "tokens", "corpus"
     ),
-    "tokens": Verb(
-        "Text to shards of token ids.",
-        TokensConfig,
-        {"corpus": "A corpus artifact.", "tokenizer": "A folder with a tokenizer."},
-        run_tokens,
-    ),
-    "pretrain": Verb(
-        "Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep.",
-        PretrainConfig,
-        {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
-        run_pretrain,
-    ),
-    "sweep": Verb(
-        sweep.HELP,
-        SweepConfig,
-        {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
-        sweep.run_sweep,
-    ),
-    "extend": Verb(
-        "Lengthen the context: longer rows, raised RoPE base.",
-        ExtendConfig,
-        {"model": _MODEL, "tokens": "Token shards.", "corpus": "A corpus artifact."},
-        run_extend,
-    ),
-    "upcycle": Verb(
-        upcycle.HELP, upcycle.UpcycleConfig, {"model": "The dense Hugging Face folder."}, upcycle.run_upcycle
-    ),
-    "instruct": Verb(
+    "upcycle": _verb(upcycle.HELP, upcycle.UpcycleConfig, upcycle.run_upcycle, model="The dense Hugging Face folder."),
+    "instruct": _verb(
         "Make demonstrations without people.",
         InstructConfig,
-        {"corpus": "A corpus artifact.", "model": "The base model to sample from."},
         run_instruct,
+        "corpus",
+        model="The base model to sample from.",
     ),
-    "sft": Verb(
-        "Supervised fine-tuning on demonstrations.",
-        SftConfig,
-        {"model": _MODEL, "demonstrations": "A JSONL file of demonstrations D, or an instruct artifact."},
-        run_sft,
-    ),
-    "prefer": Verb(
+    "sft": _verb("Supervised fine-tuning on demonstrations.", SftConfig, run_sft, "model", "demonstrations"),
+    "prefer": _verb(
         "Make preference pairs by sampling and checking.",
         PreferConfig,
-        {"model": "The chat model to sample from."},
         run_prefer,
+        model="The chat model to sample from.",
     ),
-    "reward": Verb(
-        "Train a reward model on preference pairs.",
-        RewardConfig,
-        {"model": _MODEL, "preferences": "A JSONL file of preferences P, or a prefer artifact."},
-        run_reward,
-    ),
-    "dpo": Verb(
-        "Direct preference optimization on preference pairs.",
-        DpoConfig,
-        {"model": _MODEL, "preferences": "A JSONL file of preferences P, or a prefer artifact."},
-        run_dpo,
-    ),
-    "online-dpo": Verb(
+    "reward": _verb("Train a reward model on preference pairs.", RewardConfig, run_reward, "model", "preferences"),
+    "dpo": _verb("Direct preference optimization on preference pairs.", DpoConfig, run_dpo, "model", "preferences"),
+    "online-dpo": _verb(
         "DPO on the model's own answers, judged by the reward model.",
         OnlineDpoConfig,
-        {"model": _MODEL, "reward": "A reward model.", "prompts": "A JSONL file of prompts, or an instruct artifact."},
         run_online_dpo,
+        "model",
+        "reward",
+        "prompts",
     ),
-    "evaluate": Verb(
-        "Score a model.", EvaluateConfig, {"model": "The model.", "corpus": "A corpus artifact."}, evaluate_model
-    ),
+    "evaluate": _verb("Score a model.", EvaluateConfig, evaluate_model, "corpus", model="The model."),
 }

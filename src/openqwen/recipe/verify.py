@@ -28,7 +28,7 @@ from openqwen.train.conversations import conversation
 from openqwen.train.losses import next_token, token_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.rows import Rows, Sample, cut_to_budget
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 _LOSS, _GRADIENT, _LOG_PROB = 1e-5, 1e-4, 1e-4  # relative, relative, absolute
 _SPEAK = 32  # tokens of each answer that the engine writes
@@ -133,19 +133,10 @@ def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: 
                 raise Kill
             return [Rows.of(samples[step % len(samples) :][:2], network.device)]
 
-        Trainer(
-            label="verify",
-            model=network,
-            batch=batch,
-            loss=lambda rows: next_token(network, rows),
-            tokens=lambda rows: len(rows.tokens),
-            steps=4,
-            optimizer=OptimizerConfig(learning_rate=1e-5),
-            save=SaveConfig(seconds=0),
-            scratch=folder,
-            output=folder / "output",
-            generators=Generators(seed),
-        ).run()
+        config = TrainingConfig(train=OptimizerConfig(learning_rate=1e-5), save=SaveConfig(seconds=0))
+        place = Place(folder / "output", folder, seed, "verify")
+        loss = lambda rows: next_token(network, rows)  # noqa: E731
+        Trainer(place, config, network, batch, loss, steps=4, generators=Generators(seed)).run()
         return network
 
     with tempfile.TemporaryDirectory(prefix="openqwen-verify-") as name:

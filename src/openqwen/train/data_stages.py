@@ -16,7 +16,7 @@ from openqwen.support.progress import console
 from openqwen.train.balance import Balance, Balanced
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.pieces import DataConfig, Pieces
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Trainer, TrainingConfig
 from openqwen.train.validation import ValidationConfig
 
 _BALANCE = "where a mixture of experts counts the load that it evens out: the whole step, each micro-batch, or nowhere"
@@ -64,10 +64,8 @@ class Resolved:
     train: OptimizerConfig
 
 
-class StagedConfig(BaseModel):
+class StagedConfig(TrainingConfig):
     """What pre-training and its long-sequence phase have in common."""
-
-    model_config = ConfigDict(extra="forbid")
 
     balance: Balance = Field("global", description=_BALANCE)
     data: DataConfig = Field(default_factory=DataConfig, description="what it reads")
@@ -79,7 +77,6 @@ class StagedConfig(BaseModel):
     validation: HeldOutConfig = Field(
         default_factory=HeldOutConfig, description="held-out text, and what its loss decides"
     )
-    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
 
     @field_serializer("stages", when_used="json")
     def _in_order(self, stages: dict[str, DataStage]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ gradient in the forward pass, a block of scores at a time (the way of Liger-Kern
 On a GPU where Liger-Kernel is installed, its own kernel does that.
 """
 
+import importlib
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -113,11 +114,11 @@ def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
     if device.type != "cuda":
         return None
     try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+        library = importlib.import_module("liger_kernel.transformers.functional")
     except ImportError:
         return None
     console.print("  cross-entropy by Liger-Kernel", markup=False)
-    return partial(fused, reduction="sum", accum_dtype=torch.float32)
+    return partial(library.liger_fused_linear_cross_entropy, reduction="sum", accum_dtype=torch.float32)
 
 
 def _lowered(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.engine import Engine, Output, Sampling
 from openqwen.model import load_model, load_scorer
@@ -28,14 +28,12 @@ from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.parallel import copy_weights, join
 from openqwen.train.reward import score_sequences
-from openqwen.train.rows import cut_to_budget
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.rows import Rows, cut_to_budget
+from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
-class OnlineDpoConfig(BaseModel):
+class OnlineDpoConfig(TrainingConfig):
     """Best against worst of several samples by the reward model. The reports give no numbers but the scheme."""
-
-    model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(100, gt=0, description="optimizer steps, each with fresh samples")
     batch: int = Field(32, gt=0, description="prompts of one step")
@@ -51,7 +49,6 @@ class OnlineDpoConfig(BaseModel):
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
-    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
 
 
 @dataclass
@@ -62,20 +59,22 @@ class Episode:
     rewards: float
     lengths: float
 
+    @property
+    def rows(self) -> Rows:
+        """What is fed."""
+        return self.pairs.rows
+
 
 def online_dpo(
     config: OnlineDpoConfig,
-    start: Path,
     reward_model: Path,
+    start: Path,
     prompts: Path,
     tokenizer: Tokenizer,
-    output: Path,
-    scratch: Path,
-    seed: int,
-    label: str,
+    place: Place,
 ) -> dict[str, float]:
-    """Improve the model at `start`, which is the reference too, on a JSONL file of prompts; save to `output`."""
-    generators = Generators(seed)
+    """Improve the model at `start`, which is the reference too, on a JSONL file of prompts; save to the output."""
+    generators = Generators(place.seed)
     device = best_device()
     model = load_model(start, device=device)
     reference = copy.deepcopy(model).requires_grad_(False)
@@ -92,7 +91,7 @@ def online_dpo(
     def batch(step: int) -> list[Episode]:
         asked = [pool[i] for i in order.batch(step) for _ in range(config.samples)]
         # Seeds are a function of the step: a resumed run draws what the uninterrupted run would have drawn.
-        seeds = Generators(seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
+        seeds = Generators(place.seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
         if actor is not model:
             copy_weights(model, actor)
         engine.refresh(step)
@@ -123,19 +122,7 @@ def online_dpo(
         value.extras |= {"reward": episode.rewards, "length": episode.lengths}
         return value
 
-    trainer = Trainer(
-        label=label,
-        model=model,
-        batch=batch,
-        loss=loss,
-        tokens=lambda episode: len(episode.pairs.rows.tokens),
-        steps=config.steps,
-        optimizer=config.train,
-        save=config.save,
-        scratch=scratch,
-        output=output,
-        generators=generators,
-    )
+    trainer = Trainer(place, config, model, batch, loss, config.steps, generators)
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics

@@ -19,6 +19,7 @@ from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import join, load_for_training
 from openqwen.train.pieces import DataConfig, Pieces, Supply, TokenSource
 from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.trainer import Place
 
 EXPERTS = "experts.json"  # the load of each expert at the end of training
 STAGES = "data_stages.json"  # the data stages of a run that has several
@@ -73,17 +74,14 @@ def pretrain(
     tokenizer: Tokenizer,
     vocabulary: int,
     start: Path | None,
-    output: Path,
-    scratch: Path,
-    seed: int,
-    label: str,
+    place: Place,
     held_out: Sequence[Sample] = (),
 ) -> dict[str, float]:
-    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to `output`.
+    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to the output.
 
     held_out: nothing is learned from these; their loss, without that of the balance, is measured on the way.
     """
-    generators = Generators(seed)
+    generators = Generators(place.seed)
     model = _network(config, vocabulary, start, generators)
     if join().main:
         check_ids(sources, min(vocabulary, model.config.vocab_size))
@@ -113,18 +111,14 @@ def pretrain(
         return [Balanced(Rows.of(held_out[cut], model.device)) for cut in cuts]
 
     trainer = StagedTrainer(
-        label=label,
-        model=model,
-        batch=batch,
-        loss=loss,
-        tokens=lambda micro: len(micro.rows.tokens),
+        place,
+        config,
+        model,
+        batch,
+        loss,
         steps=last.first + last.pieces.steps,
-        optimizer=config.train,
-        save=config.save,
-        scratch=scratch,
-        output=output,
         generators=generators,
-        flops=lambda micro: micro.rows.flops(model.config),
+        timed=True,
         name=name,
         held_out=measured if held_out else None,
         validation=config.validation,
@@ -135,10 +129,10 @@ def pretrain(
     enter(model, last.stage)
     trainer.save_checkpoint(tokenizer)
     if len(stretches) > 1:
-        write_json(output / STAGES, [_record(stretch) for stretch in stretches])
+        write_json(place.output / STAGES, [_record(stretch) for stretch in stretches])
     if sparse:
         load = measure_load(model, [micro.rows for micro in batch(trainer.steps - 1)])
-        write_json(output / EXPERTS, load_record(model, load))
+        write_json(place.output / EXPERTS, load_record(model, load))
     return metrics | {"parameters": model.config.parameters()}
 
 

@@ -20,6 +20,7 @@ from openqwen.train.optimizer import BadStepConfig, OptimizerConfig
 from openqwen.train.pieces import DataConfig, TokenSource
 from openqwen.train.pretrain import NetworkConfig, PretrainConfig, network_config, pretrain
 from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.trainer import Place
 
 
 def _size(width: int, layers: int) -> NetworkConfig:
@@ -76,8 +77,8 @@ def run_cells(
         done = scratch / "cells" / f"{key}.json"
         if key not in known and not done.exists():
             work = scratch / f"cell-{key[:12]}"
-            arguments = (sources, tokenizer, tokenizer.vocab_size, None, work / "model", work, seed)
-            pretrain(settings, *arguments, f"cell {number}/{len(grid)}")
+            place = Place(work / "model", work, seed, f"cell {number}/{len(grid)}")
+            pretrain(settings, sources, tokenizer, tokenizer.vocab_size, None, place)
             record = {
                 "key": key, "network": name, "tokens": tokens, "batch_tokens": batch, "learning_rate": rate,
                 "parameters": body_parameters(network_config(settings, tokenizer.vocab_size)),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,13 +33,13 @@ from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.parallel import World, join
 from openqwen.train.recompute import recompute
+from openqwen.train.rows import Rows
 from openqwen.train.state import StateWriter, load_best, load_state
 from openqwen.train.track import Tracking
 from openqwen.train.validation import HELD_OUT, ValidationConfig, best_step
 
 METRICS = "metrics.jsonl"
 _USUAL = 100  # steps whose gradient norms say what is usual
-Micro = TypeVar("Micro")
 
 
 class SaveConfig(BaseModel):
@@ -51,34 +51,64 @@ class SaveConfig(BaseModel):
     keep: int = Field(2, ge=1, description="how many states are kept, the newest")
 
 
+class TrainingConfig(BaseModel):
+    """What every stage that trains lets choose."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer")
+    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one training runs. output: for what it makes, metrics.jsonl among it. scratch: holds the states and the
+    metrics while it goes on, and outlives a kill. seed: of all its draws. label: its name on the live line."""
+
+    output: Path
+    scratch: Path
+    seed: int
+    label: str
+
+
+class Batch(Protocol):
+    """A micro-batch: what is fed in one forward call, and whatever its loss needs besides."""
+
+    @property
+    def rows(self) -> Rows:
+        """The tokens that are fed."""
+        ...
+
+
+Micro = TypeVar("Micro", bound=Batch)
+
+
 @dataclass
 class Trainer(Generic[Micro]):
     """What training needs, whatever the stage. Under torchrun every rank holds one, and they train together.
 
-    scratch: holds the states and metrics.jsonl while training goes on, and outlives a kill. output: metrics.jsonl is
-    copied there at the end. flops: operations of a micro-batch, for the share of the machine's peak. name: says which
-    records a step is made of, for the message about a bad one. held_out: micro-batches that nothing is learned from;
-    their loss is measured as often as `validation` says.
+    generators: every one that `batch` or `loss` draws from; they are saved. timed: whether a step's operations over its
+    seconds are a share of the machine's peak: not where it does other work too. name: says which records a step is made
+    of, for the message about a bad one. held_out: micro-batches that nothing is learned from; their loss is measured as
+    often as `validation` says.
     """
 
-    label: str
+    place: Place
+    config: TrainingConfig
     model: Qwen2 | Scorer
     batch: Callable[[int], Sequence[Micro]]
     loss: Callable[[Micro], Loss]
-    tokens: Callable[[Micro], int]
     steps: int
-    optimizer: OptimizerConfig
-    save: SaveConfig
-    scratch: Path
-    output: Path
     generators: Generators
-    flops: Callable[[Micro], float] | None = None
+    timed: bool = False
     name: Callable[[int], str] | None = None
     held_out: Callable[[], Sequence[Micro]] | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     world: World = field(default_factory=join)
 
     def __post_init__(self) -> None:
+        self.optimizer, self.label = self.config.train, self.place.label
+        self.output, self.scratch = self.place.output, self.place.scratch
         self.whole: Callable[[], Qwen2 | Scorer] = lambda: self.model  # after `run`: all of it, to be saved
         self._sharded = False
 
@@ -109,7 +139,7 @@ class Trainer(Generic[Micro]):
             freed_memory_kept(),
             closing(tracking),
             open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
-            StateWriter(self.scratch, self.save.keep, self.world) as writer,
+            StateWriter(self.scratch, self.config.save.keep, self.world) as writer,
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
             for step in range(first, self.steps):
@@ -122,7 +152,7 @@ class Trainer(Generic[Micro]):
                 if self.validation.outcome == "best" and best_step(metrics) == step:
                     writer.save_best(step, self.model)
                 bar.advance(1, **_notes(entry))
-                due = step + 1 < self.steps and time.monotonic() - last_save >= self.save.seconds
+                due = step + 1 < self.steps and time.monotonic() - last_save >= self.config.save.seconds
                 if self.world.agree(due):
                     if self.world.main:
                         os.fsync(log.fileno())  # the log is never behind the state
@@ -170,7 +200,7 @@ class Trainer(Generic[Micro]):
                 self._move(mover, scale)
             mover.zero_grad()
         seconds = time.perf_counter() - start
-        tokens = sum(self.tokens(m) for m in micros)
+        tokens = sum(len(m.rows.tokens) + m.rows.spared for m in micros)
         entry = {
             "step": step,
             "loss": total / count,
@@ -182,8 +212,8 @@ class Trainer(Generic[Micro]):
             "peak_memory": peak_memory(self._device),
             **{name: value / count for name, value in extras.items()},
         }
-        if self.flops:
-            entry["flops_per_second"] = sum(self.flops(m) for m in micros) / seconds
+        if self.timed:
+            entry["flops_per_second"] = sum(m.rows.flops(self.model.config) for m in micros) / seconds
             entry["peak_share"] = entry["flops_per_second"] / peak_flops(self._device)
         return entry | ({"skipped": 1.0} if why else {})
 
@@ -249,7 +279,7 @@ class Trainer(Generic[Micro]):
         peak = peak_memory(self._device) / 2**30
         return OpenQwenError(
             f"Memory ran out in step {step} of {self.label}{self._named(step)}, in a micro-batch of "
-            f"{self.tokens(micro):,} tokens; the most held was {peak:.1f} GiB.",
+            f"{len(micro.rows.tokens):,} tokens; the most held was {peak:.1f} GiB.",
             where=self.scratch,
             do=f"{LEVERS}. The last saved state is whole, and training goes on from it",
         )
