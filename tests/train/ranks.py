@@ -40,7 +40,7 @@ EXPERTS = {
 }
 
 
-STEPS = 6
+STEPS = 4
 
 
 class Stop(Exception):
@@ -107,7 +107,7 @@ seen = set()  # dtypes of weights as a layer gets them
 
 
 def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> None:
-    """Train six steps; stop before step `stop_at`."""
+    """Train four steps; stop before step `stop_at`."""
     generators, low = Generators(5), kind.startswith("low-")
     model, micros, loss = work(kind.removeprefix("low-"), generators, folder / "start")
     model.model.layers[0].register_forward_pre_hook(lambda layer, _: seen.add(next(layer.parameters()).dtype))
@@ -141,7 +141,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in sys.argv[3:]:
         kind, *degrees = case.split(":")
-        torch.compiler.set_stance("force_eager" if kind == "eight" else "default")  # sooner than compiled
+        if kind == "eight":  # sooner than compiled
+            torch.compiler.set_stance("force_eager")
         parallel = ParallelConfig(**{name: int(n) for name, n in (d.split("=") for d in degrees)})
         train(Path(sys.argv[1]) / case.replace(":", "-"), int(sys.argv[2]), kind, parallel)
         join().wait()

@@ -53,7 +53,7 @@ def log(folder):
 def close(ours, theirs):
     """The logs of two runs are those of one computation."""
     ours, theirs = log(ours), log(theirs)
-    assert [e["step"] for e in ours] == list(range(6))
+    assert [e["step"] for e in ours] == list(range(4))
     for mine, expected in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert mine["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
@@ -147,8 +147,8 @@ def test_in_bfloat16_processes_gather_rounded_weights_and_train_what_one_trains(
 )
 def test_a_state_goes_on_on_another_mesh(one, tmp_path, first, second):
     (ranks, case), (others, then) = first, second
-    begun = run(tmp_path, ranks, case, stop_at=3) / case.replace(":", "-")
-    assert len(list((begun / "state-00000003").glob("*.safetensors"))) == ranks
+    begun = run(tmp_path, ranks, case, stop_at=2) / case.replace(":", "-")
+    assert len(list((begun / "state-00000002").glob("*.safetensors"))) == ranks
     goes_on = tmp_path / then.replace(":", "-")
     if goes_on != begun:
         shutil.move(begun, goes_on)
