@@ -118,11 +118,6 @@ def run_instruct(work: Work) -> dict[str, float]:
     return build_demonstrations(config, documents, engine, work.seed, work.output, work.inputs["model"].name)
 
 
-def run_sft(work: Work) -> dict[str, float]:
-    """D → a chat model."""
-    return sft(_config(work, SftConfig), *_data(work, "demonstrations"))
-
-
 def run_prefer(work: Work) -> dict[str, float]:
     """The chat model's checked samples → preferences P."""
     engine, _ = _engine(work.inputs["model"])
@@ -130,28 +125,22 @@ def run_prefer(work: Work) -> dict[str, float]:
     return build_preferences(config, engine, work.seed, work.output, work.inputs["model"].name)
 
 
-def run_reward(work: Work) -> dict[str, float]:
-    """P → a reward model."""
-    return reward(_config(work, RewardConfig), *_data(work, "preferences"))
+def _training(train: Callable[..., dict[str, float]], role: str, *others: str) -> Callable[[Work], dict[str, float]]:
+    """A stage that trains its input `model` on a JSONL file, given as itself or as the artifact that holds it."""
+
+    def run(work: Work) -> dict[str, float]:
+        start, given = work.inputs["model"], work.inputs[role]
+        data = given / f"{role}.jsonl" if given.is_dir() else given
+        place = Place(work.output, work.scratch, work.seed, work.label)
+        return train(work.config, start, data, load_tokenizer(start), place, *(work.inputs[o] for o in others))
+
+    return run
 
 
-def run_dpo(work: Work) -> dict[str, float]:
-    """P → a chat model that prefers what P prefers."""
-    return dpo(_config(work, DpoConfig), *_data(work, "preferences"))
-
-
-def run_online_dpo(work: Work) -> dict[str, float]:
-    """Prompts and the reward model → a chat model trained on its own answers."""
-    return online_dpo(_config(work, OnlineDpoConfig), work.inputs["reward"], *_data(work, "prompts"))
-
-
-def _data(work: Work, role: str) -> tuple[Path, Path, Tokenizer, Place]:
-    """The model to start from, a JSONL file given as itself or as the artifact that holds it, and so on."""
-    start, given = work.inputs["model"], work.inputs[role]
-    data = given / f"{role}.jsonl" if given.is_dir() else given
-    return start, data, load_tokenizer(start), Place(work.output, work.scratch, work.seed, work.label)
-
-
+run_sft = _training(sft, "demonstrations")
+run_reward = _training(reward, "preferences")
+run_dpo = _training(dpo, "preferences")
+run_online_dpo = _training(online_dpo, "prompts", "reward")
 Run = Callable[[Work], dict[str, float]]
 _GRAPH: list[tuple[str, Run, dict[str, str]]] = [
     ("corpus", run_corpus, {}),
@@ -208,7 +197,7 @@ _GIVEN = {  # role -> what to give for it
     "corpus": "A corpus artifact.",
     "tokenizer": "A folder with a tokenizer.",
     "tokens": "Token shards.",
-    "model": "The model to start from: a Hugging Face folder, a .gguf file or a hub id.",
+    "model": "The model: a Hugging Face folder, a .gguf file or a hub id.",
     "demonstrations": "A JSONL file of demonstrations D, or an instruct artifact.",
     "preferences": "A JSONL file of preferences P, or a prefer artifact.",
     "reward": "A reward model.",
@@ -216,45 +205,27 @@ _GIVEN = {  # role -> what to give for it
 }
 
 
-def _verb(about: str, config: type[BaseModel], run: Run, *roles: str, **others: str) -> Verb:
-    return Verb(about, config, {role: _GIVEN[role] for role in roles} | others, run)
+def _verb(about: str, config: type[BaseModel], run: Run, roles: str = "", **others: str) -> Verb:
+    return Verb(about, config, {role: _GIVEN[role] for role in roles.split()} | others, run)
 
 
-_SHARDS = ("tokens", "tokenizer", "corpus")
+_SHARDS = "tokens tokenizer corpus"
 _PRETRAIN = "Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep."
+_EXTEND = "Lengthen the context: longer rows, raised RoPE base."
+_ONLINE = "DPO on the model's own answers, judged by the reward model."
 VERBS: dict[str, Verb] = {
     "corpus": _verb("Raw documents to cleaned, filtered, deduplicated text.", CorpusStageConfig, run_corpus),
     "tokenizer": _verb("Train the byte-level BPE vocabulary.", TokenizerConfig, run_tokenizer, "corpus"),
-    "tokens": _verb("Text to shards of token ids.", TokensConfig, run_tokens, "corpus", "tokenizer"),
-    "pretrain": _verb(_PRETRAIN, PretrainConfig, run_pretrain, *_SHARDS),
-    "sweep": _verb(sweep.HELP, SweepConfig, sweep.run_sweep, *_SHARDS),
-    "extend": _verb(
-        "Lengthen the context: longer rows, raised RoPE base.", ExtendConfig, run_extend, "model", "tokens", "corpus"
-    ),
+    "tokens": _verb("Text to shards of token ids.", TokensConfig, run_tokens, "corpus tokenizer"),
+    "pretrain": _verb(_PRETRAIN, PretrainConfig, run_pretrain, _SHARDS),
+    "sweep": _verb(sweep.HELP, SweepConfig, sweep.run_sweep, _SHARDS),
+    "extend": _verb(_EXTEND, ExtendConfig, run_extend, "model tokens corpus"),
     "upcycle": _verb(upcycle.HELP, upcycle.UpcycleConfig, upcycle.run_upcycle, model="The dense Hugging Face folder."),
-    "instruct": _verb(
-        "Make demonstrations without people.",
-        InstructConfig,
-        run_instruct,
-        "corpus",
-        model="The base model to sample from.",
-    ),
-    "sft": _verb("Supervised fine-tuning on demonstrations.", SftConfig, run_sft, "model", "demonstrations"),
-    "prefer": _verb(
-        "Make preference pairs by sampling and checking.",
-        PreferConfig,
-        run_prefer,
-        model="The chat model to sample from.",
-    ),
-    "reward": _verb("Train a reward model on preference pairs.", RewardConfig, run_reward, "model", "preferences"),
-    "dpo": _verb("Direct preference optimization on preference pairs.", DpoConfig, run_dpo, "model", "preferences"),
-    "online-dpo": _verb(
-        "DPO on the model's own answers, judged by the reward model.",
-        OnlineDpoConfig,
-        run_online_dpo,
-        "model",
-        "reward",
-        "prompts",
-    ),
-    "evaluate": _verb("Score a model.", EvaluateConfig, evaluate_model, "corpus", model="The model."),
+    "instruct": _verb("Make demonstrations without people.", InstructConfig, run_instruct, "corpus model"),
+    "sft": _verb("Supervised fine-tuning on demonstrations.", SftConfig, run_sft, "model demonstrations"),
+    "prefer": _verb("Make preference pairs by sampling and checking.", PreferConfig, run_prefer, "model"),
+    "reward": _verb("Train a reward model on preference pairs.", RewardConfig, run_reward, "model preferences"),
+    "dpo": _verb("Direct preference optimization on preference pairs.", DpoConfig, run_dpo, "model preferences"),
+    "online-dpo": _verb(_ONLINE, OnlineDpoConfig, run_online_dpo, "model reward prompts"),
+    "evaluate": _verb("Score a model.", EvaluateConfig, evaluate_model, "model corpus"),
 }

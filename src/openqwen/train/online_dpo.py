@@ -67,11 +67,11 @@ class Episode:
 
 def online_dpo(
     config: OnlineDpoConfig,
-    reward_model: Path,
     start: Path,
     prompts: Path,
     tokenizer: Tokenizer,
     place: Place,
+    reward_model: Path,
 ) -> dict[str, float]:
     """Improve the model at `start`, which is the reference too, on a JSONL file of prompts; save to the output."""
     generators = Generators(place.seed)
@@ -103,7 +103,11 @@ def online_dpo(
         slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
         ranks = [v for g in slices for v in votes(sequences[g], rewards[g])] if config.vote else rewards
         found = [pair for pair in (_best_and_worst(outputs, ranks, group) for group in slices) if pair]
-        groups = [_compared(sequences, outputs, best, worst) for best, worst in found]
+        groups = []
+        for best, worst in found:
+            prompt = outputs[best].prompt_ids
+            groups.append(Compared(prompt))
+            groups[-1].add(*(sequences[n][len(prompt) :] for n in (best, worst)))
         if config.first_difference:
             groups = [group.to_first_difference() for group in groups]
         episodes = []
@@ -139,13 +143,6 @@ def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[fl
 def _ids(output: Output, eos_id: int) -> list[int]:
     """The whole sequence as the policy wrote it."""
     return output.prompt_ids + output.token_ids + ([eos_id] if output.finish_reason == "stop" else [])
-
-
-def _compared(sequences: list[list[int]], outputs: list[Output], best: int, worst: int) -> Compared:
-    group = Compared(outputs[best].prompt_ids)
-    start = len(group.prompt)
-    group.add(sequences[best][start:], sequences[worst][start:])
-    return group
 
 
 def _best_and_worst(outputs: list[Output], rewards: list[float], group: slice) -> tuple[int, int] | None:
