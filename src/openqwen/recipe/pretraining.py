@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from openqwen.train.trainer import Place
 
 def run_pretrain(work: Work) -> dict[str, float]:
     """Token shards → a base model, from random weights or from a checkpoint."""
-    config = cast(PretrainConfig, work.config)
+    config = work.config
     tokenizer = load_tokenizer(work.inputs["tokenizer"])
     if config.model is not None:
         tokenizer = _checked_tokenizer(tokenizer, config.model, work.inputs["tokenizer"])
@@ -34,7 +33,7 @@ def run_pretrain(work: Work) -> dict[str, float]:
 def run_extend(work: Work) -> dict[str, float]:
     """A base model → one with a longer context."""
     start = work.inputs["model"]
-    return _pretrain(work, cast(ExtendConfig, work.config), start, load_tokenizer(start))
+    return _pretrain(work, work.config, start, load_tokenizer(start))
 
 
 def _pretrain(

@@ -7,7 +7,7 @@ After each stage that makes a model stands an `evaluate-…` stage that scores i
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,8 +35,6 @@ from openqwen.train.reward import RewardConfig, reward
 from openqwen.train.sft import SftConfig, sft
 from openqwen.train.sweep import SweepConfig
 from openqwen.train.trainer import Place
-
-Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class CorpusStageConfig(CorpusConfig):
@@ -70,10 +68,6 @@ class Recipe(BaseModel):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="the scores after each stage")
 
 
-def _config(work: Work, kind: type[Settings]) -> Settings:
-    return cast(kind, work.config)  # type: ignore[valid-type]
-
-
 def _engine(folder: Path) -> tuple[Engine, Tokenizer]:
     tokenizer = load_tokenizer(folder)
     return Engine(load_model(folder, device=best_device()), tokenizer), tokenizer
@@ -81,13 +75,13 @@ def _engine(folder: Path) -> tuple[Engine, Tokenizer]:
 
 def run_corpus(work: Work) -> dict[str, float]:
     """Raw documents → train.parquet, heldout.parquet, corpus.json."""
-    config = _config(work, CorpusStageConfig)
-    return build_corpus(config, task_documents(work.seed, config.task_documents), work.output, work.seed)
+    tasks = task_documents(work.seed, work.config.task_documents)
+    return build_corpus(work.config, tasks, work.output, work.seed)
 
 
 def run_tokenizer(work: Work) -> dict[str, float]:
     """The corpus's training documents → a vocabulary."""
-    config = _config(work, TokenizerConfig)
+    config = work.config
     tokenizer = train_tokenizer((d["text"] for d in read_documents(work.inputs["corpus"] / "train.parquet")), config)
     tokenizer.save(work.output)
     texts: dict[str, list[str]] = {}
@@ -114,15 +108,13 @@ def run_instruct(work: Work) -> dict[str, float]:
     """Documents and the base model's own samples → demonstrations D."""
     documents = (d for d in read_documents(work.inputs["corpus"] / "train.parquet") if d["source"] != "tasks")
     engine, _ = _engine(work.inputs["model"])
-    config = _config(work, InstructConfig)
-    return build_demonstrations(config, documents, engine, work.seed, work.output, work.inputs["model"].name)
+    return build_demonstrations(work.config, documents, engine, work.seed, work.output, work.inputs["model"].name)
 
 
 def run_prefer(work: Work) -> dict[str, float]:
     """The chat model's checked samples → preferences P."""
     engine, _ = _engine(work.inputs["model"])
-    config = _config(work, PreferConfig)
-    return build_preferences(config, engine, work.seed, work.output, work.inputs["model"].name)
+    return build_preferences(work.config, engine, work.seed, work.output, work.inputs["model"].name)
 
 
 def _training(train: Callable[..., dict[str, float]], role: str, *others: str) -> Callable[[Work], dict[str, float]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ _WIDE = 10  # upper over lower end of an interval that says nothing
 
 def run_sweep(work: Work) -> dict[str, float]:
     """Token shards → sweep.json and sweep.html: the cells, the laws, and what they predict for the size asked about."""
-    config = cast(SweepConfig, work.config)
+    config = work.config
     folder, corpus = work.inputs["tokens"], work.inputs["corpus"]
     tokenizer, sources = load_tokenizer(work.inputs["tokenizer"]), token_sources(folder)
     settings = config.model_copy(update={"data": weighted(config.data, corpus, sources)})

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Self
 
 import torch
 from pydantic import Field
@@ -55,7 +56,7 @@ class Pairs:
     reference: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu") -> "Pairs":
+    def of(cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu") -> Self:
         """Lay out groups; `reference` holds the log-probabilities of all their answers."""
         rows = branches([(group.prompt, group.answers) for group in groups], device)
         return cls(rows, pair_numbers(groups).to(device), reference.to(device))

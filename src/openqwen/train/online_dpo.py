@@ -28,7 +28,7 @@ from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.parallel import copy_weights, join
 from openqwen.train.reward import score_sequences
-from openqwen.train.rows import Rows, cut_to_budget
+from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
@@ -52,17 +52,11 @@ class OnlineDpoConfig(TrainingConfig):
 
 
 @dataclass
-class Episode:
+class Episode(Pairs):
     """Pairs made in this step; `rewards` and `lengths` are sums over the pairs of their prompts' sample means."""
 
-    pairs: Pairs
-    rewards: float
-    lengths: float
-
-    @property
-    def rows(self) -> Rows:
-        """What is fed."""
-        return self.pairs.rows
+    rewards: float = 0.0
+    lengths: float = 0.0
 
 
 def online_dpo(
@@ -114,15 +108,16 @@ def online_dpo(
         for cut in cut_to_budget([group.size for group in groups], config.micro_tokens):
             part = groups[cut]
             share = len(part) / len(rewards)
-            pairs = Pairs.of(part, torch.empty(0), device)
-            lengths = sum(len(o.token_ids) for o in outputs) * share
-            episodes.append(Episode(pairs, sum(rewards) * share, lengths))
+            episode = Episode.of(part, torch.empty(0), device)
+            episode.rewards = sum(rewards) * share
+            episode.lengths = sum(len(o.token_ids) for o in outputs) * share
+            episodes.append(episode)
         return episodes
 
     def loss(episode: Episode) -> Loss:
         with torch.no_grad():
-            episode.pairs.reference = document_log_probs(reference, episode.pairs.rows)
-        value = episode.pairs.loss(model, config.beta)
+            episode.reference = document_log_probs(reference, episode.rows)
+        value = episode.loss(model, config.beta)
         value.extras |= {"reward": episode.rewards, "length": episode.lengths}
         return value
 

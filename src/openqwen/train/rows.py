@@ -54,11 +54,6 @@ class Rows:
             spared=sum(firsts),
         )
 
-    @property
-    def rows(self) -> "Rows":
-        """Itself: a micro-batch that needs nothing besides."""
-        return self
-
     def flops(self, config: ModelConfig) -> float:
         """Floating-point operations of a language model's forward and backward pass over these rows."""
         return config.flops(len(self.tokens), len(self.targets), seen=float((self.positions + 1).sum()))

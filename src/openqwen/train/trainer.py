@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,16 +71,7 @@ class Place:
     label: str
 
 
-class Batch(Protocol):
-    """A micro-batch: what is fed in one forward call, and whatever its loss needs besides."""
-
-    @property
-    def rows(self) -> Rows:
-        """The tokens that are fed."""
-        ...
-
-
-Micro = TypeVar("Micro", bound=Batch)
+Micro = TypeVar("Micro")  # Rows, or what has them as `rows`
 
 
 @dataclass
@@ -200,7 +191,8 @@ class Trainer(Generic[Micro]):
                 self._move(mover, scale)
             mover.zero_grad()
         seconds = time.perf_counter() - start
-        tokens = sum(len(m.rows.tokens) + m.rows.spared for m in micros)
+        rows = [_fed(micro) for micro in micros]
+        tokens = sum(len(r.tokens) + r.spared for r in rows)
         entry = {
             "step": step,
             "loss": total / count,
@@ -213,7 +205,7 @@ class Trainer(Generic[Micro]):
             **{name: value / count for name, value in extras.items()},
         }
         if self.timed:
-            entry["flops_per_second"] = sum(m.rows.flops(self.model.config) for m in micros) / seconds
+            entry["flops_per_second"] = sum(r.flops(self.model.config) for r in rows) / seconds
             entry["peak_share"] = entry["flops_per_second"] / peak_flops(self._device)
         return entry | ({"skipped": 1.0} if why else {})
 
@@ -279,7 +271,7 @@ class Trainer(Generic[Micro]):
         peak = peak_memory(self._device) / 2**30
         return OpenQwenError(
             f"Memory ran out in step {step} of {self.label}{self._named(step)}, in a micro-batch of "
-            f"{len(micro.rows.tokens):,} tokens; the most held was {peak:.1f} GiB.",
+            f"{len(_fed(micro).tokens):,} tokens; the most held was {peak:.1f} GiB.",
             where=self.scratch,
             do=f"{LEVERS}. The last saved state is whole, and training goes on from it",
         )
@@ -313,6 +305,11 @@ class Trainer(Generic[Micro]):
         else:
             torch._foreach_mul_(_gradients(parameters), scale)
         mover.step()
+
+
+def _fed(micro: Any) -> Rows:
+    """What a micro-batch feeds."""
+    return getattr(micro, "rows", micro)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -58,7 +58,6 @@ def bench(
     steps: int = 4,
     repeats: int = 1,
     recompute: Recompute = "nothing",
-    peer_huge_pages: bool = False,
 ) -> None:
     """Measure training and print tokens/s, the share of this machine's matrix peak, and the most memory held.
 
@@ -71,7 +70,6 @@ def bench(
         steps: Steps of a run; the first is not counted.
         repeats: Runs of each side, in turn; medians are printed.
         recompute: Activations that our side computes again.
-        peer_huge_pages: Give the peer the huge pages that we ask PyTorch for.
     """
     if kind == "sft" and model is None:
         raise OpenQwenError("Which model shall be fine-tuned?", where="--model", do="give the folder of a checkpoint")
@@ -84,9 +82,7 @@ def bench(
         for _ in range(repeats):
             runs["OpenQwen"].append(_run([sys.executable, "-m", __name__], name, dict(os.environ)))
             if peer:
-                without = (
-                    {"PYTHONPATH"} if peer_huge_pages else {"PYTHONPATH", HUGE_PAGES}
-                )  # importing us sets the latter
+                without = {"PYTHONPATH", HUGE_PAGES}  # importing us sets the latter
                 environment = {key: value for key, value in os.environ.items() if key not in without}
                 runs["peer"].append(_run([peer, str(_PEER)], name, environment))
     console.print(_table(kind, runs, job))

@@ -67,7 +67,7 @@ class World:
     def arranged(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
         """These processes on a mesh of the given degrees. OpenQwenError where they do not fit."""
         check(parallel, model.config, self.size)
-        return self if self.alone else replace(self, mesh=Mesh.of(parallel, self.size, best_device().type))
+        return self if self.alone else replace(self, mesh=Mesh(parallel, self.size, best_device().type))
 
     def shard(self, model: Network, low: bool = False) -> Callable[[], Network]:
         """Shard the network over the ranks, in place; nothing where this process is alone. low: see `shard.shard`.
