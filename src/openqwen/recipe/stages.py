@@ -7,7 +7,6 @@ After each stage that makes a model stands an `evaluate-…` stage that scores i
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -98,10 +97,7 @@ def run_tokenizer(work: Work) -> dict[str, float]:
 def run_tokens(work: Work) -> dict[str, float]:
     """The corpus's training documents → token shards."""
     table = write_shards(work.inputs["corpus"] / "train.parquet", load_tokenizer(work.inputs["tokenizer"]), work.output)
-    return {
-        "tokens": sum(s["tokens"] for s in table.values()),
-        "documents": sum(s["documents"] for s in table.values()),
-    }
+    return {what: sum(s[what] for s in table.values()) for what in ("tokens", "documents")}
 
 
 def run_instruct(work: Work) -> dict[str, float]:
@@ -134,26 +130,26 @@ run_reward = _training(reward, "preferences")
 run_dpo = _training(dpo, "preferences")
 run_online_dpo = _training(online_dpo, "prompts", "reward")
 Run = Callable[[Work], dict[str, float]]
+_ALIGNED = {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"}  # what its scores stand beside
 _GRAPH: list[tuple[str, Run, dict[str, str]]] = [
     ("corpus", run_corpus, {}),
     ("tokenizer", run_tokenizer, {"corpus": "corpus"}),
     ("tokens", run_tokens, {"corpus": "corpus", "tokenizer": "tokenizer"}),
     ("pretrain", run_pretrain, {"tokens": "tokens", "tokenizer": "tokenizer", "corpus": "corpus"}),
+    ("evaluate-pretrain", evaluate_model, {"model": "pretrain", "corpus": "corpus"}),
     ("extend", run_extend, {"model": "pretrain", "tokens": "tokens", "corpus": "corpus"}),
+    ("evaluate-extend", evaluate_model, {"model": "extend", "corpus": "corpus"}),
     ("instruct", run_instruct, {"corpus": "corpus", "model": "extend"}),
     ("sft", run_sft, {"model": "extend", "demonstrations": "instruct"}),
+    ("evaluate-sft", evaluate_model, {"model": "sft", "corpus": "corpus", "base": "evaluate-extend"}),
     ("prefer", run_prefer, {"model": "sft"}),
     ("reward", run_reward, {"model": "sft", "preferences": "prefer"}),
+    ("evaluate-reward", evaluate_reward, {"reward": "reward", "preferences": "prefer"}),
     ("dpo", run_dpo, {"model": "sft", "preferences": "prefer"}),
+    ("evaluate-dpo", evaluate_model, {"model": "dpo", "corpus": "corpus", **_ALIGNED}),
     ("online-dpo", run_online_dpo, {"model": "dpo", "reward": "reward", "prompts": "instruct"}),
+    ("evaluate-online-dpo", evaluate_model, {"model": "online-dpo", "corpus": "corpus", **_ALIGNED}),
 ]
-_SCORED: dict[str, dict[str, str]] = {  # what an evaluation reads besides the model and the corpus
-    "pretrain": {},
-    "extend": {},
-    "sft": {"base": "evaluate-extend"},
-    "dpo": {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"},
-    "online-dpo": {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"},
-}
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -161,21 +157,13 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     estimates = Estimates(recipe)
     stages: list[Stage] = []
     for name, run, inputs in _GRAPH:
-        config = TokensConfig() if name == "tokens" else getattr(recipe, name.replace("-", "_"))
+        kind = "evaluate" if run is evaluate_model else name
+        field = "evaluate" if run in (evaluate_model, evaluate_reward) else name.replace("-", "_")
+        config = TokensConfig() if name == "tokens" else getattr(recipe, field)
         folder = recipe.corpus.folder if name == "corpus" else None
-        outside = {"folder": folder} if folder else outside_of(config)
-        stages.append(Stage(name, name, config, run, inputs, outside, estimates.of(name)))
-        if name in _SCORED:
-            read = {"model": name, "corpus": "corpus"} | _SCORED[name]
-            stages.append(_evaluation(name, "evaluate", evaluate_model, read, recipe, estimates))
-        elif name == "reward":
-            read = {"reward": "reward", "preferences": "prefer"}
-            stages.append(_evaluation(name, "evaluate-reward", evaluate_reward, read, recipe, estimates))
+        outside = {"folder": folder} if folder else {} if field == "evaluate" else outside_of(config)
+        stages.append(Stage(name, kind, config, run, inputs, outside, estimates.of(name)))
     return stages
-
-
-def _evaluation(name: str, kind: str, run: Run, read: dict[str, str], recipe: Recipe, estimates: Any) -> Stage:
-    return Stage(f"evaluate-{name}", kind, recipe.evaluate, run, read, estimate=estimates.of(f"evaluate-{name}"))
 
 
 def finish(run_folder: Path) -> list[str]:

@@ -6,8 +6,6 @@ processes FSDP2 gathers the layers' weights rounded: half is sent, and no rounde
 forward pass, as autocast's would.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -28,11 +26,9 @@ def is_low(precision: Precision, device: torch.device) -> bool:
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 
-@contextmanager
-def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Forward passes in here compute so."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=is_low(precision, device)):
-        yield
+def computing(precision: Precision, device: torch.device) -> torch.autocast:
+    """Forward passes in this context compute so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_low(precision, device))
 
 
 def compile_layers(model: nn.Module) -> None:

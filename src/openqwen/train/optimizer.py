@@ -126,9 +126,6 @@ class TableAdamW(torch.optim.Optimizer):
     decay is left. Fine-tuning with a vocabulary of 150,000 looks up few of them.
     """
 
-    def __init__(self, tables: list[Tensor], settings: dict[str, Any]):
-        super().__init__(tables, settings)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move the tables; nothing that has no gradient."""

@@ -76,7 +76,8 @@ class World:
         """
         if self.mesh is None:
             return lambda: model
-        blueprint = copy.deepcopy(model, {id(p): _shape_of(p) for p in model.parameters()})
+        shapes = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+        blueprint = copy.deepcopy(model, shapes)
         shard(model, self.mesh, low)
         _WORLDS[model] = self
 
@@ -171,10 +172,6 @@ def world_of(model: nn.Module) -> World:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _shape_of(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 @cache
