@@ -157,30 +157,24 @@ def _ways(stage: _Stage, network: ModelConfig, setting: Setting, device: Device,
     """What would make it fit, one lever at a time, and as much less to a row as it takes. With each, all divisions,
     recomputations and micro-batches are tried, and the fastest is told. packed: whether a base may be quantised."""
 
-    def found(changed: Setting, rows: int) -> Setting | None:
-        shorter = replace(changed, longest=rows, micro_tokens=min(rows, changed.micro_tokens))
-        return best(network, shorter, device, stage.context)
-
-    def told(lever: str, rows: int, fits: Setting) -> str:
-        cut = f"rows of at most {rows:,} tokens" if rows < setting.longest else ""
-        return f"{' and '.join(filter(None, (lever, cut)))}: {_how(fits)}"
-
     levers = {"": setting, "method adamw8bit (moments in 8 bits)": replace(setting, moments=BYTES)}
     if stage.name == "sft":
         few = replace(setting, trained=min(setting.trained, _adapters(network, 16)))
         levers["lora.rank 16 (adapters)"] = few
         if packed:
             levers["lora.rank 16, lora.base int4"] = replace(few, frozen=_frozen(network, "int4"))
-    lengths = [n for n in (setting.longest, 4_096, 1_024) if n <= setting.longest]
-    for lever, changed in levers.items():
-        if fitting := next(((n, fits) for n in lengths if (fits := found(changed, n))), None):
-            yield told(lever, *fitting)
     counts = [setting.devices << n for n in range(1, _MOST.bit_length()) if setting.devices << n <= _MOST]
-    for rows in lengths:  # fewer devices may do where rows are shorter
-        tried = ((c, found(replace(setting, devices=c), rows)) for c in counts)
-        if fewer := next(((c, fits) for c, fits in tried if fits), None):
-            yield told(f"{fewer[0]} of these devices", rows, fewer[1])
-            counts = [c for c in counts if c < fewer[0]]
+    levers |= {f"{count} of these devices": replace(setting, devices=count) for count in counts}
+    reached = 0  # the longest rows that the devices tried so far take
+    for lever, changed in levers.items():
+        more = changed.devices > setting.devices
+        for rows in (n for n in (setting.longest, 4_096, 1_024) if reached * more < n <= setting.longest):
+            shorter = replace(changed, longest=rows, micro_tokens=min(rows, changed.micro_tokens))
+            if fits := best(network, shorter, device, stage.context):
+                cut = f"rows of at most {rows:,} tokens" if rows < setting.longest else ""
+                yield f"{' and '.join(filter(None, (lever, cut)))}: {_how(fits)}"
+                reached = rows if more else reached
+                break
 
 
 def _table() -> Table:

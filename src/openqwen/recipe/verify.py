@@ -6,7 +6,7 @@ are promised.
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -147,7 +147,8 @@ def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: 
         except Kill:
             resumed = train(folder / "cut")
     pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
-    return Proof("a resumed run gives an uninterrupted one's weights", _largest(a - b for a, b in pairs), 0.0)
+    apart = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    return Proof("a resumed run gives an uninterrupted one's weights", apart, 0.0)
 
 
 def trainer_equals_engine(model: Qwen2, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int) -> Iterator[Proof]:
@@ -212,12 +213,8 @@ def _gradient(model: Qwen2, micros: Sequence[Sequence[Sample]]) -> tuple[list[Te
 
 def _relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """‖a − b‖ / ‖b‖ over all tensors."""
-    size: Callable[[Sequence[Tensor]], float] = lambda tensors: float(torch.nn.utils.get_total_norm(tensors))  # noqa: E731
-    return size([x - y for x, y in zip(a, b, strict=True)]) / max(size(b), 1e-30)
-
-
-def _largest(differences: Iterator[Tensor]) -> float:
-    return max(float(d.detach().abs().max()) for d in differences)
+    apart, size = map(torch.nn.utils.get_total_norm, ([x - y for x, y in zip(a, b, strict=True)], b))
+    return float(apart) / max(float(size), 1e-30)
 
 
 def _table(proofs: Sequence[Proof]) -> Table:

@@ -12,7 +12,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -35,7 +34,7 @@ from openqwen.train.parallel import World, join
 from openqwen.train.recompute import recompute
 from openqwen.train.rows import Rows
 from openqwen.train.state import StateWriter, load_best, load_state
-from openqwen.train.track import Tracking
+from openqwen.train.track import tracking
 from openqwen.train.validation import HELD_OUT, ValidationConfig, best_step
 
 METRICS = "metrics.jsonl"
@@ -125,10 +124,10 @@ class Trainer(Generic[Micro]):
             write_text(self.scratch / METRICS, "".join(map(_line, metrics)))
         self.model.train()
         last_save = time.monotonic()
-        tracking = Tracking(self.optimizer.track if self.world.main else [], self.scratch, self.label, first)
+        trackers = self.optimizer.track if self.world.main else []
         with (
             freed_memory_kept(),
-            closing(tracking),
+            tracking(trackers, self.scratch, self.label, first) as track,
             open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
             StateWriter(self.scratch, self.config.save.keep, self.world) as writer,
             progress(self.label, self.steps, "steps", done=first) as bar,
@@ -138,7 +137,7 @@ class Trainer(Generic[Micro]):
                 if self.held_out and self.validation.due(step, self.steps):
                     entry[HELD_OUT] = self._held_out_loss(self.held_out())
                 log.write(_line(entry))
-                tracking.log(entry)
+                track(entry)
                 metrics.append(entry)
                 if self.validation.outcome == "best" and best_step(metrics) == step:
                     writer.save_best(step, self.model)
@@ -214,7 +213,7 @@ class Trainer(Generic[Micro]):
         total, count, extras = 0.0, 0, dict[str, float]()
         for micro, counts in self.world.share(micros):
             try:
-                with self._computing():
+                with computing(self.optimizer.precision, self._device):
                     loss = self.loss(micro)
                 (loss.sum * counts).backward()
             except Exception as error:
@@ -234,7 +233,7 @@ class Trainer(Generic[Micro]):
         self.model.eval()
         total, count = 0.0, 0
         for micro, counts in self.world.share(micros):
-            with self._computing():
+            with computing(self.optimizer.precision, self._device):
                 loss = self.loss(micro)
             total, count = total + loss.sum.item() * counts, count + loss.count * counts
         self.model.train()
@@ -275,9 +274,6 @@ class Trainer(Generic[Micro]):
             where=self.scratch,
             do=f"{LEVERS}. The last saved state is whole, and training goes on from it",
         )
-
-    def _computing(self) -> AbstractContextManager[None]:
-        return computing(self.optimizer.precision, self._device)
 
     @property
     def _device(self) -> torch.device:
