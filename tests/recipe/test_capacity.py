@@ -7,7 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from openqwen.cli import main
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.recipe import plan_devices
 from openqwen.recipe.capacity import DEVICES, GIB, Setting, best, choices, memory
+from openqwen.recipe.stages import Recipe
+from openqwen.train.eight_bit import BYTES, parts
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, optimizers
 from openqwen.train.parallel import ParallelConfig
@@ -56,6 +59,34 @@ def test_memory_is_what_training_takes(again, more, size):
     assert found.total == pytest.approx(allocated(config, again, lengths), rel=0.15)
 
 
+def test_moments_in_eight_bits_are_counted():
+    pytest.importorskip("torchao", reason="8-bit AdamW is torchao's; it is not installed")
+    config = ModelConfig(4_096, 256, 768, 4, 4, 2, tie_word_embeddings=True)
+    with torch.compiler.set_stance("force_eager"):  # it holds much more while it moves a matrix, not between steps
+        found = memory(config, Setting(1, ALONE, "nothing", 512, 512, moments=BYTES))
+        model = Qwen2(config)
+        movers = optimizers(model, OptimizerConfig(method="adamw8bit"))
+        rows = Rows.of([(np.arange(20), np.ones(20, dtype=bool))])
+        next_token(model, rows).sum.backward()
+        for mover in movers:
+            mover.step()
+    states = [v for m in movers for s in m.state.values() for v in s.values()]
+    kept = sum(t.nbytes for v in states for t in (parts(v).values() or [v]))
+    assert found.optimizer == pytest.approx(kept, rel=0.02)
+
+
+def test_data_stages_are_counted_whole():
+    recipe = Recipe(
+        pretrain={"stages": {
+            "short": {"tokens": 3_000, "context": 128},
+            "long": {"tokens": 1_000, "context": 16_384, "lengths": {16_384: 0.4, 1_024: 0.6}},
+        }}
+    )  # fmt: skip
+    stage = next(plan_devices._stages(recipe))
+    assert (stage.tokens, stage.longest, stage.micro) == (4_000, 16_384, 16_384)
+    assert stage.context == pytest.approx((3_000 * 64 + 400 * 8_192 + 600 * 512) / 4_000)
+
+
 def test_what_fits_grows_with_devices_and_shrinks_with_the_network():
     small, large = ModelConfig.named("qwen2.5-7b"), ModelConfig.named("qwen2.5-72b")
     plain = Setting(8, ALONE, "nothing", 8_192, 8_192)
@@ -73,6 +104,10 @@ def test_what_fits_grows_with_devices_and_shrinks_with_the_network():
     [
         (["--gpus", "8xH100", "--model", "qwen2.5-7b"], ["7.62 billion weights on 8 x H100", "fastest", "hours"]),
         (["--gpus", "2x4090", "--model", "qwen2.5-72b"], ["does not fit on 2 x 4090"]),
+        (
+            ["--gpus", "4090", "--model", "qwen2.5-1.5b"],
+            ["It would with", "adamw8bit", "lora.rank 16", "2 of these devices", "recompute"],
+        ),
         (["--gpus", "cpu"], ["on 1 x cpu", "pretrain", "online-dpo"]),
     ],
 )

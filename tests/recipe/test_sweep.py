@@ -182,3 +182,15 @@ def test_the_weights_of_the_corpus_are_the_mixture_where_none_is_named(made):
     assert sum(pretraining.weighted(data, made / "corpus", sources).mixture.values()) == pytest.approx(1)
     named = data.model_copy(update={"mixture": {"code": 1.0}})
     assert pretraining.weighted(named, made / "corpus", sources) == named
+
+
+def test_pretraining_measures_held_out_text_and_keeps_the_best_weights(made, tmp_path):
+    data = ["--data.tokens", "3000", "--data.context", "32", "--data.batch-tokens", "400"]
+    asked = ["--validation.tokens", "500", "--validation.every", "2", "--validation.outcome", "best"]
+    command = ["pretrain", *inputs(made), *NETWORK, *data, "--output", str(tmp_path / "model")]
+    assert cli.main([*command, "--validation.every", "2"]) == 1  # and nothing is held out
+    assert cli.main([*command, *asked]) == 0
+    log = [json.loads(line) for line in (tmp_path / "model" / "metrics.jsonl").read_text().splitlines()]
+    measured = [entry["validation_loss"] for entry in log if "validation_loss" in entry]
+    assert len(measured) == -(-len(log) // 2)
+    assert measured[-1] < measured[0]

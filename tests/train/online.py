@@ -9,6 +9,7 @@ from openqwen.tokenizer import load_tokenizer
 from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import ParallelConfig, join
+from openqwen.train.trainer import Place
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -17,8 +18,8 @@ if __name__ == "__main__":
     train = OptimizerConfig(learning_rate=1e-3, parallel=ParallelConfig(tensor=int(sys.argv[3])))
     config = OnlineDpoConfig(steps=3, batch=3, samples=6, max_tokens=60, micro_tokens=100, train=train)
     tokenizer = load_tokenizer(given / "model")
-    inputs = (given / "model", given / "reward", given / "prompts.jsonl", tokenizer)
-    online_dpo(config, *inputs, own, made / "scratch", seed=3, label="online")
+    place = Place(own, made / "scratch", seed=3, label="online")
+    online_dpo(config, given / "model", given / "prompts.jsonl", tokenizer, place, given / "reward")
     join().wait()
     if not join().alone:
         torch.distributed.destroy_process_group()

@@ -22,7 +22,7 @@ from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import ParallelConfig, join, load_for_training, whole_tensor
 from openqwen.train.reward import Answers
 from openqwen.train.rows import Rows
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 SIZES = {
     "num_hidden_layers": 3,
@@ -40,7 +40,7 @@ EXPERTS = {
 }
 
 
-STEPS = 6
+STEPS = 4
 
 
 class Stop(Exception):
@@ -81,7 +81,8 @@ def comparisons(step):
 def work(kind, generators, folder):
     """A network, its micro-batches of a step, and its loss."""
     more = EXPERTS if kind == "experts" else {"dual_chunk": DualChunk(8, 2, 0)} if kind == "dual" else {}
-    config = ModelConfig(64, 32, 48, **SIZES, **more)
+    width = 128 if kind == "eight" else 32  # moments in 8 bits are for rows of whole blocks
+    config = ModelConfig(64, width, 48, **SIZES, **more)
     model = Scorer(config) if kind == "reward" else Qwen2(config)
     initialize(model, generators.torch("weights"))
     if kind not in ("adapters", "reward"):  # as a stage begins: each rank reads its own part, and nothing else
@@ -102,33 +103,34 @@ def work(kind, generators, folder):
     return model, rows, lambda micro: next_token(model, micro)
 
 
+seen = set()  # dtypes of weights as a layer gets them
+
+
 def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> None:
-    """Train six steps; stop before step `stop_at`."""
-    generators = Generators(5)
-    model, micros, loss = work(kind, generators, folder / "start")
+    """Train four steps; stop before step `stop_at`."""
+    generators, low = Generators(5), kind.startswith("low-")
+    model, micros, loss = work(kind.removeprefix("low-"), generators, folder / "start")
+    model.model.layers[0].register_forward_pre_hook(lambda layer, _: seen.add(next(layer.parameters()).dtype))
 
     def batch(step):
         if step == stop_at:
             raise Stop
         return micros(step)
 
-    trainer = Watched(
-        label="ranks",
-        model=model,
-        batch=batch,
-        loss=loss,
-        tokens=lambda micro: len(getattr(micro, "rows", micro).tokens),
-        steps=STEPS,
-        optimizer=OptimizerConfig(learning_rate=1e-2, parallel=parallel),
-        save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9),
-        scratch=folder,
-        output=folder / "output",
-        generators=generators,
+    train = OptimizerConfig(
+        learning_rate=1e-2,
+        parallel=parallel,
+        method="adamw8bit" if kind == "eight" else "adamw",
+        precision="bfloat16" if low else "float32",
     )
+    config = TrainingConfig(train=train, save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9))
+    place = Place(folder / "output", folder, 5, "ranks")
+    trainer = Watched(place, config, model, batch, loss, STEPS, generators)
     try:
         trainer.run()
     except Stop:
         return
+    print(kind, *seen, {p.dtype for p in model.parameters()})
     whole = trainer.whole()
     if trainer.world.main:
         save_file({n: p.detach().contiguous() for n, p in whole.named_parameters()}, folder / "weights.safetensors")
@@ -139,6 +141,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in sys.argv[3:]:
         kind, *degrees = case.split(":")
+        if kind == "eight":  # sooner than compiled
+            torch.compiler.set_stance("force_eager")
         parallel = ParallelConfig(**{name: int(n) for name, n in (d.split("=") for d in degrees)})
         train(Path(sys.argv[1]) / case.replace(":", "-"), int(sys.argv[2]), kind, parallel)
         join().wait()

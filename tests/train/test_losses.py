@@ -1,5 +1,11 @@
 """Losses and log-probabilities against closed forms and independent float64 transcriptions."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -89,6 +95,22 @@ def test_cross_entropy_with_its_gradient_made_ahead_equals_plain_cross_entropy(m
         assert_close(head.grad.double(), head64.grad, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         assert_close(cross_entropy(hidden, head, targets), mine)
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("liger_kernel", "triton"))), reason="Liger-Kernel or Triton is not installed"
+)
+def test_ligers_cross_entropy_is_ours():
+    """On the CPU, by Triton's interpreter; a GPU is what it is used on."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    script = Path(__file__).with_name("liger.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    apart = [list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("apart")]
+    exact, rounded = apart
+    assert max(exact) < 1e-5
+    assert max(rounded) < 3e-2
+    assert "by Liger-Kernel" in done.stdout
 
 
 def test_nothing_to_learn_is_a_sum_of_nothing():

@@ -6,13 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from training import Stop, network, trainer
 
-from openqwen.model import ModelConfig, Qwen2, initialize
-from openqwen.support.generators import Generators
-from openqwen.train.losses import next_token
+from openqwen.model import ModelConfig, Qwen2
 from openqwen.train.optimizer import OptimizerConfig, TableAdamW, optimizers
 from openqwen.train.rows import Rows
-from openqwen.train.trainer import SaveConfig, Trainer
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -41,38 +39,18 @@ def test_sparse_and_dense_adamw_give_the_same_bits(decay):
 
 
 @pytest.fixture
-def network():
-    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, max_position_embeddings=64, tie_word_embeddings=False))
-    initialize(model, torch.Generator().manual_seed(5))
-    return model
+def model():
+    return network(tied=False)
 
 
-class Stop(Exception):
-    """Stands for a kill."""
+def few(generators, step):
+    """Micro-batches that look up few rows at first."""
+    ids = generators["data"].integers(0, 5 + 2 * step, 9).tolist()
+    return [Rows.of([(ids, [1] * 9)]), Rows.of([(ids[::-1], [1] * 9)])]
 
 
-def trainer(model, folder, stop_at=None, steps=6):
-    generators = Generators(5)
-
-    def batch(step):
-        if step == stop_at:
-            raise Stop
-        ids = generators["data"].integers(0, 5 + 2 * step, 9).tolist()
-        return [Rows.of([(ids, [1] * 9)]), Rows.of([(ids[::-1], [1] * 9)])]
-
-    return Trainer(
-        label="test",
-        model=model,
-        batch=batch,
-        loss=lambda rows: next_token(model, rows),
-        tokens=lambda rows: len(rows.tokens),
-        steps=steps,
-        optimizer=OptimizerConfig(learning_rate=1e-2, clip=0.1),
-        save=SaveConfig(seconds=0),
-        scratch=folder,
-        output=folder / "output",
-        generators=generators,
-    )
+def start(model, folder, stop_at=None):
+    return trainer(folder, model, stop_at, steps=6, micros=few, clip=0.1)
 
 
 def alike(one, other):
@@ -85,41 +63,41 @@ def dense_everywhere(monkeypatch):
     monkeypatch.setattr("openqwen.train.optimizer._is_table", lambda embedding, model: False)
 
 
-def test_who_keeps_moments_of_what(network):
-    assert [type(m) for m in optimizers(network, OptimizerConfig())] == [torch.optim.AdamW, TableAdamW]
+def test_who_keeps_moments_of_what(model):
+    assert [type(m) for m in optimizers(model, OptimizerConfig())] == [torch.optim.AdamW, TableAdamW]
     tied = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True))
     assert [type(m) for m in optimizers(tied, OptimizerConfig())] == [torch.optim.AdamW]
     held = {
-        id(p) for m in optimizers(network, OptimizerConfig(method="muon")) for g in m.param_groups for p in g["params"]
+        id(p) for m in optimizers(model, OptimizerConfig(method="muon")) for g in m.param_groups for p in g["params"]
     }
-    assert held == {id(p) for p in network.parameters()}
+    assert held == {id(p) for p in model.parameters()}
 
 
-def test_training_is_that_of_dense_moments_and_states_resume_either_way(network, tmp_path, monkeypatch):
-    copies = [copy.deepcopy(network) for _ in range(4)]
-    trainer(copies[0], tmp_path / "sparse").run()
+def test_training_is_that_of_dense_moments_and_states_resume_either_way(model, tmp_path, monkeypatch):
+    copies = [copy.deepcopy(model) for _ in range(4)]
+    start(copies[0], tmp_path / "sparse").run()
     for stopped in (copies[1], copies[2]):
         folder = tmp_path / f"cut {id(stopped)}"
         with pytest.raises(Stop):
-            trainer(copy.deepcopy(network), folder, stop_at=4).run()
+            start(copy.deepcopy(model), folder, stop_at=4).run()
         if stopped is copies[1]:
             (saved,) = (folder / "state-00000004").glob("*.safetensors")
             assert load_file(saved)["rows.model.embed_tokens.weight"].dtype == torch.int64
-            trainer(stopped, folder).run()
+            start(stopped, folder).run()
     assert all(torch.equal(a, b) for a, b in zip(copies[0].parameters(), copies[1].parameters()))
     dense_everywhere(monkeypatch)
-    trainer(copies[2], folder).run()  # the state holds moments of some rows
-    trainer(copies[3], tmp_path / "dense").run()
+    start(copies[2], folder).run()  # the state holds moments of some rows
+    start(copies[3], tmp_path / "dense").run()
     for other in copies[2:]:
         alike(copies[0], other)
 
 
-def test_a_state_with_all_moments_resumes_as_one_with_some(network, tmp_path, monkeypatch):
-    whole = copy.deepcopy(network)
-    trainer(whole, tmp_path / "whole").run()
+def test_a_state_with_all_moments_resumes_as_one_with_some(model, tmp_path, monkeypatch):
+    whole = copy.deepcopy(model)
+    start(whole, tmp_path / "whole").run()
     with monkeypatch.context() as patch:
         dense_everywhere(patch)
         with pytest.raises(Stop):
-            trainer(copy.deepcopy(network), tmp_path / "cut", stop_at=4).run()
-    trainer(network, tmp_path / "cut").run()
-    alike(whole, network)
+            start(copy.deepcopy(model), tmp_path / "cut", stop_at=4).run()
+    start(model, tmp_path / "cut").run()
+    alike(whole, model)

@@ -20,8 +20,10 @@ from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain, stretches_of
 from openqwen.train.rows import Rows
+from openqwen.train.trainer import Place
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 1}
+EXPERTS = {"experts": 4, "experts_per_token": 2, "expert_width": 16, "shared_width": 32}
 STAGES = {
     "short": {"tokens": 1_200, "context": 16},
     "long": {"tokens": 900, "context": 64, "rope_theta": 1e6, "learning_rate": 2e-3, "schedule": "linear",
@@ -63,11 +65,11 @@ def config(network=NETWORK, **changes):
     return PretrainConfig.model_validate(values | changes)
 
 
-def train(folder, settings=None, start=None):
+def train(folder, settings=None, start=None, held=()):
     output = folder / ("output" if os.environ.get("RANK", "0") == "0" else "follower")
     output.mkdir(parents=True, exist_ok=True)
-    arguments = (SOURCES, Tokenizer(), 90, start, output, folder / "scratch", 3, "test")
-    return pretrain(settings or config(), *arguments)
+    place = Place(output, folder / "scratch", 3, "test")
+    return pretrain(settings or config(), SOURCES, Tokenizer(), 90, start, place, held)
 
 
 def log_of(folder):
@@ -172,9 +174,35 @@ def test_one_stage_named_or_not_is_the_same_training(tmp_path):
     assert "data_stage" not in log_of(tmp_path / "named")[0]
 
 
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_held_out_text_is_measured_and_the_best_weights_are_kept(tmp_path, experts):
+    """The rate is too high at the peak, so that the best weights are not the last."""
+    settings = config(
+        network=NETWORK | experts,
+        stages={},
+        data={"tokens": 2_000, "context": 16, "batch_tokens": 200, "micro_tokens": 40},
+        train=OptimizerConfig(learning_rate=0.3, schedule="constant"),
+        validation={"tokens": 100, "every": 2, "outcome": "best"},
+    )
+    held = [(SOURCES["a"].document(n)[:9].astype(np.int64), np.ones(9, dtype=bool)) for n in range(6)]
+    summary = train(tmp_path, settings, held=held)
+    measured = {e["step"]: e["validation_loss"] for e in log_of(tmp_path) if "validation_loss" in e}
+    assert list(measured) == [1, 3, 5, 7, 9]
+    assert min(measured.values()) == summary["best_validation_loss"] < measured[9]
+    with torch.no_grad():
+        kept = next_token(load_model(tmp_path / "output"), Rows.of(held))
+    assert float(kept.sum) / kept.count == pytest.approx(summary["best_validation_loss"], rel=1e-5)
+
+
+def test_validation_that_cannot_be_is_refused():
+    with pytest.raises(ValidationError, match="nothing held out"):
+        config(validation={"every": 2})
+    with pytest.raises(ValidationError, match="an early data stage"):
+        config(validation={"tokens": 100, "outcome": "best"})
+
+
 def test_a_mixture_of_experts_goes_through_stages(tmp_path):
-    experts = {"experts": 4, "experts_per_token": 2, "expert_width": 16, "shared_width": 32}
-    train(tmp_path, config(network=NETWORK | experts))
+    train(tmp_path, config(network=NETWORK | EXPERTS))
     assert json.loads((tmp_path / "output" / "experts.json").read_text())["layers"] == [0, 1]
     assert load_model(tmp_path / "output").config.rope_theta == 1e7
 
@@ -195,9 +223,9 @@ def test_a_token_beyond_the_vocabulary_is_named_before_training(tmp_path):
         def document(self, number):
             return super().document(number) + (200 if number == 7 else 0)
 
-    arguments = (Tokenizer(), 90, None, tmp_path / "output", tmp_path / "scratch", 3, "test")
+    place = Place(tmp_path / "output", tmp_path / "scratch", 3, "test")
     with pytest.raises(OpenQwenError, match=r"Document 7 of the source 'b' holds the token id 215, .* ends at 89"):
-        pretrain(config(), {"a": Source(1), "b": Bad(1)}, *arguments)
+        pretrain(config(), {"a": Source(1), "b": Bad(1)}, Tokenizer(), 90, None, place)
     assert not (tmp_path / "scratch").exists()
 
 

@@ -17,6 +17,7 @@ from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.rows import Rows
 from openqwen.train.sft import SftConfig, sft
+from openqwen.train.trainer import Place
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def demonstrations(path, words=(1, 2, 3, 4)):
 
 def run(start, data, folder, **fields):
     config = SftConfig(**{"batch": 2, "epochs": 2, "train": OptimizerConfig(learning_rate=1e-2)} | fields)
-    return sft(config, start[0], data, start[1], folder / "out", folder / "scratch", 1, "sft")
+    return sft(config, start[0], data, start[1], Place(folder / "out", folder / "scratch", 1, "sft"))
 
 
 def test_a_sample_that_is_too_long_is_left_out_cut_by_turn_or_refused():

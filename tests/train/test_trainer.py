@@ -5,13 +5,13 @@ import json
 import math
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from training import Stop, trainer
 
-from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.model import ModelConfig, Qwen2
 from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -21,39 +21,7 @@ from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import BadStepConfig, OptimizerConfig, learning_rate, optimizers
 from openqwen.train.order import Epochs
 from openqwen.train.rows import Rows
-from openqwen.train.trainer import SaveConfig, Trainer
 from openqwen.train.validation import ValidationConfig
-
-
-class Stop(Exception):
-    """Stands for a kill."""
-
-
-def trainer(folder, stop_at=None, save_seconds=0.0, steps=12, rate=1e-2, method="adamw"):
-    generators = Generators(5)
-    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, max_position_embeddings=64, tie_word_embeddings=True))
-    initialize(model, generators.torch("weights"))
-
-    def batch(step):
-        if step == stop_at:
-            raise Stop
-        rng = np.random.default_rng(step)
-        noise = generators["noise"].integers(0, 64, 9).tolist()
-        return [Rows.of([(rng.integers(0, 64, 9).tolist(), [1] * 9), (noise, [1] * 9)]) for _ in range(2)]
-
-    return Trainer(
-        label="test",
-        model=model,
-        batch=batch,
-        loss=lambda rows: next_token(model, rows),
-        tokens=lambda rows: len(rows.tokens),
-        steps=steps,
-        optimizer=OptimizerConfig(learning_rate=rate, method=method),
-        save=SaveConfig(seconds=save_seconds),
-        scratch=folder,
-        output=folder / "output",
-        generators=generators,
-    )
 
 
 @pytest.mark.parametrize("method", ["adamw", "muon"])
@@ -319,7 +287,7 @@ def test_operations_are_those_of_the_closed_form(tmp_path):
     expected = 6 * (5 * 2 * layer + 4 * 64 * 32) + 12 * 2 * 32 * keys
     assert rows.flops(config) == expected
     one = trainer(tmp_path)
-    one.flops = lambda rows: rows.flops(one.model.config)
+    one.timed = True
     summary = one.run()
     assert summary["peak_share"] > 0
     assert next(iter(summary)) == "loss"

@@ -158,7 +158,7 @@ class RMSNorm(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] → [T, D]."""
         if x_TD.dtype == torch.float32:
-            return F.rms_norm(x_TD, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x_TD, self.weight.shape, self.weight.to(x_TD.dtype), self.eps)
         return self.weight * F.rms_norm(x_TD.float(), self.weight.shape, None, self.eps).to(x_TD.dtype)
 
 

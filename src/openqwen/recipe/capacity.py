@@ -5,8 +5,10 @@ the network's operations at an assumed share of the device's peak, and bytes sen
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 from openqwen.model import ModelConfig
@@ -49,7 +51,8 @@ class Setting:
     """How a step is done.
 
     micro_tokens: of the largest forward call, on all ranks that share it. longest: of the longest record, which is
-    never cut. trained: weights that learn, of all (adapters: few). others: whole networks beside.
+    never cut. trained: weights that learn, of all (adapters: few). moments: bytes of what the optimizer keeps of each.
+    frozen: bytes of a weight that does not learn. others: whole networks beside.
     """
 
     devices: int
@@ -58,6 +61,8 @@ class Setting:
     micro_tokens: int
     longest: int
     trained: float = 1.0
+    moments: float = 2 * _WORD
+    frozen: float = _WORD
     others: float = 0.0
 
     @property
@@ -89,7 +94,7 @@ def memory(config: ModelConfig, setting: Setting) -> Memory:
     weights = config.parameters()
     learned = weights * setting.trained
     table = config.vocab_size * config.hidden_size
-    layer = max(_layer(config, n, parallel) for n in range(config.num_hidden_layers))
+    layer = max(_layer(config, sparse, parallel) for sparse in _kinds(config))
     buffers = 0.0
     if ranks > 1:  # FSDP2: the tables whole, with their gradient; the layer at work, the next, and a gradient
         tables = table * (1 if config.tie_word_embeddings else 2)
@@ -102,30 +107,36 @@ def memory(config: ModelConfig, setting: Setting) -> Memory:
     again = (whole - kept) / config.num_hidden_layers + setting.tokens * _passing(config, parallel.tensor)
     ends = 3 * setting.tokens * config.hidden_size
     return Memory(
-        weights=(weights / ranks + setting.others * weights) * _WORD,
+        weights=(learned * _WORD + (weights - learned) * setting.frozen) / ranks + setting.others * weights * _WORD,
         gradients=learned / ranks * _WORD,
-        optimizer=2 * learned / ranks * _WORD,
+        optimizer=learned / ranks * setting.moments,
         activations=(kept + ends) * _WORD + max(0.0, again - scores) * _WORD,
         scores=scores * _WORD,
         buffers=buffers * _WORD,
     )
 
 
+@cache
+def _kinds(config: ModelConfig) -> dict[bool, int]:
+    """How many layers are sparse, and how many are not."""
+    return Counter(config.is_sparse(n) for n in range(config.num_hidden_layers))
+
+
 def _kept(config: ModelConfig, setting: Setting) -> float:
     """Numbers that all layers keep for the backward pass."""
     D, t, kv = config.hidden_size, setting.parallel.tensor, config.num_key_value_heads * config.head_dim
     total = 0.0
-    for n in range(config.num_hidden_layers):
-        sparse = config.is_sparse(n)
+    for sparse, layers in _kinds(config).items():
         width = config.shared_expert_intermediate_size if sparse else config.intermediate_size
         routed = config.num_experts_per_tok * config.moe_intermediate_size / t if sparse else 0.0
         if setting.recompute == "layers":
-            total += D
+            own = float(D)
         elif setting.recompute == "cheap":
-            total += 3 * D + 2 * (D + kv + width) / t
+            own = 3 * D + 2 * (D + kv + width) / t
         else:
             router = D + 2 * config.num_experts if sparse else 0
-            total += 5 * D + (3 * D + 2 * kv + 4 * width) / t + 2 * routed + router
+            own = 5 * D + (3 * D + 2 * kv + 4 * width) / t + 2 * routed + router
+        total += layers * own
     return total * setting.tokens
 
 
@@ -136,11 +147,11 @@ def _passing(config: ModelConfig, tensor: int) -> float:
     return config.hidden_size + max(width, routed) / tensor
 
 
-def _layer(config: ModelConfig, number: int, parallel: ParallelConfig) -> float:
+def _layer(config: ModelConfig, sparse: bool, parallel: ParallelConfig) -> float:
     """Weights of a layer that a rank gathers to work on it."""
     h, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     cut = 2 * h * h + 2 * h * kv
-    if not config.is_sparse(number):
+    if not sparse:
         return (cut + 3 * h * config.intermediate_size) / parallel.tensor
     experts = 3 * h * config.num_experts * config.moe_intermediate_size
     return (cut + 3 * h * config.shared_expert_intermediate_size) / parallel.tensor + experts / parallel.expert
@@ -153,7 +164,7 @@ def tokens_per_second(config: ModelConfig, setting: Setting, device: Device, con
     operations = config.flops_per_token(context) * setting.micro_tokens * _AGAIN[setting.recompute]
     compute = operations / (c * t) / (device.flops * device.share)
     near = device.link if ranks <= MACHINE else NETWORK
-    layers = sum(_layer(config, n, parallel) for n in range(config.num_hidden_layers))
+    layers = sum(layers * _layer(config, sparse, parallel) for sparse, layers in _kinds(config).items())
     gathered = layers + 2 * config.vocab_size * D
     fsdp = 3 * _WORD * gathered * (1 - 1 / ranks) / near  # weights twice, gradients once; while others compute
     kv = config.num_key_value_heads * config.head_dim

@@ -11,11 +11,12 @@ from rich.table import Table
 
 from openqwen.model import ModelConfig
 from openqwen.recipe.capacity import DEVICES, GIB, USABLE, Device, Setting, best, memory, tokens_per_second
-from openqwen.recipe.estimate import COMPARED, CONVERSATION, SHARE
+from openqwen.recipe.estimate import CONVERSATION, SHARE, trained_tokens
 from openqwen.recipe.settings import find_recipe, load_settings
 from openqwen.support.device import best_device, free_memory, peak_flops
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.progress import console, duration
+from openqwen.train.eight_bit import BYTES
 from openqwen.train.parallel.degrees import faults
 from openqwen.train.pretrain import network_config
 
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
     from openqwen.recipe.stages import Recipe
 
 _MOST = 4_096  # devices
+_PACKED = {"none": 4.0, "int8": 1.06, "int4": 0.56}  # bytes of a matrix's number under adapters, scales included
 _WIDTH = 150  # characters: a table cut off tells nothing
 
 
 @dataclass(frozen=True)
 class _Stage:
     """tokens: that it trains on. context: what a token sees, in the mean. micro, longest: tokens of the largest forward
-    call and of the longest record."""
+    call and of the longest record, of all data stages."""
 
     name: str
     config: Any
@@ -61,7 +63,9 @@ def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
         if found is not None and found != told:
             _row(table, stage, network, found, device, "fastest")
         if found is None:
-            advice.append(f"{stage.name} does not fit on {count} x {name}: {_change(stage, network, told, device)}.")
+            ways = [f"  {way}" for way in _ways(stage, network, told, device, packed=name == "cpu")]
+            head = "It would with" if ways else "Take devices with more memory."
+            advice += [f"{stage.name} does not fit on {count} x {name}. {head}", *ways]
     title = f"{network.parameters() / 1e9:.2f} billion weights on {count} x {name}, {device.memory:.0f} GiB each"
     console.print(f"{title}; {USABLE:.0%} of it can be used", markup=False)
     Console(width=max(console.width, _WIDTH)).print(table)
@@ -90,16 +94,13 @@ def _devices(text: str) -> tuple[int, str, Device]:
 
 def _stages(r: "Recipe") -> Iterator[_Stage]:
     for name, reading in (("pretrain", r.pretrain), ("extend", r.extend)):
-        data = reading.data
-        yield _Stage(name, reading, data.tokens, data.context / 2, max(data.micro_tokens, data.context), data.context)
-    compared = r.prefer.prompts * COMPARED
-    trained: dict[str, tuple[Any, float]] = {
-        "sft": (r.sft, (r.instruct.demonstrations + r.instruct.repurposed) * r.sft.epochs * CONVERSATION),
-        "reward": (r.reward, compared * r.reward.epochs),
-        "dpo": (r.dpo, compared * (r.dpo.epochs + 1 / 3)),
-        "online-dpo": (r.online_dpo, r.online_dpo.steps * r.online_dpo.batch * COMPARED),
-    }
-    for name, (config, tokens) in trained.items():
+        read = [stage.data for stage in reading.resolved()]
+        total, longest = sum(d.tokens for d in read), max(d.context for d in read)
+        rows = [(n, share * d.tokens) for d in read for n, share in (d.lengths or {d.context: 1.0}).items()]
+        seen = sum(length / 2 * part for length, part in rows) / total
+        yield _Stage(name, reading, total, seen, max(reading.data.micro_tokens, longest), longest)
+    for name, tokens in trained_tokens(r).items():
+        config = getattr(r, name.replace("-", "_"))
         longest = getattr(config, "max_length", config.micro_tokens)
         yield _Stage(name, config, tokens, CONVERSATION / 2, max(config.micro_tokens, longest), longest)
 
@@ -107,22 +108,31 @@ def _stages(r: "Recipe") -> Iterator[_Stage]:
 def _setting(stage: _Stage, network: ModelConfig, count: int) -> Setting:
     """As the recipe says."""
     train, lora = stage.config.train, getattr(stage.config, "lora", None)
-    trained = 1.0
-    if lora is not None and lora.rank:  # of each matrix, rank x (rows + columns)
-        h, kv = network.hidden_size, network.num_key_value_heads * network.head_dim
-        sides = 2 * (h + h) + 2 * (h + kv) + 3 * (h + network.intermediate_size)
-        trained = network.num_hidden_layers * lora.rank * sides / network.parameters()
+    trained, frozen = 1.0, 4.0
+    if lora is not None and lora.rank:
+        trained, frozen = _adapters(network, lora.rank), _frozen(network, lora.base)
     # Beside online DPO's network: the reference and the reward model, and a copy that answers.
     others = 0.0 if stage.name != "online-dpo" else 2.0 if count == 1 else 3.0
-    return Setting(count, train.parallel, train.recompute, stage.micro, stage.longest, trained, others=others)
+    moments = BYTES if train.method == "adamw8bit" else 8.0
+    return Setting(count, train.parallel, train.recompute, stage.micro, stage.longest, trained, moments, frozen, others)
+
+
+def _adapters(network: ModelConfig, rank: int) -> float:
+    """The share of all weights that adapters are: of each matrix, rank x (rows + columns)."""
+    h, kv = network.hidden_size, network.num_key_value_heads * network.head_dim
+    sides = 2 * (h + h) + 2 * (h + kv) + 3 * (h + network.intermediate_size)
+    return network.num_hidden_layers * rank * sides / network.parameters()
+
+
+def _frozen(network: ModelConfig, base: str) -> float:
+    """Bytes of a weight that does not learn, in the mean; the vocabulary's tables are never quantised."""
+    tables = (1 if network.tie_word_embeddings else 2) * network.vocab_size * network.hidden_size / network.parameters()
+    return tables * 4.0 + (1 - tables) * _PACKED[base]
 
 
 def _row(table: Table, stage: _Stage, network: ModelConfig, setting: Setting, device: Device, what: str) -> None:
-    p = setting.parallel
-    degrees = [f"{name} {n}" for name, n in p.model_dump().items() if n > 1]
-    again = [f"recompute {setting.recompute}"] if setting.recompute != "nothing" else []
-    how = ", ".join([*degrees, *again, f"micro {setting.micro_tokens:,}"])
-    wrong = faults(p, network, setting.devices)
+    how = _how(setting)
+    wrong = faults(setting.parallel, network, setting.devices)
     if wrong:
         table.add_row(stage.name, what, how, *[""] * 7, f"[red]{wrong[0][0]}[/]")
         return
@@ -136,19 +146,35 @@ def _row(table: Table, stage: _Stage, network: ModelConfig, setting: Setting, de
     table.add_row(stage.name, what, how, *parts, total, time if fits else "[red]does not fit[/]")
 
 
-def _change(stage: _Stage, network: ModelConfig, setting: Setting, device: Device) -> str:
-    """What would make it fit."""
-    ways = []
-    for rows in (setting.longest, 4_096, 1_024):
-        more = replace(setting, longest=rows, micro_tokens=min(rows, setting.micro_tokens))
-        while more.devices <= _MOST and not best(network, more, device, stage.context):
-            more = replace(more, devices=more.devices * 2)
-        if rows <= setting.longest and more.devices <= _MOST:
-            records = f" and no record of more than {rows:,} tokens" if rows < setting.longest else ""
-            ways.append(f"{more.devices} of these devices{records}")
-    if stage.name == "sft" and setting.trained == 1 and best(network, replace(setting, trained=0.01), device, 1.0):
-        ways.append("adapters (sft.lora.rank 16)")
-    return "it would with " + ", or ".join(ways) if ways else "take devices with more memory"
+def _how(setting: Setting) -> str:
+    """The levers of a setting, in the words of its configuration."""
+    degrees = [f"{name} {n}" for name, n in setting.parallel.model_dump().items() if n > 1]
+    again = [f"recompute {setting.recompute}"] if setting.recompute != "nothing" else []
+    return ", ".join([*degrees, *again, f"micro {setting.micro_tokens:,}"])
+
+
+def _ways(stage: _Stage, network: ModelConfig, setting: Setting, device: Device, packed: bool) -> Iterator[str]:
+    """What would make it fit, one lever at a time, and as much less to a row as it takes. With each, all divisions,
+    recomputations and micro-batches are tried, and the fastest is told. packed: whether a base may be quantised."""
+
+    levers = {"": setting, "method adamw8bit (moments in 8 bits)": replace(setting, moments=BYTES)}
+    if stage.name == "sft":
+        few = replace(setting, trained=min(setting.trained, _adapters(network, 16)))
+        levers["lora.rank 16 (adapters)"] = few
+        if packed:
+            levers["lora.rank 16, lora.base int4"] = replace(few, frozen=_frozen(network, "int4"))
+    counts = [setting.devices << n for n in range(1, _MOST.bit_length()) if setting.devices << n <= _MOST]
+    levers |= {f"{count} of these devices": replace(setting, devices=count) for count in counts}
+    reached = 0  # the longest rows that the devices tried so far take
+    for lever, changed in levers.items():
+        more = changed.devices > setting.devices
+        for rows in (n for n in (setting.longest, 4_096, 1_024) if reached * more < n <= setting.longest):
+            shorter = replace(changed, longest=rows, micro_tokens=min(rows, changed.micro_tokens))
+            if fits := best(network, shorter, device, stage.context):
+                cut = f"rows of at most {rows:,} tokens" if rows < setting.longest else ""
+                yield f"{' and '.join(filter(None, (lever, cut)))}: {_how(fits)}"
+                reached = rows if more else reached
+                break
 
 
 def _table() -> Table:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -18,7 +19,7 @@ class Work:
     that finds one continues from it. Same config, seed and input bytes must give the same output bytes.
     """
 
-    config: BaseModel
+    config: Any
     inputs: Mapping[str, Path]
     output: Path
     scratch: Path

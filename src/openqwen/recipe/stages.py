@@ -7,7 +7,6 @@ After each stage that makes a model stands an `evaluate-…` stage that scores i
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,8 +33,7 @@ from openqwen.train.pretrain import ExtendConfig, PretrainConfig
 from openqwen.train.reward import RewardConfig, reward
 from openqwen.train.sft import SftConfig, sft
 from openqwen.train.sweep import SweepConfig
-
-Settings = TypeVar("Settings", bound=BaseModel)
+from openqwen.train.trainer import Place
 
 
 class CorpusStageConfig(CorpusConfig):
@@ -69,10 +67,6 @@ class Recipe(BaseModel):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="the scores after each stage")
 
 
-def _config(work: Work, kind: type[Settings]) -> Settings:
-    return cast(kind, work.config)  # type: ignore[valid-type]
-
-
 def _engine(folder: Path) -> tuple[Engine, Tokenizer]:
     tokenizer = load_tokenizer(folder)
     return Engine(load_model(folder, device=best_device()), tokenizer), tokenizer
@@ -80,13 +74,13 @@ def _engine(folder: Path) -> tuple[Engine, Tokenizer]:
 
 def run_corpus(work: Work) -> dict[str, float]:
     """Raw documents → train.parquet, heldout.parquet, corpus.json."""
-    config = _config(work, CorpusStageConfig)
-    return build_corpus(config, task_documents(work.seed, config.task_documents), work.output, work.seed)
+    tasks = task_documents(work.seed, work.config.task_documents)
+    return build_corpus(work.config, tasks, work.output, work.seed)
 
 
 def run_tokenizer(work: Work) -> dict[str, float]:
     """The corpus's training documents → a vocabulary."""
-    config = _config(work, TokenizerConfig)
+    config = work.config
     tokenizer = train_tokenizer((d["text"] for d in read_documents(work.inputs["corpus"] / "train.parquet")), config)
     tokenizer.save(work.output)
     texts: dict[str, list[str]] = {}
@@ -103,82 +97,59 @@ def run_tokenizer(work: Work) -> dict[str, float]:
 def run_tokens(work: Work) -> dict[str, float]:
     """The corpus's training documents → token shards."""
     table = write_shards(work.inputs["corpus"] / "train.parquet", load_tokenizer(work.inputs["tokenizer"]), work.output)
-    return {
-        "tokens": sum(s["tokens"] for s in table.values()),
-        "documents": sum(s["documents"] for s in table.values()),
-    }
+    return {what: sum(s[what] for s in table.values()) for what in ("tokens", "documents")}
 
 
 def run_instruct(work: Work) -> dict[str, float]:
     """Documents and the base model's own samples → demonstrations D."""
     documents = (d for d in read_documents(work.inputs["corpus"] / "train.parquet") if d["source"] != "tasks")
     engine, _ = _engine(work.inputs["model"])
-    config = _config(work, InstructConfig)
-    return build_demonstrations(config, documents, engine, work.seed, work.output, work.inputs["model"].name)
-
-
-def run_sft(work: Work) -> dict[str, float]:
-    """D → a chat model."""
-    start, data = work.inputs["model"], _file(work.inputs["demonstrations"], "demonstrations.jsonl")
-    config, tokenizer = _config(work, SftConfig), load_tokenizer(start)
-    return sft(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+    return build_demonstrations(work.config, documents, engine, work.seed, work.output, work.inputs["model"].name)
 
 
 def run_prefer(work: Work) -> dict[str, float]:
     """The chat model's checked samples → preferences P."""
     engine, _ = _engine(work.inputs["model"])
-    config = _config(work, PreferConfig)
-    return build_preferences(config, engine, work.seed, work.output, work.inputs["model"].name)
+    return build_preferences(work.config, engine, work.seed, work.output, work.inputs["model"].name)
 
 
-def run_reward(work: Work) -> dict[str, float]:
-    """P → a reward model."""
-    start, data = work.inputs["model"], _file(work.inputs["preferences"], "preferences.jsonl")
-    config, tokenizer = _config(work, RewardConfig), load_tokenizer(start)
-    return reward(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
+def _training(train: Callable[..., dict[str, float]], role: str, *others: str) -> Callable[[Work], dict[str, float]]:
+    """A stage that trains its input `model` on a JSONL file, given as itself or as the artifact that holds it."""
+
+    def run(work: Work) -> dict[str, float]:
+        start, given = work.inputs["model"], work.inputs[role]
+        data = given / f"{role}.jsonl" if given.is_dir() else given
+        place = Place(work.output, work.scratch, work.seed, work.label)
+        return train(work.config, start, data, load_tokenizer(start), place, *(work.inputs[o] for o in others))
+
+    return run
 
 
-def run_dpo(work: Work) -> dict[str, float]:
-    """P → a chat model that prefers what P prefers."""
-    start, data = work.inputs["model"], _file(work.inputs["preferences"], "preferences.jsonl")
-    config, tokenizer = _config(work, DpoConfig), load_tokenizer(start)
-    return dpo(config, start, data, tokenizer, work.output, work.scratch, work.seed, work.label)
-
-
-def run_online_dpo(work: Work) -> dict[str, float]:
-    """Prompts and the reward model → a chat model trained on its own answers."""
-    start, data = work.inputs["model"], _file(work.inputs["prompts"], "prompts.jsonl")
-    config, tokenizer = _config(work, OnlineDpoConfig), load_tokenizer(start)
-    scorer = work.inputs["reward"]
-    return online_dpo(config, start, scorer, data, tokenizer, work.output, work.scratch, work.seed, work.label)
-
-
-def _file(path: Path, name: str) -> Path:
-    """A JSONL file given as itself, or as the artifact that holds it."""
-    return path / name if path.is_dir() else path
-
-
+run_sft = _training(sft, "demonstrations")
+run_reward = _training(reward, "preferences")
+run_dpo = _training(dpo, "preferences")
+run_online_dpo = _training(online_dpo, "prompts", "reward")
 Run = Callable[[Work], dict[str, float]]
+_ALIGNED = {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"}  # what its scores stand beside
 _GRAPH: list[tuple[str, Run, dict[str, str]]] = [
     ("corpus", run_corpus, {}),
     ("tokenizer", run_tokenizer, {"corpus": "corpus"}),
     ("tokens", run_tokens, {"corpus": "corpus", "tokenizer": "tokenizer"}),
     ("pretrain", run_pretrain, {"tokens": "tokens", "tokenizer": "tokenizer", "corpus": "corpus"}),
+    ("evaluate-pretrain", evaluate_model, {"model": "pretrain", "corpus": "corpus"}),
     ("extend", run_extend, {"model": "pretrain", "tokens": "tokens", "corpus": "corpus"}),
+    ("evaluate-extend", evaluate_model, {"model": "extend", "corpus": "corpus"}),
     ("instruct", run_instruct, {"corpus": "corpus", "model": "extend"}),
     ("sft", run_sft, {"model": "extend", "demonstrations": "instruct"}),
+    ("evaluate-sft", evaluate_model, {"model": "sft", "corpus": "corpus", "base": "evaluate-extend"}),
     ("prefer", run_prefer, {"model": "sft"}),
     ("reward", run_reward, {"model": "sft", "preferences": "prefer"}),
+    ("evaluate-reward", evaluate_reward, {"reward": "reward", "preferences": "prefer"}),
     ("dpo", run_dpo, {"model": "sft", "preferences": "prefer"}),
+    ("evaluate-dpo", evaluate_model, {"model": "dpo", "corpus": "corpus", **_ALIGNED}),
     ("online-dpo", run_online_dpo, {"model": "dpo", "reward": "reward", "prompts": "instruct"}),
+    ("evaluate-online-dpo", evaluate_model, {"model": "online-dpo", "corpus": "corpus", **_ALIGNED}),
 ]
-_SCORED: dict[str, dict[str, str]] = {  # what an evaluation reads besides the model and the corpus
-    "pretrain": {},
-    "extend": {},
-    "sft": {"base": "evaluate-extend"},
-    "dpo": {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"},
-    "online-dpo": {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"},
-}
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -186,21 +157,13 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     estimates = Estimates(recipe)
     stages: list[Stage] = []
     for name, run, inputs in _GRAPH:
-        config = TokensConfig() if name == "tokens" else getattr(recipe, name.replace("-", "_"))
+        kind = "evaluate" if run is evaluate_model else name
+        field = "evaluate" if run in (evaluate_model, evaluate_reward) else name.replace("-", "_")
+        config = TokensConfig() if name == "tokens" else getattr(recipe, field)
         folder = recipe.corpus.folder if name == "corpus" else None
-        outside = {"folder": folder} if folder else outside_of(config)
-        stages.append(Stage(name, name, config, run, inputs, outside, estimates.of(name)))
-        if name in _SCORED:
-            read = {"model": name, "corpus": "corpus"} | _SCORED[name]
-            stages.append(_evaluation(name, "evaluate", evaluate_model, read, recipe, estimates))
-        elif name == "reward":
-            read = {"reward": "reward", "preferences": "prefer"}
-            stages.append(_evaluation(name, "evaluate-reward", evaluate_reward, read, recipe, estimates))
+        outside = {"folder": folder} if folder else {} if field == "evaluate" else outside_of(config)
+        stages.append(Stage(name, kind, config, run, inputs, outside, estimates.of(name)))
     return stages
-
-
-def _evaluation(name: str, kind: str, run: Run, read: dict[str, str], recipe: Recipe, estimates: Any) -> Stage:
-    return Stage(f"evaluate-{name}", kind, recipe.evaluate, run, read, estimate=estimates.of(f"evaluate-{name}"))
 
 
 def finish(run_folder: Path) -> list[str]:
@@ -210,76 +173,39 @@ def finish(run_folder: Path) -> list[str]:
     return [*lines, f"chat     openqwen chat {run_folder / models[0]}"] if models else lines
 
 
-_MODEL = "The model to start from: a Hugging Face folder, a .gguf file or a hub id."
+_GIVEN = {  # role -> what to give for it
+    "corpus": "A corpus artifact.",
+    "tokenizer": "A folder with a tokenizer.",
+    "tokens": "Token shards.",
+    "model": "The model: a Hugging Face folder, a .gguf file or a hub id.",
+    "demonstrations": "A JSONL file of demonstrations D, or an instruct artifact.",
+    "preferences": "A JSONL file of preferences P, or a prefer artifact.",
+    "reward": "A reward model.",
+    "prompts": "A JSONL file of prompts, or an instruct artifact.",
+}
+
+
+def _verb(about: str, config: type[BaseModel], run: Run, roles: str = "", **others: str) -> Verb:
+    return Verb(about, config, {role: _GIVEN[role] for role in roles.split()} | others, run)
+
+
+_SHARDS = "tokens tokenizer corpus"
+_PRETRAIN = "Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep."
+_EXTEND = "Lengthen the context: longer rows, raised RoPE base."
+_ONLINE = "DPO on the model's own answers, judged by the reward model."
 VERBS: dict[str, Verb] = {
-    "corpus": Verb("Raw documents to cleaned, filtered, deduplicated text.", CorpusStageConfig, {}, run_corpus),
-    "tokenizer": Verb(
-        "Train the byte-level BPE vocabulary.", TokenizerConfig, {"corpus": "A corpus artifact."}, run_tokenizer
-    ),
-    "tokens": Verb(
-        "Text to shards of token ids.",
-        TokensConfig,
-        {"corpus": "A corpus artifact.", "tokenizer": "A folder with a tokenizer."},
-        run_tokens,
-    ),
-    "pretrain": Verb(
-        "Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep.",
-        PretrainConfig,
-        {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
-        run_pretrain,
-    ),
-    "sweep": Verb(
-        sweep.HELP,
-        SweepConfig,
-        {"tokens": "Token shards.", "tokenizer": "A folder with a tokenizer.", "corpus": "A corpus artifact."},
-        sweep.run_sweep,
-    ),
-    "extend": Verb(
-        "Lengthen the context: longer rows, raised RoPE base.",
-        ExtendConfig,
-        {"model": _MODEL, "tokens": "Token shards.", "corpus": "A corpus artifact."},
-        run_extend,
-    ),
-    "upcycle": Verb(
-        upcycle.HELP, upcycle.UpcycleConfig, {"model": "The dense Hugging Face folder."}, upcycle.run_upcycle
-    ),
-    "instruct": Verb(
-        "Make demonstrations without people.",
-        InstructConfig,
-        {"corpus": "A corpus artifact.", "model": "The base model to sample from."},
-        run_instruct,
-    ),
-    "sft": Verb(
-        "Supervised fine-tuning on demonstrations.",
-        SftConfig,
-        {"model": _MODEL, "demonstrations": "A JSONL file of demonstrations D, or an instruct artifact."},
-        run_sft,
-    ),
-    "prefer": Verb(
-        "Make preference pairs by sampling and checking.",
-        PreferConfig,
-        {"model": "The chat model to sample from."},
-        run_prefer,
-    ),
-    "reward": Verb(
-        "Train a reward model on preference pairs.",
-        RewardConfig,
-        {"model": _MODEL, "preferences": "A JSONL file of preferences P, or a prefer artifact."},
-        run_reward,
-    ),
-    "dpo": Verb(
-        "Direct preference optimization on preference pairs.",
-        DpoConfig,
-        {"model": _MODEL, "preferences": "A JSONL file of preferences P, or a prefer artifact."},
-        run_dpo,
-    ),
-    "online-dpo": Verb(
-        "DPO on the model's own answers, judged by the reward model.",
-        OnlineDpoConfig,
-        {"model": _MODEL, "reward": "A reward model.", "prompts": "A JSONL file of prompts, or an instruct artifact."},
-        run_online_dpo,
-    ),
-    "evaluate": Verb(
-        "Score a model.", EvaluateConfig, {"model": "The model.", "corpus": "A corpus artifact."}, evaluate_model
-    ),
+    "corpus": _verb("Raw documents to cleaned, filtered, deduplicated text.", CorpusStageConfig, run_corpus),
+    "tokenizer": _verb("Train the byte-level BPE vocabulary.", TokenizerConfig, run_tokenizer, "corpus"),
+    "tokens": _verb("Text to shards of token ids.", TokensConfig, run_tokens, "corpus tokenizer"),
+    "pretrain": _verb(_PRETRAIN, PretrainConfig, run_pretrain, _SHARDS),
+    "sweep": _verb(sweep.HELP, SweepConfig, sweep.run_sweep, _SHARDS),
+    "extend": _verb(_EXTEND, ExtendConfig, run_extend, "model tokens corpus"),
+    "upcycle": _verb(upcycle.HELP, upcycle.UpcycleConfig, upcycle.run_upcycle, model="The dense Hugging Face folder."),
+    "instruct": _verb("Make demonstrations without people.", InstructConfig, run_instruct, "corpus model"),
+    "sft": _verb("Supervised fine-tuning on demonstrations.", SftConfig, run_sft, "model demonstrations"),
+    "prefer": _verb("Make preference pairs by sampling and checking.", PreferConfig, run_prefer, "model"),
+    "reward": _verb("Train a reward model on preference pairs.", RewardConfig, run_reward, "model preferences"),
+    "dpo": _verb("Direct preference optimization on preference pairs.", DpoConfig, run_dpo, "model preferences"),
+    "online-dpo": _verb(_ONLINE, OnlineDpoConfig, run_online_dpo, "model reward prompts"),
+    "evaluate": _verb("Score a model.", EvaluateConfig, evaluate_model, "model corpus"),
 }

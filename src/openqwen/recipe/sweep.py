@@ -6,19 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from openqwen.corpus.documents import read_documents
-from openqwen.recipe.pretraining import token_sources, weighted
+from openqwen.recipe.pretraining import held_out, token_sources, weighted
 from openqwen.recipe.stage import Work
-from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import sha256, write_json, write_text
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console
-from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.rows import Sample
+from openqwen.tokenizer import load_tokenizer
 from openqwen.train.scaling import Bowl, Cell, Fit, Optimum, fit_laws
 from openqwen.train.sweep import SweepConfig, run_cells
 
@@ -30,12 +27,12 @@ _WIDE = 10  # upper over lower end of an interval that says nothing
 
 def run_sweep(work: Work) -> dict[str, float]:
     """Token shards → sweep.json and sweep.html: the cells, the laws, and what they predict for the size asked about."""
-    config = cast(SweepConfig, work.config)
+    config = work.config
     folder, corpus = work.inputs["tokens"], work.inputs["corpus"]
     tokenizer, sources = load_tokenizer(work.inputs["tokenizer"]), token_sources(folder)
     settings = config.model_copy(update={"data": weighted(config.data, corpus, sources)})
     order = Generators(work.seed)["sweep.heldout"]
-    heldout = _heldout(corpus / "heldout.parquet", tokenizer, config.data.context, config.heldout_tokens, order)
+    heldout = held_out(corpus, tokenizer, config.data.context, config.heldout_tokens, order)
     files = [*sorted(folder.glob("*.json")), corpus / "heldout.parquet"]
     digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
     cells = run_cells(settings, sources, tokenizer, heldout, digest, work.scratch, work.seed)
@@ -47,23 +44,6 @@ def run_sweep(work: Work) -> dict[str, float]:
         console.print(f"  {line}", markup=False)
     laws = {name: result[name] for name in ("learning_rate", "batch_tokens")}
     return {name: law["predicted"] if law else math.nan for name, law in laws.items()} | {"cells": len(cells)}
-
-
-def _heldout(path: Path, tokenizer: Tokenizer, context: int, tokens: int, order: np.random.Generator) -> list[Sample]:
-    """Held-out documents, shuffled, in pieces of the context."""
-    samples: list[Sample] = []
-    documents = list(read_documents(path))
-    for document in (documents[n] for n in order.permutation(len(documents))):
-        ids = np.array([*tokenizer.encode(document["text"]), tokenizer.endoftext_id])
-        for start in range(0, len(ids) - 1, context):
-            piece = ids[start : start + min(context, tokens) + 1]
-            samples.append((piece, np.ones(len(piece), dtype=bool)))
-            tokens -= len(piece) - 1
-            if tokens <= 0:
-                return samples
-    if not samples:
-        raise OpenQwenError("There is no held-out text to score.", path, "give a corpus with a held-out split")
-    return samples
 
 
 def judge(records: Sequence[dict[str, Any]], config: SweepConfig, seed: int) -> dict[str, Any]:

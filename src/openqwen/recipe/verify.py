@@ -6,7 +6,7 @@ are promised.
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from openqwen.train.conversations import conversation
 from openqwen.train.losses import next_token, token_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.rows import Rows, Sample, cut_to_budget
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 _LOSS, _GRADIENT, _LOG_PROB = 1e-5, 1e-4, 1e-4  # relative, relative, absolute
 _SPEAK = 32  # tokens of each answer that the engine writes
@@ -133,19 +133,10 @@ def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: 
                 raise Kill
             return [Rows.of(samples[step % len(samples) :][:2], network.device)]
 
-        Trainer(
-            label="verify",
-            model=network,
-            batch=batch,
-            loss=lambda rows: next_token(network, rows),
-            tokens=lambda rows: len(rows.tokens),
-            steps=4,
-            optimizer=OptimizerConfig(learning_rate=1e-5),
-            save=SaveConfig(seconds=0),
-            scratch=folder,
-            output=folder / "output",
-            generators=Generators(seed),
-        ).run()
+        config = TrainingConfig(train=OptimizerConfig(learning_rate=1e-5), save=SaveConfig(seconds=0))
+        place = Place(folder / "output", folder, seed, "verify")
+        loss = lambda rows: next_token(network, rows)  # noqa: E731
+        Trainer(place, config, network, batch, loss, steps=4, generators=Generators(seed)).run()
         return network
 
     with tempfile.TemporaryDirectory(prefix="openqwen-verify-") as name:
@@ -156,7 +147,8 @@ def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: 
         except Kill:
             resumed = train(folder / "cut")
     pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
-    return Proof("a resumed run gives an uninterrupted one's weights", _largest(a - b for a, b in pairs), 0.0)
+    apart = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    return Proof("a resumed run gives an uninterrupted one's weights", apart, 0.0)
 
 
 def trainer_equals_engine(model: Qwen2, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int) -> Iterator[Proof]:
@@ -221,12 +213,8 @@ def _gradient(model: Qwen2, micros: Sequence[Sequence[Sample]]) -> tuple[list[Te
 
 def _relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """‖a − b‖ / ‖b‖ over all tensors."""
-    size: Callable[[Sequence[Tensor]], float] = lambda tensors: float(torch.nn.utils.get_total_norm(tensors))  # noqa: E731
-    return size([x - y for x, y in zip(a, b, strict=True)]) / max(size(b), 1e-30)
-
-
-def _largest(differences: Iterator[Tensor]) -> float:
-    return max(float(d.detach().abs().max()) for d in differences)
+    apart, size = map(torch.nn.utils.get_total_norm, ([x - y for x, y in zip(a, b, strict=True)], b))
+    return float(apart) / max(float(size), 1e-30)
 
 
 def _table(proofs: Sequence[Proof]) -> Table:

@@ -1,11 +1,11 @@
 """In which numbers the network computes, whether it is compiled, and what to do when memory runs out.
 
 Weights, gradients and optimizer states are float32 always. With bfloat16, matrix products and attention take rounded
-copies of weights and activations (autocast); norms, softmax, the residual stream and losses stay float32.
+copies of weights and activations (autocast); norms, softmax, the residual stream and losses stay float32. Over several
+processes FSDP2 gathers the layers' weights rounded: half is sent, and no rounded copy of the whole network outlives the
+forward pass, as autocast's would.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -16,16 +16,19 @@ from openqwen.model.decoder import Layer
 Precision = Literal["auto", "float32", "bfloat16"]
 LEVERS = (
     "lower micro_tokens, the tokens of one forward call; then train.recompute: cheap, then layers; "
-    "then adapters (lora.rank 16); then more processes (torchrun), which share weights and optimizer states"
+    "then train.method adamw8bit; then adapters (lora.rank 16); "
+    "then more processes (torchrun), which share weights and optimizer states"
 )
 
 
-@contextmanager
-def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Forward passes in here compute so; auto: bfloat16 on a GPU, float32 on a CPU."""
-    low = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    with torch.autocast(device.type, torch.bfloat16, enabled=low):
-        yield
+def is_low(precision: Precision, device: torch.device) -> bool:
+    """Whether bfloat16 is meant; auto: on a GPU."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+
+
+def computing(precision: Precision, device: torch.device) -> torch.autocast:
+    """Forward passes in this context compute so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_low(precision, device))
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -16,7 +16,8 @@ from openqwen.support.progress import console
 from openqwen.train.balance import Balance, Balanced
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.pieces import DataConfig, Pieces
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Trainer, TrainingConfig
+from openqwen.train.validation import ValidationConfig
 
 _BALANCE = "where a mixture of experts counts the load that it evens out: the whole step, each micro-batch, or nowhere"
 _RATE = ("learning_rate", "schedule", "final_share", "warmup_share")
@@ -41,6 +42,18 @@ class DataStage(BaseModel):
     warmup_share: float | None = Field(None, ge=0, lt=1, description="share of the stage's steps that rise to the peak")
 
 
+class HeldOutConfig(ValidationConfig):
+    """Text that nothing is learned from, on which the loss is measured."""
+
+    tokens: int = Field(0, ge=0, description="tokens of the corpus's held-out documents, their first half; 0: none")
+
+    @model_validator(mode="after")
+    def _some(self) -> "HeldOutConfig":
+        if (self.every or self.outcome == "best") and not self.tokens:
+            raise ValueError("there is nothing held out: give validation.tokens, such as 100000")
+        return self
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A data stage with nothing left out."""
@@ -51,10 +64,8 @@ class Resolved:
     train: OptimizerConfig
 
 
-class StagedConfig(BaseModel):
+class StagedConfig(TrainingConfig):
     """What pre-training and its long-sequence phase have in common."""
-
-    model_config = ConfigDict(extra="forbid")
 
     balance: Balance = Field("global", description=_BALANCE)
     data: DataConfig = Field(default_factory=DataConfig, description="what it reads")
@@ -63,7 +74,9 @@ class StagedConfig(BaseModel):
         default_factory=dict, description="named data stages, in this order; none: one stage as `data` says"
     )
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=3e-4), description="optimizer")
-    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
+    validation: HeldOutConfig = Field(
+        default_factory=HeldOutConfig, description="held-out text, and what its loss decides"
+    )
 
     @field_serializer("stages", when_used="json")
     def _in_order(self, stages: dict[str, DataStage]) -> list[dict[str, Any]]:
@@ -72,6 +85,8 @@ class StagedConfig(BaseModel):
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "StagedConfig":
+        if len(self.stages) > 1 and self.validation.outcome == "best":
+            raise ValueError("the best weights may be those of an early data stage: leave validation.outcome at last")
         for stage in self.resolved():
             where = f"data stage '{stage.name}': " if stage.name else ""
             for what, table in (("lengths", stage.data.lengths), ("mixture", stage.data.mixture)):

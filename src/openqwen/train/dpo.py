@@ -4,36 +4,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openqwen.model import Qwen2
 from openqwen.support.errors import disk_errors
-from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.branches import branches
-from openqwen.train.conversations import Compared, compared, fitting, pair, pair_numbers
+from openqwen.train.conversations import Compared, pair_numbers
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.parallel import join, load_for_training, world_of
+from openqwen.train.preferences import Preferences, PreferencesConfig
 from openqwen.train.rows import Rows, cut_to_budget
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Place, Trainer
 
 
-class DpoConfig(BaseModel):
+class DpoConfig(PreferencesConfig):
     """One epoch at 7e-7 as Qwen2.5's offline stage; β 0.1 is the Online Merging paper's."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    epochs: float = Field(1.0, gt=0, description="passes over the preferences")
-    batch: int = Field(64, gt=0, description="prompts of one optimizer step, each with all its pairs")
     first_difference: bool = Field(
         False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
     )
@@ -44,10 +41,7 @@ class DpoConfig(BaseModel):
     chosen_nll: float = Field(
         0.0, ge=0, description="weight of the chosen answer's mean token NLL beside the DPO loss (Pang et al. 2024)"
     )
-    max_length: int = Field(8_192, gt=1, description="prompts with a longer answer are left out and counted")
-    micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
-    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
 
 
 @dataclass
@@ -62,7 +56,7 @@ class Pairs:
     reference: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu") -> "Pairs":
+    def of(cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu") -> Self:
         """Lay out groups; `reference` holds the log-probabilities of all their answers."""
         rows = branches([(group.prompt, group.answers) for group in groups], device)
         return cls(rows, pair_numbers(groups).to(device), reference.to(device))
@@ -92,65 +86,37 @@ def reference_log_probs(model: Qwen2, groups: Sequence[Compared], micro_tokens: 
     return found if world.alone else torch.tensor(world.total(found.tolist()), dtype=torch.float32)
 
 
-def dpo(
-    config: DpoConfig,
-    start: Path,
-    preferences: Path,
-    tokenizer: Tokenizer,
-    output: Path,
-    scratch: Path,
-    seed: int,
-    label: str,
-) -> dict[str, float]:
-    """Optimise the model at `start`, which is the reference too, on a JSONL file of preferences; save to `output`.
+def dpo(config: DpoConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place) -> dict[str, float]:
+    """Optimise the model at `start`, which is the reference too, on a JSONL file of preferences; save to the output.
 
     The reference's log-probabilities are computed once, before the first step, and kept beside the training states.
     """
-    generators = Generators(seed)
+    generators = Generators(place.seed)
     model = load_for_training(start)
-    groups = compared(
-        pair(tokenizer, record, f"{preferences}, record {n}")
-        for n, record in enumerate(read_jsonl(preferences), 1)
-        if config.hottest is None or record.get("origin", {}).get("temperature", 0.0) <= config.hottest
-    )
-    limit = min(config.max_length, model.config.max_position_embeddings)
-    kept = fitting(groups, [group.longest for group in groups], limit, str(preferences))
+    data = Preferences.read(preferences, tokenizer, config, model.config.max_position_embeddings, config.hottest)
     if config.first_difference:
-        kept = [group.to_first_difference() for group in kept]
-    order = Epochs(len(kept), config.epochs, config.batch, generators)
+        data.groups = [group.to_first_difference() for group in data.groups]
+    groups = data.groups
+    order = Epochs(len(groups), config.epochs, config.batch, generators)
 
     def batch(step: int) -> list[Pairs]:
-        numbers = order.batch(step)
-        cuts = cut_to_budget([kept[i].size for i in numbers], config.micro_tokens)
-        parts = [numbers[cut] for cut in cuts]
-        return [Pairs.of([kept[i] for i in p], torch.cat([reference[i] for i in p]), model.device) for p in parts]
+        cuts = data.cut(order.batch(step), config.micro_tokens)
+        return [Pairs.of([groups[i] for i in c], torch.cat([reference[i] for i in c]), model.device) for c in cuts]
 
-    trainer = Trainer(
-        label=label,
-        model=model,
-        batch=batch,
-        loss=lambda pairs: pairs.loss(model, config.beta, config.chosen_nll),
-        tokens=lambda pairs: len(pairs.rows.tokens),
-        steps=order.steps,
-        optimizer=config.train,
-        save=config.save,
-        scratch=scratch,
-        output=output,
-        generators=generators,
-    )
+    loss = lambda pairs: pairs.loss(model, config.beta, config.chosen_nll)  # noqa: E731
+    trainer = Trainer(place, config, model, batch, loss, order.steps, generators)
     trainer.shard()
-    reference = _cached_reference(model, kept, config, scratch, label).split([len(group.answers) for group in kept])
+    reference = _cached_reference(model, groups, config, place).split([len(group.answers) for group in groups])
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
-    used = {"pairs": sum(len(group.pairs) for group in kept), "prompts": len(kept)}
-    return metrics | used | {"too_long": len(groups) - len(kept)}
+    return metrics | data.counts
 
 
-def _cached_reference(model: Qwen2, groups: Sequence[Compared], config: DpoConfig, scratch: Path, label: str) -> Tensor:
-    path, world = scratch / "reference.safetensors", join()
+def _cached_reference(model: Qwen2, groups: Sequence[Compared], config: DpoConfig, place: Place) -> Tensor:
+    path, world = place.scratch / "reference.safetensors", join()
     if not world.agree(path.exists()):
-        scratch.mkdir(parents=True, exist_ok=True)
-        values = reference_log_probs(model, groups, config.micro_tokens, f"{label} reference")
+        place.scratch.mkdir(parents=True, exist_ok=True)
+        values = reference_log_probs(model, groups, config.micro_tokens, f"{place.label} reference")
         if world.main:
             aside = path.with_suffix(".aside")
             with disk_errors(path):

@@ -4,12 +4,18 @@ The head is applied only to the hidden states handed in, so tokens that no loss 
 scores of all tokens fit a small budget they are kept for the backward pass; beyond it they are computed again there,
 so that memory never grows with tokens × vocabulary. Where all that a loss wants is their sum, `cross_entropy` makes the
 gradient in the forward pass, a block of scores at a time (the way of Liger-Kernel), and no score is kept or made twice.
+On a GPU where Liger-Kernel is installed, its own kernel does that.
 """
 
+import importlib
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from openqwen.support.progress import console
 
 CHUNK = 1_024  # tokens scored at a time
 KEEP_BYTES = 512 * 2**20  # scores kept for the backward pass, at most
@@ -98,7 +104,21 @@ class _CrossEntropy(torch.autograd.Function):
 
 def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """Σ −log p(target) over N tokens, float32 []; its backward pass can be run once."""
-    return _CrossEntropy.apply(*_lowered(hidden_ND, head_VD), targets_N)
+    fused = _fused(hidden_ND.device) if len(targets_N) else None
+    return (fused or _CrossEntropy.apply)(*_lowered(hidden_ND, head_VD), targets_N)
+
+
+@cache
+def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Liger-Kernel's fused cross-entropy on a GPU, where it is installed; tests hold it to ours."""
+    if device.type != "cuda":
+        return None
+    try:
+        library = importlib.import_module("liger_kernel.transformers.functional")
+    except ImportError:
+        return None
+    console.print("  cross-entropy by Liger-Kernel", markup=False)
+    return partial(library.liger_fused_linear_cross_entropy, reduction="sum", accum_dtype=torch.float32)
 
 
 def _lowered(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:

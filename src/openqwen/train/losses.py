@@ -51,7 +51,7 @@ def next_token(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Loss
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:
-    """−log σ(r⁺ − r⁻), summed over pairs: the reward model's loss."""
+    """−log σ(r⁺ − r⁻), summed over pairs: the reward model's loss, and DPO's with what the policy gained as r."""
     margin_B = chosen_B - rejected_B
     extras = {"accuracy": float((margin_B > 0).sum()), "margin": float(margin_B.detach().sum())}
     return Loss(-F.logsigmoid(margin_B).sum(), len(margin_B), extras)
@@ -63,7 +63,4 @@ def dpo(policy_B2: Tensor, reference_B2: Tensor, beta: float) -> Loss:
     policy, reference: log-probabilities of the chosen (column 0) and the rejected (column 1) answer, each summed over
     the answer's tokens. −log σ(β · [(log π⁺ − log ref⁺) − (log π⁻ − log ref⁻)]).
     """
-    gains_B2 = beta * (policy_B2 - reference_B2)
-    margin_B = gains_B2[:, 0] - gains_B2[:, 1]
-    extras = {"accuracy": float((margin_B > 0).sum()), "margin": float(margin_B.detach().sum())}
-    return Loss(-F.logsigmoid(margin_B).sum(), len(margin_B), extras)
+    return bradley_terry(*(beta * (policy_B2 - reference_B2)).unbind(1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.engine import Engine, Output, Sampling
 from openqwen.model import load_model, load_scorer
@@ -29,13 +29,11 @@ from openqwen.train.order import Epochs
 from openqwen.train.parallel import copy_weights, join
 from openqwen.train.reward import score_sequences
 from openqwen.train.rows import cut_to_budget
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
-class OnlineDpoConfig(BaseModel):
+class OnlineDpoConfig(TrainingConfig):
     """Best against worst of several samples by the reward model. The reports give no numbers but the scheme."""
-
-    model_config = ConfigDict(extra="forbid")
 
     steps: int = Field(100, gt=0, description="optimizer steps, each with fresh samples")
     batch: int = Field(32, gt=0, description="prompts of one step")
@@ -51,31 +49,26 @@ class OnlineDpoConfig(BaseModel):
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
     train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
-    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
 
 
 @dataclass
-class Episode:
+class Episode(Pairs):
     """Pairs made in this step; `rewards` and `lengths` are sums over the pairs of their prompts' sample means."""
 
-    pairs: Pairs
-    rewards: float
-    lengths: float
+    rewards: float = 0.0
+    lengths: float = 0.0
 
 
 def online_dpo(
     config: OnlineDpoConfig,
     start: Path,
-    reward_model: Path,
     prompts: Path,
     tokenizer: Tokenizer,
-    output: Path,
-    scratch: Path,
-    seed: int,
-    label: str,
+    place: Place,
+    reward_model: Path,
 ) -> dict[str, float]:
-    """Improve the model at `start`, which is the reference too, on a JSONL file of prompts; save to `output`."""
-    generators = Generators(seed)
+    """Improve the model at `start`, which is the reference too, on a JSONL file of prompts; save to the output."""
+    generators = Generators(place.seed)
     device = best_device()
     model = load_model(start, device=device)
     reference = copy.deepcopy(model).requires_grad_(False)
@@ -92,7 +85,7 @@ def online_dpo(
     def batch(step: int) -> list[Episode]:
         asked = [pool[i] for i in order.batch(step) for _ in range(config.samples)]
         # Seeds are a function of the step: a resumed run draws what the uninterrupted run would have drawn.
-        seeds = Generators(seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
+        seeds = Generators(place.seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
         if actor is not model:
             copy_weights(model, actor)
         engine.refresh(step)
@@ -104,38 +97,31 @@ def online_dpo(
         slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
         ranks = [v for g in slices for v in votes(sequences[g], rewards[g])] if config.vote else rewards
         found = [pair for pair in (_best_and_worst(outputs, ranks, group) for group in slices) if pair]
-        groups = [_compared(sequences, outputs, best, worst) for best, worst in found]
+        groups = []
+        for best, worst in found:
+            prompt = outputs[best].prompt_ids
+            groups.append(Compared(prompt))
+            groups[-1].add(*(sequences[n][len(prompt) :] for n in (best, worst)))
         if config.first_difference:
             groups = [group.to_first_difference() for group in groups]
         episodes = []
         for cut in cut_to_budget([group.size for group in groups], config.micro_tokens):
             part = groups[cut]
             share = len(part) / len(rewards)
-            pairs = Pairs.of(part, torch.empty(0), device)
-            lengths = sum(len(o.token_ids) for o in outputs) * share
-            episodes.append(Episode(pairs, sum(rewards) * share, lengths))
+            episode = Episode.of(part, torch.empty(0), device)
+            episode.rewards = sum(rewards) * share
+            episode.lengths = sum(len(o.token_ids) for o in outputs) * share
+            episodes.append(episode)
         return episodes
 
     def loss(episode: Episode) -> Loss:
         with torch.no_grad():
-            episode.pairs.reference = document_log_probs(reference, episode.pairs.rows)
-        value = episode.pairs.loss(model, config.beta)
+            episode.reference = document_log_probs(reference, episode.rows)
+        value = episode.loss(model, config.beta)
         value.extras |= {"reward": episode.rewards, "length": episode.lengths}
         return value
 
-    trainer = Trainer(
-        label=label,
-        model=model,
-        batch=batch,
-        loss=loss,
-        tokens=lambda episode: len(episode.pairs.rows.tokens),
-        steps=config.steps,
-        optimizer=config.train,
-        save=config.save,
-        scratch=scratch,
-        output=output,
-        generators=generators,
-    )
+    trainer = Trainer(place, config, model, batch, loss, config.steps, generators)
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics
@@ -152,13 +138,6 @@ def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[fl
 def _ids(output: Output, eos_id: int) -> list[int]:
     """The whole sequence as the policy wrote it."""
     return output.prompt_ids + output.token_ids + ([eos_id] if output.finish_reason == "stop" else [])
-
-
-def _compared(sequences: list[list[int]], outputs: list[Output], best: int, worst: int) -> Compared:
-    group = Compared(outputs[best].prompt_ids)
-    start = len(group.prompt)
-    group.add(sequences[best][start:], sequences[worst][start:])
-    return group
 
 
 def _best_and_worst(outputs: list[Output], rewards: list[float], group: slice) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""AdamW (or Muon) with weight decay on matrices alone, and learning rates over time."""
+"""AdamW (in 8 bits too, or Muon) with weight decay on matrices alone, and learning rates over time."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from openqwen.train.compute import Precision
+from openqwen.train.eight_bit import adamw8bit, in_blocks
 from openqwen.train.parallel import ParallelConfig
 from openqwen.train.recompute import Recompute
 from openqwen.train.track import Tracker
@@ -32,8 +33,10 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    method: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: momentum made orthogonal on the layers' matrices, AdamW on the rest"
+    method: Literal["adamw", "adamw8bit", "muon"] = Field(
+        "adamw",
+        description="adamw8bit: moments of matrices in 8 bits (torchao); "
+        "muon: momentum made orthogonal on the layers' matrices, AdamW on the rest",
     )
     learning_rate: float = Field(7e-6, gt=0, description="peak learning rate")
     final_share: float = Field(0.1, ge=0, le=1, description="share of the peak left at the last step")
@@ -77,15 +80,17 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """What moves a model's parameters: decayed matrices, undecayed vectors; with Muon, the layers' matrices apart.
+    """What moves a model's parameters: decayed matrices, undecayed vectors; in 8 bits or by Muon, its matrices apart.
 
     Muon's rate is scaled to move a matrix as far as AdamW would (Liu et al. 2025), so one learning rate serves both.
-    An embedding table that is no output matrix too and is not sharded goes to `TableAdamW`.
+    An embedding table that is no output matrix too and is not sharded goes to `TableAdamW`, where not in 8 bits.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     by_muon = [p for n, p in named if config.method == "muon" and ".layers." in f".{n}" and p.dim() == 2]
-    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and _is_table(m, model)]
-    taken = {id(p) for p in by_muon + tables}
+    small = [p for _, p in named if config.method == "adamw8bit" and in_blocks(p)]
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and config.method != "adamw8bit"]
+    tables = [m.weight for m in embeddings if _is_table(m, model)]
+    taken = {id(p) for p in by_muon + small + tables}
     matrices = [p for _, p in named if p.dim() > 1 and id(p) not in taken]
     vectors = [p for _, p in named if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -97,6 +102,8 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **settings, fused=True)]
     if tables:
         found.append(TableAdamW(tables, settings | {"weight_decay": config.weight_decay}))
+    if small:
+        found.append(adamw8bit([{"params": small, "weight_decay": config.weight_decay}], **settings))
     if by_muon:
         rate, decay = config.learning_rate, config.weight_decay
         found.append(torch.optim.Muon(by_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
@@ -118,9 +125,6 @@ class TableAdamW(torch.optim.Optimizer):
     `rows` [R] says whose the first R of `exp_avg` and `exp_avg_sq` are; the rest is room. Of the other rows only the
     decay is left. Fine-tuning with a vocabulary of 150,000 looks up few of them.
     """
-
-    def __init__(self, tables: list[Tensor], settings: dict[str, Any]):
-        super().__init__(tables, settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

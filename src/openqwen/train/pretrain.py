@@ -1,6 +1,6 @@
 """Pre-training by next-token prediction, and its long-sequence phase with a raised RoPE base (Qwen2 report, 2.3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import join, load_for_training
 from openqwen.train.pieces import DataConfig, Pieces, Supply, TokenSource
-from openqwen.train.rows import Rows
+from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.trainer import Place
 
 EXPERTS = "experts.json"  # the load of each expert at the end of training
 STAGES = "data_stages.json"  # the data stages of a run that has several
@@ -73,13 +74,14 @@ def pretrain(
     tokenizer: Tokenizer,
     vocabulary: int,
     start: Path | None,
-    output: Path,
-    scratch: Path,
-    seed: int,
-    label: str,
+    place: Place,
+    held_out: Sequence[Sample] = (),
 ) -> dict[str, float]:
-    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to `output`."""
-    generators = Generators(seed)
+    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to the output.
+
+    held_out: nothing is learned from these; their loss, without that of the balance, is measured on the way.
+    """
+    generators = Generators(place.seed)
     model = _network(config, vocabulary, start, generators)
     if join().main:
         check_ids(sources, min(vocabulary, model.config.vocab_size))
@@ -95,7 +97,7 @@ def pretrain(
         return with_loads(model, [Rows.of(micro, model.device) for micro in samples], balance)
 
     def loss(micro: Balanced) -> Loss:
-        if not sparse:
+        if not sparse or not model.training:
             return next_token(model, micro.rows)
         weight = model.config.router_aux_loss_coef
         return balanced(lambda rows, routing: next_token(model, rows, routing), micro, balance, weight)
@@ -104,20 +106,22 @@ def pretrain(
         _, stretch = trainer.at(step)
         return stretch.pieces.name(step - stretch.first)
 
+    def measured() -> list[Balanced]:
+        cuts = cut_to_budget([len(ids) for ids, _ in held_out], config.data.micro_tokens)
+        return [Balanced(Rows.of(held_out[cut], model.device)) for cut in cuts]
+
     trainer = StagedTrainer(
-        label=label,
-        model=model,
-        batch=batch,
-        loss=loss,
-        tokens=lambda micro: len(micro.rows.tokens),
+        place,
+        config,
+        model,
+        batch,
+        loss,
         steps=last.first + last.pieces.steps,
-        optimizer=config.train,
-        save=config.save,
-        scratch=scratch,
-        output=output,
         generators=generators,
-        flops=lambda micro: micro.rows.flops(model.config),
+        timed=True,
         name=name,
+        held_out=measured if held_out else None,
+        validation=config.validation,
         stretches=stretches,
     )
     metrics = trainer.run()
@@ -125,10 +129,10 @@ def pretrain(
     enter(model, last.stage)
     trainer.save_checkpoint(tokenizer)
     if len(stretches) > 1:
-        write_json(output / STAGES, [_record(stretch) for stretch in stretches])
+        write_json(place.output / STAGES, [_record(stretch) for stretch in stretches])
     if sparse:
         load = measure_load(model, [micro.rows for micro in batch(trainer.steps - 1)])
-        write_json(output / EXPERTS, load_record(model, load))
+        write_json(place.output / EXPERTS, load_record(model, load))
     return metrics | {"parameters": model.config.parameters()}
 
 

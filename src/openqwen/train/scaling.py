@@ -164,21 +164,16 @@ def fit_laws(
     sizes = sorted({(c.parameters, c.tokens) for c in cells if math.isfinite(c.loss)})
     bowls = [Bowl([c for c in cells if (c.parameters, c.tokens) == size]) for size in sizes]
     optima = [bowl.bottom(bowl.losses) for bowl in bowls]
-    rates: list[Law | None] = []
-    batches: list[Law | None] = []
-    for _ in range(draws):
-        drawn = [bowl.bottom(bowl.resampled(generator)) for bowl in bowls if bowl.spare > 0]
-        rates.append(_rate_law(drawn))
-        batches.append(_batch_law(drawn))
-    return bowls, optima, _fit(_rate_law(optima), rates), _fit(_batch_law(optima), batches)
+    drawn = [_laws([bowl.bottom(bowl.resampled(generator)) for bowl in bowls if bowl.spare > 0]) for _ in range(draws)]
+    rate, batch = _laws(optima)
+    return bowls, optima, _fit(rate, [r for r, _ in drawn]), _fit(batch, [b for _, b in drawn])
 
 
-def _rate_law(optima: Sequence[Optimum]) -> Law | None:
-    return Law.through([(o.parameters, o.tokens, o.learning_rate) for o in optima if not o.rate_fault])
-
-
-def _batch_law(optima: Sequence[Optimum]) -> Law | None:
-    return Law.through([(o.parameters, o.tokens, o.batch_tokens) for o in optima if not o.batch_fault])
+def _laws(optima: Sequence[Optimum]) -> tuple[Law | None, Law | None]:
+    """Of the learning rate, and of the batch size."""
+    rates = [(o.parameters, o.tokens, o.learning_rate) for o in optima if not o.rate_fault]
+    batches = [(o.parameters, o.tokens, o.batch_tokens) for o in optima if not o.batch_fault]
+    return Law.through(rates), Law.through(batches)
 
 
 def _fit(law: Law | None, drawn: Sequence[Law | None]) -> Fit:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.model import Qwen2, Scorer, load_model
 from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
@@ -16,12 +16,11 @@ from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.conversations import TooLong, conversation, fit, fitting, says_nothing
 from openqwen.train.losses import next_token
-from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.packing import pack
 from openqwen.train.parallel import join, load_for_training
 from openqwen.train.rows import Rows, Sample
-from openqwen.train.trainer import SaveConfig, Trainer
+from openqwen.train.trainer import Place, Trainer, TrainingConfig
 from openqwen.train.validation import ValidationConfig
 
 ADAPTER = "adapter"  # beside the merged network, in PEFT's format
@@ -34,10 +33,8 @@ class SftValidationConfig(ValidationConfig):
     file: Path | None = Field(None, description="a JSONL file of held-out demonstrations, in place of a share")
 
 
-class SftConfig(BaseModel):
+class SftConfig(TrainingConfig):
     """The report's settings: 2 epochs, 32,768 tokens, 7e-6 falling to 7e-7, weight decay 0.1, clip 1.0."""
-
-    model_config = ConfigDict(extra="forbid")
 
     epochs: float = Field(2.0, gt=0, description="passes over the demonstrations")
     batch: int = Field(128, gt=0, description="conversations of one optimizer step")
@@ -50,25 +47,14 @@ class SftConfig(BaseModel):
         description="adapters (LoRA, DoRA) in place of all weights; rank 0: none",
     )
     micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
-    train: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer")
     validation: SftValidationConfig = Field(
         default_factory=SftValidationConfig, description="held-out demonstrations, and what their loss decides"
     )
-    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
 
 
-def sft(
-    config: SftConfig,
-    start: Path,
-    demonstrations: Path,
-    tokenizer: Tokenizer,
-    output: Path,
-    scratch: Path,
-    seed: int,
-    label: str,
-) -> dict[str, float]:
-    """Fine-tune the model at `start` on a JSONL file of demonstrations; save to `output`."""
-    generators = Generators(seed)
+def sft(config: SftConfig, start: Path, demonstrations: Path, tokenizer: Tokenizer, place: Place) -> dict[str, float]:
+    """Fine-tune the model at `start` on a JSONL file of demonstrations; save to the place's output."""
+    generators = Generators(place.seed)
     # Adapters are drawn for a network that is there.
     model = load_model(start, device=best_device()) if config.lora.rank else load_for_training(start)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -95,25 +81,21 @@ def sft(
         return [Rows.of([chosen[i] for i in numbers], model.device, share=True) for numbers in packs]
 
     trainer = Trainer(
-        label=label,
-        model=model,
+        place,
+        config,
+        model,
         batch=lambda step: rows([data.samples[i] for i in order.batch(step)]),
         loss=lambda rows: next_token(model, rows),
-        tokens=lambda rows: len(rows.tokens) + rows.spared,
         steps=order.steps,
-        optimizer=config.train,
-        save=config.save,
-        scratch=scratch,
-        output=output,
         generators=generators,
-        flops=lambda rows: rows.flops(model.config),
+        timed=True,
         name=lambda step: f"records {', '.join(str(data.numbers[i]) for i in order.batch(step))}",
         held_out=(lambda: rows(held_out.samples)) if held_out else None,
         validation=config.validation,
     )
     metrics = trainer.run()
     if config.lora.rank:
-        trainer.whole = _merged(trainer, config, output, start)
+        trainer.whole = _merged(trainer, config, start)
     trainer.save_checkpoint(tokenizer, chat=True)
     counts = {"examples": len(data.samples), "held_out": len(held_out.samples) if held_out else 0}
     counts |= {"too_long": data.too_long, "truncated": data.truncated, "empty_answers": data.empty}
@@ -157,13 +139,13 @@ class Demonstrations:
         )
 
 
-def _merged(trainer: Trainer[Rows], config: SftConfig, output: Path, start: Path) -> Callable[[], Qwen2 | Scorer]:
+def _merged(trainer: Trainer[Rows], config: SftConfig, start: Path) -> Callable[[], Qwen2 | Scorer]:
     """Write the adapter to `output/adapter`; what gives the network with it merged."""
-    whole = trainer.whole()
+    whole, folder = trainer.whole(), trainer.output / ADAPTER
     if trainer.world.main:
-        save_adapter(whole, config.lora, output / ADAPTER, base=str(start))
+        save_adapter(whole, config.lora, folder, base=str(start))
         if config.lora.base != "none":  # what was learned over rounded matrices goes into those that were rounded
             whole = load_model(start)
-            load_adapter(whole, output / ADAPTER)
+            load_adapter(whole, folder)
         merge_adapters(whole)
     return lambda: whole

@@ -25,6 +25,7 @@ from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import fresh_folder, read_json, replace_folder, write_json
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console
+from openqwen.train.eight_bit import empty, parts
 from openqwen.train.optimizer import TableAdamW
 from openqwen.train.parallel import World, join
 
@@ -174,7 +175,9 @@ def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> d
     tensors = {f"weights.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
-            tensors |= {f"{key}.{names[id(parameter)]}": value.detach() for key, value in values.items()}
+            for key, value in values.items():
+                halves = {f"{key}-{part}": half for part, half in parts(value).items()}
+                tensors |= {f"{k}.{names[id(parameter)]}": v.detach() for k, v in (halves or {key: value}).items()}
     return tensors
 
 
@@ -191,11 +194,17 @@ def _places(
         if key == "weights" or parameter_name not in parameters:
             continue
         parameter = parameters[parameter_name]
+        moment, _, part = key.partition("-")
+        state = owners[id(parameter)].state[parameter]
+        if part:
+            state.setdefault(moment, empty(parameter, signed=moment == "exp_avg"))
+            places[name] = parts(state[moment])[part]
+            continue
         like_it = shape == tuple(parameter.shape) and shape != () and dtype == parameter.dtype
         # AdamW keeps its step count beside the parameter; fused and plain alike read it as a float tensor.
         other = torch.zeros(shape, dtype=dtype, device=parameter.device)
         place = torch.zeros_like(parameter) if like_it else other
-        owners[id(parameter)].state[parameter][key] = places[name] = place.detach()
+        state[key] = places[name] = place.detach()
     return places
 
 

@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from openqwen.model import ModelConfig, load_model
+from openqwen.model import ModelConfig
 from openqwen.support.files import read_json, write_json
 from openqwen.support.progress import console
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.losses import next_token
 from openqwen.train.optimizer import BadStepConfig, OptimizerConfig
 from openqwen.train.pieces import DataConfig, TokenSource
 from openqwen.train.pretrain import NetworkConfig, PretrainConfig, network_config, pretrain
-from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.rows import Sample
+from openqwen.train.trainer import Place
+from openqwen.train.validation import HELD_OUT
 
 
 def _size(width: int, layers: int) -> NetworkConfig:
@@ -76,12 +76,12 @@ def run_cells(
         done = scratch / "cells" / f"{key}.json"
         if key not in known and not done.exists():
             work = scratch / f"cell-{key[:12]}"
-            arguments = (sources, tokenizer, tokenizer.vocab_size, None, work / "model", work, seed)
-            pretrain(settings, *arguments, f"cell {number}/{len(grid)}")
+            place = Place(work / "model", work, seed, f"cell {number}/{len(grid)}")
+            metrics = pretrain(settings, sources, tokenizer, tokenizer.vocab_size, None, place, heldout)
             record = {
                 "key": key, "network": name, "tokens": tokens, "batch_tokens": batch, "learning_rate": rate,
                 "parameters": body_parameters(network_config(settings, tokenizer.vocab_size)),
-                "loss": heldout_loss(work / "model", heldout),
+                "loss": metrics[HELD_OUT],
             }  # fmt: skip
             write_json(done, record)
             shutil.rmtree(work)
@@ -106,12 +106,3 @@ def body_parameters(config: ModelConfig) -> int:
     """Parameters that a token passes, without the tables of the vocabulary: the N of the law."""
     tables = 1 if config.tie_word_embeddings else 2
     return config.parameters(active=True) - tables * config.vocab_size * config.hidden_size
-
-
-@torch.no_grad()
-def heldout_loss(folder: Path, samples: Sequence[Sample]) -> float:
-    """Mean cross-entropy of a checkpoint on samples, nats a token."""
-    model = load_model(folder)
-    cuts = cut_to_budget([len(ids) for ids, _ in samples], 8_192)
-    losses = [next_token(model, Rows.of(samples[cut])) for cut in cuts]
-    return sum(float(x.sum) for x in losses) / sum(x.count for x in losses)

@@ -12,34 +12,33 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from openqwen.model import Qwen2, Scorer, save_checkpoint
-from openqwen.support.device import freed_memory_kept, peak_flops, peak_memory
+from openqwen.support.device import best_device, freed_memory_kept, peak_flops, peak_memory
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.compute import LEVERS, compile_layers, computing, is_out_of_memory
+from openqwen.train.compute import LEVERS, compile_layers, computing, is_low, is_out_of_memory
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
 from openqwen.train.parallel import World, join
 from openqwen.train.recompute import recompute
+from openqwen.train.rows import Rows
 from openqwen.train.state import StateWriter, load_best, load_state
-from openqwen.train.track import Tracking
+from openqwen.train.track import tracking
 from openqwen.train.validation import HELD_OUT, ValidationConfig, best_step
 
 METRICS = "metrics.jsonl"
 _USUAL = 100  # steps whose gradient norms say what is usual
-Micro = TypeVar("Micro")
 
 
 class SaveConfig(BaseModel):
@@ -51,34 +50,55 @@ class SaveConfig(BaseModel):
     keep: int = Field(2, ge=1, description="how many states are kept, the newest")
 
 
+class TrainingConfig(BaseModel):
+    """What every stage that trains lets choose."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    train: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer")
+    save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one training runs. output: for what it makes, metrics.jsonl among it. scratch: holds the states and the
+    metrics while it goes on, and outlives a kill. seed: of all its draws. label: its name on the live line."""
+
+    output: Path
+    scratch: Path
+    seed: int
+    label: str
+
+
+Micro = TypeVar("Micro")  # Rows, or what has them as `rows`
+
+
 @dataclass
 class Trainer(Generic[Micro]):
     """What training needs, whatever the stage. Under torchrun every rank holds one, and they train together.
 
-    scratch: holds the states and metrics.jsonl while training goes on, and outlives a kill. output: metrics.jsonl is
-    copied there at the end. flops: operations of a micro-batch, for the share of the machine's peak. name: says which
-    records a step is made of, for the message about a bad one. held_out: micro-batches that nothing is learned from;
-    their loss is measured as often as `validation` says.
+    generators: every one that `batch` or `loss` draws from; they are saved. timed: whether a step's operations over its
+    seconds are a share of the machine's peak: not where it does other work too. name: says which records a step is made
+    of, for the message about a bad one. held_out: micro-batches that nothing is learned from; their loss is measured as
+    often as `validation` says.
     """
 
-    label: str
+    place: Place
+    config: TrainingConfig
     model: Qwen2 | Scorer
     batch: Callable[[int], Sequence[Micro]]
     loss: Callable[[Micro], Loss]
-    tokens: Callable[[Micro], int]
     steps: int
-    optimizer: OptimizerConfig
-    save: SaveConfig
-    scratch: Path
-    output: Path
     generators: Generators
-    flops: Callable[[Micro], float] | None = None
+    timed: bool = False
     name: Callable[[int], str] | None = None
     held_out: Callable[[], Sequence[Micro]] | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     world: World = field(default_factory=join)
 
     def __post_init__(self) -> None:
+        self.optimizer, self.label = self.config.train, self.place.label
+        self.output, self.scratch = self.place.output, self.place.scratch
         self.whole: Callable[[], Qwen2 | Scorer] = lambda: self.model  # after `run`: all of it, to be saved
         self._sharded = False
 
@@ -89,7 +109,7 @@ class Trainer(Generic[Micro]):
             if self.optimizer.compile:
                 compile_layers(self.model)
             self.world = self.world.arranged(self.optimizer.parallel, self.model)
-            self.whole = self.world.shard(self.model)
+            self.whole = self.world.shard(self.model, low=is_low(self.optimizer.precision, best_device()))
             self._sharded = True
 
     def run(self) -> dict[str, float]:
@@ -104,12 +124,12 @@ class Trainer(Generic[Micro]):
             write_text(self.scratch / METRICS, "".join(map(_line, metrics)))
         self.model.train()
         last_save = time.monotonic()
-        tracking = Tracking(self.optimizer.track if self.world.main else [], self.scratch, self.label, first)
+        trackers = self.optimizer.track if self.world.main else []
         with (
             freed_memory_kept(),
-            closing(tracking),
+            tracking(trackers, self.scratch, self.label, first) as track,
             open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
-            StateWriter(self.scratch, self.save.keep, self.world) as writer,
+            StateWriter(self.scratch, self.config.save.keep, self.world) as writer,
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
             for step in range(first, self.steps):
@@ -117,12 +137,12 @@ class Trainer(Generic[Micro]):
                 if self.held_out and self.validation.due(step, self.steps):
                     entry[HELD_OUT] = self._held_out_loss(self.held_out())
                 log.write(_line(entry))
-                tracking.log(entry)
+                track(entry)
                 metrics.append(entry)
                 if self.validation.outcome == "best" and best_step(metrics) == step:
                     writer.save_best(step, self.model)
                 bar.advance(1, **_notes(entry))
-                due = step + 1 < self.steps and time.monotonic() - last_save >= self.save.seconds
+                due = step + 1 < self.steps and time.monotonic() - last_save >= self.config.save.seconds
                 if self.world.agree(due):
                     if self.world.main:
                         os.fsync(log.fileno())  # the log is never behind the state
@@ -165,12 +185,13 @@ class Trainer(Generic[Micro]):
             self._stop_or_skip(step, rate, why, earlier)
         for mover in movers:
             for group in mover.param_groups:
-                group["lr"] = rate
+                group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
             if micros and not why:
                 self._move(mover, scale)
             mover.zero_grad()
         seconds = time.perf_counter() - start
-        tokens = sum(self.tokens(m) for m in micros)
+        rows = [_fed(micro) for micro in micros]
+        tokens = sum(len(r.tokens) + r.spared for r in rows)
         entry = {
             "step": step,
             "loss": total / count,
@@ -182,8 +203,8 @@ class Trainer(Generic[Micro]):
             "peak_memory": peak_memory(self._device),
             **{name: value / count for name, value in extras.items()},
         }
-        if self.flops:
-            entry["flops_per_second"] = sum(self.flops(m) for m in micros) / seconds
+        if self.timed:
+            entry["flops_per_second"] = sum(r.flops(self.model.config) for r in rows) / seconds
             entry["peak_share"] = entry["flops_per_second"] / peak_flops(self._device)
         return entry | ({"skipped": 1.0} if why else {})
 
@@ -192,7 +213,7 @@ class Trainer(Generic[Micro]):
         total, count, extras = 0.0, 0, dict[str, float]()
         for micro, counts in self.world.share(micros):
             try:
-                with self._computing():
+                with computing(self.optimizer.precision, self._device):
                     loss = self.loss(micro)
                 (loss.sum * counts).backward()
             except Exception as error:
@@ -212,7 +233,7 @@ class Trainer(Generic[Micro]):
         self.model.eval()
         total, count = 0.0, 0
         for micro, counts in self.world.share(micros):
-            with self._computing():
+            with computing(self.optimizer.precision, self._device):
                 loss = self.loss(micro)
             total, count = total + loss.sum.item() * counts, count + loss.count * counts
         self.model.train()
@@ -249,13 +270,10 @@ class Trainer(Generic[Micro]):
         peak = peak_memory(self._device) / 2**30
         return OpenQwenError(
             f"Memory ran out in step {step} of {self.label}{self._named(step)}, in a micro-batch of "
-            f"{self.tokens(micro):,} tokens; the most held was {peak:.1f} GiB.",
+            f"{len(_fed(micro).tokens):,} tokens; the most held was {peak:.1f} GiB.",
             where=self.scratch,
             do=f"{LEVERS}. The last saved state is whole, and training goes on from it",
         )
-
-    def _computing(self) -> AbstractContextManager[None]:
-        return computing(self.optimizer.precision, self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -283,6 +301,11 @@ class Trainer(Generic[Micro]):
         else:
             torch._foreach_mul_(_gradients(parameters), scale)
         mover.step()
+
+
+def _fed(micro: Any) -> Rows:
+    """What a micro-batch feeds."""
+    return getattr(micro, "rows", micro)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -31,7 +31,7 @@ from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.recompute import Recompute
 from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.sft import SftConfig, sft
-from openqwen.train.trainer import METRICS, SaveConfig, Trainer
+from openqwen.train.trainer import METRICS, Place, SaveConfig, Trainer, TrainingConfig
 
 Kind = Literal["sft", "pretrain"]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -58,7 +58,6 @@ def bench(
     steps: int = 4,
     repeats: int = 1,
     recompute: Recompute = "nothing",
-    peer_huge_pages: bool = False,
 ) -> None:
     """Measure training and print tokens/s, the share of this machine's matrix peak, and the most memory held.
 
@@ -71,7 +70,6 @@ def bench(
         steps: Steps of a run; the first is not counted.
         repeats: Runs of each side, in turn; medians are printed.
         recompute: Activations that our side computes again.
-        peer_huge_pages: Give the peer the huge pages that we ask PyTorch for.
     """
     if kind == "sft" and model is None:
         raise OpenQwenError("Which model shall be fine-tuned?", where="--model", do="give the folder of a checkpoint")
@@ -84,9 +82,7 @@ def bench(
         for _ in range(repeats):
             runs["OpenQwen"].append(_run([sys.executable, "-m", __name__], name, dict(os.environ)))
             if peer:
-                without = (
-                    {"PYTHONPATH"} if peer_huge_pages else {"PYTHONPATH", HUGE_PAGES}
-                )  # importing us sets the latter
+                without = {"PYTHONPATH", HUGE_PAGES}  # importing us sets the latter
                 environment = {key: value for key, value in os.environ.items() if key not in without}
                 runs["peer"].append(_run([peer, str(_PEER)], name, environment))
     console.print(_table(kind, runs, job))
@@ -152,22 +148,22 @@ def ours(job: dict[str, Any]) -> dict[str, float]:
     """Our side of a job, in this process."""
     folder = Path(job["folder"])
     optimizer = OptimizerConfig(learning_rate=job["rate"], recompute=job["recompute"], precision="float32")
+    common: dict[str, Any] = {"train": optimizer, "save": SaveConfig(seconds=1e9)}
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        output, scratch = Path(name) / "output", Path(name) / "scratch"
+        place = Place(Path(name) / "output", Path(name) / "scratch", 0, job["kind"])
         if job["kind"] == "sft":
-            settings: dict[str, Any] = {"epochs": 1, "batch": job["batch"], "max_length": _CONTEXT, "train": optimizer}
-            config = SftConfig(**settings, save=SaveConfig(seconds=1e9))
+            config = SftConfig(epochs=1, batch=job["batch"], max_length=_CONTEXT, **common)
             start = Path(job["model"])
-            sft(config, start, folder / "rows.jsonl", load_tokenizer(start), output, scratch, 0, "sft")
+            sft(config, start, folder / "rows.jsonl", load_tokenizer(start), place)
         else:
-            _pretrain(job, optimizer, output, scratch)
-        log = list(read_jsonl(output / METRICS))
+            _pretrain(job, TrainingConfig(**common), place)
+        log = list(read_jsonl(place.output / METRICS))
     found = {"speed": "tokens_per_second", "share": "peak_share"}
     medians = {key: statistics.median(entry[name] for entry in log[1:]) for key, name in found.items()}
     return medians | {"memory": log[-1]["peak_memory"]}
 
 
-def _pretrain(job: dict[str, Any], optimizer: OptimizerConfig, output: Path, scratch: Path) -> None:
+def _pretrain(job: dict[str, Any], settings: TrainingConfig, place: Place) -> None:
     folder, size = Path(job["folder"]), job["batch"]
     ids = json.loads((folder / "rows.json").read_text(encoding="utf-8"))
     config = ModelConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -178,20 +174,8 @@ def _pretrain(job: dict[str, Any], optimizer: OptimizerConfig, output: Path, scr
         chosen = [(row, [1] * len(row)) for row in ids[step * size : (step + 1) * size]]
         return [Rows.of(chosen[cut], model.device) for cut in cut_to_budget([len(r) for r, _ in chosen], 8_192)]
 
-    Trainer(
-        label="pretrain",
-        model=model,
-        batch=batch,
-        loss=lambda rows: next_token(model, rows),
-        tokens=lambda rows: len(rows.tokens),
-        steps=job["steps"],
-        optimizer=optimizer,
-        save=SaveConfig(seconds=1e9),
-        scratch=scratch,
-        output=output,
-        generators=generators,
-        flops=lambda rows: rows.flops(config),
-    ).run()
+    loss = lambda rows: next_token(model, rows)  # noqa: E731
+    Trainer(place, settings, model, batch, loss, job["steps"], generators, timed=True).run()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,10 @@
 """Where each rank stands: a mesh of named dimensions."""
 
-from dataclasses import dataclass
-
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from openqwen.train.parallel.degrees import ParallelConfig
 
 
-@dataclass(frozen=True)
 class Mesh:
     """The ranks by `data`, `context`, `tensor` and `expert`; neighbours differ in the last.
 
@@ -16,31 +13,16 @@ class Mesh:
     what a layer's matrices are made of (all but `tensor`), `sparse` the experts (all but `expert`), `world` the rest.
     """
 
-    whole: DeviceMesh
-    context: DeviceMesh
-    tensor: DeviceMesh
-    expert: DeviceMesh
-    same_rows: DeviceMesh
-    dense: DeviceMesh
-    sparse: DeviceMesh
-    world: DeviceMesh
-
-    @classmethod
-    def of(cls, parallel: ParallelConfig, size: int, device_type: str) -> "Mesh":
+    def __init__(self, parallel: ParallelConfig, size: int, device_type: str):
         """A mesh of `size` processes; `data` takes what the degrees leave."""
         names = ("data", "context", "tensor", "expert")
         shape = (size // parallel.ranks, parallel.context, parallel.tensor, parallel.expert)
-        whole = init_device_mesh(device_type, shape, mesh_dim_names=names)
-        return cls(
-            whole=whole,
-            context=whole["context"],
-            tensor=whole["tensor"],
-            expert=whole["expert"],
-            same_rows=whole["context", "tensor"]._flatten("same_rows"),
-            dense=whole["data", "context", "expert"]._flatten("dense"),
-            sparse=whole["data", "context", "tensor"]._flatten("sparse"),
-            world=whole[names]._flatten("world"),
-        )
+        self.whole = whole = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        self.context, self.tensor, self.expert = (whole[name] for name in names[1:])
+        self.same_rows = whole["context", "tensor"]._flatten("same_rows")
+        self.dense = whole["data", "context", "expert"]._flatten("dense")
+        self.sparse = whole["data", "context", "tensor"]._flatten("sparse")
+        self.world = whole[names]._flatten("world")
 
     @property
     def copies(self) -> int:

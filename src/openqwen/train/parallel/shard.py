@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
@@ -44,8 +44,11 @@ from openqwen.train.parallel.mesh import Mesh
 Rows = TypeVar("Rows", bound=Callable[..., Tensor])
 
 
-def shard(model: Qwen2 | Scorer, mesh: Mesh) -> None:
-    """Divide the network over the ranks of a mesh, in place. Every rank holds all of it before."""
+def shard(model: Qwen2 | Scorer, mesh: Mesh, low: bool = False) -> None:
+    """Divide the network over the ranks of a mesh, in place. Every rank holds all of it before.
+
+    low: the layers' weights are gathered in bfloat16, but for the experts, whose gradient is computed in float32.
+    """
     layers = [m for m in model.modules() if isinstance(m, Layer)]
     if mesh.tensor.size() > 1:
         if any(isinstance(m, LoraLinear) for m in model.modules()):
@@ -65,14 +68,17 @@ def shard(model: Qwen2 | Scorer, mesh: Mesh) -> None:
             _send_tokens(layer.mlp.experts, mesh.expert)
             _deal(layer.mlp.experts, mesh.tensor)
             _fsdp(layer.mlp.experts, mesh.sparse)
-        _fsdp(layer, mesh.dense)
+        if low:  # also where nobody asked for autocast, as for a reference's log-probabilities
+            layer.forward = torch.autocast(mesh.whole.device_type, torch.bfloat16)(layer.forward)  # type: ignore[method-assign]
+        _fsdp(layer, mesh.dense, torch.bfloat16 if low else None)
     _fsdp(model, mesh.world)
     if isinstance(model, Qwen2) and model.stored is not None:
         _read_own(model, model.stored, torch.device(mesh.whole.device_type))
 
 
-def _fsdp(module: nn.Module, mesh: DeviceMesh) -> None:
-    sharded = fully_shard(module, mesh=mesh)
+def _fsdp(module: nn.Module, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
 

@@ -67,17 +67,18 @@ class World:
     def arranged(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
         """These processes on a mesh of the given degrees. OpenQwenError where they do not fit."""
         check(parallel, model.config, self.size)
-        return self if self.alone else replace(self, mesh=Mesh.of(parallel, self.size, best_device().type))
+        return self if self.alone else replace(self, mesh=Mesh(parallel, self.size, best_device().type))
 
-    def shard(self, model: Network) -> Callable[[], Network]:
-        """Shard the network over the ranks, in place; nothing where this process is alone.
+    def shard(self, model: Network, low: bool = False) -> Callable[[], Network]:
+        """Shard the network over the ranks, in place; nothing where this process is alone. low: see `shard.shard`.
 
         Returns what gives the whole network back, on the CPU, to be saved. Every rank must call it, as it gathers.
         """
         if self.mesh is None:
             return lambda: model
-        blueprint = copy.deepcopy(model, {id(p): _shape_of(p) for p in model.parameters()})
-        shard(model, self.mesh)
+        shapes = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+        blueprint = copy.deepcopy(model, shapes)
+        shard(model, self.mesh, low)
         _WORLDS[model] = self
 
         def whole() -> Network:
@@ -171,10 +172,6 @@ def world_of(model: nn.Module) -> World:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _shape_of(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
 
 @cache
