@@ -133,7 +133,7 @@ def test_who_leaves_during_prefill_is_not_worked_for(server):
 
 
 def test_sigterm_lets_answers_end_and_takes_no_more(start, tiny):
-    server = start(tiny, "--drain", 60)
+    server = start(tiny, "--drain", 60, forked=False)
     got = []
     body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True, "return_token_ids": True}
 
