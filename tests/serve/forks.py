@@ -47,12 +47,12 @@ def _begin(arguments, environment, inside, outside):
     os.setsid()
     if inside is not None:
         os.dup2(inside.fileno(), 0)
-        sys.stdin = open(0, encoding="utf-8")
+        sys.stdin = os.fdopen(0, encoding="utf-8")
         if os.isatty(0):
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches it
     for number in (1, 2):
         os.dup2(outside.fileno(), number)
-    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", buffering=1) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, "utf-8") for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background has it ignored
     from openqwen.cli import main
 
