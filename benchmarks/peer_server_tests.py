@@ -32,7 +32,7 @@ import pytest
 # What is left out: (what a test's name matches, why); the first that fits counts.
 LLAMA_CPP = [
     (
-        r"test_(infill|template|lora|slot_save|ctx_shift|ignore_eos|kv_keep|speculative|sleep|metrics|rerank)\b",
+        r"test_(infill|template|lora|slot_save|ctx_shift|ignore_eos|kv_keep_only_active|speculative|sleep|metrics|rerank)\b",
         "native",
     ),
     (r"test_(router|proxy|mcp_servers|tools_builtin|stream|compat_gcp|compat_anthropic)\b", "protocol"),

@@ -17,12 +17,13 @@ from openqwen.serve.tools import Arguments, Call, Piece, Text, ToolCalls
 from openqwen.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
+_UNDERSCORED = ("resp", "msg", "fc")
 _LEAST = -9999.0  # JSON has no infinity
 
 
 def identity(kind: str) -> str:
     """A name that nobody can guess."""
-    return f"{kind}-{uuid.uuid4().hex}"
+    return f"{kind}{'_' if kind in _UNDERSCORED else '-'}{uuid.uuid4().hex}"
 
 
 @dataclass

@@ -65,7 +65,7 @@ class Api:
 
     def _fitting(self, ids: list[int], param: str) -> list[int]:
         if len(ids) >= self.max_context:
-            message = f"{param} has {len(ids)} tokens; this model takes {self.max_context - 1} at most."
+            message = f"{param} is too large: {len(ids)} tokens, and this model takes {self.max_context - 1} at most."
             raise ApiError(400, message, param, "context_length_exceeded")
         if max(ids) >= self.tokenizer.vocab_size:
             raise ApiError(400, f"{param} has a token id out of vocabulary ({max(ids)}).", param)
