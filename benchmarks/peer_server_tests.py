@@ -52,14 +52,17 @@ LLAMA_CPP = [
     (r"openai_library_stops", "its model"),
 ]
 VLLM = [
-    (r"_request_|null_top_logprobs|prompt_embeds|engine_dead|bad_words|logit_bias_invalid", "insides"),
+    (r"_request_|null_top_logprobs|prompt_embeds|engine_dead|bad_words", "insides"),
     (
         r"prompt_logprobs|single_completion|truncation|token_ids_(round|stream)|logprob_token_ids|per_request_metrics",
         "own",
     ),
-    (r"kv_transfer|invocations|custom_role|test_top_logprobs|echo_and_continue|batch_completions|server_load", "own"),
+    (
+        r"return_token_ids|kv_transfer|invocations|custom_role|test_top_logprobs|echo_and_continue|batch_completions|server_load",
+        "own",
+    ),
     (r"show_version|enable_response_messages|empty_prompt|long_seed|multiple_non_integer", "own"),
-    (r"reasoning|tool_use", "its model"),
+    (r"reasoning|tool_use|simple.py::test_max_tokens", "its model"),
     (r"single_chat_session|format_json_schema", "its model"),
     (
         r"chat_streaming|chat_completion_stream_options\[",
@@ -153,6 +156,8 @@ def _inside(module: str, name: str) -> Any:
         raise AttributeError(name)
     if name == "get_tokenizer":
         return lambda *_, **__: _Tokenizer()
+    if name == "ModelConfig":
+        return lambda *_, **__: types.SimpleNamespace(get_vocab_size=lambda: _Tokenizer().size)
     return MagicMock(name=f"{module}.{name}")
 
 
@@ -163,6 +168,7 @@ class _Tokenizer:
         from openqwen import load_tokenizer
 
         self._ours = load_tokenizer(os.environ["PEER_MODEL"])
+        self.size = self._ours.vocab_size
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return self._ours.encode(text)

@@ -13,7 +13,7 @@ from typing_extensions import TypedDict
 from openqwen.serve.answers import Choice, Writing, identity
 from openqwen.serve.api import Api
 from openqwen.serve.errors import ApiError
-from openqwen.serve.protocol import Body, ChatRequest, Content, Count, FunctionName, Json, PlainFormat
+from openqwen.serve.protocol import Body, ChatRequest, Content, Count, Json, PlainFormat, ToolFunction
 from openqwen.serve.tools import Arguments, Call, Piece, Text
 
 _MOST = 1_000  # responses that are kept
@@ -23,20 +23,17 @@ CallItem = TypedDict(
     "CallItem", {"type": Literal["function_call"], "call_id": str, "name": str, "arguments": NotRequired[str]}
 )
 ResultItem = TypedDict("ResultItem", {"type": Literal["function_call_output"], "call_id": str, "output": str})
-FlatTool = TypedDict(
-    "FlatTool",
-    {
-        "type": Literal["function"],
-        "name": FunctionName,
-        "description": NotRequired[str | None],
-        "parameters": NotRequired[Json | None],
-    },
-)
 FlatChoice = TypedDict("FlatChoice", {"type": Literal["function"], "name": str})
 FlatJson = TypedDict("FlatJson", {"type": Literal["json_object"]})
 FlatSchema = TypedDict("FlatSchema", {"type": Literal["json_schema"], "name": NotRequired[str], "schema": Json})
 Format = Annotated[PlainFormat | FlatJson | FlatSchema, Field(discriminator="type")]
 TextConfig = TypedDict("TextConfig", {"format": NotRequired[Format | None]})
+
+
+class FlatTool(ToolFunction):
+    """A function, as this form writes it."""
+
+    type: Literal["function"]
 
 
 class ResponsesRequest(Body):
