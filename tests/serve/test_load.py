@@ -79,7 +79,7 @@ def test_a_server_that_is_killed_and_comes_back(start, tiny, tmp_path):
 
     with ThreadPoolExecutor() as threads:
         striking = threads.submit(strike)
-        status, figures = load(server, tmp_path, 6 + 4 * took, connections=4)
+        status, figures = load(server, tmp_path, 4 + 3 * took, connections=4)
         answers = striking.result()
     assert status == 0, figures
     assert figures["retried"] >= 4
