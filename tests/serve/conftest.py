@@ -1,4 +1,4 @@
-"""The tiny model, a server for the tests of a module, and servers with flags of a test's own."""
+"""The tiny model, a server for most tests, and servers with flags of a test's own."""
 
 import signal
 from pydoc_data.topics import topics
@@ -25,9 +25,9 @@ def reward(tokenizer, tmp_path_factory):
     return save(Scorer, tmp_path_factory.mktemp("models") / "reward", tokenizer, 1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tiny, reward):
-    """The one that most tests of a module talk to."""
+    """The one that most tests talk to."""
     running = Server(tiny, "--reward", reward, "--queue", "64")
     yield running
     assert running.stop() == 0, running.log

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import openai
 import torch
+from forks import Fork
 
 from openqwen.model import ModelConfig, initialize, save_checkpoint
 
@@ -32,15 +34,21 @@ def save(kind, folder, tokenizer, seed):
 
 
 class Server:
-    """A running `openqwen serve`, ended by its process id."""
+    """A running `openqwen serve`, ended by its process id. forked: begun with all imported; else by its command."""
 
-    def __init__(self, *arguments, **environment):
+    def __init__(self, *arguments, forked=True, **environment):
         port = () if "--port" in arguments else ("--port", "0")
-        command = [sys.executable, "-m", "openqwen.cli", "serve", *map(str, (*arguments, *port))]
+        words = ["serve", *map(str, (*arguments, *port))]
         source = str(Path(__file__).parents[2] / "src")
         variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source, "COLUMNS": "500"} | environment
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=variables)
-        os.set_blocking(self.process.stdout.fileno(), False)
+        self._output, written = os.pipe()
+        os.set_blocking(self._output, False)
+        if forked:
+            self.process = Fork(words, variables, None, written)
+        else:
+            command = [sys.executable, "-m", "openqwen.cli", *words]
+            self.process = subprocess.Popen(command, stdout=written, stderr=written, env=variables)
+        os.close(written)
         self.log = ""
         self.url = self._wait_for(r"(http://\S+)$").group(1)
         self.http = httpx.Client(base_url=self.url, timeout=60)
@@ -48,8 +56,8 @@ class Server:
     def _wait_for(self, pattern, seconds=90):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            select.select([self.process.stdout], [], [], 0.2)
-            self.log += (self.process.stdout.read() or b"").decode()
+            select.select([self._output], [], [], 0.2)
+            self._read()
             if found := re.search(pattern, self.log, re.MULTILINE):
                 return found
             if self.process.poll() is not None:
@@ -81,6 +89,12 @@ class Server:
             self.process.wait(seconds)
         finally:
             self.process.kill()
-        self.log += (self.process.stdout.read() or b"").decode()
-        self.process.stdout.close()
-        return self.process.returncode
+        self._read()
+        os.close(self._output)
+        return self.process.wait()
+
+    def _read(self):
+        """Add what the server has printed since to the log."""
+        with suppress(BlockingIOError):
+            while part := os.read(self._output, 65536):
+                self.log += part.decode()

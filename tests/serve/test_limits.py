@@ -68,7 +68,8 @@ def test_large_and_slow_bodies(start, tiny):
 def test_a_full_queue_says_when_to_come_back(start, tiny):
     server = start(tiny, "--queue", 2)
     server.http.post("/pause")
-    waiting = [threading.Thread(target=lambda: server.http.post("/v1/chat/completions", json=LONG)) for _ in range(2)]
+    short = LONG | {"max_tokens": 2}
+    waiting = [threading.Thread(target=lambda: server.http.post("/v1/chat/completions", json=short)) for _ in range(2)]
     for thread in waiting:
         thread.start()
     assert server.settles("vllm:num_requests_waiting", 2)
@@ -79,7 +80,7 @@ def test_a_full_queue_says_when_to_come_back(start, tiny):
     server.http.post("/resume")
     for thread in waiting:
         thread.join()
-    assert server.http.post("/v1/chat/completions", json=LONG | {"max_tokens": 2}).status_code == 200
+    assert server.http.post("/v1/chat/completions", json=short).status_code == 200
 
 
 def test_an_answer_that_takes_too_long(start, tiny):
@@ -133,7 +134,7 @@ def test_who_leaves_during_prefill_is_not_worked_for(server):
 
 
 def test_sigterm_lets_answers_end_and_takes_no_more(start, tiny):
-    server = start(tiny, "--drain", 60)
+    server = start(tiny, "--drain", 60, forked=False)
     got = []
     body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True, "return_token_ids": True}
 

@@ -68,6 +68,34 @@ def test_calls_and_their_results(client):
     assert ask(client, input=talk, tools=[TOOL]).output
 
 
+def test_a_response_that_goes_on_from_another(client):
+    first = ask(client, instructions="Be brief.")
+    assert first.store
+    second = ask(client, input="Why?", previous_response_id=first.id)
+    answer = {"role": "assistant", "content": first.output_text}
+    whole = [*TALK, answer, {"role": "user", "content": "Why?"}]
+    alone = ask(client, input=whole, store=False)
+    assert second.previous_response_id == first.id
+    assert (second.output_text, second.usage.input_tokens) == (alone.output_text, alone.usage.input_tokens)
+    *_, last = ask(client, input="And then?", previous_response_id=second.id, stream=True)
+    third = [*whole, {"role": "assistant", "content": second.output_text}, {"role": "user", "content": "And then?"}]
+    assert last.response.output_text == ask(client, input=third).output_text
+    with pytest.raises(openai.BadRequestError, match="send the conversation whole") as refused:
+        ask(client, input="Why?", previous_response_id=alone.id)
+    assert refused.value.code == "previous_response_not_found"
+
+
+def test_a_result_for_a_call_that_is_kept(client):
+    forced = {"tool_choice": {"type": "function", "name": "get_weather"}, "max_output_tokens": 200}
+    first = ask(client, tools=[TOOL], **forced)
+    (call,) = first.output
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    later = ask(client, input=[result], tools=[TOOL], previous_response_id=first.id)
+    told = {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments}
+    whole = ask(client, input=[*TALK, told, result], tools=[TOOL])
+    assert (later.usage.input_tokens, later.output_text) == (whole.usage.input_tokens, whole.output_text)
+
+
 def test_structure(client):
     form = {"type": "json_schema", "name": "x", "schema": {"const": "foo"}}
     response = ask(client, text={"format": form}, max_output_tokens=30)

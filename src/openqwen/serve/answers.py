@@ -17,12 +17,13 @@ from openqwen.serve.tools import Arguments, Call, Piece, Text, ToolCalls
 from openqwen.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
+_UNDERSCORED = ("resp", "msg", "fc")
 _LEAST = -9999.0  # JSON has no infinity
 
 
 def identity(kind: str) -> str:
     """A name that nobody can guess."""
-    return f"{kind}-{uuid.uuid4().hex}"
+    return f"{kind}{'_' if kind in _UNDERSCORED else '-'}{uuid.uuid4().hex}"
 
 
 @dataclass
@@ -33,15 +34,12 @@ class Choice:
     most_calls: int | None = None
     text: str = ""
     calls: list[Json] = field(default_factory=list)
-    logprobs: list[Json] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
+    tokens: int = 0
     reason: str | None = None
 
     def take(self, event: Event) -> list[Piece]:
         """Add an event; returns what became certain by it."""
-        self.token_ids += event.token_ids
-        self.versions += [event.version] * len(event.token_ids)
+        self.tokens += len(event.token_ids)
         if self.machine is None:
             pieces: list[Piece] = [Text(event.text)] if event.text else []
         else:
@@ -95,7 +93,7 @@ class Writing:
     def usage(self) -> Json:
         """Tokens so far; a prompt counts once however many answers it gets."""
         prompt = sum(map(len, self._prompts))
-        answer = sum(len(choice.token_ids) for choice in self.choices)
+        answer = sum(choice.tokens for choice in self.choices)
         cached = sum(request.cached_tokens for request in self.answers.requests[:: self._n])
         details = {"prompt_tokens_details": {"cached_tokens": cached}}
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer, **details}
@@ -117,7 +115,7 @@ class Writing:
             else:
                 entry["text"] = echoed + choice.text
             entry["logprobs"] = self._told(lists[number], len(echoed))
-            choices.append(entry | {"finish_reason": choice.reason} | self._ids(choice.token_ids, choice.versions))
+            choices.append(entry | {"finish_reason": choice.reason} | self._ids(lists[number]))
         return {**self._head, "choices": choices, "usage": self.usage()}
 
     async def frames(self) -> AsyncIterator[bytes]:
@@ -136,7 +134,7 @@ class Writing:
                 choice = self.choices[number]
                 pieces = choice.take(event)
                 logprobs = self._told([event], offsets[number]) if event.token_ids else None
-                ids = self._ids(event.token_ids, [event.version] * len(event.token_ids))
+                ids = self._ids([event])
                 offsets[number] += len(event.text)
                 if not self.chat:
                     if event.text or event.finish_reason or logprobs or ids:
@@ -172,34 +170,26 @@ class Writing:
             return ""
         return self._tokenizer.decode(self._prompts[number // self._n], skip_control=False)
 
-    def _ids(self, token_ids: list[int], versions: list[int]) -> Json:
+    def _ids(self, events: list[Event]) -> Json:
         if not self.request.return_token_ids:
             return {}
-        return {"token_ids": token_ids, "token_versions": versions}
+        made = [(token, event.version) for event in events for token in event.token_ids]
+        return {"token_ids": [token for token, _ in made], "token_versions": [version for _, version in made]}
 
     def _told(self, events: list[Event], offset: int) -> Json | None:
         """Log-probabilities: for chat an entry each token, for completions four lists."""
         if not self._logprobs:
             return None
-        rows = [
-            row
+        entries = [
+            self._entry(token, logprob) | {"top_logprobs": [self._entry(*likely) for likely in top]}
             for event in events
-            for row in zip(event.token_ids, event.logprobs, event.top or [[]] * len(event.token_ids))
+            for token, logprob, top in zip(event.token_ids, event.logprobs, event.top or [[]] * len(event.token_ids))
         ]
         if self.chat:
-            most = self.request.top_logprobs or 0  # type: ignore[attr-defined]
-            entries = []
-            for token, logprob, top in rows:
-                likeliest = [self._entry(*pair) for pair in top[:most]]
-                entries.append(self._entry(token, logprob) | {"top_logprobs": likeliest})
             return {"content": entries, "refusal": None}
-        texts = [self._entry(token, logprob)["token"] for token, logprob, _ in rows]
-        tops = [
-            {self._entry(i, p)["token"]: max(p, _LEAST) for i, p in top} | {text: max(logprob, _LEAST)}
-            for (_, logprob, top), text in zip(rows, texts)
-        ]
+        texts, values = [entry["token"] for entry in entries], [entry["logprob"] for entry in entries]
+        tops = [{one["token"]: one["logprob"] for one in [*entry["top_logprobs"], entry]} for entry in entries]
         offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
-        values = [max(logprob, _LEAST) for _, logprob, _ in rows]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:

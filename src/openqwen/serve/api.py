@@ -65,7 +65,7 @@ class Api:
 
     def _fitting(self, ids: list[int], param: str) -> list[int]:
         if len(ids) >= self.max_context:
-            message = f"{param} has {len(ids)} tokens; this model takes {self.max_context - 1} at most."
+            message = f"{param} is too large: {len(ids)} tokens, and this model takes {self.max_context - 1} at most."
             raise ApiError(400, message, param, "context_length_exceeded")
         if max(ids) >= self.tokenizer.vocab_size:
             raise ApiError(400, f"{param} has a token id out of vocabulary ({max(ids)}).", param)
@@ -86,8 +86,9 @@ class Api:
         self, request: Options, prompts: list[list[int]], most: int | None, top: int, priority: int
     ) -> Writing:
         model, vocabulary = self.named(request.model), self.tokenizer.vocab_size
-        if any(int(i) >= vocabulary for i in request.logit_bias or {}):
-            raise ApiError(400, f"logit_bias has a token id out of vocabulary ({vocabulary}).", "logit_bias")
+        if beyond := [i for i in request.logit_bias or {} if int(i) >= vocabulary]:
+            message = f"logit_bias has {', '.join(beyond)}, out of vocabulary ({vocabulary} tokens)."
+            raise ApiError(400, message, "logit_bias")
         rooms = [self.max_context - len(ids) for ids in prompts]
         samplings = [request.sampling(self._defaults, min(most or room, room), top) for room in rooms]
         asked = [(ids, sampling, request.n or 1) for ids, sampling in zip(prompts, samplings)]

@@ -16,7 +16,7 @@ from openqwen.serve.api import Api
 from openqwen.serve.batches import Batches, read_upload
 from openqwen.serve.gate import EventStream, until_gone
 from openqwen.serve.metrics import CONTENT_TYPE
-from openqwen.serve.responses import Responding, ResponsesRequest
+from openqwen.serve.responses import Responding, Responses, ResponsesRequest
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
@@ -110,7 +110,7 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
 
     with_body("/v1/chat/completions", p.ChatRequest, api.chat, writes=True)
     with_body("/v1/completions", p.CompletionRequest, api.complete, writes=True)
-    with_body("/v1/responses", ResponsesRequest, lambda body: Responding.begin(body, api), writes=True)
+    with_body("/v1/responses", ResponsesRequest, Responses(api).begin, writes=True)
     with_body("/v1/embeddings", p.EmbeddingRequest, api.embed)
     with_body("/score", p.ScoreRequest, api.score)
     with_body("/tokenize", p.TokenizeRequest, api.tokenize)

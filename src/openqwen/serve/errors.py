@@ -12,17 +12,13 @@ from starlette.routing import Route
 
 from openqwen.support.errors import OpenQwenError
 
-TYPES = {
-    400: "invalid_request_error",
+TYPES = {  # others: invalid_request_error, server_error
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
     408: "timeout_error",
     409: "conflict_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
-    500: "server_error",
     503: "unavailable_error",
 }
 

@@ -56,15 +56,11 @@ JsonFormat = TypedDict("JsonFormat", {"type": Literal["json_object"], "schema": 
 SchemaFormat = TypedDict("SchemaFormat", {"type": Literal["json_schema"], "json_schema": Schema})
 Structured = TypedDict(
     "Structured",
-    {
-        "json": NotRequired[Json | None],
-        "regex": NotRequired[str | None],
-        "grammar": NotRequired[str | None],
-        "choice": NotRequired[list[str] | None],
-    },
+    {"json": Json | None, "regex": str | None, "grammar": str | None, "choice": list[str] | None},
+    total=False,
 )
 StreamOptions = TypedDict(
-    "StreamOptions", {"include_usage": NotRequired[bool | None], "continuous_usage_stats": NotRequired[bool | None]}
+    "StreamOptions", {"include_usage": bool | None, "continuous_usage_stats": bool | None}, total=False
 )
 # The blanks of calls in Qwen2.5's training data, and no others: else a model may write blanks without end.
 _AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -87,9 +83,7 @@ class Options(Body):
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        None
-    )
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), _INTEGRAL] | None = None
     n: Annotated[int, Field(ge=1, le=128), _INTEGRAL] | None = Field(None, description="answers to each prompt")
     stop: Filled | Annotated[list[Filled], Field(max_length=16)] | None = None
@@ -126,15 +120,12 @@ class Options(Body):
         temperature = of("temperature", 1.0)
         # Scores divided by next to nothing are no numbers.
         greedy = temperature < 1e-3 or (defaults.get("do_sample") is False and self.temperature is None)
+        own = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        numbers: Json = {name: of(name, otherwise) for name, otherwise in own.items()}
         return Sampling(
             max_tokens=max_tokens,
             temperature=0.0 if greedy else temperature,
             top_k=max(int(of("top_k", 0)), 0),
-            top_p=of("top_p", 1.0),
-            min_p=of("min_p", 0.0),
-            repetition_penalty=of("repetition_penalty", 1.0),
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias=tuple((int(i), bias) for i, bias in (self.logit_bias or {}).items()),
             seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 63),
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
@@ -142,6 +133,7 @@ class Options(Body):
             ignore_eos=bool(self.ignore_eos),
             top_logprobs=top_logprobs,
             structure=self.structure(),
+            **numbers,
         )
 
 

@@ -3,42 +3,26 @@
 # ruff: noqa: UP013 (shapes of one line each)
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal, NotRequired
 
 import orjson
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from openqwen.serve.answers import Writing, identity
+from openqwen.serve.answers import Choice, Writing, identity
 from openqwen.serve.api import Api
 from openqwen.serve.errors import ApiError
-from openqwen.serve.protocol import (
-    Body,
-    ChatRequest,
-    Content,
-    Count,
-    FunctionName,
-    Json,
-    PlainFormat,
-)
+from openqwen.serve.protocol import Body, ChatRequest, Content, Count, Json, PlainFormat, ToolFunction
 from openqwen.serve.tools import Arguments, Call, Piece, Text
 
+_MOST = 1_000  # responses that are kept
 Role = Literal["system", "developer", "user", "assistant"]
 MessageItem = TypedDict("MessageItem", {"type": NotRequired[Literal["message"]], "role": Role, "content": Content})
 CallItem = TypedDict(
     "CallItem", {"type": Literal["function_call"], "call_id": str, "name": str, "arguments": NotRequired[str]}
 )
 ResultItem = TypedDict("ResultItem", {"type": Literal["function_call_output"], "call_id": str, "output": str})
-FlatTool = TypedDict(
-    "FlatTool",
-    {
-        "type": Literal["function"],
-        "name": FunctionName,
-        "description": NotRequired[str | None],
-        "parameters": NotRequired[Json | None],
-    },
-)
 FlatChoice = TypedDict("FlatChoice", {"type": Literal["function"], "name": str})
 FlatJson = TypedDict("FlatJson", {"type": Literal["json_object"]})
 FlatSchema = TypedDict("FlatSchema", {"type": Literal["json_schema"], "name": NotRequired[str], "schema": Json})
@@ -46,8 +30,14 @@ Format = Annotated[PlainFormat | FlatJson | FlatSchema, Field(discriminator="typ
 TextConfig = TypedDict("TextConfig", {"format": NotRequired[Format | None]})
 
 
+class FlatTool(ToolFunction):
+    """A function, as this form writes it."""
+
+    type: Literal["function"]
+
+
 class ResponsesRequest(Body):
-    """/v1/responses. Nothing is stored: the conversation comes whole with each request."""
+    """/v1/responses. The conversation comes whole, or goes on from a response that is kept."""
 
     input: str | Annotated[list[MessageItem | CallItem | ResultItem], Field(min_length=1)]
     instructions: str | None = None
@@ -59,14 +49,13 @@ class ResponsesRequest(Body):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     stream: bool | None = None
-    previous_response_id: None = Field(None, description="not kept here")
+    store: bool | None = Field(None, description="keep it in memory for a while, to go on from; false: do not")
+    previous_response_id: str | None = Field(None, description="the response whose conversation goes on")
     metadata: dict[str, str] | None = None
 
-    def chat(self) -> ChatRequest:
-        """The whole request in the older form."""
-        messages: list[Json] = []
-        if self.instructions is not None:
-            messages.append({"role": "system", "content": self.instructions})
+    def said(self, earlier: list[Json]) -> list[Json]:
+        """The conversation as messages, but for the instructions, which are of this response alone."""
+        messages = list(earlier)
         items: Any = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         for item in items:
             if "role" in item:
@@ -74,10 +63,15 @@ class ResponsesRequest(Body):
             elif item["type"] == "function_call_output":
                 messages.append({"role": "tool", "content": item["output"]})
             else:
-                if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant"})
-                messages[-1].setdefault("tool_calls", []).append({"function": _without_type(item)})
-        values: Json = {"messages": messages, "max_completion_tokens": self.max_output_tokens}
+                last = messages.pop() if messages and messages[-1]["role"] == "assistant" else {"role": "assistant"}
+                calls = [*last.get("tool_calls", []), {"function": _without_type(item)}]
+                messages.append(last | {"tool_calls": calls})
+        return messages
+
+    def chat(self, messages: list[Json]) -> ChatRequest:
+        """The whole request in the older form."""
+        start = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        values: Json = {"messages": [*start, *messages], "max_completion_tokens": self.max_output_tokens}
         values["tools"] = [{"type": "function", "function": _without_type(tool)} for tool in self.tools or []]
         choice, form = self.tool_choice, (self.text or {}).get("format")
         if form is not None:
@@ -92,23 +86,43 @@ def _without_type(value: Any) -> Json:
     return {key: inner for key, inner in value.items() if key != "type"}
 
 
-class Responding:
-    """One response as it is made."""
+class Responses:
+    """Makes responses, and keeps the conversations of the latest in memory."""
 
-    def __init__(self, request: ResponsesRequest, writing: Writing, model: str):
-        self.request, self.answers, self._writing = request, writing.answers, writing
+    def __init__(self, api: Api):
+        self._api = api
+        self._kept: dict[str, list[Json]] = {}  # messages by a response's id, oldest first
+
+    async def begin(self, request: ResponsesRequest) -> "Responding":
+        """Have the answer made."""
+        name = request.previous_response_id
+        if name is not None and name not in self._kept:
+            message = f"There is no response '{name}' (any more); send the conversation whole."
+            raise ApiError(400, message, "previous_response_id", "previous_response_not_found")
+        messages = request.said(self._kept.get(name or "", []))
+        writing = await self._api.chat(request.chat(messages))
+
+        def keep(made: str, answer: Choice) -> None:
+            said = {"role": "assistant", "content": answer.text, "tool_calls": answer.calls}
+            self._kept[made] = [*messages, said]
+            if len(self._kept) > _MOST:
+                del self._kept[next(iter(self._kept))]
+
+        return Responding(request, writing, self._api.named(request.model), keep)
+
+
+class Responding:
+    """One response as it is made. keep: what to do with a whole one that is to be stored."""
+
+    def __init__(self, request: ResponsesRequest, writing: Writing, model: str, keep: Callable[[str, Choice], None]):
+        self.request, self.answers, self._writing, self._keep = request, writing.answers, writing, keep
         self._number = 0
         self._open: Json | None = None  # the item that is being made
         told = request.model_dump(exclude_none=True, exclude={"input", "stream"})
-        self._response: Json = dict.fromkeys(("error", "incomplete_details", "instructions", "metadata", "usage"))
-        self._response |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], **told, "model": model}
-        self._response |= {"id": "resp_" + identity("")[1:], "object": "response", "created_at": int(time.time())}
-        self._response |= {"status": "in_progress", "output": [], "store": False}
-
-    @classmethod
-    async def begin(cls, request: ResponsesRequest, api: Api) -> "Responding":
-        """Have the answer made."""
-        return cls(request, await api.chat(request.chat()), api.named(request.model))
+        names = ("error", "incomplete_details", "instructions", "metadata", "usage", "previous_response_id")
+        self._response: Json = dict.fromkeys(names) | {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+        self._response |= {"store": True, **told, "model": model, "status": "in_progress", "output": []}
+        self._response |= {"id": identity("resp"), "object": "response", "created_at": int(time.time())}
 
     async def whole(self) -> Json:
         """The response when it is finished."""
@@ -126,60 +140,60 @@ class Responding:
             yield b"event: error\ndata: %s\n\n" % orjson.dumps(event)
 
     async def _events(self) -> AsyncIterator[Json]:
-        yield self._event("response.created", response=dict(self._response))
-        yield self._event("response.in_progress", response=dict(self._response))
+        response = self._response
+        for kind in ("created", "in_progress"):
+            yield self._event(f"response.{kind}", response=dict(response))
         choice = self._writing.choices[0]
         async for _, made in self.answers:
             for piece in choice.take(made):
                 for event in self._piece(piece):
                     yield event
-        if not self._response["output"]:  # an answer without a character is a message all the same
-            for event in self._piece(Text("")):
-                yield event
-        cut = choice.reason == "length"
-        for event in self._close("incomplete" if cut else "completed"):
+        status = "incomplete" if choice.reason == "length" else "completed"
+        last = self._piece(Text("")) if not response["output"] else []  # without a character it is a message still
+        for event in [*last, *self._close(status)]:
             yield event
         usage = self._writing.usage()
-        self._response |= {"status": "incomplete" if cut else "completed"}
-        self._response |= {"incomplete_details": {"reason": "max_output_tokens"} if cut else None}
-        self._response["usage"] = {
+        response["status"] = status
+        response["incomplete_details"] = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        response["usage"] = {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],
         }
-        yield self._event("response.incomplete" if cut else "response.completed", response=self._response)
+        if response["store"]:
+            self._keep(response["id"], choice)
+        yield self._event(f"response.{status}", response=response)
 
     def _event(self, kind: str, **values: Any) -> Json:
         self._number += 1
         return {"type": kind, "sequence_number": self._number - 1, **values}
 
-    def _place(self) -> Json:
+    def _of_item(self, kind: str, **values: Any) -> Json:
+        """An event of the open item."""
         assert self._open is not None
         place = {"item_id": self._open["id"], "output_index": len(self._response["output"]) - 1}
-        return place | ({"content_index": 0} if self._open["type"] == "message" else {})
+        place |= {"content_index": 0} if self._open["type"] == "message" else {}
+        return self._event(f"response.{kind}", **place, **values)
 
     def _piece(self, piece: Piece) -> list[Json]:
-        events: list[Json] = []
-        if isinstance(piece, Text):
-            if self._open is None or self._open["type"] != "message":
-                item: Json = {"type": "message", "id": "msg_" + identity("")[1:], "role": "assistant", "content": []}
-                events += [*self._close("completed"), self._begin(item)]
-                part: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-                events.append(self._event("response.content_part.added", part=dict(part), **self._place()))
-                item["content"] = [part]
-            self._open["content"][0]["text"] += piece.text  # type: ignore[index]
-            if piece.text:
-                told = {"delta": piece.text, "logprobs": []}
-                events.append(self._event("response.output_text.delta", **told, **self._place()))
-        elif isinstance(piece, Call):
-            names = {"id": "fc_" + identity("")[1:], "call_id": identity("call"), "name": piece.name, "arguments": ""}
-            events += [*self._close("completed"), self._begin({"type": "function_call", **names})]
-        elif isinstance(piece, Arguments):
+        if isinstance(piece, Call):
+            told = {"call_id": identity("call"), "name": piece.name, "arguments": ""}
+            return [*self._close("completed"), self._begin({"type": "function_call", "id": identity("fc"), **told})]
+        assert isinstance(piece, Text) or self._open is not None
+        if isinstance(piece, Arguments):
             self._open["arguments"] += piece.text  # type: ignore[index]
-            events.append(self._event("response.function_call_arguments.delta", delta=piece.text, **self._place()))
-        return events
+            return [self._of_item("function_call_arguments.delta", delta=piece.text)]
+        events: list[Json] = []
+        if self._open is None or self._open["type"] != "message":
+            item: Json = {"type": "message", "id": identity("msg"), "role": "assistant", "content": []}
+            events += [*self._close("completed"), self._begin(item)]
+            part: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            events.append(self._of_item("content_part.added", part=dict(part)))
+            item["content"] = [part]
+        self._open["content"][0]["text"] += piece.text  # type: ignore[index]
+        return [*events, *([self._of_item("output_text.delta", delta=piece.text, logprobs=[])] if piece.text else [])]
 
     def _begin(self, item: Json) -> Json:
         self._open = item
@@ -191,15 +205,14 @@ class Responding:
     def _close(self, status: str) -> list[Json]:
         if self._open is None:
             return []
-        item, place = self._open, self._place()
+        item, place = self._open, {"output_index": len(self._response["output"]) - 1}
         item["status"] = status
-        events: list[Json]
         if item["type"] == "message":
             part = item["content"][0]
-            done = self._event("response.output_text.done", text=part["text"], logprobs=[], **place)
-            events = [done, self._event("response.content_part.done", part=part, **place)]
+            events = [self._of_item("output_text.done", text=part["text"], logprobs=[])]
+            events.append(self._of_item("content_part.done", part=part))
         else:
             told = {"arguments": item["arguments"], "name": item["name"]}
-            events = [self._event("response.function_call_arguments.done", **told, **place)]
+            events = [self._of_item("function_call_arguments.done", **told)]
         self._open = None
-        return [*events, self._event("response.output_item.done", item=item, output_index=place["output_index"])]
+        return [*events, self._event("response.output_item.done", item=item, **place)]

@@ -20,6 +20,7 @@ from openqwen.model import load_model
 from openqwen.model.long_context import context_tokens
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
+from openqwen.support.files import write_json
 from openqwen.support.progress import console
 from openqwen.tokenizer import load_tokenizer
 
@@ -32,7 +33,6 @@ _COMMANDS = {
     "retry": ("", "answer the last message anew"),
     "save": ("FILE", "write the conversation as JSON"),
     "load": ("FILE", "go on with a saved conversation"),
-    "stats": ("", "tokens and speed so far"),
     "quit": ("", "end, as Ctrl-D does"),
 }
 _KEYS = (
@@ -200,7 +200,7 @@ class Chat:
             raise OpenQwenError("There is such a file already.", where=path, do="give another name")
         start = [] if self.system is None else [{"role": "system", "content": self.system}]
         try:
-            path.write_text(json.dumps({"messages": [*start, *self.messages]}, ensure_ascii=False, indent=1), "utf-8")
+            write_json(path, {"messages": [*start, *self.messages]})
         except OSError as error:
             raise OpenQwenError(f"It cannot be written: {error.strerror}.", where=path) from None
         self._files.add(path)
@@ -220,15 +220,6 @@ class Chat:
         self.messages = read
         self._files.add(path)
         console.print(f"[dim]{len(read)} messages read.[/dim]")
-
-    def _stats(self, _: str) -> None:
-        made = sum(len(r.output_ids) for r in self._answers)
-        spans = [(len(r.output_ids) - 1, (r.finished or 0) - r.first_token) for r in self._answers if r.first_token]
-        tokens, seconds = (sum(column) for column in zip(*spans)) if spans else (0, 0.0)
-        rate = f", {tokens / seconds:.1f} tokens/s" if seconds > 0 and tokens > 0 else ""
-        console.print(f"  answers             {len(self._answers)}, {made:,} tokens{rate}")
-        if self._answers:
-            console.print(f"  this conversation   {self._answers[-1].total:,} tokens of {self._answers[-1].limit:,}")
 
 
 def _facts(request: Request) -> str:
