@@ -10,7 +10,7 @@ from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.engine.pages import PagePool, chain
 
 WORDS = tokenizer()
-NETWORK = model(seed=8)
+NETWORK, GROWING = model(seed=8), model(seed=8, max_position_embeddings=32)
 
 
 class AnyMix(RuleBasedStateMachine):
@@ -26,16 +26,20 @@ class AnyMix(RuleBasedStateMachine):
         running=st.integers(1, 6),
         prefix_cache=st.booleans(),
         speculate=st.sampled_from([0, 5]),
+        grow=st.booleans(),
     )
-    def start(self, pages, budget, running, prefix_cache, speculate):
+    def start(self, pages, budget, running, prefix_cache, speculate, grow):
+        self.grow = grow
         config = EngineConfig(
             cache_bytes=pages * 4096,
             token_budget=budget,
             max_running=running,
             prefix_cache=prefix_cache,
             speculate=speculate,
+            grow=grow,
+            max_context=128,
         )
-        self.engine = Engine(NETWORK, WORDS, config)
+        self.engine = Engine(GROWING if grow else NETWORK, WORDS, config)
 
     @precondition(lambda self: self.engine)
     @rule(start=st.integers(0, 2), length=st.integers(1, 45), n=st.integers(1, 3), tokens=st.integers(1, 30))
@@ -85,9 +89,9 @@ class AnyMix(RuleBasedStateMachine):
             for request in self.requests:
                 assert request.finish_reason in ("length", "cancelled")
                 assert self.told.get(request, []) == request.output_ids
-                truth = ANSWERS.setdefault(tuple(request.prompt_ids), [])
+                truth = ANSWERS.setdefault((self.grow, *request.prompt_ids), [])
                 if len(truth) < len(request.output_ids):
-                    truth[:] = greedy(request.prompt_ids, len(request.output_ids))
+                    truth[:] = greedy(request.prompt_ids, len(request.output_ids), self.grow)
                 assert request.output_ids == truth[: len(request.output_ids)]
             self.engine._schedule.pool.check([])
 
@@ -95,7 +99,11 @@ class AnyMix(RuleBasedStateMachine):
 ANSWERS: dict[tuple[int, ...], list[int]] = {}
 
 
-def greedy(prompt, count):
+def greedy(prompt, count, grow):
+    if grow:
+        alone = Engine(GROWING, WORDS, EngineConfig(grow=True, max_context=128))
+        return alone.generate([prompt], Sampling(max_tokens=count, ignore_eos=True))[0].token_ids
+
     class Endless:
         vocab_size, eos_id, endoftext_id = WORDS.vocab_size, -1, -1
 

@@ -96,7 +96,11 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance by one forward call at most; returns what was made, [] when there is nothing to do."""
         events, self._pending = self._pending, []
-        works = [] if self._paused else self._schedule.next(self._budget)
+        if self._paused:
+            return events
+        for request, done, pages in self._schedule.outgrown():
+            self._runner.turn(request, done, pages)
+        works = self._schedule.next(self._budget)
         if not works:
             return events
         reads, rows = [], list[Row]()
@@ -184,7 +188,7 @@ class Engine:
     def score(self, ids: Sequence[int], sampling: Sampling = _GREEDY) -> list[float]:
         """The log-probability of each token but the first, given those before it: len(ids) − 1 numbers."""
         ids = self._admission.ids(ids, self._admission.context)
-        return log_probs_of(self.model, ids, self._admission.long_context(sampling, len(ids)))
+        return log_probs_of(self.model, ids, self._admission.way(sampling, len(ids)))
 
     def embed(self, prompts: Sequence[Prompt]) -> Tensor:
         """The hidden state of each prompt's last token, of length 1: [B, D], float32."""
@@ -194,8 +198,7 @@ class Engine:
         self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int], adapter: str | None, priority: int
     ) -> list[Request]:
         ids = self._admission.ids(prompt, self.longest - 1)
-        limit = min(len(ids) + sampling.max_tokens, self.longest)
-        context = self._admission.long_context(sampling, limit)
+        limit, stages = self._admission.stages(sampling, len(ids))
         chosen = None if adapter is None else self.adapters.get(adapter)
         numbers = [next(self._numbers) for _ in seeds]
         group = None if self.config.prefix_cache or not numbers else numbers[0]
@@ -209,9 +212,9 @@ class Engine:
                 stream=TextStream(self.tokenizer, sampling.stop),
                 matcher=self._structures.matcher(sampling.structure) if sampling.structure else None,
                 adapter=chosen,
-                long_context=context,
+                stages=stages,
                 priority=priority,
-                profile=(context, chosen and chosen.number, group),
+                profile=(chosen and chosen.number, group),
             )
             for number, seed in zip(numbers, seeds)
         ]

@@ -63,6 +63,19 @@ class PagePool:
             pages.append(page)
         return pages
 
+    def own(self, pages: Sequence[int]) -> list[int]:
+        """Hold pages to fill with what these hold, which the caller holds, and to change: new ones where enough are
+        blank; else the same, unknown from now on, where nobody else holds them. So many as are shared must be free.
+        The caller lets go of those that it has copied.
+        """
+        roomy = len(self._blank) >= len(pages)
+        same = [not roomy and self.references[page] == 1 for page in pages]
+        for page in (page for page, stays in zip(pages, same) if stays):
+            if digest := self._digest_of.pop(page, None):
+                del self._page_of[digest]
+        new = iter(self.take(same.count(False)))
+        return [page if stays else next(new) for page, stays in zip(pages, same)]
+
     def share(self, pages: Iterable[int]) -> None:
         """Hold pages that were found."""
         for page in pages:

@@ -25,10 +25,10 @@ class Work:
 
 @dataclass
 class Step:
-    """preempted: to give their pages back. admitted: to start, with the pages found for them. work: to read."""
+    """preempted: to give their pages back. admitted: to start, at a stage, with the pages found. work: to read."""
 
     preempted: list[Request] = field(default_factory=list)
-    admitted: list[tuple[Request, list[int]]] = field(default_factory=list)
+    admitted: list[tuple[Request, int, list[int]]] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
 
 
@@ -41,7 +41,7 @@ def plan(
     free, budget = _decode(kept, pool, budget, step)
     for request in kept:
         if request.left > 1 and budget > 0:
-            step.work.append(Work(request, min(budget, request.left)))
+            step.work.append(Work(request, min(budget, request.left, request.until - request.computed)))
             budget -= step.work[-1].count
     if not step.preempted:
         free, budget = _admit(waiting, kept, pool, config, (free, budget), step)
@@ -90,9 +90,8 @@ def _admit(
         if count >= config.max_running or budget <= 0:
             break
         if written is None:
-            written = {d for r in kept if r.left > 1 for d in r.digests[r.sealed :]}
-        digests = request.digests[: (request.total - 1) // pool.page_size]  # the last token is always read
-        pages = pool.match(digests)
+            written = {d for r in kept if r.left > 1 for d in r.chains[r.stage][r.sealed :]}
+        stage, digests, pages = _known(request, pool)
         if len(pages) < len(digests) and digests[len(pages)] in written:
             continue  # somebody is reading the same prompt: wait a step or two, then share its pages
         unheld = sum(not pool.references[page] for page in pages)
@@ -100,12 +99,23 @@ def _admit(
         if need + unheld + count > free:
             break
         free -= need + unheld
-        left = request.total - len(pages) * pool.page_size
-        step.admitted.append((request, pages))
-        step.work.append(Work(request, min(budget, left)))
-        budget -= step.work[-1].count
+        step.admitted.append((request, stage, pages))
+        left = min(request.total, request.stages[stage].until) - len(pages) * pool.page_size
+        if left:  # else all up to the end of this stage is known
+            step.work.append(Work(request, min(budget, left)))
+            budget -= step.work[-1].count
         written.update(digests[len(pages) :])
     return free, budget
+
+
+def _known(request: Request, pool: PagePool) -> tuple[int, list[bytes], list[int]]:
+    """The furthest stage in which a request can start, the digests that it could find there, and the pages found."""
+    for stage in reversed(range(len(request.chains))):
+        digests = request.chains[stage][: (request.total - 1) // pool.page_size]  # the last token is always read
+        pages = pool.match(digests)
+        if not stage or len(pages) * pool.page_size >= request.stages[stage - 1].until:
+            break
+    return stage, digests, pages
 
 
 def _draft(decoding: Sequence[Work], pool: PagePool, config: EngineConfig, room: tuple[int, int]) -> None:
@@ -115,6 +125,6 @@ def _draft(decoding: Sequence[Work], pool: PagePool, config: EngineConfig, room:
         request, share = work.request, len(decoding) - number
         spare = max(len(request.pages), pool.needed(request.total)) * pool.page_size - request.total
         most = min(config.speculate, budget // share, spare + free // share * pool.page_size)
-        work.drafts = max(0, min(most, request.limit - request.total - 1))
+        work.drafts = max(0, min(most, min(request.limit - 1, request.until) - request.total))
         budget -= work.drafts
         free -= pool.needed(max(work.drafts - spare, 0))

@@ -28,6 +28,13 @@ class Runner:
     def __init__(self, model: Qwen2, adapters: Adapters, cache: Cache):
         self._model, self._adapters, self._cache = model, adapters, cache
 
+    def turn(self, request: Request, done: int, pages: Sequence[int]) -> None:
+        """Fill a request's pages, but for the first `done`, with what these hold, which was read in the way before its
+        own, and turn the keys."""
+        self._cache.copy(pages, request.pages[done : done + len(pages)])
+        span, before = range(done * self._cache.page_size, request.computed), request.stages[request.stage - 1].way
+        self._cache.rerotate(request.pages, span, before, request.long_context)
+
     def run(self, reads: Sequence[Read]) -> Tensor:
         """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32."""
         device = self._model.device

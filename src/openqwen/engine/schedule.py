@@ -1,6 +1,7 @@
 """Requests on their way: the queues, and the pages that they hold."""
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import replace
 from time import monotonic
 
@@ -24,6 +25,27 @@ class Schedule:
         self._digest(request)
         insort(self.waiting, request, key=lambda r: r.order)
 
+    def outgrown(self) -> Iterator[tuple[Request, int, list[int]]]:
+        """Take what runs and has come to the end of its way on to the next. Of each request: how many of its pages hold
+        turned keys already, since somebody else has turned the same, and the pages from which the caller fills those
+        that follow, before it asks for the next request."""
+        pool = self.pool
+        for request in [r for r in self.running if r.computed >= r.until]:
+            self._digest(request)
+            held, full = request.pages, pool.needed(request.computed)
+            known = pool.match(request.chains[request.stage + 1][:full])
+            rest = held[len(known) : full]
+            need = sum(not pool.references[page] for page in known) + sum(pool.references[page] > 1 for page in rest)
+            if need > pool.available:
+                self._requeue(request)
+                continue
+            pool.share(known)
+            request.pages = known + pool.own(rest) + held[full:]
+            request.stage, request.sealed = request.stage + 1, 0
+            yield request, len(known), rest
+            pool.release([old for old, new in zip(held, request.pages) if old != new])
+            self.seal(request)
+
     def next(self, budget: int) -> list[Work]:
         """Plan a step of at most `budget` tokens and make it so: what is to be read, its pages held."""
         step = plan(self.waiting, self.running, self.pool, self._config, budget)
@@ -31,10 +53,10 @@ class Schedule:
             self.counts.preemptions += 1
             request.preemptions += 1
             self._requeue(request)
-        for request, pages in step.admitted:
+        for request, stage, pages in step.admitted:
             self.waiting.remove(request)
             self.pool.share(pages)
-            request.pages, request.sealed = pages, len(pages)
+            request.stage, request.pages, request.sealed = stage, pages, len(pages)
             request.computed = len(pages) * self.pool.page_size
             insort(self.running, request, key=lambda r: r.order)
             if request.started is None:
@@ -68,7 +90,7 @@ class Schedule:
         if full > request.sealed:
             self._digest(request)
             for number in range(request.sealed, full):
-                self.pool.seal(request.pages[number], request.digests[number])
+                self.pool.seal(request.pages[number], request.chains[request.stage][number])
             request.sealed = full
 
     def end(self, request: Request, reason: FinishReason) -> None:
@@ -82,7 +104,7 @@ class Schedule:
         self.counts.version = version
         self.pool.forget()
         for request in [*self.running, *self.waiting]:
-            request.digests.clear()
+            request.chains.clear()
         for request in list(self.running):
             self._requeue(request)
         for request in self.waiting:
@@ -99,8 +121,14 @@ class Schedule:
 
     def _digest(self, request: Request) -> None:
         """Digests of all full pages that the known tokens make; they stand for how the tokens are read, too."""
-        size, known = self.pool.page_size, request.digests
-        parent = known[-1] if known else chain(repr((self.counts.version, request.profile)).encode(), [])
-        for number in range(len(known), request.total // size):
-            parent = chain(parent, request.tokens(number * size, (number + 1) * size))
-            known.append(parent)
+        size = self.pool.page_size
+        for number, stage in enumerate(request.stages):
+            if number and request.total <= request.stages[number - 1].until:
+                break
+            if number == len(request.chains):
+                request.chains.append([])
+            known, read = request.chains[number], (self.counts.version, request.profile, stage.way)
+            parent = known[-1] if known else chain(repr((*read, request.stages[:number])).encode(), [])
+            for page in range(len(known), min(request.total, stage.until) // size):
+                parent = chain(parent, request.tokens(page * size, (page + 1) * size))
+                known.append(parent)

@@ -7,7 +7,7 @@ The numbers only; the arithmetic is in rope.py and dual_chunk.py.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openqwen.support.errors import OpenQwenError
 
@@ -142,30 +142,47 @@ class LongContext:
     tokens: int | None = None
 
 
-def profile(config: "ModelConfig", tokens: int, max_context: int | None = None) -> LongContext:
-    """How to read a request of at most `tokens` tokens, prompt and answer: stretched by the smallest of 1, 2, 4 … that
-    covers it. At factor 1 it keeps every bit of a model that knows no longer context.
+class Stage(NamedTuple):
+    """Sequences of up to `until` tokens are read in this `way`; None: as the model's configuration says."""
+
+    until: int
+    way: LongContext | None
+
+
+def stages(config: "ModelConfig", max_context: int | None = None) -> list[Stage]:
+    """The ways to read sequences of any length up to max_context (None: what the checkpoint states), shortest first:
+    stretched by 1, 2, 4 … At factor 1 every bit is that of a model that knows no longer context.
 
     YARN stretches up to four times the trained window. Dual Chunk Attention reads what is longer than the window where
-    the checkpoint's configuration has it, or where `max_context` (None: what the checkpoint states) is beyond that.
-    OpenQwenError where the request does not fit in max_context.
+    the checkpoint's configuration has it, or where max_context is beyond that.
     """
     most, window = max_context or stated_context(config), trained_window(config)
-    if tokens > most:
-        raise OpenQwenError(
-            f"A request of {tokens:,} tokens, prompt and answer, does not fit in a context of {most:,}.",
-            do="shorten the prompt, ask for fewer tokens, or serve with a larger --max-context",
-        )
-    factor = 1
-    while factor * window < tokens:
+    dual = config.dual_chunk or _chunks(window, most)
+    found, factor = list[Stage](), 1
+    while not found or found[-1].until < most:
+        way, tokens = LongContext(), factor * window
+        if dual and (factor > 1 or config.dual_chunk):
+            way = LongContext(config.yarn if config.dual_chunk else None, dual, tokens)
+        elif factor > 1:
+            way = LongContext(Yarn(float(factor), window))
+        found.append(Stage(min(tokens, most), way))
         factor *= 2
-    if dual := config.dual_chunk:
-        return LongContext(config.yarn, dual, factor * window)
-    if factor == 1:
-        return LongContext()
-    if dual := _chunks(window, most):
-        return LongContext(dual_chunk=dual, tokens=factor * window)
-    return LongContext(Yarn(float(factor), window))
+    return found
+
+
+def profile(config: "ModelConfig", tokens: int, max_context: int | None = None) -> LongContext | None:
+    """How to read a request of at most `tokens` tokens, prompt and answer: in the first way that covers it.
+
+    OpenQwenError where none does.
+    """
+    ways = stages(config, max_context)
+    for stage in ways:
+        if tokens <= stage.until:
+            return stage.way
+    raise OpenQwenError(
+        f"A request of {tokens:,} tokens, prompt and answer, does not fit in a context of {ways[-1].until:,}.",
+        do="shorten the prompt, ask for fewer tokens, or serve with a larger --max-context",
+    )
 
 
 def describe(config: "ModelConfig", max_context: int | None = None) -> str:
@@ -176,8 +193,8 @@ def describe(config: "ModelConfig", max_context: int | None = None) -> str:
         return plain
     if dual := config.dual_chunk or _chunks(window, most):
         return f"{plain}, longer ones by Dual Chunk Attention in chunks of {dual.chunk_len:,}"
-    factors = [2**n for n in range(1, _STRETCH.bit_length()) if 2 ** (n - 1) * window < most]
-    return f"{plain}, longer ones by YARN × {' or '.join(map(str, factors))}, chosen for each request"
+    factors = [f"{stage.way.yarn.factor:g}" for stage in stages(config, most) if stage.way and stage.way.yarn]
+    return f"{plain}, longer ones by YARN × {' or '.join(factors)}, chosen for each request"
 
 
 def context_tokens(text: str) -> int:

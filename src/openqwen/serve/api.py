@@ -89,7 +89,7 @@ class Api:
         if any(int(i) >= vocabulary for i in request.logit_bias or {}):
             raise ApiError(400, f"logit_bias has a token id out of vocabulary ({vocabulary}).", "logit_bias")
         rooms = [self.max_context - len(ids) for ids in prompts]
-        samplings = [request.sampling(self._defaults, min(most or room, room), top) for room in rooms]
+        samplings = [request.sampling(self._defaults, most and min(most, room), top) for room in rooms]
         asked = [(ids, sampling, request.n or 1) for ids, sampling in zip(prompts, samplings)]
         answers = await self.bridge.submit(asked, priority)
         names = {"model": model, "system_fingerprint": f"{self._print}-{self.bridge.engine.version}"}

@@ -116,7 +116,7 @@ class Options(Body):
                 return Structure(kind, source if isinstance(source, str) else json.dumps(source))  # type: ignore[arg-type]
         return None
 
-    def sampling(self, defaults: Mapping[str, Any], max_tokens: int, top_logprobs: int) -> Sampling:
+    def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
         """As the engine wants it. defaults: the checkpoint's generation_config."""
 
         def of(name: str, otherwise: float) -> float:
