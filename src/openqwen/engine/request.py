@@ -42,12 +42,12 @@ class Sampling:
     max_tokens: most tokens to write; None: what the context holds. temperature: 0 takes the likeliest token. Cuts, in
     this order: top_k (0: none) keeps the likeliest tokens, top_p the first that hold this share of what is left, min_p
     those at least this share as likely as the likeliest. repetition_penalty divides the scores of tokens that prompt or
-    answer hold (Keskar et al. 2019); presence_penalty and frequency_penalty are taken off the scores of tokens that the answer holds, once
-    and once an occurrence. logit_bias: (id, what is added to its score). seed: of the draws. stop: texts that end the
-    answer and are left out of it. stop_ids: token ids that end it, besides the tokenizer's own unless ignore_eos.
-    top_logprobs: how many of the likeliest tokens to tell at each position. structure: what the answer must look like.
-    long_context: how the sequence is read; None: as its length, the engine's settings and the model's configuration
-    say (`Admission.stages`).
+    answer hold (Keskar et al. 2019); presence_penalty and frequency_penalty are taken off the scores of tokens that the
+    answer holds, once and once an occurrence. logit_bias: (id, what is added to its score). seed: of the draws. stop:
+    texts that end the answer and are left out of it. stop_ids: token ids that end it, besides the tokenizer's own
+    unless ignore_eos. top_logprobs: how many of the likeliest tokens to tell at each position. structure: what the
+    answer must look like. long_context: how the sequence is read; None: as its length, the engine's settings and the
+    model's configuration say (`Admission.stages`).
     """
 
     max_tokens: int | None = 64

@@ -79,7 +79,7 @@ class Bridge:
         """The result of a function that uses the engine."""
         return await self._post(function)
 
-    async def submit(self, asked: Sequence[Asked], priority: int = 0) -> Answers:
+    async def submit(self, asked: Sequence[Asked], priority: int = 0, adapter: str | None = None) -> Answers:
         """Have answers made. OpenQwenError where the engine refuses one, ApiError 429 where too many wait already."""
         count = sum(n for _, _, n in asked)
         if self.outstanding + count > self.limit:
@@ -89,7 +89,7 @@ class Bridge:
         self.outstanding += count
         # What yields to others may have to wait for days.
         answers = Answers(self, count, self.seconds if priority >= 0 else 30 * 86_400.0)
-        future = self._post(lambda: self._on_submit(answers, asked, priority))
+        future = self._post(lambda: self._on_submit(answers, asked, priority, adapter))
         try:
             await asyncio.shield(future)
         except asyncio.CancelledError:  # the client left; the engine may take the requests all the same
@@ -126,14 +126,10 @@ class Bridge:
         self._inbox.put(None)
         self._thread.join(timeout=60)
 
-    def _on_submit(self, answers: Answers, asked: Sequence[Asked], priority: int) -> None:
+    def _on_submit(self, answers: Answers, asked: Sequence[Asked], priority: int, adapter: str | None) -> None:
         try:
             for prompt, sampling, n in asked:
-                if n == 1:
-                    requests = [self.engine.submit(prompt, sampling, priority=priority)]
-                else:
-                    requests = self.engine.submit_many(prompt, sampling, n, priority=priority)
-                for request in requests:
+                for request in self.engine.submit_many(prompt, sampling, n, adapter, priority):
                     self._owners[id(request)] = (answers, len(answers.requests))
                     answers.requests.append(request)
         except Exception:

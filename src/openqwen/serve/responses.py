@@ -108,7 +108,7 @@ class Responding:
     @classmethod
     async def begin(cls, request: ResponsesRequest, api: Api) -> "Responding":
         """Have the answer made."""
-        return cls(request, await api.chat(request.chat()), api.named(request.model))
+        return cls(request, await api.chat(request.chat()), api.named(request.model, api.adapters))
 
     async def whole(self) -> Json:
         """The response when it is finished."""

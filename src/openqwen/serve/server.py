@@ -44,12 +44,13 @@ def serve(source: str, config: ServeConfig) -> None:
     if not keys and config.host not in _LOOPBACK:
         keys = [secrets.token_urlsafe(32)]
         console.print(f"No key was given, so one was made: {keys[0]}")
-    engine = _engine(source, config)
+    names = config.name or [Path(source).name if Path(source).exists() else source]
+    engine = _engine(source, config, names)
     scorer = None if config.reward is None else load_scorer(config.reward, device=engine.model.device)
     _become(config.user, config.data)
     with tempfile.TemporaryDirectory(prefix="openqwen-") as private:
         folder = config.data or Path(private)
-        failed = asyncio.run(_run(engine, scorer, source, keys, listener, config, folder))
+        failed = asyncio.run(_run(engine, scorer, source, names, keys, listener, config, folder))
     if failed:
         raise OpenQwenError("The engine has failed.", do="report the traceback above with the request")
 
@@ -58,6 +59,7 @@ async def _run(
     engine: Engine,
     scorer: Scorer | None,
     source: str,
+    names: list[str],
     keys: list[str],
     listener: socket.socket,
     config: ServeConfig,
@@ -69,7 +71,6 @@ async def _run(
     def failed() -> None:
         server.should_exit = True
 
-    names = config.name or [Path(source).name if Path(source).exists() else source]
     bridge = Bridge(engine, Metrics(names[0]), config.queue, config.timeout, failed)
     api = Api(bridge, config, names, scorer)
     batches = Batches(folder, config.max_files)
@@ -100,12 +101,19 @@ async def _run(
     return bridge.dead
 
 
-def _engine(source: str, config: ServeConfig) -> Engine:
+def _engine(source: str, config: ServeConfig, names: list[str]) -> Engine:
     settings = config.engine
     if config.max_context is not None:
         settings = settings.model_copy(update={"max_context": context_tokens(config.max_context)})
     device = config.device or best_device()
-    return Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
+    engine = Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
+    for entry in config.adapters:
+        name, _, folder = entry.partition("=")
+        if not name or not folder or name in [*names, *engine.adapters.names]:
+            do = "give NAME=FOLDER, with a name that nothing else here has"
+            raise OpenQwenError(f"An adapter cannot be given as '{entry}'.", where="--adapters", do=do)
+        engine.adapters.add(name, folder)
+    return engine
 
 
 def _listen(host: str, port: int) -> socket.socket:
