@@ -310,3 +310,27 @@ def test_scores_that_are_no_numbers_end_that_answer_alone(temperature):
         network.model.norm.weight.fill_(torch.nan)
     broken = Engine(network, WORDS).generate(asked, replace(good, temperature=temperature, top_p=0.9))
     assert [output.finish_reason for output in broken] == ["error", "error"]
+
+
+@pytest.mark.parametrize("config", [{}, {"token_budget": 7}, {"cache_bytes": 2**16, "page_size": 8}, {"speculate": 4}])
+def test_log_probabilities_of_the_prompt_are_the_models(network, config):
+    asked = [*prompts(5, seed=6, longest=90), [4], [1, 2, 3] * 9]
+    engine = Engine(network, WORDS, EngineConfig(**config))
+    plain = engine.generate(asked, Sampling(max_tokens=8))  # what it leaves in the cache tells nothing
+    for count in (0, 2):
+        outputs = engine.generate(asked, Sampling(max_tokens=8, prompt_logprobs=count))
+        same(outputs, plain)
+        for output in outputs:
+            table = torch.log_softmax(scores(network, output.prompt_ids), -1)[:-1]
+            truth = table.gather(1, torch.tensor(output.prompt_ids[1:])[:, None].long()).squeeze(1).tolist()
+            assert output.request.prompt_logprobs == pytest.approx(truth, abs=1e-4)
+            for row, top in zip(table, output.request.prompt_top, strict=True):
+                values, found = row[: WORDS.vocab_size].topk(count)
+                assert [i for i, _ in top] == found.tolist()
+                assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
+    engine._schedule.pool.check([])
+    samples = engine.submit_many(asked[0], Sampling(max_tokens=8, temperature=1.0, prompt_logprobs=1), 3)
+    while engine.busy:
+        engine.step()
+    assert all(r.prompt_logprobs == pytest.approx(samples[0].prompt_logprobs, abs=1e-4) for r in samples)
+    assert all(len(r.prompt_logprobs) == len(asked[0]) - 1 for r in samples)

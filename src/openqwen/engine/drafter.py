@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from openqwen.engine.adapters import Adapters
 from openqwen.engine.pages import PagePool
 from openqwen.engine.plan import Work
-from openqwen.engine.request import Request
+from openqwen.engine.request import Request, Sampling
 from openqwen.engine.runner import Read, Runner
 from openqwen.engine.sampler import Row, choose
 from openqwen.model import Cache, Qwen2
@@ -93,7 +93,7 @@ class DraftModel:
     def __init__(self, model: Qwen2, vocabulary: int, page_size: int, tokens: int):
         self._vocabulary = vocabulary
         self._pool = PagePool(-(-tokens // page_size), page_size)
-        self._runner = Runner(model, Adapters(model), Cache.of(model, self._pool.count, page_size))
+        self._runner = Runner(model, Adapters(model), Cache.of(model, self._pool.count, page_size), vocabulary)
         self._shadows: dict[Request, Request] = {}  # what it has read of each
 
     def guess(self, lengths: dict[Request, int]) -> dict[Request, list[int]]:
@@ -122,7 +122,7 @@ class DraftModel:
 
     def _shadow(self, request: Request, length: int) -> Request:
         """What stands for the request here, read up to its last few tokens; without pages where there is no room."""
-        shadow = self._shadows.get(request) or Request(0, [], request.sampling, 0, 0, request.stream)
+        shadow = self._shadows.get(request) or Request(0, [], Sampling(), 0, 0, request.stream)
         self._shadows[request] = shadow
         ids = request.tokens(0, request.total)
         known = shadow.tokens(0, min(shadow.computed, len(ids) - 1))  # the last guess was read, and may not have come

@@ -48,7 +48,7 @@ class Engine:
         self._admission = Admission(model, tokenizer, config)
         self._schedule = Schedule(self._admission.pool(), config)
         cache = Cache.of(model, self._admission.pages, config.page_size, config.cache)
-        self._runner = Runner(model, self.adapters, cache)
+        self._runner = Runner(model, self.adapters, cache, tokenizer.vocab_size)
         self._structures = Structures(tokenizer, self._stops)
         self._drafter = Drafter(config.speculate)
         if draft is not None:

@@ -112,7 +112,7 @@ def _known(request: Request, pool: PagePool) -> tuple[int, list[bytes], list[int
     """The furthest stage in which a request can start, the digests that it could find there, and the pages found."""
     for stage in reversed(range(len(request.chains))):
         digests = request.chains[stage][: (request.total - 1) // pool.page_size]  # the last token is always read
-        pages = pool.match(digests)
+        pages = [] if request.untold else pool.match(digests)
         if not stage or len(pages) * pool.page_size >= request.stages[stage - 1].until:
             break
     return stage, digests, pages

@@ -45,7 +45,8 @@ class Sampling:
     answer hold (Keskar et al. 2019); presence_penalty and frequency_penalty are taken off the scores of tokens that the
     answer holds, once and once an occurrence. logit_bias: (id, what is added to its score). seed: of the draws. stop:
     texts that end the answer and are left out of it. stop_ids: token ids that end it, besides the tokenizer's own
-    unless ignore_eos. top_logprobs: how many of the likeliest tokens to tell at each position. structure: what the
+    unless ignore_eos. top_logprobs: how many of the likeliest tokens to tell at each position. prompt_logprobs: the
+    same of the prompt, with the log-probabilities of its own tokens; None tells nothing of it. structure: what the
     answer must look like. long_context: how the sequence is read; None: as its length, the engine's settings and the
     model's configuration say (`Admission.stages`).
     """
@@ -64,6 +65,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
     structure: Structure | None = None
     long_context: LongContext | None = None
 
@@ -79,6 +81,7 @@ class Sampling:
             ("presence_penalty", finite(self.presence_penalty), "a finite number"),
             ("frequency_penalty", finite(self.frequency_penalty), "a finite number"),
             ("top_logprobs", self.top_logprobs >= 0, "0 or more"),
+            ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "0 or more"),
             ("stop", "" not in self.stop, "texts that are not empty"),
             ("logit_bias", all(i >= 0 and finite(b) for i, b in self.logit_bias), "ids of 0 or more, finite numbers"),
         ):
@@ -104,8 +107,9 @@ class Request:
     stages: how it is read as it grows, `stage` the one at work: while up to its `until` tokens are computed.
     cached_tokens: prompt tokens found in the cache at the start. limit: tokens it may come to hold. Times are those of
     `time.monotonic`. Of each output token: its log-probability under the model's own distribution (`logprobs`), under
-    the one that it was drawn from (`drawn_logprobs`: penalties, temperature and cuts applied), the probability that
-    the cuts kept (`kept`), the likeliest tokens there (`top`), and the weights that made it (`versions`).
+    the one that it was drawn from (`drawn_logprobs`: penalties, temperature and cuts applied), the probability that the
+    cuts kept (`kept`), the likeliest tokens there (`top`), and the weights that made it (`versions`). Of each prompt
+    token but the first, where it was asked for: `prompt_logprobs` and `prompt_top`.
     """
 
     id: int
@@ -126,6 +130,8 @@ class Request:
     drawn_logprobs: list[float] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top: list[TopTokens] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
@@ -162,6 +168,12 @@ class Request:
     def until(self) -> int:
         """Tokens that can be read so."""
         return self.stages[self.stage].until
+
+    @property
+    def untold(self) -> range:
+        """Prompt tokens whose log-probabilities are still to be told; what is cached cannot tell them."""
+        told = 1 + len(self.prompt_logprobs)
+        return range(told, told if self.sampling.prompt_logprobs is None else len(self.prompt_ids))
 
     @property
     def order(self) -> tuple[int, int]:

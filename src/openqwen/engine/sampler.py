@@ -103,7 +103,7 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
         if some := [r for r in greedy if r in changed]:
             own_R = scores_RV[some].gather(1, tokens_R[some, None]).squeeze(1) - normalizers(scores_RV[some])
             kept_R[some] = own_R.exp()
-    top = _top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
+    top = top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
     return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), kept_R.tolist(), top, frozenset(broken))
 
 
@@ -249,7 +249,7 @@ def top_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values_RC, best_RC.gather(1, at_RC // block) * block + at_RC % block
 
 
-def _top_tokens(logits_RV: Tensor, normalizer_R: Tensor, counts: Sequence[int]) -> list[TopTokens]:
+def top_tokens(logits_RV: Tensor, normalizer_R: Tensor, counts: Sequence[int]) -> list[TopTokens]:
     """The likeliest tokens of each row that asks for some, by the model's own distribution."""
     top: list[TopTokens] = [[] for _ in counts]
     asking = [r for r, count in enumerate(counts) if count]

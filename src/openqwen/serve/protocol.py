@@ -5,6 +5,7 @@
 import json
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -222,7 +223,12 @@ class CompletionRequest(Options):
     prompt: Prompts = Field(description="text in which control tokens are read, or ids")
     max_tokens: Count | None = 16
     logprobs: Top | None = None
-    echo: bool | None = Field(None, description="give the prompt back before the answer")
+    echo: bool | None = Field(None, description="give the prompt back before the answer, with log-probabilities too")
+
+    def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
+        """See `Options.sampling`."""
+        sampling = super().sampling(defaults, max_tokens, top_logprobs)
+        return replace(sampling, prompt_logprobs=self.logprobs) if self.echo else sampling
 
 
 class EmbeddingRequest(Body):
