@@ -153,7 +153,7 @@ def test_health_and_metrics(server, client):
         assert f"vllm:{name}{{" in text
 
 
-def test_an_echoed_prompt_comes_with_its_log_probabilities(client):
+def test_an_echoed_prompt_comes_with_its_log_probabilities(client, tokenizer):
     """As lm-eval reads them: sums over the continuation, greedy where each token is the likeliest."""
     ids = [70, 300, 12, 5, 220, 340, 9]
     choice = ask(client, prompt=ids, echo=True, logprobs=3, max_tokens=4).choices[0]
@@ -173,3 +173,7 @@ def test_an_echoed_prompt_comes_with_its_log_probabilities(client):
     both = ask(client, prompt=[ids, ids[:4]], echo=True, logprobs=0, max_tokens=1, n=2).choices
     assert [len(c.logprobs.tokens) for c in both] == [8, 8, 5, 5]
     assert ask(client, prompt=ids, echo=True).choices[0].logprobs is None
+    bias = {str(tokenizer.eos_id): 100}
+    ended = ask(client, prompt=ids, echo=True, logprobs=1, max_tokens=1, logit_bias=bias).choices[0]
+    assert len(ended.logprobs.tokens) == len(ids) + 1
+    assert sum(ended.logprobs.token_logprobs[3:-1]) == pytest.approx(sum(told.token_logprobs[3 : len(ids)]), abs=1e-4)

@@ -228,7 +228,10 @@ class CompletionRequest(Options):
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
         """See `Options.sampling`."""
         sampling = super().sampling(defaults, max_tokens, top_logprobs)
-        return replace(sampling, prompt_logprobs=self.logprobs) if self.echo else sampling
+        if not self.echo or self.logprobs is None:
+            return sampling
+        # Who scores a text (lm-eval) asks for one token more and leaves out the last: there must be one, be it the end.
+        return replace(sampling, prompt_logprobs=self.logprobs, ignore_eos=sampling.ignore_eos or max_tokens == 1)
 
 
 class EmbeddingRequest(Body):
