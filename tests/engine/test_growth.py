@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import model, plain_greedy, prompts, tokenizer
+from tiny import add_up, model, plain_greedy, prompts, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import Cache, DualChunk, Paged
@@ -37,7 +37,7 @@ def start(network, **config):
 def run(engine, *requests):
     while engine.busy:
         engine.step()
-        engine._schedule.pool.check([r.pages for r in engine._schedule.running])
+        add_up(engine._schedule.pool, [r.pages for r in engine._schedule.running])
     return requests[0]
 
 
@@ -73,7 +73,7 @@ def test_an_answer_without_limit_grows_as_a_whole_cache_that_is_turned(kind, pag
         request = run(engine, engine.submit(text(20), ENDLESS))
         assert request.total == network.context
         assert request.finish_reason == "length"
-        ids = request.prompt_ids + request.output_ids
+        ids = request.prompt_ids + request.token_ids
         # Pages of 11 and chunks of 47 are read by plain PyTorch, whose rounding depends on what shares the call.
         close = 1e-4 if page_size == 16 and kind != "chunks" else 0.03
         assert request.logprobs == pytest.approx(turning_a_whole_cache(network, ids)[19:], abs=close)
@@ -84,9 +84,9 @@ def test_a_prompt_beyond_the_window_is_read_in_its_own_way_unless_it_grows(netwo
         direct, grown = (start(network, grow=grow) for grow in (False, True))
         one, two = (run(e, e.submit(text(length), Sampling(max_tokens=3, ignore_eos=True))) for e in (direct, grown))
         assert one.long_context == two.long_context
-        ids = one.prompt_ids + one.output_ids
+        ids = one.prompt_ids + one.token_ids
         assert one.logprobs == pytest.approx(direct.score(ids)[length - 1 :], abs=1e-4)
-        ids = two.prompt_ids + two.output_ids
+        ids = two.prompt_ids + two.token_ids
         assert two.logprobs == pytest.approx(turning_a_whole_cache(network, ids)[length - 1 :], abs=1e-4)
         assert one.logprobs != two.logprobs
         endless = direct.submit(text(length), ENDLESS)
@@ -115,9 +115,9 @@ def test_a_conversation_is_the_same_bits_cold_and_warm(network, grow, form):
         (warm,) = engine.generate([ids], sampling)
         (cold,) = start(network, grow=grow, cache=form, prefix_cache=False).generate([ids], sampling)
         assert (warm.token_ids, warm.logprobs) == (cold.token_ids, cold.logprobs)
-        found.append((warm.request.cached_tokens, max(0, len(ids) - 11) // 16 * 16))
+        found.append((warm.cached_tokens, max(0, len(ids) - 11) // 16 * 16))
         ids = ids + warm.token_ids + text(10, len(ids))
-    engine._schedule.pool.check([])
+    add_up(engine._schedule.pool, [])
     read_once = [cached == known for cached, known in found]
     assert all(read_once) if grow else read_once.count(False) == 2  # at 48 and at 96 tokens
 
@@ -130,7 +130,7 @@ def test_neighbours_preemption_guesses_and_samples_change_no_bit_of_what_grows(n
     def answers(engine, numbers):
         requests = [engine.submit(asked[n], sampling, seed=n) for n in numbers]
         run(engine, *requests)
-        return [(r.output_ids, r.logprobs) for r in requests]
+        return [(r.token_ids, r.logprobs) for r in requests]
 
     alone = [answers(start(network, grow=grow), [n])[0] for n in range(4)]
     page = Cache.bytes_per_page(network.config, 16, "float", torch.float32)
@@ -138,7 +138,7 @@ def test_neighbours_preemption_guesses_and_samples_change_no_bit_of_what_grows(n
     for config in ({}, tight, {"speculate": 5, "draft_below": 99, "token_budget": 30}):
         engine = start(network, grow=grow, **config)
         assert answers(engine, range(4)) == alone
-        engine._schedule.pool.check([])
+        add_up(engine._schedule.pool, [])
         assert (engine.stats().preemptions > 0) == (config is tight)
     for config in ({"prefix_cache": False}, tight):
         engine = start(network, grow=grow, **config)

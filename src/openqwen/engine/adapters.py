@@ -32,7 +32,6 @@ class Update(NamedTuple):
 class Adapter:
     """number: no two that were ever added share one, whatever their names."""
 
-    name: str
     number: int
     updates: list[Update]
 
@@ -52,35 +51,24 @@ class Adapters:
 
     def add(self, name: str, folder: str | Path) -> None:
         """Read an adapter in PEFT's format; one of the same name gives way. OpenQwenError where it does not fit."""
-        config, tensors = read_adapter(Path(folder))
+        places = dict(_places(self._model))
+        config, tensors = read_adapter(Path(folder), {layer: shape for layer, (_, _, *shape) in places.items()})
         if config.dora:
             raise OpenQwenError(
                 "A DoRA adapter cannot be chosen by single requests.", where=folder, do="merge it into its model"
             )
-        places, updates = dict(_places(self._model)), []
+        tensors = {key: tensor.to(self._model.device, self._model.dtype) for key, tensor in tensors.items()}
+        updates, scale = [], config.alpha / config.rank
         for layer in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors):
-            a, b = (tensors.get(f"{layer}.lora_{side}.weight") for side in "AB")
-            if a is None or b is None or layer not in places:
-                raise OpenQwenError(
-                    f"This network has no linear layer '{layer}' that the adapter could change.",
-                    where=folder,
-                    do="use the network that it was trained for",
-                )
-            module, start, *shape = places[layer]
-            if [b.shape[0], a.shape[1]] != shape or a.shape[0] != b.shape[1]:
-                raise OpenQwenError(
-                    f"The adapter's update of '{layer}' is {b.shape[0]} × {a.shape[1]}; "
-                    f"the layer is {shape[0]} × {shape[1]}.",
-                    where=folder,
-                )
-            a, b = (x.to(self._model.device, self._model.dtype) for x in (a, b))
-            updates.append(Update(module, start, a, b * (config.alpha / config.rank)))
+            a, b = (tensors[f"{layer}.lora_{side}.weight"] for side in "AB")
+            updates.append(Update(*places[layer][:2], a, b * scale))
         self._added += 1
-        self._known[name] = Adapter(name, self._added, updates)
+        self._known[name] = Adapter(self._added, updates)
 
     def remove(self, name: str) -> None:
         """Forget a name; requests that chose it before go on with it."""
-        del self._known[self.get(name).name]
+        self.get(name)
+        del self._known[name]
 
     def get(self, name: str) -> Adapter:
         """The adapter of this name. OpenQwenError where there is none."""

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import cast
 
 from openqwen.engine.config import EngineConfig
-from openqwen.engine.pages import PagePool
 from openqwen.engine.request import Prompt, Sampling
-from openqwen.model import Cache, LongContext, Qwen2
+from openqwen.model import Cache, Qwen2
 from openqwen.model.long_context import Stage, stages, stated_context
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
@@ -29,10 +28,6 @@ class Admission:
         chosen = config.max_context is not None or model.config.dual_chunk is not None
         self._stages = stages(model.config, self.context) if chosen else [Stage(self.context, None)]
 
-    def pool(self) -> PagePool:
-        """All pages, blank."""
-        return PagePool(self.pages, self._config.page_size)
-
     def ids(self, prompt: Prompt, most: int) -> list[int]:
         """A prompt's ids, at most so many. OpenQwenError where they are none, too many or not the model's."""
         if isinstance(prompt, str):
@@ -51,10 +46,6 @@ class Admission:
         if wrong := [i for i in (min(ids), max(ids)) if not 0 <= i < size]:
             raise OpenQwenError(f"A prompt holds the id {wrong[0]}.", where="prompt", do=f"use ids of 0 to {size - 1}")
         return ids
-
-    def way(self, sampling: Sampling, tokens: int) -> LongContext | None:
-        """How so many tokens are read at once."""
-        return sampling.long_context or next(stage.way for stage in self._stages if tokens <= stage.until)
 
     def stages(self, sampling: Sampling, prompt: int) -> tuple[int, list[Stage]]:
         """The tokens that a sequence may come to hold, and how it is read on its way there.

@@ -6,7 +6,7 @@ free list, oldest first, is the cache's order of eviction.
 """
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -104,13 +104,3 @@ class PagePool:
         self._cached.clear()
         self._page_of.clear()
         self._digest_of.clear()
-
-    def check(self, holders: Iterable[Sequence[int]]) -> None:
-        """Raise RuntimeError unless blank + cached + held pages are all pages and references are the holders'."""
-        held = Counter(page for pages in holders for page in pages)
-        kinds = [set(self._blank), set(self._cached), set(held)]
-        whole = sum(map(len, kinds)) == self.count == len(set().union(*kinds))
-        counted = all(self.references[page] == held[page] for page in range(self.count))
-        known = {page: digest for digest, page in self._page_of.items()} == self._digest_of
-        if not (whole and counted and known and kinds[1] <= self._digest_of.keys()):
-            raise RuntimeError(f"pages do not add up: {[len(k) for k in kinds]} of {self.count}")

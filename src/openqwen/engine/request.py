@@ -101,19 +101,31 @@ class Sampling:
 
 
 @dataclass(eq=False)
-class Request:
+class Output:
+    """One answer. `token_ids` leaves out the stop token; `logprobs` has one entry for each id. prompt_logprobs: where
+    they were asked for, of each prompt token but the first."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    prompt_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(eq=False, kw_only=True)
+class Request(Output):
     """One sequence and how far it has come: `computed` of its `total` tokens have keys and values in its `pages`.
 
     stages: how it is read as it grows, `stage` the one at work: while up to its `until` tokens are computed.
     cached_tokens: prompt tokens found in the cache at the start. limit: tokens it may come to hold. Times are those of
     `time.monotonic`. Of each output token: its log-probability under the model's own distribution (`logprobs`), under
-    the one that it was drawn from (`drawn_logprobs`: penalties, temperature and cuts applied), the probability that the
-    cuts kept (`kept`), the likeliest tokens there (`top`), and the weights that made it (`versions`). Of each prompt
-    token but the first, where it was asked for: `prompt_logprobs` and `prompt_top`.
+    the one that it was drawn from (`drawn_logprobs`: penalties, temperature and cuts applied), the likeliest tokens
+    there (`top`), and the weights that made it (`versions`). prompt_top: the likeliest at each place of
+    `prompt_logprobs`.
     """
 
     id: int
-    prompt_ids: list[int]
     sampling: Sampling
     seed: int
     limit: int
@@ -125,23 +137,16 @@ class Request:
     priority: int = 0
     profile: tuple[object, ...] = ()  # what else its keys depend on: requests of different profiles share no pages
 
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
     drawn_logprobs: list[float] = field(default_factory=list)
-    kept: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
-    prompt_logprobs: list[float] = field(default_factory=list)
     prompt_top: list[TopTokens] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: FinishReason | None = None
 
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
     first_token: float | None = None
     finished: float | None = None
     cached_tokens: int = 0
-    preemptions: int = 0
 
     pages: list[int] = field(default_factory=list)
     stage: int = 0
@@ -152,7 +157,7 @@ class Request:
     @property
     def total(self) -> int:
         """Tokens known: the prompt's and the answer's so far."""
-        return len(self.prompt_ids) + len(self.output_ids)
+        return len(self.prompt_ids) + len(self.token_ids)
 
     @property
     def left(self) -> int:
@@ -184,8 +189,8 @@ class Request:
         """Ids of prompt and answer, laid end to end, from `start` to before `stop`."""
         split = len(self.prompt_ids)
         if start >= split:
-            return self.output_ids[start - split : stop - split]
-        return self.prompt_ids[start:stop] + self.output_ids[: max(stop - split, 0)]
+            return self.token_ids[start - split : stop - split]
+        return self.prompt_ids[start:stop] + self.token_ids[: max(stop - split, 0)]
 
 
 @dataclass(frozen=True)
@@ -203,18 +208,6 @@ class Event:
     top: list[TopTokens]
     finish_reason: FinishReason | None
     version: int
-
-
-@dataclass(frozen=True)
-class Output:
-    """One answer. `token_ids` leaves out the stop token; `logprobs` has one entry for each id. request: the rest."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str  # "stop" | "length" | "cancelled" | "error"
-    prompt_ids: list[int]
-    request: Request | None = None
 
 
 @dataclass

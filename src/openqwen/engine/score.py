@@ -8,20 +8,14 @@ from torch import Tensor
 
 from openqwen.engine.request import TopTokens
 from openqwen.engine.sampler import normalizers, top_tokens
-from openqwen.model import LongContext, Packed, Qwen2
+from openqwen.model import Packed, Qwen2
 
 _SCORED = 256  # tokens scored over the vocabulary at a time
 _PACKED = 8_192  # tokens embedded in one call, at most (one longer prompt alone may exceed it)
 
 
-@torch.inference_mode()
-def log_probs_of(model: Qwen2, ids: Sequence[int], long_context: LongContext | None = None) -> list[float]:
-    """The log-probability of each token but the first, given those before it: len(ids) − 1 numbers."""
-    return tell(model, _read(model, [ids], long_context)[:-1], ids[1:])[0]
-
-
 def tell(
-    model: Qwen2, hidden_TD: Tensor, targets: Sequence[int], count: int = 0, vocabulary: int | None = None
+    model: Qwen2, hidden_TD: Tensor, targets: Sequence[int], count: int, vocabulary: int
 ) -> tuple[list[float], list[TopTokens]]:
     """The log-probability of each target after its hidden state, and `count` of the likeliest tokens there, which are
     among the first `vocabulary`."""
@@ -31,7 +25,7 @@ def tell(
         logits_CV = model.logits(hidden_TD[start : start + len(targets_C1)]).float()
         normalizer_C = normalizers(logits_CV)
         logprobs += (logits_CV.gather(1, targets_C1).squeeze(1) - normalizer_C).tolist()
-        logits_CV[:, vocabulary or logits_CV.shape[1] :] = -torch.inf
+        logits_CV[:, vocabulary:] = -torch.inf
         top += top_tokens(logits_CV, normalizer_C, [count] * len(targets_C1))
     return logprobs, top
 
@@ -44,13 +38,10 @@ def embeddings(model: Qwen2, prompts: Sequence[Sequence[int]]) -> Tensor:
     for number, ids in enumerate(prompts, 1):
         batch.append(ids)
         if number == len(prompts) or sum(map(len, batch)) + len(prompts[number]) > _PACKED:
-            last_B = torch.tensor([len(b) for b in batch], device=model.device).cumsum(0) - 1
-            found.append(F.normalize(_read(model, batch, None)[last_B].float(), dim=-1))
+            packed = Packed.from_lengths([len(b) for b in batch]).to(model.device)
+            tokens_T = torch.tensor([i for ids in batch for i in ids], device=model.device)
+            hidden_TD = model(tokens_T, packed.positions.to(model.device), packed)
+            last_B = torch.tensor(packed.lengths, device=model.device).cumsum(0) - 1
+            found.append(F.normalize(hidden_TD[last_B].float(), dim=-1))
             batch = []
     return torch.cat(found) if found else torch.empty(0, model.config.hidden_size)
-
-
-def _read(model: Qwen2, texts: Sequence[Sequence[int]], long_context: LongContext | None) -> Tensor:
-    packed = Packed.from_lengths([len(ids) for ids in texts], long_context).to(model.device)
-    tokens_T = torch.tensor([i for ids in texts for i in ids], device=model.device)
-    return model(tokens_T, packed.positions.to(model.device), packed)

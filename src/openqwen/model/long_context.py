@@ -1,12 +1,12 @@
 """How a sequence longer than the training window is read: YARN and Dual Chunk Attention, as `config.json` states them,
-or as one request needs them (`profile`).
+or as sequences of each length need them (`stages`).
 
 The numbers only; the arithmetic is in rope.py and dual_chunk.py.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openqwen.support.errors import OpenQwenError
@@ -52,26 +52,12 @@ class Yarn:
                 where=where,
                 do='use {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, or none',
             )
-        return cls(
-            factor=float(values["factor"]),
-            original_max_position_embeddings=int(
-                values.get("original_max_position_embeddings") or max_position_embeddings
-            ),
-            beta_fast=float(values.get("beta_fast") or 32.0),
-            beta_slow=float(values.get("beta_slow") or 1.0),
-            attention_factor=values.get("attention_factor"),
-        )
+        given = {f.name: values[f.name] for f in fields(cls) if values.get(f.name)}
+        return cls(**{"original_max_position_embeddings": max_position_embeddings, **given})
 
     def to_json(self) -> dict[str, Any]:
         """The entries of `rope_scaling` without the key that names the kind; defaults are left out, as published."""
-        values = {"factor": self.factor, "original_max_position_embeddings": self.original_max_position_embeddings}
-        if self.beta_fast != 32.0:
-            values["beta_fast"] = self.beta_fast
-        if self.beta_slow != 1.0:
-            values["beta_slow"] = self.beta_slow
-        if self.attention_factor is not None:
-            values["attention_factor"] = self.attention_factor
-        return values
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 def yarn_temperature(factor: float) -> float:
@@ -113,19 +99,12 @@ class DualChunk:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DualChunk":
         """Read `dual_chunk_attention_config`; what is missing is as in vLLM (8,192, 1,024, no scaling)."""
-        return cls(
-            chunk_size=int(values.get("chunk_size", 8_192)),
-            local_size=int(values.get("local_size", 1_024)),
-            original_max_position_embeddings=int(values.get("original_max_position_embeddings", 0)),
-        )
+        given = {f.name: int(values[f.name]) for f in fields(cls) if f.name in values}
+        return cls(**{"chunk_size": 8_192, "local_size": 1_024, **given})
 
     def to_json(self) -> dict[str, int]:
         """`dual_chunk_attention_config`."""
-        return {
-            "chunk_size": self.chunk_size,
-            "local_size": self.local_size,
-            "original_max_position_embeddings": self.original_max_position_embeddings,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -168,21 +147,6 @@ def stages(config: "ModelConfig", max_context: int | None = None) -> list[Stage]
         found.append(Stage(min(tokens, most), way))
         factor *= 2
     return found
-
-
-def profile(config: "ModelConfig", tokens: int, max_context: int | None = None) -> LongContext | None:
-    """How to read a request of at most `tokens` tokens, prompt and answer: in the first way that covers it.
-
-    OpenQwenError where none does.
-    """
-    ways = stages(config, max_context)
-    for stage in ways:
-        if tokens <= stage.until:
-            return stage.way
-    raise OpenQwenError(
-        f"A request of {tokens:,} tokens, prompt and answer, does not fit in a context of {ways[-1].until:,}.",
-        do="shorten the prompt, ask for fewer tokens, or serve with a larger --max-context",
-    )
 
 
 def describe(config: "ModelConfig", max_context: int | None = None) -> str:

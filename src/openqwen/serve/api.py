@@ -37,16 +37,11 @@ class Api:
 
     def __init__(self, bridge: Bridge, config: ServeConfig, names: list[str], scorer: Scorer | None):
         self.bridge, self.config, self.names, self.scorer = bridge, config, names, scorer
-        self.tokenizer = bridge.engine.tokenizer
+        self.tokenizer, self.adapters = bridge.engine.tokenizer, bridge.engine.adapters.names
         self.max_context = bridge.engine.longest
         self._defaults = bridge.engine.model.config.generation
         self._started = int(time.time())
         self._print = "b" + hashlib.sha256(repr((names, bridge.engine.model.config)).encode()).hexdigest()[:10]
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names that stand for the model with an adapter."""
-        return self.bridge.engine.adapters.names
 
     def named(self, name: str | None, adapters: Sequence[str] = ()) -> str:
         """The model under the name that a client used, or one of these adapters."""

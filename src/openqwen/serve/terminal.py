@@ -222,8 +222,8 @@ class Chat:
         console.print(f"[dim]{len(read)} messages read.[/dim]")
 
     def _stats(self, _: str) -> None:
-        made = sum(len(r.output_ids) for r in self._answers)
-        spans = [(len(r.output_ids) - 1, (r.finished or 0) - r.first_token) for r in self._answers if r.first_token]
+        made = sum(len(r.token_ids) for r in self._answers)
+        spans = [(len(r.token_ids) - 1, (r.finished or 0) - r.first_token) for r in self._answers if r.first_token]
         tokens, seconds = (sum(column) for column in zip(*spans)) if spans else (0, 0.0)
         rate = f", {tokens / seconds:.1f} tokens/s" if seconds > 0 and tokens > 0 else ""
         console.print(f"  answers             {len(self._answers)}, {made:,} tokens{rate}")
@@ -233,7 +233,7 @@ class Chat:
 
 def _facts(request: Request) -> str:
     """`48 tokens · 27.1 tokens/s · first after 0.31 s`."""
-    count = len(request.output_ids)
+    count = len(request.token_ids)
     parts = [f"{count} tokens" if count != 1 else "1 token"]
     end = request.finished or time.monotonic()
     if request.first_token is not None:
