@@ -140,7 +140,7 @@ def _first_and_rest(engine: Engine, ids: list[int], sampling: Sampling) -> tuple
     """Seconds to the first token, and for all after it."""
     start = time.perf_counter()
     request = engine.submit(ids, sampling)
-    while not request.output_ids:
+    while not request.token_ids:
         engine.step()
     first = time.perf_counter()
     while request.finish_reason is None:

@@ -89,7 +89,7 @@ def growth(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
             read(model, cache, tokens[:half], chunk, LongContext())
             start = time.process_time()
             if name == "turned anew":
-                cache.rerotate(range(cache.pages), half, LongContext(), way)
+                cache.rerotate(range(cache.pages), range(half), LongContext(), way)
             elif name == "read again":
                 read(model, cache, tokens[:half], chunk, way)
             seconds[name] += time.process_time() - start

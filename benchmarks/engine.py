@@ -50,7 +50,7 @@ def decode(model, tokenizer, config, sampling, batch):
     requests = [
         machine.submit(chat(f"Write a Python function that adds {n} numbers."), sampling, n) for n in range(batch)
     ]
-    while any(len(request.output_ids) < 3 for request in requests):
+    while any(len(request.token_ids) < 3 for request in requests):
         machine.step()
     spent.update(model=0.0, choose=0.0)
     before, steps = machine.stats().tokens_out, 0
@@ -97,7 +97,7 @@ def main():
         again = chat(f"Repeat this code exactly, nothing else:\n{CODE}")
         speculate = config.model_copy(update={"speculate": most})
         request, stats, seconds = once(model, tokenizer, speculate, again, oq.Sampling(max_tokens=100))
-        rate = len(request.output_ids) / seconds
+        rate = len(request.token_ids) / seconds
         print(f"copying, guessing up to {most}: {rate:.1f} tokens/s, {stats.accepted} of {stats.drafted} guesses right")
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import model, plain_greedy, prompts, scores, tokenizer
+from tiny import add_up, model, plain_greedy, prompts, scores, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import DualChunk, LongContext, Yarn
@@ -28,7 +28,7 @@ def network(request):
 def answers(network, asked, sampling, seeds=None, **config):
     engine = Engine(network, WORDS, EngineConfig(**config))
     outputs = engine.generate(asked, sampling, seeds)
-    engine._schedule.pool.check([])
+    add_up(engine._schedule.pool, [])
     return outputs, engine.stats()
 
 
@@ -82,7 +82,7 @@ def test_where_rows_are_apart_neighbours_guesses_and_the_cache_change_no_bit(kin
             together, _ = answers(network, asked, sampling, seeds, cache=cache, **config)
             for one, other in zip(alone, together):
                 assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
-                assert one.request.drawn_logprobs == other.request.drawn_logprobs
+                assert one.drawn_logprobs == other.drawn_logprobs
 
 
 def test_preempted_equals_undisturbed_and_nothing_streamed_is_retracted(network):
@@ -95,10 +95,10 @@ def test_preempted_equals_undisturbed_and_nothing_streamed_is_retracted(network)
         for event in engine.step():
             ids, text = told[event.request.id]
             told[event.request.id] = ids + event.token_ids, text + event.text
-            assert event.request.output_ids == told[event.request.id][0]
+            assert event.request.token_ids == told[event.request.id][0]
     assert engine.stats().preemptions > 0
     for request, output in zip(requests, undisturbed):
-        assert told[request.id] == (output.token_ids, output.text) == (request.output_ids, request.text)
+        assert told[request.id] == (output.token_ids, output.text) == (request.token_ids, request.text)
         assert request.logprobs == pytest.approx(output.logprobs, abs=1e-4)
 
 
@@ -113,7 +113,7 @@ def test_cold_equals_warm(network, past):
     same([engine.generate([prompt], sampling)[0] for prompt in asked], cold)
     same(engine.generate(asked, sampling), cold)
     assert engine.stats().cache_hits > 0
-    engine._schedule.pool.check([])
+    add_up(engine._schedule.pool, [])
 
 
 def test_answers_continue_from_their_own_pages(network):
@@ -137,8 +137,8 @@ def test_samples_share_the_pages_of_their_prompt(network):
         assert engine.stats().cache_hits == 3 * 3 * PAGE
         assert max(stats.pages_used for stats in read) <= 3 + 4
         alone = [engine.generate([prompt], sampling, [request.seed])[0] for request in samples]
-        assert [r.output_ids for r in samples] == [o.token_ids for o in alone]
-        assert len({tuple(r.output_ids) for r in samples}) == 4
+        assert [r.token_ids for r in samples] == [o.token_ids for o in alone]
+        assert len({tuple(r.token_ids) for r in samples}) == 4
         assert samples[0].seed == 5
 
 
@@ -157,9 +157,9 @@ def test_a_cancelled_request_ends_at_once_wherever_it_is(network):
             told += [(e.request.id, e.finish_reason) for e in engine.step() if e.finish_reason]
         assert len(told) == 6
         assert {i for i, reason in told if reason == "cancelled"} == {r.id for r in requests[::2]}
-        engine._schedule.pool.check([])
+        add_up(engine._schedule.pool, [])
         expected, _ = answers(network, asked[1::2], Sampling(max_tokens=20))
-        assert [r.output_ids for r in requests[1::2]] == [o.token_ids for o in expected]
+        assert [r.token_ids for r in requests[1::2]] == [o.token_ids for o in expected]
 
 
 def test_log_probabilities_are_the_models(network):
@@ -172,7 +172,7 @@ def test_log_probabilities_are_the_models(network):
         truth = table.gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1).tolist()
         assert output.logprobs == pytest.approx(truth[len(output.prompt_ids) - 1 :], abs=1e-4)
         assert engine.score(ids) == pytest.approx(truth, abs=1e-4)
-        for row, top in zip(table[len(output.prompt_ids) - 1 :], output.request.top, strict=True):
+        for row, top in zip(table[len(output.prompt_ids) - 1 :], output.top, strict=True):
             values, found = row[: WORDS.vocab_size].topk(3)
             assert [i for i, _ in top] == found.tolist()
             assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
@@ -183,7 +183,7 @@ def test_changed_weights_leave_nothing_in_the_cache():
     engine = Engine(network, WORDS)
     prompt, sampling = list(range(60)), Sampling(max_tokens=20)
     running = engine.submit(prompt, Sampling(max_tokens=30, ignore_eos=True))
-    while len(running.output_ids) < 7:
+    while len(running.token_ids) < 7:
         engine.step()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -192,7 +192,7 @@ def test_changed_weights_leave_nothing_in_the_cache():
     while engine.busy:
         assert all(event.version == 4 for event in engine.step())
     assert running.versions == [0] * 7 + [4] * 23
-    ids = running.prompt_ids + running.output_ids
+    ids = running.prompt_ids + running.token_ids
     assert running.logprobs[7:] == pytest.approx(Engine(network, WORDS).score(ids)[len(prompt) + 6 :], abs=1e-4)
     with torch.no_grad():
         network.model.norm.weight.mul_(-1.0)  # nobody says so: the engine sees it when it is idle
@@ -207,13 +207,13 @@ def test_a_paused_engine_holds_everything_where_it_is():
     engine.pause()
     assert not engine.busy
     assert engine.step() == []
-    assert len(request.output_ids) == 1
+    assert len(request.token_ids) == 1
     with pytest.raises(OpenQwenError, match="paused"):
         engine.generate([[1]])
     engine.resume()
     while engine.busy:
         engine.step()
-    assert len(request.output_ids) == 4
+    assert len(request.token_ids) == 4
 
 
 def test_priority_goes_first():
@@ -284,11 +284,11 @@ def test_each_request_is_stretched_as_far_as_it_needs_and_no_further():
     while engine.busy:
         engine.step()
     assert [r.long_context.yarn and r.long_context.yarn.factor for r in requests] == [None, None, None, 4.0, 2.0]
-    assert [r.output_ids for r in requests[:3]] == [o.token_ids for o in plain]
+    assert [r.token_ids for r in requests[:3]] == [o.token_ids for o in plain]
     assert requests[4].cached_tokens == 0  # the same tokens, turned otherwise
     for request in requests[3:]:
         stretched = model(max_position_embeddings=64, yarn=Yarn(request.long_context.yarn.factor, window))
-        ids = request.prompt_ids + request.output_ids
+        ids = request.prompt_ids + request.token_ids
         truth = torch.log_softmax(scores(stretched, ids), -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
         assert request.logprobs == pytest.approx(truth[len(request.prompt_ids) - 1 :].tolist(), abs=1e-4)
 
@@ -303,10 +303,34 @@ def test_scores_that_are_no_numbers_end_that_answer_alone(temperature):
     bad = engine.submit(asked[1] * 2, replace(good, temperature=temperature, repetition_penalty=5e-324))
     while engine.busy:
         engine.step()
-    assert (bad.finish_reason, bad.output_ids) == ("error", [])
-    assert fine.output_ids == alone.token_ids
-    engine._schedule.pool.check([])
+    assert (bad.finish_reason, bad.token_ids) == ("error", [])
+    assert fine.token_ids == alone.token_ids
+    add_up(engine._schedule.pool, [])
     with torch.no_grad():
         network.model.norm.weight.fill_(torch.nan)
     broken = Engine(network, WORDS).generate(asked, replace(good, temperature=temperature, top_p=0.9))
     assert [output.finish_reason for output in broken] == ["error", "error"]
+
+
+@pytest.mark.parametrize("config", [{}, {"token_budget": 7}, {"cache_bytes": 2**16, "page_size": 8}, {"speculate": 4}])
+def test_log_probabilities_of_the_prompt_are_the_models(network, config):
+    asked = [*prompts(5, seed=6, longest=90), [4], [1, 2, 3] * 9]
+    engine = Engine(network, WORDS, EngineConfig(**config))
+    plain = engine.generate(asked, Sampling(max_tokens=8))  # what it leaves in the cache tells nothing
+    for count in (0, 2):
+        outputs = engine.generate(asked, Sampling(max_tokens=8, prompt_logprobs=count))
+        same(outputs, plain)
+        for output in outputs:
+            table = torch.log_softmax(scores(network, output.prompt_ids), -1)[:-1]
+            truth = table.gather(1, torch.tensor(output.prompt_ids[1:])[:, None].long()).squeeze(1).tolist()
+            assert output.prompt_logprobs == pytest.approx(truth, abs=1e-4)
+            for row, top in zip(table, output.prompt_top, strict=True):
+                values, found = row[: WORDS.vocab_size].topk(count)
+                assert [i for i, _ in top] == found.tolist()
+                assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
+    add_up(engine._schedule.pool, [])
+    samples = engine.submit_many(asked[0], Sampling(max_tokens=8, temperature=1.0, prompt_logprobs=1), 3)
+    while engine.busy:
+        engine.step()
+    assert all(r.prompt_logprobs == pytest.approx(samples[0].prompt_logprobs, abs=1e-4) for r in samples)
+    assert all(len(r.prompt_logprobs) == len(asked[0]) - 1 for r in samples)

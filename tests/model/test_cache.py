@@ -52,15 +52,13 @@ def test_bytes_of_a_page_are_those_of_the_memory(format, dtype):
 
 
 @pytest.mark.parametrize("format", ["float", "int8"])
-def test_pages_are_copied_and_cleared_over_all_layers(format):
+def test_pages_are_copied_over_all_layers(format):
     cache = Cache(CONFIG, 4, 4, format)
     for layer in range(2):
         cache.write(layer, torch.arange(8), random(8, 2, 16, seed=layer), random(8, 2, 16, seed=9))
     before = [cache.read(layer, torch.tensor([[0, 1]])) for layer in range(2)]
     cache.copy([0, 1], [3, 2])
-    cache.clear([0, 1])
     for layer in range(2):
-        assert not any(x.any() for x in cache.read(layer, torch.tensor([[0, 1]])))
         for found, wanted in zip(cache.read(layer, torch.tensor([[3, 2]])), before[layer], strict=True):
             assert torch.equal(found, wanted)
 
@@ -126,7 +124,8 @@ def test_keys_turned_anew_are_those_of_the_other_profile(before, after, format):
     for cache, way in zip(caches, (before, after), strict=True):
         for layer in range(2):
             cache.write(layer, slots, rotate(k, *key_turns(torch.arange(50), CONFIG, way)), v)
-    caches[0].rerotate(pages, 50, before, after)
+    caches[0].rerotate(pages, range(20), before, after)
+    caches[0].rerotate(pages, range(20, 50), before, after)
     for layer in range(2):
         (mine, values), (wanted, same) = (cache.read(layer, table[None]) for cache in caches)
         assert torch.equal(values, same)

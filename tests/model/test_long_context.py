@@ -18,7 +18,7 @@ from openqwen.model import (
     dual_chunk,
     initialize,
 )
-from openqwen.model.long_context import context_tokens, describe, profile, trained_window
+from openqwen.model.long_context import context_tokens, describe, stages, trained_window
 from openqwen.support.errors import OpenQwenError
 
 PLAIN = LongContext()
@@ -177,6 +177,10 @@ def test_a_whole_prompt_in_one_call_is_scaled_by_its_length():
     assert_close(found, model(tokens, packed.positions, packed), rtol=1e-4, atol=1e-5)
 
 
+def profile(config, tokens, most=None):
+    return next(stage.way for stage in stages(config, most) if tokens <= stage.until)
+
+
 SMALL = ModelConfig(128, 64, 136, 1, 4, 2, max_position_embeddings=1_024)
 
 
@@ -184,10 +188,9 @@ def test_a_request_gets_the_smallest_factor_that_covers_it():
     assert [profile(SMALL, n, 4_096) for n in (1, 1_024)] == [LongContext()] * 2
     assert profile(SMALL, 1_025, 4_096) == profile(SMALL, 2_048, 4_096) == LongContext(Yarn(2.0, 1_024))
     assert profile(SMALL, 2_049, 4_096) == LongContext(Yarn(4.0, 1_024))
-    with pytest.raises(OpenQwenError, match=r"4,097 tokens, prompt and answer, does not fit in a context of 4,096"):
-        profile(SMALL, 4_097, 4_096)
-    with pytest.raises(OpenQwenError, match=r"1,025 tokens"):
-        profile(SMALL, 1_025)
+    assert [s.until for s in stages(SMALL, 4_096)] == [1_024, 2_048, 4_096]
+    assert [s.until for s in stages(SMALL, 3_000)] == [1_024, 2_048, 3_000]
+    assert [s.until for s in stages(SMALL)] == [1_024]
 
 
 def test_beyond_yarn_a_request_is_read_in_chunks():

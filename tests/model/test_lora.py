@@ -108,10 +108,10 @@ def test_an_adapter_of_another_network_is_refused(tmp_path):
     config = LoraConfig(rank=4)
     save_adapter(adapted(config), config, tmp_path, base="base")
     other = Qwen2(ModelConfig(64, 64, 48, 2, 4, 2, tie_word_embeddings=True))
-    with pytest.raises(OpenQwenError, match=r"\[4, 32\].*\[4, 64\]"):
+    with pytest.raises(OpenQwenError, match=r"\[32, 4\].*\[64, 4\]"):
         load_adapter(other, tmp_path)
     shallow = Qwen2(ModelConfig(64, 32, 48, 1, 4, 2, tie_word_embeddings=True))
-    with pytest.raises(OpenQwenError, match="no place"):
+    with pytest.raises(OpenQwenError, match=r"no linear layer 'model\.layers\.1"):
         load_adapter(shallow, tmp_path)
     with pytest.raises(OpenQwenError, match="Did you mean 'q_proj'"):
         add_adapters(network(), LoraConfig(targets=["q_prj"]), torch.Generator())

@@ -151,3 +151,29 @@ def test_health_and_metrics(server, client):
         inter_token_latency_seconds_count e2e_request_latency_seconds_count request_queue_time_seconds_count"""
     for name in names.split():
         assert f"vllm:{name}{{" in text
+
+
+def test_an_echoed_prompt_comes_with_its_log_probabilities(client, tokenizer):
+    """As lm-eval reads them: sums over the continuation, greedy where each token is the likeliest."""
+    ids = [70, 300, 12, 5, 220, 340, 9]
+    choice = ask(client, prompt=ids, echo=True, logprobs=3, max_tokens=4).choices[0]
+    told = choice.logprobs
+    count = len(ids) + 4
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == count
+    assert told.token_logprobs[0] is None
+    assert told.top_logprobs[0] is None
+    assert all(value <= max(top.values()) for value, top in zip(told.token_logprobs[1:], told.top_logprobs[1:]))
+    assert all(v == max(t.values()) for v, t in list(zip(told.token_logprobs, told.top_logprobs))[len(ids) :])
+    assert told.text_offset[0] == 0
+    continued = ask(client, prompt=ids[:3], logprobs=3, max_tokens=1).choices[0].logprobs
+    assert max(told.top_logprobs[3].values()) == pytest.approx(max(continued.top_logprobs[0].values()), abs=1e-4)
+    pieces = [c.choices[0].logprobs for c in ask(client, prompt=ids, echo=True, logprobs=3, max_tokens=4, stream=True)]
+    streamed = [value for piece in pieces if piece for value in piece.token_logprobs]
+    assert streamed[1:] == pytest.approx(told.token_logprobs[1:], abs=1e-5)
+    both = ask(client, prompt=[ids, ids[:4]], echo=True, logprobs=0, max_tokens=1, n=2).choices
+    assert [len(c.logprobs.tokens) for c in both] == [8, 8, 5, 5]
+    assert ask(client, prompt=ids, echo=True).choices[0].logprobs is None
+    bias = {str(tokenizer.eos_id): 100}
+    ended = ask(client, prompt=ids, echo=True, logprobs=1, max_tokens=1, logit_bias=bias).choices[0]
+    assert len(ended.logprobs.tokens) == len(ids) + 1
+    assert sum(ended.logprobs.token_logprobs[3:-1]) == pytest.approx(sum(told.token_logprobs[3 : len(ids)]), abs=1e-4)

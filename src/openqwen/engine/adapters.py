@@ -1,30 +1,39 @@
 """LoRA adapters that requests choose for themselves: one network, and to some rows of a call an update of low rank.
 
-The network is left as it is. While a call lasts, hooks on its linear layers add s·B·A·x to the rows of each adapter.
+The network is left as it is. While a call lasts, hooks on its linear layers add s·B·A·x to the rows of each adapter;
+beside packed weights row by row, so that a row's bits depend on no other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from openqwen.model import Qwen2
 from openqwen.model.lora import read_adapter
+from openqwen.model.quantize import PackedMatrix, QuantizedLinear
 from openqwen.support.errors import OpenQwenError, suggestion
+
+
+class Update(NamedTuple):
+    """To outputs `start` and on of the module of this name: A [rank, in] and s·B [out, rank]."""
+
+    module: str
+    start: int
+    a: Tensor
+    b: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Of each adapted layer, by its name: A [rank, in] and s·B [out, rank]. number: no two that were ever added share
-    one, whatever their names."""
+    """number: no two that were ever added share one, whatever their names."""
 
-    name: str
     number: int
-    updates: dict[str, tuple[Tensor, Tensor]]
+    updates: list[Update]
 
 
 class Adapters:
@@ -42,35 +51,24 @@ class Adapters:
 
     def add(self, name: str, folder: str | Path) -> None:
         """Read an adapter in PEFT's format; one of the same name gives way. OpenQwenError where it does not fit."""
-        config, tensors = read_adapter(Path(folder))
+        places = dict(_places(self._model))
+        config, tensors = read_adapter(Path(folder), {layer: shape for layer, (_, _, *shape) in places.items()})
         if config.dora:
             raise OpenQwenError(
                 "A DoRA adapter cannot be chosen by single requests.", where=folder, do="merge it into its model"
             )
-        layers = dict(self._model.named_modules())
-        updates = {}
+        tensors = {key: tensor.to(self._model.device, self._model.dtype) for key, tensor in tensors.items()}
+        updates, scale = [], config.alpha / config.rank
         for layer in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors):
-            a, b = (tensors.get(f"{layer}.lora_{side}.weight") for side in "AB")
-            linear = layers.get(layer)
-            if a is None or b is None or not isinstance(linear, nn.Linear):
-                raise OpenQwenError(
-                    f"This network has no linear layer '{layer}' that the adapter could change.",
-                    where=folder,
-                    do="use the network that it was trained for, not quantized",
-                )
-            if (b.shape[0], a.shape[1]) != linear.weight.shape or a.shape[0] != b.shape[1]:
-                raise OpenQwenError(
-                    f"The adapter's update of '{layer}' is {b.shape[0]} × {a.shape[1]}; "
-                    f"the layer is {linear.out_features} × {linear.in_features}.",
-                    where=folder,
-                )
-            updates[layer] = a.to(linear.weight), b.to(linear.weight) * (config.alpha / config.rank)
+            a, b = (tensors[f"{layer}.lora_{side}.weight"] for side in "AB")
+            updates.append(Update(*places[layer][:2], a, b * scale))
         self._added += 1
-        self._known[name] = Adapter(name, self._added, updates)
+        self._known[name] = Adapter(self._added, updates)
 
     def remove(self, name: str) -> None:
         """Forget a name; requests that chose it before go on with it."""
-        del self._known[self.get(name).name]
+        self.get(name)
+        del self._known[name]
 
     def get(self, name: str) -> Adapter:
         """The adapter of this name. OpenQwenError where there is none."""
@@ -90,12 +88,12 @@ class Adapters:
             if adapter is not None:
                 rows.setdefault(adapter, []).extend(range(start, start + count))
             start += count
-        updates: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        parts: dict[str, list[tuple[Tensor, Update]]] = {}
         for adapter, mine in rows.items():
             rows_R = torch.tensor(mine, device=self._model.device)
-            for layer, (a, b) in adapter.updates.items():
-                updates.setdefault(layer, []).append((rows_R, a, b))
-        hooks = [self._model.get_submodule(n).register_forward_hook(_adding(parts)) for n, parts in updates.items()]
+            for update in adapter.updates:
+                parts.setdefault(update.module, []).append((rows_R, update))
+        hooks = [self._model.get_submodule(n).register_forward_hook(_adding(p, start)) for n, p in parts.items()]
         try:
             yield
         finally:
@@ -103,10 +101,39 @@ class Adapters:
                 hook.remove()
 
 
-def _adding(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Any:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...], out_TO: Tensor) -> Tensor:
-        for rows_R, a, b in parts:
-            out_TO.index_add_(0, rows_R, inputs[0][rows_R] @ a.T @ b.T)
+def _places(model: Qwen2) -> Iterator[tuple[str, tuple[str, int, int, int]]]:
+    """Of each linear layer, by its name in the published checkpoints: the module that holds it, its first output there,
+    and its outputs and inputs. Not the head, nor experts: they see other rows."""
+    for name, module in model.named_modules():
+        if name == "lm_head" or ".experts." in name:
+            continue
+        if isinstance(module, nn.Linear):
+            yield name, (name, 0, module.out_features, module.in_features)
+        elif isinstance(module, QuantizedLinear):
+            start, parent = 0, name.rpartition(".")[0]
+            for part, outputs in module.parts.items():
+                within = f"{parent}.self_attn" if part in ("q_proj", "k_proj", "v_proj", "o_proj") else parent
+                yield f"{within}.{part}", (name, start, outputs, module.inputs)
+                start += outputs
+
+
+def _adding(parts: Sequence[tuple[Tensor, Update]], total: int) -> Callable[..., Tensor]:
+    """A hook that adds updates to their rows of the `total` that a module sees, in one call or in several."""
+    done = 0
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], out_TO: Tensor) -> Tensor:
+        nonlocal done
+        x_TI, before = (*inputs, None)[:2]
+        first, done = done, (done + len(x_TI)) % total
+        for rows_R, (_, start, a, b) in parts:
+            here_R = rows_R[(rows_R >= first) & (rows_R < first + len(x_TI))] - first
+            x_RI = x_TI[here_R] if before is None else before(x_TI[here_R])
+            if isinstance(module, PackedMatrix):  # products of one row each: as if every row were alone
+                many = (len(x_RI), -1, -1)
+                change_RO = (x_RI[:, None] @ a.T.expand(many) @ b.T.expand(many)).squeeze(1)
+            else:
+                change_RO = x_RI @ a.T @ b.T
+            out_TO[:, start : start + len(b)].index_add_(0, here_R, change_RO)
         return out_TO
 
     return hook

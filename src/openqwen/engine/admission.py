@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import cast
 
 from openqwen.engine.config import EngineConfig
-from openqwen.engine.pages import PagePool
 from openqwen.engine.request import Prompt, Sampling
-from openqwen.model import Cache, LongContext, Qwen2
-from openqwen.model.long_context import profile, stated_context
+from openqwen.model import Cache, Qwen2
+from openqwen.model.long_context import Stage, stages, stated_context
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
 
@@ -26,10 +25,8 @@ class Admission:
         count = config.cache_bytes // size if config.cache_bytes else max(one, _CACHE_BYTES // size)
         self.pages = max(1, min(count, config.max_running * one))
         self.longest = min(self.context, self.pages * config.page_size)
-
-    def pool(self) -> PagePool:
-        """All pages, blank."""
-        return PagePool(self.pages, self._config.page_size)
+        chosen = config.max_context is not None or model.config.dual_chunk is not None
+        self._stages = stages(model.config, self.context) if chosen else [Stage(self.context, None)]
 
     def ids(self, prompt: Prompt, most: int) -> list[int]:
         """A prompt's ids, at most so many. OpenQwenError where they are none, too many or not the model's."""
@@ -50,11 +47,19 @@ class Admission:
             raise OpenQwenError(f"A prompt holds the id {wrong[0]}.", where="prompt", do=f"use ids of 0 to {size - 1}")
         return ids
 
-    def long_context(self, sampling: Sampling, tokens: int) -> LongContext | None:
-        """How a sequence of at most so many tokens is read; None: as the model's configuration says.
+    def stages(self, sampling: Sampling, prompt: int) -> tuple[int, list[Stage]]:
+        """The tokens that a sequence may come to hold, and how it is read on its way there.
 
-        The scale of Dual Chunk Attention is settled here: what is cached must be what would be read anew.
+        In one way, the first that covers the most that it may hold. Where the request sets no such limit, in the first
+        that covers the prompt, and in the next ones where the answer outgrows it. With `grow`, from the first way on.
         """
-        if sampling.long_context or (self._config.max_context is None and self._model.config.dual_chunk is None):
-            return sampling.long_context
-        return profile(self._model.config, tokens, self.context)
+        most, ways = self.longest, self._stages
+        if sampling.max_tokens is not None:
+            most = min(prompt + sampling.max_tokens, most)
+        if sampling.long_context:
+            return most, [Stage(most, sampling.long_context)]
+        if not self._config.grow:
+            needed = prompt if sampling.max_tokens is None else most
+            ways = [stage for stage in ways if stage.until >= needed]
+            ways = ways if sampling.max_tokens is None else ways[:1]
+        return most, ways

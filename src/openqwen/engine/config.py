@@ -30,3 +30,8 @@ class EngineConfig(BaseModel):
         description="tokens of prompt and answer, at most; by default as the model's configuration says. Where it is "
         "given, each request is stretched (YARN, Dual Chunk Attention) no further than its own length needs",
     )
+    grow: bool = Field(
+        False,
+        description="beyond the trained window read every sequence as it grows, each part in the way of its length, "
+        "with the keys of what came before turned anew: then no conversation is ever read twice",
+    )

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from openqwen.engine.adapters import Adapters
 from openqwen.engine.pages import PagePool
-from openqwen.engine.plan import Work
-from openqwen.engine.request import Request
+from openqwen.engine.request import Request, Sampling
 from openqwen.engine.runner import Read, Runner
 from openqwen.engine.sampler import Row, choose
+from openqwen.engine.schedule import Work
 from openqwen.model import Cache, Qwen2
 
 _GRAM = 3  # tokens that must have come before in the same order
@@ -93,7 +93,7 @@ class DraftModel:
     def __init__(self, model: Qwen2, vocabulary: int, page_size: int, tokens: int):
         self._vocabulary = vocabulary
         self._pool = PagePool(-(-tokens // page_size), page_size)
-        self._runner = Runner(model, Adapters(model), Cache.of(model, self._pool.count, page_size))
+        self._runner = Runner(model, Adapters(model), Cache.of(model, self._pool.count, page_size), vocabulary)
         self._shadows: dict[Request, Request] = {}  # what it has read of each
 
     def guess(self, lengths: dict[Request, int]) -> dict[Request, list[int]]:
@@ -108,26 +108,23 @@ class DraftModel:
                 break
             reads = [Read(s, s.tokens(s.computed, s.total), 1) for s in going.values()]
             rows = [
-                Row(r.sampling, r.seed, len(r.output_ids) + ahead, r.prompt_ids, r.output_ids + guesses[r])
-                for r in going
+                Row(r.sampling, r.seed, len(r.token_ids) + ahead, r.prompt_ids, r.token_ids + guesses[r]) for r in going
             ]
-            for (request, shadow), token in zip(going.items(), self._choose(reads, rows)):
+            choice = choose(self._runner.run(reads), rows, self._vocabulary)
+            for (request, shadow), token in zip(going.items(), choice.tokens):
                 shadow.computed = shadow.total
-                shadow.output_ids.append(token)
+                shadow.token_ids.append(token)
                 guesses[request].append(token)
         return guesses
 
-    def _choose(self, reads: Sequence[Read], rows: Sequence[Row]) -> list[int]:
-        return choose(self._runner.run(reads), rows, self._vocabulary).tokens
-
     def _shadow(self, request: Request, length: int) -> Request:
         """What stands for the request here, read up to its last few tokens; without pages where there is no room."""
-        shadow = self._shadows.get(request) or Request(0, [], request.sampling, 0, 0, request.stream)
-        self._shadows[request] = shadow
+        blank = Request(id=0, sampling=Sampling(), seed=0, limit=0, stream=request.stream)
+        shadow = self._shadows.setdefault(request, blank)
         ids = request.tokens(0, request.total)
         known = shadow.tokens(0, min(shadow.computed, len(ids) - 1))  # the last guess was read, and may not have come
         shadow.computed = next((n for n, pair in enumerate(zip(known, ids)) if pair[0] != pair[1]), len(known))
-        shadow.prompt_ids, shadow.output_ids = ids, []
+        shadow.prompt_ids, shadow.token_ids = ids, []
         need = max(0, self._pool.needed(len(ids) + length) - len(shadow.pages))
         if need > self._pool.available:
             self._pool.release(shadow.pages)

@@ -6,22 +6,24 @@ continuous batching over a paged, shared cache. `generate` and `stream` are loop
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
+from time import monotonic
 
 import torch
 from torch import Tensor
 
 from openqwen.engine.adapters import Adapters
 from openqwen.engine.admission import Admission
-from openqwen.engine.answer import grow
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.constrain import Structures
 from openqwen.engine.drafter import Drafter, DraftModel
-from openqwen.engine.request import Event, Output, Prompt, Request, Sampling, Stats
+from openqwen.engine.pages import PagePool
+from openqwen.engine.request import Event, FinishReason, Output, Prompt, Request, Sampling, Stats
 from openqwen.engine.runner import Read, Runner
 from openqwen.engine.sampler import Choice, Row, choose, seed_of_sample
 from openqwen.engine.schedule import Schedule
-from openqwen.engine.score import embeddings, log_probs_of
+from openqwen.engine.score import embeddings
 from openqwen.engine.text import TextStream
 from openqwen.model import Cache, Qwen2, kernels
 from openqwen.model.quantize import QuantizedQwen2
@@ -48,9 +50,9 @@ class Engine:
         self._stops = {tokenizer.eos_id, tokenizer.endoftext_id}
         self._budget = config.token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET)
         self._admission = Admission(model, tokenizer, config)
-        self._schedule = Schedule(self._admission.pool(), config)
+        self._schedule = Schedule(PagePool(self._admission.pages, config.page_size), config)
         cache = Cache.of(model, self._admission.pages, config.page_size, config.cache)
-        self._runner = Runner(model, self.adapters, cache)
+        self._runner = Runner(model, self.adapters, cache, tokenizer.vocab_size)
         self._structures = Structures(tokenizer, self._stops)
         self._drafter = Drafter(config.speculate)
         if draft is not None:
@@ -79,15 +81,39 @@ class Engine:
 
         seed: in place of `sampling.seed`. adapter: a name added to `adapters`. priority: the larger goes first.
         """
-        seeds = [sampling.seed if seed is None else seed]
-        return self._submit(prompt, sampling, seeds, adapter, priority)[0]
+        sampling = sampling if seed is None else replace(sampling, seed=seed)
+        return self.submit_many(prompt, sampling, 1, adapter, priority)[0]
 
     def submit_many(
         self, prompt: Prompt, sampling: Sampling, n: int, adapter: str | None = None, priority: int = 0
     ) -> list[Request]:
         """Queue n samples of one prompt, which is read once; seeds follow from `sampling.seed` and each one's index."""
-        seeds = [seed_of_sample(sampling.seed, index) for index in range(n)]
-        return self._submit(prompt, sampling, seeds, adapter, priority)
+        ids = self._admission.ids(prompt, self.longest - 1)
+        limit, stages = self._admission.stages(sampling, len(ids))
+        chosen = None if adapter is None else self.adapters.get(adapter)
+        numbers = [next(self._numbers) for _ in range(n)]
+        group = None if self.config.prefix_cache or not numbers else numbers[0]
+        requests = [
+            Request(
+                id=number,
+                prompt_ids=list(ids),
+                sampling=sampling,
+                seed=seed_of_sample(sampling.seed, index),
+                limit=limit,
+                stream=TextStream(self.tokenizer, sampling.stop),
+                matcher=self._structures.matcher(sampling.structure) if sampling.structure else None,
+                adapter=chosen,
+                stages=stages,
+                priority=priority,
+                profile=(chosen and chosen.number, group),
+            )
+            for index, number in enumerate(numbers)
+        ]
+        if not self._schedule.running and not self._schedule.waiting and self._fingerprint() != self._weights:
+            self.refresh()  # somebody has trained the model
+        for request in requests:
+            self._schedule.add(request)
+        return requests
 
     def cancel(self, request: Request) -> None:
         """End a request wherever it is; its pages are free at once. One that has ended stays as it is."""
@@ -99,7 +125,11 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance by one forward call at most; returns what was made, [] when there is nothing to do."""
         events, self._pending = self._pending, []
-        works = [] if self._paused else self._schedule.next(self._budget)
+        if self._paused:
+            return events
+        for request, done, pages in self._schedule.outgrown():
+            self._runner.turn(request, done, pages)
+        works = self._schedule.next(self._budget)
         if not works:
             return events
         reads, rows = [], list[Row]()
@@ -172,9 +202,7 @@ class Engine:
                     progress.advance(1)
         finally:
             self._drop(requests)
-        return [
-            Output(r.text, r.output_ids, r.logprobs, r.finish_reason or "length", r.prompt_ids, r) for r in requests
-        ]
+        return list[Output](requests)
 
     def stream(self, prompt: Prompt, sampling: Sampling = _GREEDY) -> Iterator[int]:
         """Yield an answer's token ids as they are made, the stop token left out."""
@@ -185,68 +213,70 @@ class Engine:
         finally:
             self._drop([request])
 
-    def score(self, ids: Sequence[int], sampling: Sampling = _GREEDY) -> list[float]:
+    def score(self, ids: Sequence[int]) -> list[float]:
         """The log-probability of each token but the first, given those before it: len(ids) − 1 numbers."""
-        ids = self._admission.ids(ids, self._admission.context)
-        return log_probs_of(self.model, ids, self._admission.long_context(sampling, len(ids)))
+        return self.generate([ids], Sampling(max_tokens=1, prompt_logprobs=0))[0].prompt_logprobs
 
     def embed(self, prompts: Sequence[Prompt]) -> Tensor:
         """The hidden state of each prompt's last token, of length 1: [B, D], float32."""
         return embeddings(self.model, [self._admission.ids(prompt, self._admission.context) for prompt in prompts])
 
-    def _submit(
-        self, prompt: Prompt, sampling: Sampling, seeds: Sequence[int], adapter: str | None, priority: int
-    ) -> list[Request]:
-        ids = self._admission.ids(prompt, self.longest - 1)
-        limit = min(len(ids) + sampling.max_tokens, self.longest)
-        context = self._admission.long_context(sampling, limit)
-        chosen = None if adapter is None else self.adapters.get(adapter)
-        numbers = [next(self._numbers) for _ in seeds]
-        group = None if self.config.prefix_cache or not numbers else numbers[0]
-        requests = [
-            Request(
-                id=number,
-                prompt_ids=list(ids),
-                sampling=sampling,
-                seed=seed,
-                limit=limit,
-                stream=TextStream(self.tokenizer, sampling.stop),
-                matcher=self._structures.matcher(sampling.structure) if sampling.structure else None,
-                adapter=chosen,
-                long_context=context,
-                priority=priority,
-                profile=(context, chosen and chosen.number, group),
-            )
-            for number, seed in zip(numbers, seeds)
-        ]
-        if not self._schedule.running and not self._schedule.waiting and self._fingerprint() != self._weights:
-            self.refresh()  # somebody has trained the model
-        for request in requests:
-            self._schedule.add(request)
-        return requests
-
     def _rows(self, request: Request, guess: list[int]) -> Iterator[Row]:
         """The places whose tokens are to be chosen: the next, and the one after each guessed token."""
         masks = request.matcher.masks(guess, self.model.config.vocab_size) if request.matcher else None
-        place = len(request.output_ids)
+        place = len(request.token_ids)
         for number in range(len(guess) + 1):
-            answer = request.output_ids + guess[:number] if request.sampling.penalised else ()
+            answer = request.token_ids + guess[:number] if request.sampling.penalised else ()
             allowed = masks[number].to(self.model.device) if masks else None
             yield Row(request.sampling, request.seed, place + number, request.prompt_ids, answer, allowed)
 
     def _advance(self, request: Request, guess: list[int], choice: Choice, at: int) -> Event:
-        start, counts = len(request.output_ids), self._schedule.counts
-        growth = grow(request, guess, choice, at, self._stops, self.version)
+        """Write the tokens chosen at row `at` and after it: as many as the guess was right, and one more."""
+        request.first_token = request.first_token or monotonic()
+        start, right, text, counts = len(request.token_ids), 0, "", self._schedule.counts
+        while True:
+            piece, reason = self._write(request, choice, at + right)
+            text += piece
+            if reason or right == len(guess) or choice.tokens[at + right] != guess[right]:
+                break
+            right += 1
+        if reason:
+            text += request.stream.finish()
+        request.text += text
+        request.computed = request.total - 1
         if guess and request.pace:
-            request.pace.learn(len(guess), growth.right)
+            request.pace.learn(len(guess), right)
         counts.drafted += len(guess)
-        counts.accepted += growth.right
-        counts.tokens_out += len(request.output_ids) - start
+        counts.accepted += right
+        counts.tokens_out += len(request.token_ids) - start
         self._schedule.seal(request)
-        if growth.reason:
-            self._schedule.end(request, growth.reason)
-        ids, logprobs, top = request.output_ids[start:], request.logprobs[start:], request.top[start:]
-        return Event(request, ids, growth.text, logprobs, top, growth.reason, self.version)
+        if reason:
+            self._schedule.end(request, reason)
+        new = (request.token_ids[start:], text, request.logprobs[start:], request.top[start:])
+        return Event(request, *new, reason, self.version)
+
+    def _write(self, request: Request, choice: Choice, row: int) -> tuple[str, FinishReason | None]:
+        """Add one token; returns the text that it makes final, and why the answer ends, if it does."""
+        token, sampling = choice.tokens[row], request.sampling
+        if row in choice.broken:
+            return "", "error"
+        if token in sampling.stop_ids or (token in self._stops and not sampling.ignore_eos):
+            return "", "stop"
+        request.token_ids.append(token)
+        request.logprobs.append(choice.logprobs[row])
+        request.drawn_logprobs.append(choice.drawn_logprobs[row])
+        request.top.append(choice.top[row])
+        request.versions.append(self.version)
+        text = request.stream.push(token)
+        if request.stream.stopped:
+            return text, "stop"
+        if request.matcher:
+            request.matcher.accept(token)
+            if request.matcher.fault:
+                return text, "error"
+            if request.matcher.complete:
+                return text, "stop"
+        return text, "length" if request.total >= request.limit else None
 
     def _events_of(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Step until these requests have ended; what happens to others meanwhile is told at the next step."""

@@ -6,7 +6,7 @@ free list, oldest first, is the cache's order of eviction.
 """
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -63,6 +63,19 @@ class PagePool:
             pages.append(page)
         return pages
 
+    def own(self, pages: Sequence[int]) -> list[int]:
+        """Hold pages to fill with what these hold, which the caller holds, and to change: new ones where enough are
+        blank; else the same, unknown from now on, where nobody else holds them. So many as are shared must be free.
+        The caller lets go of those that it has copied.
+        """
+        roomy = len(self._blank) >= len(pages)
+        same = [not roomy and self.references[page] == 1 for page in pages]
+        for page in (page for page, stays in zip(pages, same) if stays):
+            if digest := self._digest_of.pop(page, None):
+                del self._page_of[digest]
+        new = iter(self.take(same.count(False)))
+        return [page if stays else next(new) for page, stays in zip(pages, same)]
+
     def share(self, pages: Iterable[int]) -> None:
         """Hold pages that were found."""
         for page in pages:
@@ -91,13 +104,3 @@ class PagePool:
         self._cached.clear()
         self._page_of.clear()
         self._digest_of.clear()
-
-    def check(self, holders: Iterable[Sequence[int]]) -> None:
-        """Raise RuntimeError unless blank + cached + held pages are all pages and references are the holders'."""
-        held = Counter(page for pages in holders for page in pages)
-        kinds = [set(self._blank), set(self._cached), set(held)]
-        whole = sum(map(len, kinds)) == self.count == len(set().union(*kinds))
-        counted = all(self.references[page] == held[page] for page in range(self.count))
-        known = {page: digest for digest, page in self._page_of.items()} == self._digest_of
-        if not (whole and counted and known and kinds[1] <= self._digest_of.keys()):
-            raise RuntimeError(f"pages do not add up: {[len(k) for k in kinds]} of {self.count}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openqwen.engine.adapters import Adapters
 from openqwen.engine.request import Request
+from openqwen.engine.score import tell
 from openqwen.model import Cache, Paged, Qwen2
 
 
@@ -25,11 +26,19 @@ class Read:
 class Runner:
     """Holds the cache's memory and calls the model."""
 
-    def __init__(self, model: Qwen2, adapters: Adapters, cache: Cache):
-        self._model, self._adapters, self._cache = model, adapters, cache
+    def __init__(self, model: Qwen2, adapters: Adapters, cache: Cache, vocabulary: int):
+        self._model, self._adapters, self._cache, self._vocabulary = model, adapters, cache, vocabulary
+
+    def turn(self, request: Request, done: int, pages: Sequence[int]) -> None:
+        """Fill a request's pages, but for the first `done`, with what these hold, which was read in the way before its
+        own, and turn the keys."""
+        self._cache.copy(pages, request.pages[done : done + len(pages)])
+        span, before = range(done * self._cache.page_size, request.computed), request.stages[request.stage - 1].way
+        self._cache.rerotate(request.pages, span, before, request.long_context)
 
     def run(self, reads: Sequence[Read]) -> Tensor:
-        """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32."""
+        """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32. Requests that ask for
+        log-probabilities of their prompts are told them."""
         device = self._model.device
         counts = [len(read.tokens) for read in reads]
         starts = [read.request.computed for read in reads]
@@ -49,7 +58,18 @@ class Runner:
         )
         with self._adapters.on([read.request.adapter for read in reads], counts):
             hidden_TD = self._model(tokens_T, positions_T, paged)
+        for read, end in zip(reads, ends):
+            if read.request.untold:
+                self._tell(read.request, hidden_TD[end - len(read.tokens) : end])
         wanted = [row for read, end in zip(reads, ends) for row in range(end - read.scored, end)]
         if len(wanted) < len(positions_T):
             hidden_TD = hidden_TD[torch.tensor(wanted, dtype=torch.long, device=device)]
         return self._model.logits(hidden_TD).float()
+
+    def _tell(self, request: Request, hidden_TD: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens after those that were read now."""
+        here = request.untold[: max(0, request.computed + len(hidden_TD) + 1 - request.untold.start)]
+        targets, before_TD = [request.prompt_ids[n] for n in here], hidden_TD[here.start - 1 - request.computed :]
+        found = tell(self._model, before_TD, targets, request.sampling.prompt_logprobs or 0, self._vocabulary)
+        request.prompt_logprobs += found[0]
+        request.prompt_top += found[1]

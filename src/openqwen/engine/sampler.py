@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openqwen.engine.penalties import penalise
 from openqwen.engine.request import Sampling, TopTokens
 from openqwen.model import kernels
 
@@ -40,7 +39,7 @@ class Row:
 @dataclass
 class Choice:
     """Of each row: the token; its log-probability under the model, and under the distribution that it was drawn from;
-    the probability that cuts kept (of what penalties and temperature made); and the likeliest tokens.
+    and the likeliest tokens.
 
     broken: the rows whose scores are no numbers, so that nothing was chosen.
     """
@@ -48,7 +47,6 @@ class Choice:
     tokens: list[int]
     logprobs: list[float]
     drawn_logprobs: list[float]
-    kept: list[float]
     top: list[TopTokens]
     broken: frozenset[int] = frozenset()
 
@@ -81,42 +79,52 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
     """
     normalizer_R = normalizers(logits_RV)
     logits_RV[:, vocabulary:] = -torch.inf
-    changed = [r for r, row in enumerate(rows) if _changes(row)]
+    asked = [(row.sampling.penalised, row.sampling.logit_bias, row.allowed is not None) for row in rows]
+    changed = [r for r, changes in enumerate(asked) if any(changes)]
     scores_RV = logits_RV.clone() if changed else logits_RV
     for r in changed:
         row = rows[r]
         penalise(scores_RV[r], row.sampling, row.prompt, row.answer)
         if row.allowed is not None:
             scores_RV[r].masked_fill_(~row.allowed, -torch.inf)
-    own_R = normalizer_R
-    if changed:
-        own_R = normalizer_R.clone()
-        own_R[changed] = normalizers(scores_RV[changed])
+    own_R = normalizers(scores_RV) if changed else normalizer_R
     broken = [r for r, total in enumerate(own_R.tolist()) if not isfinite(total)]
     for r in broken:  # nothing can be chosen there: something else is, and thrown away
-        scores_RV[r] = logits_RV[r] = normalizer_R[r] = own_R[r] = 0.0
+        scores_RV[r] = logits_RV[r] = normalizer_R[r] = 0.0
     tokens_R = likeliest(scores_RV)
     drawn_R = torch.zeros_like(normalizer_R)
-    kept_R = torch.ones_like(normalizer_R)
     for cut in (False, True):
         if some := [r for r, row in enumerate(rows) if row.sampling.temperature > 0 and row.sampling.cut == cut]:
-            _draw(scores_RV, rows, some, cut, (tokens_R, drawn_R, kept_R))
+            _draw(scores_RV, rows, some, cut, (tokens_R, drawn_R))
     found_R = logits_RV.gather(1, tokens_R[:, None]).squeeze(1) - normalizer_R
-    greedy_R = torch.tensor([row.sampling.temperature == 0 for row in rows], device=kept_R.device)
-    shares_R = (scores_RV.gather(1, tokens_R[:, None]).squeeze(1) - own_R).exp()
-    kept_R = torch.where(greedy_R, shares_R, kept_R)
-    top = _top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
-    return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), kept_R.tolist(), top, frozenset(broken))
+    top = top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
+    return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), top, frozenset(broken))
 
 
-def _changes(row: Row) -> bool:
-    return row.sampling.penalised or bool(row.sampling.logit_bias) or row.allowed is not None
+def penalise(scores_V: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> None:
+    """Change scores in place: repetition (prompt and answer), then frequency and presence (the answer), then biases.
+
+    Repetition as in transformers: a positive score is divided by the penalty, a negative one multiplied. Frequency and
+    presence as in OpenAI's API.
+    """
+    device = scores_V.device
+    if sampling.repetition_penalty != 1:
+        seen = torch.from_numpy(np.unique(np.array([*prompt, *answer], np.int64))).to(device)
+        found = scores_V[seen]
+        factor = sampling.repetition_penalty
+        scores_V[seen] = torch.where(found < 0, found * factor, found / factor)
+    if answer and (sampling.presence_penalty or sampling.frequency_penalty):
+        written, counts = np.unique(np.array(answer, np.int64), return_counts=True)
+        off = sampling.presence_penalty + sampling.frequency_penalty * torch.from_numpy(counts)
+        scores_V[torch.from_numpy(written).to(device)] -= off.to(scores_V)
+    if sampling.logit_bias:
+        ids, biases = zip(*sampling.logit_bias)
+        # index_add, not +=: an id may be named twice.
+        scores_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(biases, device=device).to(scores_V))
 
 
-def _draw(
-    scores_RV: Tensor, rows: Sequence[Row], some: list[int], cut: bool, into: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Draw the tokens of some rows; writes tokens, log-probabilities and kept shares into the rows of `into`."""
+def _draw(scores_RV: Tensor, rows: Sequence[Row], some: list[int], cut: bool, into: tuple[Tensor, Tensor]) -> None:
+    """Draw the tokens of some rows; writes tokens and log-probabilities into the rows of `into`."""
     chosen = [rows[r] for r in some]
     device = scores_RV.device
     temperature_R = torch.tensor([row.sampling.temperature for row in chosen], device=device)
@@ -130,10 +138,10 @@ def _draw(
         whole[some] = part.to(whole)
 
 
-def _among_all(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _among_all(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tuple[Tensor, Tensor]:
     """The first token at which the cumulative probability exceeds the draw: first its block, then within it.
 
-    Returns tokens, their log-probabilities, and the probability kept (1), each [R].
+    Returns tokens and their log-probabilities, each [R].
     """
     peak_R, sums_RB = block_sums(scores_RV, temperature_R)
     ends_RB = sums_RB.double().cumsum(-1)
@@ -147,7 +155,7 @@ def _among_all(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tup
     rest_R = _below(goal_R - before_R, within_Rb[:, -1])
     place_R1 = torch.searchsorted(within_Rb, rest_R[:, None], right=True)
     found_R = (own_Rb.gather(1, place_R1).squeeze(1) - peak_R) / temperature_R - total_R.log()
-    return at_R * own_Rb.shape[1] + place_R1.squeeze(1), found_R, torch.ones_like(peak_R)
+    return at_R * own_Rb.shape[1] + place_R1.squeeze(1), found_R
 
 
 def _below(x: Tensor, bound: Tensor) -> Tensor:
@@ -157,8 +165,8 @@ def _below(x: Tensor, bound: Tensor) -> Tensor:
 
 def _among_candidates(
     scores_RV: Tensor, temperature_R: Tensor, samplings: list[Sampling], draws_R: Tensor, candidates: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut to the likeliest tokens, then draw: tokens, their log-probabilities, and the probability kept, each [R].
+) -> tuple[Tensor, Tensor]:
+    """Cut to the likeliest tokens, then draw: tokens and their log-probabilities, each [R].
 
     Each row's cuts as in transformers: top_k, then top_p of what is left, then min_p. `candidates` likeliest tokens
     are looked at; rows in which the last of them passes all cuts are done again over the whole vocabulary.
@@ -189,9 +197,9 @@ def _among_candidates(
         rows = again.tolist()
         own = scores_RV[again], temperature_R[again], [samplings[r] for r in rows], draws_R[again]
         found = _among_candidates(*own, width)
-        for whole, part in zip((tokens_R, logprobs_R, total_R), found):
+        for whole, part in zip((tokens_R, logprobs_R), found):
             whole[again] = part
-    return tokens_R, logprobs_R, total_R
+    return tokens_R, logprobs_R
 
 
 def likeliest(scores_RV: Tensor) -> Tensor:
@@ -250,7 +258,7 @@ def top_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values_RC, best_RC.gather(1, at_RC // block) * block + at_RC % block
 
 
-def _top_tokens(logits_RV: Tensor, normalizer_R: Tensor, counts: Sequence[int]) -> list[TopTokens]:
+def top_tokens(logits_RV: Tensor, normalizer_R: Tensor, counts: Sequence[int]) -> list[TopTokens]:
     """The likeliest tokens of each row that asks for some, by the model's own distribution."""
     top: list[TopTokens] = [[] for _ in counts]
     asking = [r for r, count in enumerate(counts) if count]

@@ -87,13 +87,8 @@ class Cache:
 
     def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Make the pages `target` what the pages `source` are, over all layers."""
-        for x in self._tensors():
-            x[:, list(target)] = x[:, list(source)]
-
-    def clear(self, pages: Sequence[int]) -> None:
-        """Fill pages with zeros."""
-        for x in self._tensors():
-            x[:, list(pages)] = 0
+        for x_P in (x_P for x_NP in (self.keys, self.values, *self._scales()) for x_P in x_NP):
+            x_P[list(target)] = x_P[list(source)]
 
     def write(self, layer: int, slots_T: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> None:
         """Keys, turned and without `key_bias_NKd`, and values into slots (page × page size + place in the page)."""
@@ -142,28 +137,27 @@ class Cache:
         return rotate(once, step[:, :1], step[:, 1:]).to(self.dtype)
 
     def rerotate(
-        self, pages: Sequence[int], length: int, before: LongContext | None, after: LongContext | None
+        self, pages: Sequence[int], span: range, before: LongContext | None, after: LongContext | None
     ) -> None:
-        """Turn the first `length` keys of a sequence that owns these pages from one way of reading to another.
+        """Turn the keys at these positions of a sequence that owns these pages from one way of reading to another.
 
-        For a conversation that outgrows its profile: linear in the length where reading it anew is quadratic. The keys
-        become what `after` would have written from the same hidden states; those of deeper layers remain what `before`
-        made them. Pages that others share must be copied first.
+        For what outgrows its way: linear in the length where reading it anew is quadratic. The keys become what `after`
+        would have written from the same hidden states; those of deeper layers remain what `before` made them. Pages
+        that others share must be copied first.
         """
-        at_T = torch.arange(length, device=self.device)
+        at_T = torch.arange(span.start, span.stop, device=self.device)
         back = _inverse(key_turns(at_T, self.config, before))
         forth = key_turns(at_T, self.config, after)
+        if all(map(torch.equal, key_turns(at_T, self.config, before), forth)):
+            return  # Dual Chunk Attention scales queries alone
         table_P = torch.tensor(list(pages), device=self.device)
         slots_T = table_P[at_T // self.page_size] * self.page_size + at_T % self.page_size
         for layer in range(self.config.num_hidden_layers):
-            k_TKd = self.read(layer, table_P[None])[0][0, :length].float()
+            k_TKd = self.read(layer, table_P[None])[0][0, at_T].float()
             self._write_keys(layer, slots_T, rotate(rotate(k_TKd, *back), *forth).to(self.dtype))
 
     def _scales(self) -> list[Tensor]:
         return [x for x in (self.key_scales, self.value_scales) if x is not None]
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.keys, self.values, *self._scales()]
 
 
 def _key_biases(model: "Qwen2") -> Iterator[Tensor]:

@@ -1,13 +1,13 @@
 """How a sequence longer than the training window is read: YARN and Dual Chunk Attention, as `config.json` states them,
-or as one request needs them (`profile`).
+or as sequences of each length need them (`stages`).
 
 The numbers only; the arithmetic is in rope.py and dual_chunk.py.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openqwen.support.errors import OpenQwenError
 
@@ -52,26 +52,12 @@ class Yarn:
                 where=where,
                 do='use {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, or none',
             )
-        return cls(
-            factor=float(values["factor"]),
-            original_max_position_embeddings=int(
-                values.get("original_max_position_embeddings") or max_position_embeddings
-            ),
-            beta_fast=float(values.get("beta_fast") or 32.0),
-            beta_slow=float(values.get("beta_slow") or 1.0),
-            attention_factor=values.get("attention_factor"),
-        )
+        given = {f.name: values[f.name] for f in fields(cls) if values.get(f.name)}
+        return cls(**{"original_max_position_embeddings": max_position_embeddings, **given})
 
     def to_json(self) -> dict[str, Any]:
         """The entries of `rope_scaling` without the key that names the kind; defaults are left out, as published."""
-        values = {"factor": self.factor, "original_max_position_embeddings": self.original_max_position_embeddings}
-        if self.beta_fast != 32.0:
-            values["beta_fast"] = self.beta_fast
-        if self.beta_slow != 1.0:
-            values["beta_slow"] = self.beta_slow
-        if self.attention_factor is not None:
-            values["attention_factor"] = self.attention_factor
-        return values
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 def yarn_temperature(factor: float) -> float:
@@ -113,19 +99,12 @@ class DualChunk:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DualChunk":
         """Read `dual_chunk_attention_config`; what is missing is as in vLLM (8,192, 1,024, no scaling)."""
-        return cls(
-            chunk_size=int(values.get("chunk_size", 8_192)),
-            local_size=int(values.get("local_size", 1_024)),
-            original_max_position_embeddings=int(values.get("original_max_position_embeddings", 0)),
-        )
+        given = {f.name: int(values[f.name]) for f in fields(cls) if f.name in values}
+        return cls(**{"chunk_size": 8_192, "local_size": 1_024, **given})
 
     def to_json(self) -> dict[str, int]:
         """`dual_chunk_attention_config`."""
-        return {
-            "chunk_size": self.chunk_size,
-            "local_size": self.local_size,
-            "original_max_position_embeddings": self.original_max_position_embeddings,
-        }
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -142,30 +121,32 @@ class LongContext:
     tokens: int | None = None
 
 
-def profile(config: "ModelConfig", tokens: int, max_context: int | None = None) -> LongContext:
-    """How to read a request of at most `tokens` tokens, prompt and answer: stretched by the smallest of 1, 2, 4 … that
-    covers it. At factor 1 it keeps every bit of a model that knows no longer context.
+class Stage(NamedTuple):
+    """Sequences of up to `until` tokens are read in this `way`; None: as the model's configuration says."""
+
+    until: int
+    way: LongContext | None
+
+
+def stages(config: "ModelConfig", max_context: int | None = None) -> list[Stage]:
+    """The ways to read sequences of any length up to max_context (None: what the checkpoint states), shortest first:
+    stretched by 1, 2, 4 … At factor 1 every bit is that of a model that knows no longer context.
 
     YARN stretches up to four times the trained window. Dual Chunk Attention reads what is longer than the window where
-    the checkpoint's configuration has it, or where `max_context` (None: what the checkpoint states) is beyond that.
-    OpenQwenError where the request does not fit in max_context.
+    the checkpoint's configuration has it, or where max_context is beyond that.
     """
     most, window = max_context or stated_context(config), trained_window(config)
-    if tokens > most:
-        raise OpenQwenError(
-            f"A request of {tokens:,} tokens, prompt and answer, does not fit in a context of {most:,}.",
-            do="shorten the prompt, ask for fewer tokens, or serve with a larger --max-context",
-        )
-    factor = 1
-    while factor * window < tokens:
+    dual = config.dual_chunk or _chunks(window, most)
+    found, factor = list[Stage](), 1
+    while not found or found[-1].until < most:
+        way, tokens = LongContext(), factor * window
+        if dual and (factor > 1 or config.dual_chunk):
+            way = LongContext(config.yarn if config.dual_chunk else None, dual, tokens)
+        elif factor > 1:
+            way = LongContext(Yarn(float(factor), window))
+        found.append(Stage(min(tokens, most), way))
         factor *= 2
-    if dual := config.dual_chunk:
-        return LongContext(config.yarn, dual, factor * window)
-    if factor == 1:
-        return LongContext()
-    if dual := _chunks(window, most):
-        return LongContext(dual_chunk=dual, tokens=factor * window)
-    return LongContext(Yarn(float(factor), window))
+    return found
 
 
 def describe(config: "ModelConfig", max_context: int | None = None) -> str:
@@ -176,8 +157,8 @@ def describe(config: "ModelConfig", max_context: int | None = None) -> str:
         return plain
     if dual := config.dual_chunk or _chunks(window, most):
         return f"{plain}, longer ones by Dual Chunk Attention in chunks of {dual.chunk_len:,}"
-    factors = [2**n for n in range(1, _STRETCH.bit_length()) if 2 ** (n - 1) * window < most]
-    return f"{plain}, longer ones by YARN × {' or '.join(map(str, factors))}, chosen for each request"
+    factors = [f"{stage.way.yarn.factor:g}" for stage in stages(config, most) if stage.way and stage.way.yarn]
+    return f"{plain}, longer ones by YARN × {' or '.join(factors)}, chosen for each request"
 
 
 def context_tokens(text: str) -> int:

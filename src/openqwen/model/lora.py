@@ -4,7 +4,7 @@ A frozen matrix W gets a learned update s·B·A of low rank, s = alpha / rank. D
 W' = m · (W + s·B·A) / ‖W + s·B·A‖, rows taken one by one, the norm treated as a constant in the gradient (section 4.3).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,46 +116,51 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) 
         "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
         "target_modules": config.targets,
         "use_dora": config.dora,
-        "use_rslora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
     }
     write_json(folder / CONFIG, values)
 
 
-def read_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """What a PEFT folder holds: the adapter's shape, and its tensors by the names of the network's layers."""
+def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """What a PEFT folder holds: the adapter's shape, and its tensors under PEFT's names without the prefix.
+
+    shapes: outputs and inputs of the network's linear layers. OpenQwenError where the adapter is of another kind, or
+    made for another network.
+    """
     config = _read_config(folder / CONFIG)
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     except (SafetensorError, OSError) as error:
         raise OpenQwenError(f"The adapter's weights cannot be read: {error}", where=folder / WEIGHTS) from None
-    return config, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    wanted: dict[str, list[int]] = {}
+    for layer in dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors):
+        if layer not in shapes:
+            raise OpenQwenError(
+                f"This network has no linear layer '{layer}' that the adapter could change.",
+                where=folder,
+                do="use the network that it was trained for",
+            )
+        outputs, inputs = shapes[layer]
+        wanted |= {f"{layer}.lora_A.weight": [config.rank, inputs], f"{layer}.lora_B.weight": [outputs, config.rank]}
+        if config.dora:
+            wanted[f"{layer}.lora_magnitude_vector"] = [outputs]
+    for name in sorted(wanted.keys() | tensors.keys()):
+        need, held = wanted.get(name), list(tensors[name].shape) if name in tensors else None
+        if need != held:
+            raise OpenQwenError(f"The adapter holds {held} for '{name}'; this network needs {need}.", where=folder)
+    return config, tensors
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     """Give the network the adapter in a PEFT folder, in place. OpenQwenError where it is of another kind or network."""
-    config, tensors = read_adapter(folder)
+    shapes = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    config, tensors = read_adapter(folder, shapes)
     add_adapters(model, config, torch.Generator())
-    wanted = dict(_tensors(model))
-    shapes = {n: list(t.shape) for n, t in tensors.items()}
-    for name, tensor in wanted.items():
-        if shapes.get(name) != list(tensor.shape):
-            held = shapes.get(name, "nothing")
-            raise OpenQwenError(
-                f"The adapter holds {held} for '{name}'; this network needs {list(tensor.shape)}.", where=folder
-            )
-    if extra := sorted(tensors.keys() - wanted.keys()):
-        raise OpenQwenError(
-            f"The adapter holds '{extra[0]}' and {len(extra) - 1} more that this network has no place for.",
-            where=folder,
-        )
     with torch.no_grad():
-        for name, tensor in wanted.items():
+        for name, tensor in _tensors(model):
+            if name not in tensors:
+                raise OpenQwenError(f"The adapter holds nothing for '{name}'.", where=folder)
             tensor.copy_(tensors[name])
     return config
 

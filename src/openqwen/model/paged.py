@@ -15,7 +15,6 @@ from openqwen.model import dual_chunk, kernels
 from openqwen.model.attention import LongContexts, divided, for_each, sdpa
 from openqwen.model.cache import STEP, Cache
 from openqwen.model.config import ModelConfig
-from openqwen.model.long_context import LongContext
 from openqwen.model.rope import Rotation, rotate, rotation_of
 
 
@@ -42,7 +41,7 @@ class Paged:
     ):
         self.cache, self.tables_BP = cache, tables_BP
         self.totals, self.new = list(totals), list(new)
-        self._contexts = for_each(long_context, len(self.new))
+        self.contexts = [c or cache.config.long_context for c in for_each(long_context, len(self.new))]
         self._kernel = _kernel() if has_kernel(cache) else None
         self._all = tuple(range(len(self.new)))
         self._grids: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
@@ -50,7 +49,7 @@ class Paged:
 
     def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
         """See `Attention.rotation`."""
-        return rotation_of(positions_T, config, self._contexts, self.new, self.totals)
+        return rotation_of(positions_T, config, self.contexts, self.new, self.totals)
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
         """See `Attention.attend`; the new keys and values enter the cache on the way."""
@@ -72,10 +71,6 @@ class Paged:
             kernels.follow_torch()
             self._call = rotation, _Call(self, rotation, rows)
         return self._call[1].address
-
-    def context(self, sequence: int) -> LongContext:
-        """How this sequence is read."""
-        return self._contexts[sequence] or self.cache.config.long_context
 
     def _plain(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
         near_THd = rotate(q_THd, *rotation.query)
@@ -101,7 +96,7 @@ class Paged:
         if self.cache.key_bias_NKd is not None:
             at_L = torch.arange(k_BLKd.shape[1], device=self.cache.device)
             at_L = at_L % chunk_len if chunk_len else at_L
-            biases = [self.cache.turned_bias(layer, self.context(i).yarn, at_L) for i in sequences]
+            biases = [self.cache.turned_bias(layer, self.contexts[i].yarn, at_L) for i in sequences]
             k_BLKd = k_BLKd + torch.stack(biases)
         return k_BLKd, v_BLKd
 
@@ -155,7 +150,7 @@ class _Call:
     """
 
     def __init__(self, paged: Paged, rotation: Rotation, rows: int):
-        cache, config, yarns = paged.cache, paged.cache.config, [paged.context(i).yarn for i in range(len(paged.new))]
+        cache, config, yarns = paged.cache, paged.cache.config, [context.yarn for context in paged.contexts]
         tables_BP = paged.tables_BP.to("cpu", torch.int64).contiguous()
         outside = int(tables_BP.min()) < 0 or int(tables_BP.max()) >= cache.pages
         if outside or rows != sum(paged.new) or max(paged.totals) > tables_BP.shape[1] * cache.page_size:

@@ -4,12 +4,14 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, starmap
+from operator import itemgetter
 from typing import Any
 
 import orjson
 
 from openqwen.engine import Event
+from openqwen.engine.request import TopTokens
 from openqwen.serve.bridge import Answers
 from openqwen.serve.errors import ApiError
 from openqwen.serve.protocol import ChatRequest, CompletionRequest, Json, Options
@@ -19,6 +21,7 @@ from openqwen.tokenizer import Tokenizer
 DONE = b"data: [DONE]\n\n"
 _UNDERSCORED = ("resp", "msg", "fc")
 _LEAST = -9999.0  # JSON has no infinity
+_Row = tuple[int, float | None, TopTokens]
 
 
 def identity(kind: str) -> str:
@@ -114,7 +117,7 @@ class Writing:
                     entry["message"] |= {"content": choice.text or None, "tool_calls": choice.calls}
             else:
                 entry["text"] = echoed + choice.text
-            entry["logprobs"] = self._told(lists[number], len(echoed))
+            entry["logprobs"] = self._told(self._before(number) + _rows(lists[number]))
             choices.append(entry | {"finish_reason": choice.reason} | self._ids(lists[number]))
         return {**self._head, "choices": choices, "usage": self.usage()}
 
@@ -124,16 +127,15 @@ class Writing:
         self._front = b"data: " + orjson.dumps(head)[:-1] + b',"choices":[{"index":'
         offsets = [0] * len(self.choices)
         try:
-            for number in range(len(self.choices)):
-                if self.chat:
-                    yield self._chunk(number, {"role": "assistant", "content": None})
-                elif echoed := self._echo(number):
-                    offsets[number] = len(echoed)
-                    yield self._chunk(number, echoed)
+            for number in range(len(self.choices) if self.chat else 0):
+                yield self._chunk(number, {"role": "assistant", "content": None})
             async for number, event in self.answers:
                 choice = self.choices[number]
+                if not offsets[number] and (echoed := self._echo(number)):  # only now is all known of the prompt
+                    offsets[number] = len(echoed)
+                    yield self._chunk(number, echoed, self._told(self._before(number)))
                 pieces = choice.take(event)
-                logprobs = self._told([event], offsets[number]) if event.token_ids else None
+                logprobs = self._told(_rows([event]), offsets[number]) if event.token_ids else None
                 ids = self._ids([event])
                 offsets[number] += len(event.text)
                 if not self.chat:
@@ -176,22 +178,39 @@ class Writing:
         made = [(token, event.version) for event in events for token in event.token_ids]
         return {"token_ids": [token for token, _ in made], "token_versions": [version for _, version in made]}
 
-    def _told(self, events: list[Event], offset: int) -> Json | None:
+    def _before(self, number: int) -> list[_Row]:
+        """The prompt's tokens, where they are told; nothing is known of the first."""
+        request = self.answers.requests[number]
+        told = request.sampling.prompt_logprobs is not None
+        return (
+            list(zip(request.prompt_ids, [None, *request.prompt_logprobs], [[], *request.prompt_top])) if told else []
+        )
+
+    def _told(self, rows: list[_Row], offset: int = 0) -> Json | None:
         """Log-probabilities: for chat an entry each token, for completions four lists."""
         if not self._logprobs:
             return None
         entries = [
             self._entry(token, logprob) | {"top_logprobs": [self._entry(*likely) for likely in top]}
-            for event in events
-            for token, logprob, top in zip(event.token_ids, event.logprobs, event.top or [[]] * len(event.token_ids))
+            for token, logprob, top in rows
         ]
         if self.chat:
             return {"content": entries, "refusal": None}
-        texts, values = [entry["token"] for entry in entries], [entry["logprob"] for entry in entries]
-        tops = [{one["token"]: one["logprob"] for one in [*entry["top_logprobs"], entry]} for entry in entries]
+        texts, values = ([entry[key] for entry in entries] for key in ("token", "logprob"))
+        tops = [None if value is None else self._ranked(*row) for row, value in zip(rows, values)]
         offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _ranked(self, token: int, logprob: float | None, top: TopTokens) -> dict[str, float]:
+        """By their texts; of tokens of the same text, such as parts of characters, the likeliest counts."""
+        pairs = sorted([(token, logprob), *top], key=itemgetter(1))
+        return {entry["token"]: entry["logprob"] for entry in starmap(self._entry, pairs)}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         raw = self._tokenizer.token_bytes(token)
-        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, _LEAST), "bytes": list(raw)}
+        value = None if logprob is None else max(logprob, _LEAST)
+        return {"token": raw.decode(errors="replace"), "logprob": value, "bytes": list(raw)}
+
+
+def _rows(events: list[Event]) -> list[_Row]:
+    return [row for e in events for row in zip(e.token_ids, e.logprobs, e.top or [[]] * len(e.token_ids))]

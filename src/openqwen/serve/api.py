@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -36,22 +37,25 @@ class Api:
 
     def __init__(self, bridge: Bridge, config: ServeConfig, names: list[str], scorer: Scorer | None):
         self.bridge, self.config, self.names, self.scorer = bridge, config, names, scorer
-        self.tokenizer = bridge.engine.tokenizer
+        self.tokenizer, self.adapters = bridge.engine.tokenizer, bridge.engine.adapters.names
         self.max_context = bridge.engine.longest
         self._defaults = bridge.engine.model.config.generation
         self._started = int(time.time())
         self._print = "b" + hashlib.sha256(repr((names, bridge.engine.model.config)).encode()).hexdigest()[:10]
 
-    def named(self, name: str | None) -> str:
-        """The model under the name that a client used."""
-        if name is not None and name not in self.names:
-            known = ", ".join(self.names)
-            raise ApiError(404, f"There is no model '{name}' here, only {known}.", "model", "model_not_found")
+    def named(self, name: str | None, adapters: Sequence[str] = ()) -> str:
+        """The model under the name that a client used, or one of these adapters."""
+        known = [*self.names, *adapters]
+        if name is not None and name not in known:
+            only = ", ".join(known)
+            raise ApiError(404, f"There is no model '{name}' here, only {only}.", "model", "model_not_found")
         return name or self.names[0]
 
     def model(self, name: str) -> Json:
-        """What clients are told of the model."""
+        """What clients are told of the model, or of it with an adapter."""
         more = {"owned_by": "openqwen", "max_model_len": self.max_context}
+        if name in self.adapters:
+            more["parent"] = self.names[0]
         return {"id": name, "object": "model", "created": self._started, **more}
 
     def _encode_chat(self, messages: list[Any], tools: Any, open_: bool = True) -> list[int]:
@@ -85,14 +89,14 @@ class Api:
     async def _begin(
         self, request: Options, prompts: list[list[int]], most: int | None, top: int, priority: int
     ) -> Writing:
-        model, vocabulary = self.named(request.model), self.tokenizer.vocab_size
+        model, vocabulary = self.named(request.model, self.adapters), self.tokenizer.vocab_size
         if beyond := [i for i in request.logit_bias or {} if int(i) >= vocabulary]:
             message = f"logit_bias has {', '.join(beyond)}, out of vocabulary ({vocabulary} tokens)."
             raise ApiError(400, message, "logit_bias")
         rooms = [self.max_context - len(ids) for ids in prompts]
-        samplings = [request.sampling(self._defaults, min(most or room, room), top) for room in rooms]
+        samplings = [request.sampling(self._defaults, most and min(most, room), top) for room in rooms]
         asked = [(ids, sampling, request.n or 1) for ids, sampling in zip(prompts, samplings)]
-        answers = await self.bridge.submit(asked, priority)
+        answers = await self.bridge.submit(asked, priority, model if model in self.adapters else None)
         names = {"model": model, "system_fingerprint": f"{self._print}-{self.bridge.engine.version}"}
         return Writing(request, answers, prompts, self.tokenizer, names)
 

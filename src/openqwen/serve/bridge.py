@@ -1,6 +1,7 @@
 """The engine in a thread of its own: jobs go in by a queue, and what a step has made comes out in one hop."""
 
 import asyncio
+import concurrent.futures
 import queue
 import threading
 import time
@@ -14,8 +15,7 @@ from openqwen.serve.metrics import Metrics
 
 Result = TypeVar("Result")
 Asked = tuple[list[int], Sampling, int]  # a prompt, how to answer, how many answers
-_Job = tuple[Callable[[], Any], "asyncio.Future[Any]"]
-_Reply = tuple["asyncio.Future[Any]", Any, Exception | None]
+_Job = tuple[Callable[[], Any], "concurrent.futures.Future[Any]"]
 
 
 class Answers:
@@ -61,25 +61,24 @@ class Bridge:
         self.outstanding = 0  # answers that are being made or waited for
         self._recent: deque[float] = deque(maxlen=64)  # seconds that the latest answers took
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._replies: list[_Reply] = []  # of jobs done in this turn
         self._owners: dict[int, tuple[Answers, int]] = {}  # by the identity of the engine's request
         self._thread = threading.Thread(target=self._on_thread, name="engine", daemon=True)
         self._thread.start()
 
     def _post(self, function: Callable[[], Result]) -> "asyncio.Future[Result]":
         """Run on the engine's thread, between two steps."""
-        future: asyncio.Future[Result] = self.loop.create_future()
+        future: concurrent.futures.Future[Result] = concurrent.futures.Future()
         if self.dead:
             future.set_exception(ApiError(503, "The engine has failed; the server is about to end."))
         else:
             self._inbox.put((function, future))
-        return future
+        return asyncio.wrap_future(future)
 
     async def call(self, function: Callable[[], Result]) -> Result:
         """The result of a function that uses the engine."""
         return await self._post(function)
 
-    async def submit(self, asked: Sequence[Asked], priority: int = 0) -> Answers:
+    async def submit(self, asked: Sequence[Asked], priority: int = 0, adapter: str | None = None) -> Answers:
         """Have answers made. OpenQwenError where the engine refuses one, ApiError 429 where too many wait already."""
         count = sum(n for _, _, n in asked)
         if self.outstanding + count > self.limit:
@@ -89,7 +88,7 @@ class Bridge:
         self.outstanding += count
         # What yields to others may have to wait for days.
         answers = Answers(self, count, self.seconds if priority >= 0 else 30 * 86_400.0)
-        future = self._post(lambda: self._on_submit(answers, asked, priority))
+        future = self._post(lambda: self._on_submit(answers, asked, priority, adapter))
         try:
             await asyncio.shield(future)
         except asyncio.CancelledError:  # the client left; the engine may take the requests all the same
@@ -126,14 +125,10 @@ class Bridge:
         self._inbox.put(None)
         self._thread.join(timeout=60)
 
-    def _on_submit(self, answers: Answers, asked: Sequence[Asked], priority: int) -> None:
+    def _on_submit(self, answers: Answers, asked: Sequence[Asked], priority: int, adapter: str | None) -> None:
         try:
             for prompt, sampling, n in asked:
-                if n == 1:
-                    requests = [self.engine.submit(prompt, sampling, priority=priority)]
-                else:
-                    requests = self.engine.submit_many(prompt, sampling, n, priority=priority)
-                for request in requests:
+                for request in self.engine.submit_many(prompt, sampling, n, adapter, priority):
                     self._owners[id(request)] = (answers, len(answers.requests))
                     answers.requests.append(request)
         except Exception:
@@ -166,10 +161,11 @@ class Bridge:
             if job is None:
                 return False
             function, future = job
-            try:
-                self._replies.append((future, function(), None))
-            except Exception as error:
-                self._replies.append((future, None, error))
+            if future.set_running_or_notify_cancel():  # else whoever asked is gone
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
         events: list[tuple[Answers, int, Event]] = []
         if self.engine.busy:
             for event in self.engine.step():
@@ -178,19 +174,11 @@ class Bridge:
                     events.append((*owner, event))
                     if event.finish_reason:
                         del self._owners[id(event.request)]
-        replies, self._replies = self._replies, []
-        self.loop.call_soon_threadsafe(self._deliver, replies, events, self.engine.stats())
+        self.loop.call_soon_threadsafe(self._deliver, events, self.engine.stats())
         return True
 
-    def _deliver(self, replies: list[_Reply], events: list[tuple[Answers, int, Event]], stats: Stats) -> None:
+    def _deliver(self, events: list[tuple[Answers, int, Event]], stats: Stats) -> None:
         self.metrics.update(stats)
-        for future, value, error in replies:
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
         now = time.monotonic()
         for answers, number, event in events:
             self.metrics.observe(answers, number, event, now)
@@ -203,10 +191,8 @@ class Bridge:
     def _die(self) -> None:
         for answers in {id(a): a for a, _ in self._owners.values()}.values():
             answers.events.put_nowait(ApiError(500, "The engine has failed."))
-        futures = [future for future, _, _ in self._replies]
         while not self._inbox.empty():
-            futures += [job[1] for job in [self._inbox.get()] if job]
-        for future in futures:
-            if not future.done():
-                future.set_exception(ApiError(503, "The engine has failed."))
+            job = self._inbox.get()
+            if job and job[1].set_running_or_notify_cancel():
+                job[1].set_exception(ApiError(503, "The engine has failed."))
         self._failed()

@@ -93,5 +93,5 @@ class Metrics:
                 self._between.observe((now - answers.last[number]) / count)
         if event.finish_reason:
             self._whole.observe(now - answers.arrived)
-            self._answers.observe(len(request.output_ids))
+            self._answers.observe(len(request.token_ids))
             self.finished(event.finish_reason)

@@ -5,6 +5,7 @@
 import json
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -110,7 +111,7 @@ class Options(Body):
                 return Structure(kind, source if isinstance(source, str) else json.dumps(source))  # type: ignore[arg-type]
         return None
 
-    def sampling(self, defaults: Mapping[str, Any], max_tokens: int, top_logprobs: int) -> Sampling:
+    def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
         """As the engine wants it. defaults: the checkpoint's generation_config."""
 
         def of(name: str, otherwise: float) -> float:
@@ -214,7 +215,15 @@ class CompletionRequest(Options):
     prompt: Prompts = Field(description="text in which control tokens are read, or ids")
     max_tokens: Count | None = 16
     logprobs: Top | None = None
-    echo: bool | None = Field(None, description="give the prompt back before the answer")
+    echo: bool | None = Field(None, description="give the prompt back before the answer, with log-probabilities too")
+
+    def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
+        """See `Options.sampling`."""
+        sampling = super().sampling(defaults, max_tokens, top_logprobs)
+        if not self.echo or self.logprobs is None:
+            return sampling
+        # Who scores a text (lm-eval) asks for one token more and leaves out the last: there must be one, be it the end.
+        return replace(sampling, prompt_logprobs=self.logprobs, ignore_eos=sampling.ignore_eos or max_tokens == 1)
 
 
 class EmbeddingRequest(Body):

@@ -108,7 +108,7 @@ class Responses:
             if len(self._kept) > _MOST:
                 del self._kept[next(iter(self._kept))]
 
-        return Responding(request, writing, self._api.named(request.model), keep)
+        return Responding(request, writing, self._api.named(request.model, self._api.adapters), keep)
 
 
 class Responding:

@@ -8,7 +8,7 @@ import secrets
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from openqwen.engine import Engine
-from openqwen.model import Scorer, load_model, load_scorer
+from openqwen.model import load_model, load_scorer
 from openqwen.model.kernels import library as kernels_library
 from openqwen.model.long_context import context_tokens, describe
 from openqwen.model.quantize import QuantizedQwen2
@@ -34,6 +34,7 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 from openqwen.tokenizer import load_tokenizer
 
+Begin = Callable[[Callable[[], None]], Api]  # starts the engine's thread, from within the event loop
 _LOOPBACK = ["localhost", "127.0.0.1", "::1", "[::1]"]
 
 
@@ -44,35 +45,29 @@ def serve(source: str, config: ServeConfig) -> None:
     if not keys and config.host not in _LOOPBACK:
         keys = [secrets.token_urlsafe(32)]
         console.print(f"No key was given, so one was made: {keys[0]}")
-    engine = _engine(source, config)
+    names = config.name or [Path(source).name if Path(source).exists() else source]
+    engine = _engine(source, config, names)
     scorer = None if config.reward is None else load_scorer(config.reward, device=engine.model.device)
     _become(config.user, config.data)
+
+    def begin(failed: Callable[[], None]) -> Api:
+        return Api(Bridge(engine, Metrics(names[0]), config.queue, config.timeout, failed), config, names, scorer)
+
     with tempfile.TemporaryDirectory(prefix="openqwen-") as private:
-        folder = config.data or Path(private)
-        failed = asyncio.run(_run(engine, scorer, source, keys, listener, config, folder))
+        failed = asyncio.run(_run(begin, source, keys, listener, config.data or Path(private)))
     if failed:
         raise OpenQwenError("The engine has failed.", do="report the traceback above with the request")
 
 
-async def _run(
-    engine: Engine,
-    scorer: Scorer | None,
-    source: str,
-    keys: list[str],
-    listener: socket.socket,
-    config: ServeConfig,
-    folder: Path,
-) -> bool:
+async def _run(begin: Begin, source: str, keys: list[str], listener: socket.socket, folder: Path) -> bool:
     """Serve; returns whether the engine failed."""
     server: uvicorn.Server
 
     def failed() -> None:
         server.should_exit = True
 
-    names = config.name or [Path(source).name if Path(source).exists() else source]
-    bridge = Bridge(engine, Metrics(names[0]), config.queue, config.timeout, failed)
-    api = Api(bridge, config, names, scorer)
-    batches = Batches(folder, config.max_files)
+    api = begin(failed)
+    config, batches = api.config, Batches(folder, api.config.max_files)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -96,16 +91,23 @@ async def _run(
     server = uvicorn.Server(uvicorn.Config(app, **settings))
     with suppress(KeyboardInterrupt):
         await server.serve([listener])
-    bridge.stop()
-    return bridge.dead
+    api.bridge.stop()
+    return api.bridge.dead
 
 
-def _engine(source: str, config: ServeConfig) -> Engine:
+def _engine(source: str, config: ServeConfig, names: list[str]) -> Engine:
     settings = config.engine
     if config.max_context is not None:
         settings = settings.model_copy(update={"max_context": context_tokens(config.max_context)})
     device = config.device or best_device()
-    return Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
+    engine = Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
+    for entry in config.adapters:
+        name, _, folder = entry.partition("=")
+        if not name or not folder or name in [*names, *engine.adapters.names]:
+            do = "give NAME=FOLDER, with a name that nothing else here has"
+            raise OpenQwenError(f"An adapter cannot be given as '{entry}'.", where="--adapters", do=do)
+        engine.adapters.add(name, folder)
+    return engine
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -17,6 +17,9 @@ class ServeConfig(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key: list[str] = Field([], description="keys that clients may use; also from OPENQWEN_API_KEY, with commas")
     name: list[str] = Field([], description="names under which clients ask for the model; none: the source's own name")
+    adapters: list[str] = Field(
+        [], description="LoRA adapters that clients may name in place of the model: NAME=FOLDER, in PEFT's format"
+    )
     device: str | None = Field(None, description="where the model runs; none: a GPU where there is one")
     quantize: Literal["int8", "int4"] | None = Field(None, description="weights in 8 or 4 bits, packed while loading")
     max_context: str | None = Field(None, description="longest prompt and answer in tokens, such as 128k or 1m")

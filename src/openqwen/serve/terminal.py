@@ -224,7 +224,7 @@ class Chat:
 
 def _facts(request: Request) -> str:
     """`48 tokens · 27.1 tokens/s · first after 0.31 s`."""
-    count = len(request.output_ids)
+    count = len(request.token_ids)
     parts = [f"{count} tokens" if count != 1 else "1 token"]
     end = request.finished or time.monotonic()
     if request.first_token is not None:
