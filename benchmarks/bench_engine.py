@@ -6,6 +6,7 @@ are converted from the same checkpoint for the occasion: Q8_0 beside int8, Q4_0 
 
 import json
 import random
+import runpy
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rich.table import Table
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import Qwen2, load_model
+from openqwen.model.quantize import PackedMatrix, QuantizedLinear
 from openqwen.recipe.convert import convert
 from openqwen.recipe.quantize import quantize
 from openqwen.support.errors import OpenQwenError
@@ -34,6 +36,7 @@ _PEER_TYPE: dict[str, Literal["f32", "q8_0", "q4_0"]] = {"float32": "f32", "int8
 _PREFILL, _WRITTEN = 1_024, 64
 _TOGETHER, _PROMPT, _NEW = 16, 256, 128
 _PEER = Path(__file__).with_name("peer_llama_cpp.py")
+_CEILINGS = Path(__file__).with_name("ceilings.py")
 _EDIT = "Rename the variable `{old}` to `{new}` in this code, change nothing else, and say nothing else.\n\n{code}"
 
 
@@ -44,6 +47,7 @@ def bench(
     rounds: Annotated[int, tyro.conf.arg(help="How often each is measured.")] = 3,
 ) -> None:
     """Print seconds and ratios."""
+    ceilings = runpy.run_path(str(_CEILINGS))["measure"]()
     ours: dict[str, Seconds] = {}
     theirs: dict[str, Seconds] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -57,6 +61,8 @@ def bench(
                 convert(model, file, type=_PEER_TYPE[kind])
             ours[kind], theirs[kind] = _in_turn(str(folder), kind, peer, file, rounds)
     console.print(_table(ours, theirs))
+    for kind, mine in ours.items():
+        console.print(_shares(kind, mine, ceilings))
 
 
 def _in_turn(model: str, kind: Kind, peer: Path | None, file: Path, rounds: int) -> tuple[Seconds, Seconds]:
@@ -74,7 +80,16 @@ def _in_turn(model: str, kind: Kind, peer: Path | None, file: Path, rounds: int)
             console.print(f"  llama.cpp {_PEER_TYPE[kind]}: " + _said(peers[-1]), markup=False)
     medians = {name: statistics.median(m[name] for m in measures) for name in measures[0]}
     theirs = {name: statistics.median(p[name] for p in peers) for name in peers[0]} if peers else {}
-    return medians | {"start": started}, theirs
+    return medians | _work(network) | {"start": started}, theirs
+
+
+def _work(model: Qwen2) -> Seconds:
+    """Bytes of weights that a written token reads; operations on weights that a token of a prompt takes."""
+    config, head = model.config, model.model.embed_tokens if model.lm_head is None else model.lm_head
+    matrices = [m for m in model.modules() if isinstance(m, torch.nn.Linear | QuantizedLinear) or m is head]
+    stored = [m.packed if isinstance(m, PackedMatrix) else m.weight for m in matrices]
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return {"bytes": sum(x.nbytes for x in stored), "operations": 2 * (config.parameters() - tables)}
 
 
 def _measure(model: Qwen2, tokenizer: Tokenizer, ids: "Texts") -> Seconds:
@@ -195,6 +210,18 @@ def _timed(work: Callable[[], Any]) -> float:
 
 def _said(seconds: Seconds) -> str:
     return ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items())
+
+
+def _shares(kind: Kind, mine: Seconds, ceilings: Any) -> str:
+    """What was reached of the machine's ceilings (benchmarks/ceilings.py)."""
+    read, done = mine["bytes"] / mine["token"], mine["operations"] * _PREFILL / mine["prefill"]
+    found = [(f"{kind}: writing reads {read / 1e9:.1f} GB/s of weights", read, ceilings.bytes_read, 1e9, "GB/s")]
+    if kind != "float32":
+        found.append((f"prompts take {done / 1e9:.0f} GOP/s", done, ceilings.operations, 1e9, "GOP/s"))
+    return "; ".join(
+        what + (f", {rate / most:.0%} of {most / unit:.0f} {name}" if most else "")
+        for what, rate, most, unit, name in found
+    )
 
 
 def _table(ours: dict[str, Seconds], theirs: dict[str, Seconds]) -> Table:

@@ -1,6 +1,7 @@
 """`openqwen serve MODEL`: load, listen, answer, and leave without dropping anybody."""
 
 import asyncio
+import gc
 import logging
 import os
 import pwd
@@ -72,6 +73,7 @@ async def _run(begin: Begin, source: str, keys: list[str], listener: socket.sock
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         work = asyncio.create_task(batches.run(api))
+        gc.freeze()  # what is loaded stays: collections need not look at it between tokens
         _say(api, keys, listener, source)
         yield
         work.cancel()
