@@ -69,7 +69,6 @@ VLLM = [
         "last words in the finishing chunk; llama.cpp's tests forbid it",
     ),
     (r"simple.py::test_streaming_(logprobs|types)", "log-probabilities and reasoning in /v1/responses: not offered"),
-    (r"echo_logprob", "log-probabilities of an echoed prompt: not offered"),
 ]
 WHY = {
     "native": "a route, field, flag or message of llama-server's own",

@@ -136,7 +136,7 @@ def test_keys_turned_anew_are_those_of_the_other_profile(before, after, format):
 @pytest.mark.skipif(not REAL.is_file(), reason=f"the real checkpoint is not here: {REAL}")
 def test_the_real_checkpoint_loses_less_than_half_a_percent():
     """benchmarks/cache_perplexity.py does it on more text."""
-    text = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent.parent / "LICENSE").read_text(encoding="utf-8")
     model, tokens = load_model(REAL), torch.tensor(load_tokenizer(REAL).encode(text)[:800])
     losses = []
     for cache in (Cache.of(model, 50, 16), Cache.of(model, 50, 16, "int8"), Cache(model.config, 50, 16, "int8")):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from openqwen.model.quantize import Kind, QuantizedLinear, check
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
 from openqwen.support.files import read_json, write_json
+from openqwen.support.settings import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _PREFIX = "base_model.model."  # PEFT's wrapper around the network, in the names of its files
 
 
-class LoraConfig(BaseModel):
+class LoraConfig(Settings):
     """The shape of an adapter."""
-
-    model_config = ConfigDict(extra="forbid")
 
     rank: int = Field(16, ge=0, description="rank of the update of each matrix")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")

@@ -8,7 +8,7 @@ After each stage that makes a model stands an `evaluate-…` stage that scores i
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from openqwen.corpus import CorpusConfig, build_corpus, write_shards
 from openqwen.corpus.documents import read_documents
@@ -26,6 +26,7 @@ from openqwen.recipe.report import write_report
 from openqwen.recipe.stage import Stage, Verb, Work, outside_of
 from openqwen.support.device import best_device
 from openqwen.support.files import read_json, write_json
+from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_statistics, train_tokenizer
 from openqwen.train.dpo import DpoConfig, dpo
 from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
@@ -42,16 +43,12 @@ class CorpusStageConfig(CorpusConfig):
     task_documents: int = Field(1_000, ge=0, description="documents of solved tasks mixed in, as the source 'tasks'")
 
 
-class TokensConfig(BaseModel):
+class TokensConfig(Settings):
     """Text to token ids; everything is decided by the tokenizer."""
 
-    model_config = ConfigDict(extra="forbid")
 
-
-class Recipe(BaseModel):
+class Recipe(Settings):
     """Everything a run depends on."""
-
-    model_config = ConfigDict(extra="forbid")
 
     seed: int = Field(1, ge=0, description="of every random draw")
     corpus: CorpusStageConfig = Field(default_factory=CorpusStageConfig, description="raw documents to a corpus")

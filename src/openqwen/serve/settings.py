@@ -3,15 +3,14 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.engine import EngineConfig
+from openqwen.support.settings import Settings
 
 
-class ServeConfig(BaseModel):
+class ServeConfig(Settings):
     """Secure unless told otherwise: loopback only, closed to other origins, everything limited."""
-
-    model_config = ConfigDict(extra="forbid")
 
     host: str = Field("127.0.0.1", description="address to listen on; beyond loopback a key is required of clients")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, model_validator
+from pydantic import Field, field_serializer, model_validator
 
 from openqwen.support.progress import console
+from openqwen.support.settings import Settings
 from openqwen.train.balance import Balance, Balanced
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.pieces import DataConfig, Pieces
@@ -23,10 +24,8 @@ _BALANCE = "where a mixture of experts counts the load that it evens out: the wh
 _RATE = ("learning_rate", "schedule", "final_share", "warmup_share")
 
 
-class DataStage(BaseModel):
+class DataStage(Settings):
     """One data stage. What it leaves out is as in `data`, `rope_theta` and `train`; its schedule spans its steps."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tokens: int = Field(gt=0, description="tokens of this stage")
     context: int | None = Field(None, gt=1, description="longest row, in tokens")

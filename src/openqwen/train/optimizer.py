@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from openqwen.support.settings import Settings
 from openqwen.train.compute import Precision
 from openqwen.train.eight_bit import adamw8bit, in_blocks
 from openqwen.train.parallel import ParallelConfig
@@ -16,10 +17,8 @@ from openqwen.train.recompute import Recompute
 from openqwen.train.track import Tracker
 
 
-class BadStepConfig(BaseModel):
+class BadStepConfig(Settings):
     """What to do with a step whose loss or gradient is not a number, or whose gradient is far above the usual."""
-
-    model_config = ConfigDict(extra="forbid")
 
     action: Literal["stop", "skip"] = Field("stop", description="stop training, or leave the step out and log it")
     spike: float = Field(
@@ -28,10 +27,8 @@ class BadStepConfig(BaseModel):
     patience: int = Field(10, ge=1, description="skip: so many bad steps in a row stop training after all")
 
 
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(Settings):
     """How weights move. The report gives SFT's decay and clip; the betas are Qwen's (2023)."""
-
-    model_config = ConfigDict(extra="forbid")
 
     method: Literal["adamw", "adamw8bit", "muon"] = Field(
         "adamw",

@@ -4,19 +4,18 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.generators import Generators
+from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.fill_in_middle import fill_in_middle, marker_ids
 from openqwen.train.rows import Sample, cut_to_budget
 
 
-class DataConfig(BaseModel):
+class DataConfig(Settings):
     """How much text, in which rows, from which sources."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tokens: int = Field(1_500_000, gt=0, description="tokens to train on")
     context: int = Field(4_096, gt=1, description="longest row, in tokens")

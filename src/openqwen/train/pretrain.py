@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
+from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.balance import Balanced, balanced, load_record, measure_load, with_loads
 from openqwen.train.data_stages import StagedConfig, StagedTrainer, Stretch, enter
@@ -26,10 +27,8 @@ STAGES = "data_stages.json"  # the data stages of a run that has several
 _ROW_MULTIPLE = 128  # embedding rows are padded to it, as the published models' are
 
 
-class NetworkConfig(BaseModel):
+class NetworkConfig(Settings):
     """The size of a new network; the vocabulary comes from the tokenizer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     hidden_size: int = Field(256, gt=0, description="width of the residual stream, D")
     intermediate_size: int = Field(704, gt=0, description="width of the SwiGLU feed-forward network")

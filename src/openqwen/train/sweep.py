@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.model import ModelConfig
 from openqwen.support.files import read_json, write_json
 from openqwen.support.progress import console
+from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.optimizer import BadStepConfig, OptimizerConfig
 from openqwen.train.pieces import DataConfig, TokenSource
@@ -26,10 +27,8 @@ def _size(width: int, layers: int) -> NetworkConfig:
     return NetworkConfig(hidden_size=width, intermediate_size=8 * width // 3, layers=layers, heads=2, kv_heads=1)
 
 
-class SweepConfig(BaseModel):
+class SweepConfig(Settings):
     """Small trainings that tell the learning rate and the batch size of a large one."""
-
-    model_config = ConfigDict(extra="forbid")
 
     networks: dict[str, NetworkConfig] = Field(
         default_factory=lambda: {"small": _size(36, 2), "middle": _size(60, 3), "large": _size(84, 3)},

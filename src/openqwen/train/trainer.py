@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from openqwen.model import Qwen2, Scorer, save_checkpoint
@@ -26,6 +26,7 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
+from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.compute import LEVERS, compile_layers, computing, is_low, is_out_of_memory
 from openqwen.train.losses import Loss
@@ -41,19 +42,15 @@ METRICS = "metrics.jsonl"
 _USUAL = 100  # steps whose gradient norms say what is usual
 
 
-class SaveConfig(BaseModel):
+class SaveConfig(Settings):
     """When training states are written."""
-
-    model_config = ConfigDict(extra="forbid")
 
     seconds: float = Field(30.0, ge=0, description="seconds between saved states; a killed run loses at most this much")
     keep: int = Field(2, ge=1, description="how many states are kept, the newest")
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(Settings):
     """What every stage that trains lets choose."""
-
-    model_config = ConfigDict(extra="forbid")
 
     train: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer")
     save: SaveConfig = Field(default_factory=SaveConfig, description="training states")

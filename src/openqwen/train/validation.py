@@ -4,15 +4,15 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from openqwen.support.settings import Settings
 
 HELD_OUT = "validation_loss"  # its name in the metrics
 
 
-class ValidationConfig(BaseModel):
+class ValidationConfig(Settings):
     """When the held-out loss is measured, and what it decides."""
-
-    model_config = ConfigDict(extra="forbid")
 
     every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0: after the last alone")
     outcome: Literal["last", "best"] = Field(

@@ -1,21 +1,20 @@
 """How many ranks share a network's matrices, its experts and its tokens; the rest share the micro-batches."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from openqwen.model import ModelConfig
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.settings import Settings
 
 PLACE = "train.parallel"
 
 
-class ParallelConfig(BaseModel):
+class ParallelConfig(Settings):
     """How the processes of torchrun divide the work. Memory and speed alone: loss and gradient stay.
 
     All of them shard weights, gradients and optimizer states (FSDP2); that many times fewer get micro-batches of
     their own. The processes must be a multiple of tensor x expert x context.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     tensor: int = Field(1, ge=1, description="ranks that share each layer's heads and widths; divides the KV heads")
     expert: int = Field(1, ge=1, description="ranks that share the experts of a layer; divides the experts")
