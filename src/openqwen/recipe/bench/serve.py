@@ -112,7 +112,7 @@ class _Load:
             self.alone = [await self._answer(body, None) for body in self.asked]
         except self.lost as error:
             do = "start it first: openqwen serve MODEL"
-            raise OpenQwenError(f"No server answers there ({error}).", where=self.http.base_url, do=do) from None
+            raise OpenQwenError(f"No server answers there ({error}).", where=str(self.http.base_url), do=do) from None
         self.tally, before = _Tally(), await self._metrics()
         with progress("load", seconds, "s") as work:
             start = time.monotonic()
