@@ -2,11 +2,14 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 
 from openqwen.recipe import artifact
+from openqwen.recipe.stages import Recipe, stages_of
+from openqwen.recipe.together import TRAINING
 
 ALL = ["corpus", "learn", "online-score"]
 RUN = Path("runs/tiny")
@@ -191,3 +194,11 @@ def test_a_folder_where_a_link_goes(call):
     (RUN / "learn").mkdir(parents=True)
     assert call("run", "tiny.yaml") == 1
     assert "where a stage's link goes" in call.err
+
+
+def test_stages_that_train_can_be_told_to_other_ranks():
+    told = {
+        stage.kind: pickle.loads(pickle.dumps(stage.run)) for stage in stages_of(Recipe()) if stage.kind in TRAINING
+    }
+    assert set(told) == TRAINING
+    assert all(callable(run) for run in told.values())

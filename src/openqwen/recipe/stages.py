@@ -5,7 +5,8 @@
 After each stage that makes a model stands an `evaluate-…` stage that scores it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, Field
@@ -110,22 +111,18 @@ def run_prefer(work: Work) -> dict[str, float]:
     return build_preferences(work.config, engine, work.seed, work.output, work.inputs["model"].name)
 
 
-def _training(train: Callable[..., dict[str, float]], role: str, *others: str) -> Callable[[Work], dict[str, float]]:
-    """A stage that trains its input `model` on a JSONL file, given as itself or as the artifact that holds it."""
-
-    def run(work: Work) -> dict[str, float]:
-        start, given = work.inputs["model"], work.inputs[role]
-        data = given / f"{role}.jsonl" if given.is_dir() else given
-        place = Place(work.output, work.scratch, work.seed, work.label)
-        return train(work.config, start, data, load_tokenizer(start), place, *(work.inputs[o] for o in others))
-
-    return run
+def _train(train: Callable[..., dict[str, float]], role: str, others: Sequence[str], work: Work) -> dict[str, float]:
+    """Train the input `model` on a JSONL file, given as itself or as the artifact that holds it."""
+    start, given = work.inputs["model"], work.inputs[role]
+    data = given / f"{role}.jsonl" if given.is_dir() else given
+    place = Place(work.output, work.scratch, work.seed, work.label)
+    return train(work.config, start, data, load_tokenizer(start), place, *(work.inputs[o] for o in others))
 
 
-run_sft = _training(sft, "demonstrations")
-run_reward = _training(reward, "preferences")
-run_dpo = _training(dpo, "preferences")
-run_online_dpo = _training(online_dpo, "prompts", "reward")
+run_sft = partial(_train, sft, "demonstrations", ())
+run_reward = partial(_train, reward, "preferences", ())
+run_dpo = partial(_train, dpo, "preferences", ())
+run_online_dpo = partial(_train, online_dpo, "prompts", ("reward",))
 Run = Callable[[Work], dict[str, float]]
 _ALIGNED = {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"}  # what its scores stand beside
 _GRAPH: list[tuple[str, Run, dict[str, str]]] = [
