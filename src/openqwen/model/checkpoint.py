@@ -14,6 +14,7 @@ from openqwen.model.decoder import Qwen2, Scorer
 from openqwen.model.gguf import read_gguf
 from openqwen.model.quantize import Kind, QuantizedQwen2, check
 from openqwen.model.quantize import quantize as quantized
+from openqwen.model.quantize_gpu import quantize_on_gpu
 from openqwen.model.stored import Stored, stored_in_folder, weight_files
 from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
 from openqwen.support.errors import OpenQwenError
@@ -55,18 +56,22 @@ def load_model(
     `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
     or where the files mix several. device: "meta" reads nothing, but remembers where all lies: `Qwen2.stored`.
     Half-precision weights that need no cast are used from the file, not copied. advance: called with the number of
-    weights read since the last call. quantize: "int8" or "int4", on a CPU (`model.quantize`); a folder that holds such
-    weights already needs no word of it. Raises OpenQwenError.
+    weights read since the last call. quantize: "int8" or "int4", on a CPU (`model.quantize`) or a CUDA GPU (torchao); a
+    folder that holds such weights already needs no word of it. Raises OpenQwenError.
     """
     path = local(source)
     if (kept := _kept_quantized(path, quantize)) is not None:
         return kept
+    on_gpu = torch.device(device).type == "cuda"
     if quantize is not None:
-        check(quantize, torch.device(device))
+        dtype = "bfloat16" if on_gpu else None
+        check(quantize, torch.device("cpu" if on_gpu else device))
     config, stored, where = _read(path)
-    model = fill(lambda: Qwen2(config), stored, where, None if quantize else dtype, device, advance)
+    model = fill(lambda: Qwen2(config), stored, where, dtype, device, advance)
     model.stored = stored if str(device) == "meta" else None
-    return model if quantize is None else quantized(model, quantize)
+    if quantize is not None:
+        model = (quantize_on_gpu if on_gpu else quantized)(model, quantize)
+    return model
 
 
 def load_scorer(source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu") -> Scorer:

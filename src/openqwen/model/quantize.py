@@ -335,7 +335,7 @@ def check(kind: str, device: torch.device) -> None:
         raise OpenQwenError(f"Weights cannot be quantised to '{kind}'.", do=f"choose one of {', '.join(FORMATS)}")
     if device.type != "cpu":
         raise OpenQwenError(
-            f"Quantised weights run on the CPU, not on {device}.",
+            f"Packed weights run on the CPU, not on {device}.",
             do='give device="cpu", or leave quantize out and give dtype="bfloat16"',
         )
 
