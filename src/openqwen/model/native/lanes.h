@@ -145,7 +145,8 @@ inline float fma(float a, float b, float c) {
 // Folded in halves: (x₀ + x₈) + (x₄ + x₁₂) …
 inline float sum(Lanes a) {
 #if defined(__AVX512F__)
-  const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(a.x), _mm512_extractf32x8_ps(a.x, 1));
+  const __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.x), 1));
+  const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(a.x), upper);
   const __m128 z = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
   const __m128 w = _mm_add_ps(z, _mm_movehl_ps(z, z));
   return _mm_cvtss_f32(_mm_add_ss(w, _mm_movehdup_ps(w)));
