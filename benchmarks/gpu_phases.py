@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from openqwen.engine import Engine, Sampling
 from openqwen.engine.config import EngineConfig
-from openqwen.model import DualChunk, ModelConfig, Packed, Qwen2, Yarn, initialize
+from openqwen.model import DualChunk, ModelConfig, Qwen2, Yarn, initialize
 from openqwen.model import dual_chunk as chunks
 from openqwen.model.experts import SparseFeedForward
 from openqwen.model.feed_forward import FeedForward
