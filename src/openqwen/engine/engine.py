@@ -51,7 +51,7 @@ class Engine:
         self._budget = config.token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET)
         self._admission = Admission(model, tokenizer, config)
         self._schedule = Schedule(PagePool(self._admission.pages, config.page_size), config)
-        cache = Cache.of(model, self._admission.pages, config.page_size, config.cache)
+        cache = Cache.of(model, self._admission.pages + 1, config.page_size, config.cache)  # one belongs to nobody
         self._runner = Runner(model, self.adapters, cache, tokenizer.vocab_size)
         self._structures = Structures(tokenizer, self._stops)
         self._drafter = Drafter(config.speculate)
@@ -183,6 +183,7 @@ class Engine:
         Requests that run keep what they have written and read it anew, with the new weights, before they go on.
         """
         self._schedule.restart(self.version + 1 if version is None else version)
+        self._runner.refresh()
         self._weights = self._fingerprint()
 
     def generate(

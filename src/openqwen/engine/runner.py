@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from openqwen.engine.adapters import Adapters
+from openqwen.engine.graphs import DecodeGraphs
 from openqwen.engine.request import Request
 from openqwen.engine.score import tell
 from openqwen.model import Cache, Paged, Qwen2
@@ -28,6 +29,9 @@ class Runner:
 
     def __init__(self, model: Qwen2, adapters: Adapters, cache: Cache, vocabulary: int):
         self._model, self._adapters, self._cache, self._vocabulary = model, adapters, cache, vocabulary
+        possible = DecodeGraphs.possible(model, cache)
+        # The cache's last page belongs to nobody: padded rows of a graph write there.
+        self._graphs = DecodeGraphs(model, cache, scratch=cache.pages - 1) if possible else None
 
     def turn(self, request: Request, done: int, pages: Sequence[int]) -> None:
         """Fill a request's pages, but for the first `done`, with what these hold, which was read in the way before its
@@ -39,6 +43,14 @@ class Runner:
     def run(self, reads: Sequence[Read]) -> Tensor:
         """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32. Requests that ask for
         log-probabilities of their prompts are told them."""
+        if self._graphs and _decoding_alike(reads):
+            requests = [read.request for read in reads]
+            return self._graphs.run(
+                [read.tokens[0] for read in reads],
+                [request.computed + 1 for request in requests],
+                [request.pages for request in requests],
+                requests[0].long_context,
+            )
         device = self._model.device
         counts = [len(read.tokens) for read in reads]
         starts = [read.request.computed for read in reads]
@@ -66,6 +78,11 @@ class Runner:
             hidden_TD = hidden_TD[torch.tensor(wanted, dtype=torch.long, device=device)]
         return self._model.logits(hidden_TD).float()
 
+    def refresh(self) -> None:
+        """The weights may have changed."""
+        if self._graphs:
+            self._graphs.refresh()
+
     def _tell(self, request: Request, hidden_TD: Tensor) -> None:
         """Log-probabilities of the prompt's tokens after those that were read now."""
         here = request.untold[: max(0, request.computed + len(hidden_TD) + 1 - request.untold.start)]
@@ -73,3 +90,16 @@ class Runner:
         found = tell(self._model, before_TD, targets, request.sampling.prompt_logprobs or 0, self._vocabulary)
         request.prompt_logprobs += found[0]
         request.prompt_top += found[1]
+
+
+def _decoding_alike(reads: Sequence[Read]) -> bool:
+    """Whether each request reads one token that is scored, all in one way, none through an adapter."""
+    for read in reads:
+        request = read.request
+        if (len(read.tokens), read.scored) != (1, 1) or request.adapter or request.untold:
+            return False
+        if request.long_context != reads[0].request.long_context:
+            return False
+        if request.long_context and request.long_context.dual_chunk:
+            return False
+    return True

@@ -6,9 +6,12 @@ continues sequences whose earlier keys and values lie in a cache (generation). S
 key/value heads, d head width, B documents of one bucket, L their padded length.
 """
 
-from collections.abc import Sequence
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +48,31 @@ def sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = N
         enable_gqa=q_BLHd.shape[2] != k_BLKd.shape[2],
     )
     return out.transpose(1, 2)
+
+
+def packed_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """PyTorch's attention of packed sequences (FlashAttention), where it runs; None elsewhere.
+
+    It takes q [T, H, d], k and v [N, K, d], the bounds of the queries' and of the keys' sequences [B + 1]
+    in int32, and the longest length of each, and needs no padding. The last query of a sequence sees all
+    of its keys.
+    """
+    suits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    return _packed_attention if suits else None
+
+
+def _varlen() -> Callable[..., Tensor] | None:
+    try:
+        kernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(kernel).parameters:  # PyTorch 2.11 has no such option
+        options["enable_gqa"] = True
+    return partial(kernel, **options)
+
+
+_packed_attention = _varlen()
 
 
 def divided(q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int]) -> dict[int, dual_chunk.Queries]:
@@ -112,7 +140,8 @@ class Packed:
 
     Documents of like length are gathered into padded buckets, one fused causal call a bucket. Padding stands on the
     right, so causality hides it from every real token: no mask is needed and the result is exact. Documents longer
-    than a chunk of Dual Chunk Attention are read one by one.
+    than a chunk of Dual Chunk Attention are read one by one. A GPU in half precision needs no
+    buckets: one call of `packed_kernel` reads all documents.
     """
 
     def __init__(self, lengths: Sequence[int], long_context: LongContexts = None):
@@ -124,6 +153,7 @@ class Packed:
         self._even = len(set(lengths)) == 1
         self._device = torch.device("cpu")
         self._layouts: dict[tuple[int, ...], _Buckets] = {}  # by the documents that stand apart
+        self._bounds: Tensor | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], long_context: LongContexts = None) -> "Packed":
@@ -142,6 +172,8 @@ class Packed:
         """Move the indices; returns self."""
         self._device = torch.device(device)
         self._layouts.clear()
+        bounds = [0, *accumulate(self.lengths)]
+        self._bounds = torch.tensor(bounds, dtype=torch.int32, device=self._device)
         return self
 
     def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
@@ -155,6 +187,10 @@ class Packed:
         if self._even and not rotation.chunk_lens:
             shape = (len(self.lengths), self.lengths[0])
             return sdpa(*(x.unflatten(0, shape) for x in (near_THd, k_TKd, v_TKd))).flatten(0, 1)
+        kernel = None if rotation.chunk_lens else packed_kernel(q_THd.device, q_THd.dtype)
+        if kernel and self._bounds is not None:
+            bounds, longest = self._bounds, max(self.lengths)
+            return kernel(near_THd, k_TKd, v_TKd, bounds, bounds, longest, longest)
         apart = tuple(i for i, chunk_len in enumerate(rotation.chunk_lens) if chunk_len)
         layout = self._layout(apart)
         outs = []

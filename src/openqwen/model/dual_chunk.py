@@ -3,12 +3,13 @@
 A sequence is cut into chunks of s = chunk_len tokens. Keys are turned by their position within their chunk, so they
 never depend on who reads them; a query is turned three ways, for the keys of its own chunk (intra), of the one before
 (successive) and of all earlier ones (inter). Both paths below compute the one softmax over all keys: `plain` anywhere,
-`fused` on the CPU. Shapes: n queries, the last of m tokens whose keys are given, H query heads, K key/value heads,
-G = H/K, d head width.
+`fused` on the CPU and, in half precision, on CUDA. Shapes: n queries, the last of m tokens whose keys
+are given, H query heads, K key/value heads, G = H/K, d head width.
 """
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from openqwen.model.long_context import DualChunk
 
-_FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_FLASH_BACKWARD: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_aten = torch.ops.aten
+_CPU_FLASH: Any = getattr(_aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_CPU_FLASH_BACKWARD: Any = getattr(_aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 _ROWS = 256  # queries whose scores `plain` holds at once
 
@@ -39,13 +41,56 @@ def rotary_positions(positions_T: Tensor, dual: DualChunk) -> tuple[Tensor, Tens
 
 def attend(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:
     """Causal attention of the last n of m tokens, [n, H, d]; scale 1/√d. The first key stands at position 0."""
-    way = fused if has_fused(k_mKd.device) else plain
+    way = fused if has_fused(k_mKd.device, k_mKd.dtype) else plain
     return way(queries, k_mKd, v_mKd, chunk_len)
 
 
-def has_fused(device: torch.device) -> bool:
-    """Whether `fused` runs on this device."""
-    return device.type == "cpu" and _FLASH is not None and _FLASH_BACKWARD is not None
+def has_fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `fused` runs on this device with queries and keys of this type."""
+    if device.type == "cpu":
+        return _CPU_FLASH is not None and _CPU_FLASH_BACKWARD is not None
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _flash(q_bHnd: Tensor, k_bKmd: Tensor, v_bKmd: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """FlashAttention of b rectangles: the output [b, H, n, d] and the log-sum-exps [b, H, n].
+
+    From Hopper on cuDNN's is the faster one, before it PyTorch's own (FlashAttention 2).
+    """
+    if q_bHnd.device.type == "cpu":
+        out, lse = _CPU_FLASH(q_bHnd, k_bKmd, v_bKmd, 0.0, causal)
+        return out, lse
+    if _has_cudnn(q_bHnd.device):
+        found = _aten._scaled_dot_product_cudnn_attention(q_bHnd, k_bKmd, v_bKmd, None, True, 0.0, causal, False)
+        return found[0], found[1].squeeze(-1)
+    q, k, v = (x.transpose(1, 2) for x in (q_bHnd, k_bKmd, v_bKmd))
+    found = _aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False)
+    return found[0].transpose(1, 2), found[1]
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, in the layout of `_flash`."""
+    none = (None, None)
+    if q.device.type == "cpu":
+        found = _CPU_FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, causal)
+        return found[0], found[1], found[2]
+    lengths = (q.shape[2], k.shape[2])
+    if _has_cudnn(q.device):
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which there is none
+        rest = (lse.contiguous()[..., None], seed, seed, None, *none, *lengths, 0.0, causal)
+        found = _aten._scaled_dot_product_cudnn_attention_backward(grad.contiguous(), q, k, v, out.contiguous(), *rest)
+        return found[0], found[1], found[2]
+    turned = [x.transpose(1, 2).contiguous() for x in (grad, q, k, v, out)]
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    found = _aten._flash_attention_backward(*turned, lse.contiguous(), *none, *lengths, 0.0, causal, seed, seed[:0])
+    return found[0].transpose(1, 2), found[1].transpose(1, 2), found[2].transpose(1, 2)
+
+
+@cache
+def _has_cudnn(device: torch.device) -> bool:
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def plain(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:
@@ -83,7 +128,7 @@ def _dense(
 
 
 def fused(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:
-    """See `attend`: PyTorch's fused attention for the CPU on each rectangle of the score matrix, merged exactly."""
+    """See `attend`: PyTorch's FlashAttention on each rectangle of the score matrix, merged exactly."""
     out_nHd: Tensor = _Fused.apply(*queries, k_mKd, v_mKd, chunk_len)
     return out_nHd
 
@@ -140,7 +185,7 @@ class _Fused(torch.autograd.Function):
         out_nHd = torch.empty_like(intra, dtype=_exact(intra))
         lse_nH = out_nHd.new_empty(intra.shape[:2])
         for part in _parts(len(intra), len(k), s):
-            found = _FLASH(part.of_rows(turned[part.turn]), part.of_keys(k), part.of_keys(v), 0.0, part.causal)
+            found = _flash(part.of_rows(turned[part.turn]), part.of_keys(k), part.of_keys(v), part.causal)
             more, more_lse = (x.transpose(1, 2).flatten(0, 1) for x in found)
             out, lse = out_nHd[part.rows], lse_nH[part.rows]
             if part.causal:
@@ -163,7 +208,7 @@ class _Fused(torch.autograd.Function):
         for part in _parts(len(out), len(k), ctx.chunk_len):
             q = turned[part.turn]
             inputs = (part.of_rows(q), part.of_keys(k), part.of_keys(v), part.of_rows(out), part.of_rows(lse))
-            found = _FLASH_BACKWARD(part.of_rows(grad_nHd), *inputs, 0.0, part.causal)
+            found = _flash_backward(part.of_rows(grad_nHd), *inputs, part.causal)
             for total, where, new in zip(
                 (grads[part.turn], *grads[3:]), (part.rows, part.keys, part.keys), found, strict=True
             ):

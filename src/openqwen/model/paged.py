@@ -15,6 +15,7 @@ from openqwen.model import dual_chunk, kernels
 from openqwen.model.attention import LongContexts, divided, for_each, sdpa
 from openqwen.model.cache import STEP, Cache
 from openqwen.model.config import ModelConfig
+from openqwen.model.paged_gpu import GpuPaged, suits
 from openqwen.model.rope import Rotation, rotate, rotation_of
 
 
@@ -78,6 +79,8 @@ class Paged:
             k_TKd = k_TKd - self.cache.key_bias_NKd[layer].to(k_TKd.dtype)
         self.cache.write(layer, self._places[3], rotate(k_TKd, *rotation.key), v_TKd)
         if not rotation.chunk_lens:
+            if self._gpu is not None and near_THd.dtype == self.cache.dtype:
+                return self._gpu.attend(near_THd, layer)
             return self._masked(near_THd, layer, self._all)
         outs = list(near_THd.split(self.new))
         for i, queries in divided(q_THd, near_THd, rotation, self.new).items():
@@ -107,6 +110,12 @@ class Paged:
         rows_BQ, real_BQ, tables_BP, mask_B1QL = self._grids[chosen]
         k_BLKd, v_BLKd = self._read(layer, tables_BP, chosen, 0)
         return sdpa(q_THd[rows_BQ], k_BLKd, v_BLKd, mask_B1QL)[real_BQ]
+
+    @cached_property
+    def _gpu(self) -> GpuPaged | None:
+        if not suits(self.cache):
+            return None
+        return GpuPaged(self.cache, self.tables_BP, self.totals, self.new)
 
     @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import torch
 
 from openqwen.model import dual_chunk
+from openqwen.model.attention import packed_kernel
 from openqwen.support.device import best_device
 from openqwen.tokenizer import fast
 
@@ -16,5 +17,10 @@ def paths() -> str:
         threads = torch.get_num_threads()
         where = f"CPU, {threads} thread{'s' * (threads != 1)}"
     tokenizer = "compiled" if fast.library() else "in plain Python"
-    chunks = "fused" if dual_chunk.has_fused(device) else "in plain PyTorch"
-    return f"On {where}; float32; tokenizer {tokenizer}; dual chunk attention {chunks}."
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chunks = "fused" if dual_chunk.has_fused(device, dtype) else "in plain PyTorch"
+    packed = "without padding" if packed_kernel(device, dtype) else "in padded buckets"
+    return (
+        f"On {where}; {str(dtype).removeprefix('torch.')}; tokenizer {tokenizer}; "
+        f"packed attention {packed}; dual chunk attention {chunks}."
+    )

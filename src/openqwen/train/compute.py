@@ -33,6 +33,8 @@ def computing(precision: Precision, device: torch.device) -> torch.autocast:
 
 def compile_layers(model: nn.Module) -> None:
     """Compile each layer, in place, for any number of tokens. Names of parameters stay."""
+    # Without this each layer's number would be a constant, and the layers beyond the eighth not compiled.
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
     for layer in model.modules():
         if isinstance(layer, Layer):
             layer.compile(dynamic=True)

@@ -20,6 +20,7 @@ from openqwen.support.progress import console
 CHUNK = 1_024  # tokens scored at a time
 KEEP_BYTES = 512 * 2**20  # scores kept for the backward pass, at most
 BLOCK_BYTES = 160 * 2**20  # scores that `cross_entropy` holds at a time, about
+BLOCK_BYTES_GPU = 2**30  # a GPU's bandwidth wants larger ones
 
 
 class _LogProbs(torch.autograd.Function):
@@ -72,7 +73,8 @@ class _CrossEntropy(torch.autograd.Function):
         grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32) if to_head else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         tokens = max(1, len(targets_N))
-        size = -(-tokens // max(1, round(tokens * head_VD.shape[0] * 4 / BLOCK_BYTES)))
+        most = BLOCK_BYTES_GPU if head_VD.is_cuda else BLOCK_BYTES
+        size = -(-tokens // max(1, round(tokens * head_VD.shape[0] * 4 / most)))
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
             # In place, as a block is large: logits, then logits − max, then exponentials, then the slope.

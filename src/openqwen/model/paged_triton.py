@@ -1,0 +1,101 @@
+"""Attention of one new token a sequence to pages, as a Triton kernel (FlashDecoding, Dao et al. 2023).
+
+The keys of a sequence are cut into splits that run beside each other; each gives its output and its
+log-sum-exp, and `paged_decode` merges them. Shapes: B sequences, H query heads, K key/value heads,
+G = H / K, d head width, P pages of a sequence, S slots of a page.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SPLITS = 16  # parts of a sequence, so that one request alone fills a GPU
+
+
+@triton.jit
+def _decode(
+    q,
+    keys,
+    values,
+    tables,
+    totals,
+    out,
+    lse,
+    scale,
+    pages,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    b, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    total = tl.load(totals + b)
+    share = tl.cdiv(tl.cdiv(total, SPLITS), BLOCK) * BLOCK  # keys of a split
+    first = split * share
+    end = tl.minimum(first + share, total)
+    g = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    j = tl.arange(0, BLOCK)
+    real = (g < G)[:, None]
+    query = tl.load(q + ((b * K + head) * G + g)[:, None] * D + d[None, :], mask=real, other=0.0)
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, D), tl.float32)
+    for start in range(first, end, BLOCK):
+        at = start + j
+        seen = at < end
+        page = tl.load(tables + b * pages + at // S, mask=seen, other=0)
+        slot = at % S
+        base = (page * K + head) * D * S
+        k = tl.load(keys + base[None, :] + d[:, None] * S + slot[None, :], mask=seen[None, :], other=0.0)
+        v = tl.load(values + base[:, None] + slot[:, None] * D + d[None, :], mask=seen[:, None], other=0.0)
+        scores = tl.dot(query, k, input_precision="ieee") * scale
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp(scores - higher[:, None])
+        kept = tl.exp(top - higher)
+        weight = weight * kept + tl.sum(p, 1)
+        acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        top = higher
+    # A split beyond the sequence's end has weight 0: its log-sum-exp is −inf, and the merge leaves it out.
+    empty = first >= end
+    acc = acc / tl.where(empty, 1.0, weight)[:, None]
+    row = ((b * K + head) * G + g) * SPLITS + split
+    tl.store(out + row[:, None] * D + d[None, :], acc, mask=real)
+    tl.store(lse + row, tl.where(empty, float("-inf"), top + tl.log(weight)), mask=g < G)
+
+
+def paged_decode(q_BHd: Tensor, keys: Tensor, values: Tensor, tables_BP: Tensor, totals_B: Tensor) -> Tensor:
+    """Each query over all keys of its sequence, [B, H, d]; scale 1/√d. Nothing waits for the GPU.
+
+    keys: [pages, K, d, S]; values: [pages, K, S, d], as `Cache` keeps a layer's. tables_BP: int64, the
+    pages of each sequence in order. totals_B: int64, keys of each, at least 1.
+    """
+    batch, heads, width = q_BHd.shape
+    kv_heads, size = values.shape[1:3]
+    out = q_BHd.new_empty((batch, heads, _SPLITS, width), dtype=torch.float32)
+    lse = q_BHd.new_empty((batch, heads, _SPLITS), dtype=torch.float32)
+    _decode[(batch, kv_heads, _SPLITS)](
+        q_BHd.contiguous(),
+        keys,
+        values,
+        tables_BP,
+        totals_B,
+        out,
+        lse,
+        width**-0.5,
+        tables_BP.shape[1],
+        K=kv_heads,
+        G=heads // kv_heads,
+        D=width,
+        S=size,
+        SPLITS=_SPLITS,
+        BLOCK=64,
+        ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
+    )
+    share = lse.softmax(-1)[..., None]
+    return (out * share).sum(2).to(q_BHd.dtype)
