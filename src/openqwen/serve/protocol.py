@@ -36,6 +36,10 @@ def _text_alone(part: Any) -> Any:
     return part
 
 
+def _at(param: str, fault: str) -> ApiError:
+    return ApiError(400, f"{param}: {fault}.", param)
+
+
 def _readable(message: Any) -> Any:
     """Refuses what would be lost of a message without a word."""
     if isinstance(message, dict):
@@ -126,7 +130,7 @@ class Body(BaseModel):
     def _done(cls, values: Any) -> Any:
         for name, why in cls.refused.items() if isinstance(values, dict) else ():
             if values.get(name) not in (None, False, "", []):
-                raise ApiError(400, f"{name} is not supported here: {why}.", name)
+                raise _at(name, f"not supported here: {why}")
         return values
 
 
@@ -150,7 +154,7 @@ class Turns(Body):
     @model_validator(mode="after")
     def _one_ending(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("add_generation_prompt and continue_final_message exclude each other")
+            raise _at("continue_final_message", "it excludes add_generation_prompt")
         return self
 
 
@@ -180,9 +184,9 @@ class Options(Body):
     @model_validator(mode="after")
     def _consistent(self) -> "Options":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams alone")
+            raise _at("stream_options", "it is for streams alone")
         if self.min_tokens and not self.ignore_eos:
-            raise ValueError("min_tokens needs ignore_eos: else the model decides where it ends")
+            raise _at("min_tokens", "it needs ignore_eos; else the model decides where it ends")
         return self
 
     def structure(self) -> Structure | None:
@@ -250,11 +254,11 @@ class ChatRequest(Options, Turns):
     def _fits(self) -> "ChatRequest":
         names = [tool["function"]["name"] for tool in self.tools or []]
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+            raise _at("top_logprobs", "it needs logprobs")
         if self.tool_choice not in (None, "none") and not names:
-            raise ValueError("tool_choice needs tools")
+            raise _at("tool_choice", "it needs tools")
         if isinstance(self.tool_choice, dict) and self.tool_choice["function"]["name"] not in names:
-            raise ValueError(f"tool_choice names none of the tools {names}")
+            raise _at("tool_choice", f"it names none of the tools {names}")
         return self
 
     @property
@@ -317,11 +321,11 @@ class CompletionRequest(Options):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens can be 0 with echo alone")
+            raise _at("max_tokens", "it can be 0 with echo alone")
         if self.suffix and self.echo:
-            raise ValueError("echo and suffix exclude each other")
+            raise _at("suffix", "it excludes echo")
         if self.best_of not in (None, self.n or 1):
-            raise ValueError("best_of is not supported here: send n, and choose")
+            raise _at("best_of", "it can only be n; send n, and choose among the answers")
         return self
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
