@@ -115,9 +115,12 @@ def test_tokenizer_info(server, tiny):
 
 def test_names_of_files_and_forms_within_forms(server, client):
     assert client.files.create(file=("é日.jsonl", b"{}"), purpose="batch").filename == "é日.jsonl"
-    inner = b'--y\r\n\r\nx\r\n--y--\r\n'
-    parts = [b'--x\r\nContent-Disposition: form-data; name="%s"\r\nContent-Type: multipart/mixed; boundary=y\r\n\r\n' % n
-             + inner for n in (b"file", b"purpose")]
+    inner = b"--y\r\n\r\nx\r\n--y--\r\n"
+    parts = [
+        b'--x\r\nContent-Disposition: form-data; name="%s"\r\nContent-Type: multipart/mixed; boundary=y\r\n\r\n' % n
+        + inner
+        for n in (b"file", b"purpose")
+    ]
     headers = {"content-type": "multipart/form-data; boundary=x"}
     told(server.http.post("/v1/files", content=b"\r\n".join([*parts, b"--x--\r\n"]), headers=headers), 400)
     assert server.http.get("/v1/files").status_code == 200

@@ -139,7 +139,9 @@ class Batches:
                     file.flush()
                     counts["completed" if _good(entry) else "failed"] += 1
 
-            await asyncio.gather(*(worker() for _ in range(_TOGETHER)))
+            async with asyncio.TaskGroup() as group:  # where one fails, the others end too
+                for _ in range(_TOGETHER):
+                    group.create_task(worker())
         done.sort(key=lambda entry: entry["line"])
         for key, wanted in (("output", True), ("error", False)):
             kept = [{k: v for k, v in entry.items() if k != "line"} for entry in done if _good(entry) == wanted]
