@@ -17,7 +17,14 @@ BAD = {
     "bytes": b"\xff\xfe{}",
     "infinite": b'{"messages": [], "temperature": Infinity}',
 }
-PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/score", "/v1/batches")
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/embeddings",
+    "/tokenize",
+    "/score",
+    "/v1/batches",
+)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -30,7 +37,11 @@ def test_bad_json_is_a_400_that_says_why(server, name):
 @pytest.mark.parametrize("arguments", ["1" * 5000, "[" * 5000, "[" * 400 + "]" * 400, '{"a": ' * 300 + "1" + "}" * 300])
 def test_arguments_of_calls_in_a_conversation_give_no_5xx(server, arguments):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
-    messages = [*USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+    messages = [
+        *USER,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "x"},
+    ]
     answer = server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
     assert answer.status_code in (200, 400)
 
@@ -62,7 +73,15 @@ def test_types_of_content(server):
 
 
 def test_head_answers_as_get_without_a_body(server):
-    for path in ("/health", "/v1/models", "/v1/models/tiny", "/v1/files", "/metrics", "/tokenizer_info", "/"):
+    for path in (
+        "/health",
+        "/v1/models",
+        "/v1/models/tiny",
+        "/v1/files",
+        "/metrics",
+        "/tokenizer_info",
+        "/",
+    ):
         head, get = server.http.head(path), server.http.get(path)
         assert (head.status_code, head.content) == (200, b"")
         assert head.headers["content-type"] == get.headers["content-type"]
@@ -122,5 +141,8 @@ def test_names_of_files_and_forms_within_forms(server, client):
         for n in (b"file", b"purpose")
     ]
     headers = {"content-type": "multipart/form-data; boundary=x"}
-    told(server.http.post("/v1/files", content=b"\r\n".join([*parts, b"--x--\r\n"]), headers=headers), 400)
+    told(
+        server.http.post("/v1/files", content=b"\r\n".join([*parts, b"--x--\r\n"]), headers=headers),
+        400,
+    )
     assert server.http.get("/v1/files").status_code == 200

@@ -18,7 +18,12 @@ class Panic(BaseException):
 class Engine:
     """Takes a request, and fails at the first step."""
 
-    busy, version, adapters, tokenizer = False, 0, SimpleNamespace(names=[]), SimpleNamespace(info=dict)
+    busy, version, adapters, tokenizer = (
+        False,
+        0,
+        SimpleNamespace(names=[]),
+        SimpleNamespace(info=dict),
+    )
 
     def submit_many(self, prompt, sampling, n, adapter, priority):
         if prompt == [0]:
@@ -65,7 +70,16 @@ async def health(bridge):
     import httpx
 
     api = SimpleNamespace(bridge=bridge, tokenizer=bridge.engine.tokenizer, adapters=[], names=["m"])
-    for name in ("chat", "complete", "embed", "score", "tokenize", "detokenize", "template", "update_weights"):
+    for name in (
+        "chat",
+        "complete",
+        "embed",
+        "score",
+        "tokenize",
+        "detokenize",
+        "template",
+        "update_weights",
+    ):
         setattr(api, name, None)
     batches = SimpleNamespace(fault="Batches are no longer worked through: TypeError.")
     for name in ("file", "delete", "batch", "cancel", "add_batch"):

@@ -15,7 +15,10 @@ def theirs(tiny):
 
 @pytest.mark.parametrize("content", ["Once upon a", "Once <|im_end|> upon", "\n a \n", "x"])
 def test_the_last_message_is_left_open_as_transformers_does(server, theirs, content):
-    for messages in ([*USER, {"role": "assistant", "content": content}], [{"role": "user", "content": content}]):
+    for messages in (
+        [*USER, {"role": "assistant", "content": content}],
+        [{"role": "user", "content": content}],
+    ):
         text = theirs.apply_chat_template(messages, tokenize=False, continue_final_message=True)
         body = {"messages": messages, **OPEN}
         assert server.http.post("/apply-template", json=body).json()["prompt"] == text
@@ -90,7 +93,11 @@ def test_a_prompt_is_echoed_alone(server, client):
     (choice,) = alone.choices
     more = client.completions.create(max_tokens=3, logprobs=2, **options).choices[0].logprobs
     count = alone.usage.prompt_tokens
-    assert (choice.text, choice.finish_reason, alone.usage.completion_tokens) == ("The best book", "length", 0)
+    assert (choice.text, choice.finish_reason, alone.usage.completion_tokens) == (
+        "The best book",
+        "length",
+        0,
+    )
     assert choice.logprobs.tokens == more.tokens[:count]
     assert choice.logprobs.token_logprobs[1:] == pytest.approx(more.token_logprobs[1:count], abs=1e-5)
     assert client.completions.create(max_tokens=0, **options).choices[0].text == "The best book"
@@ -103,5 +110,11 @@ def test_a_prompt_is_echoed_alone(server, client):
 
 
 def test_no_log_probabilities_may_be_asked_for_in_so_many_words(client):
-    options = {"model": "tiny", "messages": USER, "max_tokens": 1, "logprobs": False, "top_logprobs": 0}
+    options = {
+        "model": "tiny",
+        "messages": USER,
+        "max_tokens": 1,
+        "logprobs": False,
+        "top_logprobs": 0,
+    }
     assert client.chat.completions.create(**options).choices[0].logprobs is None

@@ -48,10 +48,26 @@ REFUSED = {
 # Honoured in one value alone.
 PARTLY = {"best_of": 3, "modalities": ["text", "audio"], "verbosity": "low"}
 ROUTES = {
-    "/v1/chat/completions": (chat_params.CompletionCreateParamsBase, p.ChatRequest, {"messages": USER}),
-    "/v1/completions": (completion_create_params.CompletionCreateParamsBase, p.CompletionRequest, {"prompt": "x"}),
-    "/v1/responses": (response_create_params.ResponseCreateParamsBase, ResponsesRequest, {"input": "x"}),
-    "/v1/embeddings": (embedding_create_params.EmbeddingCreateParams, p.EmbeddingRequest, {"input": "x"}),
+    "/v1/chat/completions": (
+        chat_params.CompletionCreateParamsBase,
+        p.ChatRequest,
+        {"messages": USER},
+    ),
+    "/v1/completions": (
+        completion_create_params.CompletionCreateParamsBase,
+        p.CompletionRequest,
+        {"prompt": "x"},
+    ),
+    "/v1/responses": (
+        response_create_params.ResponseCreateParamsBase,
+        ResponsesRequest,
+        {"input": "x"},
+    ),
+    "/v1/embeddings": (
+        embedding_create_params.EmbeddingCreateParams,
+        p.EmbeddingRequest,
+        {"input": "x"},
+    ),
     "/v1/batches": (batch_create_params.BatchCreateParams, p.BatchRequest, {}),
 }
 
@@ -78,10 +94,22 @@ def test_every_field_has_its_place(server, path):
 
 def test_harmless_fields_change_nothing(client):
     def ask(**more):
-        options = {"model": "tiny", "messages": USER, "max_tokens": 4, "temperature": 0, "extra_body": more}
+        options = {
+            "model": "tiny",
+            "messages": USER,
+            "max_tokens": 4,
+            "temperature": 0,
+            "extra_body": more,
+        }
         return client.chat.completions.create(**options).choices
 
-    fields = {"modalities": ["text"], "verbosity": "medium", "best_of": 1, "functions": [], "function_call": None}
+    fields = {
+        "modalities": ["text"],
+        "verbosity": "medium",
+        "best_of": 1,
+        "functions": [],
+        "function_call": None,
+    }
     assert ask(user="u", store=True, reasoning_effort="low", prediction={"type": "content"}, **fields) == ask()
 
 
@@ -109,19 +137,59 @@ def words(server, path, body):
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 TEXT = {"type": "text", "text": "a"}
 CASES = [
-    ({"messages": [{"role": "user", "content": [TEXT, IMAGE]}]}, "messages[0].content[1]", "text, not image_url"),
-    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]", "input_audio"),
-    ({"messages": [*USER, {"role": "assistant", "refusal": "no"}]}, "messages[1]", "text, not refusal"),
-    ({"messages": [*USER, {"role": "assistant", "audio": {"id": "a"}}]}, "messages[1]", "text, not audio"),
-    ({"messages": [*USER, {"role": "assistant", "function_call": {"name": "f"}}]}, "messages[1]", "tool_calls"),
-    ({"messages": [*USER, {"role": "function", "name": "f", "content": "x"}]}, "messages[1]", "tool_calls"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "required"),
+    (
+        {"messages": [{"role": "user", "content": [TEXT, IMAGE]}]},
+        "messages[0].content[1]",
+        "text, not image_url",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        "messages[0].content[0]",
+        "input_audio",
+    ),
+    (
+        {"messages": [*USER, {"role": "assistant", "refusal": "no"}]},
+        "messages[1]",
+        "text, not refusal",
+    ),
+    (
+        {"messages": [*USER, {"role": "assistant", "audio": {"id": "a"}}]},
+        "messages[1]",
+        "text, not audio",
+    ),
+    (
+        {"messages": [*USER, {"role": "assistant", "function_call": {"name": "f"}}]},
+        "messages[1]",
+        "tool_calls",
+    ),
+    (
+        {"messages": [*USER, {"role": "function", "name": "f", "content": "x"}]},
+        "messages[1]",
+        "tool_calls",
+    ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text",
+        "required",
+    ),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]", "'role' cannot be 'robot'"),
     ({"messages": [{"content": "x"}]}, "messages[0]", "'role' is missing"),
     ({"messages": USER, "stop": 5}, "stop", "a valid string or a valid list"),
-    ({"messages": USER, "tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", "'function'"),
-    ({"messages": USER, "tool_choice": {"type": "allowed_tools"}}, "tool_choice.type", "'function'"),
-    ({"messages": USER, "response_format": {"type": "sound"}}, "response_format", "'type' cannot be 'sound'"),
+    (
+        {"messages": USER, "tools": [{"type": "custom", "custom": {}}]},
+        "tools[0].type",
+        "'function'",
+    ),
+    (
+        {"messages": USER, "tool_choice": {"type": "allowed_tools"}},
+        "tool_choice.type",
+        "'function'",
+    ),
+    (
+        {"messages": USER, "response_format": {"type": "sound"}},
+        "response_format",
+        "'type' cannot be 'sound'",
+    ),
     ({"messages": USER, "top_logprobs": 2}, "top_logprobs", "needs logprobs"),
 ]
 
@@ -138,7 +206,10 @@ def test_an_error_names_the_item_and_the_reason(server, body, param, said):
 def test_errors_of_responses_and_completions_name_it_too(server):
     parts = [{"type": "input_text", "text": "a"}, {"type": "input_image", "image_url": "x"}]
     message, param = words(server, "/v1/responses", {"input": [{"role": "user", "content": parts}]})
-    assert (param, message) == ("input[0].content[1]", f"{param}: this model reads text, not input_image")
+    assert (param, message) == (
+        "input[0].content[1]",
+        f"{param}: this model reads text, not input_image",
+    )
     message, param = words(server, "/v1/responses", {"input": [{"type": "web_search_call", "id": "1"}]})
     assert param == "input[0]"
     assert "web_search_call" in message

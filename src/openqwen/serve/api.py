@@ -64,16 +64,18 @@ class Api:
         return self.tokenizer.encode_chat(plain(messages), tools=tools, **ending)[0]
 
     def _several(self, value: Any, param: str, suffix: str | None = None) -> list[list[int]]:
-        """The prompts in a field that takes one or many, as text or ids. suffix: what follows a middle to be written.
+        """The prompts in a field that takes one or many, as text or ids.
 
-        Control tokens in a text are read, but not in code around a middle: there they are text, as in training.
+        suffix: what follows a middle that is to be written. Control tokens in a text are read, but
+        not in code around a middle: there they are text, as in training.
         """
         prompts = [value] if isinstance(value, str) or isinstance(value[0], int) else value
         encode = partial(self.tokenizer.encode, allow_control=not suffix)
         rows = [encode(one) if isinstance(one, str) else one for one in prompts]
         if suffix:
             if not set(MARKERS) <= self.tokenizer.control_ids.keys():
-                raise ApiError(400, "suffix needs fill-in-the-middle tokens, which this model does not have.", "suffix")
+                message = "suffix needs fill-in-the-middle tokens, which this model does not have."
+                raise ApiError(400, message, "suffix")
             after = encode(suffix)
             rows = [middle_prompt(self.tokenizer, row, after) for row in rows]
         return [self._fitting(ids, param) for ids in rows]
@@ -81,9 +83,9 @@ class Api:
     def _fitting(self, ids: list[int], param: str) -> list[int]:
         if len(ids) >= self.max_context:
             # In OpenAI's words, by which clients know that they must shorten the conversation.
-            message = f"This model's maximum context length is {self.max_context} tokens. However, your {param} "
-            message += f"resulted in {len(ids)} tokens. Please reduce the length of the {param}"
-            message += " so that there is room for an answer."
+            message = f"This model's maximum context length is {self.max_context} tokens. "
+            message += f"However, your {param} resulted in {len(ids)} tokens. "
+            message += f"Please reduce the length of the {param} so that there is room for an answer."
             raise ApiError(400, message, param, "context_length_exceeded")
         if max(ids) >= self.tokenizer.vocab_size:
             raise ApiError(400, f"{param} has a token id out of vocabulary ({max(ids)}).", param)
@@ -100,7 +102,8 @@ class Api:
         """Begin to continue texts."""
         prompts = await asyncio.to_thread(self._several, request.prompt, "prompt", request.suffix)
         stops = code_ids(self.tokenizer) if request.suffix else ()
-        return await self._begin(request, prompts, request.max_tokens, request.logprobs or 0, priority, stops)
+        top = request.logprobs or 0
+        return await self._begin(request, prompts, request.max_tokens, top, priority, stops)
 
     async def _begin(
         self,

@@ -78,10 +78,11 @@ class _Route(APIRoute):
 
 
 def _check_type(http: Request) -> None:
-    """Bodies without a type are JSON, but not from a browser: any page may send those to us unasked."""
+    """Bodies without a type are JSON, but not from a browser: any page may send those unasked."""
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json") and (kind or "origin" in http.headers):
-        told = f"The Content-Type of this body is {kind or 'missing'}, and must be application/json."
+    good = kind == "application/json" or kind.endswith("+json")
+    if not good and (kind or "origin" in http.headers):
+        told = f"The Content-Type of this body is {kind or 'missing'}; send application/json."
         raise ApiError(400, told, "Content-Type")
 
 

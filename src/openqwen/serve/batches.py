@@ -98,7 +98,8 @@ class Batches:
             while True:
                 waiting = [batch for batch in self.batches.values() if batch["status"] in _OPEN]
                 if waiting:
-                    await self._work_or_fail(api, min(waiting, key=lambda batch: (batch["created_at"], batch["id"])))
+                    oldest = min(waiting, key=lambda batch: (batch["created_at"], batch["id"]))
+                    await self._work_or_fail(api, oldest)
                 else:
                     self._wake.clear()
                     await self._wake.wait()
@@ -107,12 +108,13 @@ class Batches:
             _log.exception(self.fault)
 
     async def _work_or_fail(self, api: Api, batch: Json) -> None:
-        """Work on a batch. One that cannot be ended, as where the disk is full, fails; the next goes on."""
+        """Work on a batch. One that cannot be ended fails (a full disk), and the next goes on."""
         try:
             await self._work(api, batch)
         except Exception as error:
             _log.exception("Batch %s has failed.", batch["id"])
-            fault = {"code": "batch_failed", "message": told(error).message, "param": None, "line": None}
+            said = told(error).message
+            fault = {"code": "batch_failed", "message": said, "param": None, "line": None}
             batch |= {"status": "failed", "failed_at": int(time.time())}
             batch["errors"] = {"object": "list", "data": [fault]}
             with suppress(Exception):  # a full disk; the file then says that it is still to be done
@@ -132,7 +134,8 @@ class Batches:
                 for number in left:
                     if batch["status"] == "cancelling":
                         return
-                    entry = {"line": number, **await _answer(api, batch["endpoint"], lines[number], number + 1)}
+                    answer = await _answer(api, batch["endpoint"], lines[number], number + 1)
+                    entry = {"line": number, **answer}
                     done.append(entry)
                     # First the newline: a line cut short spoils no other.
                     file.write(b"\n" + json.dumps(entry).encode())
@@ -170,7 +173,8 @@ async def _answer(api: Api, endpoint: str, line: bytes, number: int) -> Json:
     try:
         record = parse_json(line, f"Line {number}")
         if not isinstance(record, dict) or not isinstance(record.get("body"), dict):
-            raise ApiError(400, f"Line {number} is no JSON object with custom_id, method, url and body.")
+            wanted = "JSON object with custom_id, method, url and body"
+            raise ApiError(400, f"Line {number} is no {wanted}.")
         custom_id = record.get("custom_id")
         if record.get("url") != endpoint:
             raise ApiError(400, f"The url of line {number} is not the batch's, {endpoint}.", "url")
@@ -199,7 +203,7 @@ async def _value(api: Api, endpoint: str, body: Json) -> Json:
             finally:
                 writing.answers.close()
         except ApiError as error:
-            if error.status == 503:  # the engine has ended, and the server is about to: the next one goes on
+            if error.status == 503:  # the engine has ended; the next server goes on from here
                 await asyncio.Future()
             if error.status != 429:
                 raise
@@ -228,7 +232,7 @@ def read_upload(body: bytes, content_type: str) -> tuple[str, str, bytes]:
             raise ApiError(400, "Send a multipart form with file and purpose.", name)
     purpose, content = (found[name].get_payload(decode=True) for name in ("purpose", "file"))
     if purpose is None or content is None:
-        raise ApiError(400, "The parts file and purpose of the form are not to have parts of their own.")
+        raise ApiError(400, "The parts file and purpose of a form have no parts of their own.")
     name = found["file"].get_filename() or "file"
     # The parser keeps bytes that are not ASCII as halves of surrogate pairs.
     name = name.encode("utf-8", "surrogateescape").decode(errors="replace")

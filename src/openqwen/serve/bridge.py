@@ -167,7 +167,7 @@ class Bridge:
                     future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
-                except BaseException as error:  # a panic of a library in Rust, which nobody else would catch
+                except BaseException as error:  # a panic in Rust, which nobody else would catch
                     future.set_exception(RuntimeError(repr(error)))
         events: list[tuple[Answers, int, Event]] = []
         if self.engine.busy:

@@ -36,10 +36,21 @@ class ApiError(Exception):
     """What a client is told instead of an answer. param: the field at fault. code: for programs."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry: int | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+        self.status, self.message, self.param, self.code, self.retry = (
+            status,
+            message,
+            param,
+            code,
+            retry,
+        )
 
     def body(self) -> dict[str, Any]:
         """The JSON that says so."""
@@ -50,7 +61,7 @@ class ApiError(Exception):
         """The whole answer."""
         headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
         if self.code == "timeout":
-            headers["x-should-retry"] = "false"  # OpenAI's clients would repeat what takes too long twice
+            headers["x-should-retry"] = "false"  # OpenAI's clients would ask twice more
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
@@ -80,15 +91,18 @@ def checked(kind: type[Model], body: Any) -> Model:
 def _invalid(errors: Sequence[Any], body: Any) -> ApiError:
     """What is wrong at the one place that is deepest in the body.
 
-    A field that takes several types gives the errors of them all; the type that was meant fails deepest.
+    A field that takes several types gives the errors of them all.
+    The type that was meant fails deepest.
     """
     places = [_place(error, body) for error in errors]
     order = [(len(place), error["type"] != "missing") for place, error in zip(places, errors)]
     place = places[order.index(max(order))]
-    told = [_message(error) for other, error in zip(places, errors) if other == place]
-    told = [told[0], *(text.removeprefix("Input should be ") for text in dict.fromkeys(told[1:]) if text != told[0])]
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".") or None
-    return ApiError(400, (f"{param}: " if param else "") + " or ".join(told), param)
+    told = dict.fromkeys(_message(error) for other, error in zip(places, errors) if other == place)
+    first, *others = told
+    said = " or ".join([first, *(text.removeprefix("Input should be ") for text in others)])
+    steps = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    param = "".join(steps).removeprefix(".") or None
+    return ApiError(400, f"{param}: {said}" if param else said, param)
 
 
 def _place(error: Any, body: Any) -> list[str | int]:
@@ -98,7 +112,8 @@ def _place(error: Any, body: Any) -> list[str | int]:
         return loc[1:]
     place: list[str | int] = []
     for part in loc:
-        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body))):
+        known = body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()
+        if part in known:
             body = body[part]
             place.append(part)
     return [*place, loc[-1]] if error["type"] == "missing" and loc not in ([], ["body"]) else place
@@ -126,7 +141,8 @@ def install(app: FastAPI) -> None:
         if error.status_code == 405:  # the router names the methods of one of the path's routes alone
             here = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(request.url.path)]
             methods = {method for r in here for method in r.methods or ()}
-            response.headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+            methods |= {"HEAD"} if "GET" in methods else set()
+            response.headers["Allow"] = ", ".join(sorted(methods))
         return response
 
     for kind in (ApiError, OpenQwenError, RequestValidationError, HTTPException, Exception):

@@ -15,7 +15,8 @@ _ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u[dD][89a-fA-F]..|.
 def parse_json(raw: bytes, what: str) -> Any:
     """The value of a client's JSON. ApiError 400 says why `what` has none.
 
-    Half of a surrogate pair (JavaScript cuts texts so) becomes U+FFFD: it can be neither stored nor sent back.
+    Half of a surrogate pair (JavaScript cuts texts so) becomes U+FFFD: it can be neither stored
+    nor sent back.
     """
     try:
         value = json.loads(_ESCAPE.sub(_whole, raw.decode("utf-8-sig")), parse_constant=_refuse)

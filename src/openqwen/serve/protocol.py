@@ -44,7 +44,7 @@ def _readable(message: Any) -> Any:
     """Refuses what would be lost of a message without a word."""
     if isinstance(message, dict):
         if message.get("function_call") or message.get("role") == "function":
-            raise ValueError("functions are the old form of tools; write tool_calls, and role 'tool'")
+            raise ValueError("functions are the old form; write tool_calls, and role 'tool'")
         for name in ("audio", "refusal"):
             if message.get(name):
                 raise ValueError(f"this model reads text, not {name}")
@@ -94,7 +94,7 @@ _AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 
 
 _GUIDED = "send structured_outputs"
-# Of OpenAI's and vLLM's fields, those that change an answer and are not done, and why or what to send.
+# OpenAI's and vLLM's fields that change an answer and are not done, and why or what to send.
 _REFUSED = {
     "functions": "this is the old form; send tools",
     "function_call": "this is the old form; send tool_choice",
@@ -245,7 +245,7 @@ class ChatRequest(Options, Turns):
 
     @property
     def continues(self) -> bool:
-        """Also where no new turn is wanted and an assistant's message is the last: it can only go on."""
+        """Also where no new turn is wanted behind an assistant's message: it can only go on."""
         wanted = self.continue_final_message
         closed = self.add_generation_prompt is False and self.messages[-1]["role"] == "assistant"
         return closed if wanted is None else wanted
@@ -312,7 +312,7 @@ class CompletionRequest(Options):
     """/v1/completions."""
 
     prompt: Prompts = Field(description="text in which control tokens are read, or ids")
-    suffix: str | None = Field(None, description="text that follows the answer: a model of code fills in the middle")
+    suffix: str | None = Field(None, description="text that follows the answer (fill-in-the-middle)")
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31), _INTEGRAL] | None = 16
     logprobs: Top | None = None
     echo: bool | None = Field(None, description="give the prompt back before the answer, with log-probabilities too")

@@ -13,7 +13,16 @@ from openqwen.serve.answers import Writing
 from openqwen.serve.api import Api
 from openqwen.serve.errors import ApiError, checked, identity
 from openqwen.serve.json_text import dump_json
-from openqwen.serve.protocol import Body, ChatRequest, Content, Count, Json, PlainFormat, ToolFunction, Top
+from openqwen.serve.protocol import (
+    Body,
+    ChatRequest,
+    Content,
+    Count,
+    Json,
+    PlainFormat,
+    ToolFunction,
+    Top,
+)
 from openqwen.serve.tools import Arguments, Call, Piece, Text
 
 _MOST = 1_000  # responses that are kept
@@ -37,7 +46,13 @@ def _known(item: Any) -> Any:
 
 Role = Literal["system", "developer", "user", "assistant"]
 MessageItem = TypedDict(
-    "MessageItem", {"type": NotRequired[Literal["message"]], "id": NotRequired[str], "role": Role, "content": Content}
+    "MessageItem",
+    {
+        "type": NotRequired[Literal["message"]],
+        "id": NotRequired[str],
+        "role": Role,
+        "content": Content,
+    },
 )
 CallItem = TypedDict(
     "CallItem",
@@ -51,7 +66,12 @@ CallItem = TypedDict(
 )
 ResultItem = TypedDict(
     "ResultItem",
-    {"type": Literal["function_call_output"], "id": NotRequired[str | None], "call_id": str, "output": Content},
+    {
+        "type": Literal["function_call_output"],
+        "id": NotRequired[str | None],
+        "call_id": str,
+        "output": Content,
+    },
 )
 ReasoningItem = TypedDict("ReasoningItem", {"type": Literal["reasoning"]})
 Reference = TypedDict("Reference", {"type": NotRequired[Literal["item_reference"] | None], "id": str})
@@ -69,7 +89,8 @@ FlatJson = TypedDict("FlatJson", {"type": Literal["json_object"]})
 FlatSchema = TypedDict("FlatSchema", {"type": Literal["json_schema"], "name": NotRequired[str], "schema": Json})
 Format = Annotated[PlainFormat | FlatJson | FlatSchema, Field(discriminator="type")]
 TextConfig = TypedDict(
-    "TextConfig", {"format": NotRequired[Format | None], "verbosity": NotRequired[Literal["medium"] | None]}
+    "TextConfig",
+    {"format": NotRequired[Format | None], "verbosity": NotRequired[Literal["medium"] | None]},
 )
 
 
@@ -113,16 +134,26 @@ class ResponsesRequest(Body):
         return [_whole(item) for item in items if _kind(item) != "reasoning"]
 
     def chat(self, messages: list[Json]) -> ChatRequest:
-        """The whole request in the older form. messages: without the instructions, which are of this response alone."""
+        """The whole request in the older form. messages: without this response's own instructions."""
         start = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
-        values: Json = {"messages": [*start, *messages], "max_completion_tokens": self.max_output_tokens}
+        values: Json = {
+            "messages": [*start, *messages],
+            "max_completion_tokens": self.max_output_tokens,
+        }
         values["tools"] = [{"type": "function", "function": _without_type(tool)} for tool in self.tools or []]
         choice, form = self.tool_choice, (self.text or {}).get("format")
         if form is not None:
             values["response_format"] = form | ({"json_schema": form} if form["type"] == "json_schema" else {})
         values["tool_choice"] = {"type": "function", "function": choice} if isinstance(choice, dict) else choice
         values["logprobs"] = bool(self.top_logprobs) or _LOGPROBS in (self.include or [])
-        for name in ("model", "temperature", "top_p", "parallel_tool_calls", "stream", "top_logprobs"):
+        for name in (
+            "model",
+            "temperature",
+            "top_p",
+            "parallel_tool_calls",
+            "stream",
+            "top_logprobs",
+        ):
             values[name] = getattr(self, name)
         return checked(ChatRequest, values)
 
@@ -130,7 +161,12 @@ class ResponsesRequest(Body):
 def _whole(item: Json) -> Json:
     """An item as it is listed: with an id, and a message's content in parts."""
     kind = _kind(item)
-    item = {"status": "completed", **item, "type": kind, "id": item.get("id") or identity(_NAMES[kind])}
+    item = {
+        "status": "completed",
+        **item,
+        "type": kind,
+        "id": item.get("id") or identity(_NAMES[kind]),
+    }
     if isinstance(item.get("content"), str):
         part = {"type": "input_text"} if item["role"] != "assistant" else {"type": "output_text", "annotations": []}
         item["content"] = [part | {"text": item["content"]}]
@@ -205,7 +241,10 @@ class Responses:
             raise ApiError(400, f"This response has no item '{after}'.", "after")
         start = 0 if after is None else ids.index(after) + 1
         page, more = items[start : start + limit], len(items) > start + limit
-        ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+        ends = {
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+        }
         return {"object": "list", "data": page, **ends, "has_more": more}
 
     def _known(self, name: str) -> tuple[Json, list[Json]]:
@@ -225,15 +264,41 @@ class Responding:
     """One response as it is made. keep: what to do with a whole one that is to be stored."""
 
     def __init__(self, request: ResponsesRequest, writing: Writing, model: str, keep: Callable[[Json], None]):
-        self.request, self.answers, self._writing, self._keep = request, writing.answers, writing, keep
+        self.request, self.answers, self._writing, self._keep = (
+            request,
+            writing.answers,
+            writing,
+            keep,
+        )
         self._number = 0
         self._open: Json | None = None  # the item that is being made
         self._told: list[Json] = []  # log-probabilities of tokens whose text is still to come
         told = request.model_dump(exclude_none=True, exclude={"input", "stream", "include"})
-        names = ("error", "incomplete_details", "instructions", "metadata", "usage", "previous_response_id")
-        self._response: Json = dict.fromkeys(names) | {"parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
-        self._response |= {"store": True, **told, "model": model, "status": "in_progress", "output": []}
-        self._response |= {"id": identity("resp"), "object": "response", "created_at": int(time.time())}
+        names = (
+            "error",
+            "incomplete_details",
+            "instructions",
+            "metadata",
+            "usage",
+            "previous_response_id",
+        )
+        self._response: Json = dict.fromkeys(names) | {
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "tools": [],
+        }
+        self._response |= {
+            "store": True,
+            **told,
+            "model": model,
+            "status": "in_progress",
+            "output": [],
+        }
+        self._response |= {
+            "id": identity("resp"),
+            "object": "response",
+            "created_at": int(time.time()),
+        }
 
     async def whole(self) -> Json:
         """The response when it is finished."""
@@ -292,14 +357,22 @@ class Responding:
     def _piece(self, piece: Piece) -> list[Json]:
         if isinstance(piece, Call):
             told = {"call_id": identity("call"), "name": piece.name, "arguments": ""}
-            return [*self._close("completed"), self._begin({"type": "function_call", "id": identity("fc"), **told})]
+            return [
+                *self._close("completed"),
+                self._begin({"type": "function_call", "id": identity("fc"), **told}),
+            ]
         assert isinstance(piece, Text) or self._open is not None
         if isinstance(piece, Arguments):
             self._open["arguments"] += piece.text  # type: ignore[index]
             return [self._of_item("function_call_arguments.delta", delta=piece.text)]
         events: list[Json] = []
         if self._open is None or self._open["type"] != "message":
-            item: Json = {"type": "message", "id": identity("msg"), "role": "assistant", "content": []}
+            item: Json = {
+                "type": "message",
+                "id": identity("msg"),
+                "role": "assistant",
+                "content": [],
+            }
             events += [*self._close("completed"), self._begin(item)]
             part: Json = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             events.append(self._of_item("content_part.added", part=dict(part)))

@@ -15,7 +15,7 @@ _OF_CODE = (*MARKERS, "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
 
 
 def marker_ids(tokenizer: "Tokenizer") -> list[int]:
-    """Ids of the three markers, in the order in which they stand; OpenQwenError where there are none (Qwen2's)."""
+    """Ids of the three markers, in order; OpenQwenError where there are none (Qwen2's)."""
     if missing := [name for name in MARKERS if name not in tokenizer.control_ids]:
         raise OpenQwenError(
             f"This tokenizer has no {missing[0]}, which fill-in-the-middle needs.",
