@@ -1,4 +1,7 @@
-"""What clients may send: OpenAI's requests, with vLLM's additions where they are of use. Unknown fields are ignored."""
+"""What clients may send: OpenAI's requests, with vLLM's additions where they are of use.
+
+Unknown fields are ignored; known ones that would change the answer and are not done are refused.
+"""
 
 # ruff: noqa: UP013 (shapes of one line each)
 
