@@ -1,11 +1,15 @@
 """Files and batches: kept, answered at leisure, and taken up again after a kill."""
 
+import asyncio
 import json
 import signal
 import time
 
 import openai
 import pytest
+
+from openqwen.serve.batches import Batches
+from openqwen.serve.protocol import BatchRequest
 
 
 def lines(count, **body):
@@ -106,3 +110,88 @@ def test_a_batch_survives_a_kill(start, tiny, tmp_path):
     output = read(client, batch.output_file_id)
     assert [entry["custom_id"] for entry in output] == [f"r{n}" for n in range(60)]
     assert before < {entry["id"] for entry in output}  # what was answered before was kept
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"1" * 5000,
+        b"[" * 5000 + b"]" * 5000,
+        lines(1, messages="x").strip().replace(b'"x"', b"[" * 5000 + b"]" * 5000),
+        lines(1, seed="x").strip().replace(b'"x"', b"1" * 5000),
+        b"\xff\xfe",
+        b'"text"',
+    ],
+    ids=["digits", "brackets", "brackets inside", "digits inside", "bytes", "text"],
+)
+def test_a_line_that_is_no_json_fails_by_its_number_and_stops_nothing(server, client, line):
+    batch = ended(client, begin(client, lines(1) + line + b"\n" + lines(1)))
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 1)
+    (fault,) = read(client, batch.error_file_id)
+    assert fault["response"]["status_code"] == 400
+    assert "ine 2 " in fault["response"]["body"]["error"]["message"]
+    assert ended(client, begin(client, lines(1))).request_counts.completed == 1
+    assert server.http.get("/health").json()["status"] == "ok"
+
+
+class Broken:
+    """An engine behind the API that fails in a way that nobody foresaw."""
+
+    async def embed(self, request):
+        raise RecursionError("deep")
+
+
+def begun(folder, content=b'{"url": "/v1/embeddings", "body": {"input": "x"}}\n'):
+    batches = Batches(folder, 1 << 20)
+    name = batches.add_file("in.jsonl", "batch", content)["id"]
+    return batches, BatchRequest(input_file_id=name, endpoint="/v1/embeddings")
+
+
+async def worked(batches, until):
+    task = asyncio.create_task(batches.run(Broken()))
+    while not until() and not task.done():
+        await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def test_a_fault_of_ours_fails_the_line_and_the_batch_ends(tmp_path, caplog):
+    batches, request = begun(tmp_path)
+
+    async def go():
+        batch = await batches.add_batch(request)
+        await worked(batches, lambda: batch["status"] == "completed")
+        return batch
+
+    batch = asyncio.run(go())
+    assert batch["request_counts"] == {"total": 1, "completed": 0, "failed": 1}
+    assert b'"status_code": 500' in batches.content(batch["error_file_id"])
+    assert "RecursionError: deep" in caplog.text
+
+
+def test_a_batch_that_cannot_be_ended_fails_and_the_next_goes_on(tmp_path, caplog):
+    batches, request = begun(tmp_path)
+
+    async def go():
+        first, second = await batches.add_batch(request), await batches.add_batch(request)
+        (tmp_path / f"{first['id']}.done").mkdir()  # it can be neither read nor written
+        await worked(batches, lambda: second["status"] == "completed")
+        return first, second
+
+    first, second = asyncio.run(go())
+    assert (first["status"], second["status"], batches.fault) == ("failed", "completed", None)
+    assert first["errors"]["data"][0]["message"]
+    assert "IsADirectoryError" in caplog.text
+
+
+def test_the_end_of_all_batches_is_told(tmp_path, caplog, monkeypatch):
+    batches, request = begun(tmp_path)
+    monkeypatch.setattr(batches, "_work_or_fail", None)
+
+    async def go():
+        await batches.add_batch(request)
+        await worked(batches, lambda: False)
+
+    asyncio.run(go())
+    assert batches.fault == "Batches are no longer worked through: TypeError."
+    assert batches.fault in caplog.text

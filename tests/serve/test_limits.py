@@ -86,7 +86,14 @@ def test_a_full_queue_says_when_to_come_back(start, tiny):
 def test_an_answer_that_takes_too_long(start, tiny):
     server = start(tiny, "--timeout", 0.5)
     server.http.post("/pause")
-    told(server.http.post("/v1/chat/completions", json=LONG), 408, "timeout_error")
+    late = server.http.post("/v1/chat/completions", json=LONG)
+    told(late, 408, "timeout_error")
+    assert late.headers["x-should-retry"] == "false"
+    asked = server.metric("vllm:request_success_total")
+    with pytest.raises(openai.APIStatusError) as caught:  # a client that would try again twice
+        server.client().with_options(max_retries=2).chat.completions.create(model="tiny", messages=USER)
+    assert caught.value.status_code == 408
+    assert server.settles("vllm:request_success_total", asked + 1)
     streamed = server.http.post("/v1/chat/completions", json=LONG | {"stream": True}).text
     assert '"code":"timeout"' in streamed
     server.http.post("/resume")

@@ -102,6 +102,100 @@ def test_structure(client):
     assert (response.output_text, response.status) == ('"foo"', "completed")
 
 
+def test_a_response_can_be_read_and_deleted(client):
+    first = ask(client)
+    assert client.responses.retrieve(first.id) == first
+    *_, last = ask(client, stream=True, metadata={"a": "b"})
+    assert client.responses.retrieve(last.response.id) == last.response
+    client.responses.delete(first.id)
+    for call in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
+        with pytest.raises(openai.NotFoundError):
+            call(first.id)
+    unkept = ask(client, store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(unkept.id)
+
+
+def test_the_items_of_a_response(client):
+    first = ask(client, input=TALK)
+    second = ask(client, input="Why?", previous_response_id=first.id)
+    items = client.responses.input_items.list(second.id, order="asc").data
+    assert [item.role for item in items] == ["system", "user", "assistant", "user"]
+    assert [item.content[0].text for item in items] == [
+        *(message["content"] for message in TALK),
+        first.output_text,
+        "Why?",
+    ]
+    assert items[2].id == first.output[0].id
+    assert [part.type for item in items for part in item.content] == [
+        "input_text",
+        "input_text",
+        "output_text",
+        "input_text",
+    ]
+    page = client.responses.input_items.list(second.id, limit=3)
+    assert [item.id for item in page.data] == [item.id for item in items[:0:-1]]
+    assert page.has_more
+    assert len(list(page)) == 4  # the client asks for the next page
+    with pytest.raises(openai.BadRequestError):
+        client.responses.input_items.list(second.id, limit=0)
+
+
+def test_items_that_other_responses_made_are_read(client):
+    whole = ask(
+        client, input=[*TALK, {"role": "assistant", "content": "Ulysses."}, {"role": "user", "content": "Why?"}]
+    )
+    said = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
+    said["content"] = [{"type": "output_text", "text": "Ulysses.", "annotations": []}]
+    reasoning = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "so"}]}
+    question = {"role": "user", "content": [{"type": "input_text", "text": "Why?"}]}
+    parts = ask(client, input=[*TALK, reasoning, said, question])
+    assert (parts.output_text, parts.usage.input_tokens) == (whole.output_text, whole.usage.input_tokens)
+    items = client.responses.input_items.list(parts.id, order="asc").data
+    for reference in ({"type": "item_reference", "id": "msg_1"}, {"id": items[2].id}):
+        referred = ask(client, input=[*TALK, reference, question])
+        assert referred.usage.input_tokens == whole.usage.input_tokens
+    with pytest.raises(openai.NotFoundError, match="msg_9"):
+        ask(client, input=[{"type": "item_reference", "id": "msg_9"}])
+
+
+def test_calls_and_a_message_are_one_turn(client):
+    function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    call = {"type": "function_call", "call_id": "c", **function}
+    message = {"role": "assistant", "content": "Let me look."}
+    turn = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"type": "function", "function": function}]}
+    chat = [*TALK, turn, {"role": "tool", "content": "sunny\nwarm"}]
+    options = {"model": "tiny", "max_tokens": 8, "temperature": 0, "tools": [WEATHER]}
+    expected = client.chat.completions.create(messages=chat, **options)
+    output = [{"type": "input_text", "text": "sunny"}, {"type": "input_text", "text": "warm"}]
+    for given in ("sunny\nwarm", output):
+        result = {"type": "function_call_output", "call_id": "c", "output": given}
+        for items in ([call, message], [message, call]):
+            answer = ask(client, input=[*TALK, *items, result], tools=[TOOL])
+            assert answer.usage.input_tokens == expected.usage.prompt_tokens
+            assert answer.output_text == expected.choices[0].message.content
+    apart = ask(client, input=[*TALK, message, message])
+    two = client.chat.completions.create(model="tiny", messages=[*TALK, message, message], max_tokens=1)
+    assert apart.usage.input_tokens == two.usage.prompt_tokens
+
+
+def test_log_probabilities(client):
+    chat = client.chat.completions.create(
+        model="tiny", messages=TALK, max_tokens=8, temperature=0, logprobs=True, top_logprobs=2
+    )
+    expected = [(e.token, e.logprob, len(e.top_logprobs)) for e in chat.choices[0].logprobs.content]
+    options = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    response = ask(client, **options)
+    told = response.output[0].content[0].logprobs
+    assert [(e.token, e.logprob, len(e.top_logprobs)) for e in told] == expected
+    events = list(ask(client, stream=True, **options))
+    streamed = [e for event in events if event.type == "response.output_text.delta" for e in event.logprobs]
+    assert [e.token for e in streamed] == [token for token, _, _ in expected]
+    (done,) = [event for event in events if event.type == "response.output_text.done"]
+    assert len(done.logprobs) == len(events[-1].response.output[0].content[0].logprobs) == 8
+    assert ask(client).output[0].content[0].logprobs == []
+
+
 @pytest.mark.parametrize(
     "options",
     [

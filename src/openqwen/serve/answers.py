@@ -1,32 +1,24 @@
 """The engine's events as OpenAI's objects: whole, or as a stream of chunks whose unchanging bytes are made once."""
 
 import time
-import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, starmap
 from operator import itemgetter
 from typing import Any
 
-import orjson
-
 from openqwen.engine import Event
 from openqwen.engine.request import TopTokens
 from openqwen.serve.bridge import Answers
-from openqwen.serve.errors import ApiError
+from openqwen.serve.errors import ApiError, identity
+from openqwen.serve.json_text import dump_json
 from openqwen.serve.protocol import ChatRequest, CompletionRequest, Json, Options
 from openqwen.serve.tools import Arguments, Call, Piece, Text, ToolCalls
 from openqwen.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
-_UNDERSCORED = ("resp", "msg", "fc")
 _LEAST = -9999.0  # JSON has no infinity
 _Row = tuple[int, float | None, TopTokens]
-
-
-def identity(kind: str) -> str:
-    """A name that nobody can guess."""
-    return f"{kind}{'_' if kind in _UNDERSCORED else '-'}{uuid.uuid4().hex}"
 
 
 @dataclass
@@ -80,6 +72,7 @@ class Writing:
         names = [tool["function"]["name"] for tool in tools]
         most = 1 if isinstance(request, ChatRequest) and request.parallel_tool_calls is False else None
         self.choices = [Choice(ToolCalls(names) if tools else None, most) for _ in answers.requests]
+        self._echo_alone = isinstance(request, CompletionRequest) and request.max_tokens == 0
         self._n = len(self.choices) // len(prompts)
         asked = request.logprobs  # type: ignore[attr-defined]
         self._logprobs = asked is not None and asked is not False
@@ -104,7 +97,7 @@ class Writing:
     async def whole(self) -> Json:
         """The answers when all are finished."""
         lists: dict[int, list[Event]] = {number: [] for number in range(len(self.choices))}
-        async for number, event in self.answers:
+        async for number, event in self._events():
             self.choices[number].take(event)
             lists[number].append(event)
         choices = []
@@ -121,15 +114,23 @@ class Writing:
             choices.append(entry | {"finish_reason": choice.reason} | self._ids(lists[number]))
         return {**self._head, "choices": choices, "usage": self.usage()}
 
+    async def _events(self) -> AsyncIterator[tuple[int, Event]]:
+        """The engine's, but without the one token that it cannot but make."""
+        async for number, event in self.answers:
+            if self._echo_alone:
+                reason: Any = event.finish_reason and "length"
+                event = replace(event, token_ids=[], text="", logprobs=[], top=[], finish_reason=reason)
+            yield number, event
+
     async def frames(self) -> AsyncIterator[bytes]:
         """Server-sent events, an error's included."""
         head = self._head | ({"object": "chat.completion.chunk"} if self.chat else {})
-        self._front = b"data: " + orjson.dumps(head)[:-1] + b',"choices":[{"index":'
+        self._front = b"data: " + dump_json(head)[:-1] + b',"choices":[{"index":'
         offsets = [0] * len(self.choices)
         try:
             for number in range(len(self.choices) if self.chat else 0):
                 yield self._chunk(number, {"role": "assistant", "content": None})
-            async for number, event in self.answers:
+            async for number, event in self._events():
                 choice = self.choices[number]
                 if not offsets[number] and (echoed := self._echo(number)):  # only now is all known of the prompt
                     offsets[number] = len(echoed)
@@ -151,20 +152,20 @@ class Writing:
                 if choice.reason:
                     yield self._chunk(number, {}, None, choice.reason)
             if self._usage_last:
-                yield b"data: " + orjson.dumps({**head, "choices": [], "usage": self.usage()}) + b"\n\n"
+                yield b"data: " + dump_json({**head, "choices": [], "usage": self.usage()}) + b"\n\n"
         except ApiError as error:
-            yield b"data: " + orjson.dumps(error.body()) + b"\n\n"
+            yield b"data: " + dump_json(error.body()) + b"\n\n"
         yield DONE
 
     def _chunk(
         self, number: int, said: Json | str, logprobs: Json | None = None, reason: str | None = None, **more: Any
     ) -> bytes:
-        told = b"null" if logprobs is None else orjson.dumps(logprobs)
-        parts = [self._front, b"%d" % number, b',"delta":' if self.chat else b',"text":', orjson.dumps(said)]
+        told = b"null" if logprobs is None else dump_json(logprobs)
+        parts = [self._front, b"%d" % number, b',"delta":' if self.chat else b',"text":', dump_json(said)]
         parts += [b',"logprobs":', told, b',"finish_reason":', b"null" if reason is None else b'"%s"' % reason.encode()]
         if more:
-            parts += [b",", orjson.dumps(more)[1:-1]]
-        usage = [b'],"usage":', orjson.dumps(self.usage()), b"}\n\n"] if self._usage_always else [b"]}\n\n"]
+            parts += [b",", dump_json(more)[1:-1]]
+        usage = [b'],"usage":', dump_json(self.usage()), b"}\n\n"] if self._usage_always else [b"]}\n\n"]
         return b"".join([*parts, b"}", *usage])
 
     def _echo(self, number: int) -> str:
@@ -200,6 +201,10 @@ class Writing:
         tops = [None if value is None else self._ranked(*row) for row, value in zip(rows, values)]
         offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def logprobs(self, event: Event) -> list[Json]:
+        """Of a chat's tokens, where they were asked for."""
+        return (self._told(_rows([event])) or {"content": []})["content"]
 
     def _ranked(self, token: int, logprob: float | None, top: TopTokens) -> dict[str, float]:
         """By their texts; of tokens of the same text, such as parts of characters, the likeliest counts."""

@@ -5,6 +5,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from openqwen.serve.protocol import (
     plain,
 )
 from openqwen.serve.settings import ServeConfig
+from openqwen.tokenizer.fill_in_middle import MARKERS, code_ids, middle_prompt
 
 
 class Api:
@@ -58,18 +60,32 @@ class Api:
             more["parent"] = self.names[0]
         return {"id": name, "object": "model", "created": self._started, **more}
 
-    def _encode_chat(self, messages: list[Any], tools: Any, open_: bool = True) -> list[int]:
-        return self.tokenizer.encode_chat(plain(messages), add_generation_prompt=open_, tools=tools)[0]
+    def _encode_chat(self, messages: list[Any], tools: Any, **ending: bool) -> list[int]:
+        return self.tokenizer.encode_chat(plain(messages), tools=tools, **ending)[0]
 
-    def _several(self, value: Any, param: str) -> list[list[int]]:
-        """The prompts in a field that takes one or many, as text or ids."""
+    def _several(self, value: Any, param: str, suffix: str | None = None) -> list[list[int]]:
+        """The prompts in a field that takes one or many, as text or ids.
+
+        suffix: what follows a middle that is to be written. Control tokens in a text are read, but
+        not in code around a middle: there they are text, as in training.
+        """
         prompts = [value] if isinstance(value, str) or isinstance(value[0], int) else value
-        rows = [self.tokenizer.encode(one, allow_control=True) if isinstance(one, str) else one for one in prompts]
+        encode = partial(self.tokenizer.encode, allow_control=not suffix)
+        rows = [encode(one) if isinstance(one, str) else one for one in prompts]
+        if suffix:
+            if not set(MARKERS) <= self.tokenizer.control_ids.keys():
+                message = "suffix needs fill-in-the-middle tokens, which this model does not have."
+                raise ApiError(400, message, "suffix")
+            after = encode(suffix)
+            rows = [middle_prompt(self.tokenizer, row, after) for row in rows]
         return [self._fitting(ids, param) for ids in rows]
 
     def _fitting(self, ids: list[int], param: str) -> list[int]:
         if len(ids) >= self.max_context:
-            message = f"{param} is too large: {len(ids)} tokens, and this model takes {self.max_context - 1} at most."
+            # In OpenAI's words, by which clients know that they must shorten the conversation.
+            message = f"This model's maximum context length is {self.max_context} tokens. "
+            message += f"However, your {param} resulted in {len(ids)} tokens. "
+            message += f"Please reduce the length of the {param} so that there is room for an answer."
             raise ApiError(400, message, param, "context_length_exceeded")
         if max(ids) >= self.tokenizer.vocab_size:
             raise ApiError(400, f"{param} has a token id out of vocabulary ({max(ids)}).", param)
@@ -77,24 +93,36 @@ class Api:
 
     async def chat(self, request: ChatRequest, priority: int = 0) -> Writing:
         """Begin to answer a chat."""
-        ids = await asyncio.to_thread(self._encode_chat, request.messages, request.offered)
+        encode = partial(self._encode_chat, request.messages, request.offered, **request.ending)
+        ids = await asyncio.to_thread(encode)
         asked = request.max_completion_tokens or request.max_tokens
         return await self._begin(request, [self._fitting(ids, "messages")], asked, request.top_logprobs or 0, priority)
 
     async def complete(self, request: CompletionRequest, priority: int = 0) -> Writing:
         """Begin to continue texts."""
-        prompts = await asyncio.to_thread(self._several, request.prompt, "prompt")
-        return await self._begin(request, prompts, request.max_tokens, request.logprobs or 0, priority)
+        prompts = await asyncio.to_thread(self._several, request.prompt, "prompt", request.suffix)
+        stops = code_ids(self.tokenizer) if request.suffix else ()
+        top = request.logprobs or 0
+        return await self._begin(request, prompts, request.max_tokens, top, priority, stops)
 
     async def _begin(
-        self, request: Options, prompts: list[list[int]], most: int | None, top: int, priority: int
+        self,
+        request: Options,
+        prompts: list[list[int]],
+        most: int | None,
+        top: int,
+        priority: int,
+        stops: tuple[int, ...] = (),
     ) -> Writing:
+        """stops: ids that end these answers too."""
         model, vocabulary = self.named(request.model, self.adapters), self.tokenizer.vocab_size
         if beyond := [i for i in request.logit_bias or {} if int(i) >= vocabulary]:
             message = f"logit_bias has {', '.join(beyond)}, out of vocabulary ({vocabulary} tokens)."
             raise ApiError(400, message, "logit_bias")
         rooms = [self.max_context - len(ids) for ids in prompts]
-        samplings = [request.sampling(self._defaults, most and min(most, room), top) for room in rooms]
+        limits = [None if most is None else max(1, min(most, room)) for room in rooms]
+        samplings = [request.sampling(self._defaults, limit, top) for limit in limits]
+        samplings = [replace(one, stop_ids=one.stop_ids + stops) for one in samplings]
         asked = [(ids, sampling, request.n or 1) for ids, sampling in zip(prompts, samplings)]
         answers = await self.bridge.submit(asked, priority, model if model in self.adapters else None)
         names = {"model": model, "system_fingerprint": f"{self._print}-{self.bridge.engine.version}"}
@@ -125,7 +153,7 @@ class Api:
             where = f"conversations[{number}]"
             if messages[-1]["role"] != "assistant":
                 raise ApiError(400, "A conversation to score ends with the assistant's answer.", where)
-            ids = await asyncio.to_thread(self._encode_chat, messages, None, False)
+            ids = await asyncio.to_thread(self._encode_chat, messages, None)
             # As in training: up to the end of the turn, without the newline behind it.
             rows.append(self._fitting(ids[: len(ids) - ids[::-1].index(self.tokenizer.eos_id)], where))
         values = [await self.bridge.call(partial(_score, scorer, ids)) for ids in rows]
@@ -137,7 +165,8 @@ class Api:
         if (text is None) == (request.messages is None):
             raise ApiError(400, "Give one of prompt, content and messages.", "prompt")
         if text is None:
-            ids = await asyncio.to_thread(self._encode_chat, request.messages or [], request.tools)
+            encode = partial(self._encode_chat, request.messages or [], request.tools, **request.ending)
+            ids = await asyncio.to_thread(encode)
         else:
             ids = await asyncio.to_thread(self.tokenizer.encode, text, request.parse_special)
         pieces = [{"id": i, "piece": _piece(self.tokenizer.token_bytes(i))} for i in ids if request.with_pieces]
@@ -151,7 +180,7 @@ class Api:
     async def template(self, request: TemplateRequest) -> Json:
         """A chat as the text that the model reads."""
         tools: Any = request.tools
-        render = partial(self.tokenizer.apply_chat_template, plain(request.messages), tools, True)
+        render = partial(self.tokenizer.apply_chat_template, plain(request.messages), tools, **request.ending)
         return {"prompt": await asyncio.to_thread(render)}
 
     async def update_weights(self, request: WeightsRequest) -> Json:

@@ -1,20 +1,22 @@
 """The routes: OpenAI's, a few of vLLM's and llama.cpp's, and the chat page."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import orjson
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 
 from openqwen.serve import errors
 from openqwen.serve import protocol as p
 from openqwen.serve.answers import Writing
 from openqwen.serve.api import Api
 from openqwen.serve.batches import Batches, read_upload
+from openqwen.serve.errors import ApiError
 from openqwen.serve.gate import EventStream, until_gone
+from openqwen.serve.json_text import dump_json, parse_json
 from openqwen.serve.metrics import CONTENT_TYPE
 from openqwen.serve.responses import Responding, Responses, ResponsesRequest
 
@@ -44,7 +46,44 @@ class JSON(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """Bytes."""
-        return orjson.dumps(content)
+        return dump_json(content)
+
+
+class _Parsed(Request):
+    """A request whose body has been read as JSON."""
+
+    value: Any = None
+
+    async def json(self) -> Any:
+        """The body's value."""
+        return self.value
+
+
+class _Route(APIRoute):
+    """Reads a body as JSON by our own rules before FastAPI looks at it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """What answers a request."""
+        handler = super().get_route_handler()
+
+        async def handle(http: Request) -> Response:
+            if self.body_field is None:
+                return await handler(http)
+            _check_type(http)
+            parsed = _Parsed(http.scope, http.receive)
+            parsed.value = parse_json(await parsed.body(), "The body")
+            return await handler(parsed)
+
+        return handle
+
+
+def _check_type(http: Request) -> None:
+    """Bodies without a type are JSON, but not from a browser: any page may send those unasked."""
+    kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    good = kind == "application/json" or kind.endswith("+json")
+    if not good and (kind or "origin" in http.headers):
+        told = f"The Content-Type of this body is {kind or 'missing'}; send application/json."
+        raise ApiError(400, told, "Content-Type")
 
 
 async def answer(http: Request, start: Coroutine[Any, Any, Writing | Responding], api: Api) -> Response:
@@ -62,7 +101,16 @@ async def answer(http: Request, start: Coroutine[Any, Any, Writing | Responding]
 
 def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
     """The whole application but for the gate."""
-    app = FastAPI(title="OpenQwen", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="OpenQwen",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        strict_content_type=False,
+    )
+    app.router.route_class = _Route
+    responses = Responses(api)
 
     def route(method: str, path: str, function: Any, **options: Any) -> None:
         options = {"responses": _FAILURES | options.pop("more", {}), "response_class": JSON, **options}
@@ -102,15 +150,25 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
         return Response(api.bridge.metrics.text(), media_type=CONTENT_TYPE)
 
     async def health() -> Response:
-        state = "failed" if api.bridge.dead else "paused" if api.bridge.paused else "ok"
-        return JSON({"status": state, "version": api.bridge.engine.version}, 503 if api.bridge.dead else 200)
+        faults = [fault for fault in (api.bridge.fault, batches.fault) if fault]
+        state = "failed" if faults else "paused" if api.bridge.paused else "ok"
+        told: p.Json = {"status": state, "version": api.bridge.engine.version}
+        return JSON(told | {"reason": " ".join(faults)}, 503) if faults else JSON(told)
+
+    async def input_items(
+        name: str,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Response:
+        return JSON(responses.input_items(name, after, limit, order))
 
     def listed(entries: Any) -> p.Json:
         return {"object": "list", "data": list(entries), "has_more": False}
 
     with_body("/v1/chat/completions", p.ChatRequest, api.chat, writes=True)
     with_body("/v1/completions", p.CompletionRequest, api.complete, writes=True)
-    with_body("/v1/responses", ResponsesRequest, Responses(api).begin, writes=True)
+    with_body("/v1/responses", ResponsesRequest, responses.begin, writes=True)
     with_body("/v1/embeddings", p.EmbeddingRequest, api.embed)
     with_body("/score", p.ScoreRequest, api.score)
     with_body("/tokenize", p.TokenizeRequest, api.tokenize)
@@ -121,13 +179,17 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
     bare("GET", "/v1/models", lambda: listed(map(api.model, [*api.names, *api.adapters])))
     bare("GET", "/v1/files", lambda: listed(batches.files.values()))
     bare("GET", "/v1/batches", lambda: listed(batches.batches.values()))
+    bare("GET", "/tokenizer_info", api.tokenizer.info)
     bare("POST", "/pause", lambda: api.bridge.pause(True))
     bare("POST", "/resume", lambda: api.bridge.pause(False))
     with_name("GET", "/v1/models/{name:path}", lambda name: api.model(api.named(name, api.adapters)))
+    with_name("GET", "/v1/responses/{name}", responses.get)
+    with_name("DELETE", "/v1/responses/{name}", responses.delete)
     with_name("GET", "/v1/files/{name}", batches.file)
     with_name("DELETE", "/v1/files/{name}", batches.delete)
     with_name("GET", "/v1/batches/{name}", batches.batch)
     with_name("POST", "/v1/batches/{name}/cancel", batches.cancel)
+    route("GET", "/v1/responses/{name}/input_items", input_items)
     route("POST", "/v1/files", upload, openapi_extra=_FORM)
     route("GET", "/v1/files/{name}/content", content, more={200: {"content": {"application/octet-stream": {}}}})
     route("GET", "/metrics", metrics, more={200: {"content": {"text/plain": {}}}})

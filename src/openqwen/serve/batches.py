@@ -3,23 +3,23 @@
 import asyncio
 import email.policy
 import json
+import logging
 import time
+from contextlib import suppress
 from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from openqwen.serve.answers import identity
 from openqwen.serve.api import Api
-from openqwen.serve.errors import ApiError, told
+from openqwen.serve.errors import ApiError, checked, identity, told
+from openqwen.serve.json_text import parse_json
 from openqwen.serve.protocol import BatchRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Json
-from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 
 _MOST, _MOST_LINES = 1_000, 50_000  # files, and batches; lines of a batch
 _TOGETHER = 8  # lines of a batch at work at once
 _OPEN = ("in_progress", "cancelling")
+_log = logging.getLogger(__name__)
 
 
 class Batches:
@@ -32,6 +32,7 @@ class Batches:
         self.files: dict[str, Json] = {entry["id"]: entry for entry in known if entry["object"] == "file"}
         self.batches: dict[str, Json] = {entry["id"]: entry for entry in known if entry["object"] == "batch"}
         self._wake = asyncio.Event()
+        self.fault: str | None = None  # why batches are no longer worked through
 
     def add_file(self, name: str, purpose: str, content: bytes) -> Json:
         """Keep a file."""
@@ -93,13 +94,31 @@ class Batches:
 
     async def run(self, api: Api) -> None:
         """Work through the batches, oldest first, for as long as the server runs."""
-        while True:
-            waiting = [batch for batch in self.batches.values() if batch["status"] in _OPEN]
-            if waiting:
-                await self._work(api, min(waiting, key=lambda batch: (batch["created_at"], batch["id"])))
-            else:
-                self._wake.clear()
-                await self._wake.wait()
+        try:
+            while True:
+                waiting = [batch for batch in self.batches.values() if batch["status"] in _OPEN]
+                if waiting:
+                    oldest = min(waiting, key=lambda batch: (batch["created_at"], batch["id"]))
+                    await self._work_or_fail(api, oldest)
+                else:
+                    self._wake.clear()
+                    await self._wake.wait()
+        except Exception as error:
+            self.fault = f"Batches are no longer worked through: {type(error).__name__}."
+            _log.exception(self.fault)
+
+    async def _work_or_fail(self, api: Api, batch: Json) -> None:
+        """Work on a batch. One that cannot be ended fails (a full disk), and the next goes on."""
+        try:
+            await self._work(api, batch)
+        except Exception as error:
+            _log.exception("Batch %s has failed.", batch["id"])
+            said = told(error).message
+            fault = {"code": "batch_failed", "message": said, "param": None, "line": None}
+            batch |= {"status": "failed", "failed_at": int(time.time())}
+            batch["errors"] = {"object": "list", "data": [fault]}
+            with suppress(Exception):  # a full disk; the file then says that it is still to be done
+                self._keep(self.batches, batch)
 
     async def _work(self, api: Api, batch: Json) -> None:
         """Answer the lines of a batch that have no answer yet."""
@@ -115,14 +134,17 @@ class Batches:
                 for number in left:
                     if batch["status"] == "cancelling":
                         return
-                    entry = {"line": number, **await _answer(api, batch["endpoint"], lines[number])}
+                    answer = await _answer(api, batch["endpoint"], lines[number], number + 1)
+                    entry = {"line": number, **answer}
                     done.append(entry)
                     # First the newline: a line cut short spoils no other.
                     file.write(b"\n" + json.dumps(entry).encode())
                     file.flush()
                     counts["completed" if _good(entry) else "failed"] += 1
 
-            await asyncio.gather(*(worker() for _ in range(_TOGETHER)))
+            async with asyncio.TaskGroup() as group:  # where one fails, the others end too
+                for _ in range(_TOGETHER):
+                    group.create_task(worker())
         done.sort(key=lambda entry: entry["line"])
         for key, wanted in (("output", True), ("error", False)):
             kept = [{k: v for k, v in entry.items() if k != "line"} for entry in done if _good(entry) == wanted]
@@ -145,19 +167,23 @@ def _good(entry: Json) -> bool:
     return entry["response"]["status_code"] == 200
 
 
-async def _answer(api: Api, endpoint: str, line: bytes) -> Json:
-    """One line's answer, in OpenAI's form."""
+async def _answer(api: Api, endpoint: str, line: bytes, number: int) -> Json:
+    """One line's answer, in OpenAI's form; whatever is wrong with the line is its answer."""
     custom_id: Any = None
     try:
-        record = next(iter(_objects(line)), None)
+        record = parse_json(line, f"Line {number}")
         if not isinstance(record, dict) or not isinstance(record.get("body"), dict):
-            raise ApiError(400, "A line of a batch is a JSON object with custom_id, method, url and body.")
+            wanted = "JSON object with custom_id, method, url and body"
+            raise ApiError(400, f"Line {number} is no {wanted}.")
         custom_id = record.get("custom_id")
         if record.get("url") != endpoint:
-            raise ApiError(400, f"The url of this line is not the batch's, {endpoint}.", "url")
+            raise ApiError(400, f"The url of line {number} is not the batch's, {endpoint}.", "url")
         body, status = await _value(api, endpoint, record["body"] | {"stream": False, "stream_options": None}), 200
-    except (ApiError, OpenQwenError, ValidationError) as error:
-        body, status = told(error).body(), told(error).status
+    except Exception as error:
+        fault = told(error)
+        if fault.status >= 500:
+            _log.exception("Line %d of a batch has failed.", number)
+        body, status = fault.body(), fault.status
     response = {"status_code": status, "request_id": identity("req"), "body": body}
     return {"id": identity("batch_req"), "custom_id": custom_id, "response": response, "error": None}
 
@@ -167,16 +193,18 @@ async def _value(api: Api, endpoint: str, body: Json) -> Json:
     while True:
         try:
             if endpoint == "/v1/embeddings":
-                return await api.embed(EmbeddingRequest.model_validate(body))
+                return await api.embed(checked(EmbeddingRequest, body))
             if endpoint == "/v1/completions":
-                writing = await api.complete(CompletionRequest.model_validate(body), priority=-1)
+                writing = await api.complete(checked(CompletionRequest, body), priority=-1)
             else:
-                writing = await api.chat(ChatRequest.model_validate(body), priority=-1)
+                writing = await api.chat(checked(ChatRequest, body), priority=-1)
             try:
                 return await writing.whole()
             finally:
                 writing.answers.close()
         except ApiError as error:
+            if error.status == 503:  # the engine has ended; the next server goes on from here
+                await asyncio.Future()
             if error.status != 429:
                 raise
             await asyncio.sleep(min(error.retry or 1, 5))
@@ -202,5 +230,10 @@ def read_upload(body: bytes, content_type: str) -> tuple[str, str, bytes]:
     for name in ("file", "purpose"):
         if name not in found:
             raise ApiError(400, "Send a multipart form with file and purpose.", name)
-    purpose = found["purpose"].get_payload(decode=True).decode(errors="replace")
-    return found["file"].get_filename() or "file", purpose, found["file"].get_payload(decode=True)
+    purpose, content = (found[name].get_payload(decode=True) for name in ("purpose", "file"))
+    if purpose is None or content is None:
+        raise ApiError(400, "The parts file and purpose of a form have no parts of their own.")
+    name = found["file"].get_filename() or "file"
+    # The parser keeps bytes that are not ASCII as halves of surrogate pairs.
+    name = name.encode("utf-8", "surrogateescape").decode(errors="replace")
+    return name, purpose.decode(errors="replace"), content

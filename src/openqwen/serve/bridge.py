@@ -57,7 +57,8 @@ class Bridge:
     def __init__(self, engine: Engine, metrics: Metrics, limit: int, seconds: float, failed: Callable[[], None]):
         self.engine, self.metrics, self.limit, self.seconds, self._failed = engine, metrics, limit, seconds, failed
         self.loop = asyncio.get_running_loop()
-        self.paused = self.dead = False
+        self.paused = False
+        self.fault: str | None = None  # why the thread has ended
         self.outstanding = 0  # answers that are being made or waited for
         self._recent: deque[float] = deque(maxlen=64)  # seconds that the latest answers took
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -68,8 +69,8 @@ class Bridge:
     def _post(self, function: Callable[[], Result]) -> "asyncio.Future[Result]":
         """Run on the engine's thread, between two steps."""
         future: concurrent.futures.Future[Result] = concurrent.futures.Future()
-        if self.dead:
-            future.set_exception(ApiError(503, "The engine has failed; the server is about to end."))
+        if self.fault:
+            future.set_exception(ApiError(503, f"{self.fault} The server is about to end."))
         else:
             self._inbox.put((function, future))
         return asyncio.wrap_future(future)
@@ -102,7 +103,7 @@ class Bridge:
 
     def cancel(self, answers: Answers) -> None:
         """Stop what still runs of these."""
-        if not self.dead:
+        if not self.fault:
             future = self._post(lambda: sum(map(self._on_drop, answers.requests)))
             future.add_done_callback(self._cancelled)
 
@@ -147,8 +148,8 @@ class Bridge:
         try:
             while self._on_turn():
                 pass
-        except Exception:
-            self.dead = True
+        except BaseException as error:  # libraries in Rust panic with such
+            self.fault = f"The engine has failed: {type(error).__name__}."
             self.loop.call_soon_threadsafe(self._die)
             raise  # threading prints the traceback
 
@@ -166,6 +167,8 @@ class Bridge:
                     future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
+                except BaseException as error:  # a panic in Rust, which nobody else would catch
+                    future.set_exception(RuntimeError(repr(error)))
         events: list[tuple[Answers, int, Event]] = []
         if self.engine.busy:
             for event in self.engine.step():
@@ -190,9 +193,9 @@ class Bridge:
 
     def _die(self) -> None:
         for answers in {id(a): a for a, _ in self._owners.values()}.values():
-            answers.events.put_nowait(ApiError(500, "The engine has failed."))
+            answers.events.put_nowait(ApiError(500, self.fault or ""))
         while not self._inbox.empty():
             job = self._inbox.get()
             if job and job[1].set_running_or_notify_cancel():
-                job[1].set_exception(ApiError(503, "The engine has failed."))
+                job[1].set_exception(ApiError(503, self.fault or ""))
         self._failed()

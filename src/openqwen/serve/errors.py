@@ -1,17 +1,21 @@
-"""Errors in OpenAI's shape."""
+"""Errors in OpenAI's shape, and the names of what is made."""
 
-from typing import Any
+import uuid
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from openqwen.support.errors import OpenQwenError
 
+Model = TypeVar("Model", bound=BaseModel)
+_UNDERSCORED = ("resp", "msg", "fc")
 TYPES = {  # others: invalid_request_error, server_error
     401: "authentication_error",
     403: "permission_error",
@@ -23,14 +27,30 @@ TYPES = {  # others: invalid_request_error, server_error
 }
 
 
+def identity(kind: str) -> str:
+    """A name that nobody can guess."""
+    return f"{kind}{'_' if kind in _UNDERSCORED else '-'}{uuid.uuid4().hex}"
+
+
 class ApiError(Exception):
     """What a client is told instead of an answer. param: the field at fault. code: for programs."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int | None = None
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry: int | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+        self.status, self.message, self.param, self.code, self.retry = (
+            status,
+            message,
+            param,
+            code,
+            retry,
+        )
 
     def body(self) -> dict[str, Any]:
         """The JSON that says so."""
@@ -40,6 +60,8 @@ class ApiError(Exception):
     def response(self) -> Response:
         """The whole answer."""
         headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
+        if self.code == "timeout":
+            headers["x-should-retry"] = "false"  # OpenAI's clients would ask twice more
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return Response(orjson.dumps(self.body()), self.status, headers, "application/json")
@@ -53,13 +75,60 @@ def told(error: Exception) -> ApiError:
         where = str(error.where)
         param = where if where.partition("[")[0] in ("messages", "prompt", "tools") else None
         return ApiError(400, error.what + (f" To mend it: {error.do}." if error.do else ""), param)
-    if isinstance(error, RequestValidationError | ValidationError):
-        first = error.errors()[0]
-        # The union of a field's types lends its names to the path; only the client's own keys are of use to it.
-        path = [str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier()]
-        param = ".".join(path[1:] if path[:1] == ["body"] else path) or None
-        return ApiError(400, f"{param}: {first['msg']}" if param else first["msg"], param)
+    if isinstance(error, RequestValidationError):
+        return _invalid(error.errors(), error.body)
     return ApiError(500, "The server has a fault; its log tells which.")
+
+
+def checked(kind: type[Model], body: Any) -> Model:
+    """A request of this kind; ApiError names the field that is wrong."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        raise _invalid(error.errors(), body) from None
+
+
+def _invalid(errors: Sequence[Any], body: Any) -> ApiError:
+    """What is wrong at the one place that is deepest in the body.
+
+    A field that takes several types gives the errors of them all.
+    The type that was meant fails deepest.
+    """
+    places = [_place(error, body) for error in errors]
+    order = [(len(place), error["type"] != "missing") for place, error in zip(places, errors)]
+    place = places[order.index(max(order))]
+    told = dict.fromkeys(_message(error) for other, error in zip(places, errors) if other == place)
+    first, *others = told
+    said = " or ".join([first, *(text.removeprefix("Input should be ") for text in others)])
+    steps = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in place]
+    param = "".join(steps).removeprefix(".") or None
+    return ApiError(400, f"{param}: {said}" if param else said, param)
+
+
+def _place(error: Any, body: Any) -> list[str | int]:
+    """The client's own keys on the path of an error; names of types stand there too."""
+    loc = list(error["loc"])
+    if loc[:1] in (["query"], ["path"]):
+        return loc[1:]
+    place: list[str | int] = []
+    for part in loc:
+        known = body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()
+        if part in known:
+            body = body[part]
+            place.append(part)
+    return [*place, loc[-1]] if error["type"] == "missing" and loc not in ([], ["body"]) else place
+
+
+def _message(error: Any) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "union_tag_invalid":
+        return f"{context['discriminator']} cannot be '{context['tag']}', only {context['expected_tags']}"
+    if kind == "union_tag_not_found":
+        return f"{context['discriminator']} is missing"
+    said = error["msg"].replace("a valid dictionary or object to extract fields from", "a JSON object")
+    return said.replace("a valid dictionary", "a JSON object")
 
 
 def install(app: FastAPI) -> None:
@@ -71,8 +140,10 @@ def install(app: FastAPI) -> None:
         response = ApiError(error.status_code, str(error.detail)).response()
         if error.status_code == 405:  # the router names the methods of one of the path's routes alone
             here = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(request.url.path)]
-            response.headers["Allow"] = ", ".join(sorted({method for r in here for method in r.methods or ()}))
+            methods = {method for r in here for method in r.methods or ()}
+            methods |= {"HEAD"} if "GET" in methods else set()
+            response.headers["Allow"] = ", ".join(sorted(methods))
         return response
 
-    for kind in (ApiError, OpenQwenError, RequestValidationError, ValidationError, HTTPException, Exception):
+    for kind in (ApiError, OpenQwenError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

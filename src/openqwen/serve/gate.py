@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from openqwen.serve.errors import ApiError
+from openqwen.serve.errors import ApiError, identity
 
 Result = TypeVar("Result")
 _HEADERS = [
@@ -29,18 +29,22 @@ class Gate:
         self, app: ASGIApp, keys: list[str], hosts: list[str], open_paths: frozenset[str], limit: int, idle: float
     ):
         self._app, self._keys = app, [key.encode() for key in keys]
-        self._hosts, self._open, self._limit, self._idle = hosts, open_paths, limit, idle
+        self._hosts, self._open = [host.lower() for host in hosts], open_paths
+        self._limit, self._idle = limit, idle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
+        own = [*_HEADERS, (b"x-request-id", headers.get(b"x-request-id") or identity("req").encode())]
+        if scope["method"] == "HEAD":  # the protocol leaves the body out
+            scope = {**scope, "method": "GET"}
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
                 present = {name for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *(h for h in _HEADERS if h[0] not in present)]
+                message["headers"] = [*message["headers"], *(h for h in own if h[0] not in present)]
             await send(message)
 
         try:
@@ -77,7 +81,7 @@ class Gate:
         return b"".join(chunks)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").decode("latin-1").rpartition(":")
+        host = headers.get(b"host", b"").decode("latin-1").lower().rpartition(":")
         if self._hosts and (host[0] if host[0] and host[2].isdigit() else "".join(host)) not in self._hosts:
             raise ApiError(403, "This Host is not ours.", code="host_not_allowed")
         if self._keys and path not in self._open:
@@ -87,6 +91,10 @@ class Gate:
                 raise ApiError(401, "A valid API key is needed.", code="invalid_api_key")
         if int(headers.get(b"content-length", b"0")) > self._limit:
             raise self._too_large()
+        coding = headers.get(b"content-encoding", b"").decode("latin-1")
+        if coding.lower() not in ("", "identity"):
+            told = f"This body is compressed ({coding}), which is not read here; send it as it is."
+            raise ApiError(400, told, "Content-Encoding")
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body is larger than {self._limit} bytes.", code="body_too_large")

@@ -1,4 +1,7 @@
-"""What clients may send: OpenAI's requests, with vLLM's additions where they are of use. Unknown fields are ignored."""
+"""What clients may send: OpenAI's requests, with vLLM's additions where they are of use.
+
+Unknown fields are ignored; known ones that would change the answer and are not done are refused.
+"""
 
 # ruff: noqa: UP013 (shapes of one line each)
 
@@ -6,7 +9,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict
@@ -26,8 +29,33 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Several = Field(min_length=1, max_length=256)
 Prompts = Filled | Ids | Annotated[list[Filled], Several] | Annotated[list[Ids], Several]
 
+_TEXTS = ("text", "input_text", "output_text")
+
+
+def _text_alone(part: Any) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind not in _TEXTS:
+        raise ValueError(f"this model reads text, not {kind}")
+    return part
+
+
+def _at(param: str, fault: str) -> ApiError:
+    return ApiError(400, f"{param}: {fault}.", param)
+
+
+def _readable(message: Any) -> Any:
+    """Refuses what would be lost of a message without a word."""
+    if isinstance(message, dict):
+        if message.get("function_call") or message.get("role") == "function":
+            raise ValueError("functions are the old form; write tool_calls, and role 'tool'")
+        for name in ("audio", "refusal"):
+            if message.get(name):
+                raise ValueError(f"this model reads text, not {name}")
+    return message
+
+
 TextPart = TypedDict("TextPart", {"type": Literal["text", "input_text", "output_text"], "text": str})
-Content = str | list[TextPart]
+Content = str | list[Annotated[TextPart, BeforeValidator(_text_alone)]]
 Function = TypedDict("Function", {"name": str, "arguments": NotRequired[str]})
 ToolCall = TypedDict(
     "ToolCall", {"id": NotRequired[str], "type": NotRequired[Literal["function"]], "function": Function}
@@ -41,7 +69,7 @@ Answer = TypedDict(
         "tool_calls": NotRequired[list[ToolCall] | None],
     },
 )
-Message = Annotated[Said | Answer, Field(discriminator="role")]
+Message = Annotated[Said | Answer, Field(discriminator="role"), BeforeValidator(_readable)]
 Messages = Annotated[list[Message], Field(min_length=1)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 ToolFunction = TypedDict(
@@ -55,9 +83,10 @@ Schema = TypedDict("Schema", {"name": NotRequired[str], "schema": Json})
 PlainFormat = TypedDict("PlainFormat", {"type": Literal["text"]})
 JsonFormat = TypedDict("JsonFormat", {"type": Literal["json_object"], "schema": NotRequired[Json | None]})
 SchemaFormat = TypedDict("SchemaFormat", {"type": Literal["json_schema"], "json_schema": Schema})
+Choices = Annotated[list[str], Field(min_length=1)]
 Structured = TypedDict(
     "Structured",
-    {"json": Json | None, "regex": str | None, "grammar": str | None, "choice": list[str] | None},
+    {"json": Json | None, "regex": str | None, "grammar": str | None, "choice": Choices | None},
     total=False,
 )
 StreamOptions = TypedDict(
@@ -67,16 +96,75 @@ StreamOptions = TypedDict(
 _AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+_GUIDED = "send structured_outputs"
+# OpenAI's and vLLM's fields that change an answer and are not done, and why or what to send.
+_REFUSED = {
+    "functions": "this is the old form; send tools",
+    "function_call": "this is the old form; send tool_choice",
+    "audio": "this model writes text alone",
+    "web_search_options": "this server does not search the web",
+    "moderation": "this server does not moderate",
+    "use_beam_search": "answers are sampled here",
+    "bad_words": "send logit_bias",
+    "allowed_token_ids": _GUIDED,
+    "guided_json": _GUIDED,
+    "guided_regex": _GUIDED,
+    "guided_choice": _GUIDED,
+    "guided_grammar": _GUIDED,
+    "grammar": _GUIDED,
+    "json_schema": _GUIDED,
+    "prompt_logprobs": "send echo and logprobs to /v1/completions",
+    "include_stop_str_in_output": "stop texts are left out of answers here",
+    "truncate_prompt_tokens": "prompts are not cut here",
+    "chat_template": "the checkpoint's own is used",
+    "documents": "write them into a message",
+}
+
+
 class Body(BaseModel):
     """A number is a number, and not text that looks like one."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+    refused: ClassVar[Mapping[str, str]] = {}
     model: str | None = Field(None, description="a name from /v1/models; none: the first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _done(cls, values: Any) -> Any:
+        for name, why in cls.refused.items() if isinstance(values, dict) else ():
+            if values.get(name) not in (None, False, "", []):
+                raise _at(name, f"not supported here: {why}")
+        return values
+
+
+class Turns(Body):
+    """How the end of a chat is read."""
+
+    add_generation_prompt: bool | None = Field(None, description="open a turn of the assistant; none: yes")
+    continue_final_message: bool | None = Field(None, description="leave the last message open, to go on with it")
+
+    @property
+    def continues(self) -> bool:
+        """Whether the last message is left open."""
+        return bool(self.continue_final_message)
+
+    @property
+    def ending(self) -> Json:
+        """The tokenizer's options."""
+        opens = self.add_generation_prompt is not False and not self.continues
+        return {"add_generation_prompt": opens, "continue_final_message": self.continues}
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise _at("continue_final_message", "it excludes add_generation_prompt")
+        return self
 
 
 class Options(Body):
     """How answers are made; shared by all requests for text. None: the checkpoint's own default, else no change."""
 
+    refused = _REFUSED
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: Annotated[int, Field(ge=-1, le=1 << 31), _INTEGRAL] | None = Field(None, description="-1 and 0: no cut")
@@ -93,12 +181,15 @@ class Options(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: Structured | None = None
+    min_tokens: Annotated[int, Field(ge=0), _INTEGRAL] | None = Field(None, description="beside ignore_eos alone")
     return_token_ids: bool | None = Field(None, description="tell the ids, and which weights made each token")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Options":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams alone")
+            raise _at("stream_options", "it is for streams alone")
+        if self.min_tokens and not self.ignore_eos:
+            raise _at("min_tokens", "it needs ignore_eos; else the model decides where it ends")
         return self
 
     def structure(self) -> Structure | None:
@@ -138,8 +229,10 @@ class Options(Body):
         )
 
 
-class ChatRequest(Options):
+class ChatRequest(Options, Turns):
     """/v1/chat/completions."""
+
+    refused = _REFUSED | {"echo": "send continue_final_message"}
 
     messages: Messages
     max_tokens: Count | None = None
@@ -150,16 +243,25 @@ class ChatRequest(Options):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: PlainFormat | JsonFormat | SchemaFormat | None = Field(None, discriminator="type")
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Also where no new turn is wanted behind an assistant's message: it can only go on."""
+        wanted = self.continue_final_message
+        closed = self.add_generation_prompt is False and self.messages[-1]["role"] == "assistant"
+        return closed if wanted is None else wanted
 
     @model_validator(mode="after")
     def _fits(self) -> "ChatRequest":
         names = [tool["function"]["name"] for tool in self.tools or []]
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs")
+        if self.top_logprobs and not self.logprobs:
+            raise _at("top_logprobs", "it needs logprobs")
         if self.tool_choice not in (None, "none") and not names:
-            raise ValueError("tool_choice needs tools")
+            raise _at("tool_choice", "it needs tools")
         if isinstance(self.tool_choice, dict) and self.tool_choice["function"]["name"] not in names:
-            raise ValueError(f"tool_choice names none of the tools {names}")
+            raise _at("tool_choice", f"it names none of the tools {names}")
         return self
 
     @property
@@ -202,7 +304,7 @@ def plain(messages: list[Any]) -> list[Json]:
         for call in message.get("tool_calls") or []:
             try:
                 arguments = json.loads(call["function"].get("arguments") or "{}")
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 raise ApiError(400, "The arguments of a tool call must be JSON.", f"messages[{number}]") from None
             function = {"name": call["function"]["name"], "arguments": arguments}
             out[-1].setdefault("tool_calls", []).append({"type": "function", "function": function})
@@ -213,9 +315,21 @@ class CompletionRequest(Options):
     """/v1/completions."""
 
     prompt: Prompts = Field(description="text in which control tokens are read, or ids")
-    max_tokens: Count | None = 16
+    suffix: str | None = Field(None, description="text that follows the answer (fill-in-the-middle)")
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 31), _INTEGRAL] | None = 16
     logprobs: Top | None = None
     echo: bool | None = Field(None, description="give the prompt back before the answer, with log-probabilities too")
+    best_of: Count | None = Field(None, description="as n: all that is written is given")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise _at("max_tokens", "it can be 0 with echo alone")
+        if self.suffix and self.echo:
+            raise _at("suffix", "it excludes echo")
+        if self.best_of not in (None, self.n or 1):
+            raise _at("best_of", "it can only be n; send n, and choose among the answers")
+        return self
 
     def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
         """See `Options.sampling`."""
@@ -240,7 +354,7 @@ class ScoreRequest(Body):
     conversations: list[Annotated[list[Message], Field(min_length=2)]] = Field(min_length=1, max_length=64)
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Turns):
     """/tokenize: one of `prompt`, `content` (llama.cpp's name) and `messages`."""
 
     prompt: str | None = None
@@ -257,7 +371,7 @@ class DetokenizeRequest(Body):
     tokens: list[Id]
 
 
-class TemplateRequest(Body):
+class TemplateRequest(Turns):
     """/apply-template."""
 
     messages: Messages

@@ -94,7 +94,7 @@ async def _run(begin: Begin, source: str, keys: list[str], listener: socket.sock
     with suppress(KeyboardInterrupt):
         await server.serve([listener])
     api.bridge.stop()
-    return api.bridge.dead
+    return api.bridge.fault is not None
 
 
 def _engine(source: str, config: ServeConfig, names: list[str]) -> Engine:

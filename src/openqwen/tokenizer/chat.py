@@ -25,6 +25,7 @@ def encode_chat(
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     add_generation_prompt: bool,
+    continue_final_message: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Render and encode: ids, and for each 1 where the assistant wrote it (its `<|im_end|>` included), else 0.
 
@@ -34,7 +35,7 @@ def encode_chat(
     forged = any(map(regex.compile(tokenizer.control_pattern).search, _strings([messages, tools])))
     guard = _unused_character([messages, tools]) if forged else ""
     shield = _shield(tokenizer, guard) if forged else lambda value: value
-    text = render(template, shield(messages), shield(tools), add_generation_prompt)
+    text = render(template, shield(messages), shield(tools), add_generation_prompt, continue_final_message)
     chat: list[int] = []
     mask: list[int] = []
     opening = writing = False  # just after <|im_start|>; inside the assistant's turn

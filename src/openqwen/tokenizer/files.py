@@ -46,9 +46,8 @@ def write_tokenizer(folder: Path, parts: Parts) -> None:
     names = [to_characters(token) for token in parts.vocabulary]
     ids = {name: i for i, name in enumerate(names)}
     pairs = [(names[left], names[right]) for left, right in parts.merges]
-    added = {len(names) + i: _LAYOUT["added_token"] | asdict(token) for i, token in enumerate(parts.control)}
-    write_json(folder / "tokenizer.json", _tokenizer_json(ids, pairs, added))
-    write_json(folder / "tokenizer_config.json", _tokenizer_config(parts, added))
+    write_json(folder / "tokenizer.json", _tokenizer_json(ids, pairs, _added(parts)))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(parts))
     write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False) + "\n")
     write_text(folder / "merges.txt", "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in pairs)]))
     if parts.template is not None and parts.template_apart:
@@ -63,7 +62,13 @@ def _tokenizer_json(ids: dict[str, int], pairs: list[tuple[str, str]], added: di
     return layout | {"added_tokens": tokens, "model": layout["model"] | {"vocab": ids, "merges": pairs}}
 
 
-def _tokenizer_config(parts: Parts, added: dict[int, Any]) -> dict[str, Any]:
+def _added(parts: Parts) -> dict[int, Any]:
+    first = len(parts.vocabulary)
+    return {first + i: _LAYOUT["added_token"] | asdict(token) for i, token in enumerate(parts.control)}
+
+
+def tokenizer_config(parts: Parts) -> dict[str, Any]:
+    """What tokenizer_config.json holds."""
     hidden = [token.content for token in parts.control if token.special and token.content != DOCUMENT_END]
     defaults = _LAYOUT["tokenizer_config"] | {
         "additional_special_tokens": hidden,
@@ -72,7 +77,11 @@ def _tokenizer_config(parts: Parts, added: dict[int, Any]) -> dict[str, Any]:
     }
     if "extra_special_tokens" in parts.settings:  # the newer name: both in one file would contradict each other
         del defaults["additional_special_tokens"]
-    config = defaults | dict(parts.settings) | {"added_tokens_decoder": {str(i): token for i, token in added.items()}}
+    config = (
+        defaults
+        | dict(parts.settings)
+        | {"added_tokens_decoder": {str(i): token for i, token in _added(parts).items()}}
+    )
     if parts.template is not None and not parts.template_apart:
         config["chat_template"] = parts.template
     return dict(sorted(config.items()))

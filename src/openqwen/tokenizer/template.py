@@ -22,6 +22,7 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 # One turn is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. Tools are listed in the system turn; a call is a
 # JSON object between <tool_call> tags; the results of consecutive calls share one turn of the user.
 _CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
@@ -33,10 +34,16 @@ def chatml_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
 
 
 def render(
-    template: str, messages: list[Message], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+    template: str,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
 ) -> str:
     """The chat as one text. OpenQwenError names the message that is wrong, or what the template objects to."""
     check_messages(messages)
+    if continue_final_message:
+        return _open_ended(template, messages, tools)
     # As in transformers, a key whose value is None counts as absent: templates test for the key.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
@@ -45,6 +52,21 @@ def render(
         )
     except (TemplateError, TypeError, ValueError) as error:
         raise OpenQwenError(f"The chat template failed on this chat: {error}", where="chat template") from error
+
+
+def _open_ended(template: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
+    """The chat up to the end of its last message's text, found by a mark that is rendered in its place (transformers).
+
+    Where the template trims the text, its end is trimmed too.
+    """
+    said = messages[-1].get("content")
+    if said is None or (messages[-1].get("tool_calls") and not said):
+        where = f"messages[{len(messages) - 1}]"
+        raise OpenQwenError("The last message has no text to go on from.", where=where, do="give it content")
+    marked = [*messages[:-1], messages[-1] | {"content": f"{said}{_MARK}"}]
+    rendered = render(template, marked, tools, False)
+    text = rendered.rpartition(_MARK.strip())[0]
+    return text if _MARK in rendered else text.rstrip()
 
 
 def check_messages(messages: list[Message]) -> None:

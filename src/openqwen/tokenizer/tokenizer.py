@@ -13,7 +13,7 @@ from openqwen.support.hub import local
 from openqwen.tokenizer import chat
 from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, TURN_START, ControlToken
 from openqwen.tokenizer.fast import best_encoder
-from openqwen.tokenizer.files import Parts, write_tokenizer
+from openqwen.tokenizer.files import Parts, tokenizer_config, write_tokenizer
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 from openqwen.tokenizer.sources import read_source
 from openqwen.tokenizer.template import Message, render
@@ -123,20 +123,37 @@ class Tokenizer:
                 yield piece, self.control_ids[piece] if number % 2 else None
 
     def apply_chat_template(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = False
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
     ) -> str:
-        """The chat as one text. To encode it use `encode_chat`: this text no longer tells who wrote what."""
-        return render(self._chat_template(), messages, tools, add_generation_prompt)
+        """The chat as one text. To encode it use `encode_chat`: this text no longer tells who wrote what.
+
+        continue_final_message: end it where the last message's text ends, to be gone on with.
+        """
+        return render(self._chat_template(), messages, tools, add_generation_prompt, continue_final_message)
 
     def encode_chat(
-        self, messages: list[Message], add_generation_prompt: bool = False, tools: list[dict[str, Any]] | None = None
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        continue_final_message: bool = False,
     ) -> tuple[list[int], list[int]]:
         """(ids, mask): the rendered chat, and 1 for each token that an assistant wrote, its `<|im_end|>` included.
 
         Control tokens come from the template alone: in a message's content they stay text. Where no message holds
         one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
         """
-        return chat.encode_chat(self, self._chat_template(), messages, tools, add_generation_prompt)
+        return chat.encode_chat(
+            self, self._chat_template(), messages, tools, add_generation_prompt, continue_final_message
+        )
+
+    def info(self) -> dict[str, Any]:
+        """What tokenizer_config.json and the template file say of it."""
+        return tokenizer_config(self._parts()) | {"chat_template": self.template}
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers loads.

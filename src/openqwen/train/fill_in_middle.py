@@ -11,21 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
-
-MARKERS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
-
-
-def marker_ids(tokenizer: Tokenizer) -> list[int]:
-    """Ids of the three markers, in the order in which they stand; an error where the tokenizer has none (Qwen2's)."""
-    if missing := [name for name in MARKERS if name not in tokenizer.control_ids]:
-        raise OpenQwenError(
-            f"This tokenizer has no {missing[0]}, so nothing can be cut for fill-in-the-middle.",
-            where="fill_in_middle",
-            do="leave fill_in_middle empty, or use a tokenizer with Qwen2.5's control tokens",
-        )
-    return [tokenizer.control_ids[name] for name in MARKERS]
+from openqwen.tokenizer.fill_in_middle import middle_prompt
 
 
 def fill_in_middle(tokenizer: Tokenizer, ids: np.ndarray, cuts: Sequence[float]) -> np.ndarray:
@@ -36,5 +23,5 @@ def fill_in_middle(tokenizer: Tokenizer, ids: np.ndarray, cuts: Sequence[float])
     text = tokenizer.decode(ids[:-1].tolist())
     start, end = sorted(int(cut * (len(text) + 1)) for cut in cuts)
     parts = (text[:start], text[end:], text[start:end])
-    moved = [[marker, *tokenizer.encode(part)] for marker, part in zip(marker_ids(tokenizer), parts, strict=True)]
-    return np.array([*moved[0], *moved[1], *moved[2], ids[-1]], dtype=np.uint32)
+    prefix, suffix, middle = map(tokenizer.encode, parts)
+    return np.array([*middle_prompt(tokenizer, prefix, suffix), *middle, ids[-1]], dtype=np.uint32)

@@ -10,7 +10,8 @@ from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.generators import Generators
 from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.fill_in_middle import fill_in_middle, marker_ids
+from openqwen.tokenizer.fill_in_middle import marker_ids
+from openqwen.train.fill_in_middle import fill_in_middle
 from openqwen.train.rows import Sample, cut_to_budget
 
 
