@@ -28,6 +28,7 @@ from openqwen.serve.protocol import (
     TokenizeRequest,
     WeightsRequest,
     plain,
+    without_strict,
 )
 from openqwen.serve.settings import ServeConfig
 
@@ -59,6 +60,7 @@ class Api:
         return {"id": name, "object": "model", "created": self._started, **more}
 
     def _encode_chat(self, messages: list[Any], tools: Any, open_: bool = True) -> list[int]:
+        tools = without_strict(tools)
         return self.tokenizer.encode_chat(plain(messages), add_generation_prompt=open_, tools=tools)[0]
 
     def _several(self, value: Any, param: str) -> list[list[int]]:
@@ -150,7 +152,7 @@ class Api:
 
     async def template(self, request: TemplateRequest) -> Json:
         """A chat as the text that the model reads."""
-        tools: Any = request.tools
+        tools: Any = without_strict(request.tools)
         render = partial(self.tokenizer.apply_chat_template, plain(request.messages), tools, True)
         return {"prompt": await asyncio.to_thread(render)}
 

@@ -1,0 +1,80 @@
+"""Grammars of answers in which functions may or must be called, as Qwen2.5 writes calls, in llguidance's notation."""
+
+import json
+import re
+from typing import Any
+
+from openqwen.engine import Structure
+from openqwen.engine.schema import LENIENT, faults, ready
+from openqwen.serve.errors import ApiError
+from openqwen.serve.tools import TAGS
+
+Json = dict[str, Any]
+# The blanks of calls in Qwen2.5's training data, and no others: else a model may write blanks without end.
+_AS_TRAINED: Json = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def followed(schema: Json, strict: bool, where: str, name: str) -> Json:
+    """The schema as a grammar can follow it. where: the request's field. name: of the tool or the format.
+
+    Raises: ApiError that tells the places of what cannot be followed.
+    """
+    schema = ready(schema, strict)
+    if found := "; ".join(faults(schema, strict))[:400]:
+        whose = f'{where.partition(".")[0]} ("{name}")'
+        if strict:
+            message = f"{whose} is strict, but its schema has what cannot be enforced: {found}. "
+            message += "Leave that out, or send strict: false."
+        else:
+            message = f"The schema of {whose} cannot be followed: {found}."
+        raise ApiError(400, message, where)
+    return schema
+
+
+def only_calls(tools: list[Any], name: str | None, several: bool) -> Structure:
+    """Nothing but calls. name: of the one function to call; None: any. several: more than one may come."""
+    chosen = {n: tool for n, tool in enumerate(tools) if name in (None, tool["function"]["name"])}
+    return Structure("grammar", "\n".join(["start: calls", *_calls(chosen, several, forced=True)]))
+
+
+def calls_or_json(tools: list[Any], schema: Json, several: bool) -> Structure:
+    """JSON that fits a schema, or calls."""
+    start = ["start: answer | calls", f"answer: {_json(schema, whitespace_flexible=False)}"]
+    return Structure("grammar", "\n".join([*start, *_calls(dict(enumerate(tools)), several)]))
+
+
+def calls_or_text(tools: list[Any], several: bool) -> Structure:
+    """Any text, which calls may follow; or one call without tags, which the answer is read as (`ToolCalls`)."""
+    names = [re.escape(tool["function"]["name"]) for tool in tools]
+    tags, blank = "|".join(tag[1:-1] for tag in TAGS), r"[ \n]{0,9}"
+    begun = rf'\s*(```(json|xml)?\s*)?(<({tags})>\s*)?\[?\s*\{{\s*"name"\s*:\s*"({"|".join(names)})"'
+    rules = ["start: TEXT calls? | calls | untagged"]
+    rules += [f"TEXT: /(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/ & ~/{begun}(?s:.*)/"]
+    rules += [f"untagged: ({' | '.join(f'HEAD{n} arguments{n}' for n in range(len(names)))}) TAIL"]
+    for number, name in enumerate(names):
+        head = rf'{blank}(```(json|xml)?\n{blank})?(<({tags})>{blank})?\{{{blank}"name": ?"{name}",{blank}"arguments": ?'
+        rules.append(f"HEAD{number}: /{head}/")
+    rules.append(rf"TAIL: /{blank}\}}({blank}<\/({tags})>)?({blank}```)?/")
+    return Structure("grammar", "\n".join([*rules, *_calls(dict(enumerate(tools)), several)]))
+
+
+def _calls(tools: dict[int, Any], several: bool, forced: bool = False) -> list[str]:
+    """Rules of `calls`, and of the arguments of each function, which fit its schema where it is forced or strict."""
+    # The newline is not yet the promise of a further call: Qwen2.5 writes one before it ends its turn, too.
+    rules, calls = [r'calls: call ("\n" call)* "\n"?' if several else "calls: call"], []
+    for number, tool in tools.items():
+        function = tool["function"]
+        strict = bool(function.get("strict"))
+        schema: Json = {"type": "object"}
+        if forced or strict:
+            given = {"properties": {}} if function.get("parameters") is None else function["parameters"]
+            where = f"tools[{number}].function.parameters"
+            schema = followed(schema | given, strict, where, function["name"])
+        head = json.dumps(f'\n{{"name": {json.dumps(function["name"])}, "arguments": ')
+        calls.append(f'<tool_call> {head} arguments{number} "}}\\n" </tool_call>')
+        rules.append(f"arguments{number}: {_json(schema, **_AS_TRAINED)}")
+    return [*rules, "call: " + " | ".join(calls)]
+
+
+def _json(schema: Json, **layout: Any) -> str:
+    return f"%json {json.dumps(schema | {'x-guidance': layout | LENIENT})}"
