@@ -40,7 +40,7 @@ def only_calls(tools: list[Any], name: str | None, several: bool) -> Structure:
 def calls_or_json(tools: list[Any], schema: Json, several: bool) -> Structure:
     """JSON that fits a schema, or calls."""
     start = ["start: answer | calls", f"answer: {_json(schema, whitespace_flexible=False)}"]
-    return Structure("grammar", "\n".join([*start, *_calls(dict(enumerate(tools)), several)]))
+    return Structure("grammar", "\n".join([*start, *_calls(dict(enumerate(tools)), several, more="call")]))
 
 
 def calls_or_text(tools: list[Any], several: bool) -> Structure:
@@ -58,10 +58,15 @@ def calls_or_text(tools: list[Any], several: bool) -> Structure:
     return Structure("grammar", "\n".join([*rules, *_calls(dict(enumerate(tools)), several)]))
 
 
-def _calls(tools: dict[int, Any], several: bool, forced: bool = False) -> list[str]:
-    """Rules of `calls`, and of the arguments of each function, which fit its schema where it is forced or strict."""
+def _calls(tools: dict[int, Any], several: bool, forced: bool = False, more: str = "(call | object)") -> list[str]:
+    """Rules of `calls`, and of the arguments of each function, which fit its schema where it is forced or strict.
+
+    more: how further calls are written. Qwen2.5-Coder leaves out their tags.
+    """
     # The newline is not yet the promise of a further call: Qwen2.5 writes one before it ends its turn, too.
-    rules, calls = [r'calls: call ("\n" call)* "\n"?' if several else "calls: call"], []
+    rules = [rf'calls: call ("\n" {more})* "\n"?' if several else "calls: call"]
+    rules.append(r'call: <tool_call> "\n" object "\n" </tool_call>')
+    objects = []
     for number, tool in tools.items():
         function = tool["function"]
         strict = bool(function.get("strict"))
@@ -70,10 +75,10 @@ def _calls(tools: dict[int, Any], several: bool, forced: bool = False) -> list[s
             given = {"properties": {}} if function.get("parameters") is None else function["parameters"]
             where = f"tools[{number}].function.parameters"
             schema = followed(schema | given, strict, where, function["name"])
-        head = json.dumps(f'\n{{"name": {json.dumps(function["name"])}, "arguments": ')
-        calls.append(f'<tool_call> {head} arguments{number} "}}\\n" </tool_call>')
+        head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
+        objects.append(f'{head} arguments{number} "}}"')
         rules.append(f"arguments{number}: {_json(schema, **_AS_TRAINED)}")
-    return [*rules, "call: " + " | ".join(calls)]
+    return [*rules, "object: " + " | ".join(objects)]
 
 
 def _json(schema: Json, **layout: Any) -> str:

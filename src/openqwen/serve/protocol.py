@@ -173,9 +173,11 @@ class ChatRequest(Options):
 
     @property
     def untagged(self) -> list[str]:
-        """Functions whose calls are known without a tag. Where the answer is to be JSON, none are."""
-        text = self.response_format is None or self.response_format["type"] == "text"
-        return [tool["function"]["name"] for tool in self.offered or [] if text]
+        """Functions whose calls are known without a tag. Where the answer may be JSON of another kind, none are."""
+        form: Any = self.response_format
+        only_calls = self.tool_choice not in (None, "auto")
+        known = form is None or form["type"] == "text" or only_calls
+        return [tool["function"]["name"] for tool in self.offered or [] if known]
 
     def _form(self) -> Json | None:
         """The schema that an answer in words must fit."""

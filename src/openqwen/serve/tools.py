@@ -15,7 +15,7 @@ _SPACE = " \t\r\n"
 FENCES = ("```", "```json", "```xml")
 TAGS = ("<tools>", "<tool>", "<function_call>", "<response>", "<json>", "<xml>", "<JSON>")
 _BEFORE = [fence + tag + bracket for fence in ("", *FENCES) for tag in ("", *TAGS) for bracket in ("", "[")]
-_BETWEEN = re.compile(rf"([\s,\[\]]|```(json|xml)?|</?({'|'.join(tag[1:-1] for tag in TAGS)})>)*")
+_BETWEEN = re.compile(rf"([\s,\[\]]|```(json|xml)?|</?({'|'.join(tag[1:-1] for tag in (*TAGS, OPEN))})>)*")
 
 
 @dataclass(frozen=True)
