@@ -1,5 +1,6 @@
 """JSON schemas made ready for llguidance: closed where they name their keys, without what it cannot follow."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,11 +31,9 @@ def ready(schema: Json, strict: bool = False) -> Json:
     Raises: OpenQwenError for a schema that is nested too deep.
     """
     try:
-        out = _ready(schema, schema, strict)
+        return _Reader(schema, strict).whole()
     except RecursionError:
         raise OpenQwenError("The JSON schema is nested too deep.", where="sampling, structure") from None
-    out.pop("x-guidance", None)  # llguidance's own settings, which are not the client's
-    return out
 
 
 def faults(schema: Json, strict: bool = False) -> list[str]:
@@ -44,6 +43,8 @@ def faults(schema: Json, strict: bool = False) -> list[str]:
     found = []
     for path, node in _nodes(schema) if whole else ():
         own = {key: value for key, value in node.items() if key not in _NESTED}
+        if patterns := _map(node, "patternProperties"):
+            own["patternProperties"] = dict.fromkeys(patterns, True)
         found += [f"{path}: {words}" if path else words for words in _complaints(own, strict)]
     return found or whole
 
@@ -55,46 +56,74 @@ def _complaints(schema: Json, strict: bool = False) -> list[str]:
         failed, words = make.validate_grammar_with_warnings(grammar)
     except ValueError as error:
         failed, words = True, [str(error)]
-    return [" ".join(word.split())[:200] for word in words] if failed or strict else []
+    lines = words if failed or strict else []
+    return [" ".join(word for word in line.split() if word.strip("^"))[:200] for line in lines]
 
 
-def _ready(node: Any, root: Json, strict: bool, within: frozenset[str] | None = None) -> Any:
-    """within: where another schema of the same value says which keys there are, the references followed from it."""
-    if not isinstance(node, dict):
-        return node
-    # An object whose keys are named in several places is closed here, and nowhere below.
-    sources = sum(key in node for key in ("properties", "anyOf", "oneOf", "$ref")) + len(_list(node, "allOf"))
-    mixed = within is None and sources > 1
-    inner = _NONE if mixed else within
+class _Reader:
+    """Makes one schema `ready`."""
 
-    def change(key: str, _: str, one: Any) -> Any:
-        return _ready(one, root, strict, inner if key in _SAME else None)
+    def __init__(self, root: Json, strict: bool):
+        self._root, self._strict = root, strict
+        self._open: Json = {}  # definitions as parts of an object that is closed as a whole
 
-    out = _mapped(node, change)
-    if inner is not None and (reference := node.get("$ref")) and reference not in inner:
-        # What it refers to may be closed where it stands alone.
-        part = _ready(_target(reference, root), root, strict, inner | {reference})
-        out["allOf"] = [*_list(out, "allOf"), part]
-        del out["$ref"]
-    places = list(_places(node, root)) if mixed else [node]
-    said = any("additionalProperties" in one or one.get("unevaluatedProperties", False) for one in places)
-    for key in () if strict else ("pattern", "patternProperties"):
-        value = dict.fromkeys(_map(node, key), True) or node.get(key)
-        if value is not None and _complaints({key: value}):
-            del out[key]
-            said |= key == "patternProperties"
-    if "prefixItems" in out or isinstance(out.get("items"), list):
-        out.setdefault("items" if "prefixItems" in out else "additionalItems", False)
-    if within is not None or said:
+    def whole(self) -> Json:
+        out = self._read(self._root)
+        out.pop("x-guidance", None)  # llguidance's own settings, which are not the client's
+        if self._open:
+            out["$defs"] = _map(out, "$defs") | self._open
         return out
-    out.pop("unevaluatedProperties", None)
-    if mixed:
-        named = {key: {n: True for one in places for n in _map(one, key)} for key in _MAPS[:2]}
-        out |= {key: names | out.get(key, {}) for key, names in named.items() if names}
-    kinds = (node.get("type"), *_list(node, "type"))
-    if "properties" in out or "patternProperties" in out or (strict and not sources and "object" in kinds):
-        out["additionalProperties"] = False
-    return out
+
+    def _read(self, node: Any, part: bool = False) -> Any:
+        """part: another schema of the same value says which keys there are."""
+        if not isinstance(node, dict):
+            return node
+        # An object whose keys are named in several places is closed here, and not in those.
+        sources = sum(key in node for key in ("properties", "anyOf", "oneOf", "$ref")) + len(_list(node, "allOf"))
+        mixed = not part and sources > 1
+        out = _mapped(node, lambda key, _, one: self._read(one, (part or mixed) and key in _SAME))
+        if (part or mixed) and (reference := _reference(node)):
+            out["$ref"] = self._opened(reference)
+        for key in () if self._strict else _unreadable(node):
+            del out[key]
+        if "prefixItems" in out or isinstance(out.get("items"), list):
+            out.setdefault("items" if "prefixItems" in out else "additionalItems", False)
+        places = list(_places(node, self._root)) if mixed else [node]
+        if not part and not any(map(_says, places)) and ("patternProperties" in out or "patternProperties" not in node):
+            if mixed:
+                named = {key: {n: True for one in places for n in _map(one, key)} for key in _MAPS[:2]}
+                out |= {key: names | _map(out, key) for key, names in named.items() if names}
+            out.pop("unevaluatedProperties", None)
+            nameless = self._strict and not sources and "object" in (node.get("type"), *_list(node, "type"))
+            if nameless or "properties" in out or "patternProperties" in out:
+                out["additionalProperties"] = False
+        if "properties" in out:
+            out.setdefault("type", "object")
+        return out
+
+    def _opened(self, reference: str) -> str:
+        """A reference to the same definition, left open; it may refer to itself."""
+        name = f"open-{hashlib.sha256(reference.encode()).hexdigest()[:16]}"
+        if reference.startswith("#/$defs/open-"):  # of a schema that was made ready before
+            name = reference.removeprefix("#/$defs/")
+        target = _target(reference, self._root)
+        if target is None:
+            return reference
+        if name not in self._open:
+            self._open[name] = True
+            self._open[name] = self._read(target, part=True)
+        return f"#/$defs/{name}"
+
+
+def _says(node: Json) -> bool:
+    """Whether a schema says what other keys there may be than it names."""
+    return "additionalProperties" in node or bool(node.get("unevaluatedProperties", False))
+
+
+def _unreadable(node: Json) -> list[str]:
+    """Keywords whose regular expressions llguidance cannot read."""
+    asked = {key: dict.fromkeys(_map(node, key), True) or node[key] for key in ("pattern", _MAPS[1]) if key in node}
+    return [key for key, value in asked.items() if _complaints({key: value})]
 
 
 def _mapped(node: Json, change: Callable[[str, str, Any], Any]) -> Json:
@@ -127,19 +156,24 @@ def _places(node: Any, root: Json, seen: frozenset[str] = _NONE) -> Iterator[Jso
     for key in _SAME:
         for one in _list(node, key):
             yield from _places(one, root, seen)
-    if (reference := node.get("$ref")) and reference not in seen:
+    if (reference := _reference(node)) and reference not in seen:
         yield from _places(_target(reference, root), root, seen | {reference})
 
 
-def _target(reference: Any, root: Json) -> Any:
-    """What "#/$defs/name" refers to; where there is no such thing, the reference itself, for llguidance to refuse."""
+def _reference(node: Json) -> str | None:
+    reference = node.get("$ref")
+    return reference if isinstance(reference, str) else None
+
+
+def _target(reference: str, root: Json) -> Any:
+    """What "#/$defs/name" refers to; None where there is no such thing, which llguidance refuses."""
     node: Any = root
     try:
         for step in unquote(reference).removeprefix("#").split("/")[1:]:
             key = step.replace("~1", "/").replace("~0", "~")
             node = node[int(key)] if isinstance(node, list) else node[key]
     except (LookupError, TypeError, ValueError):
-        return {"$ref": reference}
+        return None
     return node
 
 
