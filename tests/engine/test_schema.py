@@ -147,7 +147,9 @@ def test_a_schema_of_no_use_is_refused_with_its_place():
 
 
 KEYWORDS = "type properties allOf anyOf $ref items prefixItems pattern patternProperties additionalProperties $defs"
-LEAVES = st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["object", "#", "#/$defs/a", "(", "a", "array"])
+LEAVES = (
+    st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["object", "#", "#/$defs/a", "(", "a", "array"])
+)
 JUNK = st.recursive(
     LEAVES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYWORDS.split(), "a"]), inner),

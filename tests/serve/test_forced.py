@@ -84,7 +84,15 @@ def test_calls_of_strict_tools_fit_where_the_model_may_choose(fits):
     options = {"tools": [strict, CLOCK], "tool_choice": "auto"}
     invented = PARIS.replace("}}", ', "x": 1}}')
     fence = '```json\n{\n  "name": "get_weather",\n  "arguments": %s\n}\n```'
-    for text in ("Hello", "It is <tool", "{}", '{"name": "Paris"}', "```python\nx\n```", tagged(PARIS), "So:\n" + tagged(PARIS)):
+    for text in (
+        "Hello",
+        "It is <tool",
+        "{}",
+        '{"name": "Paris"}',
+        "```python\nx\n```",
+        tagged(PARIS),
+        "So:\n" + tagged(PARIS),
+    ):
         assert fits(text, **options), text
     for text in (tagged(PARIS) + "\n", tagged(NOW.replace("{}", '{"x": [1]}')), PARIS, fence % '{"city": "Rome"}'):
         assert fits(text, **options), text
@@ -117,7 +125,12 @@ PATH = {"path": {"type": "string", "format": "path"}, "tags": {"type": "array", 
     [
         (
             {"tools": [CLOCK, tool("save", True, PATH)]},
-            ['tools[1] ("save") is strict', "properties.path: Unknown format: path", "properties.tags", "strict: false"],
+            [
+                'tools[1] ("save") is strict',
+                "properties.path: Unknown format: path",
+                "properties.tags",
+                "strict: false",
+            ],
             "tools[1].function.parameters",
         ),
         (

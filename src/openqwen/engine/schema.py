@@ -14,7 +14,7 @@ except ImportError:  # an extra
     llguidance = None  # type: ignore[assignment]
 
 Json = dict[str, Any]
-LENIENT: Json = {"lenient": True}  # llguidance passes over keywords that it does not know
+LENIENT: Any = {"lenient": True}  # llguidance passes over keywords that it does not know
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # schemas by name
 _SAME = ("anyOf", "oneOf", "allOf")  # lists of schemas of the very same value
 _NESTED = (*_MAPS, *_SAME, "$ref", "prefixItems", "items", "additionalProperties")
@@ -37,8 +37,10 @@ def ready(schema: Json, strict: bool = False) -> Json:
 
 
 def faults(schema: Json, strict: bool = False) -> list[str]:
-    """What llguidance cannot follow in a schema that is `ready`, each with its place ("properties.path: Unknown format:
-    path"). Without `strict` only what keeps it from reading the schema at all."""
+    """What llguidance cannot follow in a schema that is `ready`, each with its place.
+
+    As in "properties.path: Unknown format: path". Without `strict` only what makes it refuse the schema.
+    """
     whole = _complaints(schema, strict)
     found = []
     for path, node in _nodes(schema) if whole else ():
@@ -79,7 +81,8 @@ class _Reader:
         if not isinstance(node, dict):
             return node
         # An object whose keys are named in several places is closed here, and not in those.
-        sources = sum(key in node for key in ("properties", "anyOf", "oneOf", "$ref")) + len(_list(node, "allOf"))
+        named = sum(key in node for key in ("properties", "anyOf", "oneOf", "$ref"))
+        sources = named + len(_list(node, "allOf"))
         mixed = not part and sources > 1
         out = _mapped(node, lambda key, _, one: self._read(one, (part or mixed) and key in _SAME))
         if (part or mixed) and (reference := _reference(node)):
@@ -89,12 +92,14 @@ class _Reader:
         if "prefixItems" in out or isinstance(out.get("items"), list):
             out.setdefault("items" if "prefixItems" in out else "additionalItems", False)
         places = list(_places(node, self._root)) if mixed else [node]
-        if not part and not any(map(_says, places)) and ("patternProperties" in out or "patternProperties" not in node):
-            if mixed:
-                named = {key: {n: True for one in places for n in _map(one, key)} for key in _MAPS[:2]}
-                out |= {key: names | _map(out, key) for key, names in named.items() if names}
+        dropped = "patternProperties" in node and "patternProperties" not in out
+        if not part and not dropped and not any(map(_says, places)):
+            for key in _MAPS[:2] if mixed else ():
+                if names := {name: True for one in places for name in _map(one, key)}:
+                    out[key] = names | _map(out, key)
             out.pop("unevaluatedProperties", None)
-            nameless = self._strict and not sources and "object" in (node.get("type"), *_list(node, "type"))
+            kinds = (node.get("type"), *_list(node, "type"))
+            nameless = self._strict and not sources and "object" in kinds
             if nameless or "properties" in out or "patternProperties" in out:
                 out["additionalProperties"] = False
         if "properties" in out:
@@ -122,8 +127,12 @@ def _says(node: Json) -> bool:
 
 def _unreadable(node: Json) -> list[str]:
     """Keywords whose regular expressions llguidance cannot read."""
-    asked = {key: dict.fromkeys(_map(node, key), True) or node[key] for key in ("pattern", _MAPS[1]) if key in node}
-    return [key for key, value in asked.items() if _complaints({key: value})]
+    found = []
+    for key in ("pattern", "patternProperties"):
+        value = dict.fromkeys(_map(node, key), True) or node.get(key)
+        if key in node and _complaints({key: value}):
+            found.append(key)
+    return found
 
 
 def _mapped(node: Json, change: Callable[[str, str, Any], Any]) -> Json:
@@ -166,7 +175,7 @@ def _reference(node: Json) -> str | None:
 
 
 def _target(reference: str, root: Json) -> Any:
-    """What "#/$defs/name" refers to; None where there is no such thing, which llguidance refuses."""
+    """What "#/$defs/name" refers to; None where there is no such thing (llguidance says so)."""
     node: Any = root
     try:
         for step in unquote(reference).removeprefix("#").split("/")[1:]:

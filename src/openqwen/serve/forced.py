@@ -1,4 +1,4 @@
-"""Grammars of answers in which functions may or must be called, as Qwen2.5 writes calls, in llguidance's notation."""
+"""Grammars of answers in which functions may or must be called, in llguidance's notation."""
 
 import json
 import re
@@ -40,19 +40,22 @@ def only_calls(tools: list[Any], name: str | None, several: bool) -> Structure:
 def calls_or_json(tools: list[Any], schema: Json, several: bool) -> Structure:
     """JSON that fits a schema, or calls."""
     start = ["start: answer | calls", f"answer: {_json(schema, whitespace_flexible=False)}"]
-    return Structure("grammar", "\n".join([*start, *_calls(dict(enumerate(tools)), several, more="call")]))
+    rules = _calls(dict(enumerate(tools)), several, more="call")
+    return Structure("grammar", "\n".join([*start, *rules]))
 
 
 def calls_or_text(tools: list[Any], several: bool) -> Structure:
     """Any text, which calls may follow; or one call without tags, which the answer is read as (`ToolCalls`)."""
     names = [re.escape(tool["function"]["name"]) for tool in tools]
     tags, blank = "|".join(tag[1:-1] for tag in TAGS), r"[ \n]{0,9}"
-    begun = rf'\s*(```(json|xml)?\s*)?(<({tags})>\s*)?\[?\s*\{{\s*"name"\s*:\s*"({"|".join(names)})"'
-    rules = ["start: TEXT calls? | calls | untagged"]
+    begun = rf"\s*(```(json|xml)?\s*)?(<({tags})>\s*)?\[?\s*"
+    begun += rf'\{{\s*"name"\s*:\s*"({"|".join(names)})"'
+    before = rf"{blank}(```(json|xml)?\n{blank})?(<({tags})>{blank})?"
+    bodies = " | ".join(f"HEAD{number} arguments{number}" for number in range(len(names)))
+    rules = ["start: TEXT calls? | calls | untagged", f"untagged: ({bodies}) TAIL"]
     rules += [f"TEXT: /(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/ & ~/{begun}(?s:.*)/"]
-    rules += [f"untagged: ({' | '.join(f'HEAD{n} arguments{n}' for n in range(len(names)))}) TAIL"]
     for number, name in enumerate(names):
-        head = rf'{blank}(```(json|xml)?\n{blank})?(<({tags})>{blank})?\{{{blank}"name": ?"{name}",{blank}"arguments": ?'
+        head = rf'{before}\{{{blank}"name": ?"{name}",{blank}"arguments": ?'
         rules.append(f"HEAD{number}: /{head}/")
     rules.append(rf"TAIL: /{blank}\}}({blank}<\/({tags})>)?({blank}```)?/")
     return Structure("grammar", "\n".join([*rules, *_calls(dict(enumerate(tools)), several)]))
@@ -72,7 +75,8 @@ def _calls(tools: dict[int, Any], several: bool, forced: bool = False, more: str
         strict = bool(function.get("strict"))
         schema: Json = {"type": "object"}
         if forced or strict:
-            given = {"properties": {}} if function.get("parameters") is None else function["parameters"]
+            given = function.get("parameters")
+            given = {"properties": {}} if given is None else given
             where = f"tools[{number}].function.parameters"
             schema = followed(schema | given, strict, where, function["name"])
         head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')

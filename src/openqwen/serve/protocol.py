@@ -173,7 +173,7 @@ class ChatRequest(Options):
 
     @property
     def untagged(self) -> list[str]:
-        """Functions whose calls are known without a tag. Where the answer may be JSON of another kind, none are."""
+        """Functions whose calls are known without a tag: none where the answer may be other JSON."""
         form: Any = self.response_format
         only_calls = self.tool_choice not in (None, "auto")
         known = form is None or form["type"] == "text" or only_calls
@@ -211,8 +211,11 @@ def without_strict(tools: list[Any] | None) -> list[Json] | None:
     """Tools as the model is told of them: `strict` is for the grammar."""
     if tools is None:
         return None
-    keys = ("name", "description", "parameters")
-    return [tool | {"function": {k: tool["function"][k] for k in keys if k in tool["function"]}} for tool in tools]
+    out = []
+    for tool in tools:
+        function = {key: value for key, value in tool["function"].items() if key != "strict"}
+        out.append(tool | {"function": function})
+    return out
 
 
 def plain(messages: list[Any]) -> list[Json]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _SPACE = " \t\r\n"
-# What models write about calls in place of the tag (llama.cpp knows the same): fences of Markdown and other tags.
+# What models write about calls in place of the tag; llama.cpp knows the same.
 FENCES = ("```", "```json", "```xml")
 TAGS = ("<tools>", "<tool>", "<function_call>", "<response>", "<json>", "<xml>", "<JSON>")
-_BEFORE = [fence + tag + bracket for fence in ("", *FENCES) for tag in ("", *TAGS) for bracket in ("", "[")]
-_BETWEEN = re.compile(rf"([\s,\[\]]|```(json|xml)?|</?({'|'.join(tag[1:-1] for tag in (*TAGS, OPEN))})>)*")
+_BEFORE = [a + b + c for a in ("", *FENCES) for b in ("", *TAGS) for c in ("", "[")]
+_ANY_TAG = "|".join(tag[1:-1] for tag in (OPEN, *TAGS))
+_BETWEEN = re.compile(rf"([\s,\[\]]|```(json|xml)?|</?({_ANY_TAG})>)*")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class ToolCalls:
     def __init__(self, names: Collection[str] = ()) -> None:
         self.count = 0  # calls begun
         self._names = names
-        # How an answer of calls without tags begins, but for its blanks; emptied when something else is said.
+        # How an answer of calls without tags begins, but for its blanks.
+        # Emptied when something else is said.
         self._heads = [f'{before}{{"name":"{name}"' for before in _BEFORE for name in names]
         self._out: list[Piece] = []
         self._held = ""  # white space, or the beginning of a tag, that may yet belong to a call
@@ -116,7 +118,7 @@ class ToolCalls:
             self._held = kept[len(said) :] + keep
 
     def _untagged(self, text: str) -> bool:
-        """Whether this may become an answer of calls without tags; where it begins as one, it is read at its end."""
+        """Whether this may become an answer of calls without tags. If it begins as one, the end decides."""
         bare = "".join(text.split())
         if any(map(bare.startswith, self._heads)):
             self._state = self._whole
@@ -223,13 +225,15 @@ class ToolCalls:
 def _only_calls(text: str, names: Collection[str]) -> list[str] | None:
     """The objects of a text that is nothing but calls of these functions; None for any other."""
     found, at = [], 0
-    while (at := _BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]  # it matches no character too
+    # The expression matches the empty text too.
+    while (at := _BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
         try:
             value, end = json.JSONDecoder(strict=False).raw_decode(text, at)
         except (ValueError, RecursionError):
             return None
-        fits = isinstance(value, dict) and value.keys() <= {"name", "arguments"} and value.get("name") in names
-        if not fits or not isinstance(value.get("arguments", {}), dict):
+        if not isinstance(value, dict) or not value.keys() <= {"name", "arguments"}:
+            return None
+        if value.get("name") not in names or not isinstance(value.get("arguments", {}), dict):
             return None
         found.append(text[at:end])
         at = end
