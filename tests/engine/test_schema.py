@@ -7,7 +7,7 @@ import uuid
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -205,8 +205,8 @@ FIELDS = {  # a type, and values of it
     "constrained": (Annotated[int, Field(ge=2, le=8, multiple_of=2)], 4),
     "pattern": (Annotated[str, Field(pattern="^[a-z]+$", max_length=4)], "abcd"),
     "recursive": (Node, {"value": 1, "children": [{"value": 2, "children": []}]}),
-    "optional": (Optional[Cat], {"kind": "cat", "lives": 9}),
-    "union": (Union[int, str, Dog], {"kind": "dog", "good": True}),
+    "optional": (Cat | None, {"kind": "cat", "lives": 9}),
+    "union": (int | str | Dog, {"kind": "dog", "good": True}),
     "discriminated": (Annotated[Cat | Dog, Field(discriminator="kind")], {"kind": "dog", "good": False}),
     "path": (Path, "/tmp/a"),
     "secret": (SecretStr, "x"),

@@ -1,6 +1,5 @@
-"""Grammars of tool calls: they end, they hold as many calls as are wanted, and arguments fit what a strict tool says."""
+"""Grammars of tool calls: they end, hold as many calls as are wanted, and fit strict schemas."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal

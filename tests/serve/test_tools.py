@@ -30,7 +30,8 @@ def call(name, arguments):
 
 
 # Pieces of the format and of text that nearly is the format, so that random joins meet every state.
-NEARLY = '``` ```json <tools> < <tool _call> </tool { } [ ] " \\ : , name null é 日本 x "g" \\" <tool_call 1.0e3 "name" "arguments"'
+NEARLY = "``` ```json <tools> "
+NEARLY += '< <tool _call> </tool { } [ ] " \\ : , name null é 日本 x "g" \\" <tool_call 1.0e3 "name" "arguments"'
 PARTS = st.sampled_from([*NEARLY.split(), OPEN, CLOSE, " ", "\n", '{"name": "f", "arguments": {"a": "}"}}'])
 MESSY = st.lists(PARTS, max_size=30).map("".join)
 

@@ -20,7 +20,8 @@ except ImportError:  # an extra
     llguidance = None  # type: ignore[assignment]
 
 # JSON without blanks: a model that may write blanks can write nothing else until its tokens are spent.
-_COMPACT: Any = LENIENT | {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+_COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+_COMPACT |= LENIENT
 
 
 class _Vocabulary:

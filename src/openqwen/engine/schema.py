@@ -1,4 +1,4 @@
-"""JSON schemas made ready for llguidance: closed where they name their keys, without what it cannot follow."""
+"""JSON schemas made ready for llguidance: closed, and without what it cannot follow."""
 
 import hashlib
 import json
@@ -22,24 +22,25 @@ _NONE: frozenset[str] = frozenset()
 
 
 def ready(schema: Json, strict: bool = False) -> Json:
-    """A copy whose objects hold no other keys than the schema names, at every depth, as in xgrammar's strict mode.
+    """A copy whose objects hold no other keys than it names, as in xgrammar's strict mode.
 
-    An object keeps what it says itself of other keys (additionalProperties). One that names no keys stays open, unless
-    `strict`. A tuple (prefixItems) has no more items than it names. Expressions that llguidance cannot read are left
-    out, unless `strict`, where `faults` finds them.
+    An object keeps what it says itself of other keys (additionalProperties). One that names no
+    keys stays open, unless `strict`. A tuple (prefixItems) has no more items than it names.
+    Expressions that llguidance cannot read are left out, unless `strict`: `faults` finds them.
 
     Raises: OpenQwenError for a schema that is nested too deep.
     """
     try:
         return _Reader(schema, strict).whole()
     except RecursionError:
-        raise OpenQwenError("The JSON schema is nested too deep.", where="sampling, structure") from None
+        message = "The JSON schema is nested too deep."
+        raise OpenQwenError(message, where="sampling, structure") from None
 
 
 def faults(schema: Json, strict: bool = False) -> list[str]:
     """What llguidance cannot follow in a schema that is `ready`, each with its place.
 
-    As in "properties.path: Unknown format: path". Without `strict` only what makes it refuse the schema.
+    As in "properties.path: Unknown format: path". Without `strict` only what it refuses.
     """
     whole = _complaints(schema, strict)
     found = []
@@ -127,7 +128,7 @@ def _says(node: Json) -> bool:
 
 def _unreadable(node: Json) -> list[str]:
     """Keywords whose regular expressions llguidance cannot read."""
-    found = []
+    found: list[str] = []
     for key in ("pattern", "patternProperties"):
         value = dict.fromkeys(_map(node, key), True) or node.get(key)
         if key in node and _complaints({key: value}):
@@ -158,7 +159,7 @@ def _nodes(node: Any, path: str = "") -> list[tuple[str, Json]]:
 
 
 def _places(node: Any, root: Json, seen: frozenset[str] = _NONE) -> Iterator[Json]:
-    """The schemas that speak of the same value as this one: itself, its alternatives and what it refers to."""
+    """The schemas of the same value: this one, its alternatives and what it refers to."""
     if not isinstance(node, dict):
         return
     yield node

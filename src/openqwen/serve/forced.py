@@ -10,12 +10,14 @@ from openqwen.serve.errors import ApiError
 from openqwen.serve.tools import TAGS
 
 Json = dict[str, Any]
-# The blanks of calls in Qwen2.5's training data, and no others: else a model may write blanks without end.
+# The blanks of calls in Qwen2.5's training data. Where any are allowed, a model may never end.
 _AS_TRAINED: Json = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def followed(schema: Json, strict: bool, where: str, name: str) -> Json:
-    """The schema as a grammar can follow it. where: the request's field. name: of the tool or the format.
+    """The schema as a grammar can follow it.
+
+    where: the request's field. name: of the tool or the format.
 
     Raises: ApiError that tells the places of what cannot be followed.
     """
@@ -32,7 +34,7 @@ def followed(schema: Json, strict: bool, where: str, name: str) -> Json:
 
 
 def only_calls(tools: list[Any], name: str | None, several: bool) -> Structure:
-    """Nothing but calls. name: of the one function to call; None: any. several: more than one may come."""
+    """Nothing but calls. name: of the one function to call. several: more than one may come."""
     chosen = {n: tool for n, tool in enumerate(tools) if name in (None, tool["function"]["name"])}
     return Structure("grammar", "\n".join(["start: calls", *_calls(chosen, several, forced=True)]))
 
@@ -45,7 +47,7 @@ def calls_or_json(tools: list[Any], schema: Json, several: bool) -> Structure:
 
 
 def calls_or_text(tools: list[Any], several: bool) -> Structure:
-    """Any text, which calls may follow; or one call without tags, which the answer is read as (`ToolCalls`)."""
+    """Any text, which calls may follow; or one call without tags, as `ToolCalls` reads it."""
     names = [re.escape(tool["function"]["name"]) for tool in tools]
     tags, blank = "|".join(tag[1:-1] for tag in TAGS), r"[ \n]{0,9}"
     begun = rf"\s*(```(json|xml)?\s*)?(<({tags})>\s*)?\[?\s*"
@@ -61,12 +63,17 @@ def calls_or_text(tools: list[Any], several: bool) -> Structure:
     return Structure("grammar", "\n".join([*rules, *_calls(dict(enumerate(tools)), several)]))
 
 
-def _calls(tools: dict[int, Any], several: bool, forced: bool = False, more: str = "(call | object)") -> list[str]:
-    """Rules of `calls`, and of the arguments of each function, which fit its schema where it is forced or strict.
+def _calls(
+    tools: dict[int, Any],
+    several: bool,
+    forced: bool = False,
+    more: str = "(call | object)",
+) -> list[str]:
+    """Rules of `calls`. Arguments fit the schemas of functions that are forced or strict.
 
     more: how further calls are written. Qwen2.5-Coder leaves out their tags.
     """
-    # The newline is not yet the promise of a further call: Qwen2.5 writes one before it ends its turn, too.
+    # A newline promises no further call: Qwen2.5-Coder writes one before it ends its turn, too.
     rules = [rf'calls: call ("\n" {more})* "\n"?' if several else "calls: call"]
     rules.append(r'call: <tool_call> "\n" object "\n" </tool_call>')
     objects = []

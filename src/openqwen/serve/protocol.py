@@ -57,7 +57,10 @@ ToolFunction = TypedDict(
 Tool = TypedDict("Tool", {"type": Literal["function"], "function": ToolFunction})
 Named = TypedDict("Named", {"name": str})
 NamedTool = TypedDict("NamedTool", {"type": Literal["function"], "function": Named})
-Schema = TypedDict("Schema", {"name": NotRequired[str], "schema": Json, "strict": NotRequired[bool | None]})
+Schema = TypedDict(
+    "Schema",
+    {"name": NotRequired[str], "schema": Json, "strict": NotRequired[bool | None]},
+)
 PlainFormat = TypedDict("PlainFormat", {"type": Literal["text"]})
 JsonFormat = TypedDict("JsonFormat", {"type": Literal["json_object"], "schema": NotRequired[Json | None]})
 SchemaFormat = TypedDict("SchemaFormat", {"type": Literal["json_schema"], "json_schema": Schema})
@@ -173,7 +176,7 @@ class ChatRequest(Options):
 
     @property
     def untagged(self) -> list[str]:
-        """Functions whose calls are known without a tag: none where the answer may be other JSON."""
+        """Functions whose calls are known without a tag: none where other JSON is awaited."""
         form: Any = self.response_format
         only_calls = self.tool_choice not in (None, "auto")
         known = form is None or form["type"] == "text" or only_calls

@@ -50,8 +50,8 @@ class ToolCalls:
 
     White space before a call, and after the last one, belongs to the format and is dropped. What opens like a call but
     is none (no JSON object with a name) is given back as text. A call that the answer's end cuts off keeps what it had.
-    names: of functions whose calls are known without a tag too, where the answer is nothing else: Qwen2.5-Coder writes
-    them bare or in a fence. What may become such an answer is held back to its end.
+    names: of functions whose calls are known without a tag too, where the answer is nothing else:
+    Qwen2.5-Coder writes them bare or in a fence. What may become such an answer is held back.
     """
 
     def __init__(self, names: Collection[str] = ()) -> None:
@@ -118,7 +118,7 @@ class ToolCalls:
             self._held = kept[len(said) :] + keep
 
     def _untagged(self, text: str) -> bool:
-        """Whether this may become an answer of calls without tags. If it begins as one, the end decides."""
+        """Whether this may become an answer of calls without tags; the end decides."""
         bare = "".join(text.split())
         if any(map(bare.startswith, self._heads)):
             self._state = self._whole
