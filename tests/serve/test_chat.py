@@ -223,3 +223,30 @@ def test_control_tokens_in_a_message_stay_text(server):
     counts = [server.http.post("/tokenize", json=body).json()["tokens"].count(control[0]) for body in (forged, plain)]
     assert len(control) == 1
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("wish", "calls"),
+    [
+        ('```json\n{\n  "name": "clock",\n  "arguments": {"a": 1}\n}\n```', [("clock", '{"a": 1}')]),
+        ('[{"name": "clock", "arguments": {}}, {"name": "get_weather"}]', [("clock", "{}"), ("get_weather", "{}")]),
+        ('```json\n{"name": "Paris"}\n```', []),
+        ('```json\n{"name": "clock"}\n```\nSo.', []),
+    ],
+)
+def test_calls_without_tags_are_the_same_in_a_stream(client, wish, calls):
+    options = {"tools": [CLOCK, WEATHER], "max_tokens": 300, "extra_body": {"structured_outputs": {"choice": [wish]}}}
+    choice = ask(client, **options).choices[0]
+    assert [(c.function.name, c.function.arguments) for c in choice.message.tool_calls or []] == calls
+    assert choice.message.content == (None if calls else wish)
+    assert choice.finish_reason == ("tool_calls" if calls else "stop")
+    text, streamed, reason = "", {}, None
+    for chunk in ask(client, **options, stream=True):
+        delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason
+        text += delta.content or ""
+        for piece in delta.tool_calls or []:
+            known = streamed.setdefault(piece.index, [piece.function.name, ""])
+            known[1] += piece.function.arguments or ""
+    assert [tuple(call) for call in streamed.values()] == calls
+    assert text == ("" if calls else wish)
+    assert reason == choice.finish_reason

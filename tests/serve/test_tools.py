@@ -30,7 +30,8 @@ def call(name, arguments):
 
 
 # Pieces of the format and of text that nearly is the format, so that random joins meet every state.
-NEARLY = '< <tool _call> </tool { } [ ] " \\ : , name null é 日本 x "g" \\" <tool_call 1.0e3 "name" "arguments"'
+NEARLY = "``` ```json <tools> "
+NEARLY += '< <tool _call> </tool { } [ ] " \\ : , name null é 日本 x "g" \\" <tool_call 1.0e3 "name" "arguments"'
 PARTS = st.sampled_from([*NEARLY.split(), OPEN, CLOSE, " ", "\n", '{"name": "f", "arguments": {"a": "}"}}'])
 MESSY = st.lists(PARTS, max_size=30).map("".join)
 
@@ -103,11 +104,59 @@ def test_examples(text, expected):
         ('{"name": 5}', ('{"name": 5}', [])),
         ('{"name": {"f": 1}} {"name": "f"}', ('{"name": {"f": 1}} {"name": "f"}', [])),
         ('So: {"name": "f"}', ('So: {"name": "f"}', [])),
+        # in a fence, in other tags, in an array
+        ('```json\n{\n  "name": "f",\n  "arguments": {"a": 1}\n}\n```', ("", [("f", '{"a": 1}')])),
+        ('```\n{"name": "f"}\n```\n', ("", [("f", "{}")])),
+        ('```xml\n{"name": "f"}', ("", [("f", "{}")])),
+        ('```json\n{"name": "f"}\n```\n\n```json\n{"name": "g"}\n```', ("", [("f", "{}"), ("g", "{}")])),
+        (
+            '```json\n[{"name": "f", "arguments": {"a": "```"}}, {"name": "g"}]\n```',
+            ("", [("f", '{"a": "```"}'), ("g", "{}")]),
+        ),
+        ('[{"name": "f", "arguments": {"a": [1, 2]}}]', ("", [("f", '{"a": [1, 2]}')])),
+        ('<tools>\n{"name": "f"}\n</tools>', ("", [("f", "{}")])),
+        ('```json\n<function_call>{"name": "f"}</function_call>\n```', ("", [("f", "{}")])),
+        ('{"name": "f"}\n' + call("g", "{}"), ("", [("f", "{}"), ("g", "{}")])),
+        (call("f", "{}") + '\n{"name": "g"}\n{"name": "g"}', ("", [("f", "{}"), ("g", "{}"), ("g", "{}")])),
+        # no whole answer of calls: not a letter is lost
+        *(
+            (text, (text, []))
+            for text in (
+                '```json\n{"name": "h", "arguments": {}}\n```',
+                '```json\n{"name": "f", "arguments": {}}\n```\nThis calls f.',
+                'Like this:\n```json\n{"name": "f", "arguments": {}}\n```',
+                "```python\nf()\n```",
+                '{"name": "f", "price": 3}',
+                '{"name": "f", "arguments": [1]}',
+                '[{"name": "f"}, {"name": "h"}]',
+                '{"name": "f", "arguments": {"a": 1',
+                '{"name": "f", "arguments": ' + '{"a":' * 5000,
+                '{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}",
+                "```",
+                "```json",
+                "[1, 2]",
+                "<tools> are",
+            )
+        ),
+        ('{"name": "f"} and ' + call("g", "{}"), ('{"name": "f"} and', [("g", "{}")])),
     ],
 )
 def test_calls_without_tags(text, expected):
     assert read(text, names=["f", "g"]) == expected
     assert read(*text, names=["f", "g"]) == expected
+
+
+def test_only_what_may_be_a_call_is_held_back():
+    for text, held in (
+        ("```python", "```"),
+        ('```json\n{"city"', '```json\n{"'),
+        ('{"name": "h', '{"name": "'),
+        ("[1", "["),
+    ):
+        machine = ToolCalls(["f"])
+        assert machine.push(held) == []
+        assert machine.push(text.removeprefix(held)) == [Text(text)]
+        assert machine.push(" so") == [Text(" so")]
 
 
 def test_arguments_stream_as_they_come():

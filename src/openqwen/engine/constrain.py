@@ -1,5 +1,6 @@
 """Answers that must fit a JSON schema, a regular expression or a grammar: a mask a step, made by llguidance."""
 
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openqwen.engine.request import Structure
+from openqwen.engine.schema import LENIENT, faults, ready
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
 
@@ -19,6 +21,7 @@ except ImportError:  # an extra
 
 # JSON without blanks: a model that may write blanks can write nothing else until its tokens are spent.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+_COMPACT |= LENIENT
 
 
 class _Vocabulary:
@@ -59,14 +62,17 @@ class Structures:
         vocabulary, make = self._vocabulary, llguidance.LLMatcher
         try:
             if structure.kind == "json_schema":
-                grammar = make.grammar_from_json_schema(structure.source, overrides=_COMPACT)
+                schema = _schema(structure.source)
+                grammar = make.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
             elif structure.kind == "regex":
                 grammar = make.grammar_from_regex(structure.source)
             else:
                 grammar = make.grammar_from_lark(structure.source)
             inner = make(vocabulary, grammar, log_level=0)
             fault = inner.get_error()
-        except ValueError as error:
+            if fault and structure.kind == "json_schema":  # the places, and not the whole grammar
+                fault = "; ".join(faults(schema)) or fault
+        except (ValueError, RecursionError) as error:
             fault = str(error)
         if fault:
             raise OpenQwenError(
@@ -74,6 +80,13 @@ class Structures:
                 where="sampling, structure",
             )
         return Matcher(inner, self._tokenizer.vocab_size)
+
+
+def _schema(source: str) -> dict[str, Any]:
+    schema = json.loads(source)
+    if not isinstance(schema, dict):
+        raise ValueError("A JSON schema is an object.")
+    return ready(schema)
 
 
 class Matcher:

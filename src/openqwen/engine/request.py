@@ -27,8 +27,8 @@ TopTokens = list[tuple[int, float]]  # (id, log-probability), likeliest first
 class Structure:
     """What an answer must look like to the last byte.
 
-    kind: "json_schema" (`source` is the schema, as JSON text), "regex", or "grammar" (Lark's notation, as llguidance
-    reads it).
+    kind: "json_schema" (`source` is the schema, as JSON text; see `schema.ready`), "regex", or
+    "grammar" (Lark's notation, as llguidance reads it).
     """
 
     kind: Literal["json_schema", "regex", "grammar"]

@@ -68,9 +68,10 @@ class Writing:
     def __init__(self, request: Options, answers: Answers, prompts: list[list[int]], tokenizer: Tokenizer, told: Json):
         self.request, self.answers, self._prompts, self._tokenizer = request, answers, prompts, tokenizer
         self.chat = isinstance(request, ChatRequest)
-        tools = request.offered or [] if isinstance(request, ChatRequest) else []
-        names = [tool["function"]["name"] for tool in tools]
-        most = 1 if isinstance(request, ChatRequest) and request.parallel_tool_calls is False else None
+        chat = request if isinstance(request, ChatRequest) else None
+        most = 1 if chat and chat.parallel_tool_calls is False else None
+        tools = chat is not None and chat.offered is not None
+        names = chat.untagged if chat else ()
         self.choices = [Choice(ToolCalls(names) if tools else None, most) for _ in answers.requests]
         self._echo_alone = isinstance(request, CompletionRequest) and request.max_tokens == 0
         self._n = len(self.choices) // len(prompts)

@@ -29,6 +29,7 @@ from openqwen.serve.protocol import (
     TokenizeRequest,
     WeightsRequest,
     plain,
+    without_strict,
 )
 from openqwen.serve.settings import ServeConfig
 from openqwen.tokenizer.fill_in_middle import MARKERS, code_ids, middle_prompt
@@ -61,6 +62,7 @@ class Api:
         return {"id": name, "object": "model", "created": self._started, **more}
 
     def _encode_chat(self, messages: list[Any], tools: Any, **ending: bool) -> list[int]:
+        tools = without_strict(tools)
         return self.tokenizer.encode_chat(plain(messages), tools=tools, **ending)[0]
 
     def _several(self, value: Any, param: str, suffix: str | None = None) -> list[list[int]]:
@@ -179,7 +181,7 @@ class Api:
 
     async def template(self, request: TemplateRequest) -> Json:
         """A chat as the text that the model reads."""
-        tools: Any = request.tools
+        tools: Any = without_strict(request.tools)
         render = partial(self.tokenizer.apply_chat_template, plain(request.messages), tools, **request.ending)
         return {"prompt": await asyncio.to_thread(render)}
 

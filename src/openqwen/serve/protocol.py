@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from openqwen.engine import Sampling, Structure
 from openqwen.serve.errors import ApiError
+from openqwen.serve.forced import calls_or_json, calls_or_text, followed, only_calls
 
 Json = dict[str, Any]
 # JSON has one kind of number: to it, 8.0 is an integer.
@@ -74,12 +75,20 @@ Messages = Annotated[list[Message], Field(min_length=1)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 ToolFunction = TypedDict(
     "ToolFunction",
-    {"name": FunctionName, "description": NotRequired[str | None], "parameters": NotRequired[Json | None]},
+    {
+        "name": FunctionName,
+        "description": NotRequired[str | None],
+        "parameters": NotRequired[Json | None],
+        "strict": NotRequired[bool | None],
+    },
 )
 Tool = TypedDict("Tool", {"type": Literal["function"], "function": ToolFunction})
 Named = TypedDict("Named", {"name": str})
 NamedTool = TypedDict("NamedTool", {"type": Literal["function"], "function": Named})
-Schema = TypedDict("Schema", {"name": NotRequired[str], "schema": Json})
+Schema = TypedDict(
+    "Schema",
+    {"name": NotRequired[str], "schema": Json, "strict": NotRequired[bool | None]},
+)
 PlainFormat = TypedDict("PlainFormat", {"type": Literal["text"]})
 JsonFormat = TypedDict("JsonFormat", {"type": Literal["json_object"], "schema": NotRequired[Json | None]})
 SchemaFormat = TypedDict("SchemaFormat", {"type": Literal["json_schema"], "json_schema": Schema})
@@ -92,8 +101,6 @@ Structured = TypedDict(
 StreamOptions = TypedDict(
     "StreamOptions", {"include_usage": bool | None, "continuous_usage_stats": bool | None}, total=False
 )
-# The blanks of calls in Qwen2.5's training data, and no others: else a model may write blanks without end.
-_AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 _GUIDED = "send structured_outputs"
@@ -269,28 +276,51 @@ class ChatRequest(Options, Turns):
         """The tools that the model is told of."""
         return None if self.tool_choice == "none" else self.tools or None
 
-    def structure(self) -> Structure | None:
-        """Of the answer: forced calls, else the response format."""
-        if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
-            only = self.tool_choice["function"]["name"] if isinstance(self.tool_choice, dict) else None
-            functions = [t["function"] for t in self.tools or [] if only in (None, t["function"]["name"])]
-            return forced_calls(functions, several=only is None and self.parallel_tool_calls is not False)
+    @property
+    def untagged(self) -> list[str]:
+        """Functions whose calls are known without a tag: none where other JSON is awaited."""
+        form: Any = self.response_format
+        only_calls = self.tool_choice not in (None, "auto")
+        known = form is None or form["type"] == "text" or only_calls
+        return [tool["function"]["name"] for tool in self.offered or [] if known]
+
+    def _form(self) -> Json | None:
+        """The schema that an answer in words must fit."""
         form: Any = self.response_format
         if form is None or form["type"] == "text":
-            return super().structure()
-        schema = form["json_schema"]["schema"] if form["type"] == "json_schema" else form.get("schema")
-        return Structure("json_schema", json.dumps({"type": "object"} if schema is None else schema))
+            return None
+        wanted = form["json_schema"] if form["type"] == "json_schema" else form
+        schema, name = wanted.get("schema"), wanted.get("name") or "schema"
+        schema = {"type": "object"} if schema is None else schema
+        return followed(schema, bool(wanted.get("strict")), "response_format", name)
+
+    def structure(self) -> Structure | None:
+        """Of the answer: calls that are forced, or of strict functions; the response format."""
+        choice, tools, form = self.tool_choice, self.offered or [], self._form()
+        several = self.parallel_tool_calls is not False
+        if isinstance(choice, dict):
+            return only_calls(tools, choice["function"]["name"], several=False)
+        if choice == "required":
+            return only_calls(tools, None, several)
+        if form is not None and tools:
+            return calls_or_json(tools, form, several)
+        if form is not None:
+            return Structure("json_schema", json.dumps(form))
+        asked = super().structure()
+        if asked is None and any(tool["function"].get("strict") for tool in tools):
+            return calls_or_text(tools, several)
+        return asked
 
 
-def forced_calls(functions: list[ToolFunction], several: bool) -> Structure:
-    """A grammar of nothing but calls to these functions, written as Qwen2.5 writes them."""
-    rules, calls = [r'start: call ("\n" call)*' if several else "start: call"], []
-    for number, function in enumerate(functions):
-        head = json.dumps(f'\n{{"name": {json.dumps(function["name"])}, "arguments": ')
-        calls.append(f'<tool_call> {head} arguments{number} "}}\\n" </tool_call>')
-        parameters = {"type": "object", **(function.get("parameters") or {}), "x-guidance": _AS_TRAINED}
-        rules.append(f"arguments{number}: %json {json.dumps(parameters)}")
-    return Structure("grammar", "\n".join([*rules, "call: " + " | ".join(calls)]))
+def without_strict(tools: list[Any] | None) -> list[Json] | None:
+    """Tools as the model is told of them: `strict` is for the grammar."""
+    if tools is None:
+        return None
+    out = []
+    for tool in tools:
+        function = {key: value for key, value in tool["function"].items() if key != "strict"}
+        out.append(tool | {"function": function})
+    return out
 
 
 def plain(messages: list[Any]) -> list[Json]:

@@ -86,7 +86,10 @@ Item = Annotated[
 ]
 FlatChoice = TypedDict("FlatChoice", {"type": Literal["function"], "name": str})
 FlatJson = TypedDict("FlatJson", {"type": Literal["json_object"]})
-FlatSchema = TypedDict("FlatSchema", {"type": Literal["json_schema"], "name": NotRequired[str], "schema": Json})
+FlatSchema = TypedDict(
+    "FlatSchema",
+    {"type": Literal["json_schema"], "name": NotRequired[str], "schema": Json, "strict": NotRequired[bool | None]},
+)
 Format = Annotated[PlainFormat | FlatJson | FlatSchema, Field(discriminator="type")]
 TextConfig = TypedDict(
     "TextConfig",

@@ -5,11 +5,18 @@ calls come out, and the arguments are the very characters that the model wrote.
 """
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _SPACE = " \t\r\n"
+# What models write about calls in place of the tag; llama.cpp knows the same.
+FENCES = ("```", "```json", "```xml")
+TAGS = ("<tools>", "<tool>", "<function_call>", "<response>", "<json>", "<xml>", "<JSON>")
+_BEFORE = [a + b + c for a in ("", *FENCES) for b in ("", *TAGS) for c in ("", "[")]
+_ANY_TAG = "|".join(tag[1:-1] for tag in (OPEN, *TAGS))
+_BETWEEN = re.compile(rf"([\s,\[\]]|```(json|xml)?|</?({_ANY_TAG})>)*")
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,16 @@ class ToolCalls:
 
     White space before a call, and after the last one, belongs to the format and is dropped. What opens like a call but
     is none (no JSON object with a name) is given back as text. A call that the answer's end cuts off keeps what it had.
-    names: of functions whose calls are known without a tag too, where the answer is nothing else: Qwen2.5-Coder leaves
-    the tags out.
+    names: of functions whose calls are known without a tag too, where the answer is nothing else:
+    Qwen2.5-Coder writes them bare or in a fence. What may become such an answer is held back.
     """
 
     def __init__(self, names: Collection[str] = ()) -> None:
         self.count = 0  # calls begun
-        self._names = names  # emptied when something else is said
+        self._names = names
+        # How an answer of calls without tags begins, but for its blanks.
+        # Emptied when something else is said.
+        self._heads = [f'{before}{{"name":"{name}"' for before in _BEFORE for name in names]
         self._out: list[Piece] = []
         self._held = ""  # white space, or the beginning of a tag, that may yet belong to a call
         self._begin("")
@@ -63,6 +73,8 @@ class ToolCalls:
 
     def finish(self) -> list[Piece]:
         """What was held back."""
+        if self._state == self._whole:
+            self._read_whole()
         if self._state != self._text:
             self._say(self._raw if self._index is None else "")
         elif self._held.strip(_SPACE) or not self.count:
@@ -75,7 +87,7 @@ class ToolCalls:
 
     def _say(self, text: str) -> None:
         if text:
-            self._names = ()
+            self._heads = []
         last = self._out[-1] if self._out else None
         if isinstance(last, Text):
             self._out[-1] = Text(last.text + text)
@@ -95,21 +107,48 @@ class ToolCalls:
         tag = self._held.lstrip(_SPACE)
         if tag == OPEN:
             self._begin(self._held)
-        elif tag == "{" and self._names:
-            self._begin(self._held)
-            self._bare, self._state = True, self._inside
-        elif tag and not OPEN.startswith(tag):
+        elif tag and not OPEN.startswith(tag) and not self._untagged(tag):
+            if self._heads:  # what was held back is read anew
+                self._again()
+                return
             keep = "<" if character == "<" else ""  # the tag may begin anew with this very character
             kept = self._held.removesuffix(keep)
             said = kept.rstrip(_SPACE)
             self._say(said)
             self._held = kept[len(said) :] + keep
 
+    def _untagged(self, text: str) -> bool:
+        """Whether this may become an answer of calls without tags; the end decides."""
+        bare = "".join(text.split())
+        if any(map(bare.startswith, self._heads)):
+            self._state = self._whole
+        return any(bare.startswith(head) or head.startswith(bare) for head in self._heads)
+
+    def _whole(self, character: str) -> None:
+        self._held += character
+
+    def _read_whole(self) -> None:
+        """At the end of an answer that began as calls without tags."""
+        calls = _only_calls(self._held, self._names)
+        if calls is None:
+            self._again()
+            return
+        for call in calls:
+            self._begin("")
+            for character in call:
+                self._state(character)
+        self._state = self._text
+
+    def _again(self) -> None:
+        """Read what was held back as an answer in which calls have tags."""
+        held, self._held, self._heads, self._state = self._held, "", [], self._text
+        for character in held:
+            self._state(character)
+
     def _begin(self, raw: str) -> None:
         """A tag has opened a call: its characters, its number once its name is known, and the value being read."""
         self._raw, self._held, self._arguments = raw, "", ""
         self._index: int | None = None
-        self._bare = False  # without a tag
         self._key: str | None = None  # None: a key is awaited
         self._token, self._depth, self._quoted, self._escaped = "", 0, False, False
         self._state = self._before
@@ -147,8 +186,6 @@ class ToolCalls:
         elif character == ":" and self._token:
             again = self._token == '"arguments"' and self._arguments
             self._key, self._token = "" if again else self._token, ""
-            if self._bare and self._index is None and self._key != '"name"':
-                self._end()
         elif character == "}" or character not in _SPACE + ",":
             self._end()
 
@@ -160,9 +197,7 @@ class ToolCalls:
 
     def _value_ends(self) -> None:
         """The call begins when its name is whole; arguments that came before the name follow it."""
-        if self._bare and self._index is None and _unquoted(self._token) not in self._names:
-            self._end()
-        elif self._key == '"name"' and self._index is None and self._token.startswith('"'):
+        if self._key == '"name"' and self._index is None and self._token.startswith('"'):
             self._index, self.count = self.count, self.count + 1
             self._out.append(Call(self._index, _unquoted(self._token)))
             self._argue(self._arguments)
@@ -176,7 +211,7 @@ class ToolCalls:
             self._state = self._text
         else:
             self._argue("" if self._arguments else "{}")
-            self._token, self._state = "", self._text if self._bare else self._after
+            self._token, self._state = "", self._after
 
     def _after(self, character: str) -> None:
         """Between the object's end and the closing tag; another call may open without one."""
@@ -185,6 +220,24 @@ class ToolCalls:
             self._state = self._text
         elif self._token.endswith(OPEN):
             self._begin(OPEN)
+
+
+def _only_calls(text: str, names: Collection[str]) -> list[str] | None:
+    """The objects of a text that is nothing but calls of these functions; None for any other."""
+    found, at = [], 0
+    # The expression matches the empty text too.
+    while (at := _BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+        try:
+            value, end = json.JSONDecoder(strict=False).raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(value, dict) or not value.keys() <= {"name", "arguments"}:
+            return None
+        if value.get("name") not in names or not isinstance(value.get("arguments", {}), dict):
+            return None
+        found.append(text[at:end])
+        at = end
+    return found
 
 
 def _unquoted(token: str) -> str:
