@@ -5,12 +5,18 @@ from typing import cast
 
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.request import Prompt, Sampling
-from openqwen.model import Cache, Qwen2
+from openqwen.model import Cache, ModelConfig, Qwen2
 from openqwen.model.long_context import Stage, stages, stated_context
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
 
 _CACHE_BYTES = 2**30
+
+
+def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
+    """Ids that end an answer: all that the checkpoint's files state; where they state none, Qwen2's two."""
+    stated = {*config.stops, *([] if tokenizer.stated_eos_id is None else [tokenizer.stated_eos_id])}
+    return {i for i in stated if i < tokenizer.vocab_size} or {tokenizer.eos_id, tokenizer.endoftext_id}
 
 
 class Admission:
