@@ -74,6 +74,14 @@ def test_the_stop_tokens_are_all_that_is_stated(tmp_path, own, generation, writt
         assert output.token_ids == [token] * 3
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_a_top_p_of_zero_takes_the_likeliest_token(temperature):
+    engine = Engine(model(seed=4), WORDS)
+    greedy = engine.generate(prompts(3), Sampling(max_tokens=10))
+    found = engine.generate(prompts(3), Sampling(max_tokens=10, temperature=temperature, top_p=0.0, seed=3))
+    assert [output.token_ids for output in found] == [output.token_ids for output in greedy]
+
+
 def test_a_structured_answer_ends_at_the_checkpoint_s_stop_token(tmp_path):
     engine = checkpoint(tmp_path, 200, 200)
     sampling = Sampling(max_tokens=20, structure=Structure("regex", "[ab]+"), logit_bias=((200, 5.0),))

@@ -1,5 +1,6 @@
 """Rotary positions and YARN against transformers, and against the table computed from the released code."""
 
+import json
 import math
 import random
 
@@ -9,7 +10,7 @@ import transformers
 from torch.testing import assert_close
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from openqwen.model import ModelConfig, Packed, Qwen2, Yarn, initialize
+from openqwen.model import ModelConfig, Packed, Qwen2, Yarn, initialize, load_model
 from openqwen.model.rope import _ramp_ends, inverse_frequencies, rotate, turns
 
 HEADS = [  # d, base, original length, and where the ramp starts and ends (qwen2-recipe facts, 4.4)
@@ -80,7 +81,7 @@ def test_random_parameters_of_yarn_equal_transformers():
         expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
         yarn = Yarn.from_json(rope, 32_768, "config.json")
         assert_close(
-            inverse_frequencies(head_dim, rope["rope_theta"], yarn), expected, rtol=2e-6, atol=0, msg=str(rope)
+            inverse_frequencies(head_dim, rope["rope_theta"], yarn), expected, rtol=2e-6, atol=0, msg=f"{rope}"
         )
         assert yarn.temperature == pytest.approx(attention_factor, abs=1e-12), rope
         assert Yarn.from_json({"type": "yarn", **yarn.to_json()}, 32_768, "") == yarn
@@ -147,6 +148,26 @@ def test_network_under_yarn_equals_transformers(yarn):
     grads = dict(theirs.named_parameters())
     for name, p in model.named_parameters():
         assert (p.grad - grads[name].grad).abs().max() / grads[name].grad.abs().max() < 1e-4, name
+
+
+def test_the_card_s_scaling_in_a_config_of_transformers_5(tmp_path):
+    """Qwen's card: `rope_scaling` beside `rope_parameters`, whose theta stays."""
+    torch.manual_seed(0)
+    sizes = small().config.to_json() | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    card = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    (tmp_path / "config.json").write_text(json.dumps(values | {"rope_scaling": card}))
+    ours = load_model(tmp_path)
+    right = values | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, **card}}
+    reference = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**right))
+    reference.load_state_dict(theirs.state_dict())
+    tokens, packed = torch.randint(0, 128, (300,)), Packed.from_lengths([300])
+    logits = ours.logits(ours(tokens, packed.positions, packed))
+    expected = reference.eval()(tokens[None]).logits[0]
+    assert (logits - expected).abs().max() / expected.abs().max() < 1e-5
+    assert (logits - theirs.eval()(tokens[None]).logits[0]).abs().max() / expected.abs().max() > 1e-2
 
 
 def test_yarn_at_factor_one_changes_no_bit():
