@@ -128,7 +128,7 @@ def test_what_a_file_leaves_out_is_as_in_transformers():
         ({"beta_fast": -1}, "no ramp"),
         ({"mscale": "1"}, "YARN's mscale"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"full_attention": {}}, "differs between layers"),
+        ({"full_attention": {}}, "not one table for all layers"),
         *[({"type": kind}, f"type '{kind}'") for kind in ("linear", "dynamic", "llama3", "longrope", "mrope")],
     ],
 )

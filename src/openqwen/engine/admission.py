@@ -14,9 +14,12 @@ _CACHE_BYTES = 2**30
 
 
 def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
-    """Ids that end an answer: all that the checkpoint's files state; where they state none, Qwen2's two."""
-    stated = {*config.stops, *([] if tokenizer.stated_eos_id is None else [tokenizer.stated_eos_id])}
-    return {i for i in stated if i < tokenizer.vocab_size} or {tokenizer.eos_id, tokenizer.endoftext_id}
+    """Ids that end an answer: all that the checkpoint states; Qwen2's two where it states none."""
+    stated = set(config.stops)
+    if tokenizer.stated_eos_id is not None:
+        stated.add(tokenizer.stated_eos_id)
+    known = {i for i in stated if i < tokenizer.vocab_size}
+    return known or {tokenizer.eos_id, tokenizer.endoftext_id}
 
 
 class Admission:

@@ -104,8 +104,9 @@ def save_checkpoint(
 
     What a checkpoint said when it was read, it says again: its stop tokens and generation defaults too. A network that
     came from none ends chat at `<|im_end|>`, and `<|endoftext|>` stops and pads too: with these out of step a model
-    never stops. chat: the network has learnt to end turns, so it stops in that way too, whatever it said before.
-    shard_bytes: the most bytes of one weights file. advance: called with the number of weights written since.
+    never stops. chat: the network has learnt to end turns, so it stops in that way too, whatever it
+    said before. shard_bytes: the most bytes of one weights file. advance: called with the number of
+    weights written since.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,7 @@ def save_checkpoint(
 
 
 def _ends(tokenizer: Vocabulary, stated: Sequence[int], chat: bool) -> dict[str, Any]:
-    """Where generation stops, and what pads: as stated; where nothing is, or for chat, at Qwen2's two ends too."""
+    """Where generation stops, and what pads. For chat, or where nothing is stated, also Qwen2's two."""
     both = [tokenizer.eos_id, tokenizer.endoftext_id] if chat or not stated else []
     eos = list(dict.fromkeys([*both, *stated]))
     return {
@@ -155,10 +156,9 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, Stored], Path]:
 
 def _announce(config: ModelConfig, path: Path) -> None:
     """A line for stop tokens that can never be written."""
-    stated = [config.other.get("eos_token_id", config.eos_token_id), config.generation.get("eos_token_id")]
-    ids = {i for value in stated for i in token_ids(value)}
-    if outside := sorted(ids - set(config.stops)):
-        notice(f"eos_token_id {', '.join(map(str, outside))} is outside the vocabulary and never ends an answer", path)
+    outside = [str(i) for i in config.stated_stops if i not in config.stops]
+    if outside:
+        notice(f"eos_token_id {', '.join(outside)} is outside the vocabulary and left out", path)
 
 
 def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
@@ -214,9 +214,9 @@ def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
     config = _folder_config(path)
     if packed := config.other.get("quantization_config"):
         raise OpenQwenError(
-            f"These weights are quantised by another program ('{packed.get('quant_method')}'), and are not read here.",
+            f"Weights quantised by '{packed.get('quant_method')}' are not read here.",
             where=path / "config.json",
-            do="give the model they were made from, and pack it with: openqwen quantize MODEL OUTPUT --to int8",
+            do="give the model they were made from; openqwen quantize packs it",
         )
     stored = stored_in_folder(path)
     head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
@@ -224,6 +224,6 @@ def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
         if same_numbers(head, table):
             del stored["lm_head.weight"]  # some files repeat the embedding
         else:  # as transformers decides
-            notice("tie_word_embeddings is true, but lm_head.weight differs from the embedding: it is used", path)
+            notice("tie_word_embeddings is true, but lm_head.weight differs: it is used", path)
             config = replace(config, tie_word_embeddings=False)
     return config, stored

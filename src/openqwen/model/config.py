@@ -80,13 +80,14 @@ class ModelConfig:
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Ids that end an answer: what config.json and generation_config.json state together, in that order.
+        """Ids that end an answer: those stated that the vocabulary has."""
+        return tuple(i for i in self.stated_stops if 0 <= i < self.vocab_size)
 
-        Ids outside the vocabulary can never be written, and are left out.
-        """
+    @property
+    def stated_stops(self) -> tuple[int, ...]:
+        """`eos_token_id` of config.json and generation_config.json together, in that order."""
         own = token_ids(self.other.get("eos_token_id", self.eos_token_id))
-        stated = dict.fromkeys([*own, *token_ids(self.generation.get("eos_token_id"))])
-        return tuple(i for i in stated if 0 <= i < self.vocab_size)
+        return tuple(dict.fromkeys([*own, *token_ids(self.generation.get("eos_token_id"))]))
 
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer, counted from 0, has experts; else it has a dense feed-forward network."""
@@ -115,9 +116,11 @@ class ModelConfig:
         names = {f.name for f in fields(cls)} - _NOT_IN_FILE
         if values.get("model_type", "qwen2") != "qwen2_moe":
             names -= _EXPERT_FIELDS
-        chosen = {k: v for k, v in values.items() if k in names and (v is not None or k not in _REQUIRED)}
+        nothing = {name for name in _REQUIRED if values.get(name) is None}
+        chosen = {k: v for k, v in values.items() if k in names - nothing}
         chosen["rope_theta"] = rope["rope_theta"]
-        if "num_key_value_heads" in values and "num_attention_heads" in chosen:  # null: as many as query heads
+        if "num_key_value_heads" in values and "num_attention_heads" in chosen:
+            # Null is as many as query heads.
             chosen.setdefault("num_key_value_heads", chosen["num_attention_heads"])
         ends = token_ids(chosen.get("eos_token_id"), where)
         several = isinstance(chosen.get("eos_token_id"), list)  # kept in `other`
@@ -233,31 +236,34 @@ _THETA = 10_000.0  # transformers' and llama.cpp's, where a file is silent
 
 
 def token_ids(value: Any, where: str | None = None) -> list[int]:
-    """`eos_token_id` as a list: a file may state an id, several or none. OpenQwenError for anything else."""
+    """`eos_token_id` as a list: a file may state an id, several or none; else OpenQwenError."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(i) is not int for i in ids):
-        raise OpenQwenError(f"eos_token_id is {value!r}.", where=where, do="give an id, a list of ids, or null")
+        do = "give an id, a list of ids, or null"
+        raise OpenQwenError(f"eos_token_id is {value!r}.", where=where, do=do)
     return ids
 
 
 def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """RoPE as config.json states it, `rope_theta` included.
 
-    `rope_scaling` counts before transformers 5's `rope_parameters`, as in transformers. It is what Qwen's model cards
-    tell to add, so it keeps the other's theta, which transformers loses.
+    `rope_scaling` counts before transformers 5's `rope_parameters`, as in transformers. It is what
+    Qwen's model cards tell to add, so it keeps the other's theta, which transformers loses.
     """
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     for rope in (new, old):
-        if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-            raise OpenQwenError(f"RoPE that differs between layers is not supported: {rope}.", where=where)
+        plain = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
+        if not plain:
+            raise OpenQwenError(f"RoPE is {rope}, not one table for all layers.", where=where)
     rope = dict(old or new)
     thetas = (part.get("rope_theta") for part in (old, new, values))
     rope["rope_theta"] = next((theta for theta in thetas if theta is not None), _THETA)
-    if (length := values.get("original_max_position_embeddings")) is not None:  # transformers looks there first
+    # Transformers looks at the top level first.
+    if (length := values.get("original_max_position_embeddings")) is not None:
         rope["original_max_position_embeddings"] = length
     share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if share not in (None, 1):
-        raise OpenQwenError(f"partial_rotary_factor is {share}; Qwen2 turns whole heads.", where=where)
+        raise OpenQwenError(f"partial_rotary_factor is {share}, not 1.", where=where)
     return rope
 
 
@@ -278,6 +284,6 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
     if values.get("use_sliding_window"):
         raise OpenQwenError("use_sliding_window is true; no released Qwen2 uses a sliding window.", where=where)
     if odd := set(values.get("layer_types") or ()) - {"full_attention"}:
-        raise OpenQwenError(f"layer_types holds {', '.join(sorted(odd))}; Qwen2's layers attend in full.", where=where)
+        raise OpenQwenError(f"layer_types holds {', '.join(sorted(odd))}.", where=where)
     if values.get("hidden_act", "silu") != "silu":
         raise OpenQwenError(f"hidden_act is '{values['hidden_act']}'; Qwen2's is silu.", where=where)

@@ -153,7 +153,7 @@ def _config(header: GgufHeader, stored: Mapping[str, Stored]) -> ModelConfig:
 
 
 def _ends(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids that end an answer in llama.cpp: those that the file states, and Qwen2's two by their names."""
+    """Ids that end an answer in llama.cpp: those stated, and Qwen2's two by their names."""
     stated = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     names = list(metadata.get("tokenizer.ggml.tokens", ()))
     named = [names.index(name) for name in ("<|im_end|>", "<|endoftext|>") if name in names]
@@ -221,7 +221,7 @@ def not_stored(config: ModelConfig) -> list[str]:
     if config.yarn and config.yarn.temperature != yarn_temperature(config.yarn.factor):
         lost.append("YARN's own attention_factor is not stored in GGUF: llama.cpp takes 0.1 ln(factor) + 1")
     if config.yarn and not config.yarn.truncate:
-        lost.append("YARN's truncate: false is not stored in GGUF: llama.cpp takes whole dimensions")
+        lost.append("YARN's truncate is not stored in GGUF: llama.cpp takes whole dimensions")
     sampling = sorted(
         config.generation.keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
     )

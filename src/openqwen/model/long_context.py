@@ -22,9 +22,10 @@ _UNITS = {"k": 1024, "m": 1024**2}
 class Yarn:
     """Frequencies stretched by `factor` beyond `original_max_position_embeddings` (Peng et al. 2023, released form).
 
-    attention_factor: what cos and sin are multiplied by, on queries and keys alike; None means 0.1 ln(factor) + 1, or
-    with both `mscale` and `mscale_all_dim` the ratio of 0.1 mscale ln(factor) + 1 to the same of the other. truncate:
-    the ramp begins and ends at whole dimensions. All as in transformers.
+    attention_factor: what cos and sin are multiplied by, on queries and keys alike; None means
+    0.1 ln(factor) + 1, or with both `mscale` and `mscale_all_dim` the ratio of
+    0.1 mscale ln(factor) + 1 to the same of the other. truncate: the ramp begins and ends at whole
+    dimensions. All as in transformers.
     """
 
     factor: float
@@ -40,7 +41,8 @@ class Yarn:
         if self.factor < 1 or self.original_max_position_embeddings < 1:
             raise OpenQwenError(f"YARN cannot stretch {self}.", do="give a factor of at least 1 and the length trained")
         if min(self.beta_fast, self.beta_slow) <= 0:
-            raise OpenQwenError(f"YARN has no ramp in {self}.", do="give beta_fast and beta_slow above 0, or neither")
+            do = "give beta_fast and beta_slow above 0, or neither"
+            raise OpenQwenError(f"YARN has no ramp in {self}.", do=do)
 
     @property
     def temperature(self) -> float:
@@ -48,12 +50,14 @@ class Yarn:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            return yarn_temperature(self.factor, self.mscale) / yarn_temperature(self.factor, self.mscale_all_dim)
+            whole = yarn_temperature(self.factor, self.mscale_all_dim)
+            return yarn_temperature(self.factor, self.mscale) / whole
         return yarn_temperature(self.factor)
 
     def stretched(self, factor: float) -> "Yarn":
         """The same at another factor; an attention_factor of its own belongs to its own factor."""
-        return replace(self, factor=factor, attention_factor=self.attention_factor if factor == self.factor else None)
+        own = self.attention_factor if factor == self.factor else None
+        return replace(self, factor=factor, attention_factor=own)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], max_position_embeddings: int, where: str) -> "Yarn | None":

@@ -28,8 +28,10 @@ _PIECE = 2**17  # weights that are unpacked at once: the working memory stays in
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a run of bytes in a file. type: F32, F16, BF16, or one of ggml's block formats; of a tensor that no
-    network reads any other name."""
+    """A tensor as a run of bytes in a file.
+
+    type: F32, F16, BF16, or one of ggml's block formats; another name for what is not read.
+    """
 
     path: Path
     shape: tuple[int, ...]

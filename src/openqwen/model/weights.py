@@ -23,8 +23,8 @@ from openqwen.support.progress import notice
 SHARD_BYTES = 5 * 10**9
 _WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
-# Tensors that do not change what the network computes: those outside it (heads of other training, such as TRL's value
-# head) and RoPE's tables, which old files keep. GGUF's own names stay inside: `rope_freqs` would change the network.
+# Tensors that do not change what the network computes: those outside it (heads of other training,
+# such as TRL's value head) and RoPE's tables, which old files keep. GGUF's `rope_freqs` would.
 _UNUSED = re.compile(r"(?!model\.|lm_head\.bias|blk\.|rope_freqs).*|.*\.rotary_emb\.\w+")
 _BLOCK = 2**20  # weights that `read_block` holds beside the block
 _LISTED = 3  # tensors that an error names, of each kind
@@ -164,16 +164,18 @@ class _NoInitialization(TorchFunctionMode):
 
 
 def _check(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: Path) -> None:
-    """Every tensor that the network needs is there, readable, with its shape, and none besides that would change it."""
+    """Every tensor that the network needs is there with its shape, and no other that would change it."""
     missing = [f"'{name}' {list(shape)}" for name, shape in wanted.items() if name not in stored]
     others = [name for name in stored if name not in wanted]
-    extra = [f"'{name}' {list(stored[name].shape)}" for name in others if not _UNUSED.fullmatch(name)]
+    inside = [name for name in others if not _UNUSED.fullmatch(name)]
+    extra = [f"'{name}' {list(stored[name].shape)}" for name in inside]
     shapes = [
         f"'{name}' {list(stored[name].shape)} in place of {list(shape)}"
         for name, shape in wanted.items()
         if name in stored and stored[name].shape != shape
     ]
-    odd = [f"'{name}': {stored[name].type}" for name in wanted if name in stored and stored[name].type not in BLOCKS]
+    types = {name: stored[name].type for name in wanted if name in stored}
+    odd = [f"'{name}': {kind}" for name, kind in types.items() if kind not in BLOCKS]
     kinds = (
         (missing, "missing tensors"),
         (extra, "extra tensors"),
@@ -187,7 +189,8 @@ def _check(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], 
             do="check that the configuration belongs to these weights, and that every file of them is there",
         )
     if others:
-        notice(f"{len(others)} tensors that the network has no place for are left out: {_listing(others)}", where)
+        text = f"{len(others)} tensors are left out, which the network does not use"
+        notice(f"{text}: {_listing(others)}", where)
 
 
 def _listing(names: list[str]) -> str:

@@ -18,7 +18,7 @@ _LOG_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 def notice(text: str, where: str | Path) -> None:
-    """One line on stderr: what was decided about a file that contradicts itself or holds more than is used."""
+    """One line on stderr: what was decided where a file contradicts itself or holds too much."""
     _aside.print(f"note: {text} ({where})", style="dim", markup=False)
 
 

@@ -74,7 +74,7 @@ class Tokenizer:
 
     @cached_property
     def stated_eos_id(self) -> int | None:
-        """The id of the `eos_token` that the checkpoint's files state; None where they state none that is one token."""
+        """The id of the files' `eos_token`; None where they state none that is one token."""
         stated = self._settings.get("eos_token")
         content = stated.get("content") if isinstance(stated, dict) else stated
         ids = self.encode(content, allow_control=True) if isinstance(content, str) else []

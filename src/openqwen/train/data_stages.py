@@ -107,8 +107,11 @@ class StagedConfig(TrainingConfig):
         return self
 
     def resolved(self, start: ModelConfig | None = None) -> list[Resolved]:
-        """The data stages, in order. start: the checkpoint that training goes on from, which decides what nobody asked
-        for: the RoPE base and the context. Rows are then no longer than its context."""
+        """The data stages, in order.
+
+        start: the checkpoint that training goes on from. It decides the RoPE base and the context
+        where nobody asked; rows are then no longer than its context.
+        """
         found = []
         theta = self.rope_theta or (start.rope_theta if start else _THETA)
         for name, stage in (self.stages or {"": DataStage(tokens=self.data.tokens)}).items():

@@ -21,7 +21,7 @@ class DataConfig(Settings):
 
     tokens: int = Field(1_500_000, gt=0, description="tokens to train on")
     context: int | None = Field(
-        None, gt=1, description="longest row, in tokens; none: 4,096, or the checkpoint's context where that is less"
+        None, gt=1, description="longest row, in tokens; none: 4,096, or the checkpoint's context if less"
     )
     lengths: dict[int, float] = Field(
         default_factory=dict,

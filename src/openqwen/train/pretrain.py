@@ -163,7 +163,7 @@ def stretches_of(
     tokenizer: Tokenizer,
     start: ModelConfig | None = None,
 ) -> list[Stretch]:
-    """The rows of every data stage; an error names the stage. start: of the checkpoint that training goes on from."""
+    """The rows of every data stage; an error names it. start: as in `StagedConfig.resolved`."""
     supply, found, first = Supply(sources, generators), list[Stretch](), 0
     for stage in config.resolved(start):
         try:
@@ -184,7 +184,8 @@ def _say_changes(own: ModelConfig, stage: Resolved) -> None:
         ("context", own.max_position_embeddings, stage.positions),
     ):
         if before != after:
-            console.print(f"  {what}: {before:,.0f} in the checkpoint, {after:,.0f} from here on", markup=False)
+            text = f"  {what}: {before:,.0f} in the checkpoint, {after:,.0f} from here on"
+            console.print(text, markup=False)
 
 
 def _record(stretch: Stretch) -> dict[str, Any]:
