@@ -78,7 +78,7 @@ class Options(Body):
     """How answers are made; shared by all requests for text. None: the checkpoint's own default, else no change."""
 
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1, description="0: the likeliest token alone")
+    top_p: float | None = Field(None, gt=0, le=1)
     top_k: Annotated[int, Field(ge=-1, le=1 << 31), _INTEGRAL] | None = Field(None, description="-1 and 0: no cut")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
