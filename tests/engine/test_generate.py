@@ -244,7 +244,7 @@ def test_a_bad_request_is_named():
             engine.submit(prompt)
     with pytest.raises(OpenQwenError, match="no adapter called 'x'"):
         engine.submit([1], adapter="x")
-    for options in ({"top_p": 0.0}, {"temperature": -1.0}, {"max_tokens": 0}, {"stop": ("",)}):
+    for options in ({"top_p": -0.1}, {"temperature": -1.0}, {"max_tokens": 0}, {"stop": ("",)}):
         with pytest.raises(OpenQwenError, match=next(iter(options))):
             Sampling(**options)
 

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pytest
 
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
-from openqwen.support.files import read_jsonl, write_jsonl, write_text
+from openqwen.support.files import read_json, read_jsonl, write_jsonl, write_text
 from openqwen.support.generators import Generators
+from openqwen.support.gguf import read_header
 from openqwen.support.progress import duration
+from openqwen.tokenizer import load_tokenizer
 
 
 def test_generators_are_independent_and_restore_exactly():
@@ -49,6 +51,19 @@ def test_a_bad_line_is_named(tmp_path, line, told):
     with pytest.raises(OpenQwenError, match=told) as caught:
         list(read_jsonl(path))
     assert "x.jsonl:3" in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [read_json, lambda path: list(read_jsonl(path)), read_header, load_tokenizer])
+def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path, read):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7031645\n")
+    with pytest.raises(OpenQwenError, match="git-lfs pointer") as error:
+        read(path)
+    assert error.value.where == path
+    (tmp_path / "merges.txt").write_bytes(path.read_bytes())
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(OpenQwenError, match="git-lfs pointer"):
+        load_tokenizer(tmp_path / "merges.txt")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

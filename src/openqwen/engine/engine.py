@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from openqwen.engine.adapters import Adapters
-from openqwen.engine.admission import Admission
+from openqwen.engine.admission import Admission, stop_ids
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.constrain import Structures
 from openqwen.engine.drafter import Drafter, DraftModel
@@ -47,7 +47,7 @@ class Engine:
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.adapters = Adapters(model)
-        self._stops = {tokenizer.eos_id, tokenizer.endoftext_id}
+        self._stops = stop_ids(model.config, tokenizer)
         self._budget = config.token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET)
         self._admission = Admission(model, tokenizer, config)
         self._schedule = Schedule(PagePool(self._admission.pages, config.page_size), config)

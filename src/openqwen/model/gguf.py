@@ -17,6 +17,7 @@ from torch import Tensor
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Qwen2
 from openqwen.model.gguf_blocks import dequantize, quantize
+from openqwen.model.long_context import yarn_temperature
 from openqwen.model.stored import Stored
 from openqwen.model.weights import ignore, published_tensors
 from openqwen.support.errors import OpenQwenError
@@ -136,7 +137,7 @@ def _config(header: GgufHeader, stored: Mapping[str, Stored]) -> ModelConfig:
         "rope_theta": 10_000.0,  # llama.cpp's, where the file is silent
         "tie_word_embeddings": "lm_head.weight" not in stored,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _ends(metadata),
         **own(_SIZES),
     }
     if _ARCHITECTURES[kind]:
@@ -149,6 +150,14 @@ def _config(header: GgufHeader, stored: Mapping[str, Stored]) -> ModelConfig:
     if scaling != "none":
         values["rope_scaling"] = {"rope_type": scaling, **own(_YARN)}
     return ModelConfig.from_json(values, where)
+
+
+def _ends(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids that end an answer in llama.cpp: those stated, and Qwen2's two by their names."""
+    stated = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    names = list(metadata.get("tokenizer.ggml.tokens", ()))
+    named = [names.index(name) for name in ("<|im_end|>", "<|endoftext|>") if name in names]
+    return list(dict.fromkeys([i for i in stated if i is not None] + named))
 
 
 def _shortest(value: float) -> float:
@@ -209,8 +218,10 @@ def not_stored(config: ModelConfig) -> list[str]:
     lost = []
     if config.dual_chunk:
         lost.append("dual chunk attention is not stored in GGUF: long sequences are read by plain RoPE")
-    if config.yarn and config.yarn.attention_factor is not None:
+    if config.yarn and config.yarn.temperature != yarn_temperature(config.yarn.factor):
         lost.append("YARN's own attention_factor is not stored in GGUF: llama.cpp takes 0.1 ln(factor) + 1")
+    if config.yarn and not config.yarn.truncate:
+        lost.append("YARN's truncate is not stored in GGUF: llama.cpp takes whole dimensions")
     sampling = sorted(
         config.generation.keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openqwen.model.quantize import Kind, QuantizedLinear, check
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
-from openqwen.support.files import read_json, write_json
+from openqwen.support.files import read_json, refuse_pointer, write_json
 from openqwen.support.settings import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -129,6 +129,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[Lor
     """
     config = _read_config(folder / CONFIG)
     try:
+        refuse_pointer(folder / WEIGHTS)
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
     except (SafetensorError, OSError) as error:
         raise OpenQwenError(f"The adapter's weights cannot be read: {error}", where=folder / WEIGHTS) from None

@@ -84,8 +84,11 @@ def refuse(target: Path, overwrite: bool) -> None:
 def _write_gguf(
     model: Qwen2, tokenizer: Tokenizer, target: Path, kind: str, advance: Callable[[int], None]
 ) -> list[Rounded]:
-    eos = model.config.eos_token_id
-    vocabulary = gguf_metadata(tokenizer, model.config.vocab_size, tokenizer.eos_id if eos is None else eos)
+    stops = model.config.stops or (tokenizer.eos_id,)
+    vocabulary = gguf_metadata(tokenizer, model.config.vocab_size, stops[0])
+    # llama.cpp knows Qwen2's two ends by their names, and two others where the file states them.
+    others = [i for i in stops[1:] if i not in (tokenizer.eos_id, tokenizer.endoftext_id)]
+    vocabulary |= {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(("eot", "eom"), others)}
     return save_gguf(model, target, kind, target.stem, vocabulary, advance)
 
 

@@ -48,7 +48,7 @@ class Estimates:
         }
         if stage in ("pretrain", "extend"):
             read = [part.data for part in getattr(r, stage).resolved()]
-            return sum(self._training(data.tokens, data.context) for data in read)
+            return sum(self._training(data.tokens, data.row) for data in read)
         return sampled.get(stage, 0) / _ANSWERS + self._training(trained_tokens(r).get(stage, 0))
 
     def _training(self, tokens: float, context: int = CONVERSATION) -> float:

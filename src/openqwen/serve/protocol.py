@@ -213,8 +213,8 @@ class Options(Body):
         """As the engine wants it. defaults: the checkpoint's generation_config."""
 
         def of(name: str, otherwise: float) -> float:
-            value = getattr(self, name)
-            return float(defaults.get(name) or otherwise) if value is None else value
+            values = (getattr(self, name), defaults.get(name), otherwise)
+            return float(next(value for value in values if value is not None))
 
         temperature = of("temperature", 1.0)
         # Scores divided by next to nothing are no numbers.

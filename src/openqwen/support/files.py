@@ -16,6 +16,7 @@ import pyarrow as pa
 from openqwen.support.errors import OpenQwenError, disk_errors
 
 _CHUNK = 2**20
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -47,9 +48,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether git-lfs has left its few lines of text here in place of the file itself."""
+    with open(path, "rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def refuse_pointer(path: Path) -> None:
+    """OpenQwenError where the file is a git-lfs pointer; OSError where it cannot be opened."""
+    if is_pointer(path):
+        raise OpenQwenError(
+            "This is a git-lfs pointer: the file itself was not fetched.",
+            where=path,
+            do="run `git lfs pull` in its folder, or fetch the file again",
+        )
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file; an error names the file and the line."""
     try:
+        refuse_pointer(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OpenQwenError("A file is missing.", where=path, do="check the path") from None
@@ -69,6 +87,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     str.splitlines() would also cut at U+2028 and U+0085 inside a string.
     """
     try:
+        refuse_pointer(path)
         with open_binary(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():

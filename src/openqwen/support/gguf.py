@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import whole_file
+from openqwen.support.files import refuse_pointer, whole_file
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, where the metadata give no general.alignment
@@ -81,6 +81,7 @@ def read_header(path: str | Path) -> GgufHeader:
     """
     path = Path(path)
     try:
+        refuse_pointer(path)
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size < 24 or file.read(4) != MAGIC:
                 raise OpenQwenError("This is no GGUF file.", where=path, do="give a .gguf file of a Qwen2 model")

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, Field, ValidationError
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import read_json, write_json, write_text
+from openqwen.support.files import read_json, refuse_pointer, write_json, write_text
 from openqwen.tokenizer.control import DOCUMENT_END, QWEN2_CONTROL_TOKENS, TURN_END, TURN_START, ControlToken
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER, PATTERN, to_bytes, to_characters
 
@@ -154,6 +154,7 @@ def read_vocabulary_and_merges(folder: Path) -> Parts:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file, cut at newlines alone: str.splitlines() would also cut inside a token."""
     try:
+        refuse_pointer(path)
         return path.read_bytes().decode().split("\n")
     except FileNotFoundError:
         raise OpenQwenError("A file is missing.", where=path, do="check the path") from None

@@ -72,6 +72,14 @@ class Tokenizer:
         """`<|endoftext|>`: the end of a document; also the padding."""
         return self.control_ids[DOCUMENT_END]
 
+    @cached_property
+    def stated_eos_id(self) -> int | None:
+        """The id of the files' `eos_token`; None where they state none that is one token."""
+        stated = self._settings.get("eos_token")
+        content = stated.get("content") if isinstance(stated, dict) else stated
+        ids = self.encode(content, allow_control=True) if isinstance(content, str) else []
+        return ids[0] if len(ids) == 1 else None
+
     @property
     def im_start_id(self) -> int:
         """`<|im_start|>`: the beginning of a turn."""
