@@ -1,0 +1,79 @@
+"""Records of data files: JSON Lines, a JSON list, Parquet, and data sets on the Hugging Face hub."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import open_binary, parse_json, read_jsonl
+from openqwen.support.hub import DATA_SUFFIXES, HUB, dataset_files
+
+Record = dict[str, Any]
+
+
+def read_records(source: str | Path) -> Iterator[tuple[str, Record]]:
+    """Records with their places ("FILE, record N", from 1), of a file or of `hub:owner/name[@revision][:split]`.
+
+    Raises OpenQwenError, which names the file and the line or record, where something cannot be read.
+    """
+    for path in data_files(source):
+        for number, record in enumerate(_reader(path)(path), 1):
+            yield f"{path}, record {number}", record
+
+
+def data_files(source: str | Path) -> list[Path]:
+    """The files of a source, in order: itself, or those of a split on the hub, fetched where they are not here."""
+    if str(source).startswith(HUB):
+        return dataset_files(str(source))
+    path = Path(source)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        forms = ", ".join(DATA_SUFFIXES)
+        raise OpenQwenError(f"This {kind}.", path, f"give a file ({forms}) or {HUB}owner/name:split")
+    return [path]
+
+
+def _reader(path: Path) -> Any:
+    if path.suffix == ".parquet":
+        return _parquet
+    return _list if path.name.endswith((".json", ".json.gz", ".json.zst")) else read_jsonl
+
+
+def _list(path: Path) -> Iterator[Record]:
+    """Of one JSON list, as Alpaca's file is; lines of objects may bear this ending too."""
+    try:
+        with open_binary(path) as file:
+            text = file.read()
+    except OSError as error:
+        raise OpenQwenError(f"This file cannot be read: {error}", where=path) from None
+    if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from read_jsonl(path)
+        return
+    try:
+        records = parse_json(text)
+    except ValueError as error:
+        raise OpenQwenError(f"This file is not JSON: {error}.", where=path) from None
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise OpenQwenError("This is not an object.", f"{path}, record {number}", "give a list of objects")
+        yield record
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for record in batch.to_pylist(maps_as_pydicts="lossy"):
+                    yield _present(record)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise OpenQwenError(f"This Parquet file cannot be read: {error}", where=path) from None
+
+
+def _present(value: Any) -> Any:
+    """Without null fields: a column of structs holds every field that any row has, and null says that it is absent."""
+    if isinstance(value, dict):
+        return {key: _present(inner) for key, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list) else value
