@@ -78,7 +78,7 @@ def _splits(folder: Path, source: str) -> dict[str, list[Path]]:
         }
     found: dict[str, list[Path]] = {}
     for name, path in names.items():
-        words = set(re.split(r"[^a-z]+", name.lower()))
+        words = set(re.split(r"[^a-zA-Z]+", name))
         if shard := _SHARD.search(name):
             found.setdefault(shard[1], []).append(path)
         elif split := next((split for split, known in _SPLITS.items() if words & known), None):
