@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from openqwen.recipe.artifact import outside_source
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.hub import dataset_files
+from openqwen.support.hub import dataset_files, pinned
 from openqwen.support.records import read_records
 from openqwen.tokenizer.messages import demonstration
 
@@ -142,6 +143,9 @@ def test_splits_of_the_hub_by_their_files(hub):
     assert names(folder, "hub:a/b:test_sft") == ["data/test_sft-00000-of-00001.parquet"]
     assert [record for _, record in read_records("hub:a/b")] == [{"prompt": "0"}, {"prompt": "1"}]
     assert [record for _, record in read_records(Path("hub:a/b:test_sft"))] == [{"prompt": "2"}]
+    commit = pinned("hub:a/b")
+    assert commit == f"hub:a/b@{folder.name}:train"
+    assert names(folder, commit) == shards
     with pytest.raises(OpenQwenError, match=r"no split 'tset'(.|\n)*Did you mean 'test_sft'"):
         dataset_files("hub:a/b:tset")
     folder = hub("a/c", ["eval_set.jsonl", "my_train.jsonl", "my-dev.jsonl"])
@@ -149,6 +153,15 @@ def test_splits_of_the_hub_by_their_files(hub):
     assert splits == {"train": ["my_train.jsonl"], "test": ["eval_set.jsonl"], "validation": ["my-dev.jsonl"]}
     folder = hub("a/d", ["alpaca.json"])
     assert names(folder, "hub:a/d") == ["alpaca.json"]
+
+
+def test_a_stage_depends_on_the_content_of_a_split_and_reads_its_commit(hub):
+    folder = hub("a/b", ["train.jsonl", "test.jsonl"])
+    before, other = (outside_source(Path(f"hub:a/b{split}"), "prompts") for split in ("", ":test"))
+    assert str(before.path) == before.entry.stage == f"hub:a/b@{folder.name}:train"
+    write(folder / "test.jsonl", RECORDS)
+    assert outside_source(Path("hub:a/b:train"), "prompts").entry == before.entry
+    assert outside_source(Path("hub:a/b:test"), "prompts").entry != other.entry
 
 
 CARD = """---

@@ -186,7 +186,7 @@ def test_implicit_prompts_are_those_of_trl():
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        ({"prompt": [ASKED], "chosen": None, "rejected": [WRONG]}, "lacks 'chosen'"),
+        ({"prompt": [ASKED], "chosen": None, "rejected": [WRONG]}, "'chosen' is null"),
         ({"prompt": [ASKED], "chosen": [ANSWERED]}, "lacks 'rejected'"),
         ({"prompt": [ASKED], "chosen": ["4"], "rejected": ["5"]}, r"chosen\[0\]"),
         ({"prompt": [ASKED], "chosen": [], "rejected": []}, "one assistant message(.|\n)*chosen"),
@@ -194,7 +194,7 @@ def test_implicit_prompts_are_those_of_trl():
         ({"prompt": [ASKED], "chosen": {"4": 4}, "rejected": "5"}, r"needs a role(.|\n)*chosen\[0\]"),
         ({"prompt": 4, "chosen": "4", "rejected": "5"}, "a number(.|\n)*prompt"),
         ({"prompt": [ASKED], "chosen": [ANSWERED, WRONG], "rejected": [WRONG]}, "one assistant message"),
-        ({"prompt": [ASKED], "chosen": [ASKED], "rejected": [ASKED]}, "share no message"),
+        ({"prompt": [ASKED], "chosen": [ASKED], "rejected": [ASKED]}, "do not begin with the same"),
         ({"chosen": [ANSWERED], "rejected": [WRONG]}, "lacks 'prompt'"),
         ({"chosen": "4", "rejected": "5"}, "lacks 'prompt'"),
         ({}, "lacks 'chosen'; it is empty"),

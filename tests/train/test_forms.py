@@ -93,7 +93,7 @@ def test_tools_are_in_the_prompts_of_preferences_and_of_online_dpo(tokenizer):
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        ({"prompt": [ASKED], "chosen": None, "rejected": [WRONG]}, "lacks 'chosen'"),
+        ({"prompt": [ASKED], "chosen": None, "rejected": [WRONG]}, "'chosen' is null"),
         ({"prompt": [ASKED], "chosen": ["4"], "rejected": ["5"]}, r"record 2, chosen\[0\]"),
         ({"text": "4"}, "lacks 'chosen'"),
     ],

@@ -55,16 +55,28 @@ def dataset_files(source: str) -> list[Path]:
     The card (README.md) says which files are of the split; else their names do, as for `datasets`. Raises OpenQwenError
     where the data set cannot be had or holds no such split.
     """
+    folder, repository, split = _dataset(source)
+    splits = _splits(folder, source)
+    if found := splits.get(split):
+        return found
+    near = suggestion(split, splits)
+    do = f"give {HUB}{repository}:SPLIT" if splits else f"give a data set of {', '.join(DATA_SUFFIXES)} files"
+    raise OpenQwenError(f"There is no split '{split}', only: {', '.join(splits) or 'none'}.{near}", source, do)
+
+
+def pinned(source: str) -> str:
+    """The same data set at the commit that is its revision now, so that later reads give the same records."""
+    folder, repository, split = _dataset(source)
+    return f"{HUB}{repository}@{folder.name}:{split}"
+
+
+def _dataset(source: str) -> tuple[Path, str, str]:
+    """The folder of a data set's commit, its repository, and the split that is asked for."""
     named, _, split = source.removeprefix(HUB).partition(":")
     if (match := _ID.fullmatch(named)) is None:
         raise OpenQwenError("This names no data set.", source, f"write {HUB}owner/name:split")
     folder = _fetched(match["repository"], match["revision"], "dataset", _DATA_FILES)
-    splits = _splits(folder, source)
-    if found := splits.get(split or "train"):
-        return found
-    near = suggestion(split, splits)
-    do = f"give {HUB}{named}:SPLIT" if splits else f"give a data set of {', '.join(DATA_SUFFIXES)} files"
-    raise OpenQwenError(f"There is no split '{split or 'train'}', only: {', '.join(splits)}.{near}", source, do)
+    return folder, match["repository"], split or "train"
 
 
 def _splits(folder: Path, source: str) -> dict[str, list[Path]]:

@@ -84,9 +84,9 @@ def preference(record: Record) -> Preference:
     else:
         for name in ("chosen", "rejected"):
             if record.get(name) is None:
+                what = f"'{name}' is null" if name in record else f"it lacks '{name}'{_fields(record)}"
                 raise OpenQwenError(
-                    f"This preference lacks '{name}'{_fields(record)}.",
-                    do=f"give {name}: a text, or one assistant message",
+                    f"This is no preference: {what}.", do=f"give {name}: a text, or one assistant message"
                 )
         texts = [record["chosen"], record["rejected"]]
         if not given and all(isinstance(text, str) for text in texts):
@@ -96,7 +96,10 @@ def preference(record: Record) -> Preference:
         pairs = zip(sides[0][:-1], sides[1][:-1])
         shared = [message for message, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         if not shared:
-            raise OpenQwenError("This preference lacks 'prompt': its answers share no message.", do="give prompt")
+            raise OpenQwenError(
+                "This is no preference: it lacks 'prompt', and its answers do not begin with the same message.",
+                do="give prompt: a text, or messages",
+            )
         sides = [side[len(shared) :] for side in sides]
         if given[-len(shared) :] != shared:
             given = _with_system(record, shared)
@@ -230,7 +233,8 @@ def _named(item: Any) -> str | None:
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise OpenQwenError(f"A message is an object with a role and a content, and this is {_kind(item)}.", where)
+        what = f"A message is an object with a role and a content, and this is {_kind(item)}."
+        raise OpenQwenError(what, where, 'write {"role": "user", "content": "..."}')
     named = _named(item)
     if named is None or named not in _ROLES:
         raise OpenQwenError(f"A message needs a role, one of {', '.join(ROLES)}.", where)
