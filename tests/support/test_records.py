@@ -48,7 +48,7 @@ def test_lines_may_bear_the_ending_of_a_list(tmp_path):
 
 
 def test_a_column_of_structs_keeps_what_each_row_has(tmp_path):
-    """As pandas and `datasets` write it: one struct for all rows, with null where a row has no such field."""
+    """As pandas and `datasets` write it: one struct for all rows, null where one has no field."""
     calls = [
         {"name": "f", "arguments": {"a": 2, "b": None}},
         {"name": "g", "arguments": {"a": None, "b": [1.5, 2.5]}},

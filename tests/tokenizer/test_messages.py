@@ -1,4 +1,4 @@
-"""Every form of conversation gives the messages, tools and ids of the same one as OpenAI and transformers write it."""
+"""Every form of conversation gives the messages, tools and text of OpenAI's and transformers'."""
 
 import json
 
@@ -194,7 +194,7 @@ def test_implicit_prompts_are_those_of_trl():
         ({"prompt": [ASKED], "chosen": {"4": 4}, "rejected": "5"}, r"needs a role(.|\n)*chosen\[0\]"),
         ({"prompt": 4, "chosen": "4", "rejected": "5"}, "a number(.|\n)*prompt"),
         ({"prompt": [ASKED], "chosen": [ANSWERED, WRONG], "rejected": [WRONG]}, "one assistant message"),
-        ({"prompt": [ASKED], "chosen": [ASKED], "rejected": [ASKED]}, "do not begin with the same"),
+        ({"prompt": [ASKED], "chosen": [ASKED], "rejected": [ASKED]}, "do not begin alike"),
         ({"chosen": [ANSWERED], "rejected": [WRONG]}, "lacks 'prompt'"),
         ({"chosen": "4", "rejected": "5"}, "lacks 'prompt'"),
         ({}, "lacks 'chosen'; it is empty"),

@@ -1,4 +1,4 @@
-"""What training learns of records in practitioners' forms: ids, masks, and what is said of those it cannot read."""
+"""What training learns of records in practitioners' forms, and what is said of the others."""
 
 import json
 from functools import partial
@@ -160,7 +160,7 @@ def test_the_tokens_that_were_sampled_are_learned(engine, tokenizer):
 
 
 def test_online_dpo_learns_the_end_that_was_sampled(tokenizer, tmp_path, monkeypatch):
-    """A model that ends by `<|endoftext|>` alone: no pair of its answers holds `<|im_end|>`; prompts show tools."""
+    """A model that ends by `<|endoftext|>` alone: no answer holds `<|im_end|>`."""
     from openqwen.train import online_dpo as module
 
     config = ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=512, tie_word_embeddings=False)

@@ -50,10 +50,10 @@ def local(source: str | Path) -> Path:
 
 
 def dataset_files(source: str) -> list[Path]:
-    """The files of a split of a data set, `hub:owner/name[@revision][:split]`, in order; split: train, if not told.
+    """The files of a split of `hub:owner/name[@revision][:split]`, in order; split: train, if not told.
 
-    The card (README.md) says which files are of the split; else their names do, as for `datasets`. Raises OpenQwenError
-    where the data set cannot be had or holds no such split.
+    The card (README.md) says which files are of the split; else their names do, as for `datasets`.
+    Raises OpenQwenError where the data set cannot be had or holds no such split.
     """
     folder, repository, split = _dataset(source)
     splits = _splits(folder, source)
@@ -80,7 +80,7 @@ def _dataset(source: str) -> tuple[Path, str, str]:
 
 
 def _splits(folder: Path, source: str) -> dict[str, list[Path]]:
-    """Files by split: as the card says, else by the words in their paths; without any such word all are `train`."""
+    """Files by split: as the card says, else by words in their paths; without any, `train`."""
     paths = sorted(path for path in folder.rglob("*") if path.name.endswith(DATA_SUFFIXES))
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     if patterns := _of_card(folder / "README.md", source):
@@ -99,7 +99,7 @@ def _splits(folder: Path, source: str) -> dict[str, list[Path]]:
 
 
 def _of_card(card: Path, source: str) -> dict[str, list[str]]:
-    """Patterns of file names by split, of the card's only or default configuration; {} where it has none."""
+    """Patterns of file names by split, of the card's only or default configuration, if any."""
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
@@ -115,7 +115,7 @@ def _of_card(card: Path, source: str) -> dict[str, list[str]]:
 
 
 def _patterns(files: Any) -> dict[str, list[str]]:
-    """The card's `data_files`: a pattern, a list of them, or objects that name a split and its patterns."""
+    """The card's `data_files`: one or more patterns, or objects with a split and its patterns."""
     if isinstance(files, str) or not all(isinstance(entry, dict) for entry in files):
         files = [{"split": "train", "path": files}]
     return {f["split"]: [f["path"]] if isinstance(f["path"], str) else f["path"] for f in files}

@@ -1,4 +1,4 @@
-"""Records of data files: JSON Lines, a JSON list, Parquet, and data sets on the Hugging Face hub."""
+"""Records of data files: JSON Lines, a JSON list, Parquet, data sets on the Hugging Face hub."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +15,10 @@ Record = dict[str, Any]
 
 
 def read_records(source: str | Path) -> Iterator[tuple[str, Record]]:
-    """Records with their places ("FILE, record N", from 1), of a file or of `hub:owner/name[@revision][:split]`.
+    """Records with their places ("FILE, record N", from 1).
 
-    Raises OpenQwenError, which names the file and the line or record, where something cannot be read.
+    source: a file or `hub:owner/name[@revision][:split]`. Raises OpenQwenError, which names the
+    file and the line or record that cannot be read.
     """
     for path in data_files(source):
         for number, record in enumerate(_reader(path)(path), 1):
@@ -25,14 +26,14 @@ def read_records(source: str | Path) -> Iterator[tuple[str, Record]]:
 
 
 def data_files(source: str | Path) -> list[Path]:
-    """The files of a source, in order: itself, or those of a split on the hub, fetched where they are not here."""
+    """The files of a source, in order: itself, or those of a split on the hub, now fetched."""
     if str(source).startswith(HUB):
         return dataset_files(str(source))
     path = Path(source)
     if not path.is_file():
         kind = "is a folder" if path.is_dir() else "does not exist"
-        forms = ", ".join(DATA_SUFFIXES)
-        raise OpenQwenError(f"This {kind}.", path, f"give a file ({forms}) or {HUB}owner/name:split")
+        do = f"give a file ({', '.join(DATA_SUFFIXES)}) or {HUB}owner/name:split"
+        raise OpenQwenError(f"This {kind}.", path, do)
     return [path]
 
 
@@ -58,7 +59,8 @@ def _list(path: Path) -> Iterator[Record]:
         raise OpenQwenError(f"This file is not JSON: {error}.", where=path) from None
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
-            raise OpenQwenError("This is not an object.", f"{path}, record {number}", "give a list of objects")
+            where = f"{path}, record {number}"
+            raise OpenQwenError("This is not an object.", where, "give a list of objects")
         yield record
 
 
@@ -73,7 +75,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _present(value: Any) -> Any:
-    """Without null fields: a column of structs holds every field that any row has, and null says that it is absent."""
+    """Without null fields: structs hold every field that any row has, null where it is absent."""
     if isinstance(value, dict):
         return {key: _present(inner) for key, inner in value.items() if inner is not None}
     return [_present(inner) for inner in value] if isinstance(value, list) else value

@@ -1,8 +1,9 @@
-"""Conversations in any form in which people store them, to the messages and tools that a chat template reads.
+"""Conversations in any form in which people store them, to what a chat template reads.
 
-Training, generation and the server all read through here, so one conversation gives the same ids everywhere. Forms:
-OpenAI's messages; ShareGPT, with the roles of LLaMA-Factory and ms-swift; Alpaca; a question and an answer under the
-usual names; TRL's preferences, as texts or as messages, the prompt apart or in both answers.
+Training, generation and the server read through here, so one conversation gives the same ids
+everywhere. Forms: OpenAI's messages; ShareGPT, with the roles of LLaMA-Factory and ms-swift;
+Alpaca; a question and an answer under the usual names; TRL's preferences, as texts or as messages,
+the prompt apart or in both answers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -28,7 +29,7 @@ _CALLING = ("function_call", "tool_call")  # roles whose content is a call, as J
 _LISTS = ("messages", "conversations", "conversation")
 _ASKED = ("prompt", "instruction", "query", "question")
 _ANSWERED = ("completion", "output", "response", "answer")
-_MARKS = ("weight", "loss", "train", "loss_scale")  # OpenAI's, ms-swift's, axolotl's, ms-swift's again
+_MARKS = ("weight", "loss", "train", "loss_scale")  # of OpenAI, ms-swift, axolotl, ms-swift
 _FORMS = "messages, conversations, instruction and output, or prompt and completion"
 
 
@@ -42,14 +43,16 @@ class Preference(NamedTuple):
 
 
 def demonstration(record: Record) -> tuple[list[Message], Tools]:
-    """A conversation to learn from, and its tools. In a prompt with a completion, only the completion is learned.
+    """A conversation to learn from, and its tools.
 
-    Raises OpenQwenError, which names the field, where the record has none of the forms.
+    Of messages as prompt and completion, only the completion is learned. Raises OpenQwenError,
+    which names the field, where the record has none of the forms.
     """
     if (messages := _listed(record)) is None:
         asked, name = _asked(record), _first(record, _ANSWERED)
         if asked is None or name is None:
-            raise OpenQwenError(f"This record holds no conversation{_fields(record)}.", do=f"give {_FORMS}")
+            what = f"This record holds no conversation{_fields(record)}."
+            raise OpenQwenError(what, do=f"give {_FORMS}")
         if isinstance(record.get("prompt"), list):  # TRL's completion_only_loss
             asked = [message | {"train": False} for message in asked]
         messages = asked + as_messages(record[name], name, "assistant")
@@ -64,7 +67,8 @@ def prompt(record: Record) -> tuple[list[Message], Tools]:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
     if not messages:
-        raise OpenQwenError(f"This record holds no prompt{_fields(record)}.", do="give prompt: a text or messages")
+        what = f"This record holds no prompt{_fields(record)}."
+        raise OpenQwenError(what, do="give prompt: a text or messages")
     return messages, as_tools(record)
 
 
@@ -76,28 +80,31 @@ def preference(record: Record) -> Preference:
     given = _asked(record)
     if given is None:
         given = _listed(record) or []
-    if "chosen" not in record and (name := _first(record, ("rejected_response", "rejected_messages"))):
-        other = as_messages(record[name], name, "assistant")  # ms-swift: `messages` ends with the chosen answer
+    name = _first(record, ("rejected_response", "rejected_messages"))
+    if "chosen" not in record and name:
+        # ms-swift: `messages` ends with the chosen answer.
+        other = as_messages(record[name], name, "assistant")
         whole = name == "rejected_messages"
         sides = [given, _with_system(record, other) if whole else given[:-1] + other]
         given = []
     else:
         for name in ("chosen", "rejected"):
             if record.get(name) is None:
-                what = f"'{name}' is null" if name in record else f"it lacks '{name}'{_fields(record)}"
-                raise OpenQwenError(
-                    f"This is no preference: {what}.", do=f"give {name}: a text, or one assistant message"
-                )
+                lacks = f"it lacks '{name}'{_fields(record)}"
+                what = f"'{name}' is null" if name in record else lacks
+                do = f"give {name}: a text, or one assistant message"
+                raise OpenQwenError(f"This is no preference: {what}.", do=do)
         texts = [record["chosen"], record["rejected"]]
         if not given and all(isinstance(text, str) for text in texts):
             given, texts = _shared_text(*texts)
-        sides = [as_messages(t, name, "assistant") for t, name in zip(texts, ("chosen", "rejected"))]
+        named = zip(texts, ("chosen", "rejected"))
+        sides = [as_messages(text, name, "assistant") for text, name in named]
     if not given or any(side and side[0]["role"] != "assistant" for side in sides):
         pairs = zip(sides[0][:-1], sides[1][:-1])
         shared = [message for message, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         if not shared:
             raise OpenQwenError(
-                "This is no preference: it lacks 'prompt', and its answers do not begin with the same message.",
+                "This is no preference: it lacks 'prompt', and its answers do not begin alike.",
                 do="give prompt: a text, or messages",
             )
         sides = [side[len(shared) :] for side in sides]
@@ -105,20 +112,21 @@ def preference(record: Record) -> Preference:
             given = _with_system(record, shared)
     for name, side in zip(("chosen", "rejected"), sides):
         if len(side) != 1 or side[0]["role"] != "assistant":
-            raise OpenQwenError("An answer is one assistant message.", where=name, do=f"give {name} as such, or a text")
+            do = f"give {name} as such, or a text"
+            raise OpenQwenError("An answer is one assistant message.", name, do)
     return Preference(given, sides[0][0], sides[1][0], as_tools(record))
 
 
 def as_messages(value: Any, where: str = "messages", role: str = "user") -> list[Message]:
-    """Messages in OpenAI's form: texts as contents, tool calls with arguments that are objects where they are JSON.
+    """Messages in OpenAI's form, but the arguments of tool calls are objects where they are JSON.
 
-    value: a text (one message of `role`), a message, or a list of messages. Consecutive calls are one message. Raises
-    OpenQwenError, which names the message.
+    value: a text (one message of `role`), a message, or a list of messages. Consecutive calls are
+    one message. Raises OpenQwenError, which names the message.
     """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list | tuple | Mapping):
-        raise OpenQwenError(f"This is {_kind(value)}.", where, do="give a text, or a list of messages")
+        raise OpenQwenError(f"This is {_kind(value)}.", where, "give a text, or a list of messages")
     messages: list[Message] = []
     for number, item in enumerate([value] if isinstance(value, Mapping) else value):
         message, calls = _message(item, f"{where}[{number}]"), _named(item) in _CALLING
@@ -131,19 +139,20 @@ def as_messages(value: Any, where: str = "messages", role: str = "user") -> list
 
 
 def as_tools(record: Record) -> Tools:
-    """The tools of a record: a list or JSON text, of tools or of bare functions, under `tools` or `functions`."""
+    """The tools of a record, under `tools` or `functions`; bare functions and JSON text too."""
     name = next((name for name in ("tools", "functions") if record.get(name)), None)
     if name is None:
         return None
     tools = _parsed(record[name], name)
-    return [_tool(tool, f"{name}[{n}]") for n, tool in enumerate(tools if isinstance(tools, list) else [tools])] or None
+    tools = tools if isinstance(tools, list) else [tools]
+    return [_tool(tool, f"{name}[{n}]") for n, tool in enumerate(tools)] or None
 
 
 def is_learned(message: Message) -> bool:
-    """Whether an assistant's message is learned: not where `weight`, `loss`, `train` or `loss_scale` is 0 or false."""
+    """Whether an assistant's message is learned: not where one of `_MARKS` is 0 or false."""
     for mark in _MARKS:
-        if message.get(mark) not in (None, 0, 1):
-            raise OpenQwenError(f"'{mark}' of a message is {message[mark]!r}.", do="give 0 or 1, false or true")
+        if (value := message.get(mark)) not in (None, 0, 1):
+            raise OpenQwenError(f"'{mark}' of a message is {value!r}.", do="give 0 or 1")
     return all(message.get(mark) in (None, 1) for mark in _MARKS)
 
 
@@ -152,14 +161,16 @@ def _first(record: Record, names: Iterable[str]) -> str | None:
 
 
 def _fields(record: Record) -> str:
-    return f"; its fields are {', '.join(map(str, list(record)[:8]))}" if record else "; it is empty"
+    names = ", ".join(map(str, list(record)[:8]))
+    return f"; its fields are {names}" if names else "; it is empty"
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, str):
         return "a text"
-    kinds = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", list: "a list"}
-    return kinds.get(type(value), "an object")
+    if isinstance(value, int | float):
+        return "a number"
+    return {type(None): "null", list: "a list"}.get(type(value), "an object")
 
 
 def _listed(record: Record) -> list[Message] | None:
@@ -182,7 +193,7 @@ def _one_by_one(turn: Any) -> list[Any]:
 
 
 def _asked(record: Record) -> list[Message] | None:
-    """The turns before the answer where they stand apart from it, Alpaca's input and history among them."""
+    """The turns before an answer that stands apart, Alpaca's input and history among them."""
     if (name := _first(record, _ASKED)) is None:
         return None
     asked = record[name]
@@ -192,7 +203,7 @@ def _asked(record: Record) -> list[Message] | None:
     history = record.get("history") or []
     for number, pair in enumerate(history if isinstance(history, list) else [history]):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise OpenQwenError("A turn of the history is a question and an answer.", where=f"history[{number}]")
+            raise OpenQwenError("A turn is a question and an answer.", where=f"history[{number}]")
         turns += as_messages(pair[0], "history") + as_messages(pair[1], "history", "assistant")
     return _with_system(record, turns + as_messages(asked, name))
 
@@ -205,7 +216,7 @@ def _with_system(record: Record, messages: list[Message]) -> list[Message]:
 
 
 def _shared_text(chosen: str, rejected: str) -> tuple[list[Message], list[str]]:
-    """Two texts, cut where they begin to differ, or at the space before; the beginning is the prompt."""
+    """Two texts, cut where they begin to differ or at the space before; first comes the prompt."""
     pairs = list(zip(chosen, rejected))
     end = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
     if end is None:  # one text begins with the other: neither answer may be empty
@@ -222,7 +233,8 @@ def _parsed(value: Any, where: str) -> Any:
     try:
         return parse_json(value)
     except ValueError as error:
-        raise OpenQwenError(f"This text is not JSON: {error}.", where, "give a list, or its JSON") from None
+        what = f"This text is not JSON: {error}."
+        raise OpenQwenError(what, where, "give a list, or its JSON") from None
 
 
 def _named(item: Any) -> str | None:
@@ -238,7 +250,9 @@ def _message(item: Any, where: str) -> Message:
     named = _named(item)
     if named is None or named not in _ROLES:
         raise OpenQwenError(f"A message needs a role, one of {', '.join(ROLES)}.", where)
-    own = {key: value for key, value in item.items() if value is not None and key not in ("role", "from")}
+    own = {key: value for key, value in item.items() if value is not None}
+    own.pop("role", None)
+    own.pop("from", None)
     content = own.pop("value", None)
     content = own.pop("content", content)
     calls, legacy = own.pop("tool_calls", None), own.pop("function_call", None)
@@ -247,11 +261,13 @@ def _message(item: Any, where: str) -> Message:
     content, calls = _text(content, where), _parsed(calls or legacy or [], f"{where}.tool_calls")
     if calls:
         calls = calls if isinstance(calls, list) else [calls]
-        own["tool_calls"] = [_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls)]
+        inside = f"{where}.tool_calls"
+        own["tool_calls"] = [_call(call, f"{inside}[{n}]") for n, call in enumerate(calls)]
     if content is None and calls:
         content = ""
     if not isinstance(content, str):
-        raise OpenQwenError(f"The content of a message must be text, and this is {_kind(content)}.", where)
+        what = f"The content of a message must be text, and this is {_kind(content)}."
+        raise OpenQwenError(what, where)
     return {"role": _ROLES[named], "content": content, **own}
 
 
@@ -264,13 +280,13 @@ def _text(content: Any, where: str) -> Any:
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, Mapping) else _kind(part)
-            raise OpenQwenError(f"This model reads text, not {kind}.", where=f"{where}.content[{number}]")
+            raise OpenQwenError(f"This model reads text, not {kind}.", f"{where}.content[{number}]")
         texts.append(text)
     return "\n".join(texts)
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call as OpenAI writes it, but its arguments as an object; arguments that are no JSON stay the text they are."""
+    """A call as OpenAI writes it, its arguments as an object; what is no JSON stays text."""
     outer = call if isinstance(call, Mapping) and "function" in call else {"function": call}
     function = outer["function"]
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -285,7 +301,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 def _tool(tool: Any, where: str) -> dict[str, Any]:
     """A tool, or a bare function, as a tool."""
     tool = _parsed(tool, where)
-    outer = tool if isinstance(tool, Mapping) and "function" in tool else {"type": "function", "function": tool}
+    outer = tool
+    if not isinstance(tool, Mapping) or "function" not in tool:
+        outer = {"type": "function", "function": tool}
     function = outer["function"]
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise OpenQwenError("A tool needs the name of a function.", where)

@@ -72,7 +72,8 @@ def answer(
     """A prompt and one answer to it: only the answer is learned.
 
     The prompt is encoded as the engine encodes it, so that the answer's log-probability is the one it was sampled at.
-    sampled: the ids that the answer was sampled as, its end token among them; they count where they say the same text.
+    sampled: the ids that the answer was sampled as, its end token among them; they count where they
+    say the same text.
     """
     start, _ = tokenizer.encode_chat(asked, add_generation_prompt=True, tools=tools)
     # Another tokenizer would read other words in these ids.
