@@ -9,6 +9,7 @@ from openqwen.model import Cache, ModelConfig, Qwen2
 from openqwen.model.long_context import Stage, stages, stated_context
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
+from openqwen.tokenizer.messages import as_messages
 
 _CACHE_BYTES = 2**30
 
@@ -42,7 +43,7 @@ class Admission:
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(prompt)
         elif prompt and not isinstance(prompt[0], int):
-            ids = self._tokenizer.encode_chat(cast(list, prompt), add_generation_prompt=True)[0]
+            ids = self._tokenizer.encode_chat(as_messages(prompt), add_generation_prompt=True)[0]
         else:
             ids = list(cast(Sequence[int], prompt))
         if not 1 <= len(ids) <= most:

@@ -262,6 +262,7 @@ class Engine:
         if row in choice.broken:
             return "", "error"
         if token in sampling.stop_ids or (token in self._stops and not sampling.ignore_eos):
+            request.stop_id = token
             return "", "stop"
         request.token_ids.append(token)
         request.logprobs.append(choice.logprobs[row])

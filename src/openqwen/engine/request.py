@@ -103,8 +103,8 @@ class Sampling:
 
 @dataclass(eq=False)
 class Output:
-    """One answer. `token_ids` leaves out the stop token; `logprobs` has one entry for each id. prompt_logprobs: where
-    they were asked for, of each prompt token but the first."""
+    """One answer. `token_ids` leaves out the stop token; `logprobs` has one entry for each id. stop_id: the token that
+    ended it, if one did. prompt_logprobs: where they were asked for, of each prompt token but the first."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -112,6 +112,12 @@ class Output:
     finish_reason: FinishReason | None = None
     prompt_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    stop_id: int | None = None
+
+    @property
+    def written_ids(self) -> list[int]:
+        """All that the model wrote: `token_ids`, and the token that ended it."""
+        return self.token_ids if self.stop_id is None else [*self.token_ids, self.stop_id]
 
 
 @dataclass(eq=False, kw_only=True)

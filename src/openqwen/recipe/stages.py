@@ -112,7 +112,7 @@ def run_prefer(work: Work) -> dict[str, float]:
 
 
 def _train(train: Callable[..., dict[str, float]], role: str, others: Sequence[str], work: Work) -> dict[str, float]:
-    """Train the input `model` on a JSONL file, given as itself or as the artifact that holds it."""
+    """Train the input `model` on data, given as itself or as the artifact that holds it."""
     start, given = work.inputs["model"], work.inputs[role]
     data = given / f"{role}.jsonl" if given.is_dir() else given
     place = Place(work.output, work.scratch, work.seed, work.label)
@@ -167,15 +167,16 @@ def finish(run_folder: Path) -> list[str]:
     return [*lines, f"chat     openqwen chat {run_folder / models[0]}"] if models else lines
 
 
+_FILE = "a .jsonl, .json or .parquet file, hub:owner/name[:split]"
 _GIVEN = {  # role -> what to give for it
     "corpus": "A corpus artifact.",
     "tokenizer": "A folder with a tokenizer.",
     "tokens": "Token shards.",
     "model": "The model: a Hugging Face folder, a .gguf file or a hub id.",
-    "demonstrations": "A JSONL file of demonstrations D, or an instruct artifact.",
-    "preferences": "A JSONL file of preferences P, or a prefer artifact.",
+    "demonstrations": f"Demonstrations D: {_FILE}, or an instruct artifact.",
+    "preferences": f"Preferences P: {_FILE}, or a prefer artifact.",
     "reward": "A reward model.",
-    "prompts": "A JSONL file of prompts, or an instruct artifact.",
+    "prompts": f"Prompts: {_FILE}, or an instruct artifact.",
 }
 
 

@@ -87,7 +87,7 @@ def reference_log_probs(model: Qwen2, groups: Sequence[Compared], micro_tokens: 
 
 
 def dpo(config: DpoConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place) -> dict[str, float]:
-    """Optimise the model at `start`, which is the reference too, on a JSONL file of preferences; save to the output.
+    """Optimise the model at `start`, which is the reference too, on preferences; save to the output.
 
     The reference's log-probabilities are computed once, before the first step, and kept beside the training states.
     """

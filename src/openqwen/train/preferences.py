@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from openqwen.support.files import read_jsonl
+from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.conversations import Compared, compared, fitting, pair
+from openqwen.train.conversations import Compared, compared, fitting, origin, pair
 from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import TrainingConfig
 
@@ -33,14 +33,14 @@ class Preferences:
     def read(
         cls, path: Path, tokenizer: Tokenizer, config: PreferencesConfig, window: int, hottest: float | None = None
     ) -> "Preferences":
-        """Those of a JSONL file whose answers fit both the configured length and the network's window.
+        """Those of a source (see `read_records`) whose answers fit both the configured length and the network's window.
 
         hottest: pairs whose wrong answer was sampled at a higher temperature are left out, uncounted.
         """
         groups = compared(
-            pair(tokenizer, record, f"{path}, record {n}")
-            for n, record in enumerate(read_jsonl(path), 1)
-            if hottest is None or record.get("origin", {}).get("temperature", 0.0) <= hottest
+            pair(tokenizer, record, where)
+            for where, record in read_records(path)
+            if hottest is None or origin(record).get("temperature", 0.0) <= hottest
         )
         limit = min(config.max_length, window)
         kept = fitting(groups, [group.longest for group in groups], limit, str(path))
