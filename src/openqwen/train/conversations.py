@@ -54,7 +54,8 @@ def answer(tokenizer: Tokenizer, prompt: Messages, reply: Messages, where: str) 
     if ids[: len(start)] == start:
         return ids[:end], [0] * len(start) + mask[len(start) : end]
     # A newline that opens the answer can merge with the template's own; the engine would never see that token.
-    written = [*tokenizer.encode(reply[0]["content"]), tokenizer.eos_id]
+    end_token = [i for i in ids[end - 1 : end] if tokenizer.is_hidden(i)]  # that the template writes
+    written = tokenizer.encode(reply[0]["content"]) + end_token
     return start + written, [0] * len(start) + [1] * len(written)
 
 
