@@ -105,13 +105,18 @@ class Chat:
             if n == 0 or message["role"] != "assistant":
                 continue
             try:
-                before = self._render(self._messages[:n], True).text
+                before, prompt = (self._render(self._messages[:n], open_).text for open_ in (False, True))
                 after = self._render(self._messages[: n + 1], False).text
             except OpenQwenError:
                 continue  # this template refuses the beginning of a chat
-            if text.startswith(before) and text.startswith(after):
-                last = max((end for end in ends if len(before) < end <= len(after)), default=len(after))
-                spans.append((len(before), last))
+            if text.startswith(prompt) and text.startswith(after):
+                start = len(prompt)
+                if prompt == before:  # a template that opens no turn: it begins with the content,
+                    content = (message.get("content") or "").replace(self._guard, "").strip()
+                    place = max(start, text.find(content, start))
+                    start = max(start, len(text[:place].rstrip(" ")))  # a blank is part of its first token
+                last = max((end for end in ends if start < end <= len(after)), default=len(after))
+                spans.append((start, last))
         return spans
 
     def _ids_and_mask(

@@ -21,6 +21,7 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"  # those that are not the default, by name
 _FILE_NAME = re.compile(r"[^/\\]+")
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
 # What is the same in every Qwen2 tokenizer's files. Text goes through NFC, Qwen2's split and bytes as characters; the
@@ -104,7 +105,7 @@ def tokenizer_settings(parts: Parts) -> dict[str, Any]:
 def named_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that have a name (`eos_token` ...), as transformers gives them to templates."""
     extra = settings.get("extra_special_tokens")
-    entries = {key: value for key, value in settings.items() if key.endswith("_token")}
+    entries = dict.fromkeys(_NAMES) | {key: value for key, value in settings.items() if key.endswith("_token")}
     entries |= extra if isinstance(extra, dict) else {}
     texts = {key: value["content"] if isinstance(value, dict) else value for key, value in entries.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}

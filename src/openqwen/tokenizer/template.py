@@ -74,22 +74,19 @@ def render(
     messages = [_as_templates_see_it(message) for message in messages]
     if continue_final_message:
         messages[-1] |= {"content": _final_content(messages) + _TAG}
+    pieces: list[str] = []
     marks: list[tuple[int, int]] = []
+    variables = {
+        **special,
+        "messages": messages,
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        _TRACKER: (pieces, marks),
+    }
     try:
-        compiled = _compile(template)
-        pieces: list[str] = []
-        for piece in compiled.generate(
-            {
-                **special,
-                "messages": messages,
-                "tools": tools,
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                _TRACKER: (pieces, marks),
-            }
-        ):
-            pieces.append(piece)
-    except (TemplateError, TypeError, ValueError) as error:
+        pieces.extend(_compile(template).generate(variables))
+    except Exception as error:  # a template is a program: it may raise anything
         raise OpenQwenError(f"The chat template failed on this chat: {error}", where="chat template") from error
     text = "".join(pieces)
     return (_until_tag(text, messages[-1]["content"]) if continue_final_message else text), marks
