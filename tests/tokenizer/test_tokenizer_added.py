@@ -101,13 +101,14 @@ def test_added_words_are_one_id_in_chats_whoever_wrote_them(worded):
     for word in ("<gene>", "zebra", "<tool_call>"):
         places = [n for n, i in enumerate(ids) if i == ours.control_ids[word]]
         assert [mask[n] for n in places] == [0, 0, 1, 0, 1]
-    generated = theirs.encode(said) + [ours.eos_id]
+    generated = [*theirs.encode(said), ours.eos_id]
     assert [i for i, marked in zip(ids, mask) if marked] == generated * 2
 
 
 def test_a_special_token_of_any_flags_is_not_written_by_users(saved, tmp_path):
     theirs = AutoTokenizer.from_pretrained(saved)
-    special = ["<end>", AddedToken("♥", normalized=False), AddedToken("<é>", normalized=True), AddedToken("<L>", lstrip=True)]
+    special = ["<end>", AddedToken("♥", normalized=False), AddedToken("<é>", normalized=True)]
+    special.append(AddedToken("<L>", lstrip=True))
     theirs.add_special_tokens({"extra_special_tokens": special}, replace_extra_special_tokens=False)
     theirs.save_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
@@ -166,7 +167,8 @@ def test_gguf_keeps_added_tokens(trained):
 def test_thousands_of_words_are_found_fast_enough(trained, real_texts):
     rng = random.Random(0)
     words = sorted({"".join(rng.choices("abcdefghij", k=rng.randrange(3, 9))) for _ in range(5000)})
-    tokenizer = Tokenizer(trained.vocabulary, trained.merges, [*trained.control, *(ControlToken(w, False) for w in words)])
+    control = [*trained.control, *(ControlToken(word, False) for word in words)]
+    tokenizer = Tokenizer(trained.vocabulary, trained.merges, control)
     text = "".join(real_texts[:40])
     assert any(i >= trained.vocab_size for i in tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text

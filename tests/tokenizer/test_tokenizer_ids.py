@@ -79,7 +79,7 @@ def test_fuzzed_text(trained, library):
 
 
 def test_plain_text_never_makes_a_special_token(trained, library):
-    """The other added tokens are found in it, as the library finds them where it splits special ones."""
+    """The other added tokens are found in it, as in the library where that splits special ones."""
     splitting = Library.from_str(library.to_str())
     splitting.encode_special_tokens = True
     special = {trained.control_ids[token.content] for token in CONTROL_TOKENS if token.special}

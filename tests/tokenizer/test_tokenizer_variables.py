@@ -1,5 +1,4 @@
-"""What chat templates see (special tokens, helpers), which template is taken, and where a chat ends:
-as in transformers."""
+"""What chat templates see, which of several is taken, and where a chat ends: as in transformers."""
 
 import json
 import random
@@ -38,7 +37,10 @@ SHOWS = "|".join(f"{{{{ {n}_token }}}}{{{{ {n}_token is defined }}}}{{{{ {n}_tok
     "{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}{{ dict(a=1) }}"
 )
 TEMPLATES = (PRINTS_END, ADDS_END, ZEPHYR, TRIMS, MARKS, SHOWS)
-CONTENTS = ("Hi", "", "\nfirst", " two  ", "last\n", "naïve 日本 😀", "</s>", "e\u0301", "e\u0301\u0323", "<tool_call>", "word", "{{ x }}")
+CONTENTS = (
+    *("Hi", "", "\nfirst", " two  ", "last\n", "naïve 日本 😀", "</s>", "e\u0301"),
+    *("e\u0301\u0323", "<tool_call>", "word", "{{ x }}"),
+)
 
 
 def chat(rng):

@@ -4,7 +4,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
-from os.path import commonprefix
 
 import regex
 
@@ -30,7 +29,8 @@ class AddedTokens:
                 normalized[normalize(token.content)] = (token, i)
             else:
                 raw[token.content] = (token, i)
-        self._raw, self._normalized = _Finder(raw, self.protected), _Finder(normalized, self.protected)
+        self._raw = _Finder(raw, self.protected)
+        self._normalized = _Finder(normalized, self.protected)
 
     def cut(self, text: str, as_text: Callable[[int], bool]) -> Iterator[tuple[str, int | None, int]]:
         """Pieces of `text` in order: (text, id of the added token or None, where the piece ends).
@@ -76,7 +76,7 @@ class _Finder:
         return bool(self._tokens)
 
     def spans(self, text: str, as_text: Callable[[int], bool]) -> Iterator[Span]:
-        """Spans that follow one another and cover `text`. A match that does not count stays text."""
+        """Spans, one behind the other, of all of `text`. A match that does not count is text."""
         done = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
             token, i = self._tokens[match[0]]
@@ -102,7 +102,9 @@ def _expression(contents: Iterable[str]) -> str:
     branches = []
     for _, group in groupby(sorted(contents), key=lambda content: content[0]):
         same = list(group)
-        prefix = commonprefix(same)
+        shortest, last = same[0], same[-1]  # of sorted texts, these two differ first
+        size = next((n for n, (a, b) in enumerate(zip(shortest, last)) if a != b), None)
+        prefix = shortest[:size]
         rest = _expression(content[len(prefix) :] for content in same if content != prefix)
         optional = "?" if prefix in same else ""
         branches.append(re.escape(prefix) + (f"(?:{rest}){optional}" if rest else ""))

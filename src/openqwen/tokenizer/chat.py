@@ -1,4 +1,4 @@
-"""A chat to ids, with the tokens that the assistant wrote marked; no message can forge a special token.
+"""A chat to ids, with what the assistant wrote marked; no message can forge a special token.
 
 Special tokens are found in text, and the template writes them as text, so `<|im_end|>` typed by a
 user would end the turn. Before rendering, each special token inside what users wrote is therefore
@@ -25,7 +25,7 @@ Piece = tuple[str, int | None, int]  # text, id of an added token, where it ends
 
 
 class _Rendered(NamedTuple):
-    """A chat as text; where special tokens that users typed begin; its `{% generation %}` blocks."""
+    """A chat as text; where typed special tokens begin; its `{% generation %}` blocks."""
 
     text: str
     forged: Container[int]
@@ -50,7 +50,8 @@ class Chat:
         """(ids, mask), with a new turn of the assistant opened, or the final message continued."""
         chat = self._render(self._messages, open_, continued)
         pieces = list(self._added.cut(chat.text, chat.forged.__contains__))
-        spans = chat.marked or self._turns(chat.text, pieces) or self._by_beginnings(chat.text, pieces)
+        spans = chat.marked or self._turns(chat.text, pieces)
+        spans = spans or self._by_beginnings(chat.text, pieces)
         return self._ids_and_mask(pieces, spans, overlapping=bool(chat.marked))
 
     def _render(self, messages: list[Message], open_: bool, continued: bool = False) -> _Rendered:
@@ -61,8 +62,8 @@ class Chat:
         parts = text.split(self._guard)
         guards = list(accumulate(map(len, parts[:-1])))  # places in the text without them
         before = [place + n for n, place in enumerate(guards)]  # and in the text with them
-        moved = [(start - bisect_left(before, start), end - bisect_left(before, end)) for start, end in marked]
-        return _Rendered("".join(parts), {place - 1 for place in guards}, moved)
+        marked = [(s - bisect_left(before, s), e - bisect_left(before, e)) for s, e in marked]
+        return _Rendered("".join(parts), {place - 1 for place in guards}, marked)
 
     def _guarded(self, value: Any) -> Any:
         """`value` with a guard inside each protected token of its strings, keys too."""
@@ -75,7 +76,7 @@ class Chat:
         return value
 
     def _turns(self, text: str, pieces: list[Piece]) -> list[Span]:
-        """What ChatML's assistant wrote: behind `<|im_start|>assistant` and its newline, the end token included.
+        """What ChatML's assistant wrote: from behind its header to its end token.
 
         Where the answer itself begins with a newline, one token may hold both newlines: the
         assistant did not write it alone, so it is not marked.
@@ -84,18 +85,19 @@ class Chat:
         start: int | None = None
         begin = 0
         for _, i, end in pieces:
-            if start is not None and (i in self._tokenizer.turn_ends or i == self._tokenizer.im_start_id):
-                spans.append((start, begin if i == self._tokenizer.im_start_id else end))
+            opens, ends = i == self._tokenizer.im_start_id, i in self._tokenizer.turn_ends
+            if start is not None and (opens or ends):
+                spans.append((start, end if ends else begin))
                 start = None
-            elif i in self._tokenizer.turn_ends and spans and spans[-1][1] == begin:
+            elif ends and spans and spans[-1][1] == begin:
                 spans[-1] = (spans[-1][0], end)  # a second end token, right behind the first
-            if i == self._tokenizer.im_start_id and text.startswith(_HEADER, end):
+            if opens and text.startswith(_HEADER, end):
                 start = end + len(_HEADER)
             begin = end
         return spans if start is None else [*spans, (start, begin)]
 
     def _by_beginnings(self, text: str, pieces: list[Piece]) -> list[Span]:
-        """What the assistant wrote under another template: what each of its messages adds to the text.
+        """What the assistant wrote in another template: what each of its messages adds.
 
         A span ends with the last end token in it: what follows is the template's.
         """
@@ -105,7 +107,8 @@ class Chat:
             if n == 0 or message["role"] != "assistant":
                 continue
             try:
-                before, prompt = (self._render(self._messages[:n], open_).text for open_ in (False, True))
+                before = self._render(self._messages[:n], False).text
+                prompt = self._render(self._messages[:n], True).text
                 after = self._render(self._messages[: n + 1], False).text
             except OpenQwenError:
                 continue  # this template refuses the beginning of a chat
@@ -114,7 +117,7 @@ class Chat:
                 if prompt == before:  # a template that opens no turn: it begins with the content,
                     content = (message.get("content") or "").replace(self._guard, "").strip()
                     place = max(start, text.find(content, start))
-                    start = max(start, len(text[:place].rstrip(" ")))  # a blank is part of its first token
+                    start = max(start, len(text[:place].rstrip(" ")))  # with the blank before it
                 last = max((end for end in ends if start < end <= len(after)), default=len(after))
                 spans.append((start, last))
         return spans
@@ -142,9 +145,7 @@ class Chat:
             begin = end
         return chat, mask
 
-    def _marks(
-        self, piece: str, ids: list[int], spans: list[Span], overlapping: bool
-    ) -> list[int]:
+    def _marks(self, piece: str, ids: list[int], spans: list[Span], overlapping: bool) -> list[int]:
         ends = list(accumulate(len(self._tokenizer.token_bytes(i)) for i in ids))
         begins = [0, *ends[:-1]]
         mask = [0] * len(ids)

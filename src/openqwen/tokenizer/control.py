@@ -1,4 +1,4 @@
-"""Tokens that are added to a vocabulary; those of Qwen2.5 mark turns, documents, tool calls and code."""
+"""Tokens added to a vocabulary; Qwen2.5's mark turns, documents, tool calls and code."""
 
 from dataclasses import dataclass
 

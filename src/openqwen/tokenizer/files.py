@@ -33,10 +33,10 @@ _LAYOUT["tokenizer"]["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = 
 class Parts(NamedTuple):
     """What a tokenizer is made of, whatever kind of file it came from.
 
-    vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first. control: the added
-    tokens, in the order of their ids (`added_ids`). template: Jinja source, or several by name. settings: entries of
-    tokenizer_config.json that the other fields do not decide (eos_token, model_max_length ...). template_apart: the
-    templates lie in files of their own.
+    vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first.
+    control: the added tokens, in the order of their ids (`added_ids`). template: Jinja source, or
+    several by name. settings: entries of tokenizer_config.json that the other fields do not decide
+    (eos_token, model_max_length ...). template_apart: the templates lie in files of their own.
     """
 
     vocabulary: list[bytes]
@@ -54,7 +54,8 @@ def write_tokenizer(folder: Path, parts: Parts) -> None:
     ids = {name: i for i, name in enumerate(names)}
     pairs = [(names[left], names[right]) for left, right in parts.merges]
     places = added_ids(parts.vocabulary, [token.content for token in parts.control])
-    added = {places[token.content]: _LAYOUT["added_token"] | asdict(token) for token in parts.control}
+    layout = _LAYOUT["added_token"]
+    added = {places[token.content]: layout | asdict(token) for token in parts.control}
     added = dict(sorted(added.items()))
     write_json(folder / "tokenizer.json", _tokenizer_json(ids, pairs, added))
     write_json(folder / "tokenizer_config.json", _tokenizer_config(parts, added))
@@ -62,7 +63,7 @@ def write_tokenizer(folder: Path, parts: Parts) -> None:
     write_text(folder / "merges.txt", "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in pairs)]))
     apart = _by_name(parts.template) if parts.template_apart else {}
     for path in (folder / TEMPLATE_FILE, *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        path.unlink(missing_ok=True)  # left by an earlier save, it would win over tokenizer_config.json
+        path.unlink(missing_ok=True)  # an earlier save's would win over tokenizer_config.json
     for name, template in apart.items():
         if name == "default":
             write_text(folder / TEMPLATE_FILE, template)
@@ -82,10 +83,12 @@ def _tokenizer_json(ids: dict[str, int], pairs: list[tuple[str, str]], added: di
 
 
 def _tokenizer_config(parts: Parts, added: dict[int, Any]) -> dict[str, Any]:
-    config = tokenizer_settings(parts) | {"added_tokens_decoder": {str(i): token for i, token in added.items()}}
-    if parts.template is not None and not parts.template_apart:
-        several = [{"name": name, "template": template} for name, template in _by_name(parts.template).items()]
-        config["chat_template"] = parts.template if isinstance(parts.template, str) else several
+    config = tokenizer_settings(parts)
+    config["added_tokens_decoder"] = {str(i): token for i, token in added.items()}
+    template = parts.template
+    if template is not None and not parts.template_apart:
+        several = [{"name": name, "template": text} for name, text in _by_name(template).items()]
+        config["chat_template"] = template if isinstance(template, str) else several
     return dict(sorted(config.items()))
 
 
@@ -103,16 +106,21 @@ def tokenizer_settings(parts: Parts) -> dict[str, Any]:
 
 
 def named_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens that have a name (`eos_token` ...), as transformers gives them to templates."""
+    """The special tokens with a name (`eos_token` ...), as transformers gives them to templates."""
     extra = settings.get("extra_special_tokens")
-    entries = dict.fromkeys(_NAMES) | {key: value for key, value in settings.items() if key.endswith("_token")}
+    entries: dict[str, Any] = dict.fromkeys(_NAMES)  # the order in which transformers adds them
+    entries |= {key: value for key, value in settings.items() if key.endswith("_token")}
     entries |= extra if isinstance(extra, dict) else {}
-    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in entries.items()}
-    return {key: text for key, text in texts.items() if isinstance(text, str)}
+    texts = zip(entries, _contents(entries.values()))
+    return {name: text for name, text in texts if isinstance(text, str)}
+
+
+def _contents(tokens: Iterable[Any]) -> list[Any]:
+    return [token.get("content") if isinstance(token, dict) else token for token in tokens]
 
 
 def added_ids(vocabulary: Sequence[bytes], contents: Iterable[str]) -> dict[str, int]:
-    """The id of each added token: the one under which the vocabulary has its name, else the next that is free."""
+    """The id of each added token: the vocabulary's where its name is there, else the next free one."""
     names = {to_characters(token): i for i, token in enumerate(vocabulary)}
     free = count(len(vocabulary))
     return {content: names[content] if content in names else next(free) for content in contents}
@@ -132,8 +140,8 @@ class AddedToken(BaseModel):
     @property
     def token(self) -> ControlToken:
         """Without its id."""
-        flags = self.model_dump(exclude={"id"})
-        return ControlToken(**flags | {"normalized": not self.special if self.normalized is None else self.normalized})
+        normalized = not self.special if self.normalized is None else self.normalized
+        return ControlToken(**self.model_dump(exclude={"id"}) | {"normalized": normalized})
 
 
 class _Model(BaseModel):
@@ -248,13 +256,16 @@ def checked_vocabulary(vocab: Mapping[str, int], pairs: Iterable[Sequence[str]])
 def without_added(
     vocab: Mapping[str, int], added: Iterable[AddedToken], merges: Iterable[Sequence[str]]
 ) -> dict[str, int]:
-    """`vocab` without the added tokens that some files list there too: no byte, and made by no merge."""
-    made = {merge.replace(" ", "") if isinstance(merge, str) else "".join(merge) for merge in merges}
+    """`vocab` without the added tokens that some files list there too: no merge makes them."""
+    made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
     gone = {token.content for token in added if len(token.content) > 1} - made
     return {name: i for name, i in vocab.items() if name not in gone}
 
 
-def checked_control(added: Sequence[AddedToken], vocabulary: Sequence[bytes]) -> tuple[ControlToken, ...]:
+def checked_control(
+    added: Sequence[AddedToken],
+    vocabulary: Sequence[bytes],
+) -> tuple[ControlToken, ...]:
     """The added tokens in the order of their ids, which must be those of `added_ids`."""
     added = sorted(added, key=lambda token: token.id)
     contents = [token.content for token in added]
@@ -262,7 +273,7 @@ def checked_control(added: Sequence[AddedToken], vocabulary: Sequence[bytes]) ->
         raise DamagedError("a control token occurs twice")
     if [token.id for token in added] != list(added_ids(vocabulary, contents).values()):
         first = len(vocabulary)
-        raise DamagedError(f"the ids of the added tokens are not the vocabulary's and do not follow it, from {first} on")
+        raise DamagedError(f"the ids of the added tokens do not follow the vocabulary, from {first} on")
     for name in (DOCUMENT_END, TURN_START, TURN_END):
         if name not in contents:
             raise DamagedError(f"the control token {name} is missing")
@@ -284,30 +295,30 @@ def read_added_tokens(folder: Path) -> list[AddedToken] | None:
 def with_settings(
     vocabulary: list[bytes], merges: list[Pair], control: tuple[ControlToken, ...], folder: Path
 ) -> Parts:
-    """Parts with the templates and settings of `folder`; a special token that only these name is added, as by
-    transformers."""
+    """Parts with the templates and settings of `folder`.
+
+    As in transformers, a token that these name is special, and is added where it is not listed.
+    """
     template, settings, apart = read_settings(folder)
     listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-    named = [*named_special_tokens(settings).values(), *_contents(listed if isinstance(listed, list) else [])]
-    control = tuple(replace(token, special=True) if token.content in named else token for token in control)
-    known = {token.content for token in control}
-    new = tuple(ControlToken(content, special=True) for content in dict.fromkeys(named) if content not in known)
-    ids = added_ids(vocabulary, [token.content for token in control + new])
-    return Parts(vocabulary, merges, tuple(sorted(control + new, key=lambda t: ids[t.content])), template, settings, apart)
-
-
-def _contents(tokens: Iterable[Any]) -> Iterator[str]:
-    for token in tokens:
-        yield token["content"] if isinstance(token, dict) else token
+    named = list(named_special_tokens(settings).values())
+    named += _contents(listed) if isinstance(listed, list) else []
+    tokens = {token.content: token for token in control}
+    for content in named:
+        tokens[content] = replace(tokens.get(content, ControlToken(content, True)), special=True)
+    ids = added_ids(vocabulary, tokens)
+    control = tuple(tokens[content] for content in sorted(tokens, key=ids.__getitem__))
+    return Parts(vocabulary, merges, control, template, settings, apart)
 
 
 def read_settings(folder: Path) -> tuple[str | dict[str, str] | None, dict[str, Any], bool]:
-    """(template or templates, the entries of tokenizer_config.json that are kept, whether templates lie in files)."""
+    """(template or templates, entries of tokenizer_config.json to keep, whether templates lie apart)."""
     config = _read_config(folder)
     template = config.pop("chat_template", None)
     config.pop("added_tokens_decoder", None)
     if config.get("tokenizer_class", _CLASSES[0]) in _CLASSES and (folder / CONFIG_FILE).exists():
-        config = dict.fromkeys(("eos_token", "pad_token", "unk_token"), DOCUMENT_END) | config  # the class's own
+        own = dict.fromkeys(("eos_token", "pad_token", "unk_token"), DOCUMENT_END)
+        config = own | config  # what the class says where the file says nothing
     files = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).exists() else {}
     files |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if files:
@@ -324,15 +335,16 @@ def _read_template(path: Path) -> str:
 
 
 def _templates(template: Any, path: Path) -> str | dict[str, str] | None:
-    """The `chat_template` of a configuration: one text, or several as a list of names and templates."""
+    """The `chat_template` of a configuration: one text, or a list of names and templates."""
     try:
         if isinstance(template, list):
             template = {entry["name"]: entry["template"] for entry in template}
         if template is None or isinstance(template, str):
             return template
-        named = {name: text for name, text in template.items() if isinstance(text, str) and _FILE_NAME.fullmatch(name)}
-        if len(named) == len(template):
-            return named
+        if all(_FILE_NAME.fullmatch(part) for part in template) and all(
+            isinstance(text, str) for text in template.values()
+        ):
+            return dict(template)
     except (TypeError, KeyError, AttributeError):
         pass
     raise OpenQwenError(

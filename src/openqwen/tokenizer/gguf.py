@@ -43,7 +43,8 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int, eos_id: int) -> dict[str, Any
         "tokenizer.ggml.add_bos_token": False,
     }
     special = tokenizer.special_tokens
-    metadata |= {key: ids[special[name]] for name, key in TOKENS_BY_NAME.items() if special.get(name) in ids}
+    named = {key: special.get(name) for name, key in TOKENS_BY_NAME.items()}
+    metadata |= {key: ids[token] for key, token in named.items() if token in ids}
     return metadata | {"tokenizer.ggml.eos_token_id": eos_id} | _templates(tokenizer.template)
 
 
@@ -51,7 +52,9 @@ def _templates(template: str | Mapping[str, str] | None) -> dict[str, Any]:
     """The default under its own key, the others by name, as llama.cpp's converter writes them."""
     named = {"default": template} if isinstance(template, str) else dict(template or {})
     default = named.pop("default", None)
-    metadata: dict[str, Any] = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    metadata: dict[str, Any] = {}
+    for name, text in named.items():
+        metadata[f"tokenizer.chat_template.{name}"] = text
     metadata |= {"tokenizer.chat_templates": list(named)} if named else {}
     return metadata | ({} if default is None else {"tokenizer.chat_template": default})
 

@@ -137,16 +137,12 @@ def parts_from_gguf(metadata: Mapping[str, Any], where: str | Path) -> Parts:
             for i, (token, kind) in enumerate(zip(tokens, types))
             if kind in (_CONTROL, _USER_DEFINED) and not _PADDING_ROW.fullmatch(token)
         ]
-        listed = {token.id for token in added}
-        names = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL or i in listed}
+        names = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
+        names |= {token.content: token.id for token in added}
         merges = _list(metadata, "merges")
         vocabulary, pairs = checked_vocabulary(without_added(names, added, merges), merges)
         control = checked_control(added, vocabulary)
-        settings = {
-            name: _token(tokens, metadata[key])
-            for name, key in TOKENS_BY_NAME.items()
-            if key in metadata
-        }
+        settings = {name: _token(tokens, metadata[key]) for name, key in TOKENS_BY_NAME.items() if key in metadata}
         if settings.get("bos_token") == DOCUMENT_END:  # converters take it from Qwen's config.json;
             del settings["bos_token"]  # the tokenizer has none
     return Parts(vocabulary, pairs, control, _templates(metadata), settings)

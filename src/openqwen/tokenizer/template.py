@@ -35,7 +35,7 @@ def chatml_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
 
 
 def choose(templates: str | Mapping[str, str], tools: Any) -> str:
-    """The template for a chat: of several by name, `tool_use` where there are tools, or `default`."""
+    """The template for a chat: of several, `tool_use` where there are tools, or `default`."""
     if isinstance(templates, str):
         return templates
     if tools is not None and "tool_use" in templates:
@@ -97,7 +97,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def _as_templates_see_it(message: Message) -> Message:
-    """As in transformers a key whose value is None counts as absent, and reasoning has two names."""
+    """As in transformers: a key whose value is None is absent, and reasoning has two names."""
     message = {key: value for key, value in message.items() if value is not None}
     for name in _REASONING:
         if name in message:
@@ -120,7 +120,10 @@ def _until_tag(text: str, tagged: str) -> str:
     """`text` up to the tag behind the content that is continued, as transformers cuts it."""
     place = text.rfind(_TAG.strip())
     if place < 0 or tagged.removesuffix(_TAG).strip() not in text:
-        raise OpenQwenError("The chat template changes the final message, which cannot be continued then.")
+        raise OpenQwenError(
+            "The final message cannot be continued: the chat template changes it.",
+            where="chat template",
+        )
     kept = text[:place]
     # A template that trims contents has trimmed the tag: the content's own end is trimmed too.
     return kept if text.startswith(_TAG, place) else kept.rstrip()

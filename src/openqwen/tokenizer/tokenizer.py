@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,7 +118,7 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets) of many texts: text i is ids[offsets[i]:offsets[i + 1]]; uint32 [T] and int64 [texts + 1].
 
-        As `encode` would, with special tokens kept as text. threads: the machine's cores unless told otherwise.
+        As `encode` would, with special tokens kept as text. threads: all cores unless told otherwise.
         """
         found: list[list[int | None]] = []  # for each text: the ids of added tokens, None between
 
@@ -133,9 +132,13 @@ class Tokenizer:
         if all(pieces == [None] for pieces in found):
             return ids, offsets
         stretches = iter(np.split(ids, offsets[1:-1]))
-        rows = [[next(stretches) if i is None else np.array([i], np.uint32) for i in row] for row in found]
-        lengths = [sum(map(len, row)) for row in rows]
-        return np.concatenate(list(chain.from_iterable(rows))), np.array([0, *lengths], np.int64).cumsum()
+        parts: list[np.ndarray] = []
+        ends = [0]
+        for row in found:
+            new = [next(stretches) if i is None else np.array([i], np.uint32) for i in row]
+            parts += new
+            ends.append(ends[-1] + sum(map(len, new)))
+        return np.concatenate(parts), np.array(ends, np.int64)
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing.
@@ -161,15 +164,14 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
     ) -> str:
-        """The chat as one text. To encode it use `encode_chat`: this text no longer tells who wrote what.
+        """The chat as one text. To encode it use `encode_chat`: this text does not tell who wrote what.
 
         continue_final_message: the text ends where the content of the final message ends, for a
         model that writes on from there; not together with `add_generation_prompt`.
         """
-        template = self._chat_template(tools)
-        return render(
-            template, messages, tools, add_generation_prompt, self.special_tokens, continue_final_message
-        )[0]
+        template, special = self._chat_template(tools), self.special_tokens
+        text, _ = render(template, messages, tools, add_generation_prompt, special, continue_final_message)
+        return text
 
     def encode_chat(
         self,
@@ -178,11 +180,12 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         continue_final_message: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """(ids, mask): the rendered chat, and 1 for each token that an assistant wrote, the end of its turn included.
+        """(ids, mask): the rendered chat; 1 for each token that an assistant wrote, its end token included.
 
-        Special tokens come from the template alone: in a message's content they stay text. Where no message holds
-        one, ids equal `encode(apply_chat_template(...), allow_control=True)`. What an assistant wrote is what the
-        template's `{% generation %}` blocks hold, or what stands in ChatML's turns, or what its messages add.
+        Special tokens come from the template alone: in a message's content they stay text. Where
+        no message holds one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
+        What an assistant wrote is what the template's `{% generation %}` blocks hold, or what
+        stands in ChatML's turns, or what its messages add to the text.
         """
         chat = Chat(self, self._chat_template(tools), messages, tools)
         return chat.encode(add_generation_prompt, continue_final_message)
