@@ -34,7 +34,9 @@ class _Vocabulary:
         self.special_token_ids = sorted(i for i in added if i >= len(tokenizer.vocabulary))
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
+        # Inside a structure added tokens are no text: the matcher wants byte pairs.
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return self._tokenizer.encode_plain(text)
 
 
 class Structures:
