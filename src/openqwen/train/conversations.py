@@ -84,7 +84,8 @@ def answer(
     if ids[: len(start)] == start:
         return ids[:end], [0] * len(start) + mask[len(start) : end]
     # A newline that opens the answer can merge with the template's own; the engine would never see that token.
-    written = [*tokenizer.encode(reply["content"]), tokenizer.eos_id]
+    end_token = [i for i in ids[end - 1 : end] if tokenizer.is_hidden(i)]  # that the template writes
+    written = tokenizer.encode(reply["content"]) + end_token
     return start + written, [0] * len(start) + [1] * len(written)
 
 
