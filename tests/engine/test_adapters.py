@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import save_checkpoint
-from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
+from openqwen.model.lora import (
+    LoraConfig,
+    add_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
 from openqwen.model.quantize import _matrices, quantize
 from openqwen.support.errors import OpenQwenError
 
@@ -71,7 +77,8 @@ def test_an_adapter_of_peft_speaks_as_in_peft(network, tmp_path, options):
     save_checkpoint(network, WORDS, tmp_path / "base")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     torch.manual_seed(0)
-    theirs = get_peft_model(theirs, PeftConfig(r=4, lora_alpha=16, init_lora_weights=False, **options))
+    config = PeftConfig(r=4, lora_alpha=16, init_lora_weights=False, **options)
+    theirs = get_peft_model(theirs, config)
     theirs.save_pretrained(tmp_path / "adapter")
     engine = Engine(network, WORDS)
     engine.adapters.add("peft", tmp_path / "adapter")

@@ -52,14 +52,15 @@ class Adapters:
     def add(self, name: str, folder: str | Path) -> None:
         """Read an adapter in PEFT's format; one of the same name gives way. OpenQwenError where it does not fit."""
         places = dict(_places(self._model))
-        read = read_adapter(Path(folder), {layer: shape for layer, (_, _, *shape) in places.items()})
+        shapes = {layer: shape for layer, (_, _, *shape) in places.items()}
+        read = read_adapter(Path(folder), shapes)
         if any(update.magnitude is not None for update in read.values()):
             raise OpenQwenError(
                 "A DoRA adapter cannot be chosen by single requests.", where=folder, do="merge it into its model"
             )
         updates = []
         for layer, update in read.items():
-            a, b = (tensor.to(self._model.device, self._model.dtype) for tensor in (update.a, update.b))
+            a, b = (x.to(self._model.device, self._model.dtype) for x in (update.a, update.b))
             updates.append(Update(*places[layer][:2], a, b * update.scale))
         self._added += 1
         self._known[name] = Adapter(self._added, updates)

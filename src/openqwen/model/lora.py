@@ -43,9 +43,12 @@ _UNLIKE = [
 _KINDS = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
-    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),  # they leave W as it is
+    # These leave W as it is.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")  # the file's A and B belong to another W
+# After these, the file's A and B belong to another W than the base model's.
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_CONVERSION = "path_initial_model_for_weight_conversion"  # PEFT's way back to the base model's W
 
 
 class LoraConfig(Settings):
@@ -139,7 +142,7 @@ def merge_adapters(model: nn.Module) -> None:
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT and vLLM load.
 
-    base: the model adapted. Layers whose rank or alpha is not the configuration's are listed as PEFT's patterns.
+    base: the model adapted. Layers with a rank or alpha of their own are listed as PEFT's patterns.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + n: t.detach().cpu().contiguous() for n, t in _tensors(model)}
@@ -163,8 +166,11 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) 
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What an adapter does to one linear layer: A [rank, in], B [out, rank], s, DoRA's lengths of the rows [out], and
-    the matrix W itself [out, in] where the file repeats it, as PEFT's do of the head."""
+    """What an adapter does to one linear layer.
+
+    A [rank, in], B [out, rank], s, DoRA's lengths of the rows [out], and the matrix W itself
+    [out, in] where the file repeats it, as PEFT's do of the head.
+    """
 
     a: Tensor
     b: Tensor
@@ -193,7 +199,8 @@ def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str,
     """
     values, tensors = _read_config(folder / CONFIG), _read_tensors(folder)
     updates: dict[str, LayerUpdate] = {}
-    for layer in dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name):
+    layers = [name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name]
+    for layer in dict.fromkeys(layers):
         if layer not in shapes:
             raise OpenQwenError(
                 f"This network has no linear layer '{layer}' that the adapter could change.",
@@ -214,15 +221,20 @@ def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str,
         for (name, need), tensor in zip(wanted.items(), found):
             held = None if tensor is None else list(tensor.shape)
             if need != held and (held or not name.endswith("base_layer.weight")):
-                raise OpenQwenError(f"The adapter holds {held} for '{name}'; this network needs {need}.", where=folder)
+                what = f"The adapter holds {held} for '{name}'; this network needs {need}."
+                raise OpenQwenError(what, where=folder)
         a, b, magnitude, base = found
         assert a is not None
         assert b is not None
         updates[layer] = LayerUpdate(a, b, scale, magnitude, base)
     if tensors or not updates:
-        what = f"'{next(iter(tensors))}', which is not supported" if tensors else "no update of a layer"
+        what = "no update of a layer"
+        if tensors:
+            what = f"'{next(iter(tensors))}', which is not supported"
         raise OpenQwenError(
-            f"The adapter holds {what}.", where=folder / WEIGHTS, do="merge it in PEFT (merge_and_unload)"
+            f"The adapter holds {what}.",
+            where=folder / WEIGHTS,
+            do="merge it in PEFT (merge_and_unload)",
         )
     return updates
 
@@ -230,14 +242,15 @@ def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str,
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     """Give the network the adapter in a PEFT folder, in place.
 
-    Returns what `save_adapter` needs to write it again. OpenQwenError where the adapter is of another kind or network,
-    or the network's matrices are packed.
+    Returns what `save_adapter` needs to write it again. OpenQwenError where the adapter is of
+    another kind or network, or the network's matrices are packed.
     """
     linears = _linears(whole(model))
     updates = read_adapter(folder, {name: linear.weight.shape for name, linear in linears.items()})
     model.requires_grad_(False)
     for name, update in updates.items():
-        own = LoraConfig(rank=update.rank, alpha=update.scale * update.rank, dora=update.magnitude is not None)
+        dora = update.magnitude is not None
+        own = LoraConfig(rank=update.rank, alpha=update.scale * update.rank, dora=dora)
         layer = LoraLinear(linears[name], own, torch.Generator())
         _replace(model, name, layer)
         with torch.no_grad():
@@ -247,11 +260,12 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
                 layer.magnitude.copy_(update.magnitude)
             if update.base is not None:
                 linears[name].weight.copy_(update.base)
-    return own.model_copy(update={"targets": list(updates)})  # the last layer's; others are patterns
+    # The last layer's rank and alpha; those of others that differ become patterns.
+    return own.model_copy(update={"targets": list(updates)})
 
 
 def _rank_and_scale(values: Mapping[str, Any], layer: str, where: Path) -> tuple[int, float]:
-    """Of one layer; patterns are expressions that match the end of its name, the first that does counts."""
+    """Of one layer. Patterns match the end of its name; the first that does counts."""
     found = []
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         value = 8 if values.get(key) is None else values[key]
@@ -260,7 +274,8 @@ def _rank_and_scale(values: Mapping[str, Any], layer: str, where: Path) -> tuple
                 value = special
                 break
         if not isinstance(value, int | float) or value <= 0:
-            raise OpenQwenError(f"'{key}' of '{layer}' is {value!r}, not a number above 0.", where=where)
+            what = f"'{key}' of '{layer}' is {value!r}, not a number above 0."
+            raise OpenQwenError(what, where=where)
         found.append(value)
     rank, alpha = int(found[0]), found[1]
     return rank, alpha / (rank**0.5 if values.get("use_rslora") else rank)
@@ -270,17 +285,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     """PEFT's settings of an adapter whose kind is supported."""
     values = read_json(path)
     if not isinstance(values, dict):
-        raise OpenQwenError("This file is no adapter's configuration.", where=path, do="give a folder that PEFT saved")
+        what = "This file is no adapter's configuration."
+        raise OpenQwenError(what, where=path, do="give a folder that PEFT saved")
     start = values.get("init_lora_weights")
     if str(start).lower().startswith(_CHANGED_BASE):
+        merged = "merged (merge_and_unload)"
         raise OpenQwenError(
-            f"This adapter belongs to weights that its start changed (init_lora_weights: {start}), not to those of its"
-            " base model.",
+            f"The weights under this adapter are not its base model's (init_lora_weights: {start}"
+            " changed them at the start).",
             where=path,
-            do="save it in PEFT with path_initial_model_for_weight_conversion, or merge it there (merge_and_unload)",
+            do=f"save it from the PEFT model that was trained: {merged}, or with {_CONVERSION}",
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        try:
+            list(map(re.compile, dict(values.get(key) or {})))
+        except (re.error, TypeError, ValueError) as error:
+            what = f"'{key}' maps no expressions to numbers: {error}."
+            raise OpenQwenError(what, where=path) from None
     unlike = [key for key in _UNLIKE if values.get(key)]
-    unlike += [f"{key} {values.get(key)}" for key, kinds in _KINDS.items() if values.get(key) not in kinds]
+    for key, kinds in _KINDS.items():
+        if values.get(key) not in kinds:
+            unlike.append(f"{key} {values.get(key)}")
     if unlike:
         raise OpenQwenError(
             f"This adapter is of a kind that is not supported: {', '.join(unlike)}.",
@@ -293,13 +318,16 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     """Under PEFT's names without the prefix."""
     try:
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+        tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         if (folder / "adapter_model.bin").is_file():
-            what, do = "they are a pickle (adapter_model.bin), which can run any code", "save it anew with PEFT"
+            what = "they are a pickle (adapter_model.bin), which can run any code"
+            do = "save it anew with PEFT"
         else:
             what, do = str(error), "fetch the file again"
-        raise OpenQwenError(f"The adapter's weights cannot be read: {what}.", where=folder / WEIGHTS, do=do) from None
+        what = f"The adapter's weights cannot be read: {what}."
+        raise OpenQwenError(what, where=folder / WEIGHTS, do=do) from None
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -354,7 +354,8 @@ def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:
     """Quantise anew, in place, the weights of a source of the same shape, which a trainer has moved meanwhile."""
     for matrix, parts in _matrices(quantized, source):
         weights = [part if isinstance(part, Tensor) else part.weight for part in parts]
-        biases = [part.bias for part in parts if not isinstance(part, Tensor) and part.bias is not None]
+        layers = [part for part in parts if not isinstance(part, Tensor)]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
         matrix.fill(weights, biases)
     modules = dict(quantized.named_modules())
     for name, module in source.named_modules():
