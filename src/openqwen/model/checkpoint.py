@@ -15,10 +15,11 @@ from openqwen.model.gguf import read_gguf
 from openqwen.model.quantize import Kind, QuantizedQwen2, check
 from openqwen.model.quantize import quantize as quantized
 from openqwen.model.quantize_gpu import quantize_on_gpu
-from openqwen.model.stored import Stored, same_numbers, stored_in_folder, weight_files
+from openqwen.model.stored import Stored, has_weights, same_numbers, stored_in_folder, weight_files
 from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, refuse_pointer, write_json
+from openqwen.support.gguf import find_gguf
 from openqwen.support.hub import local
 from openqwen.support.progress import notice
 
@@ -53,7 +54,8 @@ def load_model(
 ) -> Qwen2:
     """Read a language model.
 
-    source: a Hugging Face folder of safetensors files, a .gguf file, or an id on the hub (`owner/name`,
+    source: a Hugging Face folder of safetensors files, a GGUF file (of a model in several files
+    the first), a folder that holds one GGUF model, or an id on the hub (`owner/name`,
     `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
     or where the files mix several. device: "meta" reads nothing, but remembers where all lies: `Qwen2.stored`.
     Half-precision weights that need no cast are used from the file, not copied. advance: called with the number of
@@ -144,7 +146,8 @@ def _ends(tokenizer: Vocabulary, stated: Sequence[int], chat: bool) -> dict[str,
 
 def _read(path: Path) -> tuple[ModelConfig, dict[str, Stored], Path]:
     """The configuration, where each tensor lies, and what to name in errors."""
-    config, stored = read_gguf(path) if path.suffix == ".gguf" else _read_folder(path)
+    file = None if has_weights(path) else find_gguf(path)
+    config, stored = _read_folder(path) if file is None else read_gguf(file)
     if config.num_hidden_layers > len(stored):
         raise OpenQwenError(
             f"The configuration has {config.num_hidden_layers} layers, the weights only {len(stored)} tensors.",
@@ -163,7 +166,7 @@ def _announce(config: ModelConfig, path: Path) -> None:
 
 def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
     """The model of a folder that `save_checkpoint` wrote of quantised weights; of any other None."""
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() or not has_weights(path):
         return None
     config = _folder_config(path)
     own = config.other.get("quantization_config") or {}

@@ -21,7 +21,14 @@ from openqwen.model.long_context import yarn_temperature
 from openqwen.model.stored import Stored
 from openqwen.model.weights import ignore, published_tensors
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.gguf import BLOCKS, GgufHeader, NewTensor, read_header, write_gguf
+from openqwen.support.gguf import (
+    BLOCKS,
+    GgufHeader,
+    NewTensor,
+    other_files,
+    read_first_header,
+    write_gguf,
+)
 
 _ARCHITECTURES = {"qwen2": False, "qwen2moe": True}  # with experts or without
 # Hyper-parameters: our name of each (config.json's), and GGUF's behind that of the architecture.
@@ -70,14 +77,13 @@ _IN_LAYER = {
 }
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_SPLIT = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
     """The configuration and where each tensor lies, by published name. Of a model in several files give the first."""
-    header = read_header(path)
+    header = read_first_header(path)
     stored: dict[str, Stored] = {}
-    for file in (header, *_other_files(header)):
+    for file in (header, *other_files(header)):
         for name, place in file.tensors.items():
             if place.type not in BLOCKS:
                 raise OpenQwenError(
@@ -87,16 +93,6 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
                 )
             stored |= _published(name, Stored(file.path, place.shape, place.type, place.offset, place.size))
     return _config(header, stored), stored
-
-
-def _other_files(header: GgufHeader) -> Iterator[GgufHeader]:
-    count = header.metadata.get("split.count", 1)
-    match = _SPLIT.fullmatch(header.path.name)
-    if count > 1 and (match is None or int(match[2]) != 1):
-        raise OpenQwenError(f"This is one of {count} files.", where=header.path, do="give the first, …-00001-of-….gguf")
-    for number in range(2, count + 1):
-        assert match is not None
-        yield read_header(header.path.with_name(f"{match[1]}{number:05d}{match[3]}"))
 
 
 def _published(name: str, stored: Stored) -> dict[str, Stored]:

@@ -24,6 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the others are blocks
 _PIECE = 2**17  # weights that are unpacked at once: the working memory stays in the cache
+_WORK = 2**24  # bytes, more than unpacking a piece of any type needs
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Reader:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def __enter__(self) -> "Reader":
+        # The C library keeps freed blocks as large as the largest that it ever mapped and gave
+        # back. Without this it fetches the memory in which pieces are unpacked zeroed from the
+        # system for every piece, which takes as long as all the rest of a load.
+        bytearray(_WORK)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -131,6 +136,11 @@ def stored_in_folder(folder: Path) -> dict[str, Stored]:
                 raise OpenQwenError(f"'{name}' is also in {found[name].path.name}.", where=path)
             found[name] = stored
     return {name: stored for fused in found for name, stored in _unfused(fused, found[fused])}
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds safetensors files of a model."""
+    return (folder / INDEX).is_file() or (folder / WEIGHTS).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:

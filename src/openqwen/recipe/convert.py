@@ -106,9 +106,12 @@ def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
     """Change the weights' dtype in place, one tensor at a time; returns those that lost precision."""
     rounded = []
     for name, parameter in model.named_parameters():
+        if parameter.dtype == dtype:
+            continue
         real, parameter.data = parameter.data, parameter.data.to(dtype)
         wrong = total = 0.0
-        for before, after in zip(real.flatten().split(2**20), parameter.detach().flatten().split(2**20)):
+        pieces = zip(real.flatten().split(2**17), parameter.detach().flatten().split(2**17))
+        for before, after in pieces:
             wrong += float((after.double() - before.double()).square().sum())
             total += float(before.double().square().sum())
         if not math.isfinite(wrong):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.gguf import find_gguf, read_first_header
 from openqwen.tokenizer.bpe import BytePairEncoder
 from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, QWEN2_CONTROL_TOKENS
 from openqwen.tokenizer.files import (
@@ -45,10 +46,8 @@ def read_source(path: Path) -> Parts:
         path = _in_folder(path)
     if not path.is_file():
         raise OpenQwenError("There is no tokenizer: this path is missing.", where=path, do="check the path")
-    if path.suffix == ".gguf":
-        from openqwen.support.gguf import read_header
-
-        return parts_from_gguf(read_header(path).metadata, path)
+    if find_gguf(path):
+        return parts_from_gguf(read_first_header(path).metadata, path)
     if path.suffix == ".tiktoken":
         return read_tiktoken(path)
     if path.name in ("vocab.json", "merges.txt"):
@@ -63,12 +62,12 @@ def _in_folder(folder: Path) -> Path:
     for name in ("tokenizer.json", "vocab.json"):
         if (folder / name).exists():
             return folder / name
-    for pattern in ("*.tiktoken", "*.gguf"):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise OpenQwenError(f"This folder holds {len(found)} {pattern} files.", where=folder, do="name one of them")
+    found = sorted(folder.glob("*.tiktoken"))
+    if len(found) > 1:
+        what = f"This folder holds {len(found)} *.tiktoken files."
+        raise OpenQwenError(what, where=folder, do="name one of them")
+    if file := next(iter(found), None) or find_gguf(folder):
+        return file
     raise OpenQwenError("There is no tokenizer in this folder.", where=folder, do=f"it needs {_KINDS}")
 
 
