@@ -60,17 +60,21 @@ class OptimizerConfig(Settings):
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`."""
-    warmup = round(config.warmup_share * steps)
-    if step < warmup:
+    """The learning rate of step `step` (from 0) of `steps`.
+
+    The step behind the warm-up has the peak, the last step the final share (SFT in the Qwen2
+    report: 7e-6 to 7e-7). A schedule of transformers over `steps` would end one step later.
+    """
+    warmup, last = round(config.warmup_share * steps), steps - 1
+    if step <= warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / (last - warmup)
     if config.schedule == "constant":
         fall = 1.0
     elif config.schedule == "linear":
         fall = 1.0 - done
     elif config.schedule == "wsd":  # warm-up, stable, decay (MiniCPM, Hu et al. 2024)
-        fall = min(1.0, (steps - step) / max(1.0, config.decay_share * steps))
+        fall = min(1.0, (last - step) / min(config.decay_share * last, last - warmup))
     else:
         fall = 0.5 * (1.0 + math.cos(math.pi * done))
     return config.learning_rate * (config.final_share + (1.0 - config.final_share) * fall)
