@@ -87,7 +87,7 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
     An embedding table that is no output matrix too and is not sharded goes to `TableAdamW`, where not in 8 bits.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    by_muon = [p for n, p in named if config.method == "muon" and ".layers." in f".{n}" and p.dim() == 2]
+    by_muon = [p for n, p in named if config.method == "muon" and _is_hidden(n, p)]
     small = [p for _, p in named if config.method == "adamw8bit" and in_blocks(p)]
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and config.method != "adamw8bit"]
     tables = [m.weight for m in embeddings if _is_table(m, model)]
@@ -100,7 +100,9 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
         "betas": (config.beta1, config.beta2),
         "eps": config.epsilon,
     }
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **settings, fused=True)]
+    found: list[torch.optim.Optimizer] = []
+    if matrices or vectors:
+        found.append(torch.optim.AdamW(groups, **settings, fused=True))
     if tables:
         found.append(TableAdamW(tables, settings | {"weight_decay": config.weight_decay}))
     if small:
@@ -109,6 +111,12 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
         rate, decay = config.learning_rate, config.weight_decay
         found.append(torch.optim.Muon(by_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return found
+
+
+def _is_hidden(name: str, parameter: Tensor) -> bool:
+    """Whether Muon moves it: a matrix between a layer's activations, not one that decides (a router, a gate)."""
+    decides = ".mlp.gate." in name or ".shared_expert_gate." in name
+    return ".layers." in f".{name}" and parameter.dim() == 2 and not decides
 
 
 def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
