@@ -133,6 +133,7 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
         return
     print(kind, *seen, {p.dtype for p in model.parameters()})
     whole = trainer.whole()
+    assert trainer.world.main or all(p.is_meta for p in whole.parameters())  # rank 0 alone holds it
     if trainer.world.main:
         save_file({n: p.detach().contiguous() for n, p in whole.named_parameters()}, folder / "weights.safetensors")
         save_file({n: g.contiguous() for n, g in trainer.gradient.items()}, folder / "gradient.safetensors")

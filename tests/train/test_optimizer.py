@@ -9,9 +9,8 @@ from torch import nn
 from training import Stop, network, trainer
 
 from openqwen.model import ModelConfig, Qwen2
-from openqwen.train.optimizer import OptimizerConfig, TableAdamW, optimizers
+from openqwen.train.optimizer import Muon, OptimizerConfig, TableAdamW, optimizers
 from openqwen.train.rows import Rows
-from openqwen.train.sft import SftConfig
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -84,9 +83,19 @@ def test_muon_moves_no_router_and_no_gate():
     assert names == attention | {f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")}
 
 
-def test_muon_on_adapters_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"adapters are factors: set train\.method to adamw"):
-        SftConfig(lora={"rank": 4}, train={"method": "muon"})
+def test_muon_moves_what_pytorch_moves(model):
+    ours = [p for n, p in model.named_parameters() if n.endswith("proj.weight")]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    movers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    for step in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+            b.grad = a.grad.clone()
+        for mover in movers:
+            mover.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_training_is_that_of_dense_moments_and_states_resume_either_way(model, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from openqwen.support.settings import Settings
 from openqwen.train.compute import Precision
 from openqwen.train.eight_bit import adamw8bit, in_blocks
-from openqwen.train.parallel import ParallelConfig
+from openqwen.train.parallel import ParallelConfig, own_part, whole_tensor
 from openqwen.train.recompute import Recompute
 from openqwen.train.track import Tracker
 
@@ -109,7 +109,7 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
         found.append(adamw8bit([{"params": small, "weight_decay": config.weight_decay}], **settings))
     if by_muon:
         rate, decay = config.learning_rate, config.weight_decay
-        found.append(torch.optim.Muon(by_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        found.append(Muon(by_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
@@ -125,6 +125,33 @@ def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
     weight = embedding.weight
     embedding.sparse = weight.requires_grad and not tied and not isinstance(weight, DTensor)
     return embedding.sparse
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, for sharded matrices too: the whole update is made orthogonal, each rank moves its part by it.
+
+    PyTorch's own computes on shards, which fails for matrices of fewer rows than ranks and on meshes of two dimensions.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move the matrices that have a gradient. Every rank must call it, as it gathers."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self._move(matrix, group)
+
+    def _move(self, matrix: Tensor, group: dict[str, Any]) -> None:
+        mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
+        mean.lerp_(matrix.grad, 1 - group["momentum"])
+        update = whole_tensor(matrix.grad.lerp(mean, group["momentum"]))
+        change = nn.Parameter(torch.zeros_like(update))
+        change.grad = update
+        plain = {"weight_decay": 0.0, "momentum": 0.0, "adjust_lr_fn": group["adjust_lr_fn"]}
+        torch.optim.Muon([change], lr=group["lr"], **plain).step()
+        local = matrix.to_local() if isinstance(matrix, DTensor) else matrix
+        local.mul_(1 - group["lr"] * group["weight_decay"])
+        local.add_(own_part(change, matrix))
 
 
 class TableAdamW(torch.optim.Optimizer):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from openqwen.model import Qwen2, Scorer, load_model
 from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
@@ -50,12 +50,6 @@ class SftConfig(TrainingConfig):
     validation: SftValidationConfig = Field(
         default_factory=SftValidationConfig, description="held-out demonstrations, and what their loss decides"
     )
-
-    @model_validator(mode="after")
-    def _muon_moves_whole_matrices(self) -> "SftConfig":
-        if self.lora.rank and self.train.method == "muon":
-            raise ValueError("Muon moves whole matrices, and adapters are factors: set train.method to adamw")
-        return self
 
 
 def sft(config: SftConfig, start: Path, demonstrations: Path, tokenizer: Tokenizer, place: Place) -> dict[str, float]:
