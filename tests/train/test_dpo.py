@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from openqwen.model import ModelConfig, Qwen2, initialize, save_checkpoint
+from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.dpo import DpoConfig, dpo
 from openqwen.train.trainer import Place
@@ -52,3 +53,20 @@ def test_policy_and_reference_are_alike_to_the_bit_before_the_first_step(start, 
     assert log[0]["margin"] == 0.0
     assert log[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
     assert log[1]["margin"] != 0.0
+
+
+ORIGINS = [
+    {"temperature": 0.5, "chosen_temperature": 1.5},
+    {"temperature": 1.5, "chosen_temperature": 0.5},
+    {"temperature": 1.0, "chosen_temperature": 1.0},
+    {"temperature": None},
+    {},
+    "somewhere",
+]
+
+
+def test_pairs_with_a_hotter_answer_on_either_side_are_left_out_and_counted(start, tmp_path):
+    metrics, _ = run(start, tmp_path, ORIGINS, hottest=1.0)
+    assert (metrics["pairs"], metrics["too_hot"]) == (4, 2)
+    with pytest.raises(OpenQwenError, match=r"Each of the 2 pairs(.|\n)*raise hottest"):
+        run(start, tmp_path, ORIGINS[:2], hottest=0.9)

@@ -36,7 +36,7 @@ class DpoConfig(PreferencesConfig):
         False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
     )
     hottest: float | None = Field(
-        None, gt=0, description="pairs whose wrong answer was sampled at a higher temperature are left out"
+        None, gt=0, description="pairs with an answer sampled at a higher temperature are left out"
     )
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     chosen_nll: float = Field(

@@ -81,8 +81,9 @@ def make_pairs(
 ) -> list[dict[str, Any]]:
     """Up to `pairs_per_prompt` pairs from the sampled answers to one task.
 
-    An answer that never ended is no positive (it would teach not to stop) and the last choice of a negative. Where
-    the wrong answer is the model's own, origin["temperature"] is the lowest that it was drawn at.
+    An answer that never ended is no positive (it would teach not to stop) and the last choice of a negative. Of the
+    model's own answers, origin["temperature"] (the wrong one's) and origin["chosen_temperature"] are the lowest that
+    each was drawn at.
     """
     right = _distinct(o.text for o in outputs if o.finish_reason == "stop" and task.check(o.text))
     ended = [o.text for o in outputs if o.finish_reason == "stop" and not task.check(o.text)]
@@ -99,18 +100,22 @@ def make_pairs(
     origin |= {"chosen": chosen_by, "rejected": rejected_by} | ({"model": model} if model else {})
     count = 1 if rejected_by == "program" else config.pairs_per_prompt
     drawn: dict[str, float] = {}
-    for n, output in enumerate(outputs if rejected_by == "model" else ()):
+    for n, output in enumerate(outputs):
         temperature = config.temperatures[n % len(config.temperatures)]
         drawn[output.text.strip()] = min(temperature, drawn.get(output.text.strip(), temperature))
-    return [
-        {
-            "prompt": task.prompt,
-            "chosen": [{"role": "assistant", "content": _nearest(text, right)}],
-            "rejected": [{"role": "assistant", "content": text}],
-            "origin": origin | ({"temperature": drawn[text]} if text in drawn else {}),
-        }
-        for text in _spread(wrong, count)
-    ]
+    pairs = []
+    for text in _spread(wrong, count):
+        chosen = _nearest(text, right)
+        authors = (("temperature", text, rejected_by), ("chosen_temperature", chosen, chosen_by))
+        pairs.append(
+            {
+                "prompt": task.prompt,
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": text}],
+                "origin": origin | {key: drawn[a] for key, a, author in authors if author == "model"},
+            }
+        )
+    return pairs
 
 
 def _nearest(wrong: str, right: Sequence[str]) -> str:
