@@ -100,7 +100,8 @@ def _row(run: Run, stage: Stage, present: list[Score], before: dict[str, float])
             row.cells.append(None)
             continue
         low, high = values.get(f"{score.key}_low"), values.get(f"{score.key}_high")
-        cell = Cell(score.show(value), "" if low is None else f"{percent(low, 0)} to {percent(high, 0)}")
+        ends = [percent(end, 0) if score.show is percent else score.show(end) for end in (low, high)]
+        cell = Cell(score.show(value), "" if low is None else " to ".join(ends))
         if score.key in before:
             change = value - before[score.key]
             if abs(change) * score.scale >= 0.5 * 10**-score.digits:
