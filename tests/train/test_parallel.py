@@ -68,8 +68,8 @@ def equal(ours, theirs):
     first, expected = log(ours)[0], log(theirs)[0]
     for name in expected.keys() - {"seconds", "tokens_per_second", "peak_memory"}:
         assert first[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-9), name
-    bound = 5e-3 if "muon" in ours.name else 1e-3  # PyTorch's Muon computes in bfloat16
-    for file, bound in (("gradient.safetensors", 1e-6), ("weights.safetensors", bound)):
+    moved = 5e-3 if "muon" in ours.name else 1e-3  # PyTorch's Muon computes in bfloat16
+    for file, bound in (("gradient.safetensors", 1e-6), ("weights.safetensors", moved)):
         mine, right = load_file(ours / file), load_file(theirs / file)
         assert mine.keys() == right.keys()
         for name, tensor in right.items():

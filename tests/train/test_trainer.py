@@ -283,6 +283,14 @@ def test_bfloat16_computes_rounded_and_keeps_float32_weights(tmp_path):
     assert runs["bfloat16"] == pytest.approx(runs["float32"], rel=2e-2)
 
 
+def test_float32_that_was_asked_for_is_no_tf32(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("openqwen.train.trainer.allow_tf32", told.append)
+    for precision in ("float32", "bfloat16", "auto"):
+        trainer(tmp_path / precision, steps=1, precision=precision).run()
+    assert told == [False, True, False]  # auto on a CPU is float32
+
+
 def test_a_bfloat16_gradient_is_near_the_float32_one(tmp_path):
     one = trainer(tmp_path)
     (rows, _) = one.batch(0)
@@ -398,9 +406,7 @@ def test_a_schedule_is_that_of_transformers_whose_end_is_the_last_step():
     weight = torch.nn.Parameter(torch.zeros(1))
     theirs = {
         "cosine": lambda o: get_cosine_with_min_lr_schedule_with_warmup(o, 0, 40, min_lr_rate=0.1),
-        "wsd": lambda o: get_wsd_schedule(
-            o, 0, 10, num_stable_steps=30, min_lr_ratio=0.1, decay_type="linear"
-        ),
+        "wsd": lambda o: get_wsd_schedule(o, 0, 10, num_stable_steps=30, min_lr_ratio=0.1, decay_type="linear"),
     }
     for schedule, make in theirs.items():
         optimizer = torch.optim.SGD([weight], lr=1.0)

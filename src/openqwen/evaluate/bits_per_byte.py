@@ -46,7 +46,7 @@ class BitsPerByte:
         return {source: bits / size for source, (bits, size) in sorted(totals.items()) if size}
 
     def scores(self, name: str) -> dict[str, float]:
-        """{name: overall, name_low, name_high}: the 95 % interval is over documents; none of a single one."""
+        """{name: overall, name_low, name_high}: a 95 % interval over documents, if two or more."""
         if len(self.bits) < 2:
             return {name: self.overall}
         low, high = ratio_interval(self.bits, self.bytes)

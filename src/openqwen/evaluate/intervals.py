@@ -37,9 +37,9 @@ def grouped_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[fl
 
 
 def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of Σ parts / Σ wholes over items, such as documents, drawn anew from themselves.
+    """The 95 % interval of Σ parts / Σ wholes over items such as documents.
 
-    The percentile bootstrap (Efron 1979) of 2,000 draws, the same at every call.
+    The percentile bootstrap (Efron 1979) of 2,000 resamples, the same at every call.
     """
     rng, pairs = np.random.default_rng(0), np.array([parts, wholes])
     draws = []

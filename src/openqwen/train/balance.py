@@ -90,7 +90,10 @@ class Balanced:
 
 
 def with_loads(
-    model: Qwen2, parts: Sequence[Rows], balance: Balance, precision: Precision = "auto"
+    model: Qwen2,
+    parts: Sequence[Rows],
+    balance: Balance,
+    precision: Precision = "auto",
 ) -> list[Balanced]:
     """Micro-batches with the load of all of them together, as the global balance needs it.
 

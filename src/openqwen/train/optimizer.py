@@ -114,9 +114,9 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
 
 
 def _is_hidden(name: str, parameter: Tensor) -> bool:
-    """Whether Muon moves it: a matrix between a layer's activations, not one that decides (a router, a gate)."""
-    decides = ".mlp.gate." in name or ".shared_expert_gate." in name
-    return ".layers." in f".{name}" and parameter.dim() == 2 and not decides
+    """Whether Muon moves it: a matrix of a layer that is no router and no gate."""
+    routes = ".mlp.gate." in name or ".shared_expert_gate." in name
+    return ".layers." in f".{name}" and parameter.dim() == 2 and not routes
 
 
 def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
@@ -128,9 +128,10 @@ def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, for sharded matrices too: the whole update is made orthogonal, each rank moves its part by it.
+    """PyTorch's Muon, for sharded matrices too: each rank moves its part by the whole orthogonal one.
 
-    PyTorch's own computes on shards, which fails for matrices of fewer rows than ranks and on meshes of two dimensions.
+    PyTorch's own computes on shards. That fails for matrices of fewer rows than ranks, and on
+    meshes of two dimensions.
     """
 
     @torch.no_grad()
@@ -139,12 +140,14 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    self._move(matrix, group)
+                    self._move(matrix, matrix.grad, group)
 
-    def _move(self, matrix: Tensor, group: dict[str, Any]) -> None:
-        mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix.grad))
-        mean.lerp_(matrix.grad, 1 - group["momentum"])
-        update = whole_tensor(matrix.grad.lerp(mean, group["momentum"]))
+    def _move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = whole_tensor(gradient.lerp(mean, group["momentum"]))
         change = nn.Parameter(torch.zeros_like(update))
         change.grad = update
         plain = {"weight_decay": 0.0, "momentum": 0.0, "adjust_lr_fn": group["adjust_lr_fn"]}

@@ -67,7 +67,7 @@ class Preferences:
 
 
 def _temperature(record: dict[str, Any]) -> float:
-    """The higher temperature of the two answers that a pair's origin tells; 0 where it tells none."""
+    """The higher of the two answers' temperatures in a pair's origin; 0 where there is none."""
     origin = record.get("origin")
     told = origin if isinstance(origin, dict) else {}
     return max(told.get(key) or 0.0 for key in ("temperature", "chosen_temperature"))

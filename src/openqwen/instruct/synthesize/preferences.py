@@ -81,9 +81,9 @@ def make_pairs(
 ) -> list[dict[str, Any]]:
     """Up to `pairs_per_prompt` pairs from the sampled answers to one task.
 
-    An answer that never ended is no positive (it would teach not to stop) and the last choice of a negative. Of the
-    model's own answers, origin["temperature"] (the wrong one's) and origin["chosen_temperature"] are the lowest that
-    each was drawn at.
+    An answer that never ended is no positive (it would teach not to stop) and the last choice of a
+    negative. Of the model's own answers, origin["temperature"] (the wrong one's) and
+    origin["chosen_temperature"] are the lowest that each was drawn at.
     """
     right = _distinct(o.text for o in outputs if o.finish_reason == "stop" and task.check(o.text))
     ended = [o.text for o in outputs if o.finish_reason == "stop" and not task.check(o.text)]
@@ -105,14 +105,17 @@ def make_pairs(
         drawn[output.text.strip()] = min(temperature, drawn.get(output.text.strip(), temperature))
     pairs = []
     for text in _spread(wrong, count):
-        chosen = _nearest(text, right)
-        authors = (("temperature", text, rejected_by), ("chosen_temperature", chosen, chosen_by))
+        chosen, own = _nearest(text, right), {}
+        if rejected_by == "model":
+            own["temperature"] = drawn[text]
+        if chosen_by == "model":
+            own["chosen_temperature"] = drawn[chosen]
         pairs.append(
             {
                 "prompt": task.prompt,
                 "chosen": [{"role": "assistant", "content": chosen}],
                 "rejected": [{"role": "assistant", "content": text}],
-                "origin": origin | {key: drawn[a] for key, a, author in authors if author == "model"},
+                "origin": origin | own,
             }
         )
     return pairs

@@ -73,8 +73,8 @@ class World:
     def shard(self, model: Network, low: bool = False) -> Callable[[], Network]:
         """Shard the network over the ranks, in place; nothing where this process is alone. low: see `shard.shard`.
 
-        Returns what gives the whole network back to rank 0, on the CPU, to be saved. Every rank must call it, as it
-        gathers; to the others it gives a network without memory.
+        Returns what gives the whole network back to rank 0, on the CPU, to be saved, and to the
+        others a network without memory. Every rank must call it, as it gathers.
         """
         if self.mesh is None:
             return lambda: model
@@ -137,7 +137,7 @@ class World:
         return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sharded tensors, whole and on the CPU, for rank 0 alone; the others get nothing and hold one at a time."""
+        """Gather tensors one by one to rank 0's CPU; the other ranks keep none of them."""
         found = {}
         for name, tensor in tensors.items():
             whole = whole_tensor(tensor)  # by every rank
@@ -186,7 +186,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def own_part(whole: Tensor, sharded: Tensor) -> Tensor:
-    """The part of a whole tensor that this rank holds of a sharded one of that shape; all of it where it is whole."""
+    """The part of a whole tensor that this rank holds of a sharded one; all where it is whole."""
     if isinstance(sharded, DTensor):
         mesh, placements = sharded.device_mesh, sharded.placements
         shape, offset = compute_local_shape_and_global_offset(sharded.shape, mesh, placements)
