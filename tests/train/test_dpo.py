@@ -68,5 +68,5 @@ ORIGINS = [
 def test_pairs_with_a_hotter_answer_on_either_side_are_left_out_and_counted(start, tmp_path):
     metrics, _ = run(start, tmp_path, ORIGINS, hottest=1.0)
     assert (metrics["pairs"], metrics["too_hot"]) == (4, 2)
-    with pytest.raises(OpenQwenError, match=r"Each of the 2 pairs(.|\n)*raise hottest"):
+    with pytest.raises(OpenQwenError, match=r"All 2 pairs(.|\n)*raise hottest"):
         run(start, tmp_path, ORIGINS[:2], hottest=0.9)

@@ -22,7 +22,8 @@ def allow_tf32(allowed: bool) -> None:
 
     PyTorch does not, until it is told so here.
     """
-    torch.set_float32_matmul_precision("high" if allowed and torch.cuda.is_available() else "highest")
+    rounded = allowed and torch.cuda.is_available()
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
 
 
 def free_memory() -> int:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Settings(BaseModel):
-    """A configuration object: each field has its meaning and default, and an unknown key is an error.
+    """A configuration object: each field has its meaning and default; an unknown key is an error.
 
     A mapping given for a field changes the keys that it names; the others keep the values of the
     field's own default, at every depth. An object given for a field replaces the default.

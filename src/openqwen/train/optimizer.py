@@ -128,7 +128,7 @@ def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's Muon, for sharded matrices too: each rank moves its part by the whole orthogonal one.
+    """PyTorch's Muon, for sharded matrices too: each rank takes its part of the whole update.
 
     PyTorch's own computes on shards. That fails for matrices of fewer rows than ranks, and on
     meshes of two dimensions.

@@ -44,7 +44,7 @@ class Preferences:
         cool = [(n, r) for n, r in records if hottest is None or _temperature(r) <= hottest]
         if records and not cool:
             raise OpenQwenError(
-                f"Each of the {len(records)} pairs has an answer sampled above temperature {hottest}.",
+                f"All {len(records)} pairs have an answer sampled above temperature {hottest}.",
                 where=path,
                 do="raise hottest, or leave it out",
             )

@@ -159,8 +159,9 @@ class Trainer(Generic[Micro]):
                 shutil.copytree(self.scratch / name, self.output / name, dirs_exist_ok=True)
         clipped, moved = sum("clipped" in m for m in metrics), sum(map(_moved, metrics))
         if 2 * clipped > moved:
-            told = f"{clipped} of {moved} steps were clipped to a gradient norm of"
-            console.print(f"  {self.label}: {told} {self.optimizer.clip:g} (train.clip)", markup=False)
+            bound = f"a gradient norm of {self.optimizer.clip:g} (train.clip)"
+            told = f"  {self.label}: {clipped} of {moved} steps were clipped to {bound}"
+            console.print(told, markup=False)
         return _summary(metrics)
 
     def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
@@ -353,7 +354,7 @@ def _moved(entry: dict[str, float]) -> bool:
 
 
 def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the last twentieth of the steps, and totals of the whole run; the most telling first.
+    """Means over the last twentieth of the steps, totals of the whole run; the most telling first.
 
     Steps that did not move the weights are counted and enter no mean.
     """
