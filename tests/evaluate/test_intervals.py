@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from openqwen.evaluate import paired_gain, wilson_interval
-from openqwen.evaluate.intervals import grouped_interval
+from openqwen.evaluate.intervals import grouped_interval, ratio_interval
 
 
 @pytest.mark.parametrize("n", [1, 10, 400])
@@ -15,6 +15,19 @@ def test_wilson_interval_ends_where_the_score_test_does(n, share):
     assert 0 <= low <= share <= high <= 1
     for p in (low, high):
         assert abs(share - p) == pytest.approx(1.95996398454 * math.sqrt(p * (1 - p) / n), abs=1e-9)
+
+
+def test_ratio_interval_is_that_of_the_delta_method_where_items_are_many():
+    """Var(Σb / Σs) = Σ (b − r·s)² / (Σs)² (Cochran 1977); and items that are all alike leave no doubt."""
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(200, 4_000, 900).astype(float)
+    bits = sizes * rng.normal(2.5, 0.4, 900)
+    ratio = bits.sum() / sizes.sum()
+    half = 1.95996398454 * math.sqrt(((bits - ratio * sizes) ** 2).sum()) / sizes.sum()
+    low, high = ratio_interval(bits.tolist(), sizes.tolist())
+    assert (ratio - low, high - ratio) == pytest.approx((half, half), rel=0.08)
+    assert ratio_interval(bits.tolist(), sizes.tolist()) == (low, high)
+    assert ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0))
 
 
 def test_paired_gain_counts_only_items_that_changed_sides():

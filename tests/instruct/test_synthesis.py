@@ -207,6 +207,15 @@ def test_pairs_contrast_right_with_wrong_samples():
     assert (origin["chosen"], origin["rejected"], origin["task"]) == ("model", "model", "add")
 
 
+def test_pairs_tell_the_temperature_of_each_answer_that_the_model_gave():
+    outputs = [output(TASK.answer), output("wrong"), output("wrong"), output(TASK.answer)]
+    ((_, _, origin),) = pairs(*outputs, temperatures=[1.5, 0.5])
+    assert (origin["temperature"], origin["chosen_temperature"]) == (0.5, 0.5)
+    ((_, _, origin),) = pairs(output("wrong"), output(TASK.answer, "length"), temperatures=[1.5, 0.5])
+    assert origin["temperature"] == 1.5
+    assert "chosen_temperature" not in origin, "the program's"
+
+
 def test_no_more_pairs_than_allowed():
     outputs = [output(TASK.answer), *(output(f"wrong {n}") for n in range(5))]
     assert [rejected for _, rejected, _ in pairs(*outputs, pairs_per_prompt=2)] == ["wrong 0", "wrong 4"]

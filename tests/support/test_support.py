@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from openqwen.support.device import allow_tf32, best_device
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
 from openqwen.support.files import read_json, read_jsonl, write_jsonl, write_text
 from openqwen.support.generators import Generators
@@ -87,3 +89,14 @@ def test_words():
     assert suggestion("lerning_rate", ["learning_rate", "beta"]) == " Did you mean 'learning_rate'?"
     assert suggestion("qqq", ["learning_rate"]) == ""
     assert [duration(s) for s in (7.4, 61, 3 * 3600 + 240)] == ["7s", "1m01s", "3h04m"]
+
+
+def test_float32_on_a_gpu_is_float32_until_it_is_told_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    told = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
+    assert best_device() == torch.device("cuda")
+    assert told == []
+    allow_tf32(True)
+    allow_tf32(False)
+    assert told == ["high", "highest"]

@@ -55,14 +55,14 @@ def evaluate_model(work: Work) -> dict[str, float]:
     context = min(config.context, model.config.max_position_embeddings)
     result = bits_per_byte(model, tokenizer, development, context, device)
     scores: dict[str, Any] = {
-        "bits_per_byte": result.overall,
+        **result.scores("bits_per_byte"),
         "bits_per_byte_by_source": result.by_source,
         "gzip_bits_per_byte": gzip_bits_per_byte(d["text"] for d in development),
         "gzip_bits_per_byte_by_source": _gzip_by_source(development),
         "context": context,
     }
     if test:  # a corpus may be too small to hold out two documents
-        scores["test_bits_per_byte"] = bits_per_byte(model, tokenizer, test, context, device).overall
+        scores |= bits_per_byte(model, tokenizer, test, context, device).scores("test_bits_per_byte")
         scores["test_gzip_bits_per_byte"] = gzip_bits_per_byte(d["text"] for d in test)
 
     # The same tasks for every stage and every run: their seed is not the run's.

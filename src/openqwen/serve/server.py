@@ -30,7 +30,7 @@ from openqwen.serve.bridge import Bridge
 from openqwen.serve.gate import Gate, TimedProtocol
 from openqwen.serve.metrics import Metrics
 from openqwen.serve.settings import ServeConfig
-from openqwen.support.device import best_device
+from openqwen.support.device import allow_tf32, best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 from openqwen.tokenizer import load_tokenizer
@@ -102,6 +102,7 @@ def _engine(source: str, config: ServeConfig, names: list[str]) -> Engine:
     if config.max_context is not None:
         settings = settings.model_copy(update={"max_context": context_tokens(config.max_context)})
     device = config.device or best_device()
+    allow_tf32(True)
     engine = Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
     for entry in config.adapters:
         name, _, folder = entry.partition("=")
@@ -149,6 +150,8 @@ def _become(user: str | None, folder: Path | None) -> None:
 def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> None:
     (host, port), model = listener.getsockname()[:2], api.bridge.engine.model
     form = model.kind if isinstance(model, QuantizedQwen2) else str(model.dtype).removeprefix("torch.")
+    if form == "float32" and str(model.device).startswith("cuda"):
+        form += " (products in TF32)"
     kernels = "compiled kernels" if kernels_library() else "plain PyTorch"
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     chosen = api.config.max_context is not None

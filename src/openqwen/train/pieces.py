@@ -122,9 +122,11 @@ class Pieces:
         )  # [R, 2]: first token, tokens
         shuffle.shuffle(self.rows)
         ends = (self.rows[:, 1] - 1).cumsum()
-        self.steps = max(1, round(int(ends[-1]) / config.batch_tokens))
-        self._starts = np.searchsorted(ends, np.linspace(0, ends[-1], self.steps + 1), side="left")
-        self._starts[-1] = len(self.rows)
+        batches = max(1, round(int(ends[-1]) / config.batch_tokens))
+        starts = np.searchsorted(ends, np.linspace(0, ends[-1], batches + 1)[:-1], side="left")
+        # A row of more than `batch_tokens` is a step of its own: none is left empty behind it.
+        self._starts = np.append(np.unique(starts), len(self.rows))
+        self.steps = len(self._starts) - 1
 
     def _joined(self, supply: Supply) -> list[np.ndarray]:
         parts = []

@@ -97,7 +97,8 @@ def pretrain(
     def batch(step: int) -> list[Balanced]:
         _, stretch = trainer.at(step)
         samples = stretch.pieces.batch(step - stretch.first)
-        return with_loads(model, [Rows.of(micro, model.device) for micro in samples], balance)
+        rows = [Rows.of(micro, model.device) for micro in samples]
+        return with_loads(model, rows, balance, config.train.precision)
 
     def loss(micro: Balanced) -> Loss:
         if not sparse or not model.training:
@@ -134,7 +135,8 @@ def pretrain(
     if len(stretches) > 1:
         write_json(place.output / STAGES, [_record(stretch) for stretch in stretches])
     if sparse:
-        load = measure_load(model, [micro.rows for micro in batch(trainer.steps - 1)])
+        rows = [micro.rows for micro in batch(trainer.steps - 1)]
+        load = measure_load(model, rows, config.train.precision)
         write_json(place.output / EXPERTS, load_record(model, load))
     return metrics | {"parameters": model.config.parameters()}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from openqwen.recipe.report.run import EVALUATE, Run, Stage
@@ -100,7 +101,8 @@ def _row(run: Run, stage: Stage, present: list[Score], before: dict[str, float])
             row.cells.append(None)
             continue
         low, high = values.get(f"{score.key}_low"), values.get(f"{score.key}_high")
-        cell = Cell(score.show(value), "" if low is None else f"{percent(low, 0)} to {percent(high, 0)}")
+        show = partial(percent, digits=0) if score.show is percent else score.show
+        cell = Cell(score.show(value), "" if low is None else f"{show(low)} to {show(high)}")
         if score.key in before:
             change = value - before[score.key]
             if abs(change) * score.scale >= 0.5 * 10**-score.digits:
