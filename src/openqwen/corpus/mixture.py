@@ -1,6 +1,8 @@
 """How much of each source is taken, held out, and seen in training: all by hashes, so that no order matters."""
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import xxhash
 
@@ -56,6 +58,26 @@ def heldout(documents: list[Document], sizes: list[int], share: float, max_bytes
             for source, more in size.items():
                 used[source] += more
     return taken
+
+
+def sample(documents: Iterable[Document], weights: dict[str, float], max_bytes: int, seed: int) -> set[int]:
+    """Positions of `max_bytes` of documents, or a little more, each drawn at most once by its source's weight.
+
+    Weighted sampling without replacement: the smallest of the keys −ln(u) / weight (Efraimidis and Spirakis 2006).
+    While a source lasts it gets its bytes times its weight, in proportion; sources without a weight are left out.
+    """
+    keys: list[tuple[float, int, int]] = []
+    for position, document in enumerate(documents):
+        if weight := weights.get(document["source"], 0.0):
+            key = -math.log1p(-_draw(seed, "sample", document["id"])) / weight
+            keys.append((key, position, len(document["text"].encode())))
+    chosen: set[int] = set()
+    for _, position, size in sorted(keys):
+        if max_bytes <= 0:
+            break
+        chosen.add(position)
+        max_bytes -= size
+    return chosen
 
 
 def shares(train_bytes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
