@@ -149,8 +149,7 @@ class CorpusConfig(Settings):
 
     folder: Path | None = Field(
         None,
-        description="folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet and code; "
-        "none: Python's standard library",
+        description="folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet, code; none: Python's library",
     )
     max_document_bytes: int = Field(
         10_000_000, ge=1, description="longer files, JSONL lines and Parquet rows are skipped and counted"

@@ -1,8 +1,9 @@
-"""The corpus that every user has: the running Python's standard library, and nothing that was installed beside it.
+"""The corpus that every user has: the running Python's standard library.
 
-So it is the same text wherever the same Python runs. Two sources. "code": the library's source, its tests included.
-"docs": the docstrings of each of its modules, set out as a reference page, the `pydoc` topics, and the text files among
-the sources. Real English and real code with real dirt: licence headers, tables of data, near-duplicates.
+Nothing that was installed beside it is read, so the same Python gives the same text everywhere.
+Two sources. "code": the library's source, its tests included. "docs": the docstrings of each of
+its modules, set out as a reference page, the `pydoc` topics, and the text files among the sources.
+Real English and real code with real dirt: licence headers, tables of data, near-duplicates.
 """
 
 import ast
@@ -22,7 +23,10 @@ _LIBRARY = sys.stdlib_module_names | {"test"}
 
 
 class InstallationReader:
-    """Iterates over the documents of this Python's library; `skips`, `files` and `bytes` as in `FolderReader`."""
+    """Iterates over the documents of this Python's library.
+
+    `skips`, `files` and `bytes` are as in `FolderReader`.
+    """
 
     def __init__(self, max_bytes: int):
         self._library = FolderReader(Path(sysconfig.get_path("stdlib")), max_bytes, exclude=_SITE)

@@ -60,11 +60,17 @@ def heldout(documents: list[Document], sizes: list[int], share: float, max_bytes
     return taken
 
 
-def sample(documents: Iterable[Document], weights: dict[str, float], max_bytes: int, seed: int) -> set[int]:
-    """Positions of `max_bytes` of documents, or a little more, each drawn at most once by its source's weight.
+def sample(
+    documents: Iterable[Document],
+    weights: dict[str, float],
+    max_bytes: int,
+    seed: int,
+) -> set[int]:
+    """Positions of documents that hold `max_bytes` or a little more, drawn by their sources' weights.
 
-    Weighted sampling without replacement: the smallest of the keys −ln(u) / weight (Efraimidis and Spirakis 2006).
-    While a source lasts it gets its bytes times its weight, in proportion; sources without a weight are left out.
+    Weighted sampling without replacement: the documents with the smallest keys −ln(u) / weight
+    (Efraimidis and Spirakis 2006). A source gets a share that is proportional to its bytes times
+    its weight, until all of it is taken. Sources without a weight are left out.
     """
     keys: list[tuple[float, int, int]] = []
     for position, document in enumerate(documents):

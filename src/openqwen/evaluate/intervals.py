@@ -28,10 +28,15 @@ def grouped_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[fl
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
-def paired_gain(before: Sequence[float], after: Sequence[float], groups: Sequence[str]) -> tuple[float, float, float]:
+def paired_gain(
+    before: Sequence[float],
+    after: Sequence[float],
+    groups: Sequence[str],
+) -> tuple[float, float, float]:
     """(gain, low, high): the mean of after − before on the same items, with its 95 % interval.
 
-    For right and wrong answers in groups of one this is McNemar's comparison: only the items that changed sides count.
+    For right and wrong answers in groups of one this is McNemar's comparison: only the items that
+    changed sides count.
     """
     changes = [b - a for a, b in zip(before, after, strict=True)]
     gain, half = math.fsum(changes) / len(changes), _half(changes, groups)
@@ -39,7 +44,7 @@ def paired_gain(before: Sequence[float], after: Sequence[float], groups: Sequenc
 
 
 def _half(values: Sequence[float], groups: Sequence[str]) -> float:
-    """Half the width of the mean's interval; without end for a single group, which says nothing of others."""
+    """Half the width of the mean's interval; infinite for one group, which says nothing of others."""
     mean = math.fsum(values) / len(values)
     totals: dict[str, float] = defaultdict(float)
     for value, group in zip(values, groups, strict=True):

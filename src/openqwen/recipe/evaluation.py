@@ -25,8 +25,9 @@ from openqwen.tokenizer import load_tokenizer
 from openqwen.train.reward import score
 
 _SYNTHETIC = "tasks"  # multi-task data is not among the held-out text that bits per byte and gzip are measured on
-# The scores of the test split -> the temperature, and the field of an answer in test.jsonl. A model that is surer of
-# itself scores as if it were sampled cooler, so stages are compared at each; _COOLER is how much cooler alone gains.
+# Scores of the test split -> the temperature, and the field of an answer in test.jsonl.
+# A model that is surer of itself scores as if it were sampled cooler, so stages are compared at
+# each of these; _COOLER tells what cooler sampling alone gains.
 _TEMPERATURES = {
     "test": (0.0, "correct"),
     "test_at_0.7": (0.7, "correct_at_0.7"),
@@ -49,7 +50,7 @@ def _item(task: Task, chats: bool) -> Item:
 def evaluate_model(work: Work) -> dict[str, float]:
     """Bits per byte, checked tasks, samples; retention, gains and win rate where there is something to compare with.
 
-    base: the scores before SFT. start: those of the very model that this one was trained from, to compare it with.
+    base: the scores before SFT. start: those of the model that this one was trained from.
     A model that comes before SFT (no `base` to compare with) is asked in plain text, a chat model in its template.
     Scores whose names begin with `test_` are of tasks and documents that no setting was chosen by.
     """
@@ -93,9 +94,9 @@ def evaluate_model(work: Work) -> dict[str, float]:
 
 
 def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, Any]:
-    """Scores on the test split at each temperature, with 95 % intervals, and what each gained on the model's start.
+    """Scores on the test split at each temperature, and what each gained on the model's start.
 
-    A model without a start is the control: `test_cooler_gain` is what it gains at 0.9 on itself at 1.0.
+    A model without a start is the control: `test_cooler_gain` is its gain at 0.9 on itself at 1.0.
     """
     tasks = generate_tasks(Generators(0)["test"], config.test, split="test")
     items = [_item(task, chats=True) for task in tasks]
@@ -107,7 +108,7 @@ def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, Any]:
             for answer, correct in zip(answers, right, strict=True):
                 answer[field] = correct
     write_jsonl(work.output / "test.jsonl", answers)
-    problems = [task.problem for task in tasks]  # wordings of one problem are right or wrong together
+    problems = [task.problem for task in tasks]  # a problem's wordings are right or wrong together
     scores: dict[str, Any] = {}
     for name, (_, field) in _TEMPERATURES.items():
         rights = [float(answer[field]) for answer in answers]
@@ -115,11 +116,13 @@ def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, Any]:
         low, high = (choose(pair) for choose, pair in zip((min, max), ends))
         scores |= _named(f"{name}_accuracy", mean(rights), low, high)
     if "start" not in work.inputs:
-        return scores | _gain("test_cooler", (answers, "sampled_correct"), (answers, _COOLER[1]), problems)
+        at_1, at_09 = (answers, "sampled_correct"), (answers, _COOLER[1])
+        return scores | _gain("test_cooler", at_1, at_09, problems)
     before = list(read_jsonl(work.inputs["start"] / "test.jsonl"))
     for name, (_, field) in _TEMPERATURES.items():
         scores |= _gain(name, (before, field), (answers, field), problems)
-    scores["start"] = read_json(work.inputs["start"] / "manifest.json")["stage"].removeprefix("evaluate-")
+    manifest = read_json(work.inputs["start"] / "manifest.json")
+    scores["start"] = manifest["stage"].removeprefix("evaluate-")
     return scores | _against(before, work.inputs["reward"], tasks, answers)
 
 

@@ -2,8 +2,8 @@
 
     corpus → tokenizer → tokens → pretrain → extend → instruct → sft → prefer → reward → dpo, online-dpo
 
-Both preference stages start from the SFT model, so that each can be told from the other. After each stage that makes a
-model stands an `evaluate-…` stage that scores it.
+Both preference stages start from the SFT model, so that each can be told from the other.
+After each stage that makes a model stands an `evaluate-…` stage that scores it.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,9 +82,10 @@ def run_tokenizer(work: Work) -> dict[str, float]:
     """A sample of the corpus's training documents, by the weights of the mixture → a vocabulary."""
     config, documents = work.config, work.inputs["corpus"] / "train.parquet"
     sources = read_json(work.inputs["corpus"] / "corpus.json")["sources"]
-    weights = {name: source["weight"] / source["bytes"] for name, source in sources.items() if source["bytes"]}
+    weights = {name: s["weight"] / s["bytes"] for name, s in sources.items() if s["bytes"]}
     chosen = sample(read_documents(documents), weights, config.max_bytes, work.seed)
-    texts = (d["text"] for position, d in enumerate(read_documents(documents)) if position in chosen)
+    numbered = enumerate(read_documents(documents))
+    texts = (document["text"] for number, document in numbered if number in chosen)
     tokenizer = train_tokenizer(texts, config)
     tokenizer.save(work.output)
     held: dict[str, list[str]] = {}

@@ -18,8 +18,9 @@ LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 class Draft:
     """One drawn question. `accepts` is None where only the exact answer is right.
 
-    `problem` is what the question asks, however it is put: the operation and its operands, sorted where their order
-    changes nothing (`problem_of`). It decides the split, so that held-out problems are no re-wordings of trained ones.
+    `problem` is what the question asks, however it is put: the operation and its operands, sorted
+    where their order changes nothing (`problem_of`). It decides the split, so that no held-out
+    problem is a trained one in other words.
 
     `chance` is the accuracy of the best blind guess: one constant answer, or a pick among the answers that the
     question itself names ("yes or no", "12 or 40", the words of a list, an order of the given words).

@@ -18,7 +18,8 @@ def add(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["add"])
     first, second = (a, b) if rng.integers(2) else (b, a)
     problem = problem_of("add", *sorted((a, b)))
-    return Draft(problem, form.format(first, second), str(a + b), _near(a + b, a + b + 10, abs(a - b)), 1 / 20)
+    wrong = _near(a + b, a + b + 10, abs(a - b))
+    return Draft(problem, form.format(first, second), str(a + b), wrong, 1 / 20)
 
 
 def subtract(rng: Generator) -> Draft:
@@ -27,7 +28,8 @@ def subtract(rng: Generator) -> Draft:
     a = difference + b
     form = pick(rng, *FORMS["subtract"])
     wrong = _near(difference, difference + 10, a + b)
-    return Draft(problem_of("subtract", a, b), form.format(a=a, b=b), str(difference), wrong, 1 / 20)
+    problem = problem_of("subtract", a, b)
+    return Draft(problem, form.format(a=a, b=b), str(difference), wrong, 1 / 20)
 
 
 def compare(rng: Generator) -> Draft:
@@ -37,7 +39,7 @@ def compare(rng: Generator) -> Draft:
     ask = pick(rng, "larger", "smaller")
     form = pick(rng, *FORMS["compare"])
     answer, other = (max(a, b), min(a, b)) if ask == "larger" else (min(a, b), max(a, b))
-    problem = problem_of("compare", *sorted((a, b)))  # whoever knows the larger one knows the smaller one
+    problem = problem_of("compare", *sorted((a, b)))  # to know the larger one is to know the other
     return Draft(problem, form.format(ask=ask, a=a, b=b), str(answer), (str(other),), 0.5)
 
 
@@ -55,7 +57,8 @@ def sort(rng: Generator) -> Draft:
     orders = (rising[::-1], values, [*rising[1:], rising[0]])
     wrong = tuple(" ".join(map(str, order)) for order in orders)
     problem = problem_of("sort", *rising)
-    return Draft(problem, form.format(" ".join(map(str, values))), answer, wrong, 1 / factorial(count))
+    question = form.format(" ".join(map(str, values)))
+    return Draft(problem, question, answer, wrong, 1 / factorial(count))
 
 
 def count(rng: Generator) -> Draft:
@@ -76,7 +79,8 @@ def occurrences(rng: Generator) -> Draft:
     items = [items[i] for i in rng.permutation(len(items))]
     form = pick(rng, *FORMS["occurrences"])
     problem = problem_of("occurrences", target, *sorted(items))
-    return Draft(problem, form.format(w=target, x=" ".join(items)), str(n), _near(n, len(items)), 1 / 4)
+    question = form.format(w=target, x=" ".join(items))
+    return Draft(problem, question, str(n), _near(n, len(items)), 1 / 4)
 
 
 def contains(rng: Generator) -> Draft:

@@ -7,7 +7,16 @@ from typing import Any
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import FORMS, LETTERS, Draft, Kind, number, pick, problem_of, words
+from openqwen.instruct.synthesize.kinds import (
+    FORMS,
+    LETTERS,
+    Draft,
+    Kind,
+    number,
+    pick,
+    problem_of,
+    words,
+)
 from openqwen.instruct.synthesize.words import WORDS
 
 _TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
@@ -77,7 +86,8 @@ def quote(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["quote"])
     quoted = {other: signs[0] + text + signs[1] for other, signs in _QUOTES.items()}
     wrong = (text, *quoted.values(), quoted[name][:-1])
-    return Draft(problem_of("quote", name, text), form.format(x=text, s=name), quoted[name], wrong, 0.0)
+    question = form.format(x=text, s=name)
+    return Draft(problem_of("quote", name, text), question, quoted[name], wrong, 0.0)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -103,7 +113,8 @@ def json_object(rng: Generator) -> Draft:
     wanted = {key: value}
     wrong = (f"{{{key}: {value}}}", f'"{key}": {json.dumps(value)}', json.dumps({str(value): key}), f"{key} = {value}")
     problem, question = problem_of("json", key, value), form.format(k=key, v=value)
-    return Draft(problem, question, json.dumps(wanted), wrong, 0.0, lambda text: _is_object(text, wanted))
+    answer = json.dumps(wanted)
+    return Draft(problem, question, answer, wrong, 0.0, lambda text: _is_object(text, wanted))
 
 
 def bullets(rng: Generator) -> Draft:
@@ -135,7 +146,7 @@ def exact_words(rng: Generator) -> Draft:
 
 
 def equation(rng: Generator) -> Draft:
-    """A small sum or difference written out as `3 + 4 = 7`: the problems of `add` and `subtract`."""
+    """A small sum or difference as `3 + 4 = 7`: its problems are those of `add` and `subtract`."""
     a, b = number(rng, 0, 12), number(rng, 0, 12)
     sign = pick(rng, "+", "-")
     if sign == "-":

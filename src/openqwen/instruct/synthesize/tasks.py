@@ -28,9 +28,10 @@ _PATIENCE = 1000  # draws in a row without a new prompt before a kind counts as 
 class Task:
     """One checkable task.
 
-    task: the kind's name. family: arithmetic, counting, strings or format. problem: what is asked, however it is put;
-    it decides the split. prompt: messages. answer: one right answer. wrong: plausible answers that fail. chance:
-    accuracy of the best blind guess. For `problem` and `chance` see `kinds.Draft`.
+    task: the kind's name. family: arithmetic, counting, strings or format. problem: what is asked,
+    however it is put; it decides the split. prompt: messages. answer: one right answer. wrong:
+    plausible answers that fail. chance: accuracy of the best blind guess. For `problem` and
+    `chance` see `kinds.Draft`.
     """
 
     task: str
@@ -74,7 +75,8 @@ def draw_task(kind: Kind, rng: Generator) -> Task:
     accepts = draft.accepts or partial(eq, draft.answer)
     wrong = tuple(dict.fromkeys(w for w in draft.wrong if w and not _judge(w, accepts)))
     prompt = [{"role": "user", "content": draft.question}]
-    return Task(kind.name, kind.family, draft.problem, prompt, draft.answer, wrong, draft.chance, accepts)
+    about = kind.name, kind.family, draft.problem
+    return Task(*about, prompt, draft.answer, wrong, draft.chance, accepts)
 
 
 def stream_tasks(rng: Generator, split: str = "train") -> Iterator[Task]:

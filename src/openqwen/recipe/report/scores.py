@@ -25,7 +25,7 @@ class Score:
 
 @dataclass
 class Cell:
-    """A score as text, its 95 % interval, its change against what the stage started from, and whether it is better."""
+    """A score as text, its 95 % interval, its change (see `_row`), and whether that is better."""
 
     text: str
     interval: str = ""
@@ -93,7 +93,7 @@ def score_table(run: Run) -> dict[str, Any]:
 def _row(run: Run, stage: Stage, present: list[Score], before: dict[str, float]) -> Row:
     """The row of a stage; `before` holds the last value of each score and is brought up to date.
 
-    A change is against the scores of the stage's own start where it names one, else against the last value.
+    A change is against the score of the stage's own start where it names one, else the last value.
     """
     records = stage.jsonl("metrics.jsonl") if stage.is_model else []
     row = Row(stage, run.stage(EVALUATE + stage.name), *throughput(records))
@@ -123,11 +123,12 @@ TEMPERATURES = (("greedy", "test"), ("at 0.7", "test_at_0.7"), ("at 1.0", "test_
 def gain_table(run: Run) -> list[tuple[str, list[tuple[float, float, float] | None]]]:
     """What each stage gained on its own start at each temperature, in points with a 95 % interval.
 
-    Above them stands the control: what the start itself gains on 1.0 when it is sampled a little cooler.
+    Above them stands the control: what the start gains on itself at 1.0 when sampled cooler.
     """
     rows: list[tuple[str, list[tuple[float, float, float] | None]]] = []
     for name in run.scored("test_cooler_gain"):
-        rows.append((f"{name} at 0.9, on itself", [None, None, _points(run.scores(name), "test_cooler_gain")]))
+        control = _points(run.scores(name), "test_cooler_gain")
+        rows.append((f"{name} at 0.9, on itself", [None, None, control]))
     for name, start in run.scored("start").items():
         gains = [_points(run.scores(name), f"{key}_gain") for _, key in TEMPERATURES]
         rows.append((f"{name}, on {start}", gains))
@@ -198,10 +199,11 @@ def headlines(run: Run) -> dict[str, Any]:
 
 
 def _solved(run: Run) -> dict[str, Any] | None:
-    """Tasks solved on the test split: how accuracy rose, and what preference learning gained there on its own start.
+    """Tasks solved on the test split: how accuracy rose, and what the last stage gained on its start.
 
-    above: whether SFT's interval lies above chance and the base model; None before SFT. moved: whether all is as it
-    should be: that, and a gain whose interval lies above zero; at 1.0 above what cooler sampling alone gains.
+    above: whether SFT's interval lies above chance and the base model; None before SFT. moved:
+    whether all is as it should be: that, and a gain whose interval lies above zero; at 1.0 it must
+    lie above what cooler sampling alone gains.
     """
     results = run.scored("test_accuracy")
     if not results:
@@ -215,7 +217,8 @@ def _solved(run: Run) -> dict[str, Any] | None:
     above = moved = None
     if "sft" in results:
         above = run.scores("sft").get("test_accuracy_low", 0.0) > max(v for _, v in floors if v is not None)
-        beyond = any(gain[1] > (control if key == "test_sampled" else 0) for _, key, gain in found if gain)
+        bars = {"test_sampled": control}
+        beyond = any(gain[1] > bars.get(key, 0.0) for _, key, gain in found if gain)
         moved = above and (not gains or beyond)
     told = {"stage": name, "scores": scores, "points": points, "gains": gains}
     return told | {"above": above, "moved": moved}
