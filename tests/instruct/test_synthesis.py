@@ -2,6 +2,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
+from problems import problem
 from pydantic import ValidationError
 
 from openqwen.engine import Output, Sampling
@@ -56,7 +57,7 @@ def test_task_documents_hold_solved_train_tasks_only():
         assert len(items) == len(document["meta"]["tasks"])
         before = max((h[0] for h in heads if document["text"].startswith(h[0])), key=len)
         questions |= {item.split("\n")[0].removeprefix(before) for item in items}
-    assert all(s.split_of(q) == "train" for q in questions if "area" not in q)
+    assert all(s.split_of(problem(q)) == "train" for q in questions if "area" not in q)
     described = [d for d in documents if "docstring" in d["meta"]["tasks"]]
     assert len(described) == 1
     assert described[0]["meta"]["parents"] == ["shapes.py"]
@@ -142,12 +143,12 @@ def test_instruct_payload(tmp_path):
     for record in records:
         question, answer = (m["content"] for m in record["messages"])
         if record["origin"]["method"] != "repurpose":
-            assert s.split_of(question) == "train"
+            assert s.split_of(problem(question)) == "train"
             assert tasks[question].check(answer)
             assert [tasks[question].task] == record["origin"]["tasks"]
     kept = {p["prompt"][0]["content"] for p in prompts}
     assert len(kept) == 60 == len(prompts)
-    assert all(s.split_of(question) == "train" for question in kept)
+    assert all(s.split_of(problem(question)) == "train" for question in kept)
 
 
 def test_instruct_is_deterministic(tmp_path):
@@ -180,9 +181,9 @@ def test_prefer_payload(tmp_path):
     summary = read_json(tmp_path / "a" / "prefer.json")
     assert metrics["pairs"] == len(train) == sum(summary["by_author"].values())
     assert (metrics["heldout_pairs"], metrics["test_pairs"]) == (len(held), len(test))
-    assert all(s.split_of(p["prompt"][0]["content"]) == "train" for p in train)
-    assert all(s.split_of(p["prompt"][0]["content"]) == "heldout" for p in held)
-    assert all(s.split_of(p["prompt"][0]["content"]) == "test" for p in test)
+    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "train" for p in train)
+    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "heldout" for p in held)
+    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "test" for p in test)
     assert max(Counter(p["prompt"][0]["content"] for p in train).values()) <= 2
     assert {p["origin"]["task"] for p in train} == set(s.KINDS), "every kind has its share"
     for pair in train + held + test:

@@ -39,8 +39,8 @@ class Estimates:
         if stage in ("tokenizer", "tokens"):
             return min(text, r.tokenizer.max_bytes) / _BPE_SPEED
         if stage.startswith("evaluate"):
-            answers = r.evaluate.checked + (r.evaluate.test if stage in _CHATS else 0)
-            return 2 * answers / _ANSWERS + self._training(_SCORED * r.evaluate.heldout_bytes)
+            answers = 2 * r.evaluate.checked + (3 * r.evaluate.test if stage in _CHATS else 0)
+            return answers / _ANSWERS + self._training(_SCORED * r.evaluate.heldout_bytes)
         sampled = {
             "instruct": r.instruct.rejection_prompts * r.instruct.rejection_samples,
             "prefer": (r.prefer.prompts + 2 * r.prefer.heldout_prompts) * r.prefer.samples,
