@@ -91,35 +91,36 @@ def verify() -> Iterator[Row]:
 def train() -> Iterator[Row]:
     """Pre-training steps in bfloat16 over float32 weights: tokens a second and MFU against the measured roof."""
     peak = roof("bf16_tflops") * 1e12
+    uneven = [600, 3000, 8192, 1500, 7000, 900, 5000, 6576]
     plans = [
-        ("qwen2.5-0.5b", 24, [8192] * 4, "nothing"),
-        ("qwen2.5-7b", 5, [8192] * 2, "nothing"),
-        ("qwen2.5-0.5b", 24, [32768], "nothing"),
-        ("qwen2.5-7b", 5, [32768], "cheap"),
-        ("qwen2.5-0.5b", 24, [600, 3000, 8192, 1500, 7000, 900, 5000, 6576], "nothing"),
+        ("qwen2.5-0.5b", 24, [8192] * 4, "nothing", True),
+        ("qwen2.5-7b", 5, [8192] * 2, "nothing", True),
+        ("qwen2.5-0.5b", 24, uneven, "nothing", True),
+        ("qwen2.5-7b", 5, [32768], "cheap", True),
+        ("qwen2.5-0.5b", 24, [32768], "nothing", True),
+        ("qwen2.5-0.5b", 24, [8192] * 4, "nothing", False),
     ]
-    for name, layers, lengths, recompute in plans:
-        for compiled in (True, False):
-            config = replace(ModelConfig.named(name), num_hidden_layers=layers)
-            shape = f"{len(lengths)} of {min(lengths):,} to {max(lengths):,}"
-            label = f"{name}, {layers} layers, {shape}, recompute {recompute}"
-            label += ", compiled" if compiled else ""
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                log = steps_of(config, lengths, recompute, compiled)
-            except Exception as error:
-                yield {"what": label, "failed": f"{type(error).__name__}: {error}"[:300]}
-                continue
-            seconds = statistics.median(entry["seconds"] for entry in log[2:])
-            speed = sum(lengths) / seconds
-            seen = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
-            yield {
-                "what": label,
-                "tokens_per_second": round(speed),
-                "mfu": round(config.flops_per_token(seen) * speed / peak, 3),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-            }
-            torch.cuda.empty_cache()
+    for name, layers, lengths, recompute, compiled in plans:
+        config = replace(ModelConfig.named(name), num_hidden_layers=layers)
+        shape = f"{len(lengths)} of {min(lengths):,} to {max(lengths):,}"
+        label = f"{name}, {layers} layers, {shape}, recompute {recompute}"
+        label += ", compiled" if compiled else ""
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            log = steps_of(config, lengths, recompute, compiled)
+        except Exception as error:
+            yield {"what": label, "failed": f"{type(error).__name__}: {error}"[:300]}
+            continue
+        seconds = statistics.median(entry["seconds"] for entry in log[2:])
+        speed = sum(lengths) / seconds
+        seen = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
+        yield {
+            "what": label,
+            "tokens_per_second": round(speed),
+            "mfu": round(config.flops_per_token(seen) * speed / peak, 3),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        }
+        torch.cuda.empty_cache()
 
 
 def experts() -> Iterator[Row]:
