@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from openqwen.support.device import allow_tf32, best_device
+from openqwen.support.device import best_device, tf32
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
 from openqwen.support.files import read_json, read_jsonl, write_jsonl, write_text
 from openqwen.support.generators import Generators
@@ -93,10 +93,13 @@ def test_words():
 
 def test_float32_on_a_gpu_is_float32_until_it_is_told_otherwise(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    told = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", told.append)
     assert best_device() == torch.device("cuda")
-    assert told == []
-    allow_tf32(True)
-    allow_tf32(False)
-    assert told == ["high", "highest"]
+    precision = torch.get_float32_matmul_precision
+    assert precision() == "highest"
+    with pytest.raises(RuntimeError), tf32(True):
+        assert precision() == "high"
+        with tf32(False):
+            assert precision() == "highest"
+        assert precision() == "high"
+        raise RuntimeError
+    assert precision() == "highest"

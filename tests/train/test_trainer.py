@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -285,7 +286,7 @@ def test_bfloat16_computes_rounded_and_keeps_float32_weights(tmp_path):
 
 def test_float32_that_was_asked_for_is_no_tf32(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("openqwen.train.trainer.allow_tf32", told.append)
+    monkeypatch.setattr("openqwen.train.trainer.tf32", lambda allowed: told.append(allowed) or nullcontext())
     for precision in ("float32", "bfloat16", "auto"):
         trainer(tmp_path / precision, steps=1, precision=precision).run()
     assert told == [False, True, False]  # auto on a CPU is float32

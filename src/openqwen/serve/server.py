@@ -30,7 +30,7 @@ from openqwen.serve.bridge import Bridge
 from openqwen.serve.gate import Gate, TimedProtocol
 from openqwen.serve.metrics import Metrics
 from openqwen.serve.settings import ServeConfig
-from openqwen.support.device import allow_tf32, best_device
+from openqwen.support.device import best_device, tf32
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 from openqwen.tokenizer import load_tokenizer
@@ -54,7 +54,7 @@ def serve(source: str, config: ServeConfig) -> None:
     def begin(failed: Callable[[], None]) -> Api:
         return Api(Bridge(engine, Metrics(names[0]), config.queue, config.timeout, failed), config, names, scorer)
 
-    with tempfile.TemporaryDirectory(prefix="openqwen-") as private:
+    with tempfile.TemporaryDirectory(prefix="openqwen-") as private, tf32(True):
         failed = asyncio.run(_run(begin, source, keys, listener, config.data or Path(private)))
     if failed:
         raise OpenQwenError("The engine has failed.", do="report the traceback above with the request")
@@ -102,7 +102,6 @@ def _engine(source: str, config: ServeConfig, names: list[str]) -> Engine:
     if config.max_context is not None:
         settings = settings.model_copy(update={"max_context": context_tokens(config.max_context)})
     device = config.device or best_device()
-    allow_tf32(True)
     engine = Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
     for entry in config.adapters:
         name, _, folder = entry.partition("=")

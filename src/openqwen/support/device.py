@@ -17,13 +17,16 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def allow_tf32(allowed: bool) -> None:
-    """Whether a GPU's float32 products may round their factors to TF32, for speed.
-
-    PyTorch does not, until it is told so here.
-    """
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within, a GPU's float32 products may round their factors to TF32, for speed, or may not."""
+    before = torch.get_float32_matmul_precision()
     rounded = allowed and torch.cuda.is_available()
     torch.set_float32_matmul_precision("high" if rounded else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def free_memory() -> int:

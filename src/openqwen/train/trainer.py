@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openqwen.model import Qwen2, Scorer, save_checkpoint
-from openqwen.support.device import allow_tf32, best_device, freed_memory_kept, peak_flops, peak_memory
+from openqwen.support.device import best_device, freed_memory_kept, peak_flops, peak_memory, tf32
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
@@ -113,8 +113,6 @@ class Trainer(Generic[Micro]):
     def run(self) -> dict[str, float]:
         """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
         self.scratch.mkdir(parents=True, exist_ok=True)
-        # What autocast leaves in float32 need not be exact where bfloat16 is meant.
-        allow_tf32(is_low(self.optimizer.precision, best_device()))
         self.shard()
         movers = optimizers(self.model, self.optimizer)
         first = load_state(self.scratch, self.model, movers, self.generators, self.world)
@@ -127,6 +125,8 @@ class Trainer(Generic[Micro]):
         trackers = self.optimizer.track if self.world.main else []
         with (
             freed_memory_kept(),
+            # What autocast leaves in float32 need not be exact where bfloat16 is meant.
+            tf32(is_low(self.optimizer.precision, best_device())),
             tracking(trackers, self.scratch, self.label, first) as track,
             open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
             StateWriter(self.scratch, self.config.save.keep, self.world) as writer,
