@@ -130,7 +130,7 @@ def test_a_stage_takes_a_model_from_the_hub(call, monkeypatch, tmp_path):
     (tmp_path / "blob").write_text("{}")
     (snapshot / "config.json").symlink_to(tmp_path / "blob")  # as the hub's cache lays it out
     asked, given = [], []
-    monkeypatch.setattr(hub, "_fetched", lambda name, revision: asked.append((name, revision)) or snapshot)
+    monkeypatch.setattr(hub, "_fetched", lambda name, revision, *_: asked.append((name, revision)) or snapshot)
     inputs = {"model": "What to start from.", "data": "What to read."}
     verb = Verb("Learn.", stages.Learn, inputs, lambda work: given.append(dict(work.inputs)) or {})
     monkeypatch.setitem(stages.VERBS, "sft", verb)
