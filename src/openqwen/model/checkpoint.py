@@ -17,6 +17,7 @@ from openqwen.model.quantize import quantize as quantized
 from openqwen.model.quantize_gpu import quantize_on_gpu
 from openqwen.model.stored import Stored, stored_in_folder, weight_files
 from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
+from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 from openqwen.support.hub import local
@@ -160,7 +161,7 @@ def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
             f"These weights are {own.get('kind')}, version {own.get('version')} of their form; asked for is"
             f" {asked or own.get('kind')}, version {_PACKED['version']}.",
             where=path,
-            do="quantise the source anew: openqwen quantize MODEL OUTPUT --to KIND",
+            do=f"quantise the source anew: {command('quantize', 'MODEL', 'OUTPUT', '--to', 'KIND')}",
         )
     model = QuantizedQwen2(config, own["kind"])
     try:

@@ -40,7 +40,7 @@ async function ask(path, body = null, signal = null) {
     response = await fetch(path, request);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The server does not answer.", { advice: "Check that openqwen serve is still running, then try again." });
+    throw new ApiError("The server does not answer.", { advice: "Check that it is still running, then try again." });
   }
   if (!response.ok) throw await refusal(response);
   return response;
