@@ -20,7 +20,8 @@ POLICY = (
 class Stub(ThreadingHTTPServer):
     """`answers`: what to say, one a request, each a text, a dict (a delta), or a list of pieces; the last one repeats.
 
-    `refusals`: (status, message or whole error, headers) to give instead, one a request. `pause`: seconds between pieces.
+    `refusals`: (status, message or whole error, headers) to give instead, one a request.
+    `pause`: seconds between pieces.
     `cut`: end the stream without saying so after so many pieces. `seen`: bodies of the requests for answers.
     """
 
