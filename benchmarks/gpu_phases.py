@@ -91,35 +91,36 @@ def verify() -> Iterator[Row]:
 def train() -> Iterator[Row]:
     """Pre-training steps in bfloat16 over float32 weights: tokens a second and MFU against the measured roof."""
     peak = roof("bf16_tflops") * 1e12
+    uneven = [600, 3000, 8192, 1500, 7000, 900, 5000, 6576]
     plans = [
-        ("qwen2.5-0.5b", 24, [8192] * 4, "nothing"),
-        ("qwen2.5-7b", 5, [8192] * 2, "nothing"),
-        ("qwen2.5-0.5b", 24, [32768], "nothing"),
-        ("qwen2.5-7b", 5, [32768], "cheap"),
-        ("qwen2.5-0.5b", 24, [600, 3000, 8192, 1500, 7000, 900, 5000, 6576], "nothing"),
+        ("qwen2.5-0.5b", 24, [8192] * 4, "nothing", True),
+        ("qwen2.5-7b", 5, [8192] * 2, "nothing", True),
+        ("qwen2.5-0.5b", 24, uneven, "nothing", True),
+        ("qwen2.5-7b", 5, [32768], "cheap", True),
+        ("qwen2.5-0.5b", 24, [32768], "nothing", True),
+        ("qwen2.5-0.5b", 24, [8192] * 4, "nothing", False),
     ]
-    for name, layers, lengths, recompute in plans:
-        for compiled in (True, False):
-            config = replace(ModelConfig.named(name), num_hidden_layers=layers)
-            shape = f"{len(lengths)} of {min(lengths):,} to {max(lengths):,}"
-            label = f"{name}, {layers} layers, {shape}, recompute {recompute}"
-            label += ", compiled" if compiled else ""
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                log = steps_of(config, lengths, recompute, compiled)
-            except Exception as error:
-                yield {"what": label, "failed": f"{type(error).__name__}: {error}"[:300]}
-                continue
-            seconds = statistics.median(entry["seconds"] for entry in log[2:])
-            speed = sum(lengths) / seconds
-            seen = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
-            yield {
-                "what": label,
-                "tokens_per_second": round(speed),
-                "mfu": round(config.flops_per_token(seen) * speed / peak, 3),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
-            }
-            torch.cuda.empty_cache()
+    for name, layers, lengths, recompute, compiled in plans:
+        config = replace(ModelConfig.named(name), num_hidden_layers=layers)
+        shape = f"{len(lengths)} of {min(lengths):,} to {max(lengths):,}"
+        label = f"{name}, {layers} layers, {shape}, recompute {recompute}"
+        label += ", compiled" if compiled else ""
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            log = steps_of(config, lengths, recompute, compiled)
+        except Exception as error:
+            yield {"what": label, "failed": f"{type(error).__name__}: {error}"[:300]}
+            continue
+        seconds = statistics.median(entry["seconds"] for entry in log[2:])
+        speed = sum(lengths) / seconds
+        seen = sum(n * (n + 1) / 2 for n in lengths) / sum(lengths)
+        yield {
+            "what": label,
+            "tokens_per_second": round(speed),
+            "mfu": round(config.flops_per_token(seen) * speed / peak, 3),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 1),
+        }
+        torch.cuda.empty_cache()
 
 
 def experts() -> Iterator[Row]:
@@ -192,17 +193,20 @@ def decode() -> Iterator[Row]:
                 yield {"what": f"{name}, {quantize}", "failed": f"{type(error).__name__}: {error}"[:300]}
                 continue
             token = (whole - start) / 128
-            passed = sum(p.nbytes for n, p in model.named_parameters() if "embed_tokens" not in n)
-            if model.lm_head is None:
-                passed += model.model.embed_tokens.weight.nbytes
-            yield {
-                "what": f"{name}, {quantize or 'bfloat16'}, one request",
-                "ms_per_token": round(token * 1e3, 2),
-                "weights_ms": round(passed / bandwidth * 1e3, 2),
-                "ratio": round(token / (passed / bandwidth), 2),
-            }
+            row: Row = {"what": f"{name}, {quantize or 'bfloat16'}, one request"}
+            row["ms_per_token"] = round(token * 1e3, 2)
+            if quantize is None:  # torchao's tensors tell the size of what they stand for
+                bound = _read_bytes(model) / bandwidth
+                row |= {"weights_ms": round(bound * 1e3, 2), "ratio": round(token / bound, 2)}
+            yield row
             del engine, model
             torch.cuda.empty_cache()
+
+
+def _read_bytes(model: Qwen2) -> int:
+    """Bytes of the weights that a token passes: all but the embedding table, which is the head where tied."""
+    passed = sum(p.nbytes for n, p in model.named_parameters() if "embed_tokens" not in n)
+    return passed + (model.model.embed_tokens.weight.nbytes if model.lm_head is None else 0)
 
 
 def serving() -> Iterator[Row]:
@@ -218,8 +222,7 @@ def serving() -> Iterator[Row]:
     seconds = generate(engine, prompts, 256)
     reading = 256 * 512 * config.flops_per_token(256) / 3 / (roof("bf16_tflops") * 1e12)
     cache = 256 * (512 + 128) * 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * 128
-    weights = sum(p.nbytes for n, p in model.named_parameters() if "embed_tokens" not in n)
-    writing = 256 * (weights + cache) / 2 / (roof("copy_gb_s") * 1e9) * 2
+    writing = 256 * (_read_bytes(model) + cache) / (roof("copy_gb_s") * 1e9)
     yield {
         "what": "7B's shape, 256 requests, 512 in, 256 out",
         "seconds": round(seconds, 2),

@@ -4,6 +4,8 @@ import gzip
 import json
 import shutil
 import sysconfig
+from collections import Counter
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 from openqwen.corpus import CorpusConfig, build_corpus
 from openqwen.corpus.documents import read_documents
 from openqwen.corpus.installation import InstallationReader
-from openqwen.corpus.mixture import beyond_cap, heldout, shares
+from openqwen.corpus.mixture import beyond_cap, heldout, sample, shares
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 
@@ -133,32 +135,71 @@ def test_caps_and_shares():
     assert shares({"a": 300, "b": 100}, {"b": 3.0}) == {"a": 0.5, "b": 0.5}
 
 
-def test_the_installation_is_a_corpus(tmp_path, monkeypatch):
-    """On a small standard library: reading the whole one takes seconds."""
-    library = tmp_path / "python"
-    for name in ("json", "test", "site-packages/big"):
-        (library / name).mkdir(parents=True)
+def test_a_sample_follows_the_weights_and_no_order():
+    """In the order of their paths, the first bytes were all of one source."""
+    pages = [page | {"text": "x" * 10} for source in "abc" for page in documents(2000, source)]
+    weights = {"a": 1.0, "b": 4.0}
+    chosen = sample(pages, weights, 10_000, seed=0)
+    assert len(chosen) == 1000
+    counts = Counter(pages[position]["source"] for position in chosen)
+    assert counts["b"] / 1000 == pytest.approx(0.8, abs=0.05)
+    assert counts["c"] == 0
+    turned = sample(pages[::-1], weights, 10_000, seed=0)
+    assert {pages[::-1][position]["id"] for position in turned} == {pages[position]["id"] for position in chosen}
+    assert sample(pages, weights, 10_000, seed=1) != chosen
+    assert len(sample(pages, weights, 10**9, seed=0)) == 4000
+    assert sample(pages[:1], weights, 3, seed=0) == {0}
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A small standard library: reading the whole one takes seconds."""
+    folder = tmp_path / "python"
+    for name in ("json", "test"):
+        (folder / name).mkdir(parents=True)
     for name in ("textwrap.py", "json/__init__.py", "json/scanner.py"):
-        shutil.copy(Path(sysconfig.get_path("stdlib")) / name, library / name)
-    shutil.copy(library / "textwrap.py", library / "test/test_wrap.py")
-    (library / "site-packages/big/big.py").write_text("x = 1")
-    (library / "test/broken.py").write_text("def (")
-    (library / "broken.py").write_text("def (")
-    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(library))
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / name, folder / name)
+    shutil.copy(folder / "textwrap.py", folder / "test/test_wrap.py")
+    (folder / "test/broken.py").write_text("def (")
+    (folder / "abc.py").write_text("def (")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _name: str(folder))
+    return folder
+
+
+def test_the_standard_library_is_a_corpus(library):
     reader = InstallationReader(10_000_000)
     pages = {document["id"]: document for document in reader}
     library_pages = [name for name in pages if name.startswith(("python/", "docs/"))]
-    modules = ("broken", "json/__init__", "json/scanner", "test/broken", "test/test_wrap", "textwrap")
+    modules = ("abc", "json/__init__", "json/scanner", "test/broken", "test/test_wrap", "textwrap")
     references = ("json", "json.scanner", "textwrap")
     assert sorted(library_pages) == [*(f"docs/{m}" for m in references), *(f"python/{m}.py" for m in modules)]
-    assert {d["source"] for d in pages.values()} == {"code", "docs", "metadata"}
+    assert {d["source"] for d in pages.values()} == {"code", "docs"}
     assert "wrap(text, width=70, **kwargs)\nWrap a single paragraph of text" in pages["docs/textwrap"]["text"]
     assert pages["docs/textwrap"]["meta"]["group"] == pages["python/textwrap.py"]["meta"]["group"]
     assert "pydoc/booleans" in pages
-    assert pages["metadata/numpy"]["text"].startswith("numpy: ")
-    assert "<img" not in pages["metadata/numpy"]["text"]
-    assert "metadata/openqwen" not in pages
-    assert reader.files == len(modules) + sum(name.startswith("metadata/") for name in pages)
+    assert reader.files == len(modules)
+
+
+def test_what_else_is_installed_changes_nothing(library, tmp_path, monkeypatch):
+    """One more README changed every draw of the tiny recipe."""
+    before = list(InstallationReader(10_000_000))
+    description = f"Metadata-Version: 2.1\nName: extra\nVersion: 1\nSummary: More\n\n{essay('extra')}"
+    added = {
+        "site-packages/extra/code.py": essay("code"),
+        "site-packages/extra-1.dist-info/METADATA": description,
+        "dist-packages/other.py": essay("other"),
+        "_sysconfigdata__linux_x86_64-linux-gnu.py": essay("paths of this build"),
+        "config-3.11-x86_64-linux-gnu/python-config.py": essay("paths of this build, again"),
+        "sitecustomize.py": essay("the administrator's"),
+        "EXTERNALLY-MANAGED": essay("the distribution's"),
+        "json/__pycache__/scanner.txt": essay("cache"),
+    }
+    for name, text in added.items():
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(text)
+    monkeypatch.syspath_prepend(library / "site-packages")
+    assert metadata.version("extra") == "1"
+    assert list(InstallationReader(10_000_000)) == before
 
 
 def test_an_unknown_field_is_refused():

@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import save_checkpoint
-from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, save_adapter
+from openqwen.model.lora import (
+    LoraConfig,
+    add_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
 from openqwen.model.quantize import _matrices, quantize
 from openqwen.support.errors import OpenQwenError
 
@@ -58,13 +64,21 @@ def test_each_request_has_its_own_adapter(network, tmp_path):
     assert not network.model.layers[0].self_attn.q_proj._forward_hooks
 
 
-def test_an_adapter_of_peft_speaks_as_in_peft(network, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "up_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"up_proj": 2}},
+        {"target_modules": r".*\.1\..*_proj", "alpha_pattern": {"k_proj": 3}},
+    ],
+    ids=["names", "all-linear", "expression"],
+)
+def test_an_adapter_of_peft_speaks_as_in_peft(network, tmp_path, options):
     save_checkpoint(network, WORDS, tmp_path / "base")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     torch.manual_seed(0)
-    theirs = get_peft_model(
-        theirs, PeftConfig(r=4, lora_alpha=16, init_lora_weights=False, target_modules=["q_proj", "up_proj"])
-    )
+    config = PeftConfig(r=4, lora_alpha=16, init_lora_weights=False, **options)
+    theirs = get_peft_model(theirs, config)
     theirs.save_pretrained(tmp_path / "adapter")
     engine = Engine(network, WORDS)
     engine.adapters.add("peft", tmp_path / "adapter")
@@ -163,3 +177,15 @@ def test_the_head_takes_no_adapter_of_a_request(tmp_path):
     engine = Engine(network, WORDS)
     with pytest.raises(OpenQwenError, match="no linear layer 'lm_head'"):
         engine.adapters.add("head", adapter(network, tmp_path / "head", 1, targets=["q_proj", "lm_head"]))
+
+
+def test_a_network_with_an_adapted_head_speaks_as_with_it_merged(tmp_path):
+    network = model(seed=3, tie_word_embeddings=False)
+    load_adapter(network, adapter(network, tmp_path / "head", 1, targets=["q_proj", "lm_head"]))
+    merged = copy.deepcopy(network)
+    merge_adapters(merged)
+    asked, sampling = prompts(3, seed=1), Sampling(max_tokens=12)
+    for output, prompt in zip(Engine(network, WORDS).generate(asked, sampling), asked):
+        truth = plain_greedy(merged, WORDS, prompt, 12)
+        assert output.token_ids == truth[0]
+        assert output.logprobs == pytest.approx(truth[1], abs=1e-4)

@@ -71,6 +71,18 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(network):
     assert [o.token_ids for o in other] != [o.token_ids for o in together]
 
 
+def test_prompts_without_seeds_are_drawn_apart_and_again_the_same(network):
+    prompt, sampling = prompts(1, seed=1)[0], Sampling(max_tokens=15, temperature=1.0)
+    four, _ = answers(network, [prompt] * 4, sampling)
+    assert len({tuple(output.token_ids) for output in four}) == 4
+    same(answers(network, [prompt] * 4, sampling)[0], four)
+    same(answers(network, [prompt], sampling)[0], four[:1])
+    engine = Engine(network, WORDS)
+    one = engine.submit(prompt, replace(sampling, seed=9))  # a seed of its own: alone as in company
+    engine.generate([prompt] * 4, sampling)
+    same(answers(network, [prompt], sampling, [9])[0], [one])
+
+
 @pytest.mark.parametrize(("kind", "cache"), [("int8", "float"), ("int4", "int8")])
 def test_where_rows_are_apart_neighbours_guesses_and_the_cache_change_no_bit(kind, cache):
     """Packed weights and the compiled attention give a row the same bits whatever shares the call."""
@@ -244,7 +256,7 @@ def test_a_bad_request_is_named():
             engine.submit(prompt)
     with pytest.raises(OpenQwenError, match="no adapter called 'x'"):
         engine.submit([1], adapter="x")
-    for options in ({"top_p": 0.0}, {"temperature": -1.0}, {"max_tokens": 0}, {"stop": ("",)}):
+    for options in ({"top_p": -0.1}, {"temperature": -1.0}, {"max_tokens": 0}, {"stop": ("",)}):
         with pytest.raises(OpenQwenError, match=next(iter(options))):
             Sampling(**options)
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from openqwen.engine import Sampling, sampler
-from openqwen.engine.sampler import Row, choose, draws, penalise, seed_of_sample, top_of
+from openqwen.engine.sampler import Row, choose, draws, penalise, seed_of, top_of
 
 
 def random_scores(rows, width, spread=3.0, seed=0):
@@ -74,14 +74,61 @@ def test_draws_follow_the_distribution(options):
     assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
 
 
-def test_draws_are_uniform_and_apart():
-    many = draws(np.repeat(np.arange(300), 300).tolist(), np.tile(np.arange(300), 300).tolist())
-    assert np.histogram(many, 20, (0, 1))[0] == pytest.approx(np.full(20, 4500), rel=0.07)
-    table = many.reshape(300, 300)
-    assert abs(np.corrcoef(table[:-1].ravel(), table[1:].ravel())[0, 1]) < 0.02
-    assert abs(np.corrcoef(table[:, :-1].ravel(), table[:, 1:].ravel())[0, 1]) < 0.02
+def test_draws_are_those_of_split_mix():
+    """The published outputs for the seed 1234567: the first is the key, whose own stream the places count through."""
+    keys = sampler._split_mix(np.uint64(1234567) + sampler._GAMMA * np.arange(3, dtype=np.uint64))
+    assert keys.tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    words = sampler._split_mix(keys[:1] + sampler._GAMMA * np.arange(3, dtype=np.uint64))
+    assert draws([1234567] * 3, range(3)).tolist() == [(int(word) >> 11) / 2**53 for word in words]
+
+
+def test_no_single_cell_is_special():
+    """Seed 0 at place 0 was exactly 0, so that every first token was token 0."""
+    edges = [0, 1, -1, 2**31, 2**32, 2**62, 2**63, 2**64 - 1, 7]
+    for name, cells in {
+        "seed 0": draws([0] * 4096, range(4096)),
+        "place 0": draws(range(4096), [0] * 4096),
+        "edges": draws(edges, [0] * len(edges)),
+        "prompts of seed 0": draws([seed_of(0, n) for n in range(4096)], [0] * 4096),
+    }.items():
+        assert cells.min() > 1e-6, name
+        assert cells.max() < 1 - 1e-6, name
+        assert len(np.unique(cells)) == len(cells) - (name == "edges"), name  # -1 is 2^64 - 1
+    sampling, scores_RV = Sampling(temperature=1.0), torch.zeros(64, 128)
+    first = [choose(scores_RV[:1].clone(), [Row(sampling, 0, place)], 128).tokens[0] for place in range(3)]
+    assert 0 not in first
+
+
+@pytest.mark.parametrize("axis", ["seeds", "places", "prompts", "samples"])
+def test_draws_are_independent_along_every_axis(axis):
+    """A table of 256 × 256 draws: uniform in every row, column and pair of neighbours, near ones and far ones."""
+    size = 256
+    first, second = np.repeat(np.arange(size), size).tolist(), np.tile(np.arange(size), size).tolist()
+    seeds = {
+        "seeds": first,
+        "places": [0] * len(first),
+        "prompts": [seed_of(0, n) for n in first],
+        "samples": [seed_of(n, m) for n, m in zip(first, second)],
+    }[axis]
+    places = {"places": range(size * size), "samples": [0] * len(first)}.get(axis, second)
+    table = draws(seeds, places).reshape(size, size)
+    for lines in (table, table.T):
+        counts = np.stack([np.histogram(line, 16, (0, 1))[0] for line in lines])
+        chi_square = ((counts - size / 16) ** 2 / (size / 16)).sum(-1)  # 15 degrees of freedom
+        assert chi_square.max() < 55  # once in 400,000
+        assert abs(chi_square.mean() - 15) < 5 * np.sqrt(30 / size)
+        for apart in (1, 2, 3, 16, 64, 128):
+            pairs, _, _ = np.histogram2d(lines[:-apart].ravel(), lines[apart:].ravel(), 8, ((0, 1), (0, 1)))
+            expected = (size - apart) * size / 64
+            assert ((pairs - expected) ** 2 / expected).sum() < 63 + 6 * np.sqrt(126)
+    for first, second in ((table[0], table.mean(0)), (table[:, 0], table.mean(1))):
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.35
+
+
+def test_seeds_of_many_answers():
     assert draws([-1, 2**70 + 3], [0, 0]).tolist() == draws([2**64 - 1, 3], [0, 0]).tolist()
-    assert len({seed_of_sample(7, i) for i in range(100)}) == 100
+    assert seed_of(7, 0) == 7
+    assert len({seed_of(seed, index) for seed in range(100) for index in range(100)}) == 10_000
 
 
 def test_rows_do_not_touch_each_other():

@@ -44,7 +44,7 @@ def test_speculative_equals_plain(sampling, draft):
     stats = guessing.stats()
     assert stats.drafted > 0 or (draft is None and sampling.temperature > 0)
     if draft is CLOSE:
-        assert stats.accepted > 0.5 * stats.drafted > 50
+        assert stats.accepted > 0.4 * stats.drafted > 40
 
 
 def test_guesses_save_calls_where_they_are_right():

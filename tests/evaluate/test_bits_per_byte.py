@@ -113,6 +113,17 @@ def test_by_source_adds_up(tiny):
     assert both.overall == pytest.approx((12 * both.by_source["code"] + 20 * both.by_source["docs"]) / 32)
 
 
+def test_scores_have_an_interval_over_documents(tiny):
+    given = documents("one", "two three", "naïve " * 8, "def f(x): return x")
+    scores = bits_per_byte(tiny, ByteTokenizer(), given, 8).scores("bits_per_byte")
+    alone = [bits_per_byte(tiny, ByteTokenizer(), [document], 8).overall for document in given]
+    assert list(scores) == ["bits_per_byte", "bits_per_byte_low", "bits_per_byte_high"]
+    low, high = scores["bits_per_byte_low"], scores["bits_per_byte_high"]
+    assert min(alone) <= low < scores["bits_per_byte"] < high <= max(alone)
+    one = bits_per_byte(tiny, ByteTokenizer(), given[:1], 8).scores("bits_per_byte")
+    assert list(one) == ["bits_per_byte"], "one document says nothing of the others"
+
+
 def test_packing_and_neighbours_change_nothing(tiny, monkeypatch):
     module = importlib.import_module("openqwen.evaluate.bits_per_byte")
     given = documents("one", "two three", "four five six seven eight nine ten")

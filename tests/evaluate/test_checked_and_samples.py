@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -53,14 +54,20 @@ def test_no_items_is_refused():
 
 
 def test_samples_have_both_kinds():
-    samples = sample_answers(FakeEngine({CHATS[0]: "14", CONTINUATIONS[0]: "pass"}), 8)
+    samples = sample_answers(FakeEngine({CHATS[0]: "23", CONTINUATIONS[0]: "pass"}), 8)
     assert len(samples) == len(CHATS) + len(CONTINUATIONS)
     assert samples[0] == {"prompt": CONTINUATIONS[0], "answer": "pass", "kind": "continuation"}
-    assert {"prompt": CHATS[0], "answer": "14", "kind": "chat"} in samples
+    assert {"prompt": CHATS[0], "answer": "23", "kind": "chat"} in samples
 
 
 def test_shown_chat_prompts_are_held_out():
-    assert all(split_of(chat) == "heldout" for chat in CHATS[:8])
+    problems = (
+        *("add 5 18", "compare 57 67", "count code frog note soup", "repeat hand 2", "join hyphens brown window"),
+        *("reverse clock thin board present", "json plane find", "bullets simple good hard"),
+    )
+    for chat, problem in zip(CHATS, problems):
+        assert split_of(problem) == "heldout"
+        assert set(problem.split()[1:]) <= set(re.findall(r"\w+", chat))
 
 
 def test_configuration_is_documented():

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from openqwen.evaluate import paired_gain, wilson_interval
-from openqwen.evaluate.intervals import grouped_interval
+from openqwen.evaluate.intervals import grouped_interval, ratio_interval
+
+
+def alone(n):
+    """Every item a group of its own."""
+    return [str(i) for i in range(n)]
 
 
 @pytest.mark.parametrize("n", [1, 10, 400])
@@ -17,12 +22,25 @@ def test_wilson_interval_ends_where_the_score_test_does(n, share):
         assert abs(share - p) == pytest.approx(1.95996398454 * math.sqrt(p * (1 - p) / n), abs=1e-9)
 
 
+def test_ratio_interval_is_that_of_the_delta_method_where_items_are_many():
+    """Var(Σb / Σs) = Σ (b − r·s)² / (Σs)² (Cochran 1977); and items that are all alike leave no doubt."""
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(200, 4_000, 900).astype(float)
+    bits = sizes * rng.normal(2.5, 0.4, 900)
+    ratio = bits.sum() / sizes.sum()
+    half = 1.95996398454 * math.sqrt(((bits - ratio * sizes) ** 2).sum()) / sizes.sum()
+    low, high = ratio_interval(bits.tolist(), sizes.tolist())
+    assert (ratio - low, high - ratio) == pytest.approx((half, half), rel=0.08)
+    assert ratio_interval(bits.tolist(), sizes.tolist()) == (low, high)
+    assert ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0))
+
+
 def test_paired_gain_counts_only_items_that_changed_sides():
     """For right and wrong the variance is McNemar's: (b + c − (b − c)² / n) / n², b up and c down of n."""
     before = [1.0] * 300 + [0.0] * 100
     after = [1.0] * 280 + [0.0] * 20 + [1.0] * 60 + [0.0] * 40
     n, up, down = 400, 60, 20
-    gain, low, high = paired_gain(before, after)
+    gain, low, high = paired_gain(before, after, alone(n))
     assert gain == pytest.approx((up - down) / n)
     half = 1.95996398454 * math.sqrt(up + down - (up - down) ** 2 / n) / n
     assert (high - gain, gain - low) == pytest.approx((half, half), rel=2e-3)  # n − 1 in place of n
@@ -34,14 +52,14 @@ def test_paired_gain_covers_the_truth_as_often_as_it_says():
     for _ in range(1000):
         before = rng.random(500) < 0.4
         after = np.where(rng.random(500) < 0.2, rng.random(500) < 0.7, before)  # 0.2 × (0.7 − 0.4) better
-        _, low, high = paired_gain(before.astype(float), after.astype(float))
+        _, low, high = paired_gain(before.astype(float), after.astype(float), alone(500))
         covered += low <= 0.06 <= high
     assert 0.93 < covered / 1000 < 0.97
 
 
 def test_lists_of_different_length_are_refused():
     with pytest.raises(ValueError, match="zip"):
-        paired_gain([1.0, 0.0], [1.0])
+        paired_gain([1.0, 0.0], [1.0], ["a", "b"])
 
 
 def test_a_grouped_interval_covers_the_truth_where_members_of_a_group_agree():
@@ -62,3 +80,14 @@ def test_a_grouped_interval_of_single_members_is_the_plain_one():
     low, high = grouped_interval(values, [str(n) for n in range(100)])
     half = 1.95996398454 * math.sqrt(0.6 * 0.4 / 99)
     assert (low, high) == pytest.approx((0.6 - half, 0.6 + half))
+
+
+def test_a_gain_on_wordings_of_few_problems_is_no_surer_than_the_problems():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(500):
+        change = np.repeat(rng.choice([-1.0, 0.0, 1.0], 60, p=[0.1, 0.6, 0.3]), 8)
+        groups = np.repeat(np.arange(60), 8).astype(str).tolist()
+        _, low, high = paired_gain(np.zeros(480).tolist(), change.tolist(), groups)
+        covered += low <= 0.2 <= high
+    assert 0.92 < covered / 500 < 0.98

@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import problem
 
 from openqwen.instruct.synthesize.kinds_text import bullets, exact_words, json_object
 from openqwen.instruct.synthesize.tasks import KINDS, SPLITS, Task, draw_task, generate_tasks, split_of, stream_tasks
@@ -143,18 +144,34 @@ def test_splits_never_cross_and_prompts_never_repeat():
     for split, tasks in zip(SPLITS, (train, held, test)):
         questions = [task.question for task in tasks]
         assert len(set(questions)) == len(questions)
-        assert {split_of(question) for question in questions} == {split}
-    assert not {t.question for t in train} & {t.question for t in held}
+        assert {split_of(task.problem) for task in tasks} == {split}
     assert max(Counter(t.task for t in train).values()) - min(Counter(t.task for t in train).values()) <= 1
     stream = stream_tasks(rng("c"))
-    assert all(split_of(next(stream).question) == "train" for _ in range(500))
+    assert all(split_of(next(stream).problem) == "train" for _ in range(500))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_problem_is_what_its_question_asks(kind):
+    assert all(problem(task.question) == task.problem for task in many(kind, 400))
+
+
+def test_no_problem_is_in_two_splits_however_it_is_put():
+    """Every sum, difference, list ... as its question's text tells it; 4 + 7 is 7 + 4, in whatever kind of task."""
+    splits = {split: generate_tasks(rng(split), 3000 if split == "train" else 1200, split=split) for split in SPLITS}
+    found = {split: {problem(task.question) for task in tasks} for split, tasks in splits.items()}
+    for one, other in (("train", "heldout"), ("train", "test"), ("heldout", "test")):
+        assert not found[one] & found[other]
+    sums = {split: {p for p in problems if p.startswith(("add", "subtract"))} for split, problems in found.items()}
+    assert min(map(len, sums.values())) > 30
+    assert "add 4 7" in {problem(f"{a} + {b} = ?") for a, b in ((4, 7), (7, 4))}
+    assert problem("Write out 7 + 4 with its result.") == "add 4 7"
 
 
 @pytest.mark.parametrize("split", ["heldout", "test"])
 def test_a_tenth_is_held_out_and_another_for_the_test(split):
     stream = rng("share")
     tasks = [draw_task(kind, stream) for kind in KINDS.values() for _ in range(200)]
-    share = sum(split_of(task.question) == split for task in tasks) / len(tasks)
+    share = sum(split_of(task.problem) == split for task in tasks) / len(tasks)
     assert 0.07 < share < 0.13
 
 

@@ -2,6 +2,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
+from problems import problem
 from pydantic import ValidationError
 
 from openqwen.engine import Output, Sampling
@@ -12,6 +13,7 @@ from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt, r
 from openqwen.instruct.synthesize.tasks import generate_tasks
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.support.generators import Generators
+from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 
 
 def output(text, reason="stop"):
@@ -56,7 +58,7 @@ def test_task_documents_hold_solved_train_tasks_only():
         assert len(items) == len(document["meta"]["tasks"])
         before = max((h[0] for h in heads if document["text"].startswith(h[0])), key=len)
         questions |= {item.split("\n")[0].removeprefix(before) for item in items}
-    assert all(s.split_of(q) == "train" for q in questions if "area" not in q)
+    assert all(s.split_of(problem(q)) == "train" for q in questions if "area" not in q)
     described = [d for d in documents if "docstring" in d["meta"]["tasks"]]
     assert len(described) == 1
     assert described[0]["meta"]["parents"] == ["shapes.py"]
@@ -68,8 +70,19 @@ def test_every_plain_format_comes_up():
     assert all(form.split("{question}")[0] in text for form in FORMATS)
 
 
+def test_a_plain_prompt_is_asked_as_it_is_learned():
+    """Its ids are the beginning of the learned text's: the colon and the newline are one token."""
+    texts = [document["text"] for document in s.task_documents(1, 200)]
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocabulary=1000))
+    for task in generate_tasks(Generators(0)["plain"], 100):
+        learned = tokenizer.encode(FORMATS[0].format(question=task.question, answer=task.answer))
+        asked = tokenizer.encode(plain_prompt(task.question))
+        assert learned[: len(asked)] == asked
+        assert tokenizer.decode(learned[len(asked) :]) == task.answer
+
+
 def test_plain_answers_end_at_the_blank_line():
-    assert plain_prompt("What is 1 + 1?") == "Question: What is 1 + 1?\nAnswer:"
+    assert plain_prompt("What is 1 + 1?") == "Question: What is 1 + 1?\nAnswer:\n"
     assert plain_answer(" 2\n\nQuestion: what") == "2"
     assert plain_answer(" - a\n- b\n") == "- a\n- b"
     assert plain_answer("") == ""
@@ -142,12 +155,12 @@ def test_instruct_payload(tmp_path):
     for record in records:
         question, answer = (m["content"] for m in record["messages"])
         if record["origin"]["method"] != "repurpose":
-            assert s.split_of(question) == "train"
+            assert s.split_of(problem(question)) == "train"
             assert tasks[question].check(answer)
             assert [tasks[question].task] == record["origin"]["tasks"]
     kept = {p["prompt"][0]["content"] for p in prompts}
     assert len(kept) == 60 == len(prompts)
-    assert all(s.split_of(question) == "train" for question in kept)
+    assert all(s.split_of(problem(question)) == "train" for question in kept)
 
 
 def test_instruct_is_deterministic(tmp_path):
@@ -180,9 +193,9 @@ def test_prefer_payload(tmp_path):
     summary = read_json(tmp_path / "a" / "prefer.json")
     assert metrics["pairs"] == len(train) == sum(summary["by_author"].values())
     assert (metrics["heldout_pairs"], metrics["test_pairs"]) == (len(held), len(test))
-    assert all(s.split_of(p["prompt"][0]["content"]) == "train" for p in train)
-    assert all(s.split_of(p["prompt"][0]["content"]) == "heldout" for p in held)
-    assert all(s.split_of(p["prompt"][0]["content"]) == "test" for p in test)
+    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "train" for p in train)
+    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "heldout" for p in held)
+    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "test" for p in test)
     assert max(Counter(p["prompt"][0]["content"] for p in train).values()) <= 2
     assert {p["origin"]["task"] for p in train} == set(s.KINDS), "every kind has its share"
     for pair in train + held + test:
@@ -205,6 +218,15 @@ def test_pairs_contrast_right_with_wrong_samples():
     ((chosen, rejected, origin),) = pairs(output(WRONG), output(f" {TASK.answer} "), output(WRONG + " "))
     assert (chosen, rejected) == (TASK.answer, WRONG)
     assert (origin["chosen"], origin["rejected"], origin["task"]) == ("model", "model", "add")
+
+
+def test_pairs_tell_the_temperature_of_each_answer_that_the_model_gave():
+    outputs = [output(TASK.answer), output("wrong"), output("wrong"), output(TASK.answer)]
+    ((_, _, origin),) = pairs(*outputs, temperatures=[1.5, 0.5])
+    assert (origin["temperature"], origin["chosen_temperature"]) == (0.5, 0.5)
+    ((_, _, origin),) = pairs(output("wrong"), output(TASK.answer, "length"), temperatures=[1.5, 0.5])
+    assert origin["temperature"] == 1.5
+    assert "chosen_temperature" not in origin, "the program's"
 
 
 def test_no_more_pairs_than_allowed():

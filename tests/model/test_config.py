@@ -86,6 +86,74 @@ def test_yarn_is_read_and_written_in_the_old_and_the_new_spelling():
         assert theirs["factor"] == 4.0
 
 
+CARD = {"type": "yarn", **YARN}
+
+
+@pytest.mark.parametrize("card", [CARD, {"rope_type": "yarn", **YARN}, {**CARD, "rope_type": "yarn", "type": "linear"}])
+def test_the_card_s_yarn_beside_what_transformers_5_wrote(card):
+    """The theta stays the file's own; transformers 5 resets it to 10,000."""
+    values = ModelConfig.named("qwen2.5-7b-instruct").to_json()
+    del values["rope_theta"]
+    new = values | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    config = ModelConfig.from_json(new | {"rope_scaling": card})
+    assert (config.rope_theta, config.yarn) == (1e6, Yarn(4.0, 32_768))
+    saved = config.to_json()
+    assert ModelConfig.from_json(saved) == config
+    theirs = transformers.Qwen2Config(**saved).rope_parameters
+    assert theirs == {"rope_type": "yarn", "rope_theta": 1e6, **YARN}
+    plain = ModelConfig.from_json(new | {"rope_parameters": CARD | {"rope_theta": 5e5}, "rope_scaling": None})
+    assert (plain.rope_theta, plain.yarn) == (5e5, Yarn(4.0, 32_768))
+
+
+def test_what_a_file_leaves_out_is_as_in_transformers():
+    values = ModelConfig.named("qwen2.5-7b-instruct").to_json()
+    for name in ("rope_theta", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        del values[name]
+    ours, theirs = ModelConfig.from_json(values), transformers.Qwen2Config(**values)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    for name in ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    heads = ModelConfig.from_json(values | {"num_key_value_heads": None}).num_key_value_heads
+    assert heads == transformers.Qwen2Config(**values | {"num_key_value_heads": None}).num_key_value_heads == 28
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"factor": None}, "YARN has no factor"),
+        ({"factor": "4"}, "YARN's factor is '4'"),
+        ({"factor": True}, "YARN's factor is True"),
+        ({"factor": float("nan")}, "YARN's factor is nan"),
+        ({"factor": 0.5}, "cannot stretch"),
+        ({"beta_fast": -1}, "no ramp"),
+        ({"mscale": "1"}, "YARN's mscale"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"full_attention": {}}, "not one table for all layers"),
+        *[({"type": kind}, f"type '{kind}'") for kind in ("linear", "dynamic", "llama3", "longrope", "mrope")],
+    ],
+)
+def test_scaling_that_is_not_supported_is_refused_by_name(change, told):
+    values = ModelConfig.named("qwen2.5-7b-instruct").to_json()
+    for key in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(OpenQwenError, match=told):
+            ModelConfig.from_json(values | {key: CARD | change})
+
+
+@pytest.mark.parametrize("field", ["max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "hidden_size"])
+@pytest.mark.parametrize("value", [None, "4"])
+def test_a_value_of_another_type_is_named(field, value):
+    with pytest.raises(OpenQwenError, match=field):
+        ModelConfig.from_json(ModelConfig.named("qwen2.5-7b").to_json() | {field: value})
+
+
+@pytest.mark.parametrize("names", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"]])
+def test_the_dtype_keeps_its_spelling(names):
+    values = ModelConfig.named("qwen2.5-7b").to_json()
+    del values["torch_dtype"]
+    saved = ModelConfig.from_json(values | dict.fromkeys(names, "bfloat16")).to_json(dtype="float16")
+    assert {k: v for k, v in saved.items() if k.endswith("dtype")} == dict.fromkeys(names, "float16")
+
+
 def test_yarn_without_its_length_takes_the_trained_context():
     values = ModelConfig.named("qwen2-7b-instruct").to_json() | {"rope_scaling": {"type": "yarn", "factor": 2.0}}
     assert ModelConfig.from_json(values).yarn == Yarn(2.0, 32_768)
@@ -133,6 +201,8 @@ def test_errors_name_the_field():
         ModelConfig.from_json(plain | {"model_type": "llama"})
     with pytest.raises(OpenQwenError, match="sliding"):
         ModelConfig.from_json(plain | {"use_sliding_window": True})
+    with pytest.raises(OpenQwenError, match="sliding_attention"):
+        ModelConfig.from_json(plain | {"layer_types": ["full_attention", "sliding_attention"]})
     with pytest.raises(OpenQwenError, match="dynamic"):
         ModelConfig.from_json(plain | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
     with pytest.raises(OpenQwenError, match="local"):

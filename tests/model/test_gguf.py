@@ -55,6 +55,18 @@ def test_float32_comes_back_as_it_was(tmp_path, tied):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
+def test_answers_end_where_llama_cpp_ends_them(tmp_path):
+    """At the ids that the file states, and at Qwen2's two by their names."""
+    tokens = [f"t{i}" for i in range(62)] + ["<|endoftext|>", "<|im_end|>"]
+    stated = {"eos": 7, "eot": 9, "eom": 4_000_000_000}
+    words = {f"tokenizer.ggml.{name}_token_id": i for name, i in stated.items()}
+    save_gguf(network(), tmp_path / "x.gguf", "F32", "tiny", words | {"tokenizer.ggml.tokens": tokens})
+    config = load_model(tmp_path / "x.gguf").config
+    assert (config.eos_token_id, config.stops) == (7, (7, 9, 63, 62))
+    save_gguf(network(), tmp_path / "y.gguf", "F32", "tiny", {})
+    assert load_model(tmp_path / "y.gguf").config.stops == ()
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
 def test_other_types_come_back_rounded_once(tmp_path, kind):
     model = network()

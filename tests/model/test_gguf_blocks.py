@@ -12,11 +12,14 @@ from openqwen.support.gguf import BLOCKS
 HALVES = {"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 1, "Q4_K": 2, "Q5_K": 2}  # at the start of a block
 
 
+LATER = {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]}  # where they stand at the end of it
+
+
 def random_blocks(kind, count, seed=0):
     """Random bytes with sensible scales where the float16s stand."""
     draw = np.random.default_rng(seed)
     data = draw.integers(0, 256, (count, BLOCKS[kind][1]), dtype=np.uint8)
-    for at in [208] if kind == "Q6_K" else [2 * i for i in range(HALVES[kind])]:
+    for at in LATER[kind] if kind in LATER else [2 * i for i in range(HALVES[kind])]:
         data[:, at : at + 2] = draw.normal(0, 0.01, (count, 1)).astype(np.float16).view(np.uint8)
     return data
 
@@ -61,14 +64,23 @@ def by_formula(block, kind, i):
         if kind == "Q5_K":
             q |= (int(block[16 + i % 32]) >> group & 1) << 4
         return half(block, 0) * scale * q - half(block, 2) * offset
-    assert kind == "Q6_K"
     part, quarter, place = i // 128, i % 128 // 32, i % 32
+    if kind == "Q2_K":
+        scales, q = int(block[i // 16]), int(block[16 + 32 * part + place]) >> 2 * quarter & 3
+        return half(block, 80) * (scales & 15) * q - half(block, 82) * (scales >> 4)
+    if kind == "Q3_K":
+        at, high = i // 16, int(block[place]) >> 4 * part + quarter & 1
+        scale = int(block[96 + at % 8]) >> (4 if at >= 8 else 0) & 15
+        scale |= (int(block[104 + at % 4]) >> 2 * (at // 4) & 3) << 4
+        q = int(block[32 + 32 * part + place]) >> 2 * quarter & 3
+        return half(block, 108) * (scale - 32) * (q - (0 if high else 4))
+    assert kind == "Q6_K"
     low = int(block[64 * part + place + 32 * (quarter % 2)]) >> (4 if quarter >= 2 else 0) & 15
     high = int(block[128 + 32 * part + place]) >> 2 * quarter & 3
     return half(block, 208) * int(np.int8(block[192 + i // 16])) * ((low | high << 4) - 32)
 
 
-@pytest.mark.parametrize("kind", [*HALVES, "Q6_K"])
+@pytest.mark.parametrize("kind", [*HALVES, *LATER])
 def test_unpacking_is_the_formula(kind):
     blocks = random_blocks(kind, 20)
     ours = dequantize(blocks.tobytes(), kind).reshape(20, -1)

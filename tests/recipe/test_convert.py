@@ -105,6 +105,16 @@ def test_from_gguf_to_a_folder_and_back_to_the_same_file(capsys, folder, tmp_pat
     assert (tmp_path / "again" / "x.gguf").read_bytes() == (tmp_path / "x.gguf").read_bytes()
 
 
+def test_stop_tokens_survive_a_gguf_file(capsys, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 7}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer().eos_id, 9]}))
+    run(capsys, folder, tmp_path / "x.gguf")
+    run(capsys, tmp_path / "x.gguf", tmp_path / "b")
+    for source in (tmp_path / "x.gguf", tmp_path / "b"):
+        assert {7, 9, tokenizer().eos_id} <= set(load_model(source).config.stops)
+
+
 def test_a_hub_id_is_a_source(capsys, folder, tmp_path, monkeypatch):
     repository = tmp_path / "cache" / "models--Qwen--Tiny"
     (repository / "refs").mkdir(parents=True)

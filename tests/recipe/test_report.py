@@ -23,13 +23,13 @@ INPUTS = {
     "prefer": ["instruct", "sft"],
     "reward": ["prefer", "sft"],
     "dpo": ["prefer", "sft"],
-    "online-dpo": ["instruct", "dpo", "reward"],
+    "online-dpo": ["instruct", "sft", "reward"],
     "evaluate-pretrain": ["pretrain", "corpus"],
     "evaluate-extend": ["extend", "corpus"],
     "evaluate-sft": ["sft", "extend", "corpus"],
     "evaluate-reward": ["reward", "prefer"],
-    "evaluate-dpo": ["dpo", "sft", "reward", "corpus"],
-    "evaluate-online-dpo": ["online-dpo", "sft", "reward", "corpus"],
+    "evaluate-dpo": ["dpo", "evaluate-sft", "reward", "corpus"],
+    "evaluate-online-dpo": ["online-dpo", "evaluate-sft", "reward", "corpus"],
 }
 STAGES = list(INPUTS)[:11]
 # Of each training stage: seconds, steps, first and last loss.
@@ -154,7 +154,7 @@ def scores(name: str) -> dict:
     bits, accuracy = RESULTS[name]
     reached = {task: min(1.0, max(c * 0.9, accuracy + 0.1 * i - 0.2)) for i, (task, c) in enumerate(CHANCE.items())}
     found = {"gzip_bits_per_byte": 2.214} | {
-        "bits_per_byte": bits,
+        **interval("bits_per_byte", bits, bits - 0.1, bits + 0.1),
         "bits_per_byte_by_source": {"python code": bits - 0.2, "docstrings": bits + 0.3, "readme": bits + 0.1},
         "checked_accuracy": accuracy,
         "checked_by_task": {task: {"accuracy": reached[task], "chance": CHANCE[task], "n": 100} for task in CHANCE},
@@ -164,10 +164,20 @@ def scores(name: str) -> dict:
     if name in ("sft", "dpo", "online-dpo"):
         found |= {"retention": bits / RESULTS["extend"][0], "reward_mean": accuracy - 0.5}
         found |= interval("test_accuracy", accuracy - 0.01, accuracy - 0.03, accuracy + 0.01)
+        found |= interval("test_at_0.7_accuracy", accuracy - 0.05, accuracy - 0.07, accuracy - 0.03)
         found |= interval("test_sampled_accuracy", accuracy - 0.1, accuracy - 0.12, accuracy - 0.08)
+    if name == "sft":
+        found |= interval("test_cooler_gain", 0.033, 0.021, 0.045)
     if name in ("dpo", "online-dpo"):
-        found |= {"win_rate": 0.581, "win_rate_low": 0.523, "win_rate_high": 0.637, "win_rate_checked": 0.54}
+        found |= {
+            "start": "sft",
+            "win_rate": 0.581,
+            "win_rate_low": 0.523,
+            "win_rate_high": 0.637,
+            "win_rate_checked": 0.54,
+        }
         found |= interval("test_gain", accuracy - 0.52, accuracy - 0.54, accuracy - 0.5)
+        found |= interval("test_at_0.7_gain", 0.008, -0.004, 0.02)
         found |= interval("test_sampled_gain", 0.031, 0.012, 0.05)
     return found
 
@@ -336,11 +346,30 @@ def test_every_section_is_there_and_closed(page, source):
 def test_headlines_and_scores_are_shown(page):
     shown = page.text.replace("\u202f", " ")
     results = ("1.902", "2.214", "14 % below gzip -9", "65.0 %", "78.3 %", "61.2 %", "54 % to 68 %")
+    assert "1.802 to 2.002" in shown  # the documents' interval of bits per byte
     for result in (*results, "58.1 %", "52 % to 64 %", "1.022×"):
         assert result in shown
     assert "+0.029 worse" in shown  # sft's bits per byte against extend's
     assert "+42.0 better" in shown  # sft's checked accuracy against extend's
-    assert "greedy +14.0 (+12.0 to +16.0), sampled +3.1 (+1.2 to +5.0)" in shown  # online-dpo's on the test split
+    gains = "greedy +14.0 (+12.0 to +16.0), at 0.7 +0.8 (−0.4 to +2.0), at 1.0 +3.1 (+1.2 to +5.0)"
+    assert f"online-dpo on sft, points: {gains}" in shown
+
+
+def test_each_stage_stands_beside_its_own_start_and_cooling_beside_it(page):
+    shown = re.sub(r"\s+", " ", page.text)
+    assert "sft at 0.9, on itself +3.3 (+2.1 to +4.5) dpo, on sft +8.0 (+6.0 to +10.0)" in shown
+    assert "online-dpo, on sft +14.0 (+12.0 to +16.0)+0.8 (−0.4 to +2.0)+3.1 (+1.2 to +5.0)" in shown
+    assert "+14.0 better" in shown  # online-dpo's checked accuracy against sft's, not against dpo's
+
+
+@pytest.mark.parametrize(("gain", "good"), [(0.05, False), (0.08, True)])
+def test_being_surer_alone_is_no_gain(tmp_path, gain, good):
+    """At temperature 1 a stage must gain more than cooler sampling does."""
+    folder = build_run(tmp_path / "tiny")
+    changed = scores("online-dpo") | interval("test_gain", 0.0, -0.01, 0.01)
+    dump(folder / "evaluate-online-dpo/scores.json", changed | interval("test_sampled_gain", gain, gain - 0.03, 0.1))
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert ("✓ sft clearly above" in text) == good
 
 
 def test_a_number_that_does_not_move_is_told(tmp_path):

@@ -250,3 +250,15 @@ def test_calls_without_tags_are_the_same_in_a_stream(client, wish, calls):
     assert [tuple(call) for call in streamed.values()] == calls
     assert text == ("" if calls else wish)
     assert reason == choice.finish_reason
+
+
+def test_a_call_that_was_cut_off_can_be_sent_back(client):
+    wish = r'<tool_call>\n\{"name": "clock", "arguments": \{"a": "(ab ){200}"\}\}\n</tool_call>'
+    options = {"tools": [CLOCK], "extra_body": {"structured_outputs": {"regex": wish}}}
+    cut = ask(client, **options, max_tokens=60).choices[0]
+    assert cut.finish_reason == "length"
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(cut.message.tool_calls[0].function.arguments)
+    messages = [{"role": "user", "content": "x"}, cut.message.model_dump(exclude_none=True)]
+    messages.append({"role": "tool", "tool_call_id": cut.message.tool_calls[0].id, "content": "broken"})
+    assert text_of(client, messages=messages, tools=[CLOCK])

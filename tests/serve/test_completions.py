@@ -55,6 +55,13 @@ def test_ids_and_several_prompts(server, client):
     assert "".join(c.choices[0].text for c in ask(client, echo=True, stream=True)) == PROMPT + text
 
 
+def test_every_prompt_draws_its_own_unless_a_seed_is_given(client):
+    drawn = {"temperature": 1.5, "max_tokens": 12}
+    assert len({choice.text for choice in ask(client, prompt=[PROMPT] * 4, **drawn).choices}) == 4
+    alone = ask(client, seed=0, **drawn).choices[0].text
+    assert ask(client, prompt=["Another", PROMPT], seed=0, **drawn).choices[1].text == alone
+
+
 @pytest.mark.parametrize("most", [0, 5])
 def test_logprobs(client, most):
     choice = ask(client, logprobs=most).choices[0]

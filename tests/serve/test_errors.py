@@ -30,7 +30,6 @@ CHAT = [
     {"messages": [{"role": "robot", "content": "x"}]},
     {"messages": [{"role": "user", "content": None}]},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
-    {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
     {"messages": USER, "max_tokens": 0},
     {"messages": USER, "max_tokens": "8"},
     {"messages": USER, "max_tokens": 1.5},

@@ -205,7 +205,6 @@ def test_log_probabilities(client):
         {"previous_response_id": "resp_1"},
         {"max_output_tokens": 0},
         {"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}},
-        {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{"}]},
     ],
     ids=str,
 )

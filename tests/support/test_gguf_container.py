@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.gguf import NewTensor, read_header, write_gguf
+from openqwen.support.gguf import _UNREAD, BLOCKS, TYPES, NewTensor, read_header, write_gguf
 
 METADATA = {
     "general.architecture": "qwen2",
@@ -158,12 +158,25 @@ def test_absurd_headers_are_refused(tmp_path, body, told):
         read_header(tmp_path / "x.gguf")
 
 
-def test_a_type_that_is_not_read_does_not_hide_the_metadata(tmp_path):
-    body = struct.pack("<IQQ", 3, 1, 1) + entry(b"k", 0, b"\1") + directory((256,), kind=19)
+@pytest.mark.parametrize(("kind", "name"), [(15, "Q8_K"), (28, "F64"), (99, "type 99")])
+def test_a_type_that_is_not_read_does_not_hide_the_metadata(tmp_path, kind, name):
+    body = struct.pack("<IQQ", 3, 1, 1) + entry(b"k", 0, b"\1") + directory((256,), kind=kind)
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + body + bytes(64))
     header = read_header(tmp_path / "x.gguf")
     assert header.metadata == {"k": 1}
-    assert header.tensors["t"].type == "type 19"
+    assert header.tensors["t"].type == name
+    assert header.tensors["t"].size == 0
+
+
+def test_every_type_that_the_reference_unpacks_is_known_and_every_other_has_its_name():
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    sizes = gguf.constants.GGML_QUANT_SIZES
+    unpacked = {kind.name for kind in gguf.quants._type_traits}
+    assert set(BLOCKS) == unpacked | {"F32", "F16"}
+    for number, (name, weights, size) in TYPES.items():
+        assert sizes[gguf.GGMLQuantizationType[name]] == (weights, size)
+        assert gguf.GGMLQuantizationType(number).name == name
+    assert {kind.value: kind.name for kind in sizes if kind.name not in BLOCKS} == _UNREAD
 
 
 def test_what_is_no_gguf_is_said(tmp_path):
@@ -174,6 +187,9 @@ def test_what_is_no_gguf_is_said(tmp_path):
         read_header(tmp_path / "x.gguf")
     with pytest.raises(OpenQwenError, match="cannot be read"):
         read_header(tmp_path)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0")
+    with pytest.raises(OpenQwenError, match="damaged: it ends at byte 8"):
+        read_header(tmp_path / "x.gguf")
 
 
 def test_a_failed_write_leaves_the_old_file(path):

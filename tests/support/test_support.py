@@ -6,11 +6,15 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
+from openqwen.support.device import best_device, tf32
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
-from openqwen.support.files import read_jsonl, write_jsonl, write_text
+from openqwen.support.files import read_json, read_jsonl, write_jsonl, write_text
 from openqwen.support.generators import Generators
+from openqwen.support.gguf import read_header
 from openqwen.support.progress import duration
+from openqwen.tokenizer import load_tokenizer
 
 
 def test_generators_are_independent_and_restore_exactly():
@@ -51,6 +55,19 @@ def test_a_bad_line_is_named(tmp_path, line, told):
     assert "x.jsonl:3" in str(caught.value)
 
 
+@pytest.mark.parametrize("read", [read_json, lambda path: list(read_jsonl(path)), read_header, load_tokenizer])
+def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path, read):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7031645\n")
+    with pytest.raises(OpenQwenError, match="git-lfs pointer") as error:
+        read(path)
+    assert error.value.where == path
+    (tmp_path / "merges.txt").write_bytes(path.read_bytes())
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(OpenQwenError, match="git-lfs pointer"):
+        load_tokenizer(tmp_path / "merges.txt")
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.txt"
     write_text(path, "old")
@@ -72,3 +89,16 @@ def test_words():
     assert suggestion("lerning_rate", ["learning_rate", "beta"]) == " Did you mean 'learning_rate'?"
     assert suggestion("qqq", ["learning_rate"]) == ""
     assert [duration(s) for s in (7.4, 61, 3 * 3600 + 240)] == ["7s", "1m01s", "3h04m"]
+
+
+def test_float32_on_a_gpu_is_float32_until_it_is_told_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert best_device() == torch.device("cuda")
+    precision = torch.get_float32_matmul_precision
+    assert precision() == "highest"
+    with tf32(True):
+        assert precision() == "high"
+        with tf32(False):
+            assert precision() == "highest"
+        assert precision() == "high"
+    assert precision() == "highest"

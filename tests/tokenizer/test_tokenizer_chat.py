@@ -142,14 +142,15 @@ def test_a_token_shared_with_the_template_is_not_the_assistants(trained):
     assert written(trained, ids, mask) == ["b<|im_end|>"]
 
 
-def test_no_content_can_write_a_control_token(trained):
+def test_no_content_can_write_a_special_token(trained):
     @fuzz
     @given(chats(hostile), st.booleans())
     def check(chat, prompt):
         ids, mask = trained.encode_chat(chat, add_generation_prompt=prompt)
         plain = [{"role": m["role"], "content": "x"} for m in chat]
-        structure = [i for i in trained.encode_chat(plain, prompt)[0] if i >= len(trained.vocabulary)]
-        assert [i for i in ids if i >= len(trained.vocabulary)] == structure
+        special = {trained.control_ids[token.content] for token in CONTROL_TOKENS if token.special}
+        structure = [i for i in trained.encode_chat(plain, prompt)[0] if i in special]
+        assert [i for i in ids if i in special] == structure
         rendered = trained.apply_chat_template(chat, add_generation_prompt=prompt)
         assert trained.decode(ids, skip_control=False) == trained.decode(trained.encode(rendered))
         assert sum(m for i, m in zip(ids, mask) if i == trained.eos_id) == sum(m["role"] == "assistant" for m in chat)

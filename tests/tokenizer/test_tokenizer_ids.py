@@ -78,12 +78,18 @@ def test_fuzzed_text(trained, library):
     check()
 
 
-def test_plain_text_never_makes_a_control_token(trained):
+def test_plain_text_never_makes_a_special_token(trained, library):
+    """The other added tokens are found in it, as in the library where that splits special ones."""
+    splitting = Library.from_str(library.to_str())
+    splitting.encode_special_tokens = True
+    special = {trained.control_ids[token.content] for token in CONTROL_TOKENS if token.special}
+
     @fuzz
     @given(strings)
     def check(text):
         ids = trained.encode(text)
-        assert all(i < len(trained.vocabulary) for i in ids)
+        assert special.isdisjoint(ids)
+        assert ids == splitting.encode(text).ids
         assert trained.decode(ids) == normalize(text)
 
     check()

@@ -108,8 +108,9 @@ seen = set()  # dtypes of weights as a layer gets them
 
 def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> None:
     """Train four steps; stop before step `stop_at`."""
-    generators, low = Generators(5), kind.startswith("low-")
-    model, micros, loss = work(kind.removeprefix("low-"), generators, folder / "start")
+    generators, low, muon = Generators(5), kind.startswith("low-"), kind.startswith("muon-")
+    plain = kind.removeprefix("low-").removeprefix("muon-")
+    model, micros, loss = work(plain, generators, folder / "start")
     model.model.layers[0].register_forward_pre_hook(lambda layer, _: seen.add(next(layer.parameters()).dtype))
 
     def batch(step):
@@ -120,7 +121,7 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
     train = OptimizerConfig(
         learning_rate=1e-2,
         parallel=parallel,
-        method="adamw8bit" if kind == "eight" else "adamw",
+        method="muon" if muon else "adamw8bit" if kind == "eight" else "adamw",
         precision="bfloat16" if low else "float32",
     )
     config = TrainingConfig(train=train, save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9))
@@ -132,6 +133,7 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
         return
     print(kind, *seen, {p.dtype for p in model.parameters()})
     whole = trainer.whole()
+    assert trainer.world.main or all(p.is_meta for p in whole.parameters())  # rank 0 alone holds it
     if trainer.world.main:
         save_file({n: p.detach().contiguous() for n, p in whole.named_parameters()}, folder / "weights.safetensors")
         save_file({n: g.contiguous() for n, g in trainer.gradient.items()}, folder / "gradient.safetensors")

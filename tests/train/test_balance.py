@@ -19,6 +19,7 @@ from openqwen.train.balance import (
     micro_balance,
     with_loads,
 )
+from openqwen.train.compute import computing
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.pretrain import PretrainConfig, pretrain
@@ -110,6 +111,19 @@ def test_loads_of_ranks_add_up():
     assert torch.equal(together.counts_LE, halves.counts_LE)
     assert together.tokens == halves.tokens == sum(len(rows.tokens) for rows in pieces)
     assert together.counts_LE.sum(1).tolist() == [2 * together.tokens] * 3
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_load_is_that_of_the_step_s_own_numbers(precision):
+    model, pieces = tiny(num_experts=32), parts(samples(60, seed=4), 300)
+    counts = []
+    for rows in pieces:
+        routing = Routing()
+        with computing(precision, torch.device("cpu")):
+            next_token(model, rows, routing)
+        counts.append(routing.counts_LE())
+    found = [micro.load for micro in with_loads(model, pieces, "global", precision)]
+    assert all(torch.equal(load.counts_LE, sum(counts)) for load in found)
 
 
 def test_balance_off_leaves_the_loss_alone():

@@ -9,7 +9,7 @@ from torch import nn
 from training import Stop, network, trainer
 
 from openqwen.model import ModelConfig, Qwen2
-from openqwen.train.optimizer import OptimizerConfig, TableAdamW, optimizers
+from openqwen.train.optimizer import Muon, OptimizerConfig, TableAdamW, optimizers
 from openqwen.train.rows import Rows
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -71,6 +71,31 @@ def test_who_keeps_moments_of_what(model):
         id(p) for m in optimizers(model, OptimizerConfig(method="muon")) for g in m.param_groups for p in g["params"]
     }
     assert held == {id(p) for p in model.parameters()}
+
+
+def test_muon_moves_no_router_and_no_gate():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+    model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, shared_expert_intermediate_size=20, **experts))
+    (muon,) = (m for m in optimizers(model, OptimizerConfig(method="muon")) if isinstance(m, torch.optim.Muon))
+    moved = {id(p) for group in muon.param_groups for p in group["params"]}
+    names = {name.split(".", 3)[3] for name, p in model.named_parameters() if id(p) in moved}
+    attention = {f"self_attn.{x}_proj.weight" for x in "qkvo"}
+    assert names == attention | {f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")}
+
+
+def test_muon_moves_what_pytorch_moves(model):
+    ours = [p for n, p in model.named_parameters() if n.endswith("proj.weight")]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    movers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    for step in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
+            b.grad = a.grad.clone()
+        for mover in movers:
+            mover.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_training_is_that_of_dense_moments_and_states_resume_either_way(model, tmp_path, monkeypatch):

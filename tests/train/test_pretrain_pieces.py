@@ -232,3 +232,14 @@ def test_fill_in_middle_of_an_unknown_source_or_without_markers_is_refused(token
     qwen2 = type(tokenizer)(tokenizer.vocabulary, tokenizer.merges, tokenizer.control[:3])
     with pytest.raises(OpenQwenError, match=r"no <\|fim_prefix\|>"):
         pieces(source, tokenizer=qwen2, tokens=50, fill_in_middle={"code": 0.5})
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("lengths", [[90] * 9, [7, 300, 7, 60, 60, 7, 7, 80]])
+def test_no_step_is_empty_where_rows_are_longer_than_a_batch(isolated, lengths):
+    plan = pieces({"a": Source(lengths)}, tokens=600, context=60, batch_tokens=10, isolated=isolated)
+    told = [sum(len(micro) for micro in plan.batch(step)) for step in range(plan.steps)]
+    assert min(told) > 0
+    assert sum(told) == len(plan.rows)
+    long = [row for row in rows(plan) if len(row) - 1 > 10]
+    assert plan.steps >= len(long)

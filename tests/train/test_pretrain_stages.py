@@ -72,6 +72,49 @@ def train(folder, settings=None, start=None, held=()):
     return pretrain(settings or config(), SOURCES, Tokenizer(), 90, start, place, held)
 
 
+def checkpoint(folder, positions):
+    model = Qwen2(ModelConfig(128, 32, 48, 2, 2, 1, max_position_embeddings=positions, rope_theta=5e5))
+    initialize(model, torch.Generator().manual_seed(0))
+    save_checkpoint(model, Tokenizer(), folder)
+    return folder
+
+
+ONE = {"network": {}, "stages": {}}
+DATA = {"tokens": 200, "batch_tokens": 200, "micro_tokens": 150}
+
+
+@pytest.mark.parametrize(
+    ("asked", "positions", "row", "theta"),
+    [
+        ({}, 8_192, 4_096, 5e5),
+        ({"rope_theta": 1e4}, 8_192, 4_096, 1e4),
+        ({"data": DATA | {"context": 64}}, 64, 64, 5e5),
+        ({"stages": {"a": {"tokens": 200, "context": 32, "rope_theta": 1e6}, "b": {"tokens": 200}}}, 8_192, 4_096, 5e5),
+    ],
+)
+def test_going_on_keeps_the_checkpoint_s_base_and_context_unless_asked(tmp_path, asked, positions, row, theta, capsys):
+    start = checkpoint(tmp_path / "start", 8_192)
+    settings = config(**ONE | {"data": DATA} | asked)
+    train(tmp_path, settings, start)
+    saved = load_model(tmp_path / "output").config
+    assert (saved.max_position_embeddings, saved.rope_theta) == (positions, theta)
+    told = capsys.readouterr().out
+    assert ("RoPE base: 500,000 in the checkpoint" in told) == (theta != 5e5)
+    assert ("context: 8,192 in the checkpoint, 64" in told) == (positions != 8_192)
+    assert settings.resolved(saved)[-1].data.context == row
+
+
+def test_rows_are_no_longer_than_the_checkpoint_s_context():
+    settings = config(**ONE | {"data": DATA})
+    short = ModelConfig(128, 32, 48, 2, 2, 1, max_position_embeddings=48)
+    (stage,) = settings.resolved(short)
+    assert (stage.data.context, stage.positions) == (48, 48)
+    (stage,) = settings.resolved()
+    assert (stage.data.context, stage.positions, stage.rope_theta) == (4_096, 4_096, 1e4)
+    (stage,) = ExtendConfig(data={"tokens": 1, "context": 32_768}).resolved(short)
+    assert (stage.data.context, stage.positions, stage.rope_theta) == (32_768, 32_768, 1e6)
+
+
 def log_of(folder):
     return [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
 

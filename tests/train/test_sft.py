@@ -11,8 +11,8 @@ from openqwen.model.lora import LoraConfig, add_adapters, load_adapter
 from openqwen.recipe.settings import load_settings
 from openqwen.recipe.stages import Recipe
 from openqwen.support.errors import OpenQwenError
-from openqwen.tokenizer import TokenizerConfig, train_tokenizer
-from openqwen.train.conversations import conversation, fit
+from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+from openqwen.train.conversations import answer, conversation, fit
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.rows import Rows
@@ -52,6 +52,27 @@ def test_a_sample_that_is_too_long_is_left_out_cut_by_turn_or_refused():
     assert fit(sample, 3, "truncate", "here") is None
     with pytest.raises(OpenQwenError, match=r"10 tokens, and 9 fit(.|\n)*here"):
         fit(sample, 9, "refuse", "here")
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}",
+        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token + '\n' }}{% endfor %}",
+    ],
+)
+def test_the_end_of_a_turn_is_a_target_whatever_the_template_prints(start, template, end):
+    trained = start[1]
+    tokenizer = Tokenizer(trained.vocabulary, trained.merges, template=template, settings={"eos_token": end})
+    asked, said = {"role": "user", "content": "Say"}, {"role": "assistant", "content": "one"}
+    for ids, mask in (
+        conversation(tokenizer, {"messages": [asked, said]}, "here"),
+        answer(tokenizer, [asked], [said], "here"),
+    ):
+        assert ids[-1] == tokenizer.control_ids[end]
+        learned = [i for i, marked in zip(ids, mask) if marked]
+        assert tokenizer.decode(learned, skip_control=False) == f"one{end}"
 
 
 def test_long_conversations_are_counted(start, tmp_path):

@@ -4,12 +4,14 @@ import errno
 import json
 import math
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from training import Stop, trainer
+from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_wsd_schedule
 
 from openqwen.model import ModelConfig, Qwen2
 from openqwen.model.lora import LoraConfig, add_adapters
@@ -111,6 +113,50 @@ def test_a_spike_is_a_gradient_far_above_the_usual(tmp_path, monkeypatch):
     one.run()
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if e.get("skipped")] == [8]
+
+
+def test_a_spike_is_seen_right_behind_a_bad_step(tmp_path, monkeypatch):
+    """The usual is that of the last usable steps: neither left-out nor empty ones."""
+    monkeypatch.setattr("openqwen.train.trainer._USUAL", 5)
+    one = poisoned(trainer(tmp_path), {7, 10}, factor=1e4)
+    inner = one.batch
+    one.batch = lambda step: inner(step)[: 0 if step == 8 else None]
+    one.optimizer.bad = BadStepConfig(action="skip", spike=10.0)
+    one.run()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if e.get("skipped")] == [7, 10]
+
+
+def test_steps_that_find_nothing_are_counted_and_enter_no_mean(tmp_path):
+    one = trainer(tmp_path, steps=40)
+    inner = one.batch
+    one.batch = lambda step: inner(step)[: 0 if step in (3, 39) else None]
+    summary = one.run()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in entries if e["loss"] is None] == [3, 39]
+    assert summary["loss"] == entries[38]["loss"]
+    assert summary["empty_steps"] == 2
+    nothing = trainer(tmp_path / "nothing", steps=3)
+    nothing.batch = lambda step: []
+    summary = nothing.run()
+    assert summary["empty_steps"] == 3
+    assert math.isnan(summary["loss"])
+
+
+def test_the_held_out_loss_is_told_though_the_last_step_found_nothing(tmp_path):
+    one = trainer(tmp_path)
+    inner = one.batch
+    one.batch = lambda step: inner(step)[: 0 if step == 11 else None]
+    one.held_out = lambda: [Rows.of([(list(range(9)), [1] * 9)])]
+    assert one.run()["validation_loss"] > 0
+
+
+@pytest.mark.parametrize(("clip", "share"), [(1e-3, 1.0), (1e3, 0.0)])
+def test_clipped_steps_are_marked_and_told(tmp_path, capsys, clip, share):
+    summary = trainer(tmp_path, clip=clip).run()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert summary["clipped_share"] == sum("clipped" in e for e in entries) / 12 == share
+    assert ("12 of 12 steps were clipped" in capsys.readouterr().out) == (share == 1.0)
 
 
 def test_a_full_disk_costs_a_state_and_not_the_training(tmp_path, monkeypatch, capsys):
@@ -238,6 +284,14 @@ def test_bfloat16_computes_rounded_and_keeps_float32_weights(tmp_path):
     assert runs["bfloat16"] == pytest.approx(runs["float32"], rel=2e-2)
 
 
+def test_float32_that_was_asked_for_is_no_tf32(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("openqwen.train.trainer.tf32", lambda allowed: told.append(allowed) or nullcontext())
+    for precision in ("float32", "bfloat16", "auto"):
+        trainer(tmp_path / precision, steps=1, precision=precision).run()
+    assert told == [False, True, False]  # auto on a CPU is float32
+
+
 def test_a_bfloat16_gradient_is_near_the_float32_one(tmp_path):
     one = trainer(tmp_path)
     (rows, _) = one.batch(0)
@@ -321,20 +375,49 @@ def test_a_step_moves_by_the_scaled_gradient(tmp_path):
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
 
 
+def rates(steps, **config):
+    config = OptimizerConfig(**{"learning_rate": 1.0, "warmup_share": 0.1, **config})
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
 def test_learning_rate_shapes():
-    config = OptimizerConfig(learning_rate=1.0, warmup_share=0.1, final_share=0.1)
-    rates = [learning_rate(config, s, 100) for s in range(100)]
-    assert rates[0] == pytest.approx(1 / 11)
-    assert max(rates) == rates[10] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
-    assert rates[99] == pytest.approx(0.1, abs=1e-3)
-    stable = OptimizerConfig(learning_rate=1.0, warmup_share=0.1, final_share=0.0, schedule="wsd", decay_share=0.2)
-    rates = [learning_rate(stable, s, 100) for s in range(100)]
-    assert rates[10:81] == [1.0] * 71
-    assert rates[90] == pytest.approx(0.5)
-    assert rates[99] == pytest.approx(0.05)
-    linear = OptimizerConfig(learning_rate=1.0, warmup_share=0.0, final_share=0.0, schedule="linear")
-    assert learning_rate(linear, 75, 100) == pytest.approx(0.25)
+    cosine = rates(101, final_share=0.1)
+    assert cosine[0] == pytest.approx(1 / 11)
+    assert max(cosine) == cosine[10] == 1.0
+    assert cosine[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    stable = rates(101, final_share=0.0, schedule="wsd", decay_share=0.2)
+    assert stable[10:81] == [1.0] * 71
+    assert stable[90] == pytest.approx(0.5)
+    linear = rates(101, warmup_share=0.0, final_share=0.0, schedule="linear")
+    assert linear[75] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.4])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 500])
+def test_the_last_step_has_the_final_share_and_the_peak_is_reached(schedule, warmup, steps):
+    found = rates(steps, warmup_share=warmup, schedule=schedule, final_share=0.1, decay_share=1.0)
+    after = steps > 1 + round(warmup * steps)
+    assert found[-1] == pytest.approx(0.1 if after else 1.0)  # no step is left to fall in: the peak
+    assert max(found) == 1.0
+
+
+def test_a_schedule_is_that_of_transformers_whose_end_is_the_last_step():
+    """transformers reaches the end behind the last step; so does it here with one step more."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    theirs = {
+        "cosine": lambda o: get_cosine_with_min_lr_schedule_with_warmup(o, 0, 40, min_lr_rate=0.1),
+        "wsd": lambda o: get_wsd_schedule(o, 0, 10, num_stable_steps=30, min_lr_ratio=0.1, decay_type="linear"),
+    }
+    for schedule, make in theirs.items():
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        scheduler, expected = make(optimizer), []
+        for _ in range(41):
+            expected.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        ours = rates(41, warmup_share=0.0, schedule=schedule, final_share=0.1, decay_share=0.25)
+        assert ours == pytest.approx(expected)
 
 
 def test_only_matrices_decay():

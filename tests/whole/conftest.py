@@ -17,7 +17,7 @@ corpus: {task_documents: 60, weights: {tasks: 3}, heldout_share: 0.1}
 tokenizer: {vocabulary: 600, max_bytes: 400000}
 pretrain:
   network: {hidden_size: 64, intermediate_size: 160, layers: 2, heads: 2, kv_heads: 1}
-  data: {tokens: 120000, context: 64, batch_tokens: 2048, micro_tokens: 1024}
+  data: {tokens: 120000, context: 96, batch_tokens: 2048, micro_tokens: 1024}
   train: {learning_rate: 4e-3}
   save: {seconds: 0.3}
 extend:

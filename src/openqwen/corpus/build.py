@@ -251,7 +251,7 @@ def _require(documents: list[Document], what: str, config: CorpusConfig, found: 
         return
     raise OpenQwenError(
         what,
-        where=config.folder or "this Python installation",
+        where=config.folder or "this Python's standard library",
         do="give a folder with .txt, .md, .rst, .html, .jsonl, .parquet or code files that pass the rules"
         f" (--help shows every threshold); found: {found}",
     )

@@ -149,13 +149,13 @@ class CorpusConfig(Settings):
 
     folder: Path | None = Field(
         None,
-        description="folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet and code; none: this Python installation",
+        description="folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet, code; none: Python's library",
     )
     max_document_bytes: int = Field(
         10_000_000, ge=1, description="longer files, JSONL lines and Parquet rows are skipped and counted"
     )
     max_bytes: dict[str, int] = Field(
-        {"code": 24_000_000, "docs": 6_000_000, "metadata": 2_000_000},
+        {"code": 24_000_000, "docs": 6_000_000},
         description="most bytes to take from each source named; the documents are chosen by the seed",
     )
     profiles: dict[str, Profile] = Field(
@@ -169,6 +169,6 @@ class CorpusConfig(Settings):
     heldout_share: float = Field(0.02, gt=0, lt=1, description="share of documents held out of training, by hash of id")
     heldout_max_bytes: int = Field(250_000, ge=1, description="most held-out bytes of one source")
     weights: dict[str, float] = Field(
-        {"docs": 3.0, "metadata": 2.0},
+        {"docs": 3.0},
         description="how often a source is seen relative to its size; sources not named: 1",
     )

@@ -1,37 +1,32 @@
-"""The corpus that every user has: the running Python's own installation.
+"""The corpus that every user has: the running Python's standard library.
 
-Three sources. "code": the standard library's source, its tests included. "docs": the docstrings of each of its modules,
-set out as a reference page, the `pydoc` topics, and the text files among the sources. "metadata": the descriptions of
-installed distributions. Real English and real code with real dirt: licence headers, tables of data, near-duplicates.
+Nothing that was installed beside it is read, so the same Python gives the same text everywhere.
+Two sources. "code": the library's source, its tests included. "docs": the docstrings of each of
+its modules, set out as a reference page, the `pydoc` topics, and the text files among the sources.
+Real English and real code with real dirt: licence headers, tables of data, near-duplicates.
 """
 
 import ast
-import email
-import importlib.metadata
 import inspect
-import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from email.message import Message
 from pathlib import Path
 
-from openqwen.corpus.read import Document, FolderReader, html_text
+from openqwen.corpus.read import Document, FolderReader
 
 _SITE = frozenset({"site-packages", "dist-packages"})
-_FENCE = re.compile(r"(^(?:```|~~~).*?^(?:```|~~~)[^\n]*$)", re.MULTILINE | re.DOTALL)
-_BADGE = re.compile(
-    r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)|!\[[^\]]*\]\([^)]*\)|^\.\. \|?[^\n]*image::[^\n]*\n(?:[ \t]+:[^\n]*\n)*", re.M
-)
-_TAG = re.compile(
-    r"<!--.*?-->|</?(?:a|b|br|center|details|div|em|h[1-6]|hr|i|img|kbd|li|ol|p|picture|pre|source|span|strong|sub|summary"
-    r"|sup|table|tbody|td|th|thead|tr|ul|video)\b[^<>]*>",
-    re.DOTALL | re.IGNORECASE,
-)
+# Python's own list, and the tests that it leaves out.
+# What else lies in the folder is the distribution's or the user's.
+_LIBRARY = sys.stdlib_module_names | {"test"}
 
 
 class InstallationReader:
-    """Iterates over the documents of this Python installation; `skips`, `files` and `bytes` as in `FolderReader`."""
+    """Iterates over the documents of this Python's library.
+
+    `skips`, `files` and `bytes` are as in `FolderReader`.
+    """
 
     def __init__(self, max_bytes: int):
         self._library = FolderReader(Path(sysconfig.get_path("stdlib")), max_bytes, exclude=_SITE)
@@ -40,7 +35,14 @@ class InstallationReader:
         self.bytes = 0
 
     def __iter__(self) -> Iterator[Document]:
-        for document in self._library:
+        for file, path in self._library.listing():
+            if path.split("/")[0].removesuffix(".py") in _LIBRARY:
+                yield from self._documents(file, path)
+        self.files, self.bytes = self._library.files, self._library.bytes
+        yield from _topics()
+
+    def _documents(self, file: Path, path: str) -> Iterator[Document]:
+        for document in self._library.read(file, path):
             path = document["id"]
             code = document["meta"]["profile"] == "code"
             # A module's source and its reference page share a group, so that both are held out or neither is.
@@ -49,30 +51,6 @@ class InstallationReader:
             yield document
             if path.endswith(".py") and not _is_test(path):
                 yield from _reference(path, document["text"])
-        self.files, self.bytes = self._library.files, self._library.bytes
-        yield from _topics()
-        yield from self._metadata()
-
-    def _metadata(self) -> Iterator[Document]:
-        found: dict[str, Message] = {}
-        for distribution in importlib.metadata.distributions():
-            try:
-                message = email.message_from_string(distribution.read_text("METADATA") or "")
-            except UnicodeDecodeError as error:
-                self.skips.add("invalid UTF-8", "metadata", why=str(error))
-                continue
-            name = str(message["Name"] or "").lower()
-            if name and name != "openqwen":
-                found.setdefault(name, message)
-        for name, message in sorted(found.items()):
-            description = str(message.get_payload() or message["Description"] or "")
-            self.files += 1
-            self.bytes += len(description.encode("utf-8"))
-            if description.strip():
-                title = f"{message['Name']}: {message['Summary'] or ''}".rstrip(": ")
-                yield _page(f"metadata/{name}", f"{title}\n\n{_plain(description)}", "metadata")
-            else:
-                self.skips.add("empty", f"metadata/{name}", why="a distribution without a description")
 
 
 def _page(identity: str, text: str, source: str, group: str | None = None) -> Document:
@@ -122,13 +100,3 @@ def _entries(node: ast.AST, prefix: str) -> Iterator[str]:
             yield f"{kind}{prefix}{child.name}{arguments}\n{inspect.cleandoc(docstring)}"
         if isinstance(child, ast.ClassDef):
             yield from _entries(child, f"{prefix}{child.name}.")
-
-
-def _plain(description: str) -> str:
-    """A README without what only a browser shows: badges, pictures and HTML tags (outside fenced code)."""
-    if re.match(r"\s*<(?:!doctype|html)\b", description, re.IGNORECASE):
-        return html_text(description)
-    parts = _FENCE.split(description)
-    for index in range(0, len(parts), 2):
-        parts[index] = _TAG.sub("", _BADGE.sub("", parts[index]))
-    return "".join(parts)

@@ -1,6 +1,8 @@
 """How much of each source is taken, held out, and seen in training: all by hashes, so that no order matters."""
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import xxhash
 
@@ -56,6 +58,32 @@ def heldout(documents: list[Document], sizes: list[int], share: float, max_bytes
             for source, more in size.items():
                 used[source] += more
     return taken
+
+
+def sample(
+    documents: Iterable[Document],
+    weights: dict[str, float],
+    max_bytes: int,
+    seed: int,
+) -> set[int]:
+    """Positions of documents that hold `max_bytes` or a little more, drawn by their sources' weights.
+
+    Weighted sampling without replacement: the documents with the smallest keys −ln(u) / weight
+    (Efraimidis and Spirakis 2006). A source gets a share that is proportional to its bytes times
+    its weight, until all of it is taken. Sources without a weight are left out.
+    """
+    keys: list[tuple[float, int, int]] = []
+    for position, document in enumerate(documents):
+        if weight := weights.get(document["source"], 0.0):
+            key = -math.log1p(-_draw(seed, "sample", document["id"])) / weight
+            keys.append((key, position, len(document["text"].encode())))
+    chosen: set[int] = set()
+    for _, position, size in sorted(keys):
+        if max_bytes <= 0:
+            break
+        chosen.add(position)
+        max_bytes -= size
+    return chosen
 
 
 def shares(train_bytes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from resiliparse.extract.html2text import extract_plain_text
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import open_binary
+from openqwen.support.files import is_pointer, open_binary
 
 Document = dict[str, Any]
 
@@ -126,6 +126,9 @@ class FolderReader:
             return
         self.files += 1
         try:
+            if is_pointer(path):
+                self.skips.add("git-lfs pointer", name, why="the file itself was not fetched")
+                return
             self.bytes += path.stat().st_size
             yield from reader(path, name)
         except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:

@@ -52,16 +52,16 @@ class Adapters:
     def add(self, name: str, folder: str | Path) -> None:
         """Read an adapter in PEFT's format; one of the same name gives way. OpenQwenError where it does not fit."""
         places = dict(_places(self._model))
-        config, tensors = read_adapter(Path(folder), {layer: shape for layer, (_, _, *shape) in places.items()})
-        if config.dora:
+        shapes = {layer: shape for layer, (_, _, *shape) in places.items()}
+        read = read_adapter(Path(folder), shapes)
+        if any(update.magnitude is not None for update in read.values()):
             raise OpenQwenError(
                 "A DoRA adapter cannot be chosen by single requests.", where=folder, do="merge it into its model"
             )
-        tensors = {key: tensor.to(self._model.device, self._model.dtype) for key, tensor in tensors.items()}
-        updates, scale = [], config.alpha / config.rank
-        for layer in dict.fromkeys(key.rpartition(".lora_")[0] for key in tensors):
-            a, b = (tensors[f"{layer}.lora_{side}.weight"] for side in "AB")
-            updates.append(Update(*places[layer][:2], a, b * scale))
+        updates = []
+        for layer, update in read.items():
+            a, b = (x.to(self._model.device, self._model.dtype) for x in (update.a, update.b))
+            updates.append(Update(*places[layer][:2], a, b * update.scale))
         self._added += 1
         self._known[name] = Adapter(self._added, updates)
 

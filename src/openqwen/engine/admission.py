@@ -5,12 +5,22 @@ from typing import cast
 
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.request import Prompt, Sampling
-from openqwen.model import Cache, Qwen2
+from openqwen.model import Cache, ModelConfig, Qwen2
 from openqwen.model.long_context import Stage, stages, stated_context
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
+from openqwen.tokenizer.messages import as_messages
 
 _CACHE_BYTES = 2**30
+
+
+def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
+    """Ids that end an answer: all that the checkpoint states; Qwen2's two where it states none."""
+    stated = set(config.stops)
+    if tokenizer.stated_eos_id is not None:
+        stated.add(tokenizer.stated_eos_id)
+    known = {i for i in stated if i < tokenizer.vocab_size}
+    return known or {tokenizer.eos_id, tokenizer.endoftext_id}
 
 
 class Admission:
@@ -33,7 +43,7 @@ class Admission:
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(prompt)
         elif prompt and not isinstance(prompt[0], int):
-            ids = self._tokenizer.encode_chat(cast(list, prompt), add_generation_prompt=True)[0]
+            ids = self._tokenizer.encode_chat(as_messages(prompt), add_generation_prompt=True)[0]
         else:
             ids = list(cast(Sequence[int], prompt))
         if not 1 <= len(ids) <= most:

@@ -34,10 +34,13 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_id
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        self.special_token_ids = sorted(tokenizer.control_ids.values())
+        added = tokenizer.control_ids.values()  # one that is a regular token stays one for JSON
+        self.special_token_ids = sorted(i for i in added if i >= len(tokenizer.vocabulary))
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode(errors="replace") if isinstance(text, bytes) else text)
+        # Inside a structure added tokens are no text: the matcher wants byte pairs.
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return self._tokenizer.encode_plain(text)
 
 
 class Structures:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from openqwen.engine.adapters import Adapters
-from openqwen.engine.admission import Admission
+from openqwen.engine.admission import Admission, stop_ids
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.constrain import Structures
 from openqwen.engine.drafter import Drafter, DraftModel
 from openqwen.engine.pages import PagePool
 from openqwen.engine.request import Event, FinishReason, Output, Prompt, Request, Sampling, Stats
 from openqwen.engine.runner import Read, Runner
-from openqwen.engine.sampler import Choice, Row, choose, seed_of_sample
+from openqwen.engine.sampler import Choice, Row, choose, seed_of
 from openqwen.engine.schedule import Schedule
 from openqwen.engine.score import embeddings
 from openqwen.engine.text import TextStream
@@ -47,7 +47,7 @@ class Engine:
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.adapters = Adapters(model)
-        self._stops = {tokenizer.eos_id, tokenizer.endoftext_id}
+        self._stops = stop_ids(model.config, tokenizer)
         self._budget = config.token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET)
         self._admission = Admission(model, tokenizer, config)
         self._schedule = Schedule(PagePool(self._admission.pages, config.page_size), config)
@@ -98,7 +98,7 @@ class Engine:
                 id=number,
                 prompt_ids=list(ids),
                 sampling=sampling,
-                seed=seed_of_sample(sampling.seed, index),
+                seed=seed_of(sampling.seed, index),
                 limit=limit,
                 stream=TextStream(self.tokenizer, sampling.stop),
                 matcher=self._structures.matcher(sampling.structure) if sampling.structure else None,
@@ -193,11 +193,15 @@ class Engine:
         seeds: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> list[Output]:
-        """Answer every prompt, in order. `seeds`: one for each prompt, in place of `sampling.seed`."""
+        """Answer every prompt, in order.
+
+        seeds: one for each prompt. None: they follow from `sampling.seed` and each prompt's index.
+        """
         requests: list[Request] = []
         try:
             for number, prompt in enumerate(prompts):
-                requests.append(self.submit(prompt, sampling, None if seeds is None else seeds[number]))
+                seed = seed_of(sampling.seed, number) if seeds is None else seeds[number]
+                requests.append(self.submit(prompt, sampling, seed))
             for event in self._events_of(requests):
                 if event.finish_reason and progress:
                     progress.advance(1)
@@ -262,6 +266,7 @@ class Engine:
         if row in choice.broken:
             return "", "error"
         if token in sampling.stop_ids or (token in self._stops and not sampling.ignore_eos):
+            request.stop_id = token
             return "", "stop"
         request.token_ids.append(token)
         request.logprobs.append(choice.logprobs[row])

@@ -44,11 +44,12 @@ class Sampling:
     those at least this share as likely as the likeliest. repetition_penalty divides the scores of tokens that prompt or
     answer hold (Keskar et al. 2019); presence_penalty and frequency_penalty are taken off the scores of tokens that the
     answer holds, once and once an occurrence. logit_bias: (id, what is added to its score). seed: of the draws. stop:
-    texts that end the answer and are left out of it. stop_ids: token ids that end it, besides the tokenizer's own
-    unless ignore_eos. top_logprobs: how many of the likeliest tokens to tell at each position. prompt_logprobs: the
-    same of the prompt, with the log-probabilities of its own tokens; None tells nothing of it. structure: what the
-    answer must look like. long_context: how the sequence is read; None: as its length, the engine's settings and the
-    model's configuration say (`Admission.stages`).
+    texts that end the answer and are left out of it. stop_ids: token ids that end it, besides the
+    checkpoint's own unless ignore_eos. top_logprobs: how many of the likeliest tokens to tell at
+    each position. prompt_logprobs: the same of the prompt, with the log-probabilities of its own
+    tokens; None tells nothing of it. structure: what the answer must look like. long_context: how
+    the sequence is read; None: as its length, the engine's settings and the model's configuration
+    say (`Admission.stages`).
     """
 
     max_tokens: int | None = 64
@@ -75,7 +76,7 @@ class Sampling:
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k >= 0, "0 (no cut) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
             ("presence_penalty", finite(self.presence_penalty), "a finite number"),
@@ -102,8 +103,8 @@ class Sampling:
 
 @dataclass(eq=False)
 class Output:
-    """One answer. `token_ids` leaves out the stop token; `logprobs` has one entry for each id. prompt_logprobs: where
-    they were asked for, of each prompt token but the first."""
+    """One answer. `token_ids` leaves out the stop token; `logprobs` has one entry for each id. stop_id: the token that
+    ended it, if one did. prompt_logprobs: where they were asked for, of each prompt token but the first."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -111,6 +112,12 @@ class Output:
     finish_reason: FinishReason | None = None
     prompt_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    stop_id: int | None = None
+
+    @property
+    def written_ids(self) -> list[int]:
+        """All that the model wrote: `token_ids`, and the token that ended it."""
+        return self.token_ids if self.stop_id is None else [*self.token_ids, self.stop_id]
 
 
 @dataclass(eq=False, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openqwen.evaluate.intervals import ratio_interval
 from openqwen.model import Packed, Qwen2
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import progress
@@ -20,21 +21,36 @@ _LOGIT_ELEMENTS = 2**24  # logits held at once: 64 MiB of float32
 
 @dataclass
 class BitsPerByte:
-    """Total negative log-likelihood (bits) over total UTF-8 bytes, by source and over all of them."""
+    """Total negative log-likelihood (bits) over total UTF-8 bytes, by source and over all of them.
 
-    bits: dict[str, float] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=dict)
+    sources, bytes, bits: of each document, in order. tokens: scored in all.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    bits: list[float] = field(default_factory=list)
     tokens: int = 0
 
     @property
     def overall(self) -> float:
         """Bits per byte of everything scored."""
-        return math.fsum(self.bits.values()) / sum(self.bytes.values())
+        return math.fsum(self.bits) / sum(self.bytes)
 
     @property
     def by_source(self) -> dict[str, float]:
         """{source: bits per byte}."""
-        return {source: self.bits[source] / self.bytes[source] for source in sorted(self.bits)}
+        totals: dict[str, tuple[float, int]] = {}
+        for source, bits, size in zip(self.sources, self.bits, self.bytes, strict=True):
+            before = totals.get(source, (0.0, 0))
+            totals[source] = before[0] + bits, before[1] + size
+        return {source: bits / size for source, (bits, size) in sorted(totals.items()) if size}
+
+    def scores(self, name: str) -> dict[str, float]:
+        """{name: overall, name_low, name_high}: a 95 % interval over documents, if two or more."""
+        if len(self.bits) < 2:
+            return {name: self.overall}
+        low, high = ratio_interval(self.bits, self.bytes)
+        return {name: self.overall, f"{name}_low": low, f"{name}_high": high}
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class Window:
 
     inputs: list[int]
     targets: list[int]
-    source: str
+    document: int
 
 
 @torch.inference_mode()
@@ -61,10 +77,12 @@ def bits_per_byte(
     """
     result = BitsPerByte()
     stretches: list[Window] = []
-    for document in documents:
-        source, text = document["source"], document["text"]
-        result.bytes[source] = result.bytes.get(source, 0) + len(text.encode())
-        stretches += windows(tokenizer.encode(text), tokenizer.endoftext_id, context, source)
+    for number, document in enumerate(documents):
+        text = document["text"]
+        result.sources.append(document["source"])
+        result.bytes.append(len(text.encode()))
+        result.bits.append(0.0)
+        stretches += windows(tokenizer.encode(text), tokenizer.endoftext_id, context, number)
     if not stretches:
         raise OpenQwenError("There is no held-out text to score.", do="give a corpus whose held-out split is not empty")
     was_training = model.training
@@ -72,14 +90,14 @@ def bits_per_byte(
     with progress("bits per byte", sum(len(stretch.targets) for stretch in stretches), "tokens") as work:
         for pack in _packs(stretches):
             for window, nats in zip(pack, _score(model, pack, device), strict=True):
-                result.bits[window.source] = result.bits.get(window.source, 0.0) + nats / math.log(2)
+                result.bits[window.document] += nats / math.log(2)
                 result.tokens += len(window.targets)
                 work.advance(len(window.targets))
     model.train(was_training)
     return result
 
 
-def windows(ids: Sequence[int], first: int, context: int, source: str = "") -> Iterator[Window]:
+def windows(ids: Sequence[int], first: int, context: int, document: int = 0) -> Iterator[Window]:
     """Cut one document, `first` standing before it, into windows of up to `context` inputs, half a window apart."""
     if context < 2:
         raise ValueError("a window needs at least two tokens")
@@ -87,7 +105,7 @@ def windows(ids: Sequence[int], first: int, context: int, source: str = "") -> I
     scored, start = 0, 0
     while scored < len(ids):
         end = min(start + context, len(ids))
-        yield Window(sequence[start:end], sequence[scored + 1 : end + 1], source)
+        yield Window(sequence[start:end], sequence[scored + 1 : end + 1], document)
         scored, start = end, start + context // 2
 
 

@@ -21,13 +21,18 @@ class Item(NamedTuple):
 
 
 def sampled_right(
-    engine: Engine, items: Sequence[Item], max_tokens: int, progress: Progress | None = None
+    engine: Engine,
+    items: Sequence[Item],
+    max_tokens: int,
+    progress: Progress | None = None,
+    temperature: float = 1.0,
 ) -> list[bool]:
-    """Which answers are right when each is drawn once at temperature 1: their share is what a policy expects to score.
+    """Which answers are right when each is drawn once.
 
-    Greedy decoding hides how sure a policy is. The draws are always the same, so two models differ by little chance.
+    At temperature 1 their share is the score that the policy expects; greedy decoding hides how
+    sure a policy is. The draws are always the same, so two models differ by little chance.
     """
-    sampling = Sampling(max_tokens=max_tokens, temperature=1.0)
+    sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     outputs = engine.generate([item.prompt for item in items], sampling, seeds=range(len(items)), progress=progress)
     return [item.check(output.text) for item, output in zip(items, outputs, strict=True)]
 

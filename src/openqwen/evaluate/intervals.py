@@ -4,6 +4,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
+
 _Z = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
@@ -24,23 +26,46 @@ def grouped_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[fl
     (The cluster-robust standard error: pairs of one prompt share what makes the prompt hard.)
     """
     mean = math.fsum(values) / len(values)
+    half = _half(values, groups)
+    return max(0.0, mean - half), min(1.0, mean + half)
+
+
+def paired_gain(
+    before: Sequence[float],
+    after: Sequence[float],
+    groups: Sequence[str],
+) -> tuple[float, float, float]:
+    """(gain, low, high): the mean of after − before on the same items, with its 95 % interval.
+
+    For right and wrong answers in groups of one this is McNemar's comparison: only the items that
+    changed sides count.
+    """
+    changes = [b - a for a, b in zip(before, after, strict=True)]
+    gain, half = math.fsum(changes) / len(changes), _half(changes, groups)
+    return gain, gain - half, gain + half
+
+
+def _half(values: Sequence[float], groups: Sequence[str]) -> float:
+    """Half the width of the mean's interval; infinite for one group, which says nothing of others."""
+    mean = math.fsum(values) / len(values)
     totals: dict[str, float] = defaultdict(float)
     for value, group in zip(values, groups, strict=True):
         totals[group] += value - mean
     if len(totals) < 2:
-        return 0.0, 1.0  # one group says nothing of the others
+        return math.inf
     spread = math.fsum(total**2 for total in totals.values()) * len(totals) / (len(totals) - 1)
-    half = _Z * math.sqrt(spread) / len(values)
-    return max(0.0, mean - half), min(1.0, mean + half)
+    return _Z * math.sqrt(spread) / len(values)
 
 
-def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """(gain, low, high): the mean of after − before on the same items, with its 95 % interval.
+def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of Σ parts / Σ wholes over items such as documents.
 
-    For right and wrong answers this is McNemar's comparison: only the items that changed sides count.
+    The percentile bootstrap (Efron 1979) of 2,000 resamples, the same at every call.
     """
-    changes = [b - a for a, b in zip(before, after, strict=True)]
-    n = len(changes)
-    gain = math.fsum(changes) / n
-    half = _Z * math.sqrt(math.fsum((change - gain) ** 2 for change in changes) / (n - 1) / n)
-    return gain, gain - half, gain + half
+    rng, pairs = np.random.default_rng(0), np.array([parts, wholes])
+    draws = []
+    for _ in range(2_000):
+        part, whole = pairs[:, rng.integers(len(parts), size=len(parts))].sum(axis=1)
+        draws.append(part / whole)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)

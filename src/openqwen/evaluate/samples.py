@@ -14,14 +14,14 @@ CONTINUATIONS = (
 )
 # The checkable ones are of the held-out split: no stage has trained on them.
 CHATS = (
-    "Add 5 and 9.",
-    "Which is larger, 39 or 31?",
-    "Count the words: low hour ice",
-    "Say late 4 times.",
-    "Join with underscores: hat quick",
-    "Reverse these words: heavy away dog",
-    "Make a JSON object where class is drive.",
-    "Make a bullet list: brown, winter, fall",
+    "Give the sum of 5 and 18.",
+    "What is the larger number, 67 or 57?",
+    "How many words does this have: code frog note soup",
+    "Write hand 2 times.",
+    "Put hyphens between these words: brown window",
+    "Reverse these words: clock thin board present",
+    "Give a JSON object: key plane, value find.",
+    "Make a bullet list: simple, good, hard",
     "What does `os.path.join` do?",
     "Who are you?",
 )

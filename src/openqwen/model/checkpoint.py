@@ -1,6 +1,6 @@
 """Checkpoints: the Hugging Face folder in and out, a .gguf file in. The files decide, never a family name (law 6)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -9,18 +9,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from openqwen.model.config import ModelConfig
+from openqwen.model.config import ModelConfig, token_ids
 from openqwen.model.decoder import Qwen2, Scorer
 from openqwen.model.gguf import read_gguf
 from openqwen.model.quantize import Kind, QuantizedQwen2, check
 from openqwen.model.quantize import quantize as quantized
 from openqwen.model.quantize_gpu import quantize_on_gpu
-from openqwen.model.stored import Stored, stored_in_folder, weight_files
+from openqwen.model.stored import Stored, has_weights, same_numbers, stored_in_folder, weight_files
 from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
 from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import read_json, write_json
+from openqwen.support.files import read_json, refuse_pointer, write_json
+from openqwen.support.gguf import find_gguf
 from openqwen.support.hub import local
+from openqwen.support.progress import notice
 
 _GENERATION = "generation_config.json"
 _PACKED = {"quant_method": "openqwen", "version": 1}  # of model/packed.py
@@ -53,7 +55,8 @@ def load_model(
 ) -> Qwen2:
     """Read a language model.
 
-    source: a Hugging Face folder of safetensors files, a .gguf file, or an id on the hub (`owner/name`,
+    source: a Hugging Face folder of safetensors files, a GGUF file (of a model in several files
+    the first), a folder that holds one GGUF model, or an id on the hub (`owner/name`,
     `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
     or where the files mix several. device: "meta" reads nothing, but remembers where all lies: `Qwen2.stored`.
     Half-precision weights that need no cast are used from the file, not copied. advance: called with the number of
@@ -104,8 +107,9 @@ def save_checkpoint(
 
     What a checkpoint said when it was read, it says again: its stop tokens and generation defaults too. A network that
     came from none ends chat at `<|im_end|>`, and `<|endoftext|>` stops and pads too: with these out of step a model
-    never stops. chat: the network has learnt to end turns, so it stops in that way whatever it said before.
-    shard_bytes: the most bytes of one weights file. advance: called with the number of weights written since.
+    never stops. chat: the network has learnt to end turns, so it stops in that way too, whatever it
+    said before. shard_bytes: the most bytes of one weights file. advance: called with the number of
+    weights written since.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,9 +117,12 @@ def save_checkpoint(
     config = model.config.to_json("ForCausalLM" if isinstance(model, Qwen2) else "ForSequenceClassification", dtype)
     if isinstance(model, QuantizedQwen2):
         config["quantization_config"] = _PACKED | {"kind": model.kind}
-    ends = _ends(tokenizer, None if chat else config["eos_token_id"])
-    if config["eos_token_id"] is None or chat:
-        config |= ends | {"eos_token_id": tokenizer.eos_id}
+    stated = model.config.stops
+    ends = _ends(tokenizer, stated, chat)
+    if chat or not stated:
+        config |= ends
+        if chat or not model.config.generation:  # generation_config.json states the other end
+            config["eos_token_id"] = tokenizer.eos_id
     if isinstance(model, Qwen2):
         generation = dict(model.config.generation) or ends
         write_json(folder / _GENERATION, generation | (ends if chat else {}))
@@ -127,30 +134,40 @@ def save_checkpoint(
     tokenizer.save(folder)
 
 
-def _ends(tokenizer: Vocabulary, eos: int | None) -> dict[str, Any]:
-    """Where generation stops, and what pads: a base model's `<|endoftext|>` alone, else the end of a turn too."""
-    both = [tokenizer.eos_id, tokenizer.endoftext_id]
+def _ends(tokenizer: Vocabulary, stated: Sequence[int], chat: bool) -> dict[str, Any]:
+    """Where generation stops, and what pads. For chat, or where nothing is stated, also Qwen2's two."""
+    both = [tokenizer.eos_id, tokenizer.endoftext_id] if chat or not stated else []
+    eos = list(dict.fromkeys([*both, *stated]))
     return {
         "bos_token_id": tokenizer.endoftext_id,
-        "eos_token_id": both if eos in (None, tokenizer.eos_id) else eos,
+        "eos_token_id": eos if len(eos) > 1 else eos[0],
         "pad_token_id": tokenizer.endoftext_id,
     }
 
 
 def _read(path: Path) -> tuple[ModelConfig, dict[str, Stored], Path]:
     """The configuration, where each tensor lies, and what to name in errors."""
-    config, stored = read_gguf(path) if path.suffix == ".gguf" else _read_folder(path)
+    file = None if has_weights(path) else find_gguf(path)
+    config, stored = _read_folder(path) if file is None else read_gguf(file)
     if config.num_hidden_layers > len(stored):
         raise OpenQwenError(
             f"The configuration has {config.num_hidden_layers} layers, the weights only {len(stored)} tensors.",
             where=path,
         )
+    _announce(config, path)
     return config, stored, path
+
+
+def _announce(config: ModelConfig, path: Path) -> None:
+    """A line for stop tokens that can never be written."""
+    outside = [str(i) for i in config.stated_stops if i not in config.stops]
+    if outside:
+        notice(f"eos_token_id {', '.join(outside)} is outside the vocabulary and left out", path)
 
 
 def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
     """The model of a folder that `save_checkpoint` wrote of quantised weights; of any other None."""
-    if not (path / "config.json").is_file():
+    if not (path / "config.json").is_file() or not has_weights(path):
         return None
     config = _folder_config(path)
     own = config.other.get("quantization_config") or {}
@@ -165,6 +182,8 @@ def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
         )
     model = QuantizedQwen2(config, own["kind"])
     try:
+        for file in weight_files(path):
+            refuse_pointer(file)
         tensors = {name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()}
         model.allocate()  # memory of our own can lie in large pages, which a file's does not
         matrices = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
@@ -174,13 +193,18 @@ def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
         model.load_state_dict(matrices | rest, assign=True)
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise OpenQwenError(f"The quantised weights cannot be read: {error}", where=path) from None
+    _announce(config, path)
     return cast(QuantizedQwen2, model.requires_grad_(False))
 
 
 def _folder_config(path: Path) -> ModelConfig:
     config = ModelConfig.from_json(read_json(path / "config.json"), where=str(path / "config.json"))
     if (path / _GENERATION).is_file():
-        config = replace(config, generation=read_json(path / _GENERATION))
+        generation = read_json(path / _GENERATION)
+        if not isinstance(generation, dict):
+            raise OpenQwenError("This file is JSON but not an object.", where=path / _GENERATION)
+        token_ids(generation.get("eos_token_id"), str(path / _GENERATION))
+        config = replace(config, generation=generation)
     return config
 
 
@@ -191,7 +215,19 @@ def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
             where=path,
             do="give a Hugging Face folder with config.json and *.safetensors, a .gguf file, or a hub id (owner/name)",
         )
-    config, stored = _folder_config(path), stored_in_folder(path)
-    if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)  # some files repeat the embedding
+    config = _folder_config(path)
+    if packed := config.other.get("quantization_config"):
+        raise OpenQwenError(
+            f"Weights quantised by '{packed.get('quant_method')}' are not read here.",
+            where=path / "config.json",
+            do="give the model they were made from; openqwen quantize packs it",
+        )
+    stored = stored_in_folder(path)
+    head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head and table:
+        if same_numbers(head, table):
+            del stored["lm_head.weight"]  # some files repeat the embedding
+        else:  # as transformers decides
+            notice("tie_word_embeddings is true, but lm_head.weight differs: it is used", path)
+            config = replace(config, tie_word_embeddings=False)
     return config, stored

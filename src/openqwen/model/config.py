@@ -78,6 +78,17 @@ class ModelConfig:
         """How the checkpoint wants every sequence read, unless a batch says otherwise."""
         return LongContext(self.yarn, self.dual_chunk)
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end an answer: those stated that the vocabulary has."""
+        return tuple(i for i in self.stated_stops if 0 <= i < self.vocab_size)
+
+    @property
+    def stated_stops(self) -> tuple[int, ...]:
+        """`eos_token_id` of config.json and generation_config.json together, in that order."""
+        own = token_ids(self.other.get("eos_token_id", self.eos_token_id))
+        return tuple(dict.fromkeys([*own, *token_ids(self.generation.get("eos_token_id"))]))
+
     def is_sparse(self, layer: int) -> bool:
         """Whether this layer, counted from 0, has experts; else it has a dense feed-forward network."""
         return (
@@ -100,20 +111,25 @@ class ModelConfig:
     def from_json(cls, values: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
         """Read a `config.json`. OpenQwenError where it is no Qwen2, or asks for what no released Qwen2 does."""
         _check_kind(values, where)
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        rope = _rope(values, where)
         chunks = values.get("dual_chunk_attention_config")
         names = {f.name for f in fields(cls)} - _NOT_IN_FILE
         if values.get("model_type", "qwen2") != "qwen2_moe":
             names -= _EXPERT_FIELDS
-        chosen = {k: v for k, v in values.items() if k in names and v is not None}
-        chosen["rope_theta"] = rope.get("rope_theta", chosen.get("rope_theta", cls.rope_theta))
+        nothing = {name for name in _REQUIRED if values.get(name) is None}
+        chosen = {k: v for k, v in values.items() if k in names - nothing}
+        chosen["rope_theta"] = rope["rope_theta"]
+        if "num_key_value_heads" in values and "num_attention_heads" in chosen:
+            # Null is as many as query heads.
+            chosen.setdefault("num_key_value_heads", chosen["num_attention_heads"])
+        ends = token_ids(chosen.get("eos_token_id"), where)
         several = isinstance(chosen.get("eos_token_id"), list)  # kept in `other`
-        if several:
-            chosen["eos_token_id"] = chosen["eos_token_id"][0]
+        chosen["eos_token_id"] = ends[0] if ends else None
         if "mlp_only_layers" in chosen:
-            chosen["mlp_only_layers"] = tuple(chosen["mlp_only_layers"])
+            chosen["mlp_only_layers"] = tuple(chosen["mlp_only_layers"] or ())
         if missing := (_REQUIRED | (_EXPERTS_REQUIRED & names)) - chosen.keys():
             raise OpenQwenError(f"config.json lacks {', '.join(sorted(missing))}.", where=where)
+        _check_types(chosen, where)
         return cls(
             **chosen,
             yarn=Yarn.from_json(rope, chosen.get("max_position_embeddings", cls.max_position_embeddings), where),
@@ -144,7 +160,8 @@ class ModelConfig:
             }
         else:
             values.pop("dual_chunk_attention_config", None)
-        values["dtype" if "dtype" in self.other else "torch_dtype"] = dtype
+        for key in {"dtype", "torch_dtype"} & self.other.keys() or {"torch_dtype"}:
+            values[key] = dtype
         return values | self._rope_json(values)
 
     def _rope_json(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -214,11 +231,59 @@ _USUAL = {  # fields that other software expects, the same in every released Qwe
 }
 
 
+_KINDS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
+_THETA = 10_000.0  # transformers' and llama.cpp's, where a file is silent
+
+
+def token_ids(value: Any, where: str | None = None) -> list[int]:
+    """`eos_token_id` as a list: a file may state an id, several or none; else OpenQwenError."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int for i in ids):
+        do = "give an id, a list of ids, or null"
+        raise OpenQwenError(f"eos_token_id is {value!r}.", where=where, do=do)
+    return ids
+
+
+def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """RoPE as config.json states it, `rope_theta` included.
+
+    `rope_scaling` counts before transformers 5's `rope_parameters`, as in transformers. It is what
+    Qwen's model cards tell to add, so it keeps the other's theta, which transformers loses.
+    """
+    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    for rope in (new, old):
+        plain = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
+        if not plain:
+            raise OpenQwenError(f"RoPE is {rope}, not one table for all layers.", where=where)
+    rope = dict(old or new)
+    thetas = (part.get("rope_theta") for part in (old, new, values))
+    rope["rope_theta"] = next((theta for theta in thetas if theta is not None), _THETA)
+    # Transformers looks at the top level first.
+    if (length := values.get("original_max_position_embeddings")) is not None:
+        rope["original_max_position_embeddings"] = length
+    share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if share not in (None, 1):
+        raise OpenQwenError(f"partial_rotary_factor is {share}, not 1.", where=where)
+    return rope
+
+
+def _check_types(chosen: Mapping[str, Any], where: str) -> None:
+    kinds = {f.name: _KINDS[f.type] for f in fields(ModelConfig) if f.type in _KINDS}
+    for name, value in chosen.items():
+        if type(value) not in kinds.get(name, (type(value),)):
+            wanted = " or ".join(kind.__name__ for kind in kinds[name])
+            raise OpenQwenError(f"{name} is {value!r}, not of the type {wanted}.", where=where)
+
+
 def _check_kind(values: Mapping[str, Any], where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise OpenQwenError("This file is JSON but not an object.", where=where)
     kind = values.get("model_type", "qwen2")
     if kind not in _MODEL_TYPES:
         raise OpenQwenError(f"model_type is '{kind}', not one of {', '.join(_MODEL_TYPES)}.", where=where)
     if values.get("use_sliding_window"):
         raise OpenQwenError("use_sliding_window is true; no released Qwen2 uses a sliding window.", where=where)
+    if odd := set(values.get("layer_types") or ()) - {"full_attention"}:
+        raise OpenQwenError(f"layer_types holds {', '.join(sorted(odd))}.", where=where)
     if values.get("hidden_act", "silu") != "silu":
         raise OpenQwenError(f"hidden_act is '{values['hidden_act']}'; Qwen2's is silu.", where=where)

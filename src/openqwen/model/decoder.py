@@ -70,7 +70,9 @@ class Qwen2(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Hidden states → scores over the vocabulary rows, [T, V]."""
-        return F.linear(hidden_TD, self.head_VD)
+        if self.lm_head is None:
+            return F.linear(hidden_TD, self.head_VD)
+        return self.lm_head(hidden_TD)  # an adapted head's matrix is not made anew for every call
 
     @property
     def device(self) -> torch.device:

@@ -17,10 +17,18 @@ from torch import Tensor
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Qwen2
 from openqwen.model.gguf_blocks import dequantize, quantize
+from openqwen.model.long_context import yarn_temperature
 from openqwen.model.stored import Stored
 from openqwen.model.weights import ignore, published_tensors
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.gguf import BLOCKS, GgufHeader, NewTensor, read_header, write_gguf
+from openqwen.support.gguf import (
+    BLOCKS,
+    GgufHeader,
+    NewTensor,
+    other_files,
+    read_first_header,
+    write_gguf,
+)
 
 _ARCHITECTURES = {"qwen2": False, "qwen2moe": True}  # with experts or without
 # Hyper-parameters: our name of each (config.json's), and GGUF's behind that of the architecture.
@@ -69,14 +77,13 @@ _IN_LAYER = {
 }
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_SPLIT = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
     """The configuration and where each tensor lies, by published name. Of a model in several files give the first."""
-    header = read_header(path)
+    header = read_first_header(path)
     stored: dict[str, Stored] = {}
-    for file in (header, *_other_files(header)):
+    for file in (header, *other_files(header)):
         for name, place in file.tensors.items():
             if place.type not in BLOCKS:
                 raise OpenQwenError(
@@ -86,16 +93,6 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
                 )
             stored |= _published(name, Stored(file.path, place.shape, place.type, place.offset, place.size))
     return _config(header, stored), stored
-
-
-def _other_files(header: GgufHeader) -> Iterator[GgufHeader]:
-    count = header.metadata.get("split.count", 1)
-    match = _SPLIT.fullmatch(header.path.name)
-    if count > 1 and (match is None or int(match[2]) != 1):
-        raise OpenQwenError(f"This is one of {count} files.", where=header.path, do="give the first, …-00001-of-….gguf")
-    for number in range(2, count + 1):
-        assert match is not None
-        yield read_header(header.path.with_name(f"{match[1]}{number:05d}{match[3]}"))
 
 
 def _published(name: str, stored: Stored) -> dict[str, Stored]:
@@ -136,7 +133,7 @@ def _config(header: GgufHeader, stored: Mapping[str, Stored]) -> ModelConfig:
         "rope_theta": 10_000.0,  # llama.cpp's, where the file is silent
         "tie_word_embeddings": "lm_head.weight" not in stored,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _ends(metadata),
         **own(_SIZES),
     }
     if _ARCHITECTURES[kind]:
@@ -149,6 +146,14 @@ def _config(header: GgufHeader, stored: Mapping[str, Stored]) -> ModelConfig:
     if scaling != "none":
         values["rope_scaling"] = {"rope_type": scaling, **own(_YARN)}
     return ModelConfig.from_json(values, where)
+
+
+def _ends(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids that end an answer in llama.cpp: those stated, and Qwen2's two by their names."""
+    stated = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    names = list(metadata.get("tokenizer.ggml.tokens", ()))
+    named = [names.index(name) for name in ("<|im_end|>", "<|endoftext|>") if name in names]
+    return list(dict.fromkeys([i for i in stated if i is not None] + named))
 
 
 def _shortest(value: float) -> float:
@@ -209,8 +214,10 @@ def not_stored(config: ModelConfig) -> list[str]:
     lost = []
     if config.dual_chunk:
         lost.append("dual chunk attention is not stored in GGUF: long sequences are read by plain RoPE")
-    if config.yarn and config.yarn.attention_factor is not None:
+    if config.yarn and config.yarn.temperature != yarn_temperature(config.yarn.factor):
         lost.append("YARN's own attention_factor is not stored in GGUF: llama.cpp takes 0.1 ln(factor) + 1")
+    if config.yarn and not config.yarn.truncate:
+        lost.append("YARN's truncate is not stored in GGUF: llama.cpp takes whole dimensions")
     sampling = sorted(
         config.generation.keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
     )

@@ -6,7 +6,7 @@ The numbers only; the arithmetic is in rope.py and dual_chunk.py.
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openqwen.support.errors import OpenQwenError
@@ -22,7 +22,10 @@ _UNITS = {"k": 1024, "m": 1024**2}
 class Yarn:
     """Frequencies stretched by `factor` beyond `original_max_position_embeddings` (Peng et al. 2023, released form).
 
-    attention_factor: what cos and sin are multiplied by, on queries and keys alike; None means 0.1 ln(factor) + 1.
+    attention_factor: what cos and sin are multiplied by, on queries and keys alike; None means
+    0.1 ln(factor) + 1, or with both `mscale` and `mscale_all_dim` the ratio of
+    0.1 mscale ln(factor) + 1 to the same of the other. truncate: the ramp begins and ends at whole
+    dimensions. All as in transformers.
     """
 
     factor: float
@@ -30,39 +33,66 @@ class Yarn:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
 
     def __post_init__(self) -> None:
         if self.factor < 1 or self.original_max_position_embeddings < 1:
             raise OpenQwenError(f"YARN cannot stretch {self}.", do="give a factor of at least 1 and the length trained")
+        if min(self.beta_fast, self.beta_slow) <= 0:
+            do = "give beta_fast and beta_slow above 0, or neither"
+            raise OpenQwenError(f"YARN has no ramp in {self}.", do=do)
 
     @property
     def temperature(self) -> float:
         """m: scales queries and keys, so attention's logits grow by m²."""
-        return yarn_temperature(self.factor) if self.attention_factor is None else self.attention_factor
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            whole = yarn_temperature(self.factor, self.mscale_all_dim)
+            return yarn_temperature(self.factor, self.mscale) / whole
+        return yarn_temperature(self.factor)
+
+    def stretched(self, factor: float) -> "Yarn":
+        """The same at another factor; an attention_factor of its own belongs to its own factor."""
+        own = self.attention_factor if factor == self.factor else None
+        return replace(self, factor=factor, attention_factor=own)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], max_position_embeddings: int, where: str) -> "Yarn | None":
         """Read `rope_scaling` or `rope_parameters`, old spelling (`type`) or new (`rope_type`); None where plain."""
-        kind = values.get("rope_type", values.get("type", "default"))
+        kind = values.get("rope_type") or values.get("type") or "default"
         if kind == "default":
             return None
-        if kind != "yarn" or "factor" not in values:
+        wrong = f"RoPE scaling of the type '{kind}' is not supported." if kind != "yarn" else ""
+        given = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
+        given.pop("truncate", None)
+        for name in ("beta_fast", "beta_slow"):
+            if given.get(name) == 0:  # transformers takes its default
+                del given[name]
+        for name, value in given.items():
+            if type(value) not in (float, int) or not math.isfinite(value):
+                wrong = wrong or f"YARN's {name} is {value!r}, not a number."
+        if "factor" not in given:
+            wrong = wrong or "YARN has no factor."
+        if wrong:
             raise OpenQwenError(
-                f"RoPE scaling {dict(values)} is not one that Qwen2 uses.",
+                wrong,
                 where=where,
                 do='use {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, or none',
             )
-        given = {f.name: values[f.name] for f in fields(cls) if values.get(f.name)}
-        return cls(**{"original_max_position_embeddings": max_position_embeddings, **given})
+        given.setdefault("original_max_position_embeddings", max_position_embeddings)
+        return cls(**given, truncate=bool(values.get("truncate", True)))
 
     def to_json(self) -> dict[str, Any]:
         """The entries of `rope_scaling` without the key that names the kind; defaults are left out, as published."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
-def yarn_temperature(factor: float) -> float:
-    """m = 0.1 ln(s) + 1, and 1 for s ≤ 1 (Peng et al. 2023, eq. 22)."""
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
+    """m = 0.1 mscale ln(s) + 1, and 1 for s ≤ 1 (Peng et al. 2023, eq. 22, where mscale is 1)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -143,7 +173,7 @@ def stages(config: "ModelConfig", max_context: int | None = None) -> list[Stage]
         if dual and (factor > 1 or config.dual_chunk):
             way = LongContext(config.yarn if config.dual_chunk else None, dual, tokens)
         elif factor > 1:
-            way = LongContext(Yarn(float(factor), window))
+            way = LongContext((config.yarn or Yarn(1.0, window)).stretched(float(factor)))
         found.append(Stage(min(tokens, most), way))
         factor *= 2
     return found

@@ -4,7 +4,10 @@ A frozen matrix W gets a learned update s·B·A of low rank, s = alpha / rank. D
 W' = m · (W + s·B·A) / ‖W + s·B·A‖, rows taken one by one, the norm treated as a constant in the gradient (section 4.3).
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,14 +18,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openqwen.model.quantize import Kind, QuantizedLinear, check
+from openqwen.model.quantize import Kind, QuantizedLinear, check, whole
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
-from openqwen.support.files import read_json, write_json
+from openqwen.support.files import read_json, refuse_pointer, write_json
 from openqwen.support.settings import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _PREFIX = "base_model.model."  # PEFT's wrapper around the network, in the names of its files
+# Settings of PEFT that change what an adapter computes, and that are not supported.
+_UNLIKE = [
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+]
+_KINDS = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    # These leave W as it is.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
+}
+# After these, the file's A and B belong to another W than the base model's.
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_CONVERSION = "path_initial_model_for_weight_conversion"  # PEFT's way back to the base model's W
 
 
 class LoraConfig(Settings):
@@ -57,11 +83,24 @@ class LoraLinear(nn.Module):
         update_TO = F.linear(F.linear(x_TD, self.lora_A), self.lora_B) * self.scale
         if self.magnitude is None:
             return self.base(x_TD) + update_TO
-        length_O = self.merged_direction().detach().norm(dim=1)
+        length_O = self._direction().detach().norm(dim=1)
         out_TO = (F.linear(x_TD, self.base.weight) + update_TO) * (self.magnitude / length_O)
-        return out_TO if self.base.bias is None else out_TO + self.base.bias
+        return out_TO if self.bias is None else out_TO + self.bias
 
-    def merged_direction(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix W', [out, in], made anew; its gradient reaches the adapter."""
+        matrix_OI = self._direction()
+        if self.magnitude is None:
+            return matrix_OI
+        return matrix_OI * (self.magnitude / matrix_OI.detach().norm(dim=1))[:, None]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's own."""
+        return self.base.bias
+
+    def _direction(self) -> Tensor:
         """W + s·B·A, [out, in]."""
         return self.base.weight + self.scale * (self.lora_B @ self.lora_A)
 
@@ -69,10 +108,7 @@ class LoraLinear(nn.Module):
     def merged(self) -> nn.Linear:
         """The plain layer that computes the same; of one whose base is not packed."""
         assert isinstance(self.base, nn.Linear)
-        weight = self.merged_direction()
-        if self.magnitude is not None:
-            weight = weight * (self.magnitude / weight.norm(dim=1))[:, None]
-        self.base.weight.copy_(weight)
+        self.base.weight.copy_(self.weight)
         return self.base.requires_grad_(True)
 
 
@@ -85,14 +121,14 @@ def _packed(linear: nn.Linear, kind: Kind) -> QuantizedLinear:
 
 def add_adapters(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> None:
     """Freeze the network and give every linear layer named in `config.targets` an adapter, in place."""
-    model.requires_grad_(False)
-    found = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    whole(model).requires_grad_(False)
+    found = {name.rpartition(".")[2] for name in _linears(model)}
     for target in config.targets:
         if target not in found:
             near = suggestion(target, found)
             raise OpenQwenError(f"The network has no linear layer called '{target}'.{near}", where="lora.targets")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets:
+    for name, module in _linears(model).items():
+        if name.rpartition(".")[2] in config.targets:
             _replace(model, name, LoraLinear(module, config, generator))
 
 
@@ -104,11 +140,16 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, which PEFT and vLLM load. base: the model adapted."""
+    """Write adapter_config.json and adapter_model.safetensors, which PEFT and vLLM load.
+
+    base: the model adapted. Layers with a rank or alpha of their own are listed as PEFT's patterns.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + n: t.detach().cpu().contiguous() for n, t in _tensors(model)}
     with disk_errors(folder):
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    ranks = {name: len(layer.lora_A) for name, layer in _adapters(model)}
+    alphas = {name: layer.scale * ranks[name] for name, layer in _adapters(model)}
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -117,70 +158,181 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) 
         "lora_alpha": config.alpha,
         "target_modules": config.targets,
         "use_dora": config.dora,
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != config.rank},
+        "alpha_pattern": {n: a for n, a in alphas.items() if not math.isclose(a, config.alpha)},
     }
     write_json(folder / CONFIG, values)
 
 
-def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """What a PEFT folder holds: the adapter's shape, and its tensors under PEFT's names without the prefix.
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What an adapter does to one linear layer.
 
-    shapes: outputs and inputs of the network's linear layers. OpenQwenError where the adapter is of another kind, or
-    made for another network.
+    A [rank, in], B [out, rank], s, DoRA's lengths of the rows [out], and the matrix W itself
+    [out, in] where the file repeats it, as PEFT's do of the head.
     """
-    config = _read_config(folder / CONFIG)
-    try:
-        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
-    except (SafetensorError, OSError) as error:
-        raise OpenQwenError(f"The adapter's weights cannot be read: {error}", where=folder / WEIGHTS) from None
-    wanted: dict[str, list[int]] = {}
-    for layer in dict.fromkeys(name.rpartition(".lora_")[0] for name in tensors):
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None
+    base: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """The rows of A."""
+        return len(self.a)
+
+
+def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, LayerUpdate]:
+    """What a PEFT folder changes, by the name of the linear layer.
+
+    The tensors in the file say which layers have an update: whichever way `target_modules` and its
+    like were written, PEFT stored one for each layer that they meant.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        shapes: outputs and inputs of each linear layer of the network.
+
+    Raises:
+        OpenQwenError: the adapter is of another kind, or made for another network.
+    """
+    values, tensors = _read_config(folder / CONFIG), _read_tensors(folder)
+    updates: dict[str, LayerUpdate] = {}
+    layers = [name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name]
+    for layer in dict.fromkeys(layers):
         if layer not in shapes:
             raise OpenQwenError(
                 f"This network has no linear layer '{layer}' that the adapter could change.",
                 where=folder,
-                do="use the network that it was trained for",
+                do="merge it in PEFT (merge_and_unload), or train it without lm_head"
+                if layer == "lm_head"
+                else "use the network that it was trained for",
             )
         outputs, inputs = shapes[layer]
-        wanted |= {f"{layer}.lora_A.weight": [config.rank, inputs], f"{layer}.lora_B.weight": [outputs, config.rank]}
-        if config.dora:
-            wanted[f"{layer}.lora_magnitude_vector"] = [outputs]
-    for name in sorted(wanted.keys() | tensors.keys()):
-        need, held = wanted.get(name), list(tensors[name].shape) if name in tensors else None
-        if need != held:
-            raise OpenQwenError(f"The adapter holds {held} for '{name}'; this network needs {need}.", where=folder)
-    return config, tensors
+        rank, scale = _rank_and_scale(values, layer, folder / CONFIG)
+        wanted = {
+            f"{layer}.lora_A.weight": [rank, inputs],
+            f"{layer}.lora_B.weight": [outputs, rank],
+            f"{layer}.lora_magnitude_vector": [outputs] if values.get("use_dora") else None,
+            f"{layer}.base_layer.weight": [outputs, inputs],
+        }
+        found = [tensors.pop(name, None) for name in wanted]
+        for (name, need), tensor in zip(wanted.items(), found):
+            held = None if tensor is None else list(tensor.shape)
+            if need != held and (held or not name.endswith("base_layer.weight")):
+                what = f"The adapter holds {held} for '{name}'; this network needs {need}."
+                raise OpenQwenError(what, where=folder)
+        a, b, magnitude, base = found
+        assert a is not None
+        assert b is not None
+        updates[layer] = LayerUpdate(a, b, scale, magnitude, base)
+    if tensors or not updates:
+        what = "no update of a layer"
+        if tensors:
+            what = f"'{next(iter(tensors))}', which is not supported"
+        raise OpenQwenError(
+            f"The adapter holds {what}.",
+            where=folder / WEIGHTS,
+            do="merge it in PEFT (merge_and_unload)",
+        )
+    return updates
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
-    """Give the network the adapter in a PEFT folder, in place. OpenQwenError where it is of another kind or network."""
-    shapes = {name: module.weight.shape for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    config, tensors = read_adapter(folder, shapes)
-    add_adapters(model, config, torch.Generator())
-    with torch.no_grad():
-        for name, tensor in _tensors(model):
-            if name not in tensors:
-                raise OpenQwenError(f"The adapter holds nothing for '{name}'.", where=folder)
-            tensor.copy_(tensors[name])
-    return config
+    """Give the network the adapter in a PEFT folder, in place.
+
+    Returns what `save_adapter` needs to write it again. OpenQwenError where the adapter is of
+    another kind or network, or the network's matrices are packed.
+    """
+    linears = _linears(whole(model))
+    updates = read_adapter(folder, {name: linear.weight.shape for name, linear in linears.items()})
+    model.requires_grad_(False)
+    for name, update in updates.items():
+        dora = update.magnitude is not None
+        own = LoraConfig(rank=update.rank, alpha=update.scale * update.rank, dora=dora)
+        layer = LoraLinear(linears[name], own, torch.Generator())
+        _replace(model, name, layer)
+        with torch.no_grad():
+            layer.lora_A.copy_(update.a)
+            layer.lora_B.copy_(update.b)
+            if layer.magnitude is not None and update.magnitude is not None:
+                layer.magnitude.copy_(update.magnitude)
+            if update.base is not None:
+                linears[name].weight.copy_(update.base)
+    # The last layer's rank and alpha; those of others that differ become patterns.
+    return own.model_copy(update={"targets": list(updates)})
 
 
-def _read_config(path: Path) -> LoraConfig:
-    values: dict[str, Any] = read_json(path)
-    unlike = [
-        key
-        for key in ("use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform")
-        if values.get(key)
-    ]
-    if values.get("peft_type") != "LORA" or values.get("bias", "none") != "none" or unlike:
-        what = ", ".join(unlike) or f"peft_type {values.get('peft_type')}, bias {values.get('bias')}"
-        raise OpenQwenError(f"This adapter is of a kind that is not supported: {what}.", where=path)
-    targets = values["target_modules"]
-    return LoraConfig(
-        rank=values["r"],
-        alpha=values["lora_alpha"],
-        targets=[targets] if isinstance(targets, str) else sorted(targets),
-        dora=bool(values.get("use_dora")),
-    )
+def _rank_and_scale(values: Mapping[str, Any], layer: str, where: Path) -> tuple[int, float]:
+    """Of one layer. Patterns match the end of its name; the first that does counts."""
+    found = []
+    for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        value = 8 if values.get(key) is None else values[key]
+        for name, special in (values.get(pattern) or {}).items():
+            if re.match(rf"(.*\.)?({name})$", layer):
+                value = special
+                break
+        if not isinstance(value, int | float) or value <= 0:
+            what = f"'{key}' of '{layer}' is {value!r}, not a number above 0."
+            raise OpenQwenError(what, where=where)
+        found.append(value)
+    rank, alpha = int(found[0]), found[1]
+    return rank, alpha / (rank**0.5 if values.get("use_rslora") else rank)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """PEFT's settings of an adapter whose kind is supported."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        what = "This file is no adapter's configuration."
+        raise OpenQwenError(what, where=path, do="give a folder that PEFT saved")
+    start = values.get("init_lora_weights")
+    if str(start).lower().startswith(_CHANGED_BASE):
+        merged = "merged (merge_and_unload)"
+        raise OpenQwenError(
+            f"The weights under this adapter are not its base model's (init_lora_weights: {start}"
+            " changed them at the start).",
+            where=path,
+            do=f"save it from the PEFT model that was trained: {merged}, or with {_CONVERSION}",
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        try:
+            list(map(re.compile, dict(values.get(key) or {})))
+        except (re.error, TypeError, ValueError) as error:
+            what = f"'{key}' maps no expressions to numbers: {error}."
+            raise OpenQwenError(what, where=path) from None
+    unlike = [key for key in _UNLIKE if values.get(key)]
+    for key, kinds in _KINDS.items():
+        if values.get(key) not in kinds:
+            unlike.append(f"{key} {values.get(key)}")
+    if unlike:
+        raise OpenQwenError(
+            f"This adapter is of a kind that is not supported: {', '.join(unlike)}.",
+            where=path,
+            do="merge it in PEFT (merge_and_unload), and load the merged model",
+        )
+    return values
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Under PEFT's names without the prefix."""
+    try:
+        refuse_pointer(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        if (folder / "adapter_model.bin").is_file():
+            what = "they are a pickle (adapter_model.bin), which can run any code"
+            do = "save it anew with PEFT"
+        else:
+            what, do = str(error), "fetch the file again"
+        what = f"The adapter's weights cannot be read: {what}."
+        raise OpenQwenError(what, where=folder / WEIGHTS, do=do) from None
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

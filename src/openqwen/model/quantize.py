@@ -9,7 +9,7 @@ gate and up). The network is frozen, but gradients flow through it to its input,
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ctypes import c_int64, c_void_p
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from openqwen.model.weights import without_memory
 from openqwen.support.errors import OpenQwenError
 
 Kind = Literal["int8", "int4"]
+Network = TypeVar("Network", bound=nn.Module)
 Before = Callable[[Tensor], Tensor] | None  # an RMSNorm, `swiglu`, or nothing
 
 # What stays in 8 bits in a network of 4: the embedding, of which a token reads one row; q, k and v, whose inputs and
@@ -340,7 +341,7 @@ def check(kind: str, device: torch.device) -> None:
         )
 
 
-def whole(model: Qwen2) -> Qwen2:
+def whole(model: Network) -> Network:
     """The model, if its weights are not quantised yet; OpenQwenError otherwise."""
     if isinstance(model, QuantizedQwen2):
         raise OpenQwenError(
@@ -353,7 +354,8 @@ def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:
     """Quantise anew, in place, the weights of a source of the same shape, which a trainer has moved meanwhile."""
     for matrix, parts in _matrices(quantized, source):
         weights = [part if isinstance(part, Tensor) else part.weight for part in parts]
-        biases = [part.bias for part in parts if isinstance(part, nn.Linear) and part.bias is not None]
+        layers = [part for part in parts if not isinstance(part, Tensor)]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
         matrix.fill(weights, biases)
     modules = dict(quantized.named_modules())
     for name, module in source.named_modules():

@@ -57,8 +57,10 @@ def _ramp_ends(head_dim: int, theta: float, yarn: Yarn) -> tuple[float, float]:
             head_dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
         )
 
-    low = max(math.floor(dimension(yarn.beta_fast)), 0)
-    high = min(math.ceil(dimension(yarn.beta_slow)), head_dim - 1)
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
     return low, high if high != low else high + 0.001
 
 

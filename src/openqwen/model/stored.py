@@ -15,19 +15,24 @@ from torch import Tensor
 
 from openqwen.model.gguf_blocks import dequantize
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import read_json
+from openqwen.support.files import read_json, refuse_pointer
 from openqwen.support.gguf import BLOCKS
+from openqwen.support.progress import notice
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the others are blocks
 _PIECE = 2**17  # weights that are unpacked at once: the working memory stays in the cache
+_WORK = 2**24  # bytes, more than unpacking a piece of any type needs
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a run of bytes in a file. type: F32, F16, BF16, or one of ggml's block formats."""
+    """A tensor as a run of bytes in a file.
+
+    type: F32, F16, BF16, or one of ggml's block formats; another name for what is not read.
+    """
 
     path: Path
     shape: tuple[int, ...]
@@ -61,6 +66,10 @@ class Reader:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def __enter__(self) -> "Reader":
+        # The C library keeps freed blocks as large as the largest that it ever mapped and gave
+        # back. Without this it fetches the memory in which pieces are unpacked zeroed from the
+        # system for every piece, which takes as long as all the rest of a load.
+        bytearray(_WORK)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -98,6 +107,23 @@ class Reader:
         return self._files[path]
 
 
+def same_numbers(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors hold the same numbers, compared piece by piece."""
+    if one.shape != other.shape:
+        return False
+    step = max(1, _PIECE // math.prod(one.shape[1:]))
+    with Reader() as reader:
+        for first in range(0, one.shape[0], step):
+            pieces = []
+            for stored in (one, other):
+                part = stored.part(first, min(step, one.shape[0] - first))
+                pieces.append(torch.empty(part.shape))
+                reader.copy(part, pieces[-1])
+            if not torch.equal(*pieces):
+                return False
+    return True
+
+
 def stored_in_folder(folder: Path) -> dict[str, Stored]:
     """The tensors of a Hugging Face folder, sharded or not, by the names in the files.
 
@@ -112,8 +138,20 @@ def stored_in_folder(folder: Path) -> dict[str, Stored]:
     return {name: stored for fused in found for name, stored in _unfused(fused, found[fused])}
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds safetensors files of a model."""
+    return (folder / INDEX).is_file() or (folder / WEIGHTS).is_file()
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files; nothing else is read, a pickle least of all."""
+    """The safetensors files; nothing else is read, a pickle least of all.
+
+    Where one whole file lies beside an index of shards, the file is read, as transformers does.
+    """
+    if (folder / WEIGHTS).is_file():
+        if (folder / INDEX).is_file():
+            notice(f"{WEIGHTS} is read; the shards that {INDEX} names are not", folder)
+        return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         names = _indexed(folder / INDEX)
         if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
@@ -123,8 +161,6 @@ def weight_files(folder: Path) -> list[Path]:
                 do="fetch the missing files",
             )
         return [folder / name for name in names]
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickles:
         raise OpenQwenError(
@@ -148,19 +184,13 @@ def _indexed(path: Path) -> list[str]:
 def _directory(path: Path) -> dict[str, Stored]:
     """Where the tensors of a safetensors file lie. The library checks the header before its offsets are believed."""
     try:
+        refuse_pointer(path)
         with safe_open(path, framework="pt"), open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise OpenQwenError(f"The weights cannot be read: {error}", where=path, do="fetch the file again") from None
     header.pop("__metadata__", None)
-    if odd := {name: entry["dtype"] for name, entry in header.items() if entry["dtype"] not in PLAIN}:
-        name, dtype = next(iter(odd.items()))
-        raise OpenQwenError(
-            f"{len(odd)} tensors are of a type that is not read here, first '{name}': {dtype}.",
-            where=path,
-            do=f"store them as {', '.join(PLAIN)}",
-        )
     return {
         name: Stored(path, tuple(entry["shape"]), entry["dtype"], 8 + length + begin, end - begin)
         for name, entry in header.items()

@@ -17,10 +17,15 @@ from torch.overrides import TorchFunctionMode
 from openqwen.model.stored import INDEX, PLAIN, WEIGHTS, Reader, Stored, usable_in_place
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import write_text
+from openqwen.support.gguf import BLOCKS
+from openqwen.support.progress import notice
 
 SHARD_BYTES = 5 * 10**9
 _WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
+# Tensors that do not change what the network computes: those outside it (heads of other training,
+# such as TRL's value head) and RoPE's tables, which old files keep. GGUF's `rope_freqs` would.
+_UNUSED = re.compile(r"(?!model\.|lm_head\.bias|blk\.|rope_freqs).*|.*\.rotary_emb\.\w+")
 _BLOCK = 2**20  # weights that `read_block` holds beside the block
 _LISTED = 3  # tensors that an error names, of each kind
 
@@ -159,21 +164,33 @@ class _NoInitialization(TorchFunctionMode):
 
 
 def _check(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: Path) -> None:
-    """Every tensor that the network needs is there, with its shape, and none besides."""
+    """Every tensor that the network needs is there with its shape, and no other that would change it."""
     missing = [f"'{name}' {list(shape)}" for name, shape in wanted.items() if name not in stored]
-    extra = [f"'{name}' {list(tensor.shape)}" for name, tensor in stored.items() if name not in wanted]
+    others = [name for name in stored if name not in wanted]
+    inside = [name for name in others if not _UNUSED.fullmatch(name)]
+    extra = [f"'{name}' {list(stored[name].shape)}" for name in inside]
     shapes = [
         f"'{name}' {list(stored[name].shape)} in place of {list(shape)}"
         for name, shape in wanted.items()
         if name in stored and stored[name].shape != shape
     ]
-    kinds = ((missing, "missing tensors"), (extra, "extra tensors"), (shapes, "tensors of another shape"))
+    types = {name: stored[name].type for name in wanted if name in stored}
+    odd = [f"'{name}': {kind}" for name, kind in types.items() if kind not in BLOCKS]
+    kinds = (
+        (missing, "missing tensors"),
+        (extra, "extra tensors"),
+        (shapes, "tensors of another shape"),
+        (odd, f"tensors of a type other than {', '.join(PLAIN)}"),
+    )
     if told := [f"{len(names)} {kind}: {_listing(names)}" for names, kind in kinds if names]:
         raise OpenQwenError(
             f"These are not the weights of the network that the configuration describes. {'; '.join(told)}.",
             where=where,
             do="check that the configuration belongs to these weights, and that every file of them is there",
         )
+    if others:
+        text = f"{len(others)} tensors are left out, which the network does not use"
+        notice(f"{text}: {_listing(others)}", where)
 
 
 def _listing(names: list[str]) -> str:

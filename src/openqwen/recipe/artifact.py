@@ -23,6 +23,8 @@ from openqwen.recipe.stage import Stage, Work
 from openqwen.recipe.together import run_stage
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, read_json, replace_folder, sha256, write_json
+from openqwen.support.hub import HUB, pinned
+from openqwen.support.records import data_files
 from openqwen.support.settings import Settings
 
 MANIFEST = "manifest.json"
@@ -196,7 +198,11 @@ def _hash(path: Path) -> str:
 
 
 def outside_source(path: Path, role: str) -> Source:
-    """A file or folder that no stage of this run made, as an input."""
+    """A file, a folder or a data set on the hub that no stage of this run made, as an input."""
+    if str(path).startswith(HUB):
+        path = Path(pinned(str(path)))
+        digest = _digest({str(n): _hash(file) for n, file in enumerate(data_files(path))})
+        return Source(path, InputEntry(stage=str(path), digest=digest))
     if not path.exists():
         raise OpenQwenError(f"The input '{role}' does not exist.", where=path, do="check the path")
     return Source(path, InputEntry(stage=str(path), digest=content_digest(path)))

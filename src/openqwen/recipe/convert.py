@@ -84,8 +84,11 @@ def refuse(target: Path, overwrite: bool) -> None:
 def _write_gguf(
     model: Qwen2, tokenizer: Tokenizer, target: Path, kind: str, advance: Callable[[int], None]
 ) -> list[Rounded]:
-    eos = model.config.eos_token_id
-    vocabulary = gguf_metadata(tokenizer, model.config.vocab_size, tokenizer.eos_id if eos is None else eos)
+    stops = model.config.stops or (tokenizer.eos_id,)
+    vocabulary = gguf_metadata(tokenizer, model.config.vocab_size, stops[0])
+    # llama.cpp knows Qwen2's two ends by their names, and two others where the file states them.
+    others = [i for i in stops[1:] if i not in (tokenizer.eos_id, tokenizer.endoftext_id)]
+    vocabulary |= {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(("eot", "eom"), others)}
     return save_gguf(model, target, kind, target.stem, vocabulary, advance)
 
 
@@ -103,9 +106,12 @@ def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
     """Change the weights' dtype in place, one tensor at a time; returns those that lost precision."""
     rounded = []
     for name, parameter in model.named_parameters():
+        if parameter.dtype == dtype:
+            continue
         real, parameter.data = parameter.data, parameter.data.to(dtype)
         wrong = total = 0.0
-        for before, after in zip(real.flatten().split(2**20), parameter.detach().flatten().split(2**20)):
+        pieces = zip(real.flatten().split(2**17), parameter.detach().flatten().split(2**17))
+        for before, after in pieces:
             wrong += float((after.double() - before.double()).square().sum())
             total += float(before.double().square().sum())
         if not math.isfinite(wrong):

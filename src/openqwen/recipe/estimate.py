@@ -39,8 +39,8 @@ class Estimates:
         if stage in ("tokenizer", "tokens"):
             return min(text, r.tokenizer.max_bytes) / _BPE_SPEED
         if stage.startswith("evaluate"):
-            answers = r.evaluate.checked + (r.evaluate.test if stage in _CHATS else 0)
-            return 2 * answers / _ANSWERS + self._training(_SCORED * r.evaluate.heldout_bytes)
+            answers = 2 * r.evaluate.checked + (3 * r.evaluate.test if stage in _CHATS else 0)
+            return answers / _ANSWERS + self._training(_SCORED * r.evaluate.heldout_bytes)
         sampled = {
             "instruct": r.instruct.rejection_prompts * r.instruct.rejection_samples,
             "prefer": (r.prefer.prompts + 2 * r.prefer.heldout_prompts) * r.prefer.samples,
@@ -48,7 +48,7 @@ class Estimates:
         }
         if stage in ("pretrain", "extend"):
             read = [part.data for part in getattr(r, stage).resolved()]
-            return sum(self._training(data.tokens, data.context) for data in read)
+            return sum(self._training(data.tokens, data.row) for data in read)
         return sampled.get(stage, 0) / _ANSWERS + self._training(trained_tokens(r).get(stage, 0))
 
     def _training(self, tokens: float, context: int = CONVERSATION) -> float:

@@ -10,7 +10,7 @@ from openqwen.engine import Engine
 from openqwen.evaluate.bits_per_byte import bits_per_byte, halves, within_budget
 from openqwen.evaluate.checked import Item, checked_accuracy, sampled_right
 from openqwen.evaluate.config import EvaluateConfig
-from openqwen.evaluate.intervals import paired_gain, wilson_interval
+from openqwen.evaluate.intervals import grouped_interval, paired_gain, wilson_interval
 from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate
 from openqwen.evaluate.samples import sample_answers
 from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt
@@ -25,6 +25,15 @@ from openqwen.tokenizer import load_tokenizer
 from openqwen.train.reward import score
 
 _SYNTHETIC = "tasks"  # multi-task data is not among the held-out text that bits per byte and gzip are measured on
+# Scores of the test split -> the temperature, and the field of an answer in test.jsonl.
+# A model that is surer of itself scores as if it were sampled cooler, so stages are compared at
+# each of these; _COOLER tells what cooler sampling alone gains.
+_TEMPERATURES = {
+    "test": (0.0, "correct"),
+    "test_at_0.7": (0.7, "correct_at_0.7"),
+    "test_sampled": (1.0, "sampled_correct"),
+}
+_COOLER = (0.9, "correct_at_0.9")
 _HEADLINES = (  # what the line of a stage shows first
     *("bits_per_byte", "test_accuracy", "test_sampled_accuracy", "test_gain", "test_sampled_gain"),
     *("checked_accuracy", "sampled_accuracy"),
@@ -41,6 +50,7 @@ def _item(task: Task, chats: bool) -> Item:
 def evaluate_model(work: Work) -> dict[str, float]:
     """Bits per byte, checked tasks, samples; retention, gains and win rate where there is something to compare with.
 
+    base: the scores before SFT. start: those of the model that this one was trained from.
     A model that comes before SFT (no `base` to compare with) is asked in plain text, a chat model in its template.
     Scores whose names begin with `test_` are of tasks and documents that no setting was chosen by.
     """
@@ -55,14 +65,14 @@ def evaluate_model(work: Work) -> dict[str, float]:
     context = min(config.context, model.config.max_position_embeddings)
     result = bits_per_byte(model, tokenizer, development, context, device)
     scores: dict[str, Any] = {
-        "bits_per_byte": result.overall,
+        **result.scores("bits_per_byte"),
         "bits_per_byte_by_source": result.by_source,
         "gzip_bits_per_byte": gzip_bits_per_byte(d["text"] for d in development),
         "gzip_bits_per_byte_by_source": _gzip_by_source(development),
         "context": context,
     }
     if test:  # a corpus may be too small to hold out two documents
-        scores["test_bits_per_byte"] = bits_per_byte(model, tokenizer, test, context, device).overall
+        scores |= bits_per_byte(model, tokenizer, test, context, device).scores("test_bits_per_byte")
         scores["test_gzip_bits_per_byte"] = gzip_bits_per_byte(d["text"] for d in test)
 
     # The same tasks for every stage and every run: their seed is not the run's.
@@ -83,25 +93,49 @@ def evaluate_model(work: Work) -> dict[str, float]:
     return {name: value for name, value in ordered.items() if isinstance(value, float)}
 
 
-def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, float]:
-    """Scores on the test split, with 95 % intervals: greedy and sampled, and what each gained on the SFT model."""
+def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, Any]:
+    """Scores on the test split at each temperature, and what each gained on the model's start.
+
+    A model without a start is the control: `test_cooler_gain` is its gain at 0.9 on itself at 1.0.
+    """
     tasks = generate_tasks(Generators(0)["test"], config.test, split="test")
-    with progress("test tasks", 2 * len(tasks), "answers") as bar:
-        items = [_item(task, chats=True) for task in tasks]
+    items = [_item(task, chats=True) for task in tasks]
+    drawn = [*list(_TEMPERATURES.values())[1:], *([] if "start" in work.inputs else [_COOLER])]
+    with progress("test tasks", (1 + len(drawn)) * len(tasks), "answers") as bar:
         answers = checked_accuracy(engine, items, config.max_tokens, bar)["answers"]
-        for answer, right in zip(answers, sampled_right(engine, items, config.max_tokens, bar), strict=True):
-            answer["sampled_correct"] = right
+        for temperature, field in drawn:
+            right = sampled_right(engine, items, config.max_tokens, bar, temperature)
+            for answer, correct in zip(answers, right, strict=True):
+                answer[field] = correct
     write_jsonl(work.output / "test.jsonl", answers)
-    before = list(read_jsonl(work.inputs["sft"] / "test.jsonl")) if "sft" in work.inputs else []
-    scores: dict[str, float] = {}
-    for name, key in (("test", "correct"), ("test_sampled", "sampled_correct")):
-        rights = [float(answer[key]) for answer in answers]
-        scores[f"{name}_accuracy"] = mean(rights)
-        scores[f"{name}_accuracy_low"], scores[f"{name}_accuracy_high"] = wilson_interval(sum(rights), len(rights))
-        if before:
-            gain = paired_gain([float(answer[key]) for answer in before], rights)
-            scores |= dict(zip((f"{name}_gain", f"{name}_gain_low", f"{name}_gain_high"), gain))
-    return scores | (_against(before, work.inputs["reward"], tasks, answers) if before else {})
+    problems = [task.problem for task in tasks]  # a problem's wordings are right or wrong together
+    scores: dict[str, Any] = {}
+    for name, (_, field) in _TEMPERATURES.items():
+        rights = [float(answer[field]) for answer in answers]
+        ends = zip(wilson_interval(sum(rights), len(rights)), grouped_interval(rights, problems))
+        low, high = (choose(pair) for choose, pair in zip((min, max), ends))
+        scores |= _named(f"{name}_accuracy", mean(rights), low, high)
+    if "start" not in work.inputs:
+        at_1, at_09 = (answers, "sampled_correct"), (answers, _COOLER[1])
+        return scores | _gain("test_cooler", at_1, at_09, problems)
+    before = list(read_jsonl(work.inputs["start"] / "test.jsonl"))
+    for name, (_, field) in _TEMPERATURES.items():
+        scores |= _gain(name, (before, field), (answers, field), problems)
+    manifest = read_json(work.inputs["start"] / "manifest.json")
+    scores["start"] = manifest["stage"].removeprefix("evaluate-")
+    return scores | _against(before, work.inputs["reward"], tasks, answers)
+
+
+_Answers = tuple[list[dict[str, Any]], str]  # and the field that says whether one is right
+
+
+def _gain(name: str, before: _Answers, after: _Answers, problems: list[str]) -> dict[str, float]:
+    old, new = ([float(answer[field]) for answer in answers] for answers, field in (before, after))
+    return _named(f"{name}_gain", *paired_gain(old, new, problems))
+
+
+def _named(name: str, value: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _gzip_by_source(documents: list[dict[str, Any]]) -> dict[str, float]:
@@ -125,9 +159,7 @@ def _against(
     judged = win_rate(*rewards)
     checks = win_rate(*([float(a["correct"]) for a in side] for side in (answers, before)))
     return {
-        "win_rate": judged["win_rate"],
-        "win_rate_low": judged["low"],
-        "win_rate_high": judged["high"],
+        **_named("win_rate", judged["win_rate"], judged["low"], judged["high"]),
         "win_rate_checked": checks["win_rate"],
         "reward_mean": sum(rewards[0]) / len(rewards[0]),
         "reward_mean_before": sum(rewards[1]) / len(rewards[1]),

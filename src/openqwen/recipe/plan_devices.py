@@ -103,8 +103,8 @@ def _devices(text: str) -> tuple[int, str, Device]:
 def _stages(r: "Recipe") -> Iterator[_Stage]:
     for name, reading in (("pretrain", r.pretrain), ("extend", r.extend)):
         read = [stage.data for stage in reading.resolved()]
-        total, longest = sum(d.tokens for d in read), max(d.context for d in read)
-        rows = [(n, share * d.tokens) for d in read for n, share in (d.lengths or {d.context: 1.0}).items()]
+        total, longest = sum(d.tokens for d in read), max(d.row for d in read)
+        rows = [(n, share * d.tokens) for d in read for n, share in (d.lengths or {d.row: 1.0}).items()]
         seen = sum(length / 2 * part for length, part in rows) / total
         yield _Stage(name, reading, total, seen, max(reading.data.micro_tokens, longest), longest)
     makers = {"sft": "instruct", "reward": "prefer", "dpo": "prefer", "online-dpo": "online_dpo"}

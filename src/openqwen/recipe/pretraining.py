@@ -44,7 +44,7 @@ def _pretrain(
     config = config.model_copy(update={"data": weighted(config.data, work.inputs["corpus"], sources)})
     held, tokens = list[Sample](), config.validation.tokens
     if tokens:
-        context = min(stage.data.context for stage in config.resolved())
+        context = min(stage.data.row for stage in config.resolved())
         order = Generators(work.seed)["data.validation"]
         held = held_out(work.inputs["corpus"], tokenizer, context, tokens, order)
     place = Place(work.output, work.scratch, work.seed, work.label)

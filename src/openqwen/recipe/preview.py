@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from rich.text import Text
 
-from openqwen.support.files import read_jsonl
 from openqwen.support.progress import console, progress
+from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import conversation
 from openqwen.train.packing import waste
@@ -22,7 +22,7 @@ def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 
 
     Args:
         model: The model's folder, for its tokenizer and chat template.
-        demonstrations: A JSONL file of demonstrations.
+        demonstrations: A JSONL, JSON or Parquet file of demonstrations, or hub:owner/name:split.
         show: How many of them to show.
         max_length: The longest conversation that fits, in tokens.
     """
@@ -30,8 +30,8 @@ def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 
     lengths: list[int] = []
     learned: list[int] = []
     with progress("read", unit="records") as bar:
-        for number, record in enumerate(read_jsonl(demonstrations), 1):
-            ids, mask = conversation(tokenizer, record, f"{demonstrations}, record {number}")
+        for number, (where, record) in enumerate(read_records(demonstrations), 1):
+            ids, mask = conversation(tokenizer, record, where)
             if number <= show:
                 console.rule(f"record {number}: {len(ids)} tokens, {sum(mask)} learned", align="left")
                 console.print(colored(tokenizer, (ids, mask)))

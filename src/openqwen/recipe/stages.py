@@ -1,7 +1,8 @@
 """The recipe itself: which stages there are, what flows between them, and the settings of each.
 
-    corpus → tokenizer → tokens → pretrain → extend → instruct → sft → prefer → reward → dpo → online-dpo
+    corpus → tokenizer → tokens → pretrain → extend → instruct → sft → prefer → reward → dpo, online-dpo
 
+Both preference stages start from the SFT model, so that each can be told from the other.
 After each stage that makes a model stands an `evaluate-…` stage that scores it.
 """
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from openqwen.corpus import CorpusConfig, build_corpus, write_shards
 from openqwen.corpus.documents import read_documents
+from openqwen.corpus.mixture import sample
 from openqwen.engine import Engine
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_demonstrations
@@ -78,16 +80,20 @@ def run_corpus(work: Work) -> dict[str, float]:
 
 
 def run_tokenizer(work: Work) -> dict[str, float]:
-    """The corpus's training documents → a vocabulary."""
-    config = work.config
-    tokenizer = train_tokenizer((d["text"] for d in read_documents(work.inputs["corpus"] / "train.parquet")), config)
+    """A sample of the corpus's training documents, by the weights of the mixture → a vocabulary."""
+    config, documents = work.config, work.inputs["corpus"] / "train.parquet"
+    sources = read_json(work.inputs["corpus"] / "corpus.json")["sources"]
+    weights = {name: s["weight"] / s["bytes"] for name, s in sources.items() if s["bytes"]}
+    chosen = sample(read_documents(documents), weights, config.max_bytes, work.seed)
+    numbered = enumerate(read_documents(documents))
+    texts = (document["text"] for number, document in numbered if number in chosen)
+    tokenizer = train_tokenizer(texts, config)
     tokenizer.save(work.output)
-    texts: dict[str, list[str]] = {}
+    held: dict[str, list[str]] = {}
     for document in read_documents(work.inputs["corpus"] / "heldout.parquet"):
-        texts.setdefault(document["source"], []).append(document["text"])
-    size = read_json(work.inputs["corpus"] / "corpus.json")["sources"]
-    trained = min(config.max_bytes, sum(s["bytes"] for s in size.values()))
-    statistics = tokenizer_statistics(tokenizer, texts, trained)
+        held.setdefault(document["source"], []).append(document["text"])
+    trained = min(config.max_bytes, sum(source["bytes"] for source in sources.values()))
+    statistics = tokenizer_statistics(tokenizer, held, trained)
     write_json(work.output / "statistics.json", statistics)
     rates = statistics["bytes_per_token"]
     return {"bytes_per_token": sum(rates.values()) / len(rates), "vocabulary": tokenizer.vocab_size}
@@ -113,7 +119,7 @@ def run_prefer(work: Work) -> dict[str, float]:
 
 
 def _train(train: Callable[..., dict[str, float]], role: str, others: Sequence[str], work: Work) -> dict[str, float]:
-    """Train the input `model` on a JSONL file, given as itself or as the artifact that holds it."""
+    """Train the input `model` on data, given as itself or as the artifact that holds it."""
     start, given = work.inputs["model"], work.inputs[role]
     data = given / f"{role}.jsonl" if given.is_dir() else given
     place = Place(work.output, work.scratch, work.seed, work.label)
@@ -125,7 +131,8 @@ run_reward = partial(_train, reward, "preferences", ())
 run_dpo = partial(_train, dpo, "preferences", ())
 run_online_dpo = partial(_train, online_dpo, "prompts", ("reward",))
 Run = Callable[[Work], dict[str, float]]
-_ALIGNED = {"base": "evaluate-extend", "sft": "evaluate-sft", "reward": "reward"}  # what its scores stand beside
+# What the scores of an aligned model stand beside: `start` is the model that it was trained from.
+_ALIGNED = {"base": "evaluate-extend", "start": "evaluate-sft", "reward": "reward"}
 _GRAPH: list[tuple[str, Run, dict[str, str]]] = [
     ("corpus", run_corpus, {}),
     ("tokenizer", run_tokenizer, {"corpus": "corpus"}),
@@ -142,7 +149,7 @@ _GRAPH: list[tuple[str, Run, dict[str, str]]] = [
     ("evaluate-reward", evaluate_reward, {"reward": "reward", "preferences": "prefer"}),
     ("dpo", run_dpo, {"model": "sft", "preferences": "prefer"}),
     ("evaluate-dpo", evaluate_model, {"model": "dpo", "corpus": "corpus", **_ALIGNED}),
-    ("online-dpo", run_online_dpo, {"model": "dpo", "reward": "reward", "prompts": "instruct"}),
+    ("online-dpo", run_online_dpo, {"model": "sft", "reward": "reward", "prompts": "instruct"}),
     ("evaluate-online-dpo", evaluate_model, {"model": "online-dpo", "corpus": "corpus", **_ALIGNED}),
 ]
 
@@ -168,15 +175,16 @@ def finish(run_folder: Path) -> list[str]:
     return [*lines, f"chat     {command('chat', run_folder / models[0])}"] if models else lines
 
 
+_FILE = "a .jsonl, .json or .parquet file, hub:owner/name[:split]"
 _GIVEN = {  # role -> what to give for it
     "corpus": "A corpus artifact.",
     "tokenizer": "A folder with a tokenizer.",
     "tokens": "Token shards.",
     "model": "The model: a Hugging Face folder, a .gguf file or a hub id.",
-    "demonstrations": "A JSONL file of demonstrations D, or an instruct artifact.",
-    "preferences": "A JSONL file of preferences P, or a prefer artifact.",
+    "demonstrations": f"Demonstrations D: {_FILE}, or an instruct artifact.",
+    "preferences": f"Preferences P: {_FILE}, or a prefer artifact.",
     "reward": "A reward model.",
-    "prompts": "A JSONL file of prompts, or an instruct artifact.",
+    "prompts": f"Prompts: {_FILE}, or an instruct artifact.",
 }
 
 

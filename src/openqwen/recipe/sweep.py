@@ -32,7 +32,7 @@ def run_sweep(work: Work) -> dict[str, float]:
     tokenizer, sources = load_tokenizer(work.inputs["tokenizer"]), token_sources(folder)
     settings = config.model_copy(update={"data": weighted(config.data, corpus, sources)})
     order = Generators(work.seed)["sweep.heldout"]
-    heldout = held_out(corpus, tokenizer, config.data.context, config.heldout_tokens, order)
+    heldout = held_out(corpus, tokenizer, config.data.row, config.heldout_tokens, order)
     files = [*sorted(folder.glob("*.json")), corpus / "heldout.parquet"]
     digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
     cells = run_cells(settings, sources, tokenizer, heldout, digest, work.scratch, work.seed)

@@ -20,9 +20,9 @@ from openqwen.model import Packed, Qwen2, load_model
 from openqwen.recipe.verify_ranks import gradient_over_ranks, missing_memory
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
+from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import conversation
 from openqwen.train.losses import next_token, token_log_probs
@@ -53,17 +53,14 @@ def verify(model: Path, data: Path, records: int = 16, seed: int = 0, ranks: int
 
     Args:
         model: The model's folder.
-        data: A JSONL file of demonstrations.
+        data: A JSONL, JSON or Parquet file of demonstrations, or hub:owner/name:split.
         records: How many of them to use, from the start.
         seed: Of every random draw.
         ranks: Processes that share the work in the last proof; 0 leaves it out.
     """
     tokenizer = load_tokenizer(model)
     network = load_model(model, device=best_device()).eval()
-    samples = [
-        conversation(tokenizer, record, f"{data}, record {n}")
-        for n, record in enumerate(islice(read_jsonl(data), records), 1)
-    ]
+    samples = [conversation(tokenizer, record, where) for where, record in islice(read_records(data), records)]
     if len(samples) < 2:
         raise OpenQwenError("Packing needs at least two demonstrations.", where=data, do="give more, or --records 2")
     proofs: list[Proof] = []

@@ -13,7 +13,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from openqwen.model import ModelConfig
 from openqwen.support.device import free_memory
 from openqwen.train.losses import next_token
-from openqwen.train.parallel import ParallelConfig, join, load_for_training, whole_tensor
+from openqwen.train.parallel import ParallelConfig, join, load_for_training
 from openqwen.train.rows import Rows, Sample
 
 _BESIDE = 2**30  # bytes of two processes besides weights and gradients
@@ -46,7 +46,8 @@ def _rank(rank: int, ranks: int, port: int, source: Path, micros: Sequence[Seque
         (loss.sum * counts).backward()
         count += loss.count * counts
     (total,) = world.total([count])
-    found = {n: whole_tensor(p.grad) / total for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad / total for n, p in model.named_parameters() if p.grad is not None}
+    found = world.gathered(gradients)
     if world.main:
         save_file(found, place)
     world.wait()

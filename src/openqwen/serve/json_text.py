@@ -7,8 +7,8 @@ from typing import Any
 import orjson
 
 from openqwen.serve.errors import ApiError
+from openqwen.support import files
 
-_DEEPEST = 100  # levels; what works on the values calls itself, and Python's stack is finite
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u[dD][89a-fA-F]..|.)", re.DOTALL)
 
 
@@ -19,19 +19,9 @@ def parse_json(raw: bytes, what: str) -> Any:
     nor sent back.
     """
     try:
-        value = json.loads(_ESCAPE.sub(_whole, raw.decode("utf-8-sig")), parse_constant=_refuse)
-    except RecursionError:
-        raise _too_deep(what) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return files.parse_json(_ESCAPE.sub(_whole, raw.decode("utf-8-sig")))
+    except ValueError as error:
         raise ApiError(400, f"{what} is not JSON: {error}.") from None
-    except ValueError:
-        raise ApiError(400, f"{what} holds a number that is too long or infinite.") from None
-    level, depth = [value], 0
-    while level := [inner for one in level for inner in _inner(one) if isinstance(inner, dict | list)]:
-        depth += 1
-        if depth >= _DEEPEST:
-            raise _too_deep(what)
-    return value
 
 
 def dump_json(value: Any) -> bytes:
@@ -42,17 +32,5 @@ def dump_json(value: Any) -> bytes:
         return json.dumps(value).encode()
 
 
-def _inner(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
 def _whole(escape: re.Match[str]) -> str:
     return r"\ufffd" if len(escape[0]) == 6 else escape[0]
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(name)
-
-
-def _too_deep(what: str) -> ApiError:
-    return ApiError(400, f"{what} is nested deeper than {_DEEPEST} levels.")

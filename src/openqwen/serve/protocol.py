@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 from openqwen.engine import Sampling, Structure
 from openqwen.serve.errors import ApiError
 from openqwen.serve.forced import calls_or_json, calls_or_text, followed, only_calls
+from openqwen.tokenizer.messages import as_messages
 
 Json = dict[str, Any]
 # JSON has one kind of number: to it, 8.0 is an integer.
@@ -57,7 +58,7 @@ def _readable(message: Any) -> Any:
 
 TextPart = TypedDict("TextPart", {"type": Literal["text", "input_text", "output_text"], "text": str})
 Content = str | list[Annotated[TextPart, BeforeValidator(_text_alone)]]
-Function = TypedDict("Function", {"name": str, "arguments": NotRequired[str]})
+Function = TypedDict("Function", {"name": str, "arguments": NotRequired[str | Json | None]})
 ToolCall = TypedDict(
     "ToolCall", {"id": NotRequired[str], "type": NotRequired[Literal["function"]], "function": Function}
 )
@@ -213,8 +214,8 @@ class Options(Body):
         """As the engine wants it. defaults: the checkpoint's generation_config."""
 
         def of(name: str, otherwise: float) -> float:
-            value = getattr(self, name)
-            return float(defaults.get(name) or otherwise) if value is None else value
+            values = (getattr(self, name), defaults.get(name), otherwise)
+            return float(next(value for value in values if value is not None))
 
         temperature = of("temperature", 1.0)
         # Scores divided by next to nothing are no numbers.
@@ -324,21 +325,8 @@ def without_strict(tools: list[Any] | None) -> list[Json] | None:
 
 
 def plain(messages: list[Any]) -> list[Json]:
-    """Messages as the chat template reads them."""
-    out: list[Json] = []
-    for number, message in enumerate(messages):
-        content = message.get("content") or ""
-        if not isinstance(content, str):
-            content = "\n".join(part["text"] for part in content)
-        out.append({"role": "system" if message["role"] == "developer" else message["role"], "content": content})
-        for call in message.get("tool_calls") or []:
-            try:
-                arguments = json.loads(call["function"].get("arguments") or "{}")
-            except (ValueError, RecursionError):
-                raise ApiError(400, "The arguments of a tool call must be JSON.", f"messages[{number}]") from None
-            function = {"name": call["function"]["name"], "arguments": arguments}
-            out[-1].setdefault("tool_calls", []).append({"type": "function", "function": function})
-    return out
+    """Messages as the chat template reads them; an assistant may say nothing."""
+    return as_messages([message | {"content": message.get("content") or ""} for message in messages])
 
 
 class CompletionRequest(Options):

@@ -30,7 +30,7 @@ from openqwen.serve.bridge import Bridge
 from openqwen.serve.gate import Gate, TimedProtocol
 from openqwen.serve.metrics import Metrics
 from openqwen.serve.settings import ServeConfig
-from openqwen.support.device import best_device
+from openqwen.support.device import best_device, tf32
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 from openqwen.tokenizer import load_tokenizer
@@ -54,7 +54,7 @@ def serve(source: str, config: ServeConfig) -> None:
     def begin(failed: Callable[[], None]) -> Api:
         return Api(Bridge(engine, Metrics(names[0]), config.queue, config.timeout, failed), config, names, scorer)
 
-    with tempfile.TemporaryDirectory(prefix="openqwen-") as private:
+    with tempfile.TemporaryDirectory(prefix="openqwen-") as private, tf32(True):
         failed = asyncio.run(_run(begin, source, keys, listener, config.data or Path(private)))
     if failed:
         raise OpenQwenError("The engine has failed.", do="report the traceback above with the request")
@@ -149,6 +149,8 @@ def _become(user: str | None, folder: Path | None) -> None:
 def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> None:
     (host, port), model = listener.getsockname()[:2], api.bridge.engine.model
     form = model.kind if isinstance(model, QuantizedQwen2) else str(model.dtype).removeprefix("torch.")
+    if form == "float32" and str(model.device).startswith("cuda"):
+        form += " (products in TF32)"
     kernels = "compiled kernels" if kernels_library() else "plain PyTorch"
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     chosen = api.config.max_context is not None

@@ -20,7 +20,7 @@ from openqwen.model import load_model
 from openqwen.model.long_context import context_tokens
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
-from openqwen.support.files import write_json
+from openqwen.support.files import parse_json, write_json
 from openqwen.support.progress import console
 from openqwen.tokenizer import load_tokenizer
 
@@ -213,7 +213,7 @@ class Chat:
     def _load(self, name: str) -> None:
         path = _path(name)
         try:
-            messages = json.loads(path.read_text("utf-8"))["messages"]
+            messages = parse_json(path.read_bytes())["messages"]
             read = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
         except OSError as error:
             raise OpenQwenError(f"It cannot be read: {error.strerror}.", where=path) from None

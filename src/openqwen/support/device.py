@@ -14,10 +14,19 @@ import torch
 
 def best_device() -> torch.device:
     """CUDA, else the CPU. Apple's MPS is not chosen by itself: its float32 results are not reproducible bit by bit."""
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
-        return torch.device("cuda")
-    return torch.device("cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within, a GPU's float32 products may round their factors to TF32, for speed, or may not."""
+    before = torch.get_float32_matmul_precision()
+    rounded = allowed and torch.cuda.is_available()
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def free_memory() -> int:

@@ -23,6 +23,16 @@ class OpenQwenError(Exception):
         super().__init__("\n".join(lines))
 
 
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put `where`, such as a file and a record, before the place that an error names."""
+    try:
+        yield
+    except OpenQwenError as error:
+        inner = f", {error.where}" if error.where is not None else ""
+        raise OpenQwenError(error.what, f"{where}{inner}", error.do) from None
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """The nearest of the known names, as the sentence to append to an error, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

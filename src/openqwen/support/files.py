@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,8 @@ import pyarrow as pa
 from openqwen.support.errors import OpenQwenError, disk_errors
 
 _CHUNK = 2**20
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_DEEPEST = 100  # levels of JSON; what walks through a value later recurses a few times a level
 
 
 @contextmanager
@@ -47,13 +50,68 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether git-lfs has left its few lines of text here in place of the file itself."""
+    with open(path, "rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def refuse_pointer(path: Path) -> None:
+    """OpenQwenError where the file is a git-lfs pointer; OSError where it cannot be opened."""
+    if is_pointer(path):
+        raise OpenQwenError(
+            "This is a git-lfs pointer: the file itself was not fetched.",
+            where=path,
+            do="run `git lfs pull` in its folder, or fetch the file again",
+        )
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of strict JSON, which can be written again, rendered and encoded.
+
+    Raises ValueError, in plain words. Besides what Python refuses: NaN and infinite numbers, integers of thousands of
+    digits, more than 100 levels, and surrogates that stand alone, which are no text.
+    """
+    try:
+        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError(f"it has more than {_DEEPEST} levels") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(str(error)) from None
+    except ValueError:  # of an integer
+        raise ValueError("an integer has thousands of digits") from None
+    _check(value, _DEEPEST)
+    return value
+
+
+def _check(value: Any, levels: int) -> None:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds a lone surrogate, half of a character") from None
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{value} is not a number of JSON; write null")
+    elif isinstance(value, dict | list):
+        if not levels:
+            raise ValueError(f"it has more than {_DEEPEST} levels")
+        for inner in value:
+            _check(inner, levels - 1)
+            if isinstance(value, dict):
+                _check(value[inner], levels - 1)
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file; an error names the file and the line."""
     try:
+        refuse_pointer(path)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OpenQwenError("A file is missing.", where=path, do="check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise OpenQwenError(f"This file is not valid JSON: {error}", where=path) from None
 
 
@@ -69,6 +127,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     str.splitlines() would also cut at U+2028 and U+0085 inside a string.
     """
     try:
+        refuse_pointer(path)
         with open_binary(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -79,11 +138,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise OpenQwenError(f"This line is not JSON: {error}", where=where) from None
+        record = parse_json(line)
+    except ValueError as error:
+        raise OpenQwenError(f"This line is not JSON: {error}.", where, "write one object a line") from None
     if not isinstance(record, dict):
-        raise OpenQwenError("This line is JSON but not an object.", where=where)
+        raise OpenQwenError("This line is JSON but not an object.", where, "write one object a line")
     return record
 
 

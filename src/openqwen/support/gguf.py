@@ -6,9 +6,9 @@ the business of those who ask: model/gguf.py and the tokenizer.
 
 import math
 import mmap
-import os
+import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import whole_file
+from openqwen.support.files import refuse_pointer, whole_file
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, where the metadata give no general.alignment
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 _MOST_ENTRIES = 1_000_000  # metadata keys, and tensors; a real file has some dozens and some thousands
 
-# ggml's number of each type: its name, weights a block, bytes a block. Types that Qwen2 files do not use are left out.
+# ggml's number of each type that can be unpacked: its name, weights a block, bytes a block.
 TYPES: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -32,23 +32,41 @@ TYPES: dict[int, tuple[str, int, int]] = {
     6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
 }
+_UNREAD = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 41: "Q1_0"}
 _NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 BLOCKS = {name: (weights, size) for name, weights, size in TYPES.values()}
 
 _SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+_SPLIT = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")  # the name of one of a model's several files
 
 
 @dataclass(frozen=True)
 class GgufTensor:
     """Where one tensor lies. shape: outermost first, as in torch. offset, size: bytes, from the start of the file.
 
-    type: ggml's name such as "Q4_K", or "type 19" for one that is not read here; the size of such a tensor is 0.
+    type: ggml's name such as "Q4_K", or "type 99" for a number without a name. Where it is none of
+    `BLOCKS`, the tensor cannot be read, and its size is 0.
     """
 
     shape: tuple[int, ...]
@@ -73,6 +91,79 @@ class _DamagedError(Exception):
     """What is wrong inside a file; `read_header` adds which file."""
 
 
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only model in a folder.
+
+    Of a model in several files it is the first.
+    A file is known by its first bytes or by its name. None where there is no GGUF file. Raises
+    OpenQwenError where a folder holds several models.
+    """
+    if not path.is_dir():
+        return path if path.suffix == ".gguf" or _begins_as_gguf(path) else None
+    found = sorted(path.glob("*.gguf"))
+    models = [file for file in found if _number(file) == 1] or found
+    if len(models) > 1:
+        names = ", ".join(file.name for file in models)
+        raise OpenQwenError(
+            f"This folder holds {len(models)} models: {names}.",
+            where=path,
+            do="give the path of one",
+        )
+    return models[0] if models else None
+
+
+def _number(path: Path) -> int:
+    """Which of its model's files this is by its name, from 1."""
+    match = _SPLIT.fullmatch(path.name)
+    return int(match[2]) if match else 1
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def read_first_header(path: Path) -> GgufHeader:
+    """As `read_header`, of a model's only file or the first of several, which has the metadata."""
+    header = read_header(path)
+    if header.metadata.get("split.no", 0) or (_files(header) > 1 and _number(path) != 1):
+        raise OpenQwenError(
+            f"This is one of {_files(header)} files of a model, and not the first.",
+            where=path,
+            do="give the first, ...-00001-of-....gguf, with the others beside it",
+        )
+    return header
+
+
+def other_files(first: GgufHeader) -> Iterator[GgufHeader]:
+    """The headers of the other files of a model in several files."""
+    match = _SPLIT.fullmatch(first.path.name)
+    if _files(first) > 1 and match is None:
+        raise OpenQwenError(
+            f"This is one of {_files(first)} files of a model; their names do not show which.",
+            where=first.path,
+            do="name them ...-00001-of-....gguf, as they were published",
+        )
+    for number in range(2, _files(first) + 1):
+        assert match is not None
+        yield read_header(first.path.with_name(f"{match[1]}{number:05d}{match[3]}"))
+
+
+def _files(header: GgufHeader) -> int:
+    """How many files the model has."""
+    count = header.metadata.get("split.count", 1)
+    if not isinstance(count, int):
+        raise OpenQwenError(
+            f"This GGUF file is damaged: its split.count is {count!r}.",
+            where=header.path,
+            do="fetch it again",
+        )
+    return count
+
+
 def read_header(path: str | Path) -> GgufHeader:
     """Read the metadata and the directory, and check that every tensor lies inside the file.
 
@@ -81,8 +172,9 @@ def read_header(path: str | Path) -> GgufHeader:
     """
     path = Path(path)
     try:
+        refuse_pointer(path)
         with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size < 24 or file.read(4) != MAGIC:
+            if file.read(len(MAGIC)) != MAGIC:
                 raise OpenQwenError("This is no GGUF file.", where=path, do="give a .gguf file of a Qwen2 model")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _header(path, data)
@@ -140,7 +232,7 @@ def _tensor(
 ) -> GgufTensor:
     if offset % alignment:
         raise _DamagedError(f"the tensor '{name}' begins at byte {offset}, which is no multiple of {alignment}")
-    kind, block, size = TYPES.get(number, (f"type {number}", 1, 0))
+    kind, block, size = TYPES.get(number, (_UNREAD.get(number, f"type {number}"), 1, 0))
     if 0 in shape or (shape and shape[-1] % block):
         raise _DamagedError(f"the tensor '{name}' has the shape {list(shape)}, which {kind} cannot hold")
     total = math.prod(shape) // block * size

@@ -4,15 +4,22 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 console = Console(stderr=False, highlight=False, soft_wrap=True)
+_aside = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _BAR = 24  # characters
 _LOG_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def notice(text: str, where: str | Path) -> None:
+    """One line on stderr: what was decided where a file contradicts itself or holds too much."""
+    _aside.print(f"note: {text} ({where})", style="dim", markup=False)
 
 
 def duration(seconds: float) -> str:

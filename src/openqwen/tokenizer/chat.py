@@ -1,73 +1,160 @@
-"""A chat to ids, with the tokens that the assistant wrote marked, and no way for a message to forge a control token.
+"""A chat to ids, with what the assistant wrote marked; no message can forge a special token.
 
-Control tokens are found in text, and the template writes them as text, so `<|im_end|>` typed by a user would end the
-turn. Before rendering, each control token inside what users wrote is therefore broken by a guard: a character that the
-chat does not contain. What is found in the rendered text is then the template's own; the guards are removed afterwards
-and the text between the control tokens is encoded in one piece, exactly as it would be without them.
+Special tokens are found in text, and the template writes them as text, so `<|im_end|>` typed by a
+user would end the turn. Before rendering, each special token inside what users wrote is therefore
+broken by a guard: a character that the chat does not contain. Where guards stood in the rendered
+text, nothing is taken for a special token; they are removed before the text is encoded. Added
+tokens that are not special (tool calls, words that somebody added) are found wherever they stand.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_left, bisect_right
+from collections.abc import Container, Iterable, Iterator
+from itertools import accumulate, islice, takewhile
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import regex
-
+from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer.template import Message, render
+from openqwen.tokenizer.unicode import normalize
 
 if TYPE_CHECKING:
     from openqwen.tokenizer.tokenizer import Tokenizer
 
 _HEADER = "assistant\n"
+Span = tuple[int, int]  # where something begins and ends in the text of a chat
+Piece = tuple[str, int | None, int]  # text, id of an added token, where it ends in the text
 
 
-def encode_chat(
-    tokenizer: "Tokenizer",
-    template: str,
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None,
-    add_generation_prompt: bool,
-    continue_final_message: bool = False,
-) -> tuple[list[int], list[int]]:
-    """Render and encode: ids, and for each 1 where the assistant wrote it (its `<|im_end|>` included), else 0.
+class _Rendered(NamedTuple):
+    """A chat as text; where typed special tokens begin; its `{% generation %}` blocks."""
 
-    An assistant's turn begins after `<|im_start|>assistant` and its newline. Where the answer itself begins with a
-    newline, one token may hold both newlines: the assistant did not write it alone, so it is not marked.
-    """
-    forged = any(map(regex.compile(tokenizer.control_pattern).search, _strings([messages, tools])))
-    guard = _unused_character([messages, tools]) if forged else ""
-    shield = _shield(tokenizer, guard) if forged else lambda value: value
-    text = render(template, shield(messages), shield(tools), add_generation_prompt, continue_final_message)
-    chat: list[int] = []
-    mask: list[int] = []
-    opening = writing = False  # just after <|im_start|>; inside the assistant's turn
-    for piece, control_id in tokenizer.split_control(text):
-        if control_id is not None:
-            writing = writing and control_id != tokenizer.im_start_id
-            chat.append(control_id)
-            mask.append(int(writing))
-            writing = writing and control_id != tokenizer.eos_id
-            opening = control_id == tokenizer.im_start_id
-            continue
-        if forged:
-            piece = piece.replace(guard, "")
-        ids = tokenizer.encode(piece)
-        header = 0
-        if opening and piece.startswith(_HEADER):
-            writing = True
-            header = _tokens_from_before(tokenizer, ids, len(_HEADER))
-        chat += ids
-        mask += [0] * header + [int(writing)] * (len(ids) - header)
-        opening = False
-    return chat, mask
+    text: str
+    forged: Container[int]
+    marked: list[Span]
 
 
-def _tokens_from_before(tokenizer: "Tokenizer", ids: list[int], position: int) -> int:
-    """How many of the tokens begin before this byte of their text."""
-    begin = 0
-    for count, i in enumerate(ids):
-        if begin >= position:
-            return count
-        begin += len(tokenizer.token_bytes(i))
-    return len(ids)
+class Chat:
+    """One chat, guarded against what its messages hold. Arguments as of `Tokenizer.encode_chat`."""
+
+    def __init__(
+        self,
+        tokenizer: "Tokenizer",
+        template: str,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+    ):
+        self._tokenizer, self._template, self._added = tokenizer, template, tokenizer.added
+        self._guard = _unused_character([messages, tools, template])
+        self._messages, self._tools = self._guarded(messages), self._guarded(tools)
+
+    def encode(self, open_: bool, continued: bool) -> tuple[list[int], list[int]]:
+        """(ids, mask), with a new turn of the assistant opened, or the final message continued."""
+        chat = self._render(self._messages, open_, continued)
+        pieces = list(self._added.cut(chat.text, chat.forged.__contains__))
+        spans = chat.marked or self._turns(chat.text, pieces)
+        spans = spans or self._by_beginnings(chat.text, pieces)
+        return self._ids_and_mask(pieces, spans, overlapping=bool(chat.marked))
+
+    def _render(self, messages: list[Message], open_: bool, continued: bool = False) -> _Rendered:
+        special = self._tokenizer.special_tokens
+        text, marked = render(self._template, messages, self._tools, open_, special, continued)
+        if self._guard not in text:
+            return _Rendered(text, (), marked)
+        parts = text.split(self._guard)
+        guards = list(accumulate(map(len, parts[:-1])))  # places in the text without them
+        before = [place + n for n, place in enumerate(guards)]  # and in the text with them
+        marked = [(s - bisect_left(before, s), e - bisect_left(before, e)) for s, e in marked]
+        return _Rendered("".join(parts), {place - 1 for place in guards}, marked)
+
+    def _guarded(self, value: Any) -> Any:
+        """`value` with a guard inside each protected token of its strings, keys too."""
+        if isinstance(value, str):
+            return self._added.guarded(value, self._guard)
+        if isinstance(value, dict):
+            return {self._guarded(key): self._guarded(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._guarded(inner) for inner in value]
+        return value
+
+    def _turns(self, text: str, pieces: list[Piece]) -> list[Span]:
+        """What ChatML's assistant wrote: from behind its header to its end token.
+
+        Where the answer itself begins with a newline, one token may hold both newlines: the
+        assistant did not write it alone, so it is not marked.
+        """
+        spans: list[Span] = []
+        start: int | None = None
+        begin = 0
+        for _, i, end in pieces:
+            opens, ends = i == self._tokenizer.im_start_id, i in self._tokenizer.turn_ends
+            if start is not None and (opens or ends):
+                spans.append((start, end if ends else begin))
+                start = None
+            elif ends and spans and spans[-1][1] == begin:
+                spans[-1] = (spans[-1][0], end)  # a second end token, right behind the first
+            if opens and text.startswith(_HEADER, end):
+                start = end + len(_HEADER)
+            begin = end
+        return spans if start is None else [*spans, (start, begin)]
+
+    def _by_beginnings(self, text: str, pieces: list[Piece]) -> list[Span]:
+        """What the assistant wrote in another template: what each of its messages adds.
+
+        A span ends with the last end token in it: what follows is the template's.
+        """
+        ends = [end for _, i, end in pieces if i in self._tokenizer.turn_ends]
+        spans = []
+        for n, message in enumerate(self._messages):
+            if n == 0 or message["role"] != "assistant":
+                continue
+            try:
+                before = self._render(self._messages[:n], False).text
+                prompt = self._render(self._messages[:n], True).text
+                after = self._render(self._messages[: n + 1], False).text
+            except OpenQwenError:
+                continue  # this template refuses the beginning of a chat
+            if text.startswith(prompt) and text.startswith(after):
+                start = len(prompt)
+                if prompt == before:  # a template that opens no turn: it begins with the content,
+                    content = (message.get("content") or "").replace(self._guard, "").strip()
+                    place = max(start, text.find(content, start))
+                    start = max(start, len(text[:place].rstrip(" ")))  # with the blank before it
+                last = max((end for end in ends if start < end <= len(after)), default=len(after))
+                spans.append((start, last))
+        return spans
+
+    def _ids_and_mask(
+        self, pieces: Iterable[Piece], spans: list[Span], overlapping: bool
+    ) -> tuple[list[int], list[int]]:
+        """Ids, and 1 for each token that begins inside a span, or else overlaps with one."""
+        chat: list[int] = []
+        mask: list[int] = []
+        begin = passed = 0
+        for piece, i, end in pieces:
+            while passed < len(spans) and spans[passed][1] <= begin:
+                passed += 1
+            here = takewhile(lambda span: span[0] < end, islice(spans, passed, None))  # noqa: B023
+            inside = [(start - begin, stop - begin) for start, stop in here]
+            ids = self._tokenizer.encode_plain(piece) if i is None else [i]
+            chat += ids
+            if any(start <= 0 and stop >= end - begin for start, stop in inside):
+                mask += [1] * len(ids)
+            elif i is not None or not inside:
+                mask += [int(bool(inside) and (overlapping or inside[0][0] <= 0))] * len(ids)
+            else:
+                mask += self._marks(piece, ids, inside, overlapping)
+            begin = end
+        return chat, mask
+
+    def _marks(self, piece: str, ids: list[int], spans: list[Span], overlapping: bool) -> list[int]:
+        ends = list(accumulate(len(self._tokenizer.token_bytes(i)) for i in ids))
+        begins = [0, *ends[:-1]]
+        mask = [0] * len(ids)
+        for span in spans:
+            start, end = (len(normalize(piece[: max(0, place)]).encode()) for place in span)
+            first = bisect_right(ends, start) if overlapping else bisect_left(begins, start)
+            for n in range(first, bisect_left(begins, end)):
+                mask[n] = 1
+        return mask
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -86,19 +173,3 @@ def _unused_character(value: Any) -> str:
     """A private-use character that no string inside `value` holds."""
     used = set().union(*_strings(value))
     return next(character for character in map(chr, range(0xE000, 0x110000)) if character not in used)
-
-
-def _shield(tokenizer: "Tokenizer", guard: str) -> Any:
-    """A function that breaks each control token in the strings of a value, keys too, after its first character."""
-    inside = regex.compile(rf"(?={tokenizer.control_pattern})(.)", regex.DOTALL)
-
-    def shield(value: Any) -> Any:
-        if isinstance(value, str):
-            return inside.sub(rf"\1{guard}", value)
-        if isinstance(value, dict):
-            return {shield(key): shield(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [shield(inner) for inner in value]
-        return value
-
-    return shield

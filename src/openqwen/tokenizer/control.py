@@ -1,4 +1,4 @@
-"""The control tokens of Qwen2.5: ids that mark turns, documents, tool calls and code, and that no plain text yields."""
+"""Tokens added to a vocabulary; Qwen2.5's mark turns, documents, tool calls and code."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,20 @@ DOCUMENT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|
 
 @dataclass(frozen=True)
 class ControlToken:
-    """A token that text cannot spell. Decoding leaves out the `special` ones; the others show (tool calls)."""
+    """A token that is found in text before byte pairs are merged, with the flags of `tokenizers`.
+
+    special: decoding leaves it out, and no text of a user yields it; the others are found in any
+    text (tool calls, words that somebody added). single_word: only where no letter or digit
+    touches it. lstrip, rstrip: it takes the white space before or behind it along. normalized: it
+    is found in the NFC form of the text, not in the text as it stands.
+    """
 
     content: str
     special: bool
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
 
 
 # Qwen2.5's 22, in the order of their ids (Qwen2.5 technical report, section 2, and the published tokenizer files).

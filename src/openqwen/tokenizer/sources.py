@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.gguf import find_gguf, read_first_header
 from openqwen.tokenizer.bpe import BytePairEncoder
-from openqwen.tokenizer.control import CONTROL_TOKENS, QWEN2_CONTROL_TOKENS
+from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, QWEN2_CONTROL_TOKENS
 from openqwen.tokenizer.files import (
     AddedToken,
     DamagedError,
@@ -20,14 +21,21 @@ from openqwen.tokenizer.files import (
     naming,
     read_added_tokens,
     read_lines,
-    read_settings,
     read_tokenizer_json,
     read_vocabulary_and_merges,
+    with_settings,
+    without_added,
 )
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 
 # GGUF's token types (llama.cpp, llama_token_type).
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+TOKENS_BY_NAME = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+}
 _PADDING_ROW = re.compile(r"\[PAD\d+\]")
 _KINDS = "tokenizer.json, vocab.json with merges.txt, or one .tiktoken or .gguf file"
 
@@ -38,10 +46,8 @@ def read_source(path: Path) -> Parts:
         path = _in_folder(path)
     if not path.is_file():
         raise OpenQwenError("There is no tokenizer: this path is missing.", where=path, do="check the path")
-    if path.suffix == ".gguf":
-        from openqwen.support.gguf import read_header
-
-        return parts_from_gguf(read_header(path).metadata, path)
+    if find_gguf(path):
+        return parts_from_gguf(read_first_header(path).metadata, path)
     if path.suffix == ".tiktoken":
         return read_tiktoken(path)
     if path.name in ("vocab.json", "merges.txt"):
@@ -56,12 +62,12 @@ def _in_folder(folder: Path) -> Path:
     for name in ("tokenizer.json", "vocab.json"):
         if (folder / name).exists():
             return folder / name
-    for pattern in ("*.tiktoken", "*.gguf"):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise OpenQwenError(f"This folder holds {len(found)} {pattern} files.", where=folder, do="name one of them")
+    found = sorted(folder.glob("*.tiktoken"))
+    if len(found) > 1:
+        what = f"This folder holds {len(found)} *.tiktoken files."
+        raise OpenQwenError(what, where=folder, do="name one of them")
+    if file := next(iter(found), None) or find_gguf(folder):
+        return file
     raise OpenQwenError("There is no tokenizer in this folder.", where=folder, do=f"it needs {_KINDS}")
 
 
@@ -87,8 +93,8 @@ def read_tiktoken(path: Path) -> Parts:
         merges = merges_of_ranks(vocabulary)
     listed = read_added_tokens(path.parent)
     with naming(path.parent / "tokenizer_config.json"):
-        control = QWEN2_CONTROL_TOKENS if listed is None else checked_control(listed, len(vocabulary))
-    return Parts(vocabulary, merges, control, *read_settings(path.parent))
+        control = QWEN2_CONTROL_TOKENS if listed is None else checked_control(listed, vocabulary)
+    return with_settings(vocabulary, merges, control, path.parent)
 
 
 def merges_of_ranks(vocabulary: list[bytes]) -> list[Pair]:
@@ -124,24 +130,29 @@ def parts_from_gguf(metadata: Mapping[str, Any], where: str | Path) -> Parts:
         tokens, types = _list(metadata, "tokens"), _list(metadata, "token_type")
         if len(tokens) != len(types):
             raise DamagedError(f"it has {len(tokens)} tokens and {len(types)} token types")
-        regular = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
         special = {token.content: token.special for token in CONTROL_TOKENS}
         added = [
-            AddedToken(id=i, content=token, special=special.get(token, kind == _CONTROL))
+            AddedToken(id=i, content=token, special=special.get(token, kind == _CONTROL), normalized=False)
             for i, (token, kind) in enumerate(zip(tokens, types))
             if kind in (_CONTROL, _USER_DEFINED) and not _PADDING_ROW.fullmatch(token)
         ]
-        vocabulary, merges = checked_vocabulary(regular, _list(metadata, "merges"))
-        control = checked_control(added, len(vocabulary))
-        settings = {
-            name: _token(tokens, metadata[key])
-            for name, key in (
-                ("eos_token", "tokenizer.ggml.eos_token_id"),
-                ("pad_token", "tokenizer.ggml.padding_token_id"),
-            )
-            if key in metadata
-        }
-    return Parts(vocabulary, merges, control, metadata.get("tokenizer.chat_template"), settings)
+        names = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind == _NORMAL}
+        names |= {token.content: token.id for token in added}
+        merges = _list(metadata, "merges")
+        vocabulary, pairs = checked_vocabulary(without_added(names, added, merges), merges)
+        control = checked_control(added, vocabulary)
+        settings = {name: _token(tokens, metadata[key]) for name, key in TOKENS_BY_NAME.items() if key in metadata}
+        if settings.get("bos_token") == DOCUMENT_END:  # converters take it from Qwen's config.json;
+            del settings["bos_token"]  # the tokenizer has none
+    return Parts(vocabulary, pairs, control, _templates(metadata), settings)
+
+
+def _templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The default template, and those by name where llama.cpp's converter found several."""
+    names = metadata.get("tokenizer.chat_templates") or ()
+    named = {name: metadata[f"tokenizer.chat_template.{name}"] for name in names}
+    default = metadata.get("tokenizer.chat_template")
+    return named | ({} if default is None else {"default": default}) if named else default
 
 
 def _list(metadata: Mapping[str, Any], name: str) -> list[Any]:

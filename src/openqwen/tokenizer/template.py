@@ -5,6 +5,7 @@ the helpers that transformers gives them, so one template renders to one text ev
 """
 
 import json
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, NoReturn
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
+from jinja2.nodes import CallBlock, ContextReference, Node
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from openqwen.support.errors import OpenQwenError
@@ -22,7 +24,6 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
-_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 # One turn is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. Tools are listed in the system turn; a call is a
 # JSON object between <tool_call> tags; the results of consecutive calls share one turn of the user.
 _CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
@@ -33,40 +34,99 @@ def chatml_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
     return _CHATML.strip().replace("SYSTEM_PROMPT", json.dumps(system_prompt, ensure_ascii=False))
 
 
+def choose(templates: str | Mapping[str, str], tools: Any) -> str:
+    """The template for a chat: of several, `tool_use` where there are tools, or `default`."""
+    if isinstance(templates, str):
+        return templates
+    if tools is not None and "tool_use" in templates:
+        return templates["tool_use"]
+    if "default" not in templates:
+        names = ", ".join(sorted(templates))
+        raise OpenQwenError(
+            f"None of this tokenizer's chat templates is the default; their names are {names}.",
+            where="chat template",
+            do="name one of them 'default'",
+        )
+    return templates["default"]
+
+
 def render(
     template: str,
     messages: list[Message],
     tools: list[dict[str, Any]] | None,
     add_generation_prompt: bool,
+    special: Mapping[str, str],
     continue_final_message: bool = False,
-) -> str:
-    """The chat as one text. OpenQwenError names the message that is wrong, or what the template objects to."""
-    check_messages(messages)
-    if continue_final_message:
-        return _open_ended(template, messages, tools)
-    # As in transformers, a key whose value is None counts as absent: templates test for the key.
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    try:
-        return _compile(template).render(
-            messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise OpenQwenError(f"The chat template failed on this chat: {error}", where="chat template") from error
+) -> tuple[str, list[tuple[int, int]]]:
+    """The chat as one text, and where in it each `{% generation %}` block begins and ends.
 
-
-def _open_ended(template: str, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:
-    """The chat up to the end of its last message's text, found by a mark that is rendered in its place (transformers).
-
-    Where the template trims the text, its end is trimmed too.
+    special: the special tokens by the names that templates know (`eos_token` ...).
+    continue_final_message: end the text where the content of the last message ends.
+    OpenQwenError names the message that is wrong, or what the template objects to.
     """
-    said = messages[-1].get("content")
-    if said is None or (messages[-1].get("tool_calls") and not said):
-        where = f"messages[{len(messages) - 1}]"
-        raise OpenQwenError("The last message has no text to go on from.", where=where, do="give it content")
-    marked = [*messages[:-1], messages[-1] | {"content": f"{said}{_MARK}"}]
-    rendered = render(template, marked, tools, False)
-    text = rendered.rpartition(_MARK.strip())[0]
-    return text if _MARK in rendered else text.rstrip()
+    check_messages(messages)
+    if continue_final_message and add_generation_prompt:
+        raise OpenQwenError(
+            "A chat can continue its final message or open a new one, not both.",
+            where="continue_final_message",
+            do="set add_generation_prompt to false",
+        )
+    messages = [_as_templates_see_it(message) for message in messages]
+    if continue_final_message:
+        messages[-1] |= {"content": _final_content(messages) + _TAG}
+    pieces: list[str] = []
+    marks: list[tuple[int, int]] = []
+    variables = {
+        **special,
+        "messages": messages,
+        "tools": tools,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        _TRACKER: (pieces, marks),
+    }
+    try:
+        pieces.extend(_compile(template).generate(variables))
+    except Exception as error:  # a template is a program: it may raise anything
+        raise OpenQwenError(f"The chat template failed on this chat: {error}", where="chat template") from error
+    text = "".join(pieces)
+    return (_until_tag(text, messages[-1]["content"]) if continue_final_message else text), marks
+
+
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # transformers' own
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def _as_templates_see_it(message: Message) -> Message:
+    """As in transformers: a key whose value is None is absent, and reasoning has two names."""
+    message = {key: value for key, value in message.items() if value is not None}
+    for name in _REASONING:
+        if name in message:
+            return {"thinking": message[name], **message, "reasoning_content": message[name]}
+    return message
+
+
+def _final_content(messages: list[Message]) -> str:
+    content = messages[-1].get("content")
+    if content is None:
+        raise OpenQwenError(
+            "The final message has no content to continue.",
+            where=f"messages[{len(messages) - 1}]",
+            do="give it a content, or ask for a new answer",
+        )
+    return content
+
+
+def _until_tag(text: str, tagged: str) -> str:
+    """`text` up to the tag behind the content that is continued, as transformers cuts it."""
+    place = text.rfind(_TAG.strip())
+    if place < 0 or tagged.removesuffix(_TAG).strip() not in text:
+        raise OpenQwenError(
+            "The final message cannot be continued: the chat template changes it.",
+            where="chat template",
+        )
+    kept = text[:place]
+    # A template that trims contents has trimmed the tag: the content's own end is trimmed too.
+    return kept if text.startswith(_TAG, place) else kept.rstrip()
 
 
 def check_messages(messages: list[Message]) -> None:
@@ -82,14 +142,26 @@ def check_messages(messages: list[Message]) -> None:
             raise OpenQwenError("The content of a message must be text.", where=where)
 
 
+_TRACKER = "_openqwen_generation"
+
+
 class _Generation(Extension):
-    """transformers' `{% generation %}` block, by which a template marks what the assistant says: its contents, here."""
+    """transformers' `{% generation %}` block, by which a template marks what the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_mark", [ContextReference()])
+        return CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, context: Context, caller: Callable[[], str]) -> str:
+        pieces, marks = context[_TRACKER]
+        said = caller()
+        start = sum(map(len, pieces))
+        marks.append((start, start + len(said)))
+        return said
 
 
 @lru_cache(maxsize=16)

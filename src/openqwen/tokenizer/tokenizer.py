@@ -6,26 +6,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import regex
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.hub import local
-from openqwen.tokenizer import chat
+from openqwen.tokenizer.added import AddedTokens
+from openqwen.tokenizer.chat import Chat
 from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, TURN_START, ControlToken
 from openqwen.tokenizer.fast import best_encoder
-from openqwen.tokenizer.files import Parts, tokenizer_config, write_tokenizer
+from openqwen.tokenizer.files import (
+    Parts,
+    added_ids,
+    named_special_tokens,
+    tokenizer_config,
+    tokenizer_settings,
+    write_tokenizer,
+)
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 from openqwen.tokenizer.sources import read_source
-from openqwen.tokenizer.template import Message, render
+from openqwen.tokenizer.template import Message, choose, render
 from openqwen.tokenizer.unicode import normalize
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary, control tokens after it, and a chat template.
+    """A byte-level BPE vocabulary, added tokens, and a chat template.
 
-    vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first. control: their ids
-    follow the regular ones. template: Jinja source, or None for a model that does not chat. settings: entries of
-    tokenizer_config.json to save besides. template_apart: save the template as chat_template.jinja.
+    vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first.
+    control: the added tokens; one that the vocabulary knows has that id, the others follow the
+    regular ones. template: Jinja source, several by name, or None for a model that does not chat.
+    settings: entries of tokenizer_config.json to save besides. template_apart: save the templates
+    as files of their own.
     """
 
     def __init__(
@@ -33,7 +42,7 @@ class Tokenizer:
         vocabulary: Sequence[bytes],
         merges: Sequence[tuple[int, int]],
         control: Sequence[ControlToken] = CONTROL_TOKENS,
-        template: str | None = None,
+        template: str | Mapping[str, str] | None = None,
         settings: Mapping[str, Any] | None = None,
         template_apart: bool = False,
     ):
@@ -44,9 +53,14 @@ class Tokenizer:
             raise OpenQwenError(f"This vocabulary lacks {len(missing)} of the 256 bytes.", do="add them as tokens")
         triples = [(a, b, ids[self.vocabulary[a] + self.vocabulary[b]]) for a, b in self.merges]
         self._encoder = best_encoder(self.vocabulary, triples)
-        self.control_ids = {token.content: len(self.vocabulary) + i for i, token in enumerate(self.control)}
-        self._bytes = self.vocabulary + [token.content.encode() for token in self.control]
-        self._hidden = {self.control_ids[token.content] for token in self.control if token.special}
+        self.control_ids = added_ids(self.vocabulary, [token.content for token in self.control])
+        self._bytes = self.vocabulary + [
+            content.encode() for content, i in self.control_ids.items() if i >= len(self.vocabulary)
+        ]
+        of_control = {token: self.control_ids[token.content] for token in self.control}
+        self._hidden = {i for token, i in of_control.items() if token.special}
+        # A regular token's id is what any text may yield: it cannot be kept from users.
+        self.added = AddedTokens(of_control, [i for i in self._hidden if i >= len(self.vocabulary)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and other processes build their own encoder."""
@@ -72,26 +86,68 @@ class Tokenizer:
         """`<|endoftext|>`: the end of a document; also the padding."""
         return self.control_ids[DOCUMENT_END]
 
+    @cached_property
+    def stated_eos_id(self) -> int | None:
+        """The id of the files' `eos_token`; None where they state none that is one token."""
+        stated = self._settings.get("eos_token")
+        content = stated.get("content") if isinstance(stated, dict) else stated
+        ids = self.encode(content, allow_control=True) if isinstance(content, str) else []
+        return ids[0] if len(ids) == 1 else None
+
     @property
     def im_start_id(self) -> int:
         """`<|im_start|>`: the beginning of a turn."""
         return self.control_ids[TURN_START]
 
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens by the names under which templates know them: `eos_token` ..."""
+        return named_special_tokens(tokenizer_settings(self._parts()))
+
+    @cached_property
+    def turn_ends(self) -> set[int]:
+        """The tokens with which a template may end a turn."""
+        ends = {TURN_END, DOCUMENT_END, self.special_tokens.get("eos_token", TURN_END)}
+        return {self.control_ids[content] for content in ends & self.control_ids.keys()}
+
     def encode(self, text: str, allow_control: bool = False) -> list[int]:
-        """Ids of `text`. Control tokens in it stay text unless `allow_control`; lone surrogates become U+FFFD."""
-        if not allow_control:
-            return self._encoder.encode(normalize(text))
+        """Ids of `text`; lone surrogates become U+FFFD.
+
+        Added tokens in it are found; the special ones stay text unless `allow_control`.
+        """
         ids: list[int] = []
-        for piece, control_id in self.split_control(text):
-            ids += self._encoder.encode(normalize(piece)) if control_id is None else [control_id]
+        for piece, i, _ in self.added.cut(text, lambda _: not allow_control):
+            ids += self.encode_plain(piece) if i is None else [i]
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of `text` by byte pairs alone."""
+        return self._encoder.encode(normalize(text))
 
     def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, offsets) of many texts: text i is ids[offsets[i]:offsets[i + 1]]; uint32 [T] and int64 [texts + 1].
 
-        As `encode` would, with control tokens kept as text. threads: the machine's cores unless told otherwise.
+        As `encode` would, with special tokens kept as text. threads: all cores unless told otherwise.
         """
-        return self._encoder.encode_batch(map(normalize, texts), threads)
+        found: list[list[int | None]] = []  # for each text: the ids of added tokens, None between
+
+        def between() -> Iterator[str]:
+            for text in texts:
+                pieces = list(self.added.cut(text, lambda _: True))
+                found.append([i for _, i, _ in pieces])
+                yield from (normalize(piece) for piece, i, _ in pieces if i is None)
+
+        ids, offsets = self._encoder.encode_batch(between(), threads)
+        if all(pieces == [None] for pieces in found):
+            return ids, offsets
+        stretches = iter(np.split(ids, offsets[1:-1]))
+        parts: list[np.ndarray] = []
+        ends = [0]
+        for row in found:
+            new = [next(stretches) if i is None else np.array([i], np.uint32) for i in row]
+            parts += new
+            ends.append(ends[-1] + sum(map(len, new)))
+        return np.concatenate(parts), np.array(ends, np.int64)
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing.
@@ -110,18 +166,6 @@ class Tokenizer:
         """Whether decoding leaves this id out."""
         return i in self._hidden
 
-    @cached_property
-    def control_pattern(self) -> str:
-        """An expression that matches any control token, the longest first."""
-        contents = sorted(self.control_ids, key=len, reverse=True)
-        return f"(?:{'|'.join(map(regex.escape, contents))})"
-
-    def split_control(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """Pieces of text with None, and control tokens with their id, in order; empty pieces are left out."""
-        for number, piece in enumerate(regex.split(f"({self.control_pattern})", text)):
-            if piece:
-                yield piece, self.control_ids[piece] if number % 2 else None
-
     def apply_chat_template(
         self,
         messages: list[Message],
@@ -129,11 +173,14 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
     ) -> str:
-        """The chat as one text. To encode it use `encode_chat`: this text no longer tells who wrote what.
+        """The chat as one text. To encode it use `encode_chat`: this text does not tell who wrote what.
 
-        continue_final_message: end it where the last message's text ends, to be gone on with.
+        continue_final_message: the text ends where the content of the final message ends, for a
+        model that writes on from there; not together with `add_generation_prompt`.
         """
-        return render(self._chat_template(), messages, tools, add_generation_prompt, continue_final_message)
+        template, special = self._chat_template(tools), self.special_tokens
+        text, _ = render(template, messages, tools, add_generation_prompt, special, continue_final_message)
+        return text
 
     def encode_chat(
         self,
@@ -142,14 +189,15 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         continue_final_message: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """(ids, mask): the rendered chat, and 1 for each token that an assistant wrote, its `<|im_end|>` included.
+        """(ids, mask): the rendered chat; 1 for each token that an assistant wrote, its end token included.
 
-        Control tokens come from the template alone: in a message's content they stay text. Where no message holds
-        one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
+        Special tokens come from the template alone: in a message's content they stay text. Where
+        no message holds one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
+        What an assistant wrote is what the template's `{% generation %}` blocks hold, or what
+        stands in ChatML's turns, or what its messages add to the text.
         """
-        return chat.encode_chat(
-            self, self._chat_template(), messages, tools, add_generation_prompt, continue_final_message
-        )
+        chat = Chat(self, self._chat_template(tools), messages, tools)
+        return chat.encode(add_generation_prompt, continue_final_message)
 
     def info(self) -> dict[str, Any]:
         """What tokenizer_config.json and the template file say of it."""
@@ -165,13 +213,13 @@ class Tokenizer:
     def _parts(self) -> Parts:
         return Parts(self.vocabulary, self.merges, self.control, self.template, self._settings, self._template_apart)
 
-    def _chat_template(self) -> str:
+    def _chat_template(self, tools: Any) -> str:
         if self.template is None:
             raise OpenQwenError(
                 "This tokenizer has no chat template.",
                 do="use an instruct model, or put a chat_template.jinja into the model's folder",
             )
-        return self.template
+        return choose(self.template, tools)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

@@ -31,7 +31,9 @@ class TokenizerConfig(Settings):
     vocabulary: int = Field(
         4096, ge=256, description="regular tokens, the 256 bytes included; control tokens come on top"
     )
-    max_bytes: int = Field(20_000_000, ge=1, description="bytes of text to learn from; the rest is not read")
+    max_bytes: int = Field(
+        20_000_000, ge=1, description="bytes of text to learn from, drawn by the weights of the mixture"
+    )
     min_frequency: int = Field(2, ge=1, description="a pair seen less often than this is not merged")
     system_prompt: str = Field(
         DEFAULT_SYSTEM_PROMPT, description="system message of the chat template where a chat does not begin with one"

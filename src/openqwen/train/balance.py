@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from openqwen.model import Qwen2, Routing
+from openqwen.train.compute import Precision, computing
 from openqwen.train.losses import Loss
 from openqwen.train.parallel import world_of
 from openqwen.train.rows import Rows
@@ -88,7 +89,12 @@ class Balanced:
     load: Load | None = None
 
 
-def with_loads(model: Qwen2, parts: Sequence[Rows], balance: Balance) -> list[Balanced]:
+def with_loads(
+    model: Qwen2,
+    parts: Sequence[Rows],
+    balance: Balance,
+    precision: Precision = "auto",
+) -> list[Balanced]:
     """Micro-batches with the load of all of them together, as the global balance needs it.
 
     The load depends on the weights, so a step of several micro-batches is read once more without gradient, which costs
@@ -96,17 +102,21 @@ def with_loads(model: Qwen2, parts: Sequence[Rows], balance: Balance) -> list[Ba
     """
     if balance != "global" or len(parts) == 1:
         return [Balanced(rows) for rows in parts]
-    load = measure_load(model, parts)
+    load = measure_load(model, parts, precision)
     return [Balanced(rows, load) for rows in parts]
 
 
 @torch.no_grad()
-def measure_load(model: Qwen2, parts: Sequence[Rows]) -> Load:
-    """Where the tokens of some micro-batches go, all together; each rank reads its share of them."""
+def measure_load(model: Qwen2, parts: Sequence[Rows], precision: Precision = "auto") -> Load:
+    """Where the tokens of some micro-batches go, all together; each rank reads its share of them.
+
+    precision: the one that the network trains in, so that each token goes where the step sends it.
+    """
     world, loads = world_of(model), []
     for rows, counts in world.share(parts):
         routing = Routing()
-        model(rows.tokens, rows.positions, rows.attention, routing)
+        with computing(precision, model.device):
+            model(rows.tokens, rows.positions, rows.attention, routing)
         loads.append(Load(Load.of(routing).counts_LE * counts, len(rows.tokens) * counts))
     found = sum(loads[1:], loads[0])
     *counts_N, tokens = world.total([*found.counts_LE.flatten().tolist(), found.tokens])

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from openqwen.support.errors import OpenQwenError
+from openqwen.support.errors import OpenQwenError, located
 from openqwen.tokenizer import Tokenizer
+from openqwen.tokenizer.messages import Message, Tools, demonstration, is_learned, preference, prompt
 from openqwen.train.rows import Sample
 
 Messages = list[dict[str, Any]]
@@ -22,49 +23,92 @@ def _ending(ids: Sequence[int], mask: Sequence[int]) -> int:
 
 
 def conversation(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> Sample:
-    """A demonstration: every assistant turn is learned."""
-    try:
-        ids, mask = tokenizer.encode_chat(record["messages"], tools=record.get("tools"))
-    except KeyError as error:
-        raise OpenQwenError(f"This demonstration lacks {error}.", where=where) from None
-    except OpenQwenError as error:
-        raise OpenQwenError(error.what, where=f"{where}, {error.where}", do=error.do) from None
-    end = _ending(ids, mask)
-    if end == 0:
-        raise OpenQwenError("No assistant turn to learn from.", where=where, do="give messages with an assistant turn")
-    return ids[:end], mask[:end]
+    """A demonstration in any form: every assistant turn is learned, but those marked otherwise."""
+    with located(where):
+        messages, tools = demonstration(record)
+        ids, mask = tokenizer.encode_chat(messages, tools=tools)
+        mask = _without_unlearned(messages, mask)
+        end = _ending(ids, mask)
+        if end == 0:
+            raise OpenQwenError("No assistant turn to learn from.", do="give messages with an assistant turn")
+        return ids[:end], mask[:end]
+
+
+def _without_unlearned(messages: Messages, mask: list[int]) -> list[int]:
+    """The mask without the turns that the record marks as not to be learned."""
+    wanted = [is_learned(message) for message in messages if message["role"] == "assistant"]
+    if all(wanted):
+        return mask
+    runs = [(learned, len(list(run))) for learned, run in groupby(mask)]
+    if sum(learned for learned, _ in runs) != len(wanted):
+        raise OpenQwenError(
+            "This chat template does not give each assistant message a turn, so that one cannot be left out.",
+            do="leave out weight, loss and train",
+        )
+    turns = iter(wanted)
+    return [value for learned, count in runs for value in [int(bool(learned) and next(turns))] * count]
 
 
 def says_nothing(record: dict[str, Any]) -> bool:
     """Whether an assistant's turn is blank and calls no tool: it teaches to stop at once."""
-    said = (m for m in record["messages"] if m["role"] == "assistant" and not m.get("tool_calls"))
-    return any(not str(m.get("content") or "").strip() for m in said)
+    said = (m for m in demonstration(record)[0] if m["role"] == "assistant" and not m.get("tool_calls"))
+    return any(not m["content"].strip() for m in said)
 
 
-def answer(tokenizer: Tokenizer, prompt: Messages, reply: Messages, where: str) -> Sample:
+def question(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> list[int]:
+    """The ids of a prompt in any form, up to where the answer begins."""
+    with located(where):
+        messages, tools = prompt(record)
+        return tokenizer.encode_chat(messages, add_generation_prompt=True, tools=tools)[0]
+
+
+def answer(
+    tokenizer: Tokenizer,
+    asked: Messages,
+    reply: Message,
+    tools: Tools = None,
+    sampled: Sequence[int] = (),
+) -> Sample:
     """A prompt and one answer to it: only the answer is learned.
 
     The prompt is encoded as the engine encodes it, so that the answer's log-probability is the one it was sampled at.
+    sampled: the ids that the answer was sampled as, its end token among them; they count where they
+    say the same text.
     """
-    if len(reply) != 1 or reply[0].get("role") != "assistant":
-        raise OpenQwenError("An answer is one assistant message.", where=where)
-    start, _ = tokenizer.encode_chat(prompt, add_generation_prompt=True)
-    ids, mask = tokenizer.encode_chat(prompt + reply)
+    start, _ = tokenizer.encode_chat(asked, add_generation_prompt=True, tools=tools)
+    # Another tokenizer would read other words in these ids.
+    if sampled and tokenizer.decode(sampled).strip() == reply["content"].strip():
+        return start + list(sampled), [0] * len(start) + [1] * len(sampled)
+    ids, mask = tokenizer.encode_chat([*asked, reply], tools=tools)
     end = _ending(ids, mask)
     if ids[: len(start)] == start:
         return ids[:end], [0] * len(start) + mask[len(start) : end]
     # A newline that opens the answer can merge with the template's own; the engine would never see that token.
-    written = [*tokenizer.encode(reply[0]["content"]), tokenizer.eos_id]
+    end_token = [i for i in ids[end - 1 : end] if tokenizer.is_hidden(i)]  # that the template writes
+    written = tokenizer.encode(reply["content"]) + end_token
     return start + written, [0] * len(start) + [1] * len(written)
 
 
 def pair(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> tuple[Sample, Sample]:
-    """A preference: the chosen and the rejected answer."""
-    try:
-        prompt, chosen, rejected = record["prompt"], record["chosen"], record["rejected"]
-    except KeyError as error:
-        raise OpenQwenError(f"This preference lacks {error}.", where=where) from None
-    return answer(tokenizer, prompt, chosen, where), answer(tokenizer, prompt, rejected, where)
+    """A preference in any form: the chosen and the rejected answer."""
+    with located(where):
+        asked, chosen, rejected, tools = preference(record)
+        return (
+            answer(tokenizer, asked, chosen, tools, _sampled(record, "chosen")),
+            answer(tokenizer, asked, rejected, tools, _sampled(record, "rejected")),
+        )
+
+
+def _sampled(record: dict[str, Any], side: str) -> list[int]:
+    """The ids that `openqwen prefer` sampled for a side, where the record tells them."""
+    ids = origin(record).get(f"{side}_ids")
+    return ids if isinstance(ids, list) and all(isinstance(i, int) for i in ids) else []
+
+
+def origin(record: dict[str, Any]) -> dict[str, Any]:
+    """How a record came to be, as far as it tells."""
+    told = record.get("origin")
+    return told if isinstance(told, dict) else {}
 
 
 @dataclass

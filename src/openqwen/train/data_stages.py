@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_serializer, model_validator
 
+from openqwen.model import ModelConfig
 from openqwen.support.progress import console
 from openqwen.support.settings import Settings
 from openqwen.train.balance import Balance, Balanced
@@ -21,6 +22,7 @@ from openqwen.train.trainer import Trainer, TrainingConfig
 from openqwen.train.validation import ValidationConfig
 
 _BALANCE = "where a mixture of experts counts the load that it evens out: the whole step, each micro-batch, or nowhere"
+_THETA = 10_000.0  # of a new network, as in Qwen2
 _RATE = ("learning_rate", "schedule", "final_share", "warmup_share")
 
 
@@ -55,12 +57,13 @@ class HeldOutConfig(ValidationConfig):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A data stage with nothing left out."""
+    """A data stage with nothing left out. positions: the context that the network is to state."""
 
     name: str
     data: DataConfig
     rope_theta: float
     train: OptimizerConfig
+    positions: int
 
 
 class StagedConfig(TrainingConfig):
@@ -68,7 +71,9 @@ class StagedConfig(TrainingConfig):
 
     balance: Balance = Field("global", description=_BALANCE)
     data: DataConfig = Field(default_factory=DataConfig, description="what it reads")
-    rope_theta: float = Field(10_000.0, gt=1, description="RoPE base")
+    rope_theta: float | None = Field(
+        None, gt=1, description="RoPE base; none: the checkpoint's, or 10,000 for a new network"
+    )
     stages: dict[str, DataStage] = Field(
         default_factory=dict, description="named data stages, in this order; none: one stage as `data` says"
     )
@@ -92,23 +97,31 @@ class StagedConfig(TrainingConfig):
                 if any(share < 0 for share in table.values()):
                     raise ValueError(f"{where}a share of the {what} is negative")
             lengths = stage.data.lengths
-            if lengths and (abs(sum(lengths.values()) - 1) > 1e-6 or max(lengths) != stage.data.context):
+            if lengths and (abs(sum(lengths.values()) - 1) > 1e-6 or max(lengths) != stage.data.row):
                 raise ValueError(
                     f"{where}the shares of the lengths must sum to 1 and the longest be the context; they sum to "
-                    f"{sum(lengths.values()):.3g}, and {max(lengths):,} stands beside {stage.data.context:,}"
+                    f"{sum(lengths.values()):.3g}, and {max(lengths):,} stands beside {stage.data.row:,}"
                 )
             if any(not 0 <= share <= 1 for share in stage.data.fill_in_middle.values()):
                 raise ValueError(f"{where}a share of fill_in_middle is not between 0 and 1")
         return self
 
-    def resolved(self) -> list[Resolved]:
-        """The data stages, in order."""
+    def resolved(self, start: ModelConfig | None = None) -> list[Resolved]:
+        """The data stages, in order.
+
+        start: the checkpoint that training goes on from. It decides the RoPE base and the context
+        where nobody asked; rows are then no longer than its context.
+        """
         found = []
+        theta = self.rope_theta or (start.rope_theta if start else _THETA)
         for name, stage in (self.stages or {"": DataStage(tokens=self.data.tokens)}).items():
             own = {key: value for key, value in stage if value is not None}
             data = self.data.model_copy(update={k: v for k, v in own.items() if k in DataConfig.model_fields})
             train = self.train.model_copy(update={k: own[k] for k in _RATE if k in own})
-            found.append(Resolved(name, data, own.get("rope_theta", self.rope_theta), train))
+            asked = data.context is not None or bool(data.lengths)
+            positions = data.row if asked or start is None else start.max_position_embeddings
+            data = data.model_copy(update={"context": min(data.row, positions)})
+            found.append(Resolved(name, data, own.get("rope_theta", theta), train, positions))
         return found
 
 
@@ -141,7 +154,7 @@ class StagedTrainer(Trainer[Balanced]):
             return super()._step(step, movers, earlier)
         if step == stretch.first:
             data = stretch.stage.data
-            said = f"{data.tokens:,} tokens, rows of {data.context:,}, RoPE base {stretch.stage.rope_theta:,.0f}"
+            said = f"{data.tokens:,} tokens, rows of {data.row:,}, RoPE base {stretch.stage.rope_theta:,.0f}"
             console.print(f"  data stage {stretch.stage.name}: {said}", markup=False)
         return super()._step(step, movers, earlier) | {"data_stage": number + 1.0}
 
@@ -152,4 +165,4 @@ class StagedTrainer(Trainer[Balanced]):
 
 def enter(model: Any, stage: Resolved) -> None:
     """Turn a network's queries and keys as a data stage does."""
-    model.config = model.model.config = model.config.with_rope(stage.rope_theta, stage.data.context)
+    model.config = model.model.config = model.config.with_rope(stage.rope_theta, stage.positions)

@@ -17,6 +17,7 @@ from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.branches import branches
+from openqwen.train.compute import Precision, computing
 from openqwen.train.conversations import Compared, pair_numbers
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
@@ -35,7 +36,7 @@ class DpoConfig(PreferencesConfig):
         False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
     )
     hottest: float | None = Field(
-        None, gt=0, description="pairs whose wrong answer was sampled at a higher temperature are left out"
+        None, gt=0, description="pairs with an answer sampled at a higher temperature are left out"
     )
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     chosen_nll: float = Field(
@@ -72,22 +73,32 @@ class Pairs:
 
 
 @torch.no_grad()
-def reference_log_probs(model: Qwen2, groups: Sequence[Compared], micro_tokens: int, label: str) -> Tensor:
-    """Log-probabilities of all answers, [answers], on the CPU; each rank reads its share."""
+def reference_log_probs(
+    model: Qwen2,
+    groups: Sequence[Compared],
+    micro_tokens: int,
+    label: str,
+    precision: Precision = "auto",
+) -> Tensor:
+    """Log-probabilities of all answers, [answers], on the CPU; each rank reads its share.
+
+    precision: the one that the policy trains in, so that both round alike.
+    """
     ends = [0, *accumulate(len(group.answers) for group in groups)]
     found = torch.zeros(ends[-1])
     world = world_of(model)
     with progress(label, len(groups), "prompts") as bar:
         for cut, counts in world.share(list(cut_to_budget([group.size for group in groups], micro_tokens))):
             rows = branches([(group.prompt, group.answers) for group in groups[cut]], model.device)
-            values = document_log_probs(model, rows).cpu()
+            with computing(precision, model.device):
+                values = document_log_probs(model, rows).cpu()
             found[ends[cut.start] : ends[cut.stop]] += values * counts
             bar.advance((cut.stop - cut.start) * counts)
     return found if world.alone else torch.tensor(world.total(found.tolist()), dtype=torch.float32)
 
 
 def dpo(config: DpoConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place) -> dict[str, float]:
-    """Optimise the model at `start`, which is the reference too, on a JSONL file of preferences; save to the output.
+    """Optimise the model at `start`, which is the reference too, on preferences; save to the output.
 
     The reference's log-probabilities are computed once, before the first step, and kept beside the training states.
     """
@@ -116,7 +127,8 @@ def _cached_reference(model: Qwen2, groups: Sequence[Compared], config: DpoConfi
     path, world = place.scratch / "reference.safetensors", join()
     if not world.agree(path.exists()):
         place.scratch.mkdir(parents=True, exist_ok=True)
-        values = reference_log_probs(model, groups, config.micro_tokens, f"{place.label} reference")
+        label, precision = f"{place.label} reference", config.train.precision
+        values = reference_log_probs(model, groups, config.micro_tokens, label, precision)
         if world.main:
             aside = path.with_suffix(".aside")
             with disk_errors(path):

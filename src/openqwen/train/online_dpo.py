@@ -18,10 +18,10 @@ from openqwen.engine import Engine, Output, Sampling
 from openqwen.model import load_model, load_scorer
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
+from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.conversations import Compared, Messages
+from openqwen.train.conversations import Compared, question
 from openqwen.train.dpo import Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
@@ -67,7 +67,7 @@ def online_dpo(
     place: Place,
     reward_model: Path,
 ) -> dict[str, float]:
-    """Improve the model at `start`, which is the reference too, on a JSONL file of prompts; save to the output."""
+    """Improve the model at `start`, which is the reference too, on prompts; save to the output."""
     generators = Generators(place.seed)
     device = best_device()
     model = load_model(start, device=device)
@@ -76,7 +76,7 @@ def online_dpo(
     world = join()
     actor = model if world.alone else copy.deepcopy(model).requires_grad_(False)  # whole where the other is sharded
     engine = Engine(actor, tokenizer)
-    pool: list[Messages] = [record["prompt"] for record in read_jsonl(prompts)]
+    pool = [question(tokenizer, record, where) for where, record in read_records(prompts)]
     if not pool:
         raise OpenQwenError("There are no prompts to answer.", where=prompts)
     order = Epochs(len(pool), config.steps * config.batch / len(pool), config.batch, generators)
@@ -91,9 +91,9 @@ def online_dpo(
         engine.refresh(step)
         mine = slice(world.rank, None, world.size)  # prompts are dealt to the ranks, and their answers told to all
         outputs = engine.generate(asked[mine], sampling, seeds=[int(s) for s in seeds[mine]])
-        rewards = score_sequences(scorer, [_ids(o, tokenizer.eos_id) for o in outputs], config.micro_tokens)
+        rewards = score_sequences(scorer, [_ids(o) for o in outputs], config.micro_tokens)
         outputs, rewards = world.told(outputs), world.told(rewards)
-        sequences = [_ids(o, tokenizer.eos_id) for o in outputs]
+        sequences = [_ids(o) for o in outputs]
         slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
         ranks = [v for g in slices for v in votes(sequences[g], rewards[g])] if config.vote else rewards
         found = [pair for pair in (_best_and_worst(outputs, ranks, group) for group in slices) if pair]
@@ -135,9 +135,9 @@ def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[fl
     return [total[tuple(answer)] for answer in answers]
 
 
-def _ids(output: Output, eos_id: int) -> list[int]:
-    """The whole sequence as the policy wrote it."""
-    return output.prompt_ids + output.token_ids + ([eos_id] if output.finish_reason == "stop" else [])
+def _ids(output: Output) -> list[int]:
+    """The whole sequence as the policy wrote it, its end token included."""
+    return output.prompt_ids + output.written_ids
 
 
 def _best_and_worst(outputs: list[Output], rewards: list[float], group: slice) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from openqwen.support.settings import Settings
 from openqwen.train.compute import Precision
 from openqwen.train.eight_bit import adamw8bit, in_blocks
-from openqwen.train.parallel import ParallelConfig
+from openqwen.train.parallel import ParallelConfig, own_part, whole_tensor
 from openqwen.train.recompute import Recompute
 from openqwen.train.track import Tracker
 
@@ -60,17 +60,21 @@ class OptimizerConfig(Settings):
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`."""
-    warmup = round(config.warmup_share * steps)
-    if step < warmup:
+    """The learning rate of step `step` (from 0) of `steps`.
+
+    The step behind the warm-up has the peak, the last step the final share (SFT in the Qwen2
+    report: 7e-6 to 7e-7). A schedule of transformers over `steps` would end one step later.
+    """
+    warmup, last = round(config.warmup_share * steps), steps - 1
+    if step <= warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / (last - warmup)
     if config.schedule == "constant":
         fall = 1.0
     elif config.schedule == "linear":
         fall = 1.0 - done
     elif config.schedule == "wsd":  # warm-up, stable, decay (MiniCPM, Hu et al. 2024)
-        fall = min(1.0, (steps - step) / max(1.0, config.decay_share * steps))
+        fall = min(1.0, (last - step) / min(config.decay_share * last, last - warmup))
     else:
         fall = 0.5 * (1.0 + math.cos(math.pi * done))
     return config.learning_rate * (config.final_share + (1.0 - config.final_share) * fall)
@@ -83,7 +87,7 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
     An embedding table that is no output matrix too and is not sharded goes to `TableAdamW`, where not in 8 bits.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    by_muon = [p for n, p in named if config.method == "muon" and ".layers." in f".{n}" and p.dim() == 2]
+    by_muon = [p for n, p in named if config.method == "muon" and _is_hidden(n, p)]
     small = [p for _, p in named if config.method == "adamw8bit" and in_blocks(p)]
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and config.method != "adamw8bit"]
     tables = [m.weight for m in embeddings if _is_table(m, model)]
@@ -96,15 +100,23 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
         "betas": (config.beta1, config.beta2),
         "eps": config.epsilon,
     }
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **settings, fused=True)]
+    found: list[torch.optim.Optimizer] = []
+    if matrices or vectors:
+        found.append(torch.optim.AdamW(groups, **settings, fused=True))
     if tables:
         found.append(TableAdamW(tables, settings | {"weight_decay": config.weight_decay}))
     if small:
         found.append(adamw8bit([{"params": small, "weight_decay": config.weight_decay}], **settings))
     if by_muon:
         rate, decay = config.learning_rate, config.weight_decay
-        found.append(torch.optim.Muon(by_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        found.append(Muon(by_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return found
+
+
+def _is_hidden(name: str, parameter: Tensor) -> bool:
+    """Whether Muon moves it: a matrix of a layer that is no router and no gate."""
+    routes = ".mlp.gate." in name or ".shared_expert_gate." in name
+    return ".layers." in f".{name}" and parameter.dim() == 2 and not routes
 
 
 def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
@@ -113,6 +125,36 @@ def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
     weight = embedding.weight
     embedding.sparse = weight.requires_grad and not tied and not isinstance(weight, DTensor)
     return embedding.sparse
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, for sharded matrices too: each rank takes its part of the whole update.
+
+    PyTorch's own computes on shards. That fails for matrices of fewer rows than ranks, and on
+    meshes of two dimensions.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move the matrices that have a gradient. Every rank must call it, as it gathers."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self._move(matrix, matrix.grad, group)
+
+    def _move(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = whole_tensor(gradient.lerp(mean, group["momentum"]))
+        change = nn.Parameter(torch.zeros_like(update))
+        change.grad = update
+        plain = {"weight_decay": 0.0, "momentum": 0.0, "adjust_lr_fn": group["adjust_lr_fn"]}
+        torch.optim.Muon([change], lr=group["lr"], **plain).step()
+        local = matrix.to_local() if isinstance(matrix, DTensor) else matrix
+        local.mul_(1 - group["lr"] * group["weight_decay"])
+        local.add_(own_part(change, matrix))
 
 
 class TableAdamW(torch.optim.Optimizer):

@@ -14,12 +14,16 @@ from openqwen.tokenizer.fill_in_middle import marker_ids
 from openqwen.train.fill_in_middle import fill_in_middle
 from openqwen.train.rows import Sample, cut_to_budget
 
+_ROW = 4_096  # Qwen2's context in pre-training
+
 
 class DataConfig(Settings):
     """How much text, in which rows, from which sources."""
 
     tokens: int = Field(1_500_000, gt=0, description="tokens to train on")
-    context: int = Field(4_096, gt=1, description="longest row, in tokens")
+    context: int | None = Field(
+        None, gt=1, description="longest row, in tokens; none: 4,096, or the checkpoint's context if less"
+    )
     lengths: dict[int, float] = Field(
         default_factory=dict,
         description="row length -> its share of the tokens, such as {32768: 0.4, 8192: 0.6}; none: all at the context",
@@ -36,6 +40,11 @@ class DataConfig(Settings):
     fill_in_middle: dict[str, float] = Field(
         default_factory=dict, description="source -> share of its documents that fit in a row to cut for infilling"
     )
+
+    @property
+    def row(self) -> int:
+        """Tokens of the longest row."""
+        return _ROW if self.context is None else self.context
 
 
 class TokenSource(Protocol):
@@ -113,22 +122,24 @@ class Pieces:
         )  # [R, 2]: first token, tokens
         shuffle.shuffle(self.rows)
         ends = (self.rows[:, 1] - 1).cumsum()
-        self.steps = max(1, round(int(ends[-1]) / config.batch_tokens))
-        self._starts = np.searchsorted(ends, np.linspace(0, ends[-1], self.steps + 1), side="left")
-        self._starts[-1] = len(self.rows)
+        batches = max(1, round(int(ends[-1]) / config.batch_tokens))
+        starts = np.searchsorted(ends, np.linspace(0, ends[-1], batches + 1)[:-1], side="left")
+        # A row of more than `batch_tokens` is a step of its own: none is left empty behind it.
+        self._starts = np.append(np.unique(starts), len(self.rows))
+        self.steps = len(self._starts) - 1
 
     def _joined(self, supply: Supply) -> list[np.ndarray]:
         parts = []
         for number, (name, quota) in enumerate(_quotas(supply.sources, self.config).items()):
             lengths = supply.sources[name].lengths
             documents = supply.take(name, quota, np.where(lengths < 2, 0, lengths))
-            parts.append(_plan(number, documents, lengths[documents], self.config.context))
+            parts.append(_plan(number, documents, lengths[documents], self.config.row))
         return parts
 
     def _isolated(self, supply: Supply) -> list[np.ndarray]:
         """Rows of the longest lengths are full ones from documents that have so many tokens; the shortest takes all."""
         quotas = _quotas(supply.sources, self.config)
-        *longer, (shortest, _) = sorted(self.config.lengths.items() or {self.config.context: 1.0}.items(), reverse=True)
+        *longer, (shortest, _) = sorted(self.config.lengths.items() or {self.config.row: 1.0}.items(), reverse=True)
         asked = _from_long_documents(supply.sources, quotas, dict(longer))
         parts = []
         for number, (name, quota) in enumerate(quotas.items()):
@@ -173,10 +184,10 @@ class Pieces:
 
     def _full_rows(self, generator: np.random.Generator) -> np.ndarray:
         total = int(self._offsets[-1]) - 1
-        lengths = self.config.lengths or {self.config.context: 1.0}
+        lengths = self.config.lengths or {self.config.row: 1.0}
         row = np.concatenate([np.full(int(share * total) // n, n) for n, share in sorted(lengths.items())])
         rest = total - int(row.sum())  # less than one row of each length
-        row = np.append(row, [self.config.context] * (rest // self.config.context)).astype(np.int64)
+        row = np.append(row, [self.config.row] * (rest // self.config.row)).astype(np.int64)
         generator.shuffle(row)
         row = np.append(row, total - row.sum()).astype(np.int64)
         row = row[row > 0]

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
-from openqwen.support.files import read_jsonl
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.conversations import Compared, compared, fitting, pair
+from openqwen.train.conversations import Compared, compared, fitting, origin, pair
 from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import TrainingConfig
 
@@ -24,27 +26,32 @@ class PreferencesConfig(TrainingConfig):
 
 @dataclass
 class Preferences:
-    """Prompts with their compared answers; too_long: how many were left out."""
+    """Prompts with their compared answers. too_long: prompts left out. too_hot: pairs left out."""
 
     groups: list[Compared]
     too_long: int
+    too_hot: int = 0
 
     @classmethod
     def read(
         cls, path: Path, tokenizer: Tokenizer, config: PreferencesConfig, window: int, hottest: float | None = None
     ) -> "Preferences":
-        """Those of a JSONL file whose answers fit both the configured length and the network's window.
+        """Those of a source (see `read_records`) whose answers fit both the configured length and the network's window.
 
-        hottest: pairs whose wrong answer was sampled at a higher temperature are left out, uncounted.
+        hottest: pairs with an answer that was sampled at a higher temperature are left out.
         """
-        groups = compared(
-            pair(tokenizer, record, f"{path}, record {n}")
-            for n, record in enumerate(read_jsonl(path), 1)
-            if hottest is None or record.get("origin", {}).get("temperature", 0.0) <= hottest
-        )
+        records = list(read_records(path))
+        cool = [(where, r) for where, r in records if hottest is None or _temperature(r) <= hottest]
+        if records and not cool:
+            raise OpenQwenError(
+                f"All {len(records)} pairs have an answer sampled above temperature {hottest}.",
+                where=path,
+                do="raise hottest, or leave it out",
+            )
+        groups = compared(pair(tokenizer, record, where) for where, record in cool)
         limit = min(config.max_length, window)
         kept = fitting(groups, [group.longest for group in groups], limit, str(path))
-        return cls(kept, len(groups) - len(kept))
+        return cls(kept, len(groups) - len(kept), len(records) - len(cool))
 
     def cut(self, numbers: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
         """Numbers of prompts, cut into micro-batches."""
@@ -55,4 +62,11 @@ class Preferences:
     def counts(self) -> dict[str, float]:
         """For the metrics."""
         pairs = sum(len(group.pairs) for group in self.groups)
-        return {"pairs": pairs, "prompts": len(self.groups), "too_long": self.too_long}
+        left_out = {"too_long": self.too_long, "too_hot": self.too_hot}
+        return {"pairs": pairs, "prompts": len(self.groups), **left_out}
+
+
+def _temperature(record: dict[str, Any]) -> float:
+    """The higher of the two answers' temperatures in a pair's origin; 0 where there is none."""
+    told = origin(record)
+    return max(told.get(key) or 0.0 for key in ("temperature", "chosen_temperature"))

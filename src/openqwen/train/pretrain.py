@@ -12,10 +12,11 @@ from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
+from openqwen.support.progress import console
 from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.balance import Balanced, balanced, load_record, measure_load, with_loads
-from openqwen.train.data_stages import StagedConfig, StagedTrainer, Stretch, enter
+from openqwen.train.data_stages import Resolved, StagedConfig, StagedTrainer, Stretch, enter
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import join, load_for_training
@@ -85,8 +86,11 @@ def pretrain(
     model = _network(config, vocabulary, start, generators)
     if join().main:
         check_ids(sources, min(vocabulary, model.config.vocab_size))
-    stretches = stretches_of(config, sources, generators, tokenizer)
+    own = None if start is None else model.config
+    stretches = stretches_of(config, sources, generators, tokenizer, own)
     last = stretches[-1]
+    if own is not None:
+        _say_changes(own, last.stage)
     enter(model, last.stage)  # what is saved has the last stage's RoPE base and context
     sparse = bool(model.config.num_experts)
     balance = config.balance if sparse else "off"
@@ -94,7 +98,8 @@ def pretrain(
     def batch(step: int) -> list[Balanced]:
         _, stretch = trainer.at(step)
         samples = stretch.pieces.batch(step - stretch.first)
-        return with_loads(model, [Rows.of(micro, model.device) for micro in samples], balance)
+        rows = [Rows.of(micro, model.device) for micro in samples]
+        return with_loads(model, rows, balance, config.train.precision)
 
     def loss(micro: Balanced) -> Loss:
         if not sparse or not model.training:
@@ -131,7 +136,8 @@ def pretrain(
     if len(stretches) > 1:
         write_json(place.output / STAGES, [_record(stretch) for stretch in stretches])
     if sparse:
-        load = measure_load(model, [micro.rows for micro in batch(trainer.steps - 1)])
+        rows = [micro.rows for micro in batch(trainer.steps - 1)]
+        load = measure_load(model, rows, config.train.precision)
         write_json(place.output / EXPERTS, load_record(model, load))
     return metrics | {"parameters": model.config.parameters()}
 
@@ -155,11 +161,15 @@ def check_ids(sources: Mapping[str, TokenSource], vocabulary: int) -> None:
 
 
 def stretches_of(
-    config: StagedConfig, sources: Mapping[str, TokenSource], generators: Generators, tokenizer: Tokenizer
+    config: StagedConfig,
+    sources: Mapping[str, TokenSource],
+    generators: Generators,
+    tokenizer: Tokenizer,
+    start: ModelConfig | None = None,
 ) -> list[Stretch]:
-    """The rows of every data stage; an error names the stage."""
+    """The rows of every data stage; an error names it. start: as in `StagedConfig.resolved`."""
     supply, found, first = Supply(sources, generators), list[Stretch](), 0
-    for stage in config.resolved():
+    for stage in config.resolved(start):
         try:
             pieces = Pieces(supply, stage.data, generators, tokenizer)
         except OpenQwenError as error:
@@ -171,6 +181,17 @@ def stretches_of(
     return found
 
 
+def _say_changes(own: ModelConfig, stage: Resolved) -> None:
+    """A line where training changes the checkpoint's RoPE base or context."""
+    for what, before, after in (
+        ("RoPE base", own.rope_theta, stage.rope_theta),
+        ("context", own.max_position_embeddings, stage.positions),
+    ):
+        if before != after:
+            text = f"  {what}: {before:,.0f} in the checkpoint, {after:,.0f} from here on"
+            console.print(text, markup=False)
+
+
 def _record(stretch: Stretch) -> dict[str, Any]:
     """A data stage in `data_stages.json`."""
     stage, pieces = stretch.stage, stretch.pieces
@@ -179,7 +200,7 @@ def _record(stretch: Stretch) -> dict[str, Any]:
         "first_step": stretch.first,
         "steps": pieces.steps,
         "tokens": int((pieces.rows[:, 1] - 1).sum()),
-        "context": stage.data.context,
+        "context": stage.data.row,
         "rope_theta": stage.rope_theta,
         "learning_rate": stage.train.learning_rate,
     }
@@ -202,7 +223,7 @@ def network_config(config: PretrainConfig, vocabulary: int) -> ModelConfig:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
-        max_position_embeddings=config.resolved()[-1].data.context,
+        max_position_embeddings=config.resolved()[-1].positions,
         rope_theta=config.resolved()[-1].rope_theta,
         rms_norm_eps=size.rms_norm_eps,
         tie_word_embeddings=size.tie_word_embeddings,

@@ -66,14 +66,14 @@ def score_sequences(scorer: Scorer, sequences: Sequence[Sequence[int]], micro_to
 
 def score(scorer: Scorer, tokenizer: Tokenizer, conversations: Sequence[Messages]) -> list[float]:
     """Scores of conversations, each a prompt and an assistant's answer at the end."""
-    ids = [list(answer(tokenizer, c[:-1], c[-1:], f"conversation {n}")[0]) for n, c in enumerate(conversations)]
+    ids = [list(answer(tokenizer, c[:-1], c[-1])[0]) for c in conversations]
     return score_sequences(scorer, ids)
 
 
 def reward(
     config: RewardConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place
 ) -> dict[str, float]:
-    """Train a reward model from the language model at `start` on a JSONL file of preferences; save to the output."""
+    """Train a reward model from the language model at `start` on preferences; save to the output."""
     generators = Generators(place.seed)
     scorer = scorer_from(start, generators.torch("weights")).to(best_device())
     data = Preferences.read(preferences, tokenizer, config, scorer.config.max_position_embeddings)

@@ -11,8 +11,8 @@ from openqwen.model import Qwen2, Scorer, load_model
 from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
+from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.conversations import TooLong, conversation, fit, fitting, says_nothing
 from openqwen.train.losses import next_token
@@ -30,7 +30,7 @@ class SftValidationConfig(ValidationConfig):
     """Demonstrations that nothing is learned from, on which the loss is measured."""
 
     share: float = Field(0.0, ge=0, lt=1, description="share of the demonstrations held out, drawn at random")
-    file: Path | None = Field(None, description="a JSONL file of held-out demonstrations, in place of a share")
+    file: Path | None = Field(None, description="a file of held-out demonstrations, in place of a share")
 
 
 class SftConfig(TrainingConfig):
@@ -53,7 +53,7 @@ class SftConfig(TrainingConfig):
 
 
 def sft(config: SftConfig, start: Path, demonstrations: Path, tokenizer: Tokenizer, place: Place) -> dict[str, float]:
-    """Fine-tune the model at `start` on a JSONL file of demonstrations; save to the place's output."""
+    """Fine-tune the model at `start` on demonstrations; save to the place's output."""
     generators = Generators(place.seed)
     # Adapters are drawn for a network that is there.
     model = load_model(start, device=best_device()) if config.lora.rank else load_for_training(start)
@@ -114,12 +114,13 @@ class Demonstrations:
 
     @classmethod
     def read(cls, path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong) -> "Demonstrations":
-        """Those of a JSONL file that have at most `limit` tokens; the others are treated as `too_long` says."""
-        whole, empty = list[Sample](), 0
-        for n, record in enumerate(read_jsonl(path), 1):
-            whole.append(conversation(tokenizer, record, f"{path}, record {n}"))
+        """Those of a source (see `read_records`) of at most `limit` tokens; of the others `too_long` decides."""
+        whole, places, empty = list[Sample](), list[str](), 0
+        for where, record in read_records(path):
+            whole.append(conversation(tokenizer, record, where))
+            places.append(where)
             empty += says_nothing(record)
-        fitted = [(n, fit(sample, limit, too_long, f"{path}, record {n}")) for n, sample in enumerate(whole, 1)]
+        fitted = [(n, fit(s, limit, too_long, where)) for n, (s, where) in enumerate(zip(whole, places), 1)]
         kept = [(n, sample) for n, sample in fitted if sample is not None]
         if not kept:
             fitting(whole, [len(ids) for ids, _ in whole], limit, str(path))

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openqwen.model import Qwen2, Scorer, save_checkpoint
-from openqwen.support.device import best_device, freed_memory_kept, peak_flops, peak_memory
+from openqwen.support.device import best_device, freed_memory_kept, peak_flops, peak_memory, tf32
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
@@ -124,6 +125,8 @@ class Trainer(Generic[Micro]):
         trackers = self.optimizer.track if self.world.main else []
         with (
             freed_memory_kept(),
+            # What autocast leaves in float32 need not be exact where bfloat16 is meant.
+            tf32(is_low(self.optimizer.precision, best_device())),
             tracking(trackers, self.scratch, self.label, first) as track,
             open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
             StateWriter(self.scratch, self.config.save.keep, self.world) as writer,
@@ -154,6 +157,11 @@ class Trainer(Generic[Micro]):
             shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
             for name in self.optimizer.track:
                 shutil.copytree(self.scratch / name, self.output / name, dirs_exist_ok=True)
+        clipped, moved = sum("clipped" in m for m in metrics), sum(map(_moved, metrics))
+        if 2 * clipped > moved:
+            bound = f"a gradient norm of {self.optimizer.clip:g} (train.clip)"
+            told = f"  {self.label}: {clipped} of {moved} steps were clipped to {bound}"
+            console.print(told, markup=False)
         return _summary(metrics)
 
     def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
@@ -175,9 +183,10 @@ class Trainer(Generic[Micro]):
                 where=self.scratch,
                 do="look at what the data's answers are: nothing in this step is to be learned",
             )
-        norm, scale = self._norm_and_scale(count) if micros else (0.0, 1.0)
-        count = max(count, 1)  # an online stage may find nothing to learn from in a step: it is logged and passes
-        why = self._bad(total / count, norm, earlier)
+        # An online stage may find nothing to learn from in a step: it is logged and passes.
+        loss = total / count if micros else math.nan
+        norm, scale = self._norm_and_scale(count) if micros else (math.nan, 1.0)
+        why = self._bad(loss, norm, earlier) if micros else ""
         if why:
             self._stop_or_skip(step, rate, why, earlier)
         for mover in movers:
@@ -191,7 +200,7 @@ class Trainer(Generic[Micro]):
         tokens = sum(len(r.tokens) + r.spared for r in rows)
         entry = {
             "step": step,
-            "loss": total / count,
+            "loss": loss,
             "gradient_norm": norm,
             "learning_rate": rate,
             "tokens": tokens,
@@ -203,7 +212,11 @@ class Trainer(Generic[Micro]):
         if self.timed:
             entry["flops_per_second"] = sum(r.flops(self.model.config) for r in rows) / seconds
             entry["peak_share"] = entry["flops_per_second"] / peak_flops(self._device)
-        return entry | ({"skipped": 1.0} if why else {})
+        if why:
+            entry["skipped"] = 1.0
+        elif norm > self.optimizer.clip:
+            entry["clipped"] = 1.0
+        return entry
 
     def _backward(self, step: int, micros: Sequence[Micro]) -> tuple[float, int, dict[str, float]]:
         """Sum gradients, losses, counts and extras over the micro-batches of all ranks."""
@@ -241,19 +254,17 @@ class Trainer(Generic[Micro]):
         """What is wrong with a step, or nothing."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"the loss is {loss} and the gradient norm {norm}"
-        usual = [m["gradient_norm"] for m in earlier[-_USUAL:] if "skipped" not in m and m["gradient_norm"] > 0]
-        if (
-            self.optimizer.bad.spike
-            and len(usual) == _USUAL
-            and norm > self.optimizer.bad.spike * statistics.median(usual)
-        ):
+        spike = self.optimizer.bad.spike
+        usual = [m["gradient_norm"] for m in islice(filter(_moved, reversed(earlier)), _USUAL)]
+        if spike and len(usual) == _USUAL and norm > spike * statistics.median(usual):
             return f"the gradient norm is {norm:.3g}, and {statistics.median(usual):.3g} is usual"
         return ""
 
     def _stop_or_skip(self, step: int, rate: float, why: str, earlier: Sequence[dict[str, float]]) -> None:
         where = f"step {step} of {self.label}{self._named(step)}"
-        before = earlier[-self.optimizer.bad.patience + 1 :] if self.optimizer.bad.patience > 1 else []
-        endless = len(before) == self.optimizer.bad.patience - 1 and all("skipped" in m for m in before)
+        before = list(islice(filter(_learned, reversed(earlier)), self.optimizer.bad.patience - 1))
+        endless = len(before) == self.optimizer.bad.patience - 1
+        endless = endless and all("skipped" in m for m in before)
         if self.optimizer.bad.action == "stop" or endless:
             raise OpenQwenError(
                 f"At {where} {why}.",
@@ -332,17 +343,38 @@ def _read_metrics(path: Path, before: int) -> list[dict[str, float]]:
     return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
 
 
+def _learned(entry: dict[str, float]) -> bool:
+    """Whether a step had something to learn from; an online stage may find none."""
+    return entry["tokens"] > 0
+
+
+def _moved(entry: dict[str, float]) -> bool:
+    """Whether a step moved the weights."""
+    return _learned(entry) and "skipped" not in entry
+
+
 def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the last twentieth of the steps, and totals of the whole run; the most telling first."""
-    tail = metrics[-max(1, len(metrics) // 20) :]
-    tail = [m for m in tail if "skipped" not in m] or tail
+    """Means over the last twentieth of the steps, totals of the whole run; the most telling first.
+
+    Steps that did not move the weights are counted and enter no mean.
+    """
+    moved, count = list(filter(_moved, metrics)), max(1, len(metrics) // 20)
+    tail = list(filter(_moved, metrics[-count:])) or moved[-count:] or metrics[-count:]
     other = {"step", "seconds", "tokens", "tokens_per_second", "flops_per_second", "peak_share"}
-    other |= {"learning_rate", "gradient_norm", "peak_memory", HELD_OUT}
+    other |= {"learning_rate", "gradient_norm", "peak_memory", "skipped", "clipped", HELD_OUT}
     summary = {n: sum(m.get(n, 0.0) for m in tail) / len(tail) for n in tail[-1] if n not in other}
+    summary["clipped_share"] = sum("clipped" in m for m in moved) / max(1, len(moved))
+    counts = {
+        "skipped_steps": sum("skipped" in m for m in metrics),
+        "empty_steps": sum(not _learned(m) for m in metrics),
+    }
+    summary |= {name: count for name, count in counts.items() if count}
     tokens, seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
     summary |= {"tokens_per_second": tokens / max(seconds, 1e-9), "tokens": tokens, "steps": len(metrics)}
-    if HELD_OUT in tail[-1]:
-        summary |= {HELD_OUT: tail[-1][HELD_OUT], f"best_{HELD_OUT}": min(m.get(HELD_OUT, math.inf) for m in metrics)}
+    last = metrics[-1]
+    if HELD_OUT in last:
+        best = min(m.get(HELD_OUT, math.inf) for m in metrics)
+        summary |= {HELD_OUT: last[HELD_OUT], f"best_{HELD_OUT}": best}
     if "peak_share" in tail[-1]:
         summary["peak_share"] = sum(m.get("peak_share", 0.0) for m in tail) / len(tail)
     return summary

@@ -18,10 +18,15 @@ LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 class Draft:
     """One drawn question. `accepts` is None where only the exact answer is right.
 
+    `problem` is what the question asks, however it is put: the operation and its operands, sorted
+    where their order changes nothing (`problem_of`). It decides the split, so that no held-out
+    problem is a trained one in other words.
+
     `chance` is the accuracy of the best blind guess: one constant answer, or a pick among the answers that the
     question itself names ("yes or no", "12 or 40", the words of a list, an order of the given words).
     """
 
+    problem: str
     question: str
     answer: str
     wrong: tuple[str, ...]
@@ -36,6 +41,11 @@ class Kind:
     name: str
     family: str
     draw: Callable[[Generator], Draft]
+
+
+def problem_of(operation: str, *operands: object) -> str:
+    """The canonical form of a problem, as `Draft` holds it."""
+    return " ".join(map(str, (operation, *operands)))
 
 
 def pick(rng: Generator, *options: str) -> str:

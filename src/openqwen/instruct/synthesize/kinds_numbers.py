@@ -4,7 +4,7 @@ from math import factorial
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import FORMS, Draft, Kind, number, pick, words
+from openqwen.instruct.synthesize.kinds import FORMS, Draft, Kind, number, pick, problem_of, words
 
 
 def _near(value: int, *others: int) -> tuple[str, ...]:
@@ -17,7 +17,9 @@ def add(rng: Generator) -> Draft:
     a, b = number(rng, 0, 19), number(rng, 0, 9)
     form = pick(rng, *FORMS["add"])
     first, second = (a, b) if rng.integers(2) else (b, a)
-    return Draft(form.format(first, second), str(a + b), _near(a + b, a + b + 10, abs(a - b)), 1 / 20)
+    problem = problem_of("add", *sorted((a, b)))
+    wrong = _near(a + b, a + b + 10, abs(a - b))
+    return Draft(problem, form.format(first, second), str(a + b), wrong, 1 / 20)
 
 
 def subtract(rng: Generator) -> Draft:
@@ -25,7 +27,9 @@ def subtract(rng: Generator) -> Draft:
     difference, b = number(rng, 0, 19), number(rng, 0, 12)
     a = difference + b
     form = pick(rng, *FORMS["subtract"])
-    return Draft(form.format(a=a, b=b), str(difference), _near(difference, difference + 10, a + b), 1 / 20)
+    wrong = _near(difference, difference + 10, a + b)
+    problem = problem_of("subtract", a, b)
+    return Draft(problem, form.format(a=a, b=b), str(difference), wrong, 1 / 20)
 
 
 def compare(rng: Generator) -> Draft:
@@ -35,7 +39,8 @@ def compare(rng: Generator) -> Draft:
     ask = pick(rng, "larger", "smaller")
     form = pick(rng, *FORMS["compare"])
     answer, other = (max(a, b), min(a, b)) if ask == "larger" else (min(a, b), max(a, b))
-    return Draft(form.format(ask=ask, a=a, b=b), str(answer), (str(other),), 0.5)
+    problem = problem_of("compare", *sorted((a, b)))  # to know the larger one is to know the other
+    return Draft(problem, form.format(ask=ask, a=a, b=b), str(answer), (str(other),), 0.5)
 
 
 def sort(rng: Generator) -> Draft:
@@ -51,7 +56,9 @@ def sort(rng: Generator) -> Draft:
     answer = " ".join(map(str, rising))
     orders = (rising[::-1], values, [*rising[1:], rising[0]])
     wrong = tuple(" ".join(map(str, order)) for order in orders)
-    return Draft(form.format(" ".join(map(str, values))), answer, wrong, 1 / factorial(count))
+    problem = problem_of("sort", *rising)
+    question = form.format(" ".join(map(str, values)))
+    return Draft(problem, question, answer, wrong, 1 / factorial(count))
 
 
 def count(rng: Generator) -> Draft:
@@ -59,7 +66,9 @@ def count(rng: Generator) -> Draft:
     n = number(rng, 1, 6)
     form = pick(rng, *FORMS["count"])
     separator = pick(rng, " ", ", ")
-    return Draft(form.format(separator.join(words(rng, n))), str(n), _near(n), 1 / 6)
+    items = words(rng, n)
+    problem = problem_of("count", *sorted(items))
+    return Draft(problem, form.format(separator.join(items)), str(n), _near(n), 1 / 6)
 
 
 def occurrences(rng: Generator) -> Draft:
@@ -69,7 +78,9 @@ def occurrences(rng: Generator) -> Draft:
     items = [target] * n + others[: number(rng, 1, 2) if n else number(rng, 2, 3)]
     items = [items[i] for i in rng.permutation(len(items))]
     form = pick(rng, *FORMS["occurrences"])
-    return Draft(form.format(w=target, x=" ".join(items)), str(n), _near(n, len(items)), 1 / 4)
+    problem = problem_of("occurrences", target, *sorted(items))
+    question = form.format(w=target, x=" ".join(items))
+    return Draft(problem, question, str(n), _near(n, len(items)), 1 / 4)
 
 
 def contains(rng: Generator) -> Draft:
@@ -80,7 +91,8 @@ def contains(rng: Generator) -> Draft:
         items[int(rng.integers(len(items)))] = target
     form = pick(rng, *FORMS["contains"])
     answer, other = ("yes", "no") if present else ("no", "yes")
-    return Draft(form.format(w=target, x=", ".join(items)), answer, (other,), 0.5)
+    problem = problem_of("contains", target, *sorted(items))
+    return Draft(problem, form.format(w=target, x=", ".join(items)), answer, (other,), 0.5)
 
 
 NUMBER_KINDS = (

@@ -7,7 +7,16 @@ from typing import Any
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import FORMS, LETTERS, Draft, Kind, number, pick, words
+from openqwen.instruct.synthesize.kinds import (
+    FORMS,
+    LETTERS,
+    Draft,
+    Kind,
+    number,
+    pick,
+    problem_of,
+    words,
+)
 from openqwen.instruct.synthesize.words import WORDS
 
 _TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
@@ -23,16 +32,19 @@ def repeat(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["repeat"])
     answer = " ".join([word] * n)
     wrong = tuple(" ".join([word] * k) for k in (n - 1, n + 1))
-    return Draft(form.format(w=word, n=n, t=_TIMES[n]), answer, wrong, 1 / (4 * len(WORDS)))
+    question = form.format(w=word, n=n, t=_TIMES[n])
+    return Draft(problem_of("repeat", word, n), question, answer, wrong, 1 / (4 * len(WORDS)))
 
 
 def place(rng: Generator) -> Draft:
     """The first, second, third or last of three or four words."""
     items = words(rng, number(rng, 3, 4))
     ask = pick(rng, *_PLACES)
-    answer = items[-1] if ask == "last" else items[_PLACES.index(ask)]
+    at = len(items) - 1 if ask == "last" else _PLACES.index(ask)
+    answer, others = items[at], (*items[:at], *items[at + 1 :])
     form = pick(rng, *FORMS["place"])
-    return Draft(form.format(p=ask, x=" ".join(items)), answer, tuple(w for w in items if w != answer), 1 / len(items))
+    problem = problem_of("place", at, *items)  # the last of three is the third
+    return Draft(problem, form.format(p=ask, x=" ".join(items)), answer, others, 1 / len(items))
 
 
 def join(rng: Generator) -> Draft:
@@ -42,7 +54,8 @@ def join(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["join"])
     answer = _JOINTS[name].join(items)
     wrong = (" ".join(items), *(sign.join(items) for sign in _JOINTS.values()), _JOINTS[name].join(items[:-1]))
-    return Draft(form.format(s=name, x=" ".join(items)), answer, wrong, 0.0)
+    problem = problem_of("join", name, *items)
+    return Draft(problem, form.format(s=name, x=" ".join(items)), answer, wrong, 0.0)
 
 
 def reverse(rng: Generator) -> Draft:
@@ -51,7 +64,9 @@ def reverse(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["reverse"])
     orders = (items, [*items[1:], items[0]], items[:0:-1])
     wrong = tuple(" ".join(order) for order in orders)
-    return Draft(form.format(" ".join(items)), " ".join(items[::-1]), wrong, 1 / factorial(len(items)))
+    chance = 1 / factorial(len(items))
+    problem = problem_of("reverse", *items)
+    return Draft(problem, form.format(" ".join(items)), " ".join(items[::-1]), wrong, chance)
 
 
 def initials(rng: Generator) -> Draft:
@@ -60,7 +75,8 @@ def initials(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["initials"])
     letters = [word[0] for word in items]
     wrong = (" ".join(letters[::-1]), " ".join(letters[:-1]), " ".join([*letters[:-1], items[-1][1]]))
-    return Draft(form.format(" ".join(items)), " ".join(letters), wrong, _INITIAL_SHARE**2 / 2)
+    question, chance = form.format(" ".join(items)), _INITIAL_SHARE**2 / 2
+    return Draft(problem_of("initials", *items), question, " ".join(letters), wrong, chance)
 
 
 def quote(rng: Generator) -> Draft:
@@ -70,7 +86,8 @@ def quote(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["quote"])
     quoted = {other: signs[0] + text + signs[1] for other, signs in _QUOTES.items()}
     wrong = (text, *quoted.values(), quoted[name][:-1])
-    return Draft(form.format(x=text, s=name), quoted[name], wrong, 0.0)
+    question = form.format(x=text, s=name)
+    return Draft(problem_of("quote", name, text), question, quoted[name], wrong, 0.0)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,7 +112,9 @@ def json_object(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["json"])
     wanted = {key: value}
     wrong = (f"{{{key}: {value}}}", f'"{key}": {json.dumps(value)}', json.dumps({str(value): key}), f"{key} = {value}")
-    return Draft(form.format(k=key, v=value), json.dumps(wanted), wrong, 0.0, lambda text: _is_object(text, wanted))
+    problem, question = problem_of("json", key, value), form.format(k=key, v=value)
+    answer = json.dumps(wanted)
+    return Draft(problem, question, answer, wrong, 0.0, lambda text: _is_object(text, wanted))
 
 
 def bullets(rng: Generator) -> Draft:
@@ -104,7 +123,8 @@ def bullets(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["bullets"])
     listed = ["\n".join(f"{sign} {item}" for item in items) for sign in "-*"]
     wrong = ("\n".join(items), ", ".join(items), "\n".join(f"- {item}" for item in items[::-1]), f"- {items[0]}")
-    return Draft(form.format(", ".join(items)), listed[0], wrong, 0.0, lambda text: text in listed)
+    problem, question = problem_of("bullets", *items), form.format(", ".join(items))
+    return Draft(problem, question, listed[0], wrong, 0.0, lambda text: text in listed)
 
 
 def exact_words(rng: Generator) -> Draft:
@@ -121,11 +141,12 @@ def exact_words(rng: Generator) -> Draft:
     more = words(rng, 1)
     lists = ([first, *middle, *more, last], [first, *middle[1:], last], [last, *middle, first], [first, *middle, *more])
     wrong = tuple(" ".join(found) for found in lists)
-    return Draft(form.format(n=n, a=first, b=last), " ".join([first, *middle, last]), wrong, 0.0, accepts)
+    question, answer = form.format(n=n, a=first, b=last), " ".join([first, *middle, last])
+    return Draft(problem_of("exact_words", n, first, last), question, answer, wrong, 0.0, accepts)
 
 
 def equation(rng: Generator) -> Draft:
-    """A small sum or difference written out as `3 + 4 = 7`."""
+    """A small sum or difference as `3 + 4 = 7`: its problems are those of `add` and `subtract`."""
     a, b = number(rng, 0, 12), number(rng, 0, 12)
     sign = pick(rng, "+", "-")
     if sign == "-":
@@ -134,7 +155,8 @@ def equation(rng: Generator) -> Draft:
     form = pick(rng, *FORMS["equation"])
     left = f"{a} {sign} {b}"
     wrong = (str(result), left, f"{left} = {result + 1}", f"{left} = {abs(result - 1)}")
-    return Draft(form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 169)
+    problem = problem_of("add", *sorted((a, b))) if sign == "+" else problem_of("subtract", a, b)
+    return Draft(problem, form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 169)
 
 
 TEXT_KINDS = (

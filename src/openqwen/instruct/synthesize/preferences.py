@@ -81,8 +81,11 @@ def make_pairs(
 ) -> list[dict[str, Any]]:
     """Up to `pairs_per_prompt` pairs from the sampled answers to one task.
 
-    An answer that never ended is no positive (it would teach not to stop) and the last choice of a negative. Where
-    the wrong answer is the model's own, origin["temperature"] is the lowest that it was drawn at.
+    An answer that never ended is no positive (it would teach not to stop) and the last choice of a
+    negative. Of the model's own answers, origin["temperature"] (the wrong one's) and
+    origin["chosen_temperature"] are the lowest that each was drawn at; origin["chosen_ids"] and
+    origin["rejected_ids"] are the tokens that were sampled, the end among them: the text encoded
+    anew would often be others.
     """
     right = _distinct(o.text for o in outputs if o.finish_reason == "stop" and task.check(o.text))
     ended = [o.text for o in outputs if o.finish_reason == "stop" and not task.check(o.text)]
@@ -99,18 +102,22 @@ def make_pairs(
     origin |= {"chosen": chosen_by, "rejected": rejected_by} | ({"model": model} if model else {})
     count = 1 if rejected_by == "program" else config.pairs_per_prompt
     drawn: dict[str, float] = {}
-    for n, output in enumerate(outputs if rejected_by == "model" else ()):
+    for n, output in enumerate(outputs):
         temperature = config.temperatures[n % len(config.temperatures)]
         drawn[output.text.strip()] = min(temperature, drawn.get(output.text.strip(), temperature))
-    return [
-        {
-            "prompt": task.prompt,
-            "chosen": [{"role": "assistant", "content": _nearest(text, right)}],
-            "rejected": [{"role": "assistant", "content": text}],
-            "origin": origin | ({"temperature": drawn[text]} if text in drawn else {}),
-        }
-        for text in _spread(wrong, count)
-    ]
+    ids: dict[str, list[int]] = {}
+    for output in sorted(outputs, key=lambda o: o.finish_reason != "stop"):  # those that ended go first
+        ids.setdefault(output.text.strip(), output.written_ids)
+    pairs = []
+    for text in _spread(wrong, count):
+        sides = {"chosen": _nearest(text, right), "rejected": text}
+        own: dict[str, Any] = {}
+        for side, name in (("chosen", "chosen_temperature"), ("rejected", "temperature")):
+            if origin[side] == "model":
+                own |= {f"{side}_ids": ids[sides[side]], name: drawn[sides[side]]}
+        answers = {side: [{"role": "assistant", "content": said}] for side, said in sides.items()}
+        pairs.append({"prompt": task.prompt, **answers, "origin": origin | own})
+    return pairs
 
 
 def _nearest(wrong: str, right: Sequence[str]) -> str:

@@ -12,11 +12,12 @@ from openqwen.instruct.synthesize.tasks import stream_tasks
 from openqwen.support.generators import Generators
 
 # The first is the one that rejection sampling from the pre-trained model uses.
+# An answer begins its line, as in a chat: behind a space its first word would be another token.
 FORMATS = (
-    "Question: {question}\nAnswer: {answer}",
-    "Q: {question}\nA: {answer}",
-    "Task: {question}\nResult: {answer}",
-    "User: {question}\nAssistant: {answer}",
+    "Question: {question}\nAnswer:\n{answer}",
+    "Q: {question}\nA:\n{answer}",
+    "Task: {question}\nResult:\n{answer}",
+    "User: {question}\nAssistant:\n{answer}",
     "# {question}\n{answer}",
 )
 _DOCSTRING_SHARE = 0.15  # of the items, where there are documents to draw docstrings from

@@ -82,8 +82,11 @@ def _counted(samples: int, correct: int) -> dict[str, Any]:
 
 
 def plain_prompt(question: str) -> str:
-    """A question in the first plain format, up to where the answer begins."""
-    return FORMATS[0].format(question=question, answer="").rstrip()
+    """A question in the first plain format, up to where the answer begins.
+
+    The newline is part of it: the colon before it and the newline are one token.
+    """
+    return FORMATS[0].format(question=question, answer="")
 
 
 def plain_answer(text: str) -> str:

@@ -28,12 +28,15 @@ _PATIENCE = 1000  # draws in a row without a new prompt before a kind counts as 
 class Task:
     """One checkable task.
 
-    task: the kind's name. family: arithmetic, counting, strings or format. prompt: messages. answer: one right
-    answer. wrong: plausible answers that fail. chance: accuracy of the best blind guess (see `kinds.Draft`).
+    task: the kind's name. family: arithmetic, counting, strings or format. problem: what is asked,
+    however it is put; it decides the split. prompt: messages. answer: one right answer. wrong:
+    plausible answers that fail. chance: accuracy of the best blind guess. For `problem` and
+    `chance` see `kinds.Draft`.
     """
 
     task: str
     family: str
+    problem: str
     prompt: list[dict[str, str]]
     answer: str
     wrong: tuple[str, ...]
@@ -42,7 +45,7 @@ class Task:
 
     @property
     def question(self) -> str:
-        """The text of the user's message; it identifies the task and decides its split."""
+        """The text of the user's message; it identifies the task."""
         return self.prompt[-1]["content"]
 
     def check(self, text: str) -> bool:
@@ -57,12 +60,12 @@ def _judge(text: str, accepts: Callable[[str], bool]) -> bool:
     return len(text) <= _LONGEST and accepts(text)
 
 
-def split_of(question: str) -> str:
-    """The split of a question, by a hash of its text: "train", or one of two tenths that are never trained on.
+def split_of(problem: str) -> str:
+    """The split of a problem, by a hash: "train", or one of two tenths that are never trained on.
 
     "heldout" is for development: settings are chosen by it. "test" is for the last word: nothing is chosen by it.
     """
-    digest = hashlib.sha256(question.encode()).digest()
+    digest = hashlib.sha256(problem.encode()).digest()
     return {0: "heldout", 1: "test"}.get(int.from_bytes(digest[:8], "big") % 10, "train")
 
 
@@ -72,7 +75,8 @@ def draw_task(kind: Kind, rng: Generator) -> Task:
     accepts = draft.accepts or partial(eq, draft.answer)
     wrong = tuple(dict.fromkeys(w for w in draft.wrong if w and not _judge(w, accepts)))
     prompt = [{"role": "user", "content": draft.question}]
-    return Task(kind.name, kind.family, prompt, draft.answer, wrong, draft.chance, accepts)
+    about = kind.name, kind.family, draft.problem
+    return Task(*about, prompt, draft.answer, wrong, draft.chance, accepts)
 
 
 def stream_tasks(rng: Generator, split: str = "train") -> Iterator[Task]:
@@ -80,7 +84,7 @@ def stream_tasks(rng: Generator, split: str = "train") -> Iterator[Task]:
     kinds = list(KINDS.values())
     while True:
         task = draw_task(kinds[int(rng.integers(len(kinds)))], rng)
-        if split_of(task.question) == split:
+        if split_of(task.problem) == split:
             yield task
 
 
@@ -118,7 +122,7 @@ def generate_tasks(
 def _new_task(kind: Kind, rng: Generator, split: str, seen: set[str]) -> Task | None:
     for _ in range(_PATIENCE):
         task = draw_task(kind, rng)
-        if split_of(task.question) == split and task.question not in seen:
+        if split_of(task.problem) == split and task.question not in seen:
             seen.add(task.question)
             return task
     return None

@@ -25,7 +25,9 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl, write_json
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console
+from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from openqwen.tokenizer.messages import demonstration
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.recompute import Recompute
@@ -63,7 +65,7 @@ def bench(
 
     Args:
         kind: sft: fine-tuning `model` on demonstrations; pretrain: a new network of 31 million parameters on documents.
-        data: sft: a JSONL file of `messages` or of GSM8K's `question` and `answer`; pretrain: of documents' `text`.
+        data: sft: demonstrations, such as GSM8K's; pretrain: of documents' `text`.
         model: sft: the folder of a float32 checkpoint.
         peer: The Python that has TRL (sft) or transformers and accelerate (pretrain); without it we run alone.
         batch: Examples of a step; 4 for sft, 16 for pretrain.
@@ -92,7 +94,7 @@ def _prepare(job: dict[str, Any], data: Path) -> None:
     """Write what both sides read into the job's folder: conversations, or token ids and a network's configuration."""
     folder, count = Path(job["folder"]), job["batch"] * job["steps"]
     if job["kind"] == "sft":
-        rows = [{"messages": _messages(row)} for row in islice(read_jsonl(data), count)]
+        rows = [{"messages": demonstration(row)[0]} for _, row in islice(read_records(data), count)]
         (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
         return
     texts = [row["text"] for row in islice(read_jsonl(data), 50 * count) if row["text"].strip()]
@@ -102,12 +104,6 @@ def _prepare(job: dict[str, Any], data: Path) -> None:
         raise OpenQwenError(f"{count} examples are needed; there are {len(ids)}.", where=data, do="give fewer --steps")
     write_json(folder / "rows.json", ids)
     write_json(folder / "config.json", _SMALL | {"vocab_size": -(-tokenizer.vocab_size // 128) * 128})
-
-
-def _messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    if "messages" in row:
-        return row["messages"]
-    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
 
 
 def _pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:

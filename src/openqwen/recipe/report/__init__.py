@@ -34,6 +34,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "told": scores.headlines(run),
         "lineage": draw_lineage(run),
         "table": scores.score_table(run),
+        "gains": scores.gain_table(run),
         "tasks": scores.task_table(run),
         "pair_tasks": sorted((run.scores("reward").get("pair_accuracy_by_task") or {}).items()),
         "source_scores": scores.source_table(run),

@@ -1,6 +1,23 @@
 """Training over many processes: how many share what, and the same loss and gradient as one process computes."""
 
 from openqwen.train.parallel.degrees import ParallelConfig
-from openqwen.train.parallel.world import World, copy_weights, join, load_for_training, whole_tensor, world_of
+from openqwen.train.parallel.world import (
+    World,
+    copy_weights,
+    join,
+    load_for_training,
+    own_part,
+    whole_tensor,
+    world_of,
+)
 
-__all__ = ["ParallelConfig", "World", "copy_weights", "join", "load_for_training", "whole_tensor", "world_of"]
+__all__ = [
+    "ParallelConfig",
+    "World",
+    "copy_weights",
+    "join",
+    "load_for_training",
+    "own_part",
+    "whole_tensor",
+    "world_of",
+]

@@ -68,7 +68,7 @@ def shard(model: Qwen2 | Scorer, mesh: Mesh, low: bool = False) -> None:
             _send_tokens(layer.mlp.experts, mesh.expert)
             _deal(layer.mlp.experts, mesh.tensor)
             _fsdp(layer.mlp.experts, mesh.sparse)
-        if low:  # also where nobody asked for autocast, as for a reference's log-probabilities
+        if low:  # its weights come rounded, so its products must take rounded activations
             layer.forward = torch.autocast(mesh.whole.device_type, torch.bfloat16)(layer.forward)  # type: ignore[method-assign]
         _fsdp(layer, mesh.dense, torch.bfloat16 if low else None)
     _fsdp(model, mesh.world)

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openqwen.model import Qwen2, Scorer, load_model
 from openqwen.support.device import best_device
@@ -72,7 +73,8 @@ class World:
     def shard(self, model: Network, low: bool = False) -> Callable[[], Network]:
         """Shard the network over the ranks, in place; nothing where this process is alone. low: see `shard.shard`.
 
-        Returns what gives the whole network back, on the CPU, to be saved. Every rank must call it, as it gathers.
+        Returns what gives the whole network back to rank 0, on the CPU, to be saved, and to the
+        others a network without memory. Every rank must call it, as it gathers.
         """
         if self.mesh is None:
             return lambda: model
@@ -82,8 +84,8 @@ class World:
         _WORLDS[model] = self
 
         def whole() -> Network:
-            state = {name: whole_tensor(tensor).cpu() for name, tensor in model.state_dict().items()}
-            blueprint.load_state_dict(state, assign=True)
+            state = self.gathered(model.state_dict())
+            blueprint.load_state_dict(state, assign=True, strict=self.main)
             return blueprint
 
         return whole
@@ -134,6 +136,15 @@ class World:
         dist.all_gather_object(parts, list(mine))
         return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
 
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather tensors one by one to rank 0's CPU; the other ranks keep none of them."""
+        found = {}
+        for name, tensor in tensors.items():
+            whole = whole_tensor(tensor)  # by every rank
+            if self.main:
+                found[name] = whole.cpu()
+        return found
+
     def agree(self, wish: bool) -> bool:
         """Rank 0's wish, on every rank."""
         if self.alone:
@@ -172,6 +183,16 @@ def world_of(model: nn.Module) -> World:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(whole: Tensor, sharded: Tensor) -> Tensor:
+    """The part of a whole tensor that this rank holds of a sharded one; all where it is whole."""
+    if isinstance(sharded, DTensor):
+        mesh, placements = sharded.device_mesh, sharded.placements
+        shape, offset = compute_local_shape_and_global_offset(sharded.shape, mesh, placements)
+        for dim, (start, size) in enumerate(zip(offset, shape, strict=True)):
+            whole = whole.narrow(dim, start, size)
+    return whole
 
 
 @cache
