@@ -220,7 +220,7 @@ def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
         raise OpenQwenError(
             f"Weights quantised by '{packed.get('quant_method')}' are not read here.",
             where=path / "config.json",
-            do="give the model they were made from; openqwen quantize packs it",
+            do="give the model they were made from; the verb quantize packs it",
         )
     stored = stored_in_folder(path)
     head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
