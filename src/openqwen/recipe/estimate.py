@@ -15,7 +15,7 @@ SHARE = 0.6  # of the matrix peak that training a small model reaches
 CONVERSATION = 45  # tokens of a short conversation
 _TEXT_SPEED = 3e6  # bytes of raw text read, cleaned, filtered and deduplicated a second
 _BPE_SPEED = 3e6  # bytes of text a second, to learn a vocabulary from or to encode
-_COMPARED = 40  # tokens of a prompt with its compared answers; not every prompt has a right and a wrong one
+COMPARED = 40  # tokens of a prompt with its compared answers; not every prompt has a right and a wrong one
 _ANSWERS = 250  # short answers a second
 _SCORED = 0.25  # of a training token: a byte scored is a third of a token, read twice, forward only
 _CHATS = ("evaluate-sft", "evaluate-dpo", "evaluate-online-dpo")
@@ -59,10 +59,10 @@ class Estimates:
 
 def trained_tokens(r: "Recipe") -> dict[str, float]:
     """Tokens that each stage behind pre-training trains on."""
-    compared = r.prefer.prompts * _COMPARED
+    compared = r.prefer.prompts * COMPARED
     return {
         "sft": (r.instruct.demonstrations + r.instruct.repurposed) * r.sft.epochs * CONVERSATION,
         "reward": compared * r.reward.epochs,
         "dpo": compared * (r.dpo.epochs + 1 / 3),
-        "online-dpo": r.online_dpo.steps * r.online_dpo.batch * _COMPARED,
+        "online-dpo": r.online_dpo.steps * r.online_dpo.batch * COMPARED,
     }

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from openqwen.model import ModelConfig
 from openqwen.recipe.capacity import DEVICES, GIB, USABLE, Device, Setting, best, memory, tokens_per_second
-from openqwen.recipe.estimate import CONVERSATION, SHARE, trained_tokens
+from openqwen.recipe.estimate import COMPARED, CONVERSATION, SHARE, trained_tokens
 from openqwen.recipe.settings import find_recipe, load_settings
 from openqwen.support.device import best_device, free_memory, peak_flops
 from openqwen.support.errors import OpenQwenError, suggestion
@@ -30,8 +31,9 @@ _WIDTH = 150  # characters: a table cut off tells nothing
 
 @dataclass(frozen=True)
 class _Stage:
-    """tokens: that it trains on. context: what a token sees, in the mean. micro, longest: tokens of the largest forward
-    call and of the longest record, of all data stages."""
+    """tokens: that it trains on, 0 where the recipe does not say. context: what a token sees, in the
+    mean. micro, longest: tokens of the largest forward call and of the longest record, of all data
+    stages."""
 
     name: str
     config: Any
@@ -41,7 +43,11 @@ class _Stage:
     longest: int
 
 
-def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
+def plan(
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
+    gpus: str = "1xH100",
+    model: str | None = None,
+) -> None:
     """Print, for each stage that trains: memory of a device by part, as the recipe says and at its fastest; time.
 
     Args:
@@ -66,7 +72,7 @@ def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
             ways = [f"  {way}" for way in _ways(stage, network, told, device, packed=name == "cpu")]
             head = "It would with" if ways else "Take devices with more memory."
             advice += [f"{stage.name} does not fit on {count} x {name}. {head}", *ways]
-    title = f"{network.parameters() / 1e9:.2f} billion weights on {count} x {name}, {device.memory:.0f} GiB each"
+    title = f"{_amount(network.parameters())} weights on {count} x {name}, {device.memory:.0f} GiB each"
     console.print(f"{title}; {USABLE:.0%} of it can be used", markup=False)
     Console(width=max(console.width, _WIDTH)).print(table)
     for line in advice:
@@ -74,7 +80,9 @@ def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
     console.print(
         f"An estimate. GiB of one device in float32: weights, gradients, optimizer states, activations, scores of the "
         f"vocabulary, what is gathered to work on. Time: arithmetic at {device.share:.0%} of {device.flops / 1e12:.3g} "
-        "TFLOPS, with the links at their makers' word; data and generation are not in it.",
+        "TFLOPS, with the links at their makers' word; data and generation are not in it. "
+        f"Assumed: {CONVERSATION} tokens in a demonstration, {COMPARED} in a prompt with its answers. "
+        "A rate alone: the recipe does not say how many tokens; divide those of your data by it.",
         markup=False,
     )
 
@@ -99,7 +107,9 @@ def _stages(r: "Recipe") -> Iterator[_Stage]:
         rows = [(n, share * d.tokens) for d in read for n, share in (d.lengths or {d.row: 1.0}).items()]
         seen = sum(length / 2 * part for length, part in rows) / total
         yield _Stage(name, reading, total, seen, max(reading.data.micro_tokens, longest), longest)
+    makers = {"sft": "instruct", "reward": "prefer", "dpo": "prefer", "online-dpo": "online_dpo"}
     for name, tokens in trained_tokens(r).items():
+        tokens *= makers[name] in r.model_fields_set  # a recipe that makes no data says nothing of its size
         config = getattr(r, name.replace("-", "_"))
         longest = getattr(config, "max_length", config.micro_tokens)
         yield _Stage(name, config, tokens, CONVERSATION / 2, max(config.micro_tokens, longest), longest)
@@ -141,9 +151,21 @@ def _row(table: Table, stage: _Stage, network: ModelConfig, setting: Setting, de
     parts = [f"{value / GIB:.1f}" for value in vars(held).values()]
     total = f"[{'green' if fits else 'red'}]{held.total / GIB:.1f}[/]"
     speed = tokens_per_second(network, setting, device, stage.context)
-    seconds = stage.tokens / speed
-    time = f"{speed:,.0f} tokens/s, {duration(seconds)}, {seconds * setting.devices / 3600:,.1f} device hours"
+    time = f"{speed:,.0f} tokens/s"
+    if stage.tokens:
+        seconds = stage.tokens / speed
+        hours = seconds * setting.devices / 3600
+        time += f"; {_amount(stage.tokens)} tokens: {duration(seconds)}"
+        time += f", {hours:,.1f} device hours" if hours >= 0.05 else ""
     table.add_row(stage.name, what, how, *parts, total, time if fits else "[red]does not fit[/]")
+
+
+def _amount(number: float) -> str:
+    """`400,000`, `1.5M`, `18T`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:,.4g}{unit}"
+    return f"{number:,.0f}"
 
 
 def _how(setting: Setting) -> str:
@@ -183,5 +205,5 @@ def _table() -> Table:
         table.add_column(name, no_wrap=name != "how")
     for name in ("weights", "grads", "moments", "acts", "scores", "buffers", "all"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     return table

@@ -9,6 +9,7 @@ from openqwen.corpus import TokenShard
 from openqwen.corpus.documents import read_documents
 from openqwen.evaluate.bits_per_byte import halves
 from openqwen.recipe.stage import Work
+from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json
 from openqwen.support.generators import Generators
@@ -93,6 +94,6 @@ def _checked_tokenizer(given: Tokenizer, start: Path, where: Path) -> Tokenizer:
         raise OpenQwenError(
             f"The tokenizer of the shards is not that of {start}: the same ids would mean other text.",
             where=where,
-            do=f"make the shards with the checkpoint's: openqwen tokens --tokenizer {local(start)} ...",
+            do=f"make the shards with the checkpoint's: {command('tokens', '--tokenizer', local(start), '...')}",
         )
     return own

@@ -27,6 +27,7 @@ from openqwen.recipe.evaluation import evaluate_model, evaluate_reward
 from openqwen.recipe.pretraining import run_extend, run_pretrain
 from openqwen.recipe.report import write_report
 from openqwen.recipe.stage import Stage, Verb, Work, outside_of
+from openqwen.support.command import command
 from openqwen.support.device import best_device
 from openqwen.support.files import read_json, write_json
 from openqwen.support.settings import Settings
@@ -171,7 +172,7 @@ def finish(run_folder: Path) -> list[str]:
     """Write the report; the lines that end a run."""
     lines = [f"report   {write_report(run_folder)}"]
     models = [name for name in ("online-dpo", "dpo", "sft") if (run_folder / name).exists()]
-    return [*lines, f"chat     openqwen chat {run_folder / models[0]}"] if models else lines
+    return [*lines, f"chat     {command('chat', run_folder / models[0])}"] if models else lines
 
 
 _FILE = "a .jsonl, .json or .parquet file, hub:owner/name[:split]"
@@ -192,7 +193,7 @@ def _verb(about: str, config: type[BaseModel], run: Run, roles: str = "", **othe
 
 
 _SHARDS = "tokens tokenizer corpus"
-_PRETRAIN = "Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep."
+_PRETRAIN = "Train a network on token shards, from scratch or from --model; with --sweep, see the verb sweep."
 _EXTEND = "Lengthen the context: longer rows, raised RoPE base."
 _ONLINE = "DPO on the model's own answers, judged by the reward model."
 VERBS: dict[str, Verb] = {

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.support.command import command
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
@@ -154,7 +155,8 @@ def check_ids(sources: Mapping[str, TokenSource], vocabulary: int) -> None:
                     f"Document {document} of the source '{name}' holds the token id {largest}, but the vocabulary "
                     f"of the network ends at {vocabulary - 1}.",
                     where=f"token shard {name}, document {document}",
-                    do="make the token shards with this network's tokenizer: openqwen tokens --tokenizer MODEL ...",
+                    do="make the token shards with this network's tokenizer: "
+                    f"{command('tokens', '--tokenizer', 'MODEL', '...')}",
                 )
 
 

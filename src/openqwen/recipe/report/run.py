@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl
 
@@ -119,7 +120,8 @@ def load_run(folder: Path) -> Run:
     {"recipe": "tiny", "reused": ["corpus", ...]}.
     """
     if not folder.is_dir():
-        raise OpenQwenError("There is no run folder here.", where=folder, do="run a recipe first: openqwen run RECIPE")
+        do = f"run a recipe first: {command('run', 'RECIPE')}"
+        raise OpenQwenError("There is no run folder here.", where=folder, do=do)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     stages = [
         Stage(name=path.name, folder=path, manifest=read_json(path / "manifest.json"))
