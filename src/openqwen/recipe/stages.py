@@ -29,6 +29,7 @@ from openqwen.recipe.report import write_report
 from openqwen.recipe.stage import Stage, Verb, Work, outside_of
 from openqwen.support.command import command
 from openqwen.support.device import best_device
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, tokenizer_statistics, train_tokenizer
@@ -83,7 +84,17 @@ def run_tokenizer(work: Work) -> dict[str, float]:
     """A sample of the corpus's training documents, by the weights of the mixture → a vocabulary."""
     config, documents = work.config, work.inputs["corpus"] / "train.parquet"
     sources = read_json(work.inputs["corpus"] / "corpus.json")["sources"]
-    weights = {name: s["weight"] / s["bytes"] for name, s in sources.items() if s["bytes"]}
+    if unknown := sorted(config.weights.keys() - sources.keys()):
+        raise OpenQwenError(
+            f"The corpus has no source '{unknown[0]}'.",
+            where="tokenizer.weights",
+            do=f"name some of its sources: {', '.join(sources)}",
+        )
+    weights = {
+        name: config.weights.get(name, 1.0) * source["weight"] / source["bytes"]
+        for name, source in sources.items()
+        if source["bytes"]
+    }
     chosen = sample(read_documents(documents), weights, config.max_bytes, work.seed)
     numbered = enumerate(read_documents(documents))
     texts = (document["text"] for number, document in numbered if number in chosen)
