@@ -198,7 +198,16 @@ class Options(Body):
             raise _at("stream_options", "it is for streams alone")
         if self.min_tokens and not self.ignore_eos:
             raise _at("min_tokens", "it needs ignore_eos; else the model decides where it ends")
+        if len(self._forms) > 1:
+            told = f"{', '.join(self._forms)} exclude each other"
+            raise _at("structured_outputs", told)
         return self
+
+    @property
+    def _forms(self) -> list[str]:
+        """The forms in structured_outputs that an answer must have."""
+        asked = self.structured_outputs or {}
+        return [name for name, value in asked.items() if value is not None]
 
     def structure(self) -> Structure | None:
         """What the answer must look like, where the client says."""
@@ -270,6 +279,12 @@ class ChatRequest(Options, Turns):
             raise _at("tool_choice", "it needs tools")
         if isinstance(self.tool_choice, dict) and self.tool_choice["function"]["name"] not in names:
             raise _at("tool_choice", f"it names none of the tools {names}")
+        plain = self.response_format is None or self.response_format["type"] == "text"
+        called = self.tool_choice not in (None, "auto", "none")
+        called |= any(tool["function"].get("strict") for tool in self.offered or [])
+        if self._forms and (called or not plain):
+            told = "it excludes response_format and calls that are forced or strict"
+            raise _at("structured_outputs", told)
         return self
 
     @property
