@@ -60,7 +60,13 @@ class _Question(NamedTuple):
 class _AttemptError(Exception):
     """An attempt failed. again: another may succeed. wait: seconds that the server asks to wait."""
 
-    def __init__(self, what: str, again: bool = True, wait: float | None = None, do: str = ""):
+    def __init__(
+        self,
+        what: str,
+        again: bool = True,
+        wait: float | None = None,
+        do: str | None = None,
+    ):
         super().__init__(what)
         self.again, self.wait, self.do = again, wait, do
 
@@ -144,7 +150,9 @@ class Endpoint(Generator):
         return _Question(answer, score, given if isinstance(given, list) else [])
 
     async def _answer_all(
-        self, questions: list[_Question], progress: Progress | None
+        self,
+        questions: list[_Question],
+        progress: Progress | None,
     ) -> list[Output]:
         outputs = [Output() for _ in questions]
         left = iter(enumerate(questions))  # all workers take from this one
@@ -181,7 +189,10 @@ class Endpoint(Generator):
         return output
 
     async def _fetch(
-        self, client: httpx.AsyncClient, call: Call, read: Callable[[Json], Result]
+        self,
+        client: httpx.AsyncClient,
+        call: Call,
+        read: Callable[[Json], Result],
     ) -> Result:
         """What `read` makes of the response, from the cache if it is there."""
         path = self.cache and self.cache / self._digest(call)
@@ -232,13 +243,16 @@ class Endpoint(Generator):
                 what = f"The connection failed: {type(error).__name__} {error}".rstrip() + "."
                 raise _AttemptError(what, do="check that the server runs at this URL") from None
             if response.is_success:
-                return _completion(raw)
-            message = self._without_key(_message(raw))
+                return self._completion(raw)
+            message = self._message(raw)
             if response.status_code not in (400, 422) or not self._leave_out(call, body, message):
                 raise _failure(response, message)
 
     async def _post(
-        self, client: httpx.AsyncClient, call: Call, body: Json
+        self,
+        client: httpx.AsyncClient,
+        call: Call,
+        body: Json,
     ) -> tuple[httpx.Response, bytes]:
         content = json.dumps(body).encode()
         raw = bytearray()
@@ -259,8 +273,20 @@ class Endpoint(Generator):
         self._refused |= named
         return bool(named)
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+    def _completion(self, raw: bytes) -> Json:
+        """The object in a response. What is broken or an error is worth another attempt."""
+        try:
+            value = parse_json(raw)
+        except ValueError as error:
+            raise _AttemptError(f"The response is not JSON: {error}.") from None
+        if not isinstance(value, dict) or not value.get("choices"):
+            raise _AttemptError(f"The response holds no answer: {self._message(raw)}")
+        return value
+
+    def _message(self, raw: bytes) -> str:
+        """What an error's body says, at most 500 characters and without the key."""
+        text = _said(raw)
+        return (text.replace(self._key, "***") if self._key else text)[:500]
 
 
 def _checked_url(url: str) -> str:
@@ -274,6 +300,7 @@ def _checked_url(url: str) -> str:
     for fault, what in (
         (parsed.scheme not in ("http", "https"), "A base URL begins with http:// or https://."),
         (not parsed.host, "The base URL names no host."),
+        (re.search(r"\s", url), "The base URL holds white space."),
         (parsed.userinfo, "The base URL holds a user or password; give the key as api_key."),
         (parsed.query or parsed.fragment, "The base URL has a query or fragment."),
         (path.endswith("completions"), "This is the URL of a route, not the base URL."),
@@ -313,17 +340,6 @@ def _keep(path: Path, response: Json) -> None:
             Path(aside).unlink(missing_ok=True)
 
 
-def _completion(raw: bytes) -> Json:
-    """The object in a successful response. What is broken or an error is worth another attempt."""
-    try:
-        value = parse_json(raw)
-    except ValueError as error:
-        raise _AttemptError(f"The response is not JSON: {error}.") from None
-    if not isinstance(value, dict) or not value.get("choices"):
-        raise _AttemptError(f"The response holds no answer: {_message(raw)}")
-    return value
-
-
 def _failure(response: httpx.Response, message: str) -> _AttemptError:
     """What a status other than success means."""
     status = response.status_code
@@ -335,11 +351,11 @@ def _failure(response: httpx.Response, message: str) -> _AttemptError:
     if again and wait and wait > _LONGEST_ASKED:
         what = f"{what} (it asks to wait {wait:.0f} seconds)"
         return _AttemptError(what, again=False, do="start again later")
-    return _AttemptError(what, again, wait, _WHAT_TO_DO.get(status, ""))
+    return _AttemptError(what, again, wait, _WHAT_TO_DO.get(status))
 
 
-def _message(raw: bytes) -> str:
-    """What an error's body says, in the forms of OpenAI, FastAPI and llama.cpp; 500 characters."""
+def _said(raw: bytes) -> str:
+    """What an error's body says, in the forms of OpenAI, FastAPI and llama.cpp, on one line."""
     value: Any = raw.decode(errors="replace")
     with suppress(ValueError):
         value = parse_json(raw)
@@ -353,7 +369,7 @@ def _message(raw: bytes) -> str:
             faults.append(f"{place}: {item.get('msg')}")
         value = "; ".join(faults)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return " ".join(text.split())[:500]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _asked_wait(headers: httpx.Headers) -> float | None:

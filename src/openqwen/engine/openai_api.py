@@ -159,22 +159,34 @@ def _plain(prompt: Prompt) -> str | list[int]:
 
 
 def _messages(prompt: Prompt) -> list[Json]:
-    """Messages with the API's own fields, and the arguments of tool calls as JSON text."""
-    messages = []
+    """Messages with the API's own fields.
+
+    The arguments of tool calls are JSON text there, and results name their calls by an id.
+    Where a record has no ids, results follow their calls in order.
+    """
+    messages: list[Json] = []
+    waiting: list[str] = []  # ids of the calls whose results are still to come
     for message in as_messages(prompt):
         kept = {name: message[name] for name in _MESSAGE_FIELDS if name in message}
         if "tool_calls" in kept:
-            kept["tool_calls"] = [_call_of_tool(call) for call in kept["tool_calls"]]
+            name = f"call_{len(messages)}"
+            calls = [_tool_call(call, f"{name}_{n}") for n, call in enumerate(kept["tool_calls"])]
+            kept["tool_calls"] = calls
+            waiting = [call["id"] for call in calls]
+        if kept["role"] == "tool" and waiting:
+            following = waiting.pop(0)
+            kept.setdefault("tool_call_id", following)
         messages.append(kept)
     return messages
 
 
-def _call_of_tool(call: Json) -> Json:
+def _tool_call(call: Json, otherwise: str) -> Json:
+    """otherwise: the id where the call has none."""
     function = call["function"]
     arguments = function["arguments"]
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    return {**call, "function": {**function, "arguments": arguments}}
+    return {"id": otherwise, **call, "function": {**function, "arguments": arguments}}
 
 
 def _structured(structure: Structure, path: str) -> Json:

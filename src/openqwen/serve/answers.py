@@ -184,7 +184,7 @@ class Writing:
         return {"token_ids": [token for token, _ in made], "token_versions": [version for _, version in made]}
 
     def _ends(self, number: int) -> Json:
-        """The token that ended an answer, and the ids of a completion's prompt, as vLLM tells them."""
+        """The token that ended an answer, and, as in vLLM, the ids of a completion's prompt."""
         if not self.request.return_token_ids:
             return {}
         ended = {"stop_id": self.answers.requests[number].stop_id}
