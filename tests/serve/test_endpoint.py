@@ -97,8 +97,11 @@ def test_log_probabilities_of_the_prompt(engine, endpoint):
 
 def test_an_answer_as_long_as_the_context(engine, endpoint):
     sampling = Sampling(max_tokens=None, temperature=1.0, ignore_eos=True)
-    prompts = [PROMPTS[0] * 120, [{"role": "user", "content": "a word and " * 110}]]
-    assert_same(endpoint.generate(prompts, sampling), engine.generate(prompts, sampling))
+    long = "".join(map(chr, range(33, 127))) * 9
+    prompts = [[40] * (engine.longest - 50), [{"role": "user", "content": long}]]
+    expected = engine.generate(prompts, sampling)
+    assert [output.finish_reason for output in expected] == ["length"] * 2
+    assert_same(endpoint.generate(prompts, sampling), expected)
 
 
 @pytest.mark.parametrize(

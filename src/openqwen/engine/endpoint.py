@@ -80,7 +80,8 @@ class Endpoint(Generator):
 
     Outputs hold what the server tells: token ids where it knows `return_token_ids` (vLLM's field),
     log-probabilities where it has them; lists are empty otherwise. Servers read control tokens
-    in a prompt that is a text; `Engine` does not.
+    in a prompt that is a text; `Engine` does not. A server that does not know a field of the
+    request refuses it by name, or ignores it: the latter cannot be noticed here.
 
     Args:
         url: the base URL, such as http://127.0.0.1:8000/v1.
