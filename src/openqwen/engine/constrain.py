@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openqwen.engine.request import Structure
+from openqwen.engine.generator import Structure
 from openqwen.engine.schema import LENIENT, faults, ready
 from openqwen.support.command import pip_install
 from openqwen.support.errors import OpenQwenError

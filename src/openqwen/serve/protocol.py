@@ -190,7 +190,9 @@ class Options(Body):
     stream_options: StreamOptions | None = None
     structured_outputs: Structured | None = None
     min_tokens: Annotated[int, Field(ge=0), _INTEGRAL] | None = Field(None, description="beside ignore_eos alone")
-    return_token_ids: bool | None = Field(None, description="tell the ids, and which weights made each token")
+    return_token_ids: bool | None = Field(
+        None, description="tell the ids of prompt and answer, and which weights made each token"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Options":
@@ -236,7 +238,7 @@ class Options(Body):
             temperature=0.0 if greedy else temperature,
             top_k=max(int(of("top_k", 0)), 0),
             logit_bias=tuple((int(i), bias) for i, bias in (self.logit_bias or {}).items()),
-            seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 63),
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
