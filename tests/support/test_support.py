@@ -75,7 +75,8 @@ def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path, read):
 
 def test_a_template_that_is_a_pointer_of_git_lfs_is_told(tmp_path):
     train_tokenizer(["abc"], TokenizerConfig(vocabulary=300)).save(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "chat_template.jinja").write_text(pointer)
     with pytest.raises(OpenQwenError, match="git-lfs pointer"):
         load_tokenizer(tmp_path)
 

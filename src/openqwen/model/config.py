@@ -136,12 +136,14 @@ class ModelConfig:
         if missing := (_REQUIRED | (_EXPERTS_REQUIRED & names)) - chosen.keys():
             raise OpenQwenError(f"config.json lacks {', '.join(sorted(missing))}.", where=where)
         _check_types(chosen, where)
+        other = {k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")}
+        length = chosen.get("max_position_embeddings", cls.max_position_embeddings)
         with located(where):
             return cls(
                 **chosen,
-                yarn=Yarn.from_json(rope, chosen.get("max_position_embeddings", cls.max_position_embeddings)),
+                yarn=Yarn.from_json(rope, length),
                 dual_chunk=DualChunk.from_json(chunks) if chunks else None,
-                other={k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")},
+                other=other,
             )
 
     def to_json(self, head: str = "ForCausalLM", dtype: str = "float32") -> dict[str, Any]:
