@@ -15,16 +15,16 @@ from openqwen.recipe.artifact import (
     outside_source,
 )
 from openqwen.recipe.folder import RunFolder
+from openqwen.recipe.graph import Node, check_graph, position, select
 from openqwen.recipe.lock import hold
-from openqwen.recipe.plan import Step, decide, make_plan
-from openqwen.recipe.stage import Stage, check_graph, position, select
+from openqwen.recipe.plan import Decision, decide, make_plan
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import write_json
 from openqwen.support.progress import console
 
 
 def run_recipe(
-    stages: Sequence[Stage],
+    nodes: Sequence[Node],
     run_folder: Path,
     *,
     seed: int = 0,
@@ -43,11 +43,11 @@ def run_recipe(
     interruption. finish: called with the run folder after the last stage; its lines are printed.
     Raises OpenQwenError (a damaged artifact, a held folder, a full disk, a stage's own), KeyboardInterrupt.
     """
-    check_graph(stages)
-    chosen = select(stages, until)
+    check_graph(nodes)
+    chosen = select(nodes, until)
     demanded: list[str] = []
     if start_from is not None:
-        demanded = [stage.name for stage in stages[position(stages, start_from, "--from") : len(chosen)]]
+        demanded = [node.name for node in nodes[position(nodes, start_from, "--from") : len(chosen)]]
         if not demanded:
             raise OpenQwenError("Nothing is left to run.", f"--until {until} --from {start_from}", "swap the two")
     folder = RunFolder(run_folder)
@@ -66,43 +66,43 @@ def run_recipe(
 class _Run:
     """One run under the lock."""
 
-    def __init__(self, folder: RunFolder, stages: Sequence[Stage], seed: int, thorough: bool, continue_command: str):
-        self.folder, self.stages, self.seed, self.thorough = folder, stages, seed, thorough
+    def __init__(self, folder: RunFolder, nodes: Sequence[Node], seed: int, thorough: bool, continue_command: str):
+        self.folder, self.nodes, self.seed, self.thorough = folder, nodes, seed, thorough
         self.continue_command = continue_command
         self.made: dict[str, Artifact] = {}
         self.reused: set[str] = set()
 
     def run(self) -> None:
-        for number, stage in enumerate(self.stages, 1):
-            sources = self._sources(stage)
+        for number, node in enumerate(self.nodes, 1):
+            sources = self._sources(node)
             digests = {role: source.entry.digest for role, source in sources.items()}
-            anew = stage.name in self.folder.pending()
-            step = decide(self.folder, stage, self.seed, digests, anew, self.thorough)
-            display.heading(number, len(self.stages), step)
-            self.made[stage.name] = artifact = step.artifact or self._make(step, sources)
-            self.folder.link(stage.name, artifact.folder)
-            self.folder.fulfil(stage.name)
+            anew = node.name in self.folder.pending()
+            step = decide(self.folder, node, self.seed, digests, anew, self.thorough)
+            display.heading(number, len(self.nodes), step)
+            self.made[node.name] = artifact = step.artifact or self._make(step, sources)
+            self.folder.link(node.name, artifact.folder)
+            self.folder.fulfil(node.name)
             if step.artifact is not None:
-                self.reused.add(stage.name)
+                self.reused.add(node.name)
         self._close()
 
-    def _sources(self, stage: Stage) -> dict[str, Source]:
-        sources = {role: outside_source(path, role) for role, path in stage.outside.items()}
-        for role, name in stage.inputs.items():
+    def _sources(self, node: Node) -> dict[str, Source]:
+        sources = {role: outside_source(path, role) for role, path in node.outside.items()}
+        for role, name in node.inputs.items():
             artifact = self.made[name]
             sources[role] = Source(artifact.folder, InputEntry(stage=name, digest=artifact.manifest.digest))
         return sources
 
-    def _make(self, step: Step, sources: dict[str, Source]) -> Artifact:
-        stage, key = step.stage, step.key
+    def _make(self, step: Decision, sources: dict[str, Source]) -> Artifact:
+        node, key = step.node, step.key
         assert key is not None
-        work = self.folder.working(stage.name, key)
+        work = self.folder.working(node.name, key)
         work.mkdir(exist_ok=True)
         try:
-            with disk_errors(self.folder.root / stage.name):
-                artifact = make(stage, sources, self.seed, key, work, self.folder.stored(stage.name, key))
+            with disk_errors(self.folder.root / node.name):
+                artifact = make(node, sources, self.seed, key, work, self.folder.stored(node.name, key))
         except BaseException as stop:
-            self._tell_kept(stage.name, work / "scratch", interrupted=isinstance(stop, KeyboardInterrupt))
+            self._tell_kept(node.name, work / "scratch", interrupted=isinstance(stop, KeyboardInterrupt))
             raise
         display.result(artifact.manifest.metrics, artifact.manifest.seconds)
         return artifact

@@ -1,8 +1,9 @@
 """The reward model: a decoder with one linear output, trained on preferences P with the pairwise logistic loss."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -11,13 +12,14 @@ from torch import Tensor
 from openqwen.model import Packed, Scorer, scorer_from
 from openqwen.support.device import best_device
 from openqwen.support.generators import Generators
-from openqwen.tokenizer import Tokenizer
+from openqwen.support.stage import MODEL, PREFERENCES, Effort, Stage, StageRun
+from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.branches import branches
 from openqwen.train.conversations import Compared, Messages, answer, pair_numbers
 from openqwen.train.losses import Loss, bradley_terry
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
-from openqwen.train.preferences import Preferences, PreferencesConfig
+from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
 from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, Trainer
 
@@ -88,3 +90,25 @@ def reward(
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics | data.counts
+
+
+def run_reward(run: StageRun) -> dict[str, float]:
+    """A chat model and preferences P → a reward model."""
+    start = run.inputs["model"]
+    return reward(run.config, start, run.data("preferences"), load_tokenizer(start), Place.of(run))
+
+
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    return preferences_effort(recipe, recipe.reward, recipe.reward.epochs)
+
+
+STAGE = Stage(
+    name="reward",
+    help="Train a reward model on preference pairs.",
+    config=RewardConfig,
+    inputs={"model": MODEL, "preferences": PREFERENCES},
+    outputs=["reward"],
+    run=run_reward,
+    trains_on_ranks=True,
+    estimate=_effort,
+)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from openqwen.recipe.report.run import EVALUATE, Run, Stage
+from openqwen.recipe.report.run import EVALUATE, FinishedStage, Run
 from openqwen.recipe.report.text import number, percent, signed
 from openqwen.recipe.report.training import throughput
 
@@ -38,8 +38,8 @@ class Cell:
 class Row:
     """A stage in the table of scores."""
 
-    stage: Stage
-    evaluation: Stage | None
+    stage: FinishedStage
+    evaluation: FinishedStage | None
     tokens: float
     tokens_per_second: float | None
     cells: list[Cell | None] = field(default_factory=list)
@@ -91,7 +91,7 @@ def score_table(run: Run) -> dict[str, Any]:
     }
 
 
-def _row(run: Run, stage: Stage, present: list[Score], before: dict[str, float]) -> Row:
+def _row(run: Run, stage: FinishedStage, present: list[Score], before: dict[str, float]) -> Row:
     """The row of a stage; `before` holds the last value of each score and is brought up to date.
 
     A change is against the score of the stage's own start where it names one, else the last value.
