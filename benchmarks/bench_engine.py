@@ -41,7 +41,11 @@ _EDIT = "Rename the variable `{old}` to `{new}` in this code, change nothing els
 
 
 def bench(
-    model: Annotated[str, tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL")],
+    model: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL"),
+    ],
     peer: Annotated[Path | None, tyro.conf.arg(help="A Python that has llama-cpp-python; none: ours alone.")] = None,
     kinds: Annotated[tuple[Kind, ...], tyro.conf.arg(help="Forms of the weights.")] = ("int8", "int4"),
     rounds: Annotated[int, tyro.conf.arg(help="How often each is measured.")] = 3,

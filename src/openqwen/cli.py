@@ -5,7 +5,6 @@ import dataclasses
 import importlib.metadata
 import os
 import runpy
-import shlex
 import sys
 import tempfile
 import traceback
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from openqwen.recipe import graph, together
+from openqwen.support.command import command, pip_install
 from openqwen.support.errors import OpenQwenError, suggestion
 
 RECIPE_VERBS = {
@@ -22,22 +22,22 @@ RECIPE_VERBS = {
     "chat": "Talk to a model in the terminal.",
     "serve": "Serve a model over HTTP: OpenAI's API and a chat page.",
     "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
-    "quantize": "Weights of 8 or 4 bits, for a CPU: openqwen quantize SOURCE TARGET --to int8.",
+    "quantize": "Pack weights in 8 or 4 bits, for a CPU.",
     "report": "Write the HTML report of a run folder.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
-    "bench": "Measure a claimed speed on this machine, beside a peer: openqwen bench train --help.",
+    "bench": "Measure a claimed speed on this machine, beside a peer: train, engine or serve.",
     "plan": "Say what fits on which devices, how fast and how long, before anyone pays for it.",
     "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
 }
 BENCHES = ["train", "engine", "serve"]  # in recipe/bench/; engine with the peers' scripts in benchmarks/
-# Verbs whose flags are the arguments of one function: where it is, and the flag of a bare argument at the start.
+# Verbs whose flags are the arguments of one function: where it is.
 _FUNCTIONS = {
-    "chat": ("openqwen.serve.terminal", "--model"),
-    "convert": ("openqwen.recipe.convert", ""),
-    "quantize": ("openqwen.recipe.quantize", ""),
-    "preview": ("openqwen.recipe.preview", ""),
-    "plan": ("openqwen.recipe.plan_devices", "--recipe"),
-    "verify": ("openqwen.recipe.verify", ""),
+    "chat": "openqwen.serve.terminal",
+    "convert": "openqwen.recipe.convert",
+    "quantize": "openqwen.recipe.quantize",
+    "preview": "openqwen.recipe.preview",
+    "plan": "openqwen.recipe.plan_devices",
+    "verify": "openqwen.recipe.verify",
 }
 
 
@@ -76,27 +76,27 @@ def _dispatch(arguments: Sequence[str]) -> int:
         _stage(verb, _named(rest, "--model", "--output") if verb == "upcycle" else rest)
     else:
         near = suggestion(verb, [*RECIPE_VERBS, *graph.verbs()])
-        raise OpenQwenError(f"There is no verb '{verb}'.{near}", do="openqwen --help lists them")
+        raise OpenQwenError(f"There is no verb '{verb}'.{near}", do=f"{command('--help')} lists them")
     return 0
 
 
 def _overview() -> str:
     stages = graph.verbs()
     width = max(map(len, [*RECIPE_VERBS, *stages])) + 2
-    lines = ["openqwen: raw text in, an aligned chat model out.", "", "usage: openqwen VERB ...", ""]
+    lines = ["openqwen: raw text in, an aligned chat model out.", "", f"usage: {command('VERB', '...')}", ""]
     for verbs in (RECIPE_VERBS, stages):
         lines += [f"  {name:<{width}}{text}" for name, text in verbs.items()] + [""]
-    return "\n".join([*lines, "openqwen VERB --help shows every flag with its meaning and default."])
+    return "\n".join([*lines, f"{command('VERB', '--help')} shows every flag with its meaning and default."])
 
 
 def _call(verb: str, arguments: Sequence[str]) -> None:
     """Read the command line into a function's arguments, and call it."""
     import tyro
 
-    module, flag = _FUNCTIONS[verb]
-    function = getattr(importlib.import_module(module), verb)
-    given = _named(arguments, flag) if flag else list(arguments)
-    if tyro.cli(function, args=given, prog=f"openqwen {verb}", description=RECIPE_VERBS[verb]) is False:
+    function = getattr(importlib.import_module(_FUNCTIONS[verb]), verb)
+    flag = {"chat": "--model", "plan": "--recipe"}.get(verb)
+    given = _bare(arguments, flag) if flag else list(arguments)
+    if tyro.cli(function, args=given, prog=command(verb), description=RECIPE_VERBS[verb]) is False:
         raise OpenQwenError("A proof does not hold.", do="see the line marked ✗; report it with the model and the data")
 
 
@@ -109,15 +109,16 @@ def _run(arguments: Sequence[str]) -> None:
 
     about = f"{RECIPE_VERBS['run']} `--corpus FOLDER` is short for `--corpus.folder FOLDER`."
     if not arguments:
-        raise OpenQwenError("Which recipe?", do="openqwen run RECIPE, such as: openqwen run tiny")
+        raise OpenQwenError("Which recipe?", do=f"name one, such as: {command('run', 'tiny')}")
     if arguments[0] in ("--help", "-h"):
-        parse(["--help"], RunOptions, graph.recipe_class()(), "openqwen run RECIPE", about)
+        parse(["--help"], RunOptions, graph.recipe_class()(), command("run", "RECIPE"), about)
     if arguments[0].startswith("-"):
-        raise OpenQwenError("The recipe comes first.", where=arguments[0], do=f"openqwen run RECIPE {arguments[0]} ...")
+        do = f"{command('run', 'RECIPE', arguments[0])} ..."
+        raise OpenQwenError("The recipe comes first.", where=arguments[0], do=do)
     path = find_recipe(arguments[0])
     recipe: Any = load_settings(path, graph.recipe_class())
     flags = ["--corpus.folder" + text[8:] if text.partition("=")[0] == "--corpus" else text for text in arguments[1:]]
-    options, recipe = parse(flags, RunOptions, recipe, f"openqwen run {arguments[0]}", about)
+    options, recipe = parse(flags, RunOptions, recipe, command("run", arguments[0]), about)
     output = options.output or Path("runs") / path.stem
     with _bugs_written_to(output):
         if not options.dry_run:
@@ -130,8 +131,8 @@ def _run(arguments: Sequence[str]) -> None:
             start_from=options.from_,
             dry_run=options.dry_run,
             thorough=options.verify,
-            command=_command("run", arguments),
-            continue_command=_command("run", _without(arguments, "--from")),
+            command=command("run", *arguments),
+            continue_command=command("run", *_without(arguments, "--from")),
             finish=graph.finish,
         )
 
@@ -155,17 +156,15 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     settings, about, section = stage.config(), stage.help, name.replace("-", "_")
     if section in graph.sections():
         about += " `--recipe RECIPE`: with that recipe's settings for this stage, which the flags then change."
-        pairs = zip(arguments, [*arguments[1:], ""])
-        recipe = next((a.partition("=")[2] or b for a, b in pairs if a.partition("=")[0] == "--recipe"), "")
-        if recipe:
+        if recipe := _value(arguments, "--recipe"):
             settings = getattr(load_settings(find_recipe(recipe), graph.recipe_class()), section)
             arguments = _without(arguments, "--recipe")
-    options, config = parse(arguments, flags, settings, f"openqwen {name}", about)
+    options, config = parse(arguments, flags, settings, command(name), about)
     outside = {role: getattr(options, role.replace("-", "_")) for role in stage.inputs}
     outside |= {role: local(outside[role]) for role in graph.MODELS & outside.keys()}
     outside |= graph.outside_of(config)
     node = graph.Node(name, stage, config, outside=outside)
-    run_alone(node, options.output, options.seed, _command(name, arguments))
+    run_alone(node, options.output, options.seed, command(name, *arguments))
 
 
 def _named(arguments: Sequence[str], *flags: str) -> list[str]:
@@ -175,6 +174,12 @@ def _named(arguments: Sequence[str], *flags: str) -> list[str]:
     return [text for pair in zip(flags, arguments[:bare]) for text in pair] + list(arguments[bare:])
 
 
+def _bare(arguments: Sequence[str], flag: str) -> list[str]:
+    """The arguments with this flag's value in front, without the flag: `--model X` is another way to write X."""
+    value = _value(arguments, flag)
+    return [value, *_without(arguments, flag)] if value else list(arguments)
+
+
 def _serve(arguments: Sequence[str]) -> None:
     import tyro
 
@@ -182,15 +187,15 @@ def _serve(arguments: Sequence[str]) -> None:
     from openqwen.serve.settings import ServeConfig
 
     text = "A Hugging Face folder, a .gguf file or a hub id."
-    options: type[Any] = dataclasses.make_dataclass(
-        "ServeOptions", [("model", Annotated[str, tyro.conf.arg(help=text)])]
-    )
-    flags, config = parse(_named(arguments, "--model"), options, ServeConfig(), "openqwen serve", RECIPE_VERBS["serve"])
+    model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=text, metavar="MODEL")]
+    options: type[Any] = dataclasses.make_dataclass("ServeOptions", [("model", model)])
+    given, about = _bare(arguments, "--model"), RECIPE_VERBS["serve"]
+    flags, config = parse(given, options, ServeConfig(), command("serve"), about)
     try:
         from openqwen.serve.server import serve
     except ModuleNotFoundError as error:
         what = f"Serving needs the library {error.name}."
-        raise OpenQwenError(what, do="pip install 'openqwen[serve]'") from None
+        raise OpenQwenError(what, do=pip_install("openqwen[serve]")) from None
     serve(flags.model, config)
 
 
@@ -198,21 +203,29 @@ def _bench(arguments: Sequence[str]) -> None:
     import tyro
 
     if not arguments or arguments[0] not in BENCHES:
-        raise OpenQwenError("Which speed?", do=f"openqwen bench {{{','.join(BENCHES)}}} --help")
+        do = f"name one of {', '.join(BENCHES)}, such as: {command('bench', 'train', '--help')}"
+        raise OpenQwenError("Which speed?", do=do)
     if arguments[0] == "engine":
         script = Path(__file__).parents[2] / "benchmarks" / "bench_engine.py"
         if not script.is_file():
             raise OpenQwenError("This benchmark is not installed.", where=script, do="run it from a source checkout")
         measure = runpy.run_path(str(script))["bench"]
+        arguments = ["engine", *_bare(arguments[1:], "--model")]
     else:
         measure = importlib.import_module(f"openqwen.recipe.bench.{arguments[0]}").bench
-    tyro.cli(measure, args=list(arguments[1:]), prog=f"openqwen bench {arguments[0]}")
+    tyro.cli(measure, args=list(arguments[1:]), prog=command("bench", arguments[0]))
 
 
 def _report(arguments: Sequence[str]) -> None:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise OpenQwenError("Which run folder?", do="openqwen report RUN_FOLDER, such as: openqwen report runs/tiny")
-    folder = Path(arguments[0])
+    import tyro
+
+    if not arguments:
+        do = f"name one, such as: {command('report', 'runs/tiny')}"
+        raise OpenQwenError("Which run folder?", do=do)
+    text = "The folder of a run, such as runs/tiny."
+    kind: Any = Annotated[Path, tyro.conf.arg(name="folder", help=text, metavar="RUN_FOLDER")]
+    about = RECIPE_VERBS["report"]
+    folder = tyro.cli(kind, args=list(arguments), prog=command("report"), description=about)
     if not folder.is_dir():
         raise OpenQwenError("There is no such run folder.", where=folder, do="check the path")
     from openqwen.recipe.report import write_report
@@ -220,8 +233,10 @@ def _report(arguments: Sequence[str]) -> None:
     print(write_report(folder))
 
 
-def _command(verb: str, arguments: Sequence[str]) -> str:
-    return shlex.join(["openqwen", verb, *arguments])
+def _value(arguments: Sequence[str], flag: str) -> str:
+    """What is given for a flag, in either spelling; nothing where it is not given."""
+    pairs = zip(arguments, [*arguments[1:], ""])
+    return next((a.partition("=")[2] or b for a, b in pairs if a.partition("=")[0] == flag), "")
 
 
 def _without(arguments: Sequence[str], flag: str) -> list[str]:

@@ -88,6 +88,9 @@ def test_objects_hold_the_keys_that_are_named(schema, good, bad):
         ({"allOf": [A, OPEN]}, '{"a":1,"x":2}'),
         ({"properties": {"p": OPEN}}, '{"p":{"x":1}}'),
         ({"type": "array", "prefixItems": [A], "items": B}, '[{},{"b":1},{}]'),
+        # a key that is required and described nowhere
+        (A | {"required": ["x"]}, '{"a":1,"x":2}'),
+        ({"allOf": [A, {"required": ["x"]}]}, '{"a":1,"x":2}'),
         # a property with a keyword's name, and data that look like a schema
         ({"properties": {"properties": {"type": "integer"}}}, '{"properties":1}'),
         ({"const": {"properties": {}}}, '{"properties":{}}'),

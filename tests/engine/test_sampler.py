@@ -14,8 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from openqwen.engine import Sampling, sampler
-from openqwen.engine.sampler import Row, choose, draws, penalise, seed_of, top_of
+from openqwen.engine import Sampling, sampler, seeds
+from openqwen.engine.sampler import Row, choose, penalise, top_of
+from openqwen.engine.seeds import draws, seed_of
 
 
 def random_scores(rows, width, spread=3.0, seed=0):
@@ -76,9 +77,9 @@ def test_draws_follow_the_distribution(options):
 
 def test_draws_are_those_of_split_mix():
     """The published outputs for the seed 1234567: the first is the key, whose own stream the places count through."""
-    keys = sampler._split_mix(np.uint64(1234567) + sampler._GAMMA * np.arange(3, dtype=np.uint64))
+    keys = seeds._split_mix(np.uint64(1234567) + seeds._GAMMA * np.arange(3, dtype=np.uint64))
     assert keys.tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    words = sampler._split_mix(keys[:1] + sampler._GAMMA * np.arange(3, dtype=np.uint64))
+    words = seeds._split_mix(keys[:1] + seeds._GAMMA * np.arange(3, dtype=np.uint64))
     assert draws([1234567] * 3, range(3)).tolist() == [(int(word) >> 11) / 2**53 for word in words]
 
 

@@ -7,8 +7,7 @@ import torch
 from tiny import model, prompts, tokenizer
 from transformers import AutoModelForCausalLM
 
-from openqwen.engine import Engine, EngineConfig, Sampling
-from openqwen.engine.request import Structure
+from openqwen.engine import Engine, EngineConfig, Sampling, Structure
 from openqwen.model import load_model, save_checkpoint
 from openqwen.tokenizer import load_tokenizer
 

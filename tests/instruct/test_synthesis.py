@@ -13,6 +13,7 @@ from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt, r
 from openqwen.instruct.synthesize.tasks import generate_tasks
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.support.generators import Generators
+from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 
 
 def output(text, reason="stop"):
@@ -69,8 +70,19 @@ def test_every_plain_format_comes_up():
     assert all(form.split("{question}")[0] in text for form in FORMATS)
 
 
+def test_a_plain_prompt_is_asked_as_it_is_learned():
+    """Its ids are the beginning of the learned text's: the colon and the newline are one token."""
+    texts = [document["text"] for document in s.task_documents(1, 200)]
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocabulary=1000))
+    for task in generate_tasks(Generators(0)["plain"], 100):
+        learned = tokenizer.encode(FORMATS[0].format(question=task.question, answer=task.answer))
+        asked = tokenizer.encode(plain_prompt(task.question))
+        assert learned[: len(asked)] == asked
+        assert tokenizer.decode(learned[len(asked) :]) == task.answer
+
+
 def test_plain_answers_end_at_the_blank_line():
-    assert plain_prompt("What is 1 + 1?") == "Question: What is 1 + 1?\nAnswer:"
+    assert plain_prompt("What is 1 + 1?") == "Question: What is 1 + 1?\nAnswer:\n"
     assert plain_answer(" 2\n\nQuestion: what") == "2"
     assert plain_answer(" - a\n- b\n") == "- a\n- b"
     assert plain_answer("") == ""

@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from openqwen.model import ModelConfig, published
+from openqwen.model.config import _SIZES
 from openqwen.model.long_context import DualChunk, Yarn
 from openqwen.support.errors import OpenQwenError
 
@@ -125,7 +126,9 @@ def test_what_a_file_leaves_out_is_as_in_transformers():
         ({"factor": True}, "YARN's factor is True"),
         ({"factor": float("nan")}, "YARN's factor is nan"),
         ({"factor": 0.5}, "cannot stretch"),
-        ({"beta_fast": -1}, "no ramp"),
+        ({"factor": 0}, "by a factor of 0"),
+        ({"beta_fast": -1}, "beta_fast is -1"),
+        ({"original_max_position_embeddings": 0}, "stretch 0 tokens"),
         ({"mscale": "1"}, "YARN's mscale"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"full_attention": {}}, "not one table for all layers"),
@@ -135,8 +138,8 @@ def test_what_a_file_leaves_out_is_as_in_transformers():
 def test_scaling_that_is_not_supported_is_refused_by_name(change, told):
     values = ModelConfig.named("qwen2.5-7b-instruct").to_json()
     for key in ("rope_scaling", "rope_parameters"):
-        with pytest.raises(OpenQwenError, match=told):
-            ModelConfig.from_json(values | {key: CARD | change})
+        with pytest.raises(OpenQwenError, match=rf"{told}(.|\n)*where: FILE"):
+            ModelConfig.from_json(values | {key: CARD | change}, where="FILE")
 
 
 @pytest.mark.parametrize("field", ["max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "hidden_size"])
@@ -144,6 +147,22 @@ def test_scaling_that_is_not_supported_is_refused_by_name(change, told):
 def test_a_value_of_another_type_is_named(field, value):
     with pytest.raises(OpenQwenError, match=field):
         ModelConfig.from_json(ModelConfig.named("qwen2.5-7b").to_json() | {field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[(name, size) for name in _SIZES for size in (0, -1)],
+        *[("rope_theta", theta) for theta in (0, -1, 1.0, float("nan"))],
+        *[("layer_types", kinds) for kinds in (1, "x", [1, 2])],
+        *[(name, [1]) for name in ("quantization_config", "dual_chunk_attention_config")],
+        *[("dual_chunk_attention_config", {"chunk_size": size}) for size in ("x", 0.5, [1])],
+    ],
+)
+def test_values_that_make_no_network_are_named_with_the_file(field, value):
+    values = ModelConfig.named("qwen2.5-7b").to_json() | {field: value}
+    with pytest.raises(OpenQwenError, match=rf"(?s)(?=.*{field}).*where: FILE"):
+        ModelConfig.from_json(values, where="FILE")
 
 
 @pytest.mark.parametrize("names", [["dtype"], ["torch_dtype"], ["dtype", "torch_dtype"]])

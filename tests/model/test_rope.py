@@ -79,12 +79,12 @@ def test_random_parameters_of_yarn_equal_transformers():
         sizes = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_key_value_heads": 1}
         theirs = transformers.Qwen2Config(**sizes, max_position_embeddings=32_768, rope_parameters=dict(rope))
         expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
-        yarn = Yarn.from_json(rope, 32_768, "config.json")
+        yarn = Yarn.from_json(rope, 32_768)
         assert_close(
             inverse_frequencies(head_dim, rope["rope_theta"], yarn), expected, rtol=2e-6, atol=0, msg=f"{rope}"
         )
         assert yarn.temperature == pytest.approx(attention_factor, abs=1e-12), rope
-        assert Yarn.from_json({"type": "yarn", **yarn.to_json()}, 32_768, "") == yarn
+        assert Yarn.from_json({"type": "yarn", **yarn.to_json()}, 32_768) == yarn
 
 
 def test_temperature_as_published():

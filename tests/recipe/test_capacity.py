@@ -1,5 +1,7 @@
 """The planner's arithmetic, held to what training really allocates; and what it says of the published models."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -102,7 +104,7 @@ def test_what_fits_grows_with_devices_and_shrinks_with_the_network():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpus", "8xH100", "--model", "qwen2.5-7b"], ["7.62 billion weights on 8 x H100", "fastest", "hours"]),
+        (["--gpus", "8xH100", "--model", "qwen2.5-7b"], ["7.616B weights on 8 x H100", "fastest", "hours"]),
         (["--gpus", "2x4090", "--model", "qwen2.5-72b"], ["does not fit on 2 x 4090"]),
         (
             ["--gpus", "4090", "--model", "qwen2.5-1.5b"],
@@ -115,6 +117,19 @@ def test_the_plan_of_a_recipe(arguments, words, capsys):
     assert main(["plan", "tiny", *arguments]) == 0
     told = capsys.readouterr().out
     assert [word for word in words if word not in told] == []
+
+
+def test_a_recipe_that_makes_no_data_is_told_a_rate_alone(tmp_path, capsys):
+    """Its defaults say nothing of the data that the user brings."""
+    rows = {}
+    for name, text in [("own", "sft: {epochs: 2}"), ("made", "instruct: {demonstrations: 20000}")]:
+        (tmp_path / f"{name}.yaml").write_text(text)
+        assert main(["plan", str(tmp_path / f"{name}.yaml"), "--model", "qwen2.5-0.5b"]) == 0
+        told = capsys.readouterr().out.splitlines()
+        rows[name] = [line for line in told if line.startswith(" sft")][-1]
+    assert re.search(r"[\d,]+ tokens/s *$", rows["own"])
+    # (20,000 made and 2,000 repurposed demonstrations) x 2 epochs x 45 tokens
+    assert re.search(r"tokens/s; [\d.]+M tokens: \d+s", rows["made"])
 
 
 def test_an_unknown_device_is_named(capsys):

@@ -116,6 +116,38 @@ def test_every_verb_of_the_real_recipe_has_help_with_its_inputs_and_fields_apart
     assert all(f"--{name}" in shown for name in load_stage(verb).inputs)
 
 
+@pytest.mark.parametrize("verb", [*openqwen.cli.RECIPE_VERBS, *(f"bench {name}" for name in openqwen.cli.BENCHES)])
+def test_every_other_verb_has_help(verb, capsys):
+    if verb == "bench":
+        pytest.skip("it has a help for each of its speeds")
+    with pytest.raises(SystemExit, match="0"):
+        openqwen.cli.main([*verb.split(), "--help"])
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    bare = {"chat": "MODEL", "serve": "MODEL", "report": "RUN_FOLDER", "plan": "RECIPE", "run": "RECIPE"}
+    bare |= {"bench engine": "MODEL", "convert": "SOURCE TARGET", "quantize": "SOURCE TARGET"}
+    assert bare.get(verb, "") in " ".join(usage.split())
+    assert "--model" not in usage or verb not in ("chat", "serve")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "mine", "--port", "80"],
+        ["serve", "--port", "80", "mine"],
+        ["serve", "--model", "mine", "--port=80"],
+        ["serve", "--port", "80", "--adapters", "a=b", "--model", "mine"],
+        ["serve", "--model=mine", "--port", "80"],
+    ],
+)
+def test_the_model_with_and_without_its_flag(arguments, monkeypatch):
+    from openqwen.serve import server
+
+    asked = []
+    monkeypatch.setattr(server, "serve", lambda model, config: asked.append((model, config.port)))
+    assert openqwen.cli.main(arguments) == 0
+    assert asked == [("mine", 80)]
+
+
 def test_a_stage_takes_a_model_from_the_hub(call, monkeypatch, tmp_path):
     import fake_learn
 

@@ -29,7 +29,7 @@ def test_first_run_makes_all_and_tells_results(call):
     assert call.ran == ALL
     assert "2/3  learn" in call.out
     assert "loss 0.1235" in call.out
-    assert "chat     openqwen chat runs/tiny/learn" in call.out
+    assert "openqwen chat runs/tiny/learn" in call.out
     made = manifests()
     assert made["learn"]["inputs"] == {"corpus": {"stage": "corpus", "digest": made["corpus"]["digest"]}}
     assert made["corpus"]["files"]["sub/text.txt"]["bytes"] == 500

@@ -84,7 +84,8 @@ def test_overrides_stand_over_yaml(call):
         (["--untill", "corpus"], 1, "Did you mean '--until'"),
         (["--learn.train.steps", "0"], 1, "learn.train.steps is 0, but it should be greater than 0"),
         (["--learn.train.steps", "many"], 2, "--learn.train.steps"),
-        (["extra"], 1, "Nobody asked for 'extra'"),
+        (["extra"], 1, "Unexpected argument 'extra'."),
+        (["untl", "learn"], 1, "Unexpected argument 'untl'. Did you mean '--until'?"),
     ],
 )
 def test_bad_flags(call, arguments, status, told):

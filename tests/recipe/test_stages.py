@@ -11,6 +11,7 @@ from openqwen.evaluate import EvaluateConfig
 from openqwen.evaluate import model as evaluation
 from openqwen.instruct.synthesize.tasks import generate_tasks
 from openqwen.recipe.graph import nodes_of, recipe_class
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
 from openqwen.support.stage import StageRun
@@ -87,12 +88,16 @@ def test_the_vocabulary_sees_every_source_of_the_mixture(tmp_path):
     }
     sources = {name: {"bytes": size, "weight": 0.5} for name, size in sizes.items()}
     write_json(corpus / "corpus.json", {"sources": sources})
-    texts = []
-    for name in ("a", "b"):
+
+    def train(name, **settings):
         (tmp_path / name).mkdir()
-        config = TokenizerConfig(vocabulary=500, max_bytes=10_000)
+        config = TokenizerConfig(vocabulary=500, max_bytes=10_000, **settings)
         run_tokenizer(StageRun(config, {"corpus": corpus}, tmp_path / name, tmp_path, 1, "tokenizer"))
-        tokenizer = load_tokenizer(tmp_path / name)
-        assert len(tokenizer.encode(" lighthouse")) == 1
-        texts.append((tmp_path / name / "tokenizer.json").read_bytes())
+        return load_tokenizer(tmp_path / name)
+
+    assert len(train("a").encode(" lighthouse")) == len(train("b").encode(" lighthouse")) == 1
+    texts = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("a", "b")]
     assert texts[0] == texts[1]
+    assert len(train("without", weights={"tasks": 0}).encode(" lighthouse")) > 1
+    with pytest.raises(OpenQwenError, match="no source 'taks'"):
+        train("wrong", weights={"taks": 0})

@@ -20,7 +20,8 @@ POLICY = (
 class Stub(ThreadingHTTPServer):
     """`answers`: what to say, one a request, each a text, a dict (a delta), or a list of pieces; the last one repeats.
 
-    `refusals`: (status, message, headers) to give instead, one a request. `pause`: seconds between pieces.
+    `refusals`: (status, message or whole error, headers) to give instead, one a request.
+    `pause`: seconds between pieces.
     `cut`: end the stream without saying so after so many pieces. `seen`: bodies of the requests for answers.
     """
 
@@ -29,7 +30,7 @@ class Stub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: list[Any] = ["Hello there."]
-        self.refusals: list[tuple[int, str, dict[str, str]]] = []
+        self.refusals: list[tuple[int, Any, dict[str, str]]] = []
         self.key: str | None = None
         self.pause, self.cut, self.renders = 0.0, None, True
         self.seen: list[dict[str, Any]] = []
@@ -83,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.server.refusals:
             status, message, headers = self.server.refusals.pop(0)
-            self._json({"error": {"message": message}}, status, headers)
+            error = message if isinstance(message, dict) else {"message": message}
+            self._json({"error": error}, status, headers)
             return
         try:
             self._stream(body)

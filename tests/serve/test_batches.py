@@ -125,13 +125,41 @@ def test_a_batch_survives_a_kill(start, tiny, tmp_path):
     ids=["digits", "brackets", "brackets inside", "digits inside", "bytes", "text"],
 )
 def test_a_line_that_is_no_json_fails_by_its_number_and_stops_nothing(server, client, line):
-    batch = ended(client, begin(client, lines(1) + line + b"\n" + lines(1)))
+    batch = ended(client, begin(client, b"\r\n" + line + b"\n\n" + lines(2)))  # empty lines count
     assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 1)
     (fault,) = read(client, batch.error_file_id)
     assert fault["response"]["status_code"] == 400
     assert "ine 2 " in fault["response"]["body"]["error"]["message"]
     assert ended(client, begin(client, lines(1))).request_counts.completed == 1
     assert server.http.get("/health").json()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"id": "batch-1"',
+        b"[]",
+        b"{}",
+        b"5",
+        b"\xff",
+        b'{"id": "batch-1", "object": "batch", "status": "in_progress"}',
+        b'{"id": "../batch-1", "object": "file", "bytes": 1}',
+        b'{"id": "batch-1", "object": ["file"]}',
+    ],
+)
+def test_a_file_that_a_crash_has_spoiled_is_passed_over_at_the_start(tmp_path, caplog, content):
+    (tmp_path / "batch-1.json").write_bytes(content)
+    batches, request = begun(tmp_path)
+    assert "batch-1.json" in caplog.text
+
+    async def go():
+        made = await batches.add_batch(request)
+        await worked(batches, lambda: made["status"] == "completed")
+        return made
+
+    assert asyncio.run(go())["status"] == "completed"
+    assert (len(batches.files), len(batches.batches), batches.fault) == (2, 1, None)
 
 
 class Broken:

@@ -6,6 +6,7 @@ import pytest
 from openai.types import batch_create_params, completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params
+from test_chat import WEATHER as TOOL
 from test_errors import USER, told
 
 from openqwen.serve import protocol as p
@@ -120,6 +121,9 @@ def test_harmless_fields_change_nothing(client):
         ({"min_tokens": 3}, "ignore_eos"),
         ({"guided_json": {"type": "object"}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "choice"),
+        ({"structured_outputs": {"choice": ["a"], "regex": "b"}}, "exclude each other"),
+        ({"structured_outputs": {"regex": "b"}, "response_format": {"type": "json_object"}}, "excludes"),
+        ({"structured_outputs": {"regex": "b"}, "tools": [TOOL], "tool_choice": "required"}, "excludes"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
     ],
     ids=str,
@@ -215,5 +219,19 @@ def test_errors_of_responses_and_completions_name_it_too(server):
     assert "web_search_call" in message
     message, param = words(server, "/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]})
     assert param == "tools[0].type"
+    message, param = words(server, "/v1/responses", {"input": [{"type": "reasoning"}]})
+    assert param == "input"
+    assert message.startswith("input: ")
+    message, param = words(server, "/v1/responses", {"input": "hello " * 4000})
+    assert param == "input"
+    assert "maximum context length" in message
+    bad = {"type": "object", "properties": {"p": {"type": "string", "format": "path"}}}
+    tool = {"type": "function", "name": "f", "parameters": bad, "strict": True}
+    asked = {"input": "x", "tools": [tool], "tool_choice": "required"}
+    assert words(server, "/v1/responses", asked)[1] == "tools[0].parameters"
+    form = {"type": "json_schema", "name": "s", "schema": bad, "strict": True}
+    message, param = words(server, "/v1/responses", {"input": "x", "text": {"format": form}})
+    assert param == "text.format"
+    assert message.startswith('text.format ("s") is strict')
     message, param = words(server, "/v1/completions", {"prompt": ["a", 1]})
     assert param.startswith("prompt[")

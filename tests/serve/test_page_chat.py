@@ -176,20 +176,72 @@ def test_a_busy_server_is_asked_again(page, stub):  # noqa: F811
 def test_the_key_is_asked_for(page, stub):  # noqa: F811
     stub.key = "secret-1"
     load_without_model(page, stub)
+    page.get_by_label("API key").wait_for()  # before anything is asked
+    assert page.locator(".eyebrow").inner_text().lower() == "a key is needed"
     say(page, "Hi", wait=False)
+    page.locator(".trouble", has_text="The key is missing or wrong.").wait_for()
     page.get_by_label("API key").fill("wrong")
     page.click("text=Use this key")
-    page.locator(".trouble [aria-label='API key']").wait_for()
+    page.get_by_text("The server does not accept this key.").wait_for()
     page.get_by_label("API key").fill("secret-1")
     page.get_by_label("API key").press("Enter")
-    page.get_by_text("Hello there.").wait_for()
+    page.get_by_text("Hello there.").wait_for()  # what was refused is asked again
+    settled(page)
+    assert page.get_by_label("API key").count() == 0
     assert page.locator("#model").inner_text() == "tiny"
     assert page.evaluate("localStorage.getItem('openqwen.key')") is None  # until the tab closes
 
 
-def load_without_model(page, stub):  # noqa: F811
+def test_the_key_is_asked_for_when_it_is_no_longer_taken(page, stub):  # noqa: F811
+    stub.key = "first"
+    load_without_model(page, stub)
+    page.get_by_label("API key").fill("first")
+    page.get_by_text("Remember it").click()
+    page.click("text=Use this key")
+    page.locator(".eyebrow", has_text="tiny").wait_for()
+    stub.key = "second"
+    say(page, "Hi", wait=False)
+    page.get_by_text("The server does not accept this key.").wait_for()
+    load_without_model(page, stub, begun=True)
+    page.get_by_text("The server does not accept this key.").wait_for()
+    page.get_by_label("API key").fill("second")
+    page.click("text=Use this key")
+    page.get_by_text("Hello there.").wait_for()
+    assert page.evaluate("localStorage.getItem('openqwen.key')") == "second"
+
+
+LONG = {
+    "message": "This model's maximum context length is 100 tokens. However, your messages resulted in 120 tokens.",
+    "code": "context_length_exceeded",
+}
+
+
+def test_a_message_that_is_too_long_can_be_shortened_or_taken_elsewhere(page, stub):  # noqa: F811
+    say(page, "First")
+    stub.refusals = [(400, LONG, {}), (413, "The body is larger than 9 bytes.", {})]
+    say(page, "A long story")
+    trouble = page.locator(".turn.assistant .trouble")
+    assert "your messages resulted in 120 tokens" in trouble.inner_text()
+    assert trouble.get_by_role("button", name="Try again").count() == 0
+    trouble.get_by_role("button", name="Shorten the message").click()
+    field = page.get_by_label("Edit the message")
+    assert field.input_value() == "A long story"
+    field.fill("A story")
+    page.click("text=Send as a new version")
+    settled(page)
+    assert [m["content"] for m in stub.seen[-1]["messages"]] == ["First", "Hello there.", "A story"]
+    trouble.get_by_role("button", name="New conversation with it").click()
+    assert page.locator("#composer-text").input_value() == "A story"
+    page.press("#composer-text", "Enter")
+    settled(page)
+    assert [m["content"] for m in stub.seen[-1]["messages"]] == ["A story"]
+    assert texts(page, ".markdown") == ["Hello there."]
+    assert page.locator("#sidebar .open").count() == 2
+
+
+def load_without_model(page, stub, begun=False):  # noqa: F811
     page.goto(stub.url)
-    page.wait_for_selector(".welcome")
+    page.wait_for_selector(".turn" if begun else ".welcome")
 
 
 def test_errors_stand_where_they_happen(page, stub, context):  # noqa: F811

@@ -156,6 +156,38 @@ def test_two_tabs_do_not_overwrite_each_other(page, stub, context):  # noqa: F81
     assert sorted(nodes) == wanted
 
 
+def test_an_answer_that_another_tab_writes_goes_on_in_this_one(page, stub, context):  # noqa: F811
+    stub.answers, stub.pause = ["word " * 200], 0.02
+    say(page, "Tell me", wait=False)
+    page.locator(".markdown").wait_for()
+    other = context.new_page()
+    load(other, stub)
+    other.locator("#sidebar .open").click()
+    other.locator(".turn.running .markdown").wait_for()
+    other.wait_for_timeout(2000)  # longer than a tab that is gone is waited for
+    assert other.locator(".turn.running").count() == 1
+    assert other.locator(".note").count() == 0
+    assert other.locator("#send").is_hidden()
+    other.click("#stop")
+    settled(page)
+    settled(other)
+    assert texts(page, ".note") == texts(other, ".note") == ["Stopped."]
+    assert stub.aborted == 1
+    assert texts(other, ".markdown") == texts(page, ".markdown")
+
+
+def test_an_answer_whose_tab_is_gone_is_interrupted(page, stub, context):  # noqa: F811
+    stub.answers, stub.pause = ["word " * 300], 0.02
+    writer = context.new_page()
+    load(writer, stub)
+    say(writer, "Tell me", wait=False)
+    page.locator("#sidebar .open").click()
+    page.locator(".turn.running .markdown").wait_for()
+    writer.close()
+    page.get_by_text("Interrupted; what had come is kept.").wait_for()
+    assert page.locator("#send").is_visible()
+
+
 def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page, stub):  # noqa: F811
     stub.answers, stub.pause = ["word " * 300], 0.02
     say(page, "Tell me", wait=False)

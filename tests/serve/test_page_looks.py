@@ -117,6 +117,35 @@ def test_on_a_phone_the_side_panels_slide_in(page, stub):  # noqa: F811
     page.locator(".welcome").wait_for()
 
 
+# What a finger can press and is under 44 px high or wide; a box to tick counts with its label.
+SMALL = """() => [...document.querySelectorAll("button, summary, select, input, textarea, label.check")]
+  .filter((node) => node.checkVisibility() && !node.closest(".offscreen") && node.type !== "checkbox")
+  .map((node) => [node, node.getBoundingClientRect()])
+  .filter(([, box]) => box.width && (box.height < 43.9 || box.width < 43.9))
+  .map(([node, box]) => [node.outerHTML.slice(0, 120), box.width, box.height])"""
+
+
+def test_on_a_phone_a_finger_finds_what_it_presses(page, stub):  # noqa: F811
+    page.set_viewport_size({"width": 390, "height": 780})
+    busy_page(page, stub)
+    page.click("[aria-label=Regenerate] >> nth=0")
+    settled(page)
+    assert page.locator(".versions").count() == 1
+    assert page.evaluate(SMALL) == []
+    page.click("#open-sidebar")
+    page.locator("#sidebar .menu summary").click()
+    assert page.evaluate(SMALL) == []
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    page.click("#open-panel")
+    page.get_by_text("Two answers to each message").click()
+    assert page.evaluate(SMALL) == []
+    page.click("[aria-label='Close the settings']")
+    say(page, "Which?")
+    page.locator(".pair .button").wait_for()
+    assert page.evaluate(SMALL) == []
+
+
 def test_the_view_follows_the_answer_unless_the_reader_scrolls(page, stub):  # noqa: F811
     distance = "(({scrollHeight: a, scrollTop: b, clientHeight: c}) => a - b - c)(document.querySelector('#scroller'))"
     stub.answers, stub.pause = ["line\n\n" * 150], 0.008

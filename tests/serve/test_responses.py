@@ -159,6 +159,12 @@ def test_items_that_other_responses_made_are_read(client):
         ask(client, input=[{"type": "item_reference", "id": "msg_9"}])
 
 
+def test_an_id_may_be_null(server):
+    item = {"id": None, "role": "user", "content": "x"}
+    answer = server.http.post("/v1/responses", json={"input": [item], "max_output_tokens": 1})
+    assert answer.status_code == 200
+
+
 def test_calls_and_a_message_are_one_turn(client):
     function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
     call = {"type": "function_call", "call_id": "c", **function}

@@ -14,7 +14,8 @@ from openqwen.support.files import read_json, read_jsonl, write_jsonl, write_tex
 from openqwen.support.generators import Generators
 from openqwen.support.gguf import read_header
 from openqwen.support.progress import duration
-from openqwen.tokenizer import load_tokenizer
+from openqwen.support.records import read_records
+from openqwen.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
 
 def test_generators_are_independent_and_restore_exactly():
@@ -66,6 +67,18 @@ def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path, read):
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(OpenQwenError, match="git-lfs pointer"):
         load_tokenizer(tmp_path / "merges.txt")
+    records = tmp_path / "records.parquet"
+    records.write_bytes(path.read_bytes())
+    with pytest.raises(OpenQwenError, match="git-lfs pointer"):
+        next(read_records(records))
+
+
+def test_a_template_that_is_a_pointer_of_git_lfs_is_told(tmp_path):
+    train_tokenizer(["abc"], TokenizerConfig(vocabulary=300)).save(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (tmp_path / "chat_template.jinja").write_text(pointer)
+    with pytest.raises(OpenQwenError, match="git-lfs pointer"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

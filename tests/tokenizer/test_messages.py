@@ -81,6 +81,11 @@ def test_every_spelling_of_tools_and_calls_is_one_conversation(record):
     assert demonstration({"messages": messages, "tools": tools}) == (messages, tools)
 
 
+@pytest.mark.parametrize("none", [None, [], {}, "", "[]", "null", "{}"])
+def test_no_tools_are_none(none):
+    assert demonstration({"messages": TOOL_CHAT, "tools": none}) == (TOOL_CHAT, None)
+
+
 def test_the_spellings_render_as_transformers_renders_the_first(trained, saved):
     from transformers import AutoTokenizer
 

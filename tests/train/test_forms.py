@@ -13,7 +13,7 @@ from openqwen.model import ModelConfig, Qwen2, Scorer, initialize, save_checkpoi
 from openqwen.serve.protocol import plain
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from openqwen.train.conversations import conversation, pair, question
+from openqwen.train.conversations import conversation, fitting, pair, question
 from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
 from openqwen.train.preferences import Preferences, PreferencesConfig
 from openqwen.train.sft import Demonstrations, says_nothing
@@ -61,6 +61,11 @@ def test_marked_turns_are_read_and_not_learned(tokenizer, mark):
         conversation(tokenizer, {"messages": [ASKED, ANSWERED | mark]}, "here")
     with pytest.raises(OpenQwenError, match=r"is 0\.5(.|\n)*here"):
         conversation(tokenizer, {"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "here")
+
+
+def test_a_file_without_records_is_not_called_too_long():
+    with pytest.raises(OpenQwenError, match=r"There are no records(.|\n)*FILE"):
+        fitting([], [], 8, "FILE")
 
 
 def test_a_template_without_a_turn_for_each_answer_cannot_leave_one_out(tokenizer):

@@ -68,7 +68,7 @@ def test_the_end_of_a_turn_is_a_target_whatever_the_template_prints(start, templ
     asked, said = {"role": "user", "content": "Say"}, {"role": "assistant", "content": "one"}
     for ids, mask in (
         conversation(tokenizer, {"messages": [asked, said]}, "here"),
-        answer(tokenizer, [asked], [said], "here"),
+        answer(tokenizer, [asked], said),
     ):
         assert ids[-1] == tokenizer.control_ids[end]
         learned = [i for i, marked in zip(ids, mask) if marked]

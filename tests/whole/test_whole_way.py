@@ -24,7 +24,7 @@ def test_every_stage_is_there_and_the_end_says_what_to_do_next(run, digests):
     names |= {f"evaluate-{n}" for n in ("pretrain", "extend", "sft", "dpo", "online-dpo")}
     assert set(digests(run)) == names
     printed = (run / "printed.txt").read_text()
-    assert f"openqwen chat {run}/online-dpo" in printed
+    assert f"-m openqwen.cli chat {run}/online-dpo" in printed  # as it was called
     assert str(run / "report.html") in printed
     page = (run / "report.html").read_text()
     assert all(name in page for name in names)

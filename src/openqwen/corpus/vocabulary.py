@@ -6,6 +6,7 @@ from typing import Any
 from openqwen.corpus.config import text_bytes
 from openqwen.corpus.documents import read_documents
 from openqwen.corpus.mixture import sample
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 from openqwen.support.stage import CORPUS, Effort, Stage, StageRun
 from openqwen.tokenizer import TokenizerConfig, tokenizer_statistics, train_tokenizer
@@ -17,7 +18,17 @@ def run_tokenizer(run: StageRun) -> dict[str, float]:
     """A sample of the corpus's training documents, by the weights of the mixture → a vocabulary."""
     config, documents = run.config, run.inputs["corpus"] / "train.parquet"
     sources = read_json(run.inputs["corpus"] / "corpus.json")["sources"]
-    weights = {name: s["weight"] / s["bytes"] for name, s in sources.items() if s["bytes"]}
+    if unknown := sorted(config.weights.keys() - sources.keys()):
+        raise OpenQwenError(
+            f"The corpus has no source '{unknown[0]}'.",
+            where="tokenizer.weights",
+            do=f"name some of its sources: {', '.join(sources)}",
+        )
+    weights = {
+        name: config.weights.get(name, 1.0) * source["weight"] / source["bytes"]
+        for name, source in sources.items()
+        if source["bytes"]
+    }
     chosen = sample(read_documents(documents), weights, config.max_bytes, run.seed)
     numbered = enumerate(read_documents(documents))
     texts = (document["text"] for number, document in numbered if number in chosen)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from openqwen.engine.config import EngineConfig
-from openqwen.engine.request import Prompt, Sampling
+from openqwen.engine.generator import Prompt, Sampling
 from openqwen.model import Cache, ModelConfig, Qwen2
 from openqwen.model.long_context import Stage, stages, stated_context
 from openqwen.support.errors import OpenQwenError

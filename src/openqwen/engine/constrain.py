@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openqwen.engine.request import Structure
+from openqwen.engine.generator import Structure
 from openqwen.engine.schema import LENIENT, faults, ready
+from openqwen.support.command import pip_install
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ class Structures:
             raise OpenQwenError(
                 "Structured output needs the library llguidance.",
                 where="sampling, structure",
-                do="pip install 'openqwen[serve]'",
+                do=pip_install("openqwen[serve]"),
             )
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(self._tokenizer))
         return llguidance.LLTokenizer(wrapper, eos_token=self._stops)

@@ -8,8 +8,9 @@ the same with guesses as without, sampled ones too: for guesses by lookup this i
 from collections.abc import Sequence
 
 from openqwen.engine.adapters import Adapters
+from openqwen.engine.generator import Sampling
 from openqwen.engine.pages import PagePool
-from openqwen.engine.request import Request, Sampling
+from openqwen.engine.request import Request
 from openqwen.engine.runner import Read, Runner
 from openqwen.engine.sampler import Row, choose
 from openqwen.engine.schedule import Work

@@ -18,12 +18,14 @@ from openqwen.engine.admission import Admission, stop_ids
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.constrain import Structures
 from openqwen.engine.drafter import Drafter, DraftModel
+from openqwen.engine.generator import FinishReason, Generator, Output, Prompt, Sampling
 from openqwen.engine.pages import PagePool
-from openqwen.engine.request import Event, FinishReason, Output, Prompt, Request, Sampling, Stats
+from openqwen.engine.request import Event, Request, Stats
 from openqwen.engine.runner import Read, Runner
-from openqwen.engine.sampler import Choice, Row, choose, seed_of
+from openqwen.engine.sampler import Choice, Row, choose
 from openqwen.engine.schedule import Schedule
 from openqwen.engine.score import embeddings
+from openqwen.engine.seeds import seed_of
 from openqwen.engine.text import TextStream
 from openqwen.model import Cache, Qwen2, kernels
 from openqwen.model.quantize import QuantizedQwen2
@@ -35,7 +37,7 @@ _BUDGET_CPU, _BUDGET = 256, 4096
 _GREEDY, _DEFAULTS = Sampling(), EngineConfig()
 
 
-class Engine:
+class Engine(Generator):
     """Generates with a model that others (a trainer) may change between calls: it holds the module itself.
 
     draft: a smaller model of the same vocabulary, to guess for `speculate` in place of prompt lookup. adapters: what

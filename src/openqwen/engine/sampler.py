@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openqwen.engine.request import Sampling, TopTokens
+from openqwen.engine.generator import Sampling, TopTokens
+from openqwen.engine.seeds import draws
 from openqwen.model import kernels
 
 _CANDIDATES = 64  # tokens that cuts look at first; where more would pass, all are sorted
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step between states
 _BLOCK = 128  # scores are searched in blocks of this size (that of Qwen's vocabularies is a multiple)
 
 
@@ -50,39 +50,6 @@ class Choice:
     drawn_logprobs: list[float]
     top: list[TopTokens]
     broken: frozenset[int] = frozenset()
-
-
-def draws(seeds: Sequence[int], places: Sequence[int]) -> np.ndarray:
-    """Uniform numbers in [0, 1), one for each (seed, place).
-
-    SplitMix64 (Steele et al. 2014): its first output for the seed starts the stream that the
-    places count through.
-    """
-    keys = _split_mix(np.array([seed & (2**64 - 1) for seed in seeds], np.uint64))
-    words = _split_mix(keys + np.array(places, np.uint64) * _GAMMA)
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def seed_of(seed: int, index: int) -> int:
-    """The seed of one of several answers under one seed: samples of a prompt, or prompts of a call.
-
-    That of the first is the given one, so it is the answer that would be given alone.
-    """
-    if index == 0:
-        return seed
-    state = (seed + 0x632BE59BD9B4E019 * index) & (2**64 - 1)
-    return int(_split_mix(np.array([state], np.uint64))[0])
-
-
-def _split_mix(state: np.ndarray) -> np.ndarray:
-    """SplitMix64's output after each state.
-
-    The constant is added first, since mixing alone maps 0 to 0.
-    """
-    x = state + _GAMMA
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:

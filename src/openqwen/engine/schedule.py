@@ -12,8 +12,9 @@ from itertools import chain as one_after_the_other
 from time import monotonic
 
 from openqwen.engine.config import EngineConfig
+from openqwen.engine.generator import FinishReason
 from openqwen.engine.pages import PagePool, chain
-from openqwen.engine.request import FinishReason, Request, Stats
+from openqwen.engine.request import Request, Stats
 
 
 @dataclass

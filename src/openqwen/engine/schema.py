@@ -82,8 +82,8 @@ class _Reader:
         if not isinstance(node, dict):
             return node
         # An object whose keys are named in several places is closed here, and not in those.
-        named = sum(key in node for key in ("properties", "anyOf", "oneOf", "$ref"))
-        sources = named + len(_list(node, "allOf"))
+        sources = sum(key in node for key in ("properties", "anyOf", "oneOf", "$ref"))
+        sources += len(_list(node, "allOf"))
         mixed = not part and sources > 1
         out = _mapped(node, lambda key, _, one: self._read(one, (part or mixed) and key in _SAME))
         if (part or mixed) and (reference := _reference(node)):
@@ -98,6 +98,12 @@ class _Reader:
             for key in _MAPS[:2] if mixed else ():
                 if names := {name: True for one in places for name in _map(one, key)}:
                     out[key] = names | _map(out, key)
+            named = out.get("properties")
+            if isinstance(named, dict) and "patternProperties" not in out and not self._strict:
+                # Keys that are required, but described nowhere.
+                required = [name for one in places for name in _list(one, "required")]
+                fresh = [name for name in required if isinstance(name, str) and name not in named]
+                out["properties"] = named | dict.fromkeys(fresh, True)
             out.pop("unevaluatedProperties", None)
             kinds = (node.get("type"), *_list(node, "type"))
             nameless = self._strict and not sources and "object" in kinds

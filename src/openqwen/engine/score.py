@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openqwen.engine.request import TopTokens
+from openqwen.engine.generator import TopTokens
 from openqwen.engine.sampler import normalizers, top_tokens
 from openqwen.model import Packed, Qwen2
 

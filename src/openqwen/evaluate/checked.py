@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from openqwen.engine import Engine, Sampling
+from openqwen.engine import Generator, Sampling
 from openqwen.support.progress import Progress
 
 
@@ -21,7 +21,7 @@ class Item(NamedTuple):
 
 
 def sampled_right(
-    engine: Engine,
+    engine: Generator,
     items: Sequence[Item],
     max_tokens: int,
     progress: Progress | None = None,
@@ -38,7 +38,7 @@ def sampled_right(
 
 
 def checked_accuracy(
-    engine: Engine, items: Sequence[Item], max_tokens: int, progress: Progress | None = None
+    engine: Generator, items: Sequence[Item], max_tokens: int, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Greedy answers to every item, checked.
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from openqwen.engine import Engine, Sampling
+from openqwen.engine import Generator, Sampling
 
 CONTINUATIONS = (
     "def read_lines(path):\n    ",
@@ -27,7 +27,7 @@ CHATS = (
 )
 
 
-def sample_answers(engine: Engine, max_tokens: int) -> list[dict[str, Any]]:
+def sample_answers(engine: Generator, max_tokens: int) -> list[dict[str, Any]]:
     """Greedy answers to the fixed prompts: [{"prompt", "answer", "kind": "continuation" | "chat"}]."""
     chats = [[{"role": "user", "content": text}] for text in CHATS]
     outputs = engine.generate([*CONTINUATIONS, *chats], Sampling(max_tokens=max_tokens))

@@ -17,6 +17,7 @@ from openqwen.model.quantize import quantize as quantized
 from openqwen.model.quantize_gpu import quantize_on_gpu
 from openqwen.model.stored import Stored, has_weights, same_numbers, stored_in_folder, weight_files
 from openqwen.model.weights import SHARD_BYTES, fill, ignore, save_weights, without_memory
+from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, refuse_pointer, write_json
 from openqwen.support.gguf import find_gguf
@@ -177,7 +178,7 @@ def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
             f"These weights are {own.get('kind')}, version {own.get('version')} of their form; asked for is"
             f" {asked or own.get('kind')}, version {_PACKED['version']}.",
             where=path,
-            do="quantise the source anew: openqwen quantize MODEL OUTPUT --to KIND",
+            do=f"quantise the source anew: {command('quantize', 'MODEL', 'OUTPUT', '--to', 'KIND')}",
         )
     model = QuantizedQwen2(config, own["kind"])
     try:
@@ -219,7 +220,7 @@ def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
         raise OpenQwenError(
             f"Weights quantised by '{packed.get('quant_method')}' are not read here.",
             where=path / "config.json",
-            do="give the model they were made from; openqwen quantize packs it",
+            do="give the model they were made from; the verb quantize packs it",
         )
     stored = stored_in_folder(path)
     head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")

@@ -6,7 +6,7 @@ from typing import Any
 
 from openqwen.model import published
 from openqwen.model.long_context import DualChunk, LongContext, Yarn
-from openqwen.support.errors import OpenQwenError, suggestion
+from openqwen.support.errors import OpenQwenError, located, suggestion
 
 _MODEL_TYPES = ("qwen2", "qwen2_moe")
 _ONE_MILLION_NAMES = {"qwen2.5-7b-1m": "qwen2.5-7b-instruct-1m", "qwen2.5-14b-1m": "qwen2.5-14b-instruct-1m"}
@@ -50,6 +50,12 @@ class ModelConfig:
     generation: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            if (size := getattr(self, name)) < 1:
+                raise OpenQwenError(f"{name} is {size}, not at least 1.", where=f"model.{name}")
+        if not self.rope_theta > 1:
+            what = f"rope_theta is {self.rope_theta}, not above 1."
+            raise OpenQwenError(what, where="model.rope_theta", do="give Qwen2's 10000 or 1000000")
         if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
             raise OpenQwenError(
                 f"hidden_size {self.hidden_size} does not give {self.num_attention_heads} heads of an even size.",
@@ -130,12 +136,15 @@ class ModelConfig:
         if missing := (_REQUIRED | (_EXPERTS_REQUIRED & names)) - chosen.keys():
             raise OpenQwenError(f"config.json lacks {', '.join(sorted(missing))}.", where=where)
         _check_types(chosen, where)
-        return cls(
-            **chosen,
-            yarn=Yarn.from_json(rope, chosen.get("max_position_embeddings", cls.max_position_embeddings), where),
-            dual_chunk=DualChunk.from_json(chunks) if chunks else None,
-            other={k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")},
-        )
+        other = {k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")}
+        length = chosen.get("max_position_embeddings", cls.max_position_embeddings)
+        with located(where):
+            return cls(
+                **chosen,
+                yarn=Yarn.from_json(rope, length),
+                dual_chunk=DualChunk.from_json(chunks) if chunks else None,
+                other=other,
+            )
 
     def to_json(self, head: str = "ForCausalLM", dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` that transformers, vLLM and llama.cpp's converter read.
@@ -210,6 +219,15 @@ class ModelConfig:
 
 
 _REQUIRED = {f.name for f in fields(ModelConfig) if f.default is MISSING and f.default_factory is MISSING}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 _EXPERTS_REQUIRED = {
     "num_experts",
     "num_experts_per_tok",
@@ -278,12 +296,17 @@ def _check_types(chosen: Mapping[str, Any], where: str) -> None:
 def _check_kind(values: Mapping[str, Any], where: str) -> None:
     if not isinstance(values, Mapping):
         raise OpenQwenError("This file is JSON but not an object.", where=where)
+    for name in ("quantization_config", "dual_chunk_attention_config"):
+        if not isinstance(values.get(name) or {}, Mapping):
+            raise OpenQwenError(f"{name} is {values[name]!r}, not an object.", where=where)
     kind = values.get("model_type", "qwen2")
     if kind not in _MODEL_TYPES:
         raise OpenQwenError(f"model_type is '{kind}', not one of {', '.join(_MODEL_TYPES)}.", where=where)
     if values.get("use_sliding_window"):
         raise OpenQwenError("use_sliding_window is true; no released Qwen2 uses a sliding window.", where=where)
-    if odd := set(values.get("layer_types") or ()) - {"full_attention"}:
+    layers = values.get("layer_types") or []
+    layers = layers if isinstance(layers, list) else [layers]
+    if odd := {str(kind) for kind in layers} - {"full_attention"}:
         raise OpenQwenError(f"layer_types holds {', '.join(sorted(odd))}.", where=where)
     if values.get("hidden_act", "silu") != "silu":
         raise OpenQwenError(f"hidden_act is '{values['hidden_act']}'; Qwen2's is silu.", where=where)

@@ -39,10 +39,12 @@ class Yarn:
 
     def __post_init__(self) -> None:
         if self.factor < 1 or self.original_max_position_embeddings < 1:
-            raise OpenQwenError(f"YARN cannot stretch {self}.", do="give a factor of at least 1 and the length trained")
+            length = self.original_max_position_embeddings
+            what = f"YARN cannot stretch {length} tokens by a factor of {self.factor}."
+            raise OpenQwenError(what, do="give a factor of at least 1 and the length trained")
         if min(self.beta_fast, self.beta_slow) <= 0:
-            do = "give beta_fast and beta_slow above 0, or neither"
-            raise OpenQwenError(f"YARN has no ramp in {self}.", do=do)
+            what = f"YARN's beta_fast is {self.beta_fast} and its beta_slow {self.beta_slow}."
+            raise OpenQwenError(what, do="give both above 0, or neither")
 
     @property
     def temperature(self) -> float:
@@ -60,7 +62,7 @@ class Yarn:
         return replace(self, factor=factor, attention_factor=own)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], max_position_embeddings: int, where: str) -> "Yarn | None":
+    def from_json(cls, values: Mapping[str, Any], max_position_embeddings: int) -> "Yarn | None":
         """Read `rope_scaling` or `rope_parameters`, old spelling (`type`) or new (`rope_type`); None where plain."""
         kind = values.get("rope_type") or values.get("type") or "default"
         if kind == "default":
@@ -79,7 +81,6 @@ class Yarn:
         if wrong:
             raise OpenQwenError(
                 wrong,
-                where=where,
                 do='use {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, or none',
             )
         given.setdefault("original_max_position_embeddings", max_position_embeddings)
@@ -129,7 +130,11 @@ class DualChunk:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DualChunk":
         """Read `dual_chunk_attention_config`; what is missing is as in vLLM (8,192, 1,024, no scaling)."""
-        given = {f.name: int(values[f.name]) for f in fields(cls) if f.name in values}
+        given = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
+        for name, value in given.items():
+            if type(value) is not int:
+                what = f"{name} is {value!r}, not a whole number."
+                raise OpenQwenError(what, where="dual_chunk_attention_config")
         return cls(**{"chunk_size": 8_192, "local_size": 1_024, **given})
 
     def to_json(self) -> dict[str, int]:

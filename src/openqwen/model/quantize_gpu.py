@@ -1,6 +1,7 @@
 """Weights of 8 or 4 bits on a CUDA GPU: torchao's, whose kernels read them so. model/quantize.py is for CPUs."""
 
 from openqwen.model.decoder import Qwen2
+from openqwen.support.command import pip_install
 from openqwen.support.errors import OpenQwenError
 
 _GROUP = 32  # inputs of a scale in 4 bits
@@ -16,7 +17,7 @@ def quantize_on_gpu(model: Qwen2, kind: str) -> Qwen2:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:
         raise OpenQwenError(
-            f"Weights in {kind} on a GPU need the library torchao.", do="pip install 'openqwen[train]'"
+            f"Weights in {kind} on a GPU need the library torchao.", do=pip_install("openqwen[train]")
         ) from None
     tiles = "tile_packed_to_4d"  # what PyTorch's own kernel for 4 bits reads
     quantize_(

@@ -100,7 +100,8 @@ def _unknown(unknown: Sequence[str], known: Sequence[str], prog: str) -> OpenQwe
     flag = next((text for text in unknown if text.startswith("-")), None)
     do = f"{prog} --help lists every flag"
     if flag is None:
-        return OpenQwenError(f"Nobody asked for '{unknown[0]}'.", where="the command line", do=do)
+        near = suggestion(f"--{unknown[0]}", known)
+        return OpenQwenError(f"Unexpected argument '{unknown[0]}'.{near}", "the command line", do)
     name = flag.partition("=")[0].replace("_", "-")
     if name in known:  # a table has a flag for each entry and none of its own
         return OpenQwenError(f"'{name}' is a table.", where="the command line", do=f"set an entry: {name}.KEY VALUE")

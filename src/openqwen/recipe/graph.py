@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, create_model
 
+from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.settings import Settings
 from openqwen.support.stage import CHAT, Stage
@@ -166,7 +167,7 @@ def finish(run_folder: Path) -> list[str]:
     lines = [f"report   {write_report(run_folder)}"]
     made = [(name, _load(file)) for name, file, _ in reversed(GRAPH) if (run_folder / name).exists()]
     chat = next((name for name, stage in made if CHAT in stage.outputs), None)
-    return [*lines, f"chat     openqwen chat {run_folder / chat}"] if chat else lines
+    return [*lines, f"chat     {command('chat', run_folder / chat)}"] if chat else lines
 
 
 def select(nodes: Sequence[Node], until: str | None) -> list[Node]:

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +18,10 @@ from openqwen.recipe.settings import find_recipe, load_settings
 from openqwen.support.device import best_device, free_memory, peak_flops
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.progress import console, duration
-from openqwen.support.stage import Effort
+from openqwen.support.stage import CONVERSATION, Effort
 from openqwen.train.eight_bit import BYTES
 from openqwen.train.parallel.degrees import faults
+from openqwen.train.preferences import COMPARED
 from openqwen.train.pretrain import network_config
 
 _MOST = 4_096  # devices
@@ -29,24 +31,25 @@ _WIDTH = 150  # characters: a table cut off tells nothing
 
 @dataclass(frozen=True)
 class Training:
-    """A stage that trains, for the planner."""
+    """A stage that trains, for the planner. tokens: that it trains on, 0 where the recipe does not say."""
 
     name: str
     config: Any
     effort: Effort
-
-    @property
-    def tokens(self) -> float:
-        """Tokens that it trains on."""
-        return sum(self.effort.rows.values())
+    tokens: float
 
     @property
     def context(self) -> float:
         """Tokens before a token in its row, in the mean."""
-        return sum(length / 2 * tokens for length, tokens in self.effort.rows.items()) / self.tokens
+        rows = self.effort.rows
+        return sum(length / 2 * tokens for length, tokens in rows.items()) / sum(rows.values())
 
 
-def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
+def plan(
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")],
+    gpus: str = "1xH100",
+    model: str | None = None,
+) -> None:
     """Print, for each stage that trains: memory of a device by part, as the recipe says and at its fastest; time.
 
     Args:
@@ -69,7 +72,7 @@ def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
             ways = [f"  {way}" for way in _ways(stage, network, told, device, packed=name == "cpu")]
             head = "It would with" if ways else "Take devices with more memory."
             advice += [f"{stage.name} does not fit on {count} x {name}. {head}", *ways]
-    title = f"{network.parameters() / 1e9:.2f} billion weights on {count} x {name}, {device.memory:.0f} GiB each"
+    title = f"{_amount(network.parameters())} weights on {count} x {name}, {device.memory:.0f} GiB each"
     console.print(f"{title}; {USABLE:.0%} of it can be used", markup=False)
     Console(width=max(console.width, _WIDTH)).print(table)
     for line in advice:
@@ -77,7 +80,9 @@ def plan(recipe: str, gpus: str = "1xH100", model: str | None = None) -> None:
     console.print(
         f"An estimate. GiB of one device in float32: weights, gradients, optimizer states, activations, scores of the "
         f"vocabulary, what is gathered to work on. Time: arithmetic at {device.share:.0%} of {device.flops / 1e12:.3g} "
-        "TFLOPS, with the links at their makers' word; data and generation are not in it.",
+        "TFLOPS, with the links at their makers' word; data and generation are not in it. "
+        f"Assumed: {CONVERSATION} tokens in a demonstration, {COMPARED} in a prompt with its answers. "
+        "A rate alone: the recipe does not say how many tokens; divide those of your data by it.",
         markup=False,
     )
 
@@ -99,7 +104,9 @@ def trainings(recipe: Any) -> Iterator[Training]:
     """The stages of a recipe that train on many devices."""
     for node in nodes_of(recipe):
         if node.stage.trains_on_ranks and node.stage.estimate:
-            yield Training(node.name, node.config, node.stage.estimate(recipe, node.inputs))
+            effort = node.stage.estimate(recipe, node.inputs)
+            known = effort.data_from is None or effort.data_from in recipe.model_fields_set
+            yield Training(node.name, node.config, effort, sum(effort.rows.values()) if known else 0.0)
 
 
 def _setting(stage: Training, network: ModelConfig, count: int) -> Setting:
@@ -141,9 +148,21 @@ def _row(table: Table, stage: Training, network: ModelConfig, setting: Setting, 
     parts = [f"{value / GIB:.1f}" for value in vars(held).values()]
     total = f"[{'green' if fits else 'red'}]{held.total / GIB:.1f}[/]"
     speed = tokens_per_second(network, setting, device, stage.context)
-    seconds = stage.tokens / speed
-    time = f"{speed:,.0f} tokens/s, {duration(seconds)}, {seconds * setting.devices / 3600:,.1f} device hours"
+    time = f"{speed:,.0f} tokens/s"
+    if stage.tokens:
+        seconds = stage.tokens / speed
+        hours = seconds * setting.devices / 3600
+        time += f"; {_amount(stage.tokens)} tokens: {duration(seconds)}"
+        time += f", {hours:,.1f} device hours" if hours >= 0.05 else ""
     table.add_row(stage.name, what, how, *parts, total, time if fits else "[red]does not fit[/]")
+
+
+def _amount(number: float) -> str:
+    """`400,000`, `1.5M`, `18T`."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:,.4g}{unit}"
+    return f"{number:,.0f}"
 
 
 def _how(setting: Setting) -> str:
@@ -183,5 +202,5 @@ def _table() -> Table:
         table.add_column(name, no_wrap=name != "how")
     for name in ("weights", "grads", "moments", "acts", "scores", "buffers", "all"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     return table

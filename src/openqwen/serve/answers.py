@@ -8,7 +8,7 @@ from operator import itemgetter
 from typing import Any
 
 from openqwen.engine import Event
-from openqwen.engine.request import TopTokens
+from openqwen.engine.generator import TopTokens
 from openqwen.serve.bridge import Answers
 from openqwen.serve.errors import ApiError, identity
 from openqwen.serve.json_text import dump_json
@@ -112,8 +112,11 @@ class Writing:
             else:
                 entry["text"] = echoed + choice.text
             entry["logprobs"] = self._told(self._before(number) + _rows(lists[number]))
-            choices.append(entry | {"finish_reason": choice.reason} | self._ids(lists[number]))
-        return {**self._head, "choices": choices, "usage": self.usage()}
+            told = self._ids(lists[number]) | self._ends(number)
+            choices.append(entry | {"finish_reason": choice.reason} | told)
+        ids = self.chat and self.request.return_token_ids
+        prompt = {"prompt_token_ids": self._prompts[0]} if ids else {}
+        return {**self._head, "choices": choices, "usage": self.usage()} | prompt
 
     async def _events(self) -> AsyncIterator[tuple[int, Event]]:
         """The engine's, but without the one token that it cannot but make."""
@@ -179,6 +182,14 @@ class Writing:
             return {}
         made = [(token, event.version) for event in events for token in event.token_ids]
         return {"token_ids": [token for token, _ in made], "token_versions": [version for _, version in made]}
+
+    def _ends(self, number: int) -> Json:
+        """The token that ended an answer, and, as in vLLM, the ids of a completion's prompt."""
+        if not self.request.return_token_ids:
+            return {}
+        ended = {"stop_id": self.answers.requests[number].stop_id}
+        prompt = {} if self.chat else {"prompt_token_ids": self._prompts[number // self._n]}
+        return ended | prompt
 
     def _before(self, number: int) -> list[_Row]:
         """The prompt's tokens, where they are told; nothing is known of the first."""

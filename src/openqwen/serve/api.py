@@ -87,7 +87,8 @@ class Api:
             # In OpenAI's words, by which clients know that they must shorten the conversation.
             message = f"This model's maximum context length is {self.max_context} tokens. "
             message += f"However, your {param} resulted in {len(ids)} tokens. "
-            message += f"Please reduce the length of the {param} so that there is room for an answer."
+            message += f"Please reduce the length of the {param} so that there is room for an answer "
+            message += "(context_length_exceeded)."  # LangChain reads the text alone
             raise ApiError(400, message, param, "context_length_exceeded")
         if max(ids) >= self.tokenizer.vocab_size:
             raise ApiError(400, f"{param} has a token id out of vocabulary ({max(ids)}).", param)

@@ -14,11 +14,16 @@ from openqwen.serve.api import Api
 from openqwen.serve.errors import ApiError, checked, identity, told
 from openqwen.serve.json_text import parse_json
 from openqwen.serve.protocol import BatchRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Json
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 
 _MOST, _MOST_LINES = 1_000, 50_000  # files, and batches; lines of a batch
 _TOGETHER = 8  # lines of a batch at work at once
 _OPEN = ("in_progress", "cancelling")
+_KEYS = {
+    "file": {"id", "bytes"},
+    "batch": {"id", "status", "created_at", "input_file_id", "endpoint", "request_counts"},
+}
 _log = logging.getLogger(__name__)
 
 
@@ -28,7 +33,7 @@ class Batches:
     def __init__(self, folder: Path, most_bytes: int):
         self._folder, self._most = folder, most_bytes
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        known = [read_json(path) for path in sorted(folder.glob("*.json"))]
+        known = [entry for path in sorted(folder.glob("*.json")) for entry in _entries(path)]
         self.files: dict[str, Json] = {entry["id"]: entry for entry in known if entry["object"] == "file"}
         self.batches: dict[str, Json] = {entry["id"]: entry for entry in known if entry["object"] == "batch"}
         self._wake = asyncio.Event()
@@ -125,8 +130,8 @@ class Batches:
         path = self._folder / f"{batch['id']}.done"
         done = _objects(path.read_bytes()) if path.exists() else []
         known, counts = {entry["line"] for entry in done}, batch["request_counts"]
-        lines = [line for line in self.content(batch["input_file_id"]).splitlines() if line.strip()]
-        left = iter([number for number in range(len(lines)) if number not in known])
+        lines = self.content(batch["input_file_id"]).splitlines()
+        left = iter([n for n, line in enumerate(lines) if line.strip() and n not in known])
         counts |= {"completed": sum(map(_good, done)), "failed": len(done) - sum(map(_good, done))}
         with open(path, "ab") as file:
 
@@ -155,6 +160,18 @@ class Batches:
         batch[f"{batch['status']}_at"] = int(time.time())
         self._keep(self.batches, batch)
         path.unlink()
+
+
+def _entries(path: Path) -> list[Json]:
+    """What a file of the folder says of a file or a batch; nothing where a crash has spoiled it."""
+    try:
+        entry = read_json(path)
+        if not _KEYS[entry["object"]] <= entry.keys() or entry["id"] != path.stem:
+            raise KeyError
+    except (OpenQwenError, OSError, LookupError, TypeError, AttributeError):
+        _log.warning("%s tells of no file or batch; it is passed over.", path)
+        return []
+    return [entry]
 
 
 def _known(where: dict[str, Json], name: str) -> Json:

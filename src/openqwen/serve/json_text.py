@@ -19,7 +19,12 @@ def parse_json(raw: bytes, what: str) -> Any:
     nor sent back.
     """
     try:
-        return files.parse_json(_ESCAPE.sub(_whole, raw.decode("utf-8-sig")))
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{raw[error.start]:02x} at {error.start}"
+        raise ApiError(400, f"{what} is not JSON: {where} is not UTF-8.") from None
+    try:
+        return files.parse_json(_ESCAPE.sub(_whole, text))
     except ValueError as error:
         raise ApiError(400, f"{what} is not JSON: {error}.") from None
 

@@ -190,7 +190,9 @@ class Options(Body):
     stream_options: StreamOptions | None = None
     structured_outputs: Structured | None = None
     min_tokens: Annotated[int, Field(ge=0), _INTEGRAL] | None = Field(None, description="beside ignore_eos alone")
-    return_token_ids: bool | None = Field(None, description="tell the ids, and which weights made each token")
+    return_token_ids: bool | None = Field(
+        None, description="tell the ids of prompt and answer, and which weights made each token"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Options":
@@ -198,7 +200,16 @@ class Options(Body):
             raise _at("stream_options", "it is for streams alone")
         if self.min_tokens and not self.ignore_eos:
             raise _at("min_tokens", "it needs ignore_eos; else the model decides where it ends")
+        if len(self._forms) > 1:
+            told = f"{', '.join(self._forms)} exclude each other"
+            raise _at("structured_outputs", told)
         return self
+
+    @property
+    def _forms(self) -> list[str]:
+        """The forms in structured_outputs that an answer must have."""
+        asked = self.structured_outputs or {}
+        return [name for name, value in asked.items() if value is not None]
 
     def structure(self) -> Structure | None:
         """What the answer must look like, where the client says."""
@@ -227,7 +238,7 @@ class Options(Body):
             temperature=0.0 if greedy else temperature,
             top_k=max(int(of("top_k", 0)), 0),
             logit_bias=tuple((int(i), bias) for i, bias in (self.logit_bias or {}).items()),
-            seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 63),
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
@@ -270,6 +281,12 @@ class ChatRequest(Options, Turns):
             raise _at("tool_choice", "it needs tools")
         if isinstance(self.tool_choice, dict) and self.tool_choice["function"]["name"] not in names:
             raise _at("tool_choice", f"it names none of the tools {names}")
+        plain = self.response_format is None or self.response_format["type"] == "text"
+        called = self.tool_choice not in (None, "auto", "none")
+        called |= any(tool["function"].get("strict") for tool in self.offered or [])
+        if self._forms and (called or not plain):
+            told = "it excludes response_format and calls that are forced or strict"
+            raise _at("structured_outputs", told)
         return self
 
     @property

@@ -27,6 +27,11 @@ from openqwen.serve.tools import Arguments, Call, Piece, Text
 
 _MOST = 1_000  # responses that are kept
 _LOGPROBS = "message.output_text.logprobs"
+_RENAMED = {
+    "messages": "input",
+    "response_format": "text.format",
+    ".function.": ".",
+}
 _NAMES = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
 
@@ -49,7 +54,7 @@ MessageItem = TypedDict(
     "MessageItem",
     {
         "type": NotRequired[Literal["message"]],
-        "id": NotRequired[str],
+        "id": NotRequired[str | None],
         "role": Role,
         "content": Content,
     },
@@ -196,6 +201,15 @@ def _messages(items: list[Json]) -> list[Json]:
     return messages
 
 
+def _renamed(error: ApiError) -> ApiError:
+    """An error of the older form with this one's names of the fields."""
+    for old, new in _RENAMED.items():
+        error.param = error.param and error.param.replace(old, new)
+        if error.message.startswith(old):
+            error.message = new + error.message.removeprefix(old)
+    return error
+
+
 def _without_type(value: Any) -> Json:
     return {key: inner for key, inner in value.items() if key != "type"}
 
@@ -217,7 +231,10 @@ class Responses:
             earlier, before = self._kept[name]
             items = [*before, *earlier["output"]]
         items += request.items(self._find)
-        writing = await self._api.chat(request.chat(_messages(items)))
+        try:
+            writing = await self._api.chat(request.chat(_messages(items)))
+        except ApiError as error:
+            raise _renamed(error) from None
 
         def keep(response: Json) -> None:
             self._kept[response["id"]] = (response, items)

@@ -44,7 +44,11 @@ _UNSEEN = {code: None for code in [*range(32), *range(127, 160)] if chr(code) no
 
 
 def chat(
-    model: Annotated[str, tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL")],
+    model: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL"),
+    ],
     system: Annotated[str | None, tyro.conf.arg(help="System prompt; none: the checkpoint's own.")] = None,
     temperature: Annotated[float, tyro.conf.arg(help="0 takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, tyro.conf.arg(help="Longest answer, in tokens.")] = 1024,

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import open_binary, parse_json, read_jsonl
+from openqwen.support.files import open_binary, parse_json, read_jsonl, refuse_pointer
 from openqwen.support.hub import DATA_SUFFIXES, HUB, dataset_files
 
 Record = dict[str, Any]
@@ -66,6 +66,7 @@ def _list(path: Path) -> Iterator[Record]:
 
 def _parquet(path: Path) -> Iterator[Record]:
     try:
+        refuse_pointer(path)
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
                 for record in batch.to_pylist(maps_as_pydicts="lossy"):

@@ -56,7 +56,8 @@ class Effort:
 
     seconds: of work that is no network's. answers: short answers to sample. rows: length of a row -> tokens to train on
     in such rows. micro_tokens: of the largest forward call. longest: tokens of the longest record. beside: whole
-    networks that stand beside the one that trains.
+    networks that stand beside the one that trains. data_from: the section of the recipe that says how much data is
+    made; a recipe without it trains on the user's own.
     """
 
     seconds: float = 0.0
@@ -65,6 +66,7 @@ class Effort:
     micro_tokens: int = 0
     longest: int = 0
     beside: int = 0
+    data_from: str | None = None
 
 
 @dataclass(frozen=True)

@@ -333,6 +333,7 @@ def read_settings(folder: Path) -> tuple[str | dict[str, str] | None, dict[str, 
 
 
 def _read_template(path: Path) -> str:
+    refuse_pointer(path)
     try:
         return path.read_bytes().decode()
     except UnicodeDecodeError as error:

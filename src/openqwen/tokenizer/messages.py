@@ -143,7 +143,7 @@ def as_tools(record: Record) -> Tools:
     name = next((name for name in ("tools", "functions") if record.get(name)), None)
     if name is None:
         return None
-    tools = _parsed(record[name], name)
+    tools = _parsed(record[name], name) or []
     tools = tools if isinstance(tools, list) else [tools]
     return [_tool(tool, f"{name}[{n}]") for n, tool in enumerate(tools)] or None
 

@@ -34,6 +34,10 @@ class TokenizerConfig(Settings):
     max_bytes: int = Field(
         20_000_000, ge=1, description="bytes of text to learn from, drawn by the weights of the mixture"
     )
+    weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="what a source's weight in the mixture is multiplied by, 0 to learn nothing from it; 1 by default",
+    )
     min_frequency: int = Field(2, ge=1, description="a pair seen less often than this is not merged")
     system_prompt: str = Field(
         DEFAULT_SYSTEM_PROMPT, description="system message of the chat template where a chat does not begin with one"

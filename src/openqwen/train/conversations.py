@@ -188,10 +188,12 @@ def fit(sample: Sample, limit: int, too_long: TooLong, where: str) -> Sample | N
 
 def fitting(samples: list[Any], lengths: list[int], limit: int, where: str) -> list[Any]:
     """Samples no longer than `limit` tokens; none left is an error that names the shortest."""
+    if not samples:
+        raise OpenQwenError("There are no records.", where=where, do="give a file with some")
     kept = [s for s, n in zip(samples, lengths) if n <= limit]
     if not kept:
         raise OpenQwenError(
-            f"None of the {len(samples)} records fits in {limit} tokens (the shortest has {min(lengths, default=0)}).",
+            f"None of the {len(samples)} records fits in {limit} tokens (the shortest has {min(lengths)}).",
             where=where,
             do="raise max_length",
         )

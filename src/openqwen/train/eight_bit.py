@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from openqwen.support.command import pip_install
 from openqwen.support.errors import OpenQwenError
 
 BLOCK = 128  # numbers that share a scale; every published width is a multiple of it
@@ -29,7 +30,7 @@ def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opti
         raise OpenQwenError(
             "8-bit AdamW is torchao's, which is not installed.",
             where="train.method",
-            do="pip install torchao, or choose adamw",
+            do=f"{pip_install('torchao')}, or choose adamw",
         ) from None
     return library.AdamW8bit(groups, **settings, block_size=BLOCK)
 

@@ -173,6 +173,7 @@ def _effort(recipe: Any, roles: Collection[str]) -> Effort:
         rows={CONVERSATION: asked * COMPARED},
         micro_tokens=config.micro_tokens,
         longest=config.micro_tokens,
+        data_from="online_dpo",
         beside=2,  # the reference and the reward model
     )
 

@@ -80,4 +80,4 @@ def preferences_effort(recipe: Any, config: PreferencesConfig, passes: float) ->
     """To train so many times on the preferences that a recipe makes."""
     rows = {CONVERSATION: recipe.prefer.prompts * COMPARED * passes}
     longest = config.max_length
-    return Effort(rows=rows, micro_tokens=max(config.micro_tokens, longest), longest=longest)
+    return Effort(rows=rows, micro_tokens=max(config.micro_tokens, longest), longest=longest, data_from="prefer")

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.support.command import command
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
@@ -158,7 +159,8 @@ def check_ids(sources: Mapping[str, TokenSource], vocabulary: int) -> None:
                     f"Document {document} of the source '{name}' holds the token id {largest}, but the vocabulary "
                     f"of the network ends at {vocabulary - 1}.",
                     where=f"token shard {name}, document {document}",
-                    do="make the token shards with this network's tokenizer: openqwen tokens --tokenizer MODEL ...",
+                    do="make the token shards with this network's tokenizer: "
+                    f"{command('tokens', '--tokenizer', 'MODEL', '...')}",
                 )
 
 
@@ -272,7 +274,7 @@ def _checked_tokenizer(given: Tokenizer, start: Path, where: Path) -> Tokenizer:
         raise OpenQwenError(
             f"The tokenizer of the shards is not that of {start}: the same ids would mean other text.",
             where=where,
-            do=f"make the shards with the checkpoint's: openqwen tokens --tokenizer {local(start)} ...",
+            do=f"make the shards with the checkpoint's: {command('tokens', '--tokenizer', local(start), '...')}",
         )
     return own
 
@@ -290,7 +292,7 @@ def staged_effort(config: StagedConfig) -> Effort:
 
 STAGE = Stage(
     name="pretrain",
-    help="Train a network on token shards, from scratch or from --model; with --sweep, see openqwen sweep.",
+    help="Train a network on token shards, from scratch or from --model; with --sweep, see the verb sweep.",
     config=PretrainConfig,
     inputs={"tokens": TOKENS, "tokenizer": TOKENIZER, "corpus": CORPUS},
     outputs=["model"],

@@ -164,7 +164,7 @@ def _effort(recipe: Any, roles: Collection[str]) -> Effort:
     config, made = recipe.sft, recipe.instruct.demonstrations + recipe.instruct.repurposed
     longest = config.max_length
     rows = {CONVERSATION: made * config.epochs * CONVERSATION}
-    return Effort(rows=rows, micro_tokens=max(config.micro_tokens, longest), longest=longest)
+    return Effort(rows=rows, micro_tokens=max(config.micro_tokens, longest), longest=longest, data_from="instruct")
 
 
 STAGE = Stage(

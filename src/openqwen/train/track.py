@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from openqwen.support.command import pip_install
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
 
@@ -61,5 +62,5 @@ def _library(tracker: Tracker) -> Any:
         raise OpenQwenError(
             f"The package '{package}' is not installed.",
             where="train.track",
-            do=f"pip install {package}, or leave it out: metrics.jsonl and the report hold the same curves",
+            do=f"{pip_install(package)}, or leave it out: metrics.jsonl and the report hold the same curves",
         ) from None

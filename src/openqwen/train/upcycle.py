@@ -60,7 +60,7 @@ def run_upcycle(run: StageRun) -> dict[str, float]:
 
 STAGE = Stage(
     name="upcycle",
-    help="A dense network to a mixture of fine-grained experts: openqwen upcycle DENSE OUTPUT.",
+    help="A dense network to a mixture of fine-grained experts.",
     config=UpcycleConfig,
     inputs={"model": "The dense Hugging Face folder."},
     outputs=["model"],

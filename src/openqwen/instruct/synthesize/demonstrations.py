@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from openqwen.corpus.documents import read_documents
-from openqwen.engine import Engine
+from openqwen.engine import Engine, Generator
 from openqwen.instruct.synthesize.rejection import rejection_sample
 from openqwen.instruct.synthesize.repurpose import demonstrations_from_docstrings
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
@@ -37,7 +37,7 @@ class InstructConfig(Settings):
 def build_demonstrations(
     config: InstructConfig,
     documents: Iterable[dict[str, Any]],
-    engine: Engine,
+    engine: Generator,
     seed: int,
     folder: Path,
     model: str | None = None,

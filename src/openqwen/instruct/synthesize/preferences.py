@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from openqwen.engine import Engine, Output
+from openqwen.engine import Engine, Generator, Output
 from openqwen.instruct.synthesize.rejection import sample_answers
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.model import load_model
@@ -41,7 +41,7 @@ class PreferConfig(Settings):
 
 
 def build_preferences(
-    config: PreferConfig, engine: Engine, seed: int, folder: Path, model: str | None = None
+    config: PreferConfig, engine: Generator, seed: int, folder: Path, model: str | None = None
 ) -> dict[str, float]:
     """Write preferences.jsonl, heldout.jsonl, test.jsonl and prefer.json into `folder`; returns flat metrics.
 

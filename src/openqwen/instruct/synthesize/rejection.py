@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openqwen.engine import Engine, Output, Sampling
+from openqwen.engine import Generator, Output, Sampling
 from openqwen.instruct.synthesize.pretraining_tasks import FORMATS
 from openqwen.instruct.synthesize.tasks import Task
 from openqwen.support.generators import Generators
@@ -24,7 +24,7 @@ class Rejection:
 
 
 def sample_answers(
-    engine: Engine,
+    engine: Generator,
     prompts: Sequence[Any],
     samples: int,
     temperatures: Sequence[float],
@@ -48,7 +48,7 @@ def sample_answers(
 
 
 def rejection_sample(
-    engine: Engine,
+    engine: Generator,
     tasks: Sequence[Task],
     samples: int,
     temperature: float,
@@ -82,8 +82,11 @@ def _counted(samples: int, correct: int) -> dict[str, Any]:
 
 
 def plain_prompt(question: str) -> str:
-    """A question in the first plain format, up to where the answer begins."""
-    return FORMATS[0].format(question=question, answer="").rstrip()
+    """A question in the first plain format, up to where the answer begins.
+
+    The newline is part of it: the colon before it and the newline are one token.
+    """
+    return FORMATS[0].format(question=question, answer="")
 
 
 def plain_answer(text: str) -> str:

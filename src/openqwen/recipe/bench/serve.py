@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
 
+from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
 from openqwen.support.progress import console, progress
@@ -111,7 +112,7 @@ class _Load:
         try:
             self.alone = [await self._answer(body, None) for body in self.asked]
         except self.lost as error:
-            do = "start it first: openqwen serve MODEL"
+            do = f"start it first: {command('serve', 'MODEL')}"
             raise OpenQwenError(f"No server answers there ({error}).", where=str(self.http.base_url), do=do) from None
         self.tally, before = _Tally(), await self._metrics()
         with progress("load", seconds, "s") as work:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from openqwen.recipe.graph import GRAPH
+from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl
 
@@ -43,7 +44,8 @@ class FinishedStage:
     def inputs(self) -> list[str]:
         """Names of the stages it was made from, each once."""
         named = (self.manifest.get("inputs") or {}).values()
-        return list(dict.fromkeys(given["stage"] for given in named))
+        # A folder from outside may bear its name.
+        return list(dict.fromkeys(given["stage"] for given in named if given["stage"] != self.name))
 
     @property
     def is_evaluation(self) -> bool:
@@ -113,7 +115,8 @@ def load_run(folder: Path) -> Run:
     {"recipe": "tiny", "reused": ["corpus", ...]}.
     """
     if not folder.is_dir():
-        raise OpenQwenError("There is no run folder here.", where=folder, do="run a recipe first: openqwen run RECIPE")
+        do = f"run a recipe first: {command('run', 'RECIPE')}"
+        raise OpenQwenError("There is no run folder here.", where=folder, do=do)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     stages = [
         FinishedStage(name=path.name, folder=path, manifest=read_json(path / "manifest.json"))

@@ -1,10 +1,11 @@
 /** Making an answer: one request, its stream, and what it leaves in the turn. */
 
 import * as api from "./api.js";
+import { elsewhere, endElsewhere } from "./tabs.js";
 import { before, messages, stamp } from "./tree.js";
 
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "seed"];
-const running = new Map(); // turn id -> AbortController
+export const running = new Map(); // turn id -> AbortController, of this tab's answers
 let leaving = false; // the page goes, and its connections with it: no fault of theirs
 
 for (const name of ["beforeunload", "pagehide"]) {
@@ -14,8 +15,8 @@ for (const name of ["beforeunload", "pagehide"]) {
   });
 }
 
-export const isRunning = (node) => running.has(node.id);
-export const stop = (node) => running.get(node.id)?.abort();
+export const isRunning = (node) => running.has(node.id) || elsewhere(node);
+export const stop = (node) => (running.has(node.id) ? running.get(node.id).abort() : endElsewhere(node));
 export const anyRunning = () => running.size > 0;
 
 /** Function definitions typed by hand: OpenAI's list of tools, or bare functions. Throws what is wrong, in words. */
@@ -71,8 +72,8 @@ export async function answer(conversation, node, onchange) {
   } catch (error) {
     node.finish = leaving ? "interrupted" : error.name === "AbortError" ? "stopped" : "error";
     if (node.finish === "error") {
-      const { message, advice = "Change the settings.", status = 0, retry = null } = error;
-      node.error = { message, advice, status, retry };
+      const { message, advice = "Change the settings.", status = 0, retry = null, long = false } = error;
+      node.error = { message, advice, status, retry, long };
     }
   } finally {
     running.delete(node.id);

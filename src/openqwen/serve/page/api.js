@@ -3,19 +3,21 @@
 export const HOME = new URL("v1", document.baseURI).pathname;
 const KEY = "openqwen.key";
 
-/** What went wrong, and what to do, in words. status 0: no answer came at all. */
+/** What went wrong, and what to do, in words. status 0: no answer came at all. long: the conversation is too long. */
 export class ApiError extends Error {
-  constructor(message, { status = 0, retry = null, advice = "" } = {}) {
+  constructor(message, { status = 0, retry = null, advice = "", long = false } = {}) {
     super(message);
-    Object.assign(this, { status, retry, advice });
+    Object.assign(this, { status, retry, advice, long });
   }
 }
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "",
+  remembered: () => localStorage.getItem(KEY) !== null,
   set(value, remember) {
     sessionStorage.setItem(KEY, value);
     if (remember) localStorage.setItem(KEY, value);
+    else localStorage.removeItem(KEY);
   },
   forget() {
     sessionStorage.removeItem(KEY);
@@ -40,7 +42,7 @@ async function ask(path, body = null, signal = null) {
     response = await fetch(path, request);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The server does not answer.", { advice: "Check that openqwen serve is still running, then try again." });
+    throw new ApiError("The server does not answer.", { advice: "Check that it is still running, then try again." });
   }
   if (!response.ok) throw await refusal(response);
   return response;
@@ -48,23 +50,24 @@ async function ask(path, body = null, signal = null) {
 
 async function refusal(response) {
   const text = await response.text().catch(() => "");
-  let said = "";
+  let said = "", code = "";
   try {
     const { error } = JSON.parse(text);
     said = typeof error === "string" ? error : error?.message;
+    code = error?.code;
   } catch { /* not JSON: a proxy's page, which is of no use to a reader */ }
   const { status } = response;
   const seconds = Number(response.headers.get("Retry-After"));
-  const advice = {
+  const long = status === 413 || code === "context_length_exceeded";
+  const advice = long ? "Shorten the message, or begin a new conversation." : {
     400: "Change the message or the settings.",
-    401: "Give the server's key.",
+    401: "Give the server's key below.",
     403: "This key may not do that.",
     404: "Choose another model in the settings, or check the server's address.",
-    413: "Shorten the conversation, or begin a new one.",
     429: "The server is busy.",
     503: "The server is starting or stopping; try again.",
   }[status] ?? (status >= 500 ? "See the server's log, then try again." : "Try again.");
-  return new ApiError(said || `The server said ${status} ${response.statusText}.`, { status, advice, retry: status === 429 ? seconds || 5 : null });
+  return new ApiError(said || `The server said ${status} ${response.statusText}.`, { status, advice, long, retry: status === 429 ? seconds || 5 : null });
 }
 
 /** Ids and context lengths of the models at a base. */

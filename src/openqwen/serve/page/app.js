@@ -1,17 +1,19 @@
 /** The page: which conversation is open, and what each button and key does. */
 
-import { answer, anyRunning, isRunning, parseTools, request, stop } from "./answer.js";
+import { answer, anyRunning, isRunning, parseTools, request, running, stop } from "./answer.js";
 import * as api from "./api.js";
 import { showKeys, showPrompt } from "./dialogs.js";
 import { announce, h, icon, iconButton, number, toast } from "./dom.js";
 import { fillPanel } from "./panel.js";
 import { fillFoot, fillSidebar } from "./sidebar.js";
 import { Store } from "./store.js";
+import { join } from "./tabs.js";
 import { add, before, merge, newConversation, newId, path, ROOT, select, titleOf, versions } from "./tree.js";
-import { pair, reconcile, Turn, welcome } from "./view.js";
+import { keyForm, pair, reconcile, Turn, welcome } from "./view.js";
 
 const at = (id) => document.getElementById(id);
 const TRIES = 10; // times that a busy server is asked again by itself
+const LOCKED = "A key is needed";
 
 const store = new Store((id) => {
   if (id === current?.id && !store.conversations.has(id)) open(fresh());
@@ -21,6 +23,8 @@ const store = new Store((id) => {
 let current = null;
 let catalog = [];
 let canRender = false;
+let link = "Connecting"; // to the server: "" where it told its models, else how it stands
+const gate = keyForm(connect);
 let follow = true; // the view stays at the end while text comes
 let frame = 0;
 const views = new Map(); // turn id -> Turn
@@ -65,7 +69,8 @@ function drawNow() {
     reconcile(frameOfPair.element, shown);
     return frameOfPair.element;
   });
-  reconcile(at("turns"), elements.length ? elements : [welcome(catalog.find((model) => model.id === current.settings.model), store.durable)]);
+  const shown = elements.length ? elements : [welcome(link || current.settings.model, store.durable)];
+  reconcile(at("turns"), link === LOCKED ? [...shown, gate.element] : shown);
   const busy = liveTurns().length > 0;
   at("turns").setAttribute("aria-busy", String(busy));
   drawTop();
@@ -160,6 +165,7 @@ async function run(conversation, node) {
   drawSidebar(false);
   await over;
   if (node.error?.retry && (tries.get(node.id) ?? 0) < TRIES) wait(conversation, node, Math.ceil(node.error.retry));
+  else if (node.error?.status === 401) lock();
   else if (!node.error) announce(`Answer finished, ${node.stats?.tokens ?? 0} tokens`); // an error is an alert by itself
   if (kept()) await store.changed(conversation, node);
   drawSidebar(false);
@@ -240,8 +246,17 @@ const act = {
     open(store.conversations.get(conversations[0].id));
     toast(conversations.length === 1 ? "One conversation is imported." : `${conversations.length} conversations are imported.`);
   },
+  shorten(node) {
+    const asked = before(current, node).findLast((turn) => turn.role === "user");
+    views.get(asked.id).edit();
+  },
+  afresh(node) {
+    const asked = before(current, node).findLast((turn) => turn.role === "user");
+    act.open(fresh());
+    at("composer-text").value = asked.content;
+    at("composer-text").dispatchEvent(new Event("input"));
+  },
   keys: showKeys,
-  connect,
   again: (node) => again(current, node),
   cancelWait: (node) => endWait(node),
   regenerate(node) {
@@ -388,21 +403,35 @@ function build() {
   fillFoot(at("sidebar-foot"), () => store.list(), act);
 }
 
-/** Learn which models there are, and whether prompts can be rendered. */
+/** Ask for the key, and say so where one was given. */
+function lock() {
+  link = LOCKED;
+  gate.say(api.key.get() ? "The server does not accept this key." : "");
+  draw();
+}
+
+/** Learn which models there are, and whether prompts can be rendered; ask again what stopped for want of a key. */
 async function connect() {
   try {
     catalog = await api.models();
+    link = "";
     settleModel();
     const body = { model: current.settings.model, messages: [{ role: "user", content: "?" }] };
     canRender = await api.render(api.HOME, body).then(() => true, () => false);
+    const last = path(current).at(-1);
+    const refused = Object.values(current.nodes).filter((node) => node.error?.status === 401);
+    for (const node of refused) if (node === last || (node.pair && node.pair === last.pair)) again(current, node);
   } catch (error) {
-    if (error.status !== 401) toast(`${error.message} ${error.advice}`, "Try again", connect);
+    link = "No connection";
+    if (error.status === 401) lock();
+    else toast(`${error.message} ${error.advice}`, "Try again", connect);
   }
   drawNow();
   if (!at("panel").hidden) showPanel(true);
 }
 
 build();
+join(running, () => (draw(), drawSidebar(false)));
 await store.open();
 open(store.conversations.get(sessionStorage.getItem("openqwen.open")) ?? fresh());
 focusField();

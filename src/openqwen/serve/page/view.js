@@ -8,10 +8,11 @@ import { versions } from "./tree.js";
 
 /** Make an element's children exactly these, moving none that is in place. */
 export function reconcile(parent, nodes) {
+  const kept = new Set(nodes);
+  for (const child of [...parent.childNodes]) if (!kept.has(child)) child.remove();
   nodes.forEach((node, n) => {
     if (parent.childNodes[n] !== node) parent.insertBefore(node, parent.childNodes[n] ?? null);
   });
-  while (parent.childNodes.length > nodes.length) parent.lastChild.remove();
 }
 
 const NOTES = {
@@ -79,14 +80,16 @@ export class Turn {
   trouble() {
     const { error } = this.node;
     const { waiting } = this.place;
+    const button = (text, onclick) => h("button", { type: "button", class: "button", onclick }, text);
     const again = () => this.act.again(this.node);
     const box = h("div", { class: "trouble", role: "alert" }, h("p", {}, h("strong", {}, error.message), ` ${error.retry && !waiting ? "The server is busy; try again later." : error.advice ?? ""}`));
-    if (error.status === 401) box.append(keyForm(() => this.act.connect().then(again)));
-    else if (waiting) {
+    if (waiting) {
       box.append(h("p", { class: "note" }, `Asking again in ${waiting} s. `),
-        h("div", { class: "row" }, h("button", { type: "button", class: "button", onclick: again }, "Ask now"),
-          h("button", { type: "button", class: "button", onclick: () => this.act.cancelWait(this.node) }, "Leave it")));
-    } else box.append(h("div", { class: "row" }, h("button", { type: "button", class: "button", onclick: again }, "Try again")));
+        h("div", { class: "row" }, button("Ask now", again), button("Leave it", () => this.act.cancelWait(this.node))));
+    } else if (error.long) {
+      box.append(h("div", { class: "row" }, button("Shorten the message", () => this.act.shorten(this.node)),
+        button("New conversation with it", () => this.act.afresh(this.node))));
+    } else if (error.status !== 401) box.append(h("div", { class: "row" }, button("Try again", again)));
     return box;
   }
 
@@ -161,7 +164,7 @@ export function statistics(node, running) {
   const { stats } = node;
   if (!stats) return "";
   const parts = [`${number.format(stats.tokens)} token${stats.tokens === 1 ? "" : "s"}`];
-  if (stats.rate) parts.push(`${stats.rate < 100 ? stats.rate.toFixed(1) : Math.round(stats.rate)} tokens/s`);
+  if (stats.rate) parts.push(`${stats.rate < 100 ? stats.rate.toFixed(1) : number.format(Math.round(stats.rate))} tokens/s`);
   if (stats.first > 0 && !running) parts.push(`first after ${stats.first < 10 ? stats.first.toFixed(2) : Math.round(stats.first)} s`);
   return parts.join(" · ");
 }
@@ -198,16 +201,20 @@ function resultsForm(node, act) {
   return h("form", { class: "results", onsubmit }, areas, h("div", { class: "row" }, h("button", { class: "button primary" }, areas.length > 1 ? "Give the results" : "Give the result")));
 }
 
-function keyForm(then) {
+/** Where the server's key is given. {element, say(text)}; then: after a key was given. */
+export function keyForm(then) {
+  const wrong = h("p", { class: "wrong", role: "alert" });
   const field = h("input", { type: "password", "aria-label": "API key", placeholder: "API key", autocomplete: "current-password", required: true });
-  const remember = h("input", { type: "checkbox" });
+  const remember = h("input", { type: "checkbox", checked: key.remembered() });
   const onsubmit = (event) => {
     event.preventDefault();
     key.set(field.value.trim(), remember.checked);
     then();
   };
-  return h("form", { class: "key", onsubmit }, h("div", { class: "row" }, field, h("button", { class: "button primary" }, "Use this key")),
-    h("label", { class: "check" }, remember, "Remember it in this browser; otherwise until the tab closes"));
+  const form = h("form", { class: "key", onsubmit }, h("p", {}, "This server needs a key; whoever runs it knows it."),
+    h("div", { class: "row" }, field, h("button", { class: "button primary" }, "Use this key")),
+    wrong, h("label", { class: "check" }, remember, "Remember it in this browser; otherwise until the tab closes"));
+  return { element: form, say: (text) => (wrong.textContent = text) };
 }
 
 /** The answer's tokens, each the paler the surer the model was; the likeliest others on hover. */
@@ -228,10 +235,10 @@ export function pair(elements) {
   return h("div", { class: "pair" }, elements);
 }
 
-/** What stands where a conversation has not begun. */
-export function welcome(model, durable) {
+/** What stands where a conversation has not begun. head: the model's name, or why there is none. */
+export function welcome(head, durable) {
   return h("div", { class: "welcome" },
-    h("p", { class: "eyebrow" }, model?.id ?? "No model yet"),
+    h("p", { class: "eyebrow" }, head),
     h("h1", {}, "What would you like to ask?"),
     h("p", { class: "lead" }, durable ? "Conversations stay in this browser; messages go to this server and nowhere else."
       : "This browser keeps no data for this page: conversations are gone when the tab closes. Export what you want to keep."),

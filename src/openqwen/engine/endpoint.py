@@ -1,0 +1,395 @@
+"""A generator that asks a server with OpenAI's API.
+
+OpenQwen's own, vLLM, SGLang, llama.cpp and hosted services are such servers.
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import httpx
+from anyio.from_thread import start_blocking_portal
+
+from openqwen.engine.generator import Generator, Output, Prompt, Sampling
+from openqwen.engine.openai_api import (
+    Call,
+    Json,
+    answer_call,
+    read_answer,
+    read_score,
+    score_call,
+)
+from openqwen.engine.seeds import seed_of
+from openqwen.support.errors import OpenQwenError, disk_errors, located
+from openqwen.support.files import parse_json
+from openqwen.support.progress import Progress, notice
+
+Result = TypeVar("Result")
+
+_GREEDY = Sampling()
+_FIRST_WAIT, _LONGEST_BACKOFF = 0.5, 30.0  # seconds between two attempts
+_LONGEST_ASKED = 600.0  # seconds that a server may ask to wait
+_CONNECT = 10.0  # seconds
+_LARGEST = 2**28  # bytes of a response
+_WHAT_TO_DO = {
+    401: "give api_key, or set OPENAI_API_KEY",
+    403: "give api_key, or set OPENAI_API_KEY",
+    404: "check the base URL, which often ends in /v1, and the model's name",
+}
+
+
+class _Question(NamedTuple):
+    """What is asked about one prompt. ids: the prompt's own, where they are known here."""
+
+    answer: Call
+    score: Call | None
+    ids: list[int]
+
+
+class _AttemptError(Exception):
+    """An attempt failed. again: another may succeed. wait: seconds that the server asks to wait."""
+
+    def __init__(
+        self,
+        what: str,
+        again: bool = True,
+        wait: float | None = None,
+        do: str | None = None,
+    ):
+        super().__init__(what)
+        self.again, self.wait, self.do = again, wait, do
+
+
+class Endpoint(Generator):
+    """A model behind a server with OpenAI's API.
+
+    Each prompt is a request of its own. A request is sent again, after a wait that doubles each
+    time, on connection errors, time-outs, status 408, 429 and 5xx, or as the server says
+    (Retry-After, x-should-retry).
+
+    Outputs hold what the server tells: token ids where it knows `return_token_ids` (vLLM's field),
+    log-probabilities where it has them; lists are empty otherwise. Servers read control tokens
+    in a prompt that is a text; `Engine` does not. A server that does not know a field of the
+    request refuses it by name, or ignores it: the latter cannot be noticed here.
+
+    Args:
+        url: the base URL, such as http://127.0.0.1:8000/v1.
+        model: the model's name at the server.
+        api_key: by default that of the environment variable OPENAI_API_KEY, if there is one.
+        concurrency: most requests at once.
+        timeout: seconds that one attempt may take, from connecting to the last byte.
+        retries: most further attempts of one request; 6 bridge about half a minute.
+        cache: a folder that keeps each response. The same request of a later call is read from
+            there; it is the same where URL, model, prompt, sampling and, unless greedy, seed are.
+
+    Raises:
+        OpenQwenError: an argument cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        api_key: str | None = None,
+        concurrency: int = 32,
+        timeout: float = 600.0,
+        retries: int = 6,
+        cache: str | Path | None = None,
+    ):
+        for name, good, wanted in (
+            ("model", bool(model), "the name of a model of the server"),
+            ("concurrency", concurrency >= 1, "1 or more"),
+            ("timeout", 0 < timeout < math.inf, "seconds above 0"),
+            ("retries", retries >= 0, "0 or more"),
+        ):
+            if not good:
+                what = f"{name} cannot be {locals()[name]!r}."
+                raise OpenQwenError(what, where=f"Endpoint, {name}", do=f"give {wanted}")
+        self.url, self.model = _checked_url(url), model
+        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
+        self.cache = None if cache is None else _folder(Path(cache))
+        self._key = _checked_key(os.environ.get("OPENAI_API_KEY") if api_key is None else api_key)
+        self._refused: set[str] = set()  # optional fields that the server does not take
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling = _GREEDY,
+        seeds: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Output]:
+        """Answer every prompt, in order; see `Generator.generate`.
+
+        The first request that fails for good, or an exception such as Ctrl-C, cancels all others.
+        """
+        questions = []
+        for number, prompt in enumerate(prompts):
+            seed = seed_of(sampling.seed, number) if seeds is None else seeds[number]
+            with located(f"prompt {number}"):
+                questions.append(self._question(prompt, sampling, seed))
+        # A thread with an event loop of its own: a notebook's thread already runs one. Leaving the
+        # block by an exception cancels what runs there.
+        with start_blocking_portal() as portal:
+            return portal.call(self._answer_all, questions, progress)
+
+    def _question(self, prompt: Prompt, sampling: Sampling, seed: int) -> _Question:
+        answer = answer_call(prompt, sampling, seed, self.model)
+        scored = sampling.prompt_logprobs is not None
+        score = score_call(prompt, self.model) if scored else None
+        given = answer.body.get("prompt")
+        return _Question(answer, score, given if isinstance(given, list) else [])
+
+    async def _answer_all(
+        self,
+        questions: list[_Question],
+        progress: Progress | None,
+    ) -> list[Output]:
+        outputs = [Output() for _ in questions]
+        left = iter(enumerate(questions))  # all workers take from this one
+        limits = httpx.Limits(max_connections=self.concurrency)
+        # The whole attempt has its time limit in `_attempt`; these are those of its parts.
+        timeout = httpx.Timeout(None, connect=min(_CONNECT, self.timeout))
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+
+        async def work() -> None:
+            for number, question in left:
+                with located(f"prompt {number}"):
+                    outputs[number] = await self._answer(client, question)
+                if progress:
+                    progress.advance(1)
+
+        async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
+            count = min(self.concurrency, len(questions))
+            workers = [asyncio.create_task(work()) for _ in range(count)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return outputs
+
+    async def _answer(self, client: httpx.AsyncClient, question: _Question) -> Output:
+        output = await self._fetch(client, question.answer, read_answer)
+        output.prompt_ids = output.prompt_ids or list(question.ids)
+        if question.score:
+            output.prompt_logprobs = await self._fetch(client, question.score, read_score)
+        return output
+
+    async def _fetch(
+        self,
+        client: httpx.AsyncClient,
+        call: Call,
+        read: Callable[[Json], Result],
+    ) -> Result:
+        """What `read` makes of the response, from the cache if it is there."""
+        path = self.cache and self.cache / self._digest(call)
+        if path:
+            with suppress(OSError, ValueError):  # missing or damaged: ask again
+                return read(parse_json(path.read_bytes()))
+        response = await self._send(client, call)
+        try:
+            result = read(response)
+        except ValueError as error:
+            raise OpenQwenError(f"The response cannot be used: {error}.", self._at(call)) from None
+        # An answer that the server broke off may succeed next time.
+        if path and getattr(result, "finish_reason", None) != "error":
+            _keep(path, response)
+        return result
+
+    def _digest(self, call: Call) -> str:
+        key = json.dumps([self.url, call.path, call.body], sort_keys=True)
+        return hashlib.sha256(key.encode()).hexdigest() + ".json"
+
+    def _at(self, call: Call) -> str:
+        return self.url + call.path
+
+    async def _send(self, client: httpx.AsyncClient, call: Call) -> Json:
+        """The response, after as many attempts as it takes and `retries` allow."""
+        for attempt in range(self.retries + 1):
+            try:
+                return await self._attempt(client, call)
+            except _AttemptError as error:
+                if not error.again or attempt == self.retries:
+                    after = f" (attempt {attempt + 1})" if attempt else ""
+                    raise OpenQwenError(f"{error}{after}", self._at(call), error.do) from None
+                await asyncio.sleep(_wait(attempt, error.wait))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self, client: httpx.AsyncClient, call: Call) -> Json:
+        """The response of one attempt, without optional fields that the server refuses."""
+        while True:
+            left_out = self._refused & call.optional
+            body = {name: value for name, value in call.body.items() if name not in left_out}
+            try:
+                async with asyncio.timeout(self.timeout):
+                    response, raw = await self._post(client, call, body)
+            except TimeoutError:
+                what = f"The server did not answer within {self.timeout:g} seconds."
+                raise _AttemptError(what, do="give a larger timeout") from None
+            except httpx.RequestError as error:
+                what = f"The connection failed: {type(error).__name__} {error}".rstrip() + "."
+                raise _AttemptError(what, do="check that the server runs at this URL") from None
+            if response.is_success:
+                return self._completion(raw)
+            message = self._message(raw)
+            if response.status_code not in (400, 422) or not self._leave_out(call, body, message):
+                raise _failure(response, message)
+
+    async def _post(
+        self,
+        client: httpx.AsyncClient,
+        call: Call,
+        body: Json,
+    ) -> tuple[httpx.Response, bytes]:
+        content = json.dumps(body).encode()
+        raw = bytearray()
+        async with client.stream("POST", self._at(call), content=content) as response:
+            async for part in response.aiter_bytes():
+                raw += part
+                if len(raw) > _LARGEST:
+                    what = f"The response is larger than {_LARGEST >> 20} MiB."
+                    raise _AttemptError(what, again=False, do="give a smaller max_tokens")
+        return response, bytes(raw)
+
+    def _leave_out(self, call: Call, body: Json, message: str) -> bool:
+        """Whether a refusal names optional fields that were sent; they are not sent again."""
+        sent = call.optional & body.keys()
+        named = {name for name in sent if re.search(rf"\b{name}\b", message)}
+        if new := named - self._refused:
+            notice(f"the server does not take {', '.join(sorted(new))}", self.url)
+        self._refused |= named
+        return bool(named)
+
+    def _completion(self, raw: bytes) -> Json:
+        """The object in a response. What is broken or an error is worth another attempt."""
+        try:
+            value = parse_json(raw)
+        except ValueError as error:
+            raise _AttemptError(f"The response is not JSON: {error}.") from None
+        if not isinstance(value, dict) or not value.get("choices"):
+            raise _AttemptError(f"The response holds no answer: {self._message(raw)}")
+        return value
+
+    def _message(self, raw: bytes) -> str:
+        """What an error's body says, at most 500 characters and without the key."""
+        text = _said(raw)
+        return (text.replace(self._key, "***") if self._key else text)[:500]
+
+
+def _checked_url(url: str) -> str:
+    """The base URL without a slash at its end. It is not repeated in errors: it may hold a key."""
+    do = "give one such as http://127.0.0.1:8000/v1"
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        raise OpenQwenError("This is no URL.", where="Endpoint, url", do=do) from None
+    path = parsed.path.rstrip("/")
+    for fault, what in (
+        (parsed.scheme not in ("http", "https"), "A base URL begins with http:// or https://."),
+        (not parsed.host, "The base URL names no host."),
+        (re.search(r"\s", url), "The base URL holds white space."),
+        (parsed.userinfo, "The base URL holds a user or password; give the key as api_key."),
+        (parsed.query or parsed.fragment, "The base URL has a query or fragment."),
+        (path.endswith("completions"), "This is the URL of a route, not the base URL."),
+    ):
+        if fault:
+            raise OpenQwenError(what, where="Endpoint, url", do=do)
+    return str(parsed).rstrip("/")
+
+
+def _checked_key(key: str | None) -> str | None:
+    """The key without white space around it. Its text is in no error."""
+    key = (key or "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        what = "The key holds spaces, line ends or characters beyond ASCII."
+        raise OpenQwenError(what, where="Endpoint, api_key")
+    return key or None
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"The cache folder cannot be made: {error.strerror}."
+        raise OpenQwenError(what, where=path, do="give another cache") from None
+    return path
+
+
+def _keep(path: Path, response: Json) -> None:
+    """Write a response. Readers, and other processes that write the same, see all of it or none."""
+    with disk_errors(path):
+        handle, aside = tempfile.mkstemp(prefix=".", suffix=".aside", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(response, file, ensure_ascii=False)
+            os.replace(aside, path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+
+
+def _failure(response: httpx.Response, message: str) -> _AttemptError:
+    """What a status other than success means."""
+    status = response.status_code
+    again = status in (408, 429) or status >= 500
+    if (told := response.headers.get("x-should-retry")) in ("true", "false"):
+        again = told == "true"
+    what = f"The server answered {status}: {message or response.reason_phrase}"
+    wait = _asked_wait(response.headers)
+    if again and wait and wait > _LONGEST_ASKED:
+        what = f"{what} (it asks to wait {wait:.0f} seconds)"
+        return _AttemptError(what, again=False, do="start again later")
+    return _AttemptError(what, again, wait, _WHAT_TO_DO.get(status))
+
+
+def _said(raw: bytes) -> str:
+    """What an error's body says, in the forms of OpenAI, FastAPI and llama.cpp, on one line."""
+    value: Any = raw.decode(errors="replace")
+    with suppress(ValueError):
+        value = parse_json(raw)
+    for name in ("error", "message", "detail"):
+        if isinstance(value, dict) and value.get(name):
+            value = value[name]
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        faults = []
+        for item in value:
+            place = ".".join(map(str, item.get("loc") or ()))
+            faults.append(f"{place}: {item.get('msg')}")
+        value = "; ".join(faults)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _asked_wait(headers: httpx.Headers) -> float | None:
+    """Seconds from `retry-after-ms` or `Retry-After`, which is a number or a date."""
+    seconds: float | None = None
+    with suppress(ValueError, TypeError, OverflowError):
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        elif "retry-after" in headers:
+            value = headers["retry-after"]
+            try:
+                seconds = float(value)
+            except ValueError:
+                seconds = parsedate_to_datetime(value).timestamp() - time.time()
+    return None if seconds is None or math.isnan(seconds) else max(seconds, 0.0)
+
+
+def _wait(attempt: int, asked: float | None) -> float:
+    """Seconds until the next attempt, scattered so that requests do not come back all at once."""
+    if asked is not None:
+        return asked + random.uniform(0, _FIRST_WAIT)
+    return min(_FIRST_WAIT * 2.0 ** min(attempt, 16), _LONGEST_BACKOFF) * random.uniform(0.5, 1)
