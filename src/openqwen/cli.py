@@ -33,9 +33,9 @@ BENCHES = ["train", "engine", "serve"]  # in recipe/bench/; engine with the peer
 # Verbs whose flags are the arguments of one function: where it is.
 _FUNCTIONS = {
     "chat": "openqwen.serve.terminal",
-    "convert": "openqwen.recipe.convert",
-    "quantize": "openqwen.recipe.quantize",
-    "preview": "openqwen.recipe.preview",
+    "convert": "openqwen.train.convert",
+    "quantize": "openqwen.train.quantize",
+    "preview": "openqwen.train.preview",
     "plan": "openqwen.recipe.plan_devices",
     "verify": "openqwen.recipe.verify",
 }
