@@ -31,7 +31,7 @@ class RewardConfig(PreferencesConfig):
 
 
 @dataclass
-class Answers:
+class ScoredAnswers:
     """Answers behind their prompts, scored at their last tokens and compared. last: [answers]. pairs: [pairs, 2]."""
 
     rows: Rows
@@ -39,7 +39,7 @@ class Answers:
     pairs: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Compared], device: torch.device) -> "Answers":
+    def of(cls, groups: Sequence[Compared], device: torch.device) -> "ScoredAnswers":
         """Lay out groups."""
         # An answer's last token is fed only where another stands behind it: any one will do.
         fed = [(group.prompt, [[*answer, answer[-1]] for answer in group.answers]) for group in groups]
@@ -81,9 +81,9 @@ def reward(
     data = Preferences.read(preferences, tokenizer, config, scorer.config.max_position_embeddings)
     order = Epochs(len(data.groups), config.epochs, config.batch, generators)
 
-    def batch(step: int) -> list[Answers]:
+    def batch(step: int) -> list[ScoredAnswers]:
         cuts = data.cut(order.batch(step), config.micro_tokens)
-        return [Answers.of([data.groups[i] for i in numbers], scorer.device) for numbers in cuts]
+        return [ScoredAnswers.of([data.groups[i] for i in numbers], scorer.device) for numbers in cuts]
 
     loss = lambda answers: answers.loss(scorer)  # noqa: E731
     trainer = Trainer(place, config, scorer, batch, loss, order.steps, generators)
