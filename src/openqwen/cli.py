@@ -141,8 +141,8 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     """A stage alone: a flag for each input, the output folder, the seed, and every field of its configuration."""
     import tyro
 
-    from openqwen.recipe.alone import run_alone
     from openqwen.recipe.flags import parse
+    from openqwen.recipe.runner import run_alone
     from openqwen.recipe.settings import find_recipe, load_settings
     from openqwen.support.hub import local
 

@@ -200,3 +200,11 @@ def test_stages_that_train_can_be_told_to_other_ranks():
     told = {name: pickle.loads(pickle.dumps(s.run)) for name, s in stages.items() if s.trains_on_ranks}
     assert set(told) == {"pretrain", "extend", "sft", "reward", "dpo", "online-dpo"}
     assert all(callable(run) for run in told.values())
+
+
+def test_a_folder_outside_may_bear_the_name_of_the_stage_that_reads_it(call):
+    """The report took it for the stage itself, and its lineage for endless."""
+    Path("corpus").mkdir()
+    Path("corpus/a.txt").write_text("one")
+    assert call("run", "tiny.yaml", "--corpus", "corpus") == 0
+    assert (RUN / "report.html").is_file()

@@ -1,23 +1,28 @@
-"""Runs a recipe: each stage is reused, resumed or run, in order, and nothing finished is ever lost."""
+"""Runs a recipe, or one stage alone: what is made is reused, resumed or run, and nothing finished is ever lost."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
 from openqwen.recipe import display
 from openqwen.recipe.artifact import (
+    MANIFEST,
     Artifact,
     InputEntry,
     Source,
+    artifact_key,
     code_digest,
     last_save,
     make,
+    open_artifact,
     outside_source,
+    verify,
 )
 from openqwen.recipe.folder import RunFolder
 from openqwen.recipe.graph import Node, check_graph, position, select
 from openqwen.recipe.lock import hold
-from openqwen.recipe.plan import Decision, decide, make_plan
+from openqwen.recipe.plan import Decision, changes, decide, make_plan
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import write_json
 from openqwen.support.progress import console
@@ -94,28 +99,11 @@ class _Run:
         return sources
 
     def _make(self, step: Decision, sources: dict[str, Source]) -> Artifact:
-        node, key = step.node, step.key
+        name, key = step.node.name, step.key
         assert key is not None
-        work = self.folder.working(node.name, key)
-        work.mkdir(exist_ok=True)
-        try:
-            with disk_errors(self.folder.root / node.name):
-                artifact = make(node, sources, self.seed, key, work, self.folder.stored(node.name, key))
-        except BaseException as stop:
-            self._tell_kept(node.name, work / "scratch", interrupted=isinstance(stop, KeyboardInterrupt))
-            raise
-        display.result(artifact.manifest.metrics, artifact.manifest.seconds)
-        return artifact
-
-    def _tell_kept(self, stage: str, scratch: Path, interrupted: bool) -> None:
-        count = len(self.made)
-        kept = [f"{count} finished stage{'s' * (count != 1)}"]
-        saved = last_save(scratch)
-        if saved is not None:
-            kept.append(f"the state that {stage} saved at {datetime.fromtimestamp(saved):%H:%M:%S}")
-        console.print(f"\n{'Interrupted' if interrupted else 'Stopped'} in {stage}. Kept: {' and '.join(kept)}.")
-        if interrupted and self.continue_command:
-            console.print(f"Continue with: {self.continue_command}", markup=False)
+        work, target = self.folder.working(name, key), self.folder.stored(name, key)
+        with disk_errors(self.folder.root / name):
+            return _make(step, sources, self.seed, work, target, len(self.made), self.continue_command)
 
     def _close(self) -> None:
         # For the report, which otherwise knows the artifacts alone.
@@ -124,3 +112,80 @@ class _Run:
         other = [n for n, a in self.made.items() if a.manifest.code.get("digest") != code_digest()]
         if other:
             display.note(f"Made by other code: {', '.join(other)} (--from {other[0]} makes them anew).")
+
+
+def run_alone(node: Node, output: Path, seed: int, command: str) -> None:
+    """Make the stage's artifact at `output` from its outside inputs; the work in progress lies in `.<output>.work`.
+
+    An `output` that holds this very artifact is reused; one that holds anything else is refused.
+    """
+    output = output.absolute()
+    work = output.with_name(f".{output.name}.work")
+    sources = {role: outside_source(path, role) for role, path in node.outside.items()}
+    digests = {role: source.entry.digest for role, source in sources.items()}
+    key = artifact_key(node, seed, digests)
+    if _reused(node, output, key, seed, digests):
+        return
+    with disk_errors(output):
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise OpenQwenError(f"The folder cannot be made: {error.strerror}.", output, "choose another") from None
+        with hold(work / ".lock", command):
+            # Another run may have finished between the look above and the lock.
+            if not _reused(node, output, key, seed, digests):
+                aside = work / key[:12]
+                resumed = last_save(aside / "scratch") is not None
+                step = Decision(node, "resume" if resumed else "run", f"into {output}", key)
+                display.heading(1, 1, step)
+                if output.exists():  # empty: the artifact takes its place by a rename
+                    output.rmdir()
+                _make(step, sources, seed, aside, output, finished=0, continue_command=command)
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _reused(node: Node, output: Path, key: str, seed: int, digests: dict[str, str]) -> bool:
+    """Whether `output` is what would be made; an error if it is something else, False if it is absent or empty."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if not (output / MANIFEST).is_file():
+        raise OpenQwenError("The output holds something else.", where=output, do="choose another --output")
+    advice = "remove the folder and run the same command again"
+    artifact = open_artifact(output, advice)
+    if artifact.manifest.key != key:
+        told = changes(artifact.manifest, node, seed, digests) or [f"it is of stage '{artifact.manifest.stage}'"]
+        raise OpenQwenError(
+            f"The output holds another artifact: {', '.join(told)}.", where=output, do="choose another --output"
+        )
+    verify(artifact, advice)
+    display.heading(1, 1, Decision(node, "reuse", "", key, artifact))
+    return True
+
+
+def _make(
+    step: Decision,
+    sources: dict[str, Source],
+    seed: int,
+    work: Path,
+    target: Path,
+    finished: int,
+    continue_command: str,
+) -> Artifact:
+    """Make a stage's artifact aside in `work`; where that stops, say what is kept and how to go on."""
+    node, key = step.node, step.key
+    assert key is not None
+    work.mkdir(exist_ok=True)
+    try:
+        artifact = make(node, sources, seed, key, work, target)
+    except BaseException as stop:
+        kept = [f"{finished} finished stage{'s' * (finished != 1)}"] if finished else []
+        if (saved := last_save(work / "scratch")) is not None:
+            kept.append(f"the state that {node.name} saved at {datetime.fromtimestamp(saved):%H:%M:%S}")
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        what = "Interrupted" if interrupted else "Stopped"
+        console.print(f"\n{what} in {node.name}. Kept: {' and '.join(kept) or 'nothing yet'}.", markup=False)
+        if interrupted and continue_command:
+            console.print(f"Continue with: {continue_command}", markup=False)
+        raise
+    display.result(artifact.manifest.metrics, artifact.manifest.seconds)
+    return artifact
