@@ -1,4 +1,4 @@
-"""The `corpus` stage: raw documents, and the multi-task instruction data that Qwen2 mixes into pre-training.
+"""The `corpus` stage: raw documents, and the tasks that Qwen2 mixes into pre-training.
 
 It stands in this room, and not in `corpus/`, because the tasks are made here (Qwen2 report, 3.1).
 """

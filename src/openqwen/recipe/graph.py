@@ -1,10 +1,12 @@
 """The recipe itself: which stages there are, and what flows between them. One line a stage.
 
-    corpus → tokenizer → tokens → pretrain → extend → instruct → sft → prefer → reward → dpo, online-dpo
+    corpus → tokenizer → tokens → pretrain → extend → instruct → sft → prefer → reward
+    → dpo, online-dpo
 
 Both preference stages start from the SFT model, so that each can be told from the other.
 After each stage that makes a model stands an `evaluate-…` stage that scores it.
-What a stage is, its own file says (`support/stage.py`); this file names those files and loads none of them by itself.
+What a stage is, its own file says (`support/stage.py`). This file names those files, and loads none
+of them by itself.
 """
 
 import ast
@@ -25,7 +27,7 @@ from openqwen.support.stage import CHAT, Stage
 
 # What the scores of an aligned model stand beside: `start` is the model that it was trained from.
 _ALIGNED = {"base": "evaluate-extend", "start": "evaluate-sft", "reward": "reward"}
-# Name, file, and for each input the earlier line that makes it; None: the stage runs alone only, in no recipe.
+# Name, file, and for each input the earlier line that makes it; None: the stage runs in no recipe.
 GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ("corpus", "openqwen.instruct.corpus", {}),
     ("tokenizer", "openqwen.corpus.vocabulary", {"corpus": "corpus"}),
@@ -63,8 +65,8 @@ MODELS = {"model", "reward"}  # inputs and settings that may be a hub id too
 class Node:
     """A stage in its place in a recipe.
 
-    inputs: role -> name of an earlier node. outside: role -> file or folder that no stage makes; it is part of what
-    the artifact depends on. estimate: the seconds it should take.
+    inputs: role -> name of an earlier node. outside: role -> file or folder that no stage makes; it
+    is part of what the artifact depends on. estimate: the seconds it should take.
     """
 
     name: str
@@ -81,7 +83,7 @@ def verbs() -> dict[str, str]:
     for _, file, _ in GRAPH:
         name, text = _declared(file)
         if text:
-            found[name] = found.pop(name, text)  # a stage of several lines stands where its last one does
+            found[name] = found.pop(name, text)  # of several lines, the last one gives the place
     return found
 
 
@@ -97,7 +99,7 @@ def _load(file: str) -> Stage:
 
 @functools.cache
 def _declared(file: str) -> tuple[str, str]:
-    """Name and help of the stage in a file, which is read and not loaded: torch alone takes seconds."""
+    """Name and help of the stage in a file. It is read and not loaded: torch takes seconds."""
     places: Sequence[str] | None = None
     source = ""
     for part in file.split("."):
@@ -121,7 +123,7 @@ def sections() -> dict[str, Stage]:
     for _, file, inputs in GRAPH:
         stage = _load(file)
         if inputs is not None and stage.config.model_fields:
-            first[stage.config] = first.pop(stage.config, stage)  # it stands where its last line does
+            first[stage.config] = first.pop(stage.config, stage)  # the last line gives the place
     return {stage.name.replace("-", "_"): stage for stage in first.values()}
 
 
@@ -155,7 +157,10 @@ def nodes_of(recipe: Any) -> list[Node]:
 
 
 def outside_of(config: BaseModel) -> dict[str, Path]:
-    """What a configuration names by its path: the artifact depends on its content too. A hub id is no path."""
+    """What a configuration names by its path: the artifact depends on its content too.
+
+    A hub id is no path.
+    """
     paths = {name: value for name, value in config if isinstance(value, Path)}
     return {name: path for name, path in paths.items() if name not in MODELS or path.exists()}
 

@@ -1,4 +1,7 @@
-"""Runs a recipe, or one stage alone: what is made is reused, resumed or run, and nothing finished is ever lost."""
+"""Runs a recipe, or one stage alone.
+
+Each stage is reused, resumed or run, in order, and nothing finished is ever lost.
+"""
 
 import shutil
 from collections.abc import Callable, Sequence

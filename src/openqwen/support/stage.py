@@ -1,9 +1,12 @@
-"""What a stage is: a function from artifacts to an artifact, declared at the end of the file that does its work.
+"""What a stage is: a function from artifacts to an artifact.
 
-    STAGE = Stage(name="sft", help="Supervised fine-tuning.", config=SftConfig, inputs=..., run=run_sft, ...)
+It is declared at the end of the file that does its work:
 
-The command line, the recipe's settings, the runner, the report, the planner and torchrun's ranks are all derived from
-that declaration; `recipe/graph.py` has one line for it, which says where in a recipe it stands.
+    STAGE = Stage(name="sft", help="Supervised fine-tuning.", config=SftConfig, run=run_sft, ...)
+
+The command line, the recipe's settings, the runner, the report, the planner and torchrun's ranks
+are all derived from that declaration. `recipe/graph.py` has one line for it, which says where in a
+recipe it stands.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,9 +35,10 @@ PROMPTS = f"Prompts: {_FILE}, or an instruct artifact."
 class StageRun:
     """What one run of a stage gets.
 
-    inputs: role -> folder or file to read. output: an empty folder for the payload, renamed into place when the stage
-    returns. scratch: a folder that survives kills until the stage is finished; training states go here, and a stage
-    that finds one continues from it. Same config, seed and input bytes must give the same output bytes.
+    inputs: role -> folder or file to read. output: an empty folder for the payload, renamed into
+    place when the stage returns. scratch: a folder that survives kills until the stage is finished;
+    training states go here, and a stage that finds one continues from it. Same config, seed and
+    input bytes must give the same output bytes.
     """
 
     config: Any
@@ -54,10 +58,11 @@ class StageRun:
 class Effort:
     """What a stage has to do, before it has ever run; `recipe/estimate.py` makes seconds of it.
 
-    seconds: of work that is no network's. answers: short answers to sample. rows: length of a row -> tokens to train on
-    in such rows. micro_tokens: of the largest forward call. longest: tokens of the longest record. beside: whole
-    networks that stand beside the one that trains. data_from: the section of the recipe that says how much data is
-    made; a recipe without it trains on the user's own.
+    seconds: of work that is no network's. answers: short answers to sample. rows: length of a row
+    -> tokens to train on in such rows. micro_tokens: of the largest forward call. longest: tokens
+    of the longest record. beside: whole networks that stand beside the one that trains. data_from:
+    the section of the recipe that says how much data is made; a recipe without it trains on the
+    user's own.
     """
 
     seconds: float = 0.0
@@ -73,12 +78,13 @@ class Effort:
 class Stage:
     """A stage's declaration.
 
-    help: one line for the command line; a stage without it runs in a recipe only. config: its settings; their section
-    in a recipe bears the stage's name. inputs: role -> what to give for it. outputs: the roles that its artifact can
-    fill in later stages. run: returns the metrics, the most telling first. trains_on_ranks: under torchrun every rank
-    calls `run`, otherwise only the first; its settings are a `TrainingConfig`. estimate: its effort, from a recipe's
-    settings and the roles that it is given.
-    `name` and `help` are literals: `openqwen --help` reads them without loading the file.
+    help: one line for the command line; a stage without it runs in a recipe only. config: its
+    settings; their section in a recipe bears the stage's name. inputs: role -> what to give for it.
+    outputs: the roles that its artifact can fill in later stages. run: returns the metrics, the
+    most telling first. trains_on_ranks: under torchrun every rank calls `run`, otherwise only the
+    first; its settings are a `TrainingConfig`. estimate: its effort, from a recipe's settings and
+    the roles that it is given. `name` and `help` are literals: `openqwen --help` reads them without
+    loading the file.
     """
 
     name: str
