@@ -23,11 +23,11 @@ from rich.table import Table
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import Qwen2, load_model
 from openqwen.model.quantize import PackedMatrix, QuantizedLinear
-from openqwen.recipe.convert import convert
-from openqwen.recipe.quantize import quantize
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 from openqwen.tokenizer import Tokenizer, load_tokenizer
+from openqwen.train.convert import convert
+from openqwen.train.quantize import quantize
 
 Kind = Literal["float32", "int8", "int4"]
 Seconds = dict[str, float]

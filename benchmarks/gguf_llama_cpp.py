@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="*", default=["f16", "q8_0", "q4_0"])
     parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
-    from openqwen.recipe.convert import convert
+    from openqwen.train.convert import convert
 
     if options.source.endswith(".gguf"):
         compare(Path(options.source), options.peer, options.tokens)

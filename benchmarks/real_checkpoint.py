@@ -100,7 +100,7 @@ def parity() -> None:
 def round_trip() -> None:
     """See the module."""
     from openqwen import Engine, Sampling, load_model, load_tokenizer
-    from openqwen.recipe.convert import convert
+    from openqwen.train.convert import convert
 
     def answers(path: Path) -> list[list[int]]:
         engine = Engine(load_model(path), load_tokenizer(path))

@@ -11,14 +11,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
-from openqwen.recipe import together
+from openqwen.recipe import graph, together
 from openqwen.support.command import command, pip_install
 from openqwen.support.errors import OpenQwenError, suggestion
-
-if TYPE_CHECKING:
-    from openqwen.recipe.stage import Verb
 
 RECIPE_VERBS = {
     "run": "Run a whole recipe: raw text in, an aligned chat model out. Resumable.",
@@ -32,34 +29,16 @@ RECIPE_VERBS = {
     "plan": "Say what fits on which devices, how fast and how long, before anyone pays for it.",
     "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
 }
-STAGE_VERBS = {
-    "corpus": "Raw documents to cleaned, filtered, deduplicated text.",
-    "tokenizer": "Train the byte-level BPE vocabulary.",
-    "tokens": "Text to shards of token ids.",
-    "pretrain": "Train a network on token shards, from scratch or from --model; with --sweep, see the verb sweep.",
-    "sweep": "Fit a scaling law for learning rate and batch size to many small trainings (pretrain --sweep).",
-    "extend": "Lengthen the context: longer rows, raised RoPE base.",
-    "upcycle": "A dense network to a mixture of fine-grained experts.",
-    "instruct": "Make demonstrations without people.",
-    "sft": "Supervised fine-tuning on demonstrations.",
-    "prefer": "Make preference pairs by sampling and checking.",
-    "reward": "Train a reward model on preference pairs.",
-    "dpo": "Direct preference optimization on preference pairs.",
-    "online-dpo": "DPO on the model's own answers, judged by the reward model.",
-    "evaluate": "Score a model.",
-}
 BENCHES = ["train", "engine", "serve"]  # in recipe/bench/; engine with the peers' scripts in benchmarks/
 # Verbs whose flags are the arguments of one function: where it is.
 _FUNCTIONS = {
     "chat": "openqwen.serve.terminal",
-    "convert": "openqwen.recipe.convert",
-    "quantize": "openqwen.recipe.quantize",
-    "preview": "openqwen.recipe.preview",
+    "convert": "openqwen.train.convert",
+    "quantize": "openqwen.train.quantize",
+    "preview": "openqwen.train.preview",
     "plan": "openqwen.recipe.plan_devices",
     "verify": "openqwen.recipe.verify",
 }
-
-_MODELS = {"model", "reward"}  # what stages read that may be a hub id too
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,18 +72,19 @@ def _dispatch(arguments: Sequence[str]) -> int:
         {"run": _run, "serve": _serve, "report": _report, "bench": _bench}[verb](rest)
     elif verb == "pretrain" and "--sweep" in rest:
         _stage("sweep", [text for text in rest if text != "--sweep"])
-    elif verb in STAGE_VERBS:
+    elif verb in graph.verbs():
         _stage(verb, _named(rest, "--model", "--output") if verb == "upcycle" else rest)
     else:
-        near = suggestion(verb, [*RECIPE_VERBS, *STAGE_VERBS])
+        near = suggestion(verb, [*RECIPE_VERBS, *graph.verbs()])
         raise OpenQwenError(f"There is no verb '{verb}'.{near}", do=f"{command('--help')} lists them")
     return 0
 
 
 def _overview() -> str:
-    width = max(map(len, STAGE_VERBS)) + 2
+    stages = graph.verbs()
+    width = max(map(len, [*RECIPE_VERBS, *stages])) + 2
     lines = ["openqwen: raw text in, an aligned chat model out.", "", f"usage: {command('VERB', '...')}", ""]
-    for verbs in (RECIPE_VERBS, STAGE_VERBS):
+    for verbs in (RECIPE_VERBS, stages):
         lines += [f"  {name:<{width}}{text}" for name, text in verbs.items()] + [""]
     return "\n".join([*lines, f"{command('VERB', '--help')} shows every flag with its meaning and default."])
 
@@ -121,7 +101,7 @@ def _call(verb: str, arguments: Sequence[str]) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    from openqwen.recipe import display, stages
+    from openqwen.recipe import display
     from openqwen.recipe.flags import RunOptions, parse
     from openqwen.recipe.paths import paths
     from openqwen.recipe.runner import run_recipe
@@ -131,12 +111,12 @@ def _run(arguments: Sequence[str]) -> None:
     if not arguments:
         raise OpenQwenError("Which recipe?", do=f"name one, such as: {command('run', 'tiny')}")
     if arguments[0] in ("--help", "-h"):
-        parse(["--help"], RunOptions, stages.Recipe(), command("run", "RECIPE"), about)
+        parse(["--help"], RunOptions, graph.recipe_class()(), command("run", "RECIPE"), about)
     if arguments[0].startswith("-"):
         do = f"{command('run', 'RECIPE', arguments[0])} ..."
         raise OpenQwenError("The recipe comes first.", where=arguments[0], do=do)
     path = find_recipe(arguments[0])
-    recipe = load_settings(path, stages.Recipe)
+    recipe: Any = load_settings(path, graph.recipe_class())
     flags = ["--corpus.folder" + text[8:] if text.partition("=")[0] == "--corpus" else text for text in arguments[1:]]
     options, recipe = parse(flags, RunOptions, recipe, command("run", arguments[0]), about)
     output = options.output or Path("runs") / path.stem
@@ -144,7 +124,7 @@ def _run(arguments: Sequence[str]) -> None:
         if not options.dry_run:
             display.note(paths())
         run_recipe(
-            stages.stages_of(recipe),
+            graph.nodes_of(recipe),
             output,
             seed=recipe.seed,
             until=options.until,
@@ -153,7 +133,7 @@ def _run(arguments: Sequence[str]) -> None:
             thorough=options.verify,
             command=command("run", *arguments),
             continue_command=command("run", *_without(arguments, "--from")),
-            finish=stages.finish,
+            finish=graph.finish,
         )
 
 
@@ -161,32 +141,30 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     """A stage alone: a flag for each input, the output folder, the seed, and every field of its configuration."""
     import tyro
 
-    from openqwen.recipe.alone import run_alone
     from openqwen.recipe.flags import parse
+    from openqwen.recipe.runner import run_alone
     from openqwen.recipe.settings import find_recipe, load_settings
-    from openqwen.recipe.stage import Stage, outside_of
-    from openqwen.recipe.stages import VERBS, Recipe
     from openqwen.support.hub import local
 
-    verb: Verb = VERBS[name]
+    stage = graph.load_stage(name)
     fields: list[Any] = [
-        (role.replace("-", "_"), Annotated[Path, tyro.conf.arg(help=text)]) for role, text in verb.inputs.items()
+        (role.replace("-", "_"), Annotated[Path, tyro.conf.arg(help=text)]) for role, text in stage.inputs.items()
     ]
     fields.append(("output", Annotated[Path, tyro.conf.arg(help="The folder to make.", metavar="FOLDER")]))
     fields.append(("seed", Annotated[int, tyro.conf.arg(help="Of every random draw.")], dataclasses.field(default=0)))
     flags: type[Any] = dataclasses.make_dataclass("StageOptions", fields)
-    settings, about, section = verb.config(), verb.help, name.replace("-", "_")
-    if section in Recipe.model_fields:
+    settings, about, section = stage.config(), stage.help, name.replace("-", "_")
+    if section in graph.sections():
         about += " `--recipe RECIPE`: with that recipe's settings for this stage, which the flags then change."
         if recipe := _value(arguments, "--recipe"):
-            settings = getattr(load_settings(find_recipe(recipe), Recipe), section)
+            settings = getattr(load_settings(find_recipe(recipe), graph.recipe_class()), section)
             arguments = _without(arguments, "--recipe")
     options, config = parse(arguments, flags, settings, command(name), about)
-    outside = {role: getattr(options, role.replace("-", "_")) for role in verb.inputs}
-    outside |= {role: local(outside[role]) for role in _MODELS & outside.keys()}
-    outside |= outside_of(config)
-    stage = Stage(name=name, kind=name, config=config, run=verb.run, outside=outside)
-    run_alone(stage, options.output, options.seed, command(name, *arguments))
+    outside = {role: getattr(options, role.replace("-", "_")) for role in stage.inputs}
+    outside |= {role: local(outside[role]) for role in graph.MODELS & outside.keys()}
+    outside |= graph.outside_of(config)
+    node = graph.Node(name, stage, config, outside=outside)
+    run_alone(node, options.output, options.seed, command(name, *arguments))
 
 
 def _named(arguments: Sequence[str], *flags: str) -> list[str]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from openqwen.corpus.documents import halves
 from openqwen.evaluate import bits_per_byte, within_budget
-from openqwen.evaluate.bits_per_byte import halves, windows
+from openqwen.evaluate.bits_per_byte import windows
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import gzip_bits_per_byte

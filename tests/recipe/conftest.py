@@ -1,29 +1,18 @@
 """The fake recipe in place of the real one, and `openqwen` called in this process."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from fake_recipe import GRAPH
 
-import openqwen.recipe
 from openqwen import cli
-
-FAKE = Path(__file__).with_name("fake_recipe.py")
+from openqwen.recipe import graph
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The fake recipe's module, installed as openqwen.recipe.stages."""
-    spec = importlib.util.spec_from_file_location("fake_recipe", FAKE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, "openqwen.recipe.stages", module)
-    monkeypatch.setattr(openqwen.recipe, "stages", module, raising=False)
-    return module
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake recipe in place of the real one."""
+    monkeypatch.setattr(graph, "GRAPH", GRAPH)
 
 
 class CommandLine:

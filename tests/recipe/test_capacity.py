@@ -11,7 +11,7 @@ from openqwen.cli import main
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.recipe import plan_devices
 from openqwen.recipe.capacity import DEVICES, GIB, Setting, best, choices, memory
-from openqwen.recipe.stages import Recipe
+from openqwen.recipe.graph import recipe_class
 from openqwen.train.eight_bit import BYTES, parts
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, optimizers
@@ -78,14 +78,14 @@ def test_moments_in_eight_bits_are_counted():
 
 
 def test_data_stages_are_counted_whole():
-    recipe = Recipe(
+    recipe = recipe_class()(
         pretrain={"stages": {
             "short": {"tokens": 3_000, "context": 128},
             "long": {"tokens": 1_000, "context": 16_384, "lengths": {16_384: 0.4, 1_024: 0.6}},
         }}
     )  # fmt: skip
-    stage = next(plan_devices._stages(recipe))
-    assert (stage.tokens, stage.longest, stage.micro) == (4_000, 16_384, 16_384)
+    stage = next(plan_devices.trainings(recipe))
+    assert (stage.tokens, stage.effort.longest, stage.effort.micro_tokens) == (4_000, 16_384, 16_384)
     assert stage.context == pytest.approx((3_000 * 64 + 400 * 8_192 + 600 * 512) / 4_000)
 
 

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from openqwen.recipe.artifact import code_digest
+from openqwen.recipe.graph import nodes_of, recipe_class
 from openqwen.recipe.runner import run_recipe
 
 FAKE = Path(__file__).with_name("fake_recipe.py")
@@ -28,7 +28,7 @@ def digests(run: Path) -> dict[str, str]:
     }
 
 
-def in_child(fake: ModuleType, output: str, kill_at: int | None = None, **options) -> tuple[int, int]:
+def in_child(output: str, kill_at: int | None = None, **options) -> tuple[int, int]:
     """Run the recipe in a forked process; SIGKILL it before its n-th change to the disk under the lock.
 
     Returns (wait status, number of changes).
@@ -51,7 +51,7 @@ def in_child(fake: ModuleType, output: str, kill_at: int | None = None, **option
 
         sys.addaudithook(hook)
         try:
-            run_recipe(fake.stages_of(fake.Recipe()), Path(output), **options)
+            run_recipe(nodes_of(recipe_class()()), Path(output), **options)
             os.write(writer, str(count).encode())
         finally:
             os._exit(0 if sys.exc_info() == (None, None, None) else 1)
@@ -62,32 +62,32 @@ def in_child(fake: ModuleType, output: str, kill_at: int | None = None, **option
 
 
 @pytest.mark.parametrize("forced", [False, True], ids=["fresh", "from"])
-def test_kill_at_random_points_then_continue_gives_identical_artifacts(call, fake, forced):
-    _, changes = in_child(fake, "whole")
+def test_kill_at_random_points_then_continue_gives_identical_artifacts(call, forced):
+    _, changes = in_child("whole")
     expected = digests(Path("whole"))
     options = {}
     if forced:
         options["start_from"] = "corpus"
-        _, changes = in_child(fake, "whole", **options)
+        _, changes = in_child("whole", **options)
         assert digests(Path("whole")) == expected
     assert changes > 40
     for point in random.Random(0).sample(range(1, changes + 1), 12):
         output = Path(f"killed{point}")
         if forced:
-            in_child(fake, output)
-        status, _ = in_child(fake, output, kill_at=point, **options)
+            in_child(output)
+        status, _ = in_child(output, kill_at=point, **options)
         assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-        assert in_child(fake, output)[0] == 0
+        assert in_child(output)[0] == 0
         assert digests(output) == expected, f"killed before change {point}"
         assert list((output / ".work").iterdir()) == []
         assert [path for path in (output / ".store").iterdir() if path.name.startswith(".")] == []
 
 
-def test_killed_many_times_still_arrives(call, fake):
-    in_child(fake, "whole")
+def test_killed_many_times_still_arrives(call):
+    in_child("whole")
     draw = random.Random(1)
     kills = 0
-    while in_child(fake, "often", kill_at=draw.randint(8, 25))[0] != 0:
+    while in_child("often", kill_at=draw.randint(8, 25))[0] != 0:
         kills += 1
         assert kills < 40
     assert kills > 3

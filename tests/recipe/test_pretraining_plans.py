@@ -5,15 +5,15 @@ import pytest
 
 from openqwen import cli
 from openqwen.model import ModelConfig
+from openqwen.recipe.graph import recipe_class
 from openqwen.recipe.settings import find_recipe, load_settings
-from openqwen.recipe.stages import Recipe
 from openqwen.support.generators import Generators
 from openqwen.train.pieces import Pieces, Supply
 from openqwen.train.pretrain import network_config
 
 
 def plan(name):
-    recipe = load_settings(find_recipe(name), Recipe)
+    recipe = load_settings(find_recipe(name), recipe_class())
     return recipe, [*recipe.pretrain.resolved(), *recipe.extend.resolved()]
 
 

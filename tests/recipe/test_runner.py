@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from openqwen.recipe import artifact
-from openqwen.recipe.stages import Recipe, stages_of
-from openqwen.recipe.together import TRAINING
+from openqwen.recipe.graph import nodes_of, recipe_class
 
 ALL = ["corpus", "learn", "online-score"]
 RUN = Path("runs/tiny")
@@ -20,8 +19,8 @@ def manifests() -> dict[str, dict]:
 
 
 def snapshot() -> dict[str, tuple]:
-    """Every file under the run folder, with its size and time of change; but the lock, and what was reused."""
-    paths = [path for path in RUN.rglob("*") if path.name not in (".lock", "run.json")]
+    """Every file under the run folder, with its size and time of change; but what every run writes."""
+    paths = [path for path in RUN.rglob("*") if path.name not in (".lock", "run.json", "report.html")]
     return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
 
 
@@ -30,13 +29,13 @@ def test_first_run_makes_all_and_tells_results(call):
     assert call.ran == ALL
     assert "2/3  learn" in call.out
     assert "loss 0.1235" in call.out
-    assert "Chat:   openqwen chat runs/tiny/learn" in call.out
+    assert "openqwen chat runs/tiny/learn" in call.out
     made = manifests()
     assert made["learn"]["inputs"] == {"corpus": {"stage": "corpus", "digest": made["corpus"]["digest"]}}
     assert made["corpus"]["files"]["sub/text.txt"]["bytes"] == 500
     assert made["learn"]["seed"] == 1
     assert made["online-score"]["metrics"] == {"bits_per_byte": None}
-    assert made["online-score"]["kind"] == "score"
+    assert made["online-score"]["kind"] == "online-score"
     assert os.readlink(RUN / "learn").startswith(".store/learn-" + made["learn"]["key"][:12])
     assert list((RUN / ".work").iterdir()) == []
 
@@ -197,8 +196,15 @@ def test_a_folder_where_a_link_goes(call):
 
 
 def test_stages_that_train_can_be_told_to_other_ranks():
-    told = {
-        stage.kind: pickle.loads(pickle.dumps(stage.run)) for stage in stages_of(Recipe()) if stage.kind in TRAINING
-    }
-    assert set(told) == TRAINING
+    stages = {node.stage.name: node.stage for node in nodes_of(recipe_class()())}
+    told = {name: pickle.loads(pickle.dumps(s.run)) for name, s in stages.items() if s.trains_on_ranks}
+    assert set(told) == {"pretrain", "extend", "sft", "reward", "dpo", "online-dpo"}
     assert all(callable(run) for run in told.values())
+
+
+def test_a_folder_outside_may_bear_the_name_of_the_stage_that_reads_it(call):
+    """The report took it for the stage itself, and its lineage for endless."""
+    Path("corpus").mkdir()
+    Path("corpus/a.txt").write_text("one")
+    assert call("run", "tiny.yaml", "--corpus", "corpus") == 0
+    assert (RUN / "report.html").is_file()

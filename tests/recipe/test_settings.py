@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from openqwen.recipe.graph import recipe_class
 from openqwen.recipe.settings import find_recipe, load_settings
 from openqwen.support.errors import OpenQwenError
 
@@ -13,7 +14,7 @@ def load(fake, tmp_path):
     def _load(text: str):
         path = tmp_path / "r.yaml"
         path.write_bytes(text.encode() if isinstance(text, str) else text)
-        return load_settings(path, fake.Recipe)
+        return load_settings(path, recipe_class())
 
     return _load
 
@@ -23,9 +24,9 @@ def test_a_number_in_any_spelling(load, text):
     assert load(f"learn: {{train: {{learning_rate: {text}}}}}").learn.train.learning_rate == 1e-3
 
 
-def test_empty_file_and_merge_keys(load, fake):
-    assert load("") == fake.Recipe()
-    assert load("# nothing\n") == fake.Recipe()
+def test_empty_file_and_merge_keys(load):
+    assert load("") == recipe_class()()
+    assert load("# nothing\n") == recipe_class()()
     assert load("corpus: &c {words: 3}\nlearn: {train: {<<: {steps: 5}}}").learn.train.steps == 5
 
 

@@ -8,11 +8,12 @@ import yaml
 from pydantic import BaseModel
 
 from openqwen.recipe.flags import RunOptions, parse
+from openqwen.recipe.graph import load_stage, recipe_class, verbs
 from openqwen.recipe.settings import load_settings
-from openqwen.recipe.stages import VERBS, Recipe
 from openqwen.train.sweep import SweepConfig
 
-CONFIGS = {name: verb.config for name, verb in VERBS.items()} | {"recipe": Recipe}
+Recipe = recipe_class()
+CONFIGS = {name: load_stage(name).config for name in verbs()} | {"recipe": Recipe}
 
 
 def keys(settings: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -5,20 +5,21 @@ import random
 import pytest
 
 from openqwen.corpus.documents import write_documents
+from openqwen.corpus.vocabulary import run_tokenizer
 from openqwen.engine import Output
 from openqwen.evaluate import EvaluateConfig
+from openqwen.evaluate import model as evaluation
 from openqwen.instruct.synthesize.tasks import generate_tasks
-from openqwen.recipe import evaluation
-from openqwen.recipe.stage import Work
-from openqwen.recipe.stages import Recipe, run_tokenizer, stages_of
+from openqwen.recipe.graph import nodes_of, recipe_class
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
+from openqwen.support.stage import StageRun
 from openqwen.tokenizer import TokenizerConfig, load_tokenizer
 
 
 def test_every_aligned_model_stands_beside_the_model_that_it_was_trained_from():
-    inputs = {stage.name: stage.inputs for stage in stages_of(Recipe())}
+    inputs = {node.name: node.inputs for node in nodes_of(recipe_class()())}
     aligned = {name: roles for name, roles in inputs.items() if "start" in roles}
     assert set(aligned) == {"evaluate-dpo", "evaluate-online-dpo"}
     for roles in aligned.values():
@@ -52,7 +53,7 @@ def test_gains_are_on_the_own_start_at_equal_temperature(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "manifest.json", {"stage": name})
         start = {} if name == "evaluate-sft" else {"start": tmp_path / "evaluate-sft", "reward": tmp_path}
-        work = Work(config, start, tmp_path / name, tmp_path, 1, name)
+        work = StageRun(config, start, tmp_path / name, tmp_path, 1, name)
         found[name] = evaluation._test(Scripted(right), config, work)
     sft, dpo = found.values()
     assert sft["test_cooler_gain"] == pytest.approx(3 / 40)  # at 0.9 on itself at 1.0
@@ -91,7 +92,7 @@ def test_the_vocabulary_sees_every_source_of_the_mixture(tmp_path):
     def train(name, **settings):
         (tmp_path / name).mkdir()
         config = TokenizerConfig(vocabulary=500, max_bytes=10_000, **settings)
-        run_tokenizer(Work(config, {"corpus": corpus}, tmp_path / name, tmp_path, 1, "tokenizer"))
+        run_tokenizer(StageRun(config, {"corpus": corpus}, tmp_path / name, tmp_path, 1, "tokenizer"))
         return load_tokenizer(tmp_path / name)
 
     assert len(train("a").encode(" lighthouse")) == len(train("b").encode(" lighthouse")) == 1

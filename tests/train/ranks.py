@@ -20,7 +20,7 @@ from openqwen.train.conversations import Compared
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import ParallelConfig, join, load_for_training, whole_tensor
-from openqwen.train.reward import Answers
+from openqwen.train.reward import ScoredAnswers
 from openqwen.train.rows import Rows
 from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
@@ -75,7 +75,7 @@ def rows(step):
 def comparisons(step):
     """Three micro-batches of one or two prompts, each with two answers."""
     groups = [Compared(ids[:2], [ids[2:], ids[:1:-1]], [(0, 1)]) for ids in documents(step)[:5]]
-    return [Answers.of(groups[a:b], torch.device("cpu")) for a, b in ((0, 2), (2, 3), (3, 5))]
+    return [ScoredAnswers.of(groups[a:b], torch.device("cpu")) for a, b in ((0, 2), (2, 3), (3, 5))]
 
 
 def work(kind, generators, folder):

@@ -172,3 +172,8 @@ class CorpusConfig(Settings):
         {"docs": 3.0},
         description="how often a source is seen relative to its size; sources not named: 1",
     )
+
+
+def text_bytes(config: CorpusConfig) -> int:
+    """How much raw text there is to read, at a guess."""
+    return min(sum(config.max_bytes.values()), 10**9)

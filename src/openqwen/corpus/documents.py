@@ -1,6 +1,7 @@
 """Documents at rest: Parquet with id, text, source, language, and meta as JSON text."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,3 +56,13 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise OpenQwenError(
             f"The documents cannot be read: {str(error).splitlines()[0]}", where=path, do="make the corpus again"
         ) from None
+
+
+def halves(documents: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every other document of each source, the first one to the first half: for development and for the last word."""
+    split: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    seen: Counter[str] = Counter()
+    for document in documents:
+        split[seen[document["source"]] % 2].append(document)
+        seen[document["source"]] += 1
+    return split

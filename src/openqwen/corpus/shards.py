@@ -13,13 +13,20 @@ from typing import IO, Any
 import numpy as np
 
 from openqwen.corpus.documents import count_documents, read_documents
+from openqwen.corpus.vocabulary import vocabulary_effort
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import read_json, sha256, write_json
 from openqwen.support.progress import progress
-from openqwen.tokenizer import Tokenizer
+from openqwen.support.settings import Settings
+from openqwen.support.stage import CORPUS, TOKENIZER, Stage, StageRun
+from openqwen.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH = 256  # documents tokenized together, on all cores
 _REMAKE = "make the token shards again: delete this folder's stage and rerun it"
+
+
+class TokensConfig(Settings):
+    """Text to token ids; everything is decided by the tokenizer."""
 
 
 class _Writer:
@@ -129,3 +136,20 @@ def _load_offsets(path: Path, index: dict[str, Any]) -> np.ndarray:
     if not sound:
         raise OpenQwenError("A shard's offsets do not fit its index.", where=path, do=_REMAKE)
     return offsets
+
+
+def run_tokens(run: StageRun) -> dict[str, float]:
+    """The corpus's training documents → token shards."""
+    table = write_shards(run.inputs["corpus"] / "train.parquet", load_tokenizer(run.inputs["tokenizer"]), run.output)
+    return {what: sum(s[what] for s in table.values()) for what in ("tokens", "documents")}
+
+
+STAGE = Stage(
+    name="tokens",
+    help="Text to shards of token ids.",
+    config=TokensConfig,
+    inputs={"corpus": CORPUS, "tokenizer": TOKENIZER},
+    outputs=["tokens"],
+    run=run_tokens,
+    estimate=vocabulary_effort,
+)

@@ -6,7 +6,7 @@ from typing import cast
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.generator import Prompt, Sampling
 from openqwen.model import Cache, ModelConfig, Qwen2
-from openqwen.model.long_context import Stage, stages, stated_context
+from openqwen.model.long_context import ContextStep, stages, stated_context
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.messages import as_messages
@@ -36,7 +36,7 @@ class Admission:
         self.pages = max(1, min(count, config.max_running * one))
         self.longest = min(self.context, self.pages * config.page_size)
         chosen = config.max_context is not None or model.config.dual_chunk is not None
-        self._stages = stages(model.config, self.context) if chosen else [Stage(self.context, None)]
+        self._stages = stages(model.config, self.context) if chosen else [ContextStep(self.context, None)]
 
     def ids(self, prompt: Prompt, most: int) -> list[int]:
         """A prompt's ids, at most so many. OpenQwenError where they are none, too many or not the model's."""
@@ -57,7 +57,7 @@ class Admission:
             raise OpenQwenError(f"A prompt holds the id {wrong[0]}.", where="prompt", do=f"use ids of 0 to {size - 1}")
         return ids
 
-    def stages(self, sampling: Sampling, prompt: int) -> tuple[int, list[Stage]]:
+    def stages(self, sampling: Sampling, prompt: int) -> tuple[int, list[ContextStep]]:
         """The tokens that a sequence may come to hold, and how it is read on its way there.
 
         In one way, the first that covers the most that it may hold. Where the request sets no such limit, in the first
@@ -67,7 +67,7 @@ class Admission:
         if sampling.max_tokens is not None:
             most = min(prompt + sampling.max_tokens, most)
         if sampling.long_context:
-            return most, [Stage(most, sampling.long_context)]
+            return most, [ContextStep(most, sampling.long_context)]
         if not self._config.grow:
             needed = prompt if sampling.max_tokens is None else most
             ways = [stage for stage in ways if stage.until >= needed]

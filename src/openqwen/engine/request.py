@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from openqwen.engine.generator import FinishReason, Output, Sampling, TopTokens
 from openqwen.engine.text import TextStream
 from openqwen.model import LongContext
-from openqwen.model.long_context import Stage
+from openqwen.model.long_context import ContextStep
 
 if TYPE_CHECKING:
     from openqwen.engine.adapters import Adapter
@@ -37,7 +37,7 @@ class Request(Output):
     matcher: "Matcher | None" = None
     pace: "Pace | None" = None
     adapter: "Adapter | None" = None
-    stages: Sequence[Stage] = (Stage(sys.maxsize, None),)
+    stages: Sequence[ContextStep] = (ContextStep(sys.maxsize, None),)
     priority: int = 0
     profile: tuple[object, ...] = ()  # what else its keys depend on: requests of different profiles share no pages
 

@@ -1,7 +1,6 @@
 """Bits per byte: a language model's loss in a unit that no tokenizer can flatter."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,16 +150,6 @@ def _target_nats(model: Qwen2, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
         picked = logits.gather(1, targets[:, None]).squeeze(1)
         parts.append((torch.logsumexp(logits, dim=1) - picked).double())
     return torch.cat(parts)
-
-
-def halves(documents: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every other document of each source, the first one to the first half: for development and for the last word."""
-    split: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    seen: Counter[str] = Counter()
-    for document in documents:
-        split[seen[document["source"]] % 2].append(document)
-        seen[document["source"]] += 1
-    return split
 
 
 def within_budget(documents: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:

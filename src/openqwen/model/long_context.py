@@ -156,14 +156,14 @@ class LongContext:
     tokens: int | None = None
 
 
-class Stage(NamedTuple):
+class ContextStep(NamedTuple):
     """Sequences of up to `until` tokens are read in this `way`; None: as the model's configuration says."""
 
     until: int
     way: LongContext | None
 
 
-def stages(config: "ModelConfig", max_context: int | None = None) -> list[Stage]:
+def stages(config: "ModelConfig", max_context: int | None = None) -> list[ContextStep]:
     """The ways to read sequences of any length up to max_context (None: what the checkpoint states), shortest first:
     stretched by 1, 2, 4 … At factor 1 every bit is that of a model that knows no longer context.
 
@@ -172,14 +172,14 @@ def stages(config: "ModelConfig", max_context: int | None = None) -> list[Stage]
     """
     most, window = max_context or stated_context(config), trained_window(config)
     dual = config.dual_chunk or _chunks(window, most)
-    found, factor = list[Stage](), 1
+    found, factor = list[ContextStep](), 1
     while not found or found[-1].until < most:
         way, tokens = LongContext(), factor * window
         if dual and (factor > 1 or config.dual_chunk):
             way = LongContext(config.yarn if config.dual_chunk else None, dual, tokens)
         elif factor > 1:
             way = LongContext((config.yarn or Yarn(1.0, window)).stretched(float(factor)))
-        found.append(Stage(min(tokens, most), way))
+        found.append(ContextStep(min(tokens, most), way))
         factor *= 2
     return found
 

@@ -19,13 +19,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 import openqwen
-from openqwen.recipe.stage import Stage, Work
+from openqwen.recipe.graph import Node
 from openqwen.recipe.together import run_stage
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, read_json, replace_folder, sha256, write_json
 from openqwen.support.hub import HUB, pinned
 from openqwen.support.records import data_files
 from openqwen.support.settings import Settings
+from openqwen.support.stage import StageRun
 
 MANIFEST = "manifest.json"
 
@@ -84,12 +85,12 @@ class Source:
     entry: InputEntry
 
 
-def artifact_key(stage: Stage, seed: int, digests: Mapping[str, str]) -> str:
+def artifact_key(node: Node, seed: int, digests: Mapping[str, str]) -> str:
     """SHA-256 over everything the artifact depends on; digests: role -> content of that input."""
     parts = {
-        "stage": stage.name,
-        "kind": stage.kind,
-        "config": stage.config.model_dump(mode="json"),
+        "stage": node.name,
+        "kind": node.stage.name,
+        "config": node.config.model_dump(mode="json"),
         "seed": seed,
         "inputs": dict(digests),
         "version": version(),
@@ -131,7 +132,7 @@ def _fault(path: Path, entry: FileEntry, thorough: bool) -> str | None:
     return None
 
 
-def make(stage: Stage, sources: Mapping[str, Source], seed: int, key: str, work: Path, target: Path) -> Artifact:
+def make(node: Node, sources: Mapping[str, Source], seed: int, key: str, work: Path, target: Path) -> Artifact:
     """Run a stage aside in `work`, then put its artifact at `target`, replacing what stands there only at the end.
 
     A kill at any point leaves either the old `target` or the new one (see `recover`), and the scratch folder in `work`.
@@ -142,15 +143,15 @@ def make(stage: Stage, sources: Mapping[str, Source], seed: int, key: str, work:
     before = _start_clock(work, scratch)
     started = time.monotonic()
     paths = {role: source.path for role, source in sources.items()}
-    metrics = run_stage(stage, Work(stage.config, paths, output, scratch, seed, stage.name))
+    metrics = run_stage(node.stage, StageRun(node.config, paths, output, scratch, seed, node.name))
     files = _entries(output)
     manifest = Manifest(
-        stage=stage.name,
-        kind=stage.kind,
+        stage=node.name,
+        kind=node.stage.name,
         key=key,
         digest=_digest({name: entry.sha256 for name, entry in files.items()}),
         seed=seed,
-        config=stage.config.model_dump(mode="json"),
+        config=node.config.model_dump(mode="json"),
         inputs={role: source.entry for role, source in sources.items()},
         files=files,
         code={"version": version(), "digest": code_digest()},

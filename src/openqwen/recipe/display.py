@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openqwen.recipe.artifact import Manifest
-from openqwen.recipe.plan import NOT_MADE, Step
+from openqwen.recipe.plan import NOT_MADE, Decision
 from openqwen.support.progress import console, duration
 
 _INDENT = " " * 7
@@ -17,9 +17,9 @@ _LABELS = {"tokens_per_second": "tokens/s", "checked_accuracy": "checked tasks"}
 _ACTION_STYLE = {"reuse": "dim", "run": "bold cyan", "resume": "bold cyan", "blocked": "bold red"}
 
 
-def heading(number: int, total: int, step: Step) -> None:
+def heading(number: int, total: int, step: Decision) -> None:
     """` 7/17  sft    train.learning_rate 0.001 -> 0.002`, with `resuming` where a saved state was found."""
-    name = step.stage.name
+    name = step.node.name
     line = Text(f"{number:>3}/{total:<3}", style="dim")
     if step.artifact is not None:
         line.append(f"{name:<19} ", style="not dim")
@@ -59,13 +59,13 @@ def results_table(done: Sequence[tuple[Manifest, bool]]) -> None:
     console.print(table, soft_wrap=False)
 
 
-def plan_table(steps: Sequence[Step]) -> None:
+def plan_table(steps: Sequence[Decision]) -> None:
     """What would happen, why, and how long it should take."""
     table = _table("stage", "action", "why", "time")
     for step in steps:
         style = "dim" if step.action == "reuse" else ""
         time = "" if step.action == "reuse" else "unknown" if step.seconds is None else f"~{duration(step.seconds)}"
-        table.add_row(step.stage.name, Text(step.action, style=_ACTION_STYLE[step.action]), step.why, time, style=style)
+        table.add_row(step.node.name, Text(step.action, style=_ACTION_STYLE[step.action]), step.why, time, style=style)
     todo = [step for step in steps if step.action in ("run", "resume")]
     unknown = sum(step.seconds is None for step in todo)
     table.columns[2].footer = f"{len(todo)} of {len(steps)} to make"

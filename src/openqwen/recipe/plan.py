@@ -15,7 +15,7 @@ from openqwen.recipe.artifact import (
     version,
 )
 from openqwen.recipe.folder import RunFolder
-from openqwen.recipe.stage import Stage
+from openqwen.recipe.graph import Node
 from openqwen.support.errors import OpenQwenError
 
 NOT_MADE = "not made yet"
@@ -23,14 +23,14 @@ _SHOW_CHANGES = 3
 
 
 @dataclass(frozen=True)
-class Step:
+class Decision:
     """What happens to one stage.
 
     key: None while an input is still to be made. artifact: what is reused. seconds: how long it should take, None
     where nobody can tell.
     """
 
-    stage: Stage
+    node: Node
     action: Literal["reuse", "run", "resume", "blocked"]
     why: str
     key: str | None = None
@@ -38,69 +38,71 @@ class Step:
     seconds: float | None = None
 
 
-def make_plan(folder: RunFolder, stages: Sequence[Stage], seed: int, anew: Sequence[str], thorough: bool) -> list[Step]:
+def make_plan(
+    folder: RunFolder, nodes: Sequence[Node], seed: int, anew: Sequence[str], thorough: bool
+) -> list[Decision]:
     """The whole plan, changing nothing on the disk. A stage whose input will be made is assumed to follow."""
-    steps: list[Step] = []
+    steps: list[Decision] = []
     digests: dict[str, str | None] = {}
-    for stage in stages:
+    for node in nodes:
         try:
-            step = decide(folder, stage, seed, input_digests(stage, digests), stage.name in anew, thorough)
+            step = decide(folder, node, seed, input_digests(node, digests), node.name in anew, thorough)
         except OpenQwenError as error:
-            step = Step(stage, "blocked", f"{error.what} {(error.do or '').capitalize()}.")
+            step = Decision(node, "blocked", f"{error.what} {(error.do or '').capitalize()}.")
         steps.append(step)
-        digests[stage.name] = step.artifact.manifest.digest if step.artifact else None
+        digests[node.name] = step.artifact.manifest.digest if step.artifact else None
     return steps
 
 
-def input_digests(stage: Stage, made: Mapping[str, str | None]) -> dict[str, str | None]:
+def input_digests(node: Node, made: Mapping[str, str | None]) -> dict[str, str | None]:
     """role -> digest of that input; made: stage name -> digest, None while it is still to be made."""
-    digests = {role: made[name] for role, name in stage.inputs.items()}
-    return digests | {role: outside_source(path, role).entry.digest for role, path in stage.outside.items()}
+    digests = {role: made[name] for role, name in node.inputs.items()}
+    return digests | {role: outside_source(path, role).entry.digest for role, path in node.outside.items()}
 
 
 def decide(
-    folder: RunFolder, stage: Stage, seed: int, digests: Mapping[str, str | None], anew: bool, thorough: bool = False
-) -> Step:
+    folder: RunFolder, node: Node, seed: int, digests: Mapping[str, str | None], anew: bool, thorough: bool = False
+) -> Decision:
     """What to do with one stage; a stored artifact that would be reused but is damaged is an error."""
-    seconds = _estimate(folder, stage)
+    seconds = _estimate(folder, node)
     known = {role: digest for role, digest in digests.items() if digest is not None}
     if len(known) < len(digests):
-        waiting = [name for role, name in stage.inputs.items() if digests[role] is None]
-        return Step(stage, "run", f"its input {waiting[0]} is made anew", seconds=seconds)
-    key = artifact_key(stage, seed, known)
-    stored = folder.stored(stage.name, key)
+        waiting = [name for role, name in node.inputs.items() if digests[role] is None]
+        return Decision(node, "run", f"its input {waiting[0]} is made anew", seconds=seconds)
+    key = artifact_key(node, seed, known)
+    stored = folder.stored(node.name, key)
     if stored.exists() and not anew:
-        advice = f"run the same command with --from {stage.name} to make it anew"
+        advice = f"run the same command with --from {node.name} to make it anew"
         artifact = open_artifact(stored, advice)
         verify(artifact, advice, thorough)
-        return Step(stage, "reuse", "nothing it depends on changed", key, artifact, 0.0)
-    current = folder.current(stage.name)
+        return Decision(node, "reuse", "nothing it depends on changed", key, artifact, 0.0)
+    current = folder.current(node.name)
     if anew:
         why = "asked for by --from"
     elif current is None:
         why = NOT_MADE
     else:
-        why = ", ".join(changes(current.manifest, stage, seed, known)) or "its artifact is gone"
-    resumed = last_save(folder.working(stage.name, key) / "scratch") is not None
-    return Step(stage, "resume" if resumed else "run", why, key, seconds=seconds)
+        why = ", ".join(changes(current.manifest, node, seed, known)) or "its artifact is gone"
+    resumed = last_save(folder.working(node.name, key) / "scratch") is not None
+    return Decision(node, "resume" if resumed else "run", why, key, seconds=seconds)
 
 
-def _estimate(folder: RunFolder, stage: Stage) -> float | None:
-    former = folder.former(stage.name)
+def _estimate(folder: RunFolder, node: Node) -> float | None:
+    former = folder.former(node.name)
     if former is not None:
         return former.manifest.seconds
-    return stage.estimate(stage.config) if stage.estimate else None
+    return node.estimate() if node.estimate else None
 
 
-def changes(manifest: Manifest, stage: Stage, seed: int, digests: Mapping[str, str]) -> list[str]:
+def changes(manifest: Manifest, node: Node, seed: int, digests: Mapping[str, str]) -> list[str]:
     """In what an artifact differs from what the stage would make now, in words: `train.steps 10 -> 20`."""
-    told = _config_changes(_flat(manifest.config), _flat(stage.config.model_dump(mode="json")))
+    told = _config_changes(_flat(manifest.config), _flat(node.config.model_dump(mode="json")))
     if manifest.seed != seed:
         told.append(f"seed {manifest.seed} -> {seed}")
     for role, digest in digests.items():
         former = manifest.inputs.get(role)
         if former is None or former.digest != digest:
-            told.append(f"its input {stage.inputs.get(role, role)} changed")
+            told.append(f"its input {node.inputs.get(role, role)} changed")
     if manifest.code.get("version") != version():
         told.append(f"openqwen {manifest.code.get('version')} -> {version()}")
     rest = len(told) - _SHOW_CHANGES

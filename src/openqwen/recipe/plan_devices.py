@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from rich import box
@@ -12,17 +12,17 @@ from rich.table import Table
 
 from openqwen.model import ModelConfig
 from openqwen.recipe.capacity import DEVICES, GIB, USABLE, Device, Setting, best, memory, tokens_per_second
-from openqwen.recipe.estimate import COMPARED, CONVERSATION, SHARE, trained_tokens
+from openqwen.recipe.estimate import SHARE
+from openqwen.recipe.graph import nodes_of, recipe_class
 from openqwen.recipe.settings import find_recipe, load_settings
 from openqwen.support.device import best_device, free_memory, peak_flops
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.progress import console, duration
+from openqwen.support.stage import CONVERSATION, Effort
 from openqwen.train.eight_bit import BYTES
 from openqwen.train.parallel.degrees import faults
+from openqwen.train.preferences import COMPARED
 from openqwen.train.pretrain import network_config
-
-if TYPE_CHECKING:
-    from openqwen.recipe.stages import Recipe
 
 _MOST = 4_096  # devices
 _PACKED = {"none": 4.0, "int8": 1.06, "int4": 0.56}  # bytes of a matrix's number under adapters, scales included
@@ -30,17 +30,19 @@ _WIDTH = 150  # characters: a table cut off tells nothing
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """tokens: that it trains on, 0 where the recipe does not say. context: what a token sees, in the
-    mean. micro, longest: tokens of the largest forward call and of the longest record, of all data
-    stages."""
+class Training:
+    """A stage that trains, for the planner. tokens: that it trains on, 0 where the recipe does not say."""
 
     name: str
     config: Any
+    effort: Effort
     tokens: float
-    context: float
-    micro: int
-    longest: int
+
+    @property
+    def context(self) -> float:
+        """Tokens before a token in its row, in the mean."""
+        rows = self.effort.rows
+        return sum(length / 2 * tokens for length, tokens in rows.items()) / sum(rows.values())
 
 
 def plan(
@@ -55,14 +57,12 @@ def plan(
         gpus: How many of which device: 8xH100, 4xA100-40, A100-80, H200, L40S, 4090; cpu is this machine.
         model: A published model in place of the recipe's network, such as qwen2.5-7b.
     """
-    from openqwen.recipe.stages import Recipe
-
-    settings = load_settings(find_recipe(recipe), Recipe)
+    settings: Any = load_settings(find_recipe(recipe), recipe_class())
     network = ModelConfig.named(model) if model else network_config(settings.pretrain, settings.tokenizer.vocabulary)
     count, name, device = _devices(gpus)
     table = _table()
     advice = []
-    for stage in _stages(settings):
+    for stage in trainings(settings):
         told = _setting(stage, network, count)
         found = best(network, told, device, stage.context)
         _row(table, stage, network, told, device, "as told")
@@ -100,31 +100,28 @@ def _devices(text: str) -> tuple[int, str, Device]:
     return int(number or 1), name.upper(), DEVICES[name.upper()]
 
 
-def _stages(r: "Recipe") -> Iterator[_Stage]:
-    for name, reading in (("pretrain", r.pretrain), ("extend", r.extend)):
-        read = [stage.data for stage in reading.resolved()]
-        total, longest = sum(d.tokens for d in read), max(d.row for d in read)
-        rows = [(n, share * d.tokens) for d in read for n, share in (d.lengths or {d.row: 1.0}).items()]
-        seen = sum(length / 2 * part for length, part in rows) / total
-        yield _Stage(name, reading, total, seen, max(reading.data.micro_tokens, longest), longest)
-    makers = {"sft": "instruct", "reward": "prefer", "dpo": "prefer", "online-dpo": "online_dpo"}
-    for name, tokens in trained_tokens(r).items():
-        tokens *= makers[name] in r.model_fields_set  # a recipe that makes no data says nothing of its size
-        config = getattr(r, name.replace("-", "_"))
-        longest = getattr(config, "max_length", config.micro_tokens)
-        yield _Stage(name, config, tokens, CONVERSATION / 2, max(config.micro_tokens, longest), longest)
+def trainings(recipe: Any) -> Iterator[Training]:
+    """The stages of a recipe that train on many devices."""
+    for node in nodes_of(recipe):
+        if node.stage.trains_on_ranks and node.stage.estimate:
+            effort = node.stage.estimate(recipe, node.inputs)
+            known = effort.data_from is None or effort.data_from in recipe.model_fields_set
+            yield Training(node.name, node.config, effort, sum(effort.rows.values()) if known else 0.0)
 
 
-def _setting(stage: _Stage, network: ModelConfig, count: int) -> Setting:
+def _setting(stage: Training, network: ModelConfig, count: int) -> Setting:
     """As the recipe says."""
     train, lora = stage.config.train, getattr(stage.config, "lora", None)
     trained, frozen = 1.0, 4.0
     if lora is not None and lora.rank:
         trained, frozen = _adapters(network, lora.rank), _frozen(network, lora.base)
-    # Beside online DPO's network: the reference and the reward model, and a copy that answers.
-    others = 0.0 if stage.name != "online-dpo" else 2.0 if count == 1 else 3.0
+    effort = stage.effort
+    # Over several devices, the network that answers is a whole copy of the one that trains.
+    others = float(effort.beside + (effort.answers > 0 and count > 1))
     moments = BYTES if train.method == "adamw8bit" else 8.0
-    return Setting(count, train.parallel, train.recompute, stage.micro, stage.longest, trained, moments, frozen, others)
+    return Setting(
+        count, train.parallel, train.recompute, effort.micro_tokens, effort.longest, trained, moments, frozen, others
+    )
 
 
 def _adapters(network: ModelConfig, rank: int) -> float:
@@ -140,7 +137,7 @@ def _frozen(network: ModelConfig, base: str) -> float:
     return tables * 4.0 + (1 - tables) * _PACKED[base]
 
 
-def _row(table: Table, stage: _Stage, network: ModelConfig, setting: Setting, device: Device, what: str) -> None:
+def _row(table: Table, stage: Training, network: ModelConfig, setting: Setting, device: Device, what: str) -> None:
     how = _how(setting)
     wrong = faults(setting.parallel, network, setting.devices)
     if wrong:
@@ -175,12 +172,12 @@ def _how(setting: Setting) -> str:
     return ", ".join([*degrees, *again, f"micro {setting.micro_tokens:,}"])
 
 
-def _ways(stage: _Stage, network: ModelConfig, setting: Setting, device: Device, packed: bool) -> Iterator[str]:
+def _ways(stage: Training, network: ModelConfig, setting: Setting, device: Device, packed: bool) -> Iterator[str]:
     """What would make it fit, one lever at a time, and as much less to a row as it takes. With each, all divisions,
     recomputations and micro-batches are tried, and the fastest is told. packed: whether a base may be quantised."""
 
     levers = {"": setting, "method adamw8bit (moments in 8 bits)": replace(setting, moments=BYTES)}
-    if stage.name == "sft":
+    if hasattr(stage.config, "lora"):
         few = replace(setting, trained=min(setting.trained, _adapters(network, 16)))
         levers["lora.rank 16 (adapters)"] = few
         if packed:

@@ -13,13 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openqwen.support.errors import OpenQwenError
-
 if TYPE_CHECKING:
-    from openqwen.recipe.stage import Stage, Work
-
-TRAINING = {"pretrain", "extend", "sft", "reward", "dpo", "online-dpo"}
-ALONE = {"sweep"}  # many small networks, each in one process
+    from openqwen.support.stage import Stage, StageRun
 
 
 def many() -> bool:
@@ -27,15 +22,11 @@ def many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def run_stage(stage: "Stage", work: "Work") -> dict[str, float]:
+def run_stage(stage: "Stage", run: "StageRun") -> dict[str, float]:
     """Run a stage, on all ranks where it trains; only rank 0 calls this."""
-    if many() and stage.kind in ALONE:
-        raise OpenQwenError(
-            f"'{stage.kind}' trains in one process only.", where=stage.name, do="run the same command without torchrun"
-        )
-    if many() and stage.kind in TRAINING:
-        _tell((stage.run, work))
-    return stage.run(work)
+    if many() and stage.trains_on_ranks:
+        _tell((stage.run, run))
+    return stage.run(run)
 
 
 def lead_or_follow(lead: Callable[[], int]) -> int:
@@ -56,10 +47,10 @@ def lead_or_follow(lead: Callable[[], int]) -> int:
     with tempfile.TemporaryDirectory(prefix="openqwen-rank-") as name:
         number = 0
         while (told := _listen()) is not None:
-            run, work = told
+            function, run = told
             output = Path(name) / str(number)  # what a stage writes beside the checkpoint, rank 0 writes too
             output.mkdir()
-            run(replace(work, output=output))
+            function(replace(run, output=output))
             number += 1
     return 0
 
@@ -70,7 +61,7 @@ def _tell(word: object) -> None:
     dist.broadcast_object_list([word], src=0)
 
 
-def _listen() -> tuple[Callable[["Work"], dict[str, float]], "Work"] | None:
+def _listen() -> tuple[Callable[["StageRun"], dict[str, float]], "StageRun"] | None:
     import torch.distributed as dist
 
     word: list = [None]

@@ -1,10 +1,10 @@
 """Direct preference optimisation on preferences P (Rafailov et al. 2023; Qwen2 report, 4.3, the offline stage)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import Field
@@ -15,7 +15,8 @@ from openqwen.model import Qwen2
 from openqwen.support.errors import disk_errors
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
-from openqwen.tokenizer import Tokenizer
+from openqwen.support.stage import CHAT, MODEL, PREFERENCES, Effort, Stage, StageRun
+from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.branches import branches
 from openqwen.train.compute import Precision, computing
 from openqwen.train.conversations import Compared, pair_numbers
@@ -24,7 +25,7 @@ from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.parallel import join, load_for_training, world_of
-from openqwen.train.preferences import Preferences, PreferencesConfig
+from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
 from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, Trainer
 
@@ -136,3 +137,26 @@ def _cached_reference(model: Qwen2, groups: Sequence[Compared], config: DpoConfi
             aside.rename(path)
         world.wait()
     return load_file(path)["log_probs"]
+
+
+def run_dpo(run: StageRun) -> dict[str, float]:
+    """A chat model and preferences P → an aligned one."""
+    start = run.inputs["model"]
+    return dpo(run.config, start, run.data("preferences"), load_tokenizer(start), Place.of(run))
+
+
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    # The reference reads the pairs once, forward only: a third of a training step.
+    return preferences_effort(recipe, recipe.dpo, recipe.dpo.epochs + 1 / 3)
+
+
+STAGE = Stage(
+    name="dpo",
+    help="Direct preference optimization on preference pairs.",
+    config=DpoConfig,
+    inputs={"model": MODEL, "preferences": PREFERENCES},
+    outputs=["model", CHAT],
+    run=run_dpo,
+    trains_on_ranks=True,
+    estimate=_effort,
+)

@@ -7,9 +7,10 @@ several processes, where that is sharded, each holds a whole copy that is refres
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -20,13 +21,15 @@ from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.records import read_records
-from openqwen.tokenizer import Tokenizer
+from openqwen.support.stage import CHAT, CONVERSATION, MODEL, PROMPTS, REWARD, Effort, Stage, StageRun
+from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import Compared, question
 from openqwen.train.dpo import Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.parallel import copy_weights, join
+from openqwen.train.preferences import COMPARED
 from openqwen.train.reward import score_sequences
 from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
@@ -152,3 +155,36 @@ def _best_and_worst(outputs: list[Output], rewards: list[float], group: slice) -
     best = max(ended, key=lambda n: rewards[n])
     worst = min(numbers, key=lambda n: (outputs[n].finish_reason == "stop", rewards[n]))
     return None if outputs[best].token_ids == outputs[worst].token_ids else (best, worst)
+
+
+def run_online_dpo(run: StageRun) -> dict[str, float]:
+    """A chat model, its own answers to prompts and a reward model → an aligned one."""
+    start = run.inputs["model"]
+    return online_dpo(
+        run.config, start, run.data("prompts"), load_tokenizer(start), Place.of(run), run.inputs["reward"]
+    )
+
+
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    config = recipe.online_dpo
+    asked = config.steps * config.batch
+    return Effort(
+        answers=asked * config.samples,
+        rows={CONVERSATION: asked * COMPARED},
+        micro_tokens=config.micro_tokens,
+        longest=config.micro_tokens,
+        data_from="online_dpo",
+        beside=2,  # the reference and the reward model
+    )
+
+
+STAGE = Stage(
+    name="online-dpo",
+    help="DPO on the model's own answers, judged by the reward model.",
+    config=OnlineDpoConfig,
+    inputs={"model": MODEL, "reward": REWARD, "prompts": PROMPTS},
+    outputs=["model", CHAT],
+    run=run_online_dpo,
+    trains_on_ranks=True,
+    estimate=_effort,
+)

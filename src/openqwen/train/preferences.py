@@ -9,10 +9,14 @@ from pydantic import Field
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.records import read_records
+from openqwen.support.stage import CONVERSATION, Effort
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.conversations import Compared, compared, fitting, origin, pair
 from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import TrainingConfig
+
+# For estimates: tokens of a prompt with its compared answers; not every prompt has a right and a wrong one.
+COMPARED = 40
 
 
 class PreferencesConfig(TrainingConfig):
@@ -70,3 +74,10 @@ def _temperature(record: dict[str, Any]) -> float:
     """The higher of the two answers' temperatures in a pair's origin; 0 where there is none."""
     told = origin(record)
     return max(told.get(key) or 0.0 for key in ("temperature", "chosen_temperature"))
+
+
+def preferences_effort(recipe: Any, config: PreferencesConfig, passes: float) -> Effort:
+    """To train so many times on the preferences that a recipe makes."""
+    rows = {CONVERSATION: recipe.prefer.prompts * COMPARED * passes}
+    longest = config.max_length
+    return Effort(rows=rows, micro_tokens=max(config.micro_tokens, longest), longest=longest, data_from="prefer")

@@ -1,5 +1,6 @@
 """Pre-training by next-token prediction, and its long-sequence phase with a raised RoPE base (Qwen2 report, 2.3)."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
+from openqwen.support.hub import local
 from openqwen.support.progress import console
 from openqwen.support.settings import Settings
-from openqwen.tokenizer import Tokenizer
+from openqwen.support.stage import CORPUS, TOKENIZER, TOKENS, Effort, Stage, StageRun
+from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.balance import Balanced, balanced, load_record, measure_load, with_loads
 from openqwen.train.data_stages import Resolved, StagedConfig, StagedTrainer, Stretch, enter
 from openqwen.train.losses import Loss, next_token
@@ -22,6 +25,7 @@ from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import join, load_for_training
 from openqwen.train.pieces import DataConfig, Pieces, Supply, TokenSource
 from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.shards import held_out, token_sources, weighted
 from openqwen.train.trainer import Place
 
 EXPERTS = "experts.json"  # the load of each expert at the end of training
@@ -240,3 +244,59 @@ def _network(
     model = Qwen2(network_config(config, vocabulary))
     initialize(model, generators.torch("weights"))
     return model.to(best_device())
+
+
+def run_pretrain(run: StageRun) -> dict[str, float]:
+    """Token shards → a base model, from random weights or from a checkpoint."""
+    tokenizer, start = load_tokenizer(run.inputs["tokenizer"]), run.config.model
+    if start is not None:
+        tokenizer = _checked_tokenizer(tokenizer, start, run.inputs["tokenizer"])
+    return pretrain_on_shards(run, start, tokenizer)
+
+
+def pretrain_on_shards(run: StageRun, start: Path | None, tokenizer: Tokenizer) -> dict[str, float]:
+    """Pre-train on a run's token shards, in the corpus's mixture where none is named."""
+    config: PretrainConfig | ExtendConfig = run.config
+    sources = token_sources(run.inputs["tokens"])
+    config = config.model_copy(update={"data": weighted(config.data, run.inputs["corpus"], sources)})
+    held, tokens = list[Sample](), config.validation.tokens
+    if tokens:
+        context = min(stage.data.row for stage in config.resolved())
+        order = Generators(run.seed)["data.validation"]
+        held = held_out(run.inputs["corpus"], tokenizer, context, tokens, order)
+    return pretrain(config, sources, tokenizer, tokenizer.vocab_size, start, Place.of(run), held)
+
+
+def _checked_tokenizer(given: Tokenizer, start: Path, where: Path) -> Tokenizer:
+    """The checkpoint's own tokenizer, which is saved with the model; that of the shards must be a part of it."""
+    own = load_tokenizer(start)
+    if given.vocabulary != own.vocabulary or not given.control_ids.items() <= own.control_ids.items():
+        raise OpenQwenError(
+            f"The tokenizer of the shards is not that of {start}: the same ids would mean other text.",
+            where=where,
+            do=f"make the shards with the checkpoint's: {command('tokens', '--tokenizer', local(start), '...')}",
+        )
+    return own
+
+
+def staged_effort(config: StagedConfig) -> Effort:
+    """To read all data stages."""
+    rows = Counter[int]()
+    read = [stage.data for stage in config.resolved()]
+    for data in read:
+        for length, share in (data.lengths or {data.row: 1.0}).items():
+            rows[length] += share * data.tokens  # type: ignore[assignment]
+    longest = max(data.row for data in read)
+    return Effort(rows=rows, micro_tokens=max(config.data.micro_tokens, longest), longest=longest)
+
+
+STAGE = Stage(
+    name="pretrain",
+    help="Train a network on token shards, from scratch or from --model; with --sweep, see the verb sweep.",
+    config=PretrainConfig,
+    inputs={"tokens": TOKENS, "tokenizer": TOKENIZER, "corpus": CORPUS},
+    outputs=["model"],
+    run=run_pretrain,
+    trains_on_ranks=True,
+    estimate=lambda recipe, roles: staged_effort(recipe.pretrain),
+)

@@ -1,8 +1,9 @@
 """The reward model: a decoder with one linear output, trained on preferences P with the pairwise logistic loss."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -11,13 +12,14 @@ from torch import Tensor
 from openqwen.model import Packed, Scorer, scorer_from
 from openqwen.support.device import best_device
 from openqwen.support.generators import Generators
-from openqwen.tokenizer import Tokenizer
+from openqwen.support.stage import MODEL, PREFERENCES, Effort, Stage, StageRun
+from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.branches import branches
 from openqwen.train.conversations import Compared, Messages, answer, pair_numbers
 from openqwen.train.losses import Loss, bradley_terry
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
-from openqwen.train.preferences import Preferences, PreferencesConfig
+from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
 from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, Trainer
 
@@ -29,7 +31,7 @@ class RewardConfig(PreferencesConfig):
 
 
 @dataclass
-class Answers:
+class ScoredAnswers:
     """Answers behind their prompts, scored at their last tokens and compared. last: [answers]. pairs: [pairs, 2]."""
 
     rows: Rows
@@ -37,7 +39,7 @@ class Answers:
     pairs: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Compared], device: torch.device) -> "Answers":
+    def of(cls, groups: Sequence[Compared], device: torch.device) -> "ScoredAnswers":
         """Lay out groups."""
         # An answer's last token is fed only where another stands behind it: any one will do.
         fed = [(group.prompt, [[*answer, answer[-1]] for answer in group.answers]) for group in groups]
@@ -79,12 +81,34 @@ def reward(
     data = Preferences.read(preferences, tokenizer, config, scorer.config.max_position_embeddings)
     order = Epochs(len(data.groups), config.epochs, config.batch, generators)
 
-    def batch(step: int) -> list[Answers]:
+    def batch(step: int) -> list[ScoredAnswers]:
         cuts = data.cut(order.batch(step), config.micro_tokens)
-        return [Answers.of([data.groups[i] for i in numbers], scorer.device) for numbers in cuts]
+        return [ScoredAnswers.of([data.groups[i] for i in numbers], scorer.device) for numbers in cuts]
 
     loss = lambda answers: answers.loss(scorer)  # noqa: E731
     trainer = Trainer(place, config, scorer, batch, loss, order.steps, generators)
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics | data.counts
+
+
+def run_reward(run: StageRun) -> dict[str, float]:
+    """A chat model and preferences P → a reward model."""
+    start = run.inputs["model"]
+    return reward(run.config, start, run.data("preferences"), load_tokenizer(start), Place.of(run))
+
+
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    return preferences_effort(recipe, recipe.reward, recipe.reward.epochs)
+
+
+STAGE = Stage(
+    name="reward",
+    help="Train a reward model on preference pairs.",
+    config=RewardConfig,
+    inputs={"model": MODEL, "preferences": PREFERENCES},
+    outputs=["reward"],
+    run=run_reward,
+    trains_on_ranks=True,
+    estimate=_effort,
+)

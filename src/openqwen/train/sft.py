@@ -1,8 +1,9 @@
 """Supervised fine-tuning on demonstrations D: assistant tokens only (Qwen2 report, 4.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -13,7 +14,8 @@ from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.records import read_records
-from openqwen.tokenizer import Tokenizer
+from openqwen.support.stage import CHAT, CONVERSATION, DEMONSTRATIONS, MODEL, Effort, Stage, StageRun
+from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import TooLong, conversation, fit, fitting, says_nothing
 from openqwen.train.losses import next_token
 from openqwen.train.order import Epochs
@@ -150,3 +152,28 @@ def _merged(trainer: Trainer[Rows], config: SftConfig, start: Path) -> Callable[
             load_adapter(whole, folder)
         merge_adapters(whole)
     return lambda: whole
+
+
+def run_sft(run: StageRun) -> dict[str, float]:
+    """A base model and demonstrations D → a chat model."""
+    start = run.inputs["model"]
+    return sft(run.config, start, run.data("demonstrations"), load_tokenizer(start), Place.of(run))
+
+
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    config, made = recipe.sft, recipe.instruct.demonstrations + recipe.instruct.repurposed
+    longest = config.max_length
+    rows = {CONVERSATION: made * config.epochs * CONVERSATION}
+    return Effort(rows=rows, micro_tokens=max(config.micro_tokens, longest), longest=longest, data_from="instruct")
+
+
+STAGE = Stage(
+    name="sft",
+    help="Supervised fine-tuning on demonstrations.",
+    config=SftConfig,
+    inputs={"model": MODEL, "demonstrations": DEMONSTRATIONS},
+    outputs=["model", CHAT],
+    run=run_sft,
+    trains_on_ranks=True,
+    estimate=_effort,
+)

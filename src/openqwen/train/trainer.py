@@ -28,6 +28,7 @@ from openqwen.support.files import write_text
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
 from openqwen.support.settings import Settings
+from openqwen.support.stage import StageRun
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.compute import LEVERS, compile_layers, computing, is_low, is_out_of_memory
 from openqwen.train.losses import Loss
@@ -66,6 +67,11 @@ class Place:
     scratch: Path
     seed: int
     label: str
+
+    @classmethod
+    def of(cls, run: StageRun) -> "Place":
+        """The place of a stage's run."""
+        return cls(run.output, run.scratch, run.seed, run.label)
 
 
 Micro = TypeVar("Micro")  # Rows, or what has them as `rows`

@@ -1,19 +1,24 @@
 """The `instruct` stage: demonstrations D from programs, the model itself and docstrings, and prompts for later."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from openqwen.engine import Generator
+from openqwen.corpus.documents import read_documents
+from openqwen.engine import Engine, Generator
 from openqwen.instruct.synthesize.rejection import rejection_sample
 from openqwen.instruct.synthesize.repurpose import demonstrations_from_docstrings
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
+from openqwen.model import load_model
+from openqwen.support.device import best_device
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.settings import Settings
+from openqwen.support.stage import CORPUS, MODEL, Effort, Stage, StageRun
+from openqwen.tokenizer import load_tokenizer
 
 
 class InstructConfig(Settings):
@@ -94,3 +99,26 @@ def _repurposed(
     found = list(demonstrations_from_docstrings(documents, generators["docstrings"], seed)) if count else []
     chosen = generators["repurpose"].permutation(len(found))[:count]
     return [found[i] for i in sorted(chosen)]
+
+
+def run_instruct(run: StageRun) -> dict[str, float]:
+    """Documents and the base model's own samples → demonstrations D."""
+    documents = (d for d in read_documents(run.inputs["corpus"] / "train.parquet") if d["source"] != "tasks")
+    model = run.inputs["model"]
+    engine = Engine(load_model(model, device=best_device()), load_tokenizer(model))
+    return build_demonstrations(run.config, documents, engine, run.seed, run.output, model.name)
+
+
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    return Effort(answers=recipe.instruct.rejection_prompts * recipe.instruct.rejection_samples)
+
+
+STAGE = Stage(
+    name="instruct",
+    help="Make demonstrations without people.",
+    config=InstructConfig,
+    inputs={"corpus": CORPUS, "model": MODEL},
+    outputs=["demonstrations", "prompts"],
+    run=run_instruct,
+    estimate=_effort,
+)

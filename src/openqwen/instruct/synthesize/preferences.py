@@ -5,18 +5,22 @@ that fail are negatives.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from openqwen.engine import Generator, Output
+from openqwen.engine import Engine, Generator, Output
 from openqwen.instruct.synthesize.rejection import sample_answers
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
+from openqwen.model import load_model
+from openqwen.support.device import best_device
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.settings import Settings
+from openqwen.support.stage import MODEL, Effort, Stage, StageRun
+from openqwen.tokenizer import load_tokenizer
 
 
 class PreferConfig(Settings):
@@ -138,3 +142,26 @@ def _spread(texts: list[str], count: int) -> list[str]:
 
 def _distinct(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in texts))
+
+
+def run_prefer(run: StageRun) -> dict[str, float]:
+    """The chat model's checked samples → preferences P."""
+    model = run.inputs["model"]
+    engine = Engine(load_model(model, device=best_device()), load_tokenizer(model))
+    return build_preferences(run.config, engine, run.seed, run.output, model.name)
+
+
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    prefer = recipe.prefer
+    return Effort(answers=(prefer.prompts + 2 * prefer.heldout_prompts) * prefer.samples)
+
+
+STAGE = Stage(
+    name="prefer",
+    help="Make preference pairs by sampling and checking.",
+    config=PreferConfig,
+    inputs={"model": MODEL},
+    outputs=["preferences"],
+    run=run_prefer,
+    estimate=_effort,
+)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from openqwen.recipe.report.run import EVALUATE, Run, Stage
+from openqwen.recipe.report.run import EVALUATE, FinishedStage, Run
 
 _BOX, _HIGH = 196, 50
 _ACROSS, _DOWN = 272, 74
@@ -15,7 +15,7 @@ _DATA, _MODEL, _EVALUATION = 0, 1, 2
 class Box:
     """A stage's place in the grid: data, models and evaluations are columns, rows follow the inputs."""
 
-    stage: Stage
+    stage: FinishedStage
     column: int
     row: int
 

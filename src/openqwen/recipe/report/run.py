@@ -4,22 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openqwen.recipe.graph import GRAPH
 from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl
-
-# The recipe's order, for stages that do not depend on one another; a stage not named here comes after these.
-ORDER = (
-    "corpus", "tokenizer", "tokens", "pretrain", "evaluate-pretrain", "extend", "evaluate-extend", "instruct",
-    "sft", "evaluate-sft", "prefer", "reward", "evaluate-reward", "dpo", "evaluate-dpo", "online-dpo",
-    "evaluate-online-dpo",
-)  # fmt: skip
 
 EVALUATE = "evaluate-"
 
 
 @dataclass
-class Stage:
+class FinishedStage:
     """One finished artifact and what its manifest says.
 
     reused: whether the last run found it already made; None where the run left no record of that.
@@ -50,7 +44,8 @@ class Stage:
     def inputs(self) -> list[str]:
         """Names of the stages it was made from, each once."""
         named = (self.manifest.get("inputs") or {}).values()
-        return list(dict.fromkeys(given["stage"] for given in named))
+        # A folder from outside may bear its name.
+        return list(dict.fromkeys(given["stage"] for given in named if given["stage"] != self.name))
 
     @property
     def is_evaluation(self) -> bool:
@@ -77,12 +72,12 @@ class Run:
 
     folder: Path
     name: str
-    stages: list[Stage]
+    stages: list[FinishedStage]
 
     def __post_init__(self) -> None:
         self._by_name = {stage.name: stage for stage in self.stages}
 
-    def stage(self, name: str) -> Stage | None:
+    def stage(self, name: str) -> FinishedStage | None:
         return self._by_name.get(name)
 
     def json(self, stage: str, name: str) -> Any:
@@ -124,7 +119,7 @@ def load_run(folder: Path) -> Run:
         raise OpenQwenError("There is no run folder here.", where=folder, do=do)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     stages = [
-        Stage(name=path.name, folder=path, manifest=read_json(path / "manifest.json"))
+        FinishedStage(name=path.name, folder=path, manifest=read_json(path / "manifest.json"))
         for path in sorted(folder.iterdir())
         if not path.name.startswith(".") and (path / "manifest.json").is_file()
     ]
@@ -133,11 +128,11 @@ def load_run(folder: Path) -> Run:
     return Run(folder, record.get("recipe") or folder.resolve().name, stages)
 
 
-def _in_order(stages: list[Stage]) -> list[Stage]:
+def _in_order(stages: list[FinishedStage]) -> list[FinishedStage]:
     """Inputs before what is made from them; among equals, the recipe's order."""
-    rank = {name: place for place, name in enumerate(ORDER)}
+    rank = {name: place for place, name in enumerate(name for name, _, _ in GRAPH)}
     waiting = sorted(stages, key=lambda stage: (rank.get(stage.name, len(rank)), stage.name))
-    ordered: list[Stage] = []
+    ordered: list[FinishedStage] = []
     while waiting:
         missing = {stage.name for stage in waiting}
         # Manifests that name each other in a circle cannot be ordered: take the first and go on.
@@ -147,7 +142,7 @@ def _in_order(stages: list[Stage]) -> list[Stage]:
     return ordered
 
 
-def _mark(stages: list[Stage], reused: list[str] | None) -> None:
+def _mark(stages: list[FinishedStage], reused: list[str] | None) -> None:
     """Note which stages were reused, and which were made from inputs that have changed since."""
     digests = {stage.name: stage.digest for stage in stages}
     changed: set[str] = set()

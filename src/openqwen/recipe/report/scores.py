@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from openqwen.recipe.report.run import EVALUATE, Run, Stage
+from openqwen.recipe.report.run import EVALUATE, FinishedStage, Run
 from openqwen.recipe.report.text import number, percent, signed
 from openqwen.recipe.report.training import throughput
 
@@ -25,7 +25,7 @@ class Score:
 
 
 @dataclass
-class Cell:
+class ScoreCell:
     """A score as text, its 95 % interval, its change (see `_row`), and whether that is better."""
 
     text: str
@@ -35,14 +35,14 @@ class Cell:
 
 
 @dataclass
-class Row:
+class ScoreRow:
     """A stage in the table of scores."""
 
-    stage: Stage
-    evaluation: Stage | None
+    stage: FinishedStage
+    evaluation: FinishedStage | None
     tokens: float
     tokens_per_second: float | None
-    cells: list[Cell | None] = field(default_factory=list)
+    cells: list[ScoreCell | None] = field(default_factory=list)
 
 
 def _ratio(value: Any) -> str:
@@ -91,13 +91,13 @@ def score_table(run: Run) -> dict[str, Any]:
     }
 
 
-def _row(run: Run, stage: Stage, present: list[Score], before: dict[str, float]) -> Row:
+def _row(run: Run, stage: FinishedStage, present: list[Score], before: dict[str, float]) -> ScoreRow:
     """The row of a stage; `before` holds the last value of each score and is brought up to date.
 
     A change is against the score of the stage's own start where it names one, else the last value.
     """
     records = stage.jsonl("metrics.jsonl") if stage.is_model else []
-    row = Row(stage, run.stage(EVALUATE + stage.name), *throughput(records))
+    row = ScoreRow(stage, run.stage(EVALUATE + stage.name), *throughput(records))
     values = run.scores(stage.name)
     start = run.scores(values["start"]) if "start" in values else before
     for score in present:
@@ -107,7 +107,7 @@ def _row(run: Run, stage: Stage, present: list[Score], before: dict[str, float])
             continue
         low, high = values.get(f"{score.key}_low"), values.get(f"{score.key}_high")
         show = partial(percent, digits=0) if score.show is percent else score.show
-        cell = Cell(score.show(value), "" if low is None else f"{show(low)} to {show(high)}")
+        cell = ScoreCell(score.show(value), "" if low is None else f"{show(low)} to {show(high)}")
         if score.key in start:
             change = value - start[score.key]
             if abs(change) * score.scale >= 0.5 * 10**-score.digits:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from openqwen.recipe.report.charts import LineChart, line_chart, smoothed
-from openqwen.recipe.report.run import Run, Stage
+from openqwen.recipe.report.run import FinishedStage, Run
 from openqwen.recipe.report.text import number, scientific
 
 
@@ -27,7 +27,7 @@ class StageCurves:
     load of each expert of each sparse layer over an even share; None for a dense network.
     """
 
-    stage: Stage
+    stage: FinishedStage
     steps: int
     tokens: float
     tokens_per_second: float | None
@@ -61,7 +61,7 @@ def curves(run: Run) -> list[StageCurves]:
     return [_stage_curves(stage, records) for stage, records in logs if records]
 
 
-def _stage_curves(stage: Stage, records: list[dict[str, Any]]) -> StageCurves:
+def _stage_curves(stage: FinishedStage, records: list[dict[str, Any]]) -> StageCurves:
     steps, tokens = column(records, "step") + 1, column(records, "tokens")  # the log counts from zero
     learnt = tokens > 0
     loss = np.where(learnt, column(records, "loss"), np.nan)

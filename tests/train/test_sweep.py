@@ -8,10 +8,9 @@ import pytest
 
 from openqwen import cli
 from openqwen.model import load_model
-from openqwen.recipe import pretraining
-from openqwen.recipe.stages import Recipe
-from openqwen.recipe.sweep import judge
-from openqwen.train import sweep
+from openqwen.recipe.graph import recipe_class
+from openqwen.train import shards, sweep
+from openqwen.train.sweep import judge
 
 NETWORK = ["--network.hidden-size", "16", "--network.intermediate-size", "32", "--network.layers", "1",
            "--network.heads", "2", "--network.kv-heads", "1"]  # fmt: skip
@@ -177,11 +176,11 @@ def test_a_damaged_shard_is_refused_before_training(made, tmp_path, capsys):
 
 
 def test_the_weights_of_the_corpus_are_the_mixture_where_none_is_named(made):
-    sources = pretraining.token_sources(made / "tokens")
-    data = Recipe().pretrain.data
-    assert sum(pretraining.weighted(data, made / "corpus", sources).mixture.values()) == pytest.approx(1)
+    sources = shards.token_sources(made / "tokens")
+    data = recipe_class()().pretrain.data
+    assert sum(shards.weighted(data, made / "corpus", sources).mixture.values()) == pytest.approx(1)
     named = data.model_copy(update={"mixture": {"code": 1.0}})
-    assert pretraining.weighted(named, made / "corpus", sources) == named
+    assert shards.weighted(named, made / "corpus", sources) == named
 
 
 def test_pretraining_measures_held_out_text_and_keeps_the_best_weights(made, tmp_path):

@@ -8,10 +8,10 @@ import tyro
 from openqwen.model import load_model
 from openqwen.model.quantize import bits_per_weight, whole
 from openqwen.model.quantize import quantize as quantized
-from openqwen.recipe.convert import refuse, write_folder
 from openqwen.support.hub import local
 from openqwen.support.progress import console, progress
 from openqwen.tokenizer import load_tokenizer
+from openqwen.train.convert import refuse, write_folder
 
 
 def quantize(

@@ -1,26 +1,26 @@
-"""The scores of one model: what `evaluate-…` stages run."""
+"""The `evaluate` stage: the scores of one model."""
 
-from functools import partial
+from collections.abc import Collection
 from pathlib import Path
 from statistics import mean
-from typing import Any, cast
+from typing import Any
 
-from openqwen.corpus.documents import read_documents
+from openqwen.corpus.documents import halves, read_documents
 from openqwen.engine import Engine
-from openqwen.evaluate.bits_per_byte import bits_per_byte, halves, within_budget
+from openqwen.evaluate.bits_per_byte import bits_per_byte, within_budget
 from openqwen.evaluate.checked import Item, checked_accuracy, sampled_right
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.intervals import grouped_interval, paired_gain, wilson_interval
-from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate
+from openqwen.evaluate.preferences import win_rate
 from openqwen.evaluate.samples import sample_answers
 from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.model import load_model, load_scorer
-from openqwen.recipe.stage import Work
 from openqwen.support.device import best_device
 from openqwen.support.files import gzip_bits_per_byte, read_json, read_jsonl, write_json, write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
+from openqwen.support.stage import CONVERSATION, CORPUS, MODEL, Effort, Stage, StageRun
 from openqwen.tokenizer import load_tokenizer
 from openqwen.train.reward import score
 
@@ -34,6 +34,7 @@ _TEMPERATURES = {
     "test_sampled": (1.0, "sampled_correct"),
 }
 _COOLER = (0.9, "correct_at_0.9")
+_SCORED = 0.25  # of a training token: a byte scored is a third of a token, read twice, forward only
 _HEADLINES = (  # what the line of a stage shows first
     *("bits_per_byte", "test_accuracy", "test_sampled_accuracy", "test_gain", "test_sampled_gain"),
     *("checked_accuracy", "sampled_accuracy"),
@@ -47,20 +48,20 @@ def _item(task: Task, chats: bool) -> Item:
     return Item(task.task, plain_prompt(task.question), task.chance, lambda text: task.check(plain_answer(text)))
 
 
-def evaluate_model(work: Work) -> dict[str, float]:
+def evaluate_model(run: StageRun) -> dict[str, float]:
     """Bits per byte, checked tasks, samples; retention, gains and win rate where there is something to compare with.
 
     base: the scores before SFT. start: those of the model that this one was trained from.
     A model that comes before SFT (no `base` to compare with) is asked in plain text, a chat model in its template.
     Scores whose names begin with `test_` are of tasks and documents that no setting was chosen by.
     """
-    config = cast(EvaluateConfig, work.config)
-    folder, device = work.inputs["model"], best_device()
+    config: EvaluateConfig = run.config
+    folder, device = run.inputs["model"], best_device()
     model, tokenizer = load_model(folder, device=device), load_tokenizer(folder)
     engine = Engine(model, tokenizer)
-    chats = "base" in work.inputs
+    chats = "base" in run.inputs
 
-    held = [d for d in read_documents(work.inputs["corpus"] / "heldout.parquet") if d["source"] != _SYNTHETIC]
+    held = [d for d in read_documents(run.inputs["corpus"] / "heldout.parquet") if d["source"] != _SYNTHETIC]
     development, test = (within_budget(half, config.heldout_bytes // 2) for half in halves(held))
     context = min(config.context, model.config.max_position_embeddings)
     result = bits_per_byte(model, tokenizer, development, context, device)
@@ -81,33 +82,33 @@ def evaluate_model(work: Work) -> dict[str, float]:
     with progress("checked tasks", 2 * len(items), "answers") as bar:
         checked = checked_accuracy(engine, items, config.max_tokens, bar)
         scores["sampled_accuracy"] = mean(sampled_right(engine, items, config.max_tokens, bar))
-    write_jsonl(work.output / "answers.jsonl", checked.pop("answers"))
+    write_jsonl(run.output / "answers.jsonl", checked.pop("answers"))
     scores |= checked
     if chats:
-        scores["retention"] = result.overall / read_json(work.inputs["base"] / "scores.json")["bits_per_byte"]
-        scores |= _test(engine, config, work)
+        scores["retention"] = result.overall / read_json(run.inputs["base"] / "scores.json")["bits_per_byte"]
+        scores |= _test(engine, config, run)
 
-    write_json(work.output / "scores.json", scores)
-    write_json(work.output / "samples.json", sample_answers(engine, config.sample_tokens))
+    write_json(run.output / "scores.json", scores)
+    write_json(run.output / "samples.json", sample_answers(engine, config.sample_tokens))
     ordered = {name: scores[name] for name in _HEADLINES if name in scores} | scores
     return {name: value for name, value in ordered.items() if isinstance(value, float)}
 
 
-def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, Any]:
+def _test(engine: Engine, config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
     """Scores on the test split at each temperature, and what each gained on the model's start.
 
     A model without a start is the control: `test_cooler_gain` is its gain at 0.9 on itself at 1.0.
     """
     tasks = generate_tasks(Generators(0)["test"], config.test, split="test")
     items = [_item(task, chats=True) for task in tasks]
-    drawn = [*list(_TEMPERATURES.values())[1:], *([] if "start" in work.inputs else [_COOLER])]
+    drawn = [*list(_TEMPERATURES.values())[1:], *([] if "start" in run.inputs else [_COOLER])]
     with progress("test tasks", (1 + len(drawn)) * len(tasks), "answers") as bar:
         answers = checked_accuracy(engine, items, config.max_tokens, bar)["answers"]
         for temperature, field in drawn:
             right = sampled_right(engine, items, config.max_tokens, bar, temperature)
             for answer, correct in zip(answers, right, strict=True):
                 answer[field] = correct
-    write_jsonl(work.output / "test.jsonl", answers)
+    write_jsonl(run.output / "test.jsonl", answers)
     problems = [task.problem for task in tasks]  # a problem's wordings are right or wrong together
     scores: dict[str, Any] = {}
     for name, (_, field) in _TEMPERATURES.items():
@@ -115,15 +116,15 @@ def _test(engine: Engine, config: EvaluateConfig, work: Work) -> dict[str, Any]:
         ends = zip(wilson_interval(sum(rights), len(rights)), grouped_interval(rights, problems))
         low, high = (choose(pair) for choose, pair in zip((min, max), ends))
         scores |= _named(f"{name}_accuracy", mean(rights), low, high)
-    if "start" not in work.inputs:
+    if "start" not in run.inputs:
         at_1, at_09 = (answers, "sampled_correct"), (answers, _COOLER[1])
         return scores | _gain("test_cooler", at_1, at_09, problems)
-    before = list(read_jsonl(work.inputs["start"] / "test.jsonl"))
+    before = list(read_jsonl(run.inputs["start"] / "test.jsonl"))
     for name, (_, field) in _TEMPERATURES.items():
         scores |= _gain(name, (before, field), (answers, field), problems)
-    manifest = read_json(work.inputs["start"] / "manifest.json")
+    manifest = read_json(run.inputs["start"] / "manifest.json")
     scores["start"] = manifest["stage"].removeprefix("evaluate-")
-    return scores | _against(before, work.inputs["reward"], tasks, answers)
+    return scores | _against(before, run.inputs["reward"], tasks, answers)
 
 
 _Answers = tuple[list[dict[str, Any]], str]  # and the field that says whether one is right
@@ -166,17 +167,18 @@ def _against(
     }
 
 
-def evaluate_reward(work: Work) -> dict[str, float]:
-    """How often the reward model puts the better answer first: held-out pairs and test pairs, all and near misses."""
-    folder = work.inputs["reward"]
-    scorer, tokenizer = load_scorer(folder, device=best_device()), load_tokenizer(folder)
-    scores: dict[str, Any] = {}
-    for split, prefix in (("test", "test_"), ("heldout", "")):
-        pairs = list(read_jsonl(work.inputs["preferences"] / f"{split}.jsonl"))
-        for name, chosen in ((f"{prefix}pair_accuracy", pairs), (f"{prefix}near_accuracy", near_misses(pairs))):
-            if chosen:
-                found = pair_accuracy(partial(score, scorer, tokenizer), chosen)
-                scores |= {key.replace("pair_accuracy", name): value for key, value in found.items() if key != "n"}
-                scores[f"{name}_n"] = len(chosen)
-    write_json(work.output / "scores.json", scores)
-    return {name: value for name, value in scores.items() if isinstance(value, float)}
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    config: EvaluateConfig = recipe.evaluate
+    answers = 2 * config.checked + (3 * config.test if "base" in roles else 0)
+    return Effort(answers=answers, rows={CONVERSATION: _SCORED * config.heldout_bytes})
+
+
+STAGE = Stage(
+    name="evaluate",
+    help="Score a model.",
+    config=EvaluateConfig,
+    inputs={"model": MODEL, "corpus": CORPUS},
+    outputs=["base", "start"],
+    run=evaluate_model,
+    estimate=_effort,
+)

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from openqwen.cli import main
-from openqwen.recipe.preview import colored
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.conversations import conversation
+from openqwen.train.preview import colored
 
 CHAT = [
     {"role": "user", "content": "Wie heißt „apple“ auf Chinesisch? 苹果🍎"},

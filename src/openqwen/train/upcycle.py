@@ -1,17 +1,15 @@
 """`openqwen upcycle DENSE OUTPUT`: a dense checkpoint becomes a mixture of fine-grained experts."""
 
-from typing import Literal, cast
+from typing import Literal
 
 from pydantic import Field
 
 from openqwen.model import load_model, save_checkpoint
 from openqwen.model.upcycle import Upcycling, upcycle
-from openqwen.recipe.stage import Work
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.settings import Settings
+from openqwen.support.stage import Stage, StageRun
 from openqwen.tokenizer import load_tokenizer
-
-HELP = "A dense network to a mixture of fine-grained experts."
 
 
 class UpcycleConfig(Settings):
@@ -33,10 +31,10 @@ class UpcycleConfig(Settings):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision to load, work in and save")
 
 
-def run_upcycle(work: Work) -> dict[str, float]:
+def run_upcycle(run: StageRun) -> dict[str, float]:
     """A dense checkpoint → a mixture of experts, with the same tokenizer."""
-    config = cast(UpcycleConfig, work.config)
-    source = work.inputs["model"]
+    config: UpcycleConfig = run.config
+    source = run.inputs["model"]
     tokenizer = load_tokenizer(source)
     if config.vocabulary_rows is not None and config.vocabulary_rows < tokenizer.vocab_size:
         raise OpenQwenError(
@@ -46,8 +44,8 @@ def run_upcycle(work: Work) -> dict[str, float]:
         )
     plan = Upcycling(**config.model_dump(exclude={"dtype"}))
     dense = load_model(source, dtype=config.dtype)
-    model = upcycle(dense, plan, work.seed)
-    save_checkpoint(model, tokenizer, work.output)
+    model = upcycle(dense, plan, run.seed)
+    save_checkpoint(model, tokenizer, run.output)
     size = model.config
     routed, width = size.num_experts * size.moe_intermediate_size, dense.config.intermediate_size
     return {
@@ -58,3 +56,13 @@ def run_upcycle(work: Work) -> dict[str, float]:
         "copies": -(-routed // width),
         "discarded_channels": -routed % width,
     }
+
+
+STAGE = Stage(
+    name="upcycle",
+    help="A dense network to a mixture of fine-grained experts.",
+    config=UpcycleConfig,
+    inputs={"model": "The dense Hugging Face folder."},
+    outputs=["model"],
+    run=run_upcycle,
+)

@@ -1,0 +1,51 @@
+"""What pre-training reads of the corpus: token shards, their mixture, and held-out text."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from openqwen.corpus import TokenShard
+from openqwen.corpus.documents import halves, read_documents
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import read_json
+from openqwen.tokenizer import Tokenizer
+from openqwen.train.parallel import join
+from openqwen.train.pieces import DataConfig
+from openqwen.train.rows import Sample
+
+
+def held_out(corpus: Path, tokenizer: Tokenizer, context: int, tokens: int, order: np.random.Generator) -> list[Sample]:
+    """So many tokens of a corpus's held-out documents, shuffled, in pieces of the context.
+
+    Only of their half for development: what is chosen by them is still to be judged by the other.
+    """
+    samples: list[Sample] = []
+    path = corpus / "heldout.parquet"
+    documents, _ = halves(read_documents(path))
+    for document in (documents[n] for n in order.permutation(len(documents))):
+        ids = np.array([*tokenizer.encode(document["text"]), tokenizer.endoftext_id])
+        for start in range(0, len(ids) - 1, context):
+            piece = ids[start : start + min(context, tokens) + 1]
+            samples.append((piece, np.ones(len(piece), dtype=bool)))
+            tokens -= len(piece) - 1
+            if tokens <= 0:
+                return samples
+    if not samples:
+        raise OpenQwenError("There is no held-out text to score.", path, "give a corpus with a held-out split")
+    return samples
+
+
+def token_sources(folder: Path) -> dict[str, TokenShard]:
+    """The shards of a folder. Their checksums are proved first: next to training on a token, reading it is nothing."""
+    return {name: TokenShard(folder, name, verify=join().main) for name in read_json(folder / "tokens.json")}
+
+
+def weighted(data: DataConfig, corpus: Path, sources: Mapping[str, TokenShard]) -> DataConfig:
+    """With the corpus's weights as its mixture, where it names none."""
+    if data.mixture:
+        return data
+    table = read_json(corpus / "corpus.json")["sources"]
+    weights = {name: table[name]["weight"] for name in sources}
+    total = sum(weights.values())
+    return data.model_copy(update={"mixture": {n: w / total for n, w in weights.items()}})
