@@ -11,7 +11,7 @@ OTHERS = [p for p in sorted((ROOT / "src").rglob("*")) if p.suffix in (".cpp", "
 LONGEST_FILE = 500
 # The budget of all rooms is 34,000 lines; each new one brings its own (docs/log.md). Lower this number
 # with every line that goes.
-LONGEST_PACKAGE = 26_638
+LONGEST_PACKAGE = 26_636
 
 
 def test_imports_follow_the_layers():
@@ -40,6 +40,12 @@ def test_no_mark_of_unfinished_work():
 
 def test_importing_the_package_loads_no_torch():
     code = "import sys, openqwen, openqwen.cli; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_network_needs_no_compiler():
+    """PyTorch's, which takes more than a second to import."""
+    code = "import sys, openqwen.model, openqwen.train.trainer; raise SystemExit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

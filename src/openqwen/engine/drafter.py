@@ -14,7 +14,7 @@ from openqwen.engine.request import Request
 from openqwen.engine.runner import Read, Runner
 from openqwen.engine.sampler import Row, choose
 from openqwen.engine.schedule import Work
-from openqwen.model import Cache, Qwen2
+from openqwen.model import Qwen2
 
 _GRAM = 3  # tokens that must have come before in the same order
 _PAUSE = 32  # tokens without drafts after guesses have failed
@@ -94,7 +94,7 @@ class DraftModel:
     def __init__(self, model: Qwen2, vocabulary: int, page_size: int, tokens: int):
         self._vocabulary = vocabulary
         self._pool = PagePool(-(-tokens // page_size), page_size)
-        self._runner = Runner(model, Adapters(model), Cache.of(model, self._pool.count, page_size), vocabulary)
+        self._runner = Runner(model, Adapters(model), vocabulary, self._pool.count, page_size)
         self._shadows: dict[Request, Request] = {}  # what it has read of each
 
     def guess(self, lengths: dict[Request, int]) -> dict[Request, list[int]]:

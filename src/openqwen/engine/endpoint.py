@@ -23,7 +23,7 @@ from anyio.from_thread import start_blocking_portal
 
 from openqwen.engine.generator import Generator, Output, Prompt, Sampling
 from openqwen.engine.openai_api import (
-    Call,
+    ApiCall,
     Json,
     answer_call,
     read_answer,
@@ -52,8 +52,8 @@ _WHAT_TO_DO = {
 class _Question(NamedTuple):
     """What is asked about one prompt. ids: the prompt's own, where they are known here."""
 
-    answer: Call
-    score: Call | None
+    answer: ApiCall
+    score: ApiCall | None
     ids: list[int]
 
 
@@ -192,7 +192,7 @@ class Endpoint(Generator):
     async def _fetch(
         self,
         client: httpx.AsyncClient,
-        call: Call,
+        call: ApiCall,
         read: Callable[[Json], Result],
     ) -> Result:
         """What `read` makes of the response, from the cache if it is there."""
@@ -210,14 +210,14 @@ class Endpoint(Generator):
             _keep(path, response)
         return result
 
-    def _digest(self, call: Call) -> str:
+    def _digest(self, call: ApiCall) -> str:
         key = json.dumps([self.url, call.path, call.body], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest() + ".json"
 
-    def _at(self, call: Call) -> str:
+    def _at(self, call: ApiCall) -> str:
         return self.url + call.path
 
-    async def _send(self, client: httpx.AsyncClient, call: Call) -> Json:
+    async def _send(self, client: httpx.AsyncClient, call: ApiCall) -> Json:
         """The response, after as many attempts as it takes and `retries` allow."""
         for attempt in range(self.retries + 1):
             try:
@@ -229,7 +229,7 @@ class Endpoint(Generator):
                 await asyncio.sleep(_wait(attempt, error.wait))
         raise AssertionError("the last attempt returns or raises")
 
-    async def _attempt(self, client: httpx.AsyncClient, call: Call) -> Json:
+    async def _attempt(self, client: httpx.AsyncClient, call: ApiCall) -> Json:
         """The response of one attempt, without optional fields that the server refuses."""
         while True:
             left_out = self._refused & call.optional
@@ -252,7 +252,7 @@ class Endpoint(Generator):
     async def _post(
         self,
         client: httpx.AsyncClient,
-        call: Call,
+        call: ApiCall,
         body: Json,
     ) -> tuple[httpx.Response, bytes]:
         content = json.dumps(body).encode()
@@ -265,7 +265,7 @@ class Endpoint(Generator):
                     raise _AttemptError(what, again=False, do="give a smaller max_tokens")
         return response, bytes(raw)
 
-    def _leave_out(self, call: Call, body: Json, message: str) -> bool:
+    def _leave_out(self, call: ApiCall, body: Json, message: str) -> bool:
         """Whether a refusal names optional fields that were sent; they are not sent again."""
         sent = call.optional & body.keys()
         named = {name for name in sent if re.search(rf"\b{name}\b", message)}

@@ -27,7 +27,7 @@ from openqwen.engine.schedule import Schedule
 from openqwen.engine.score import embeddings
 from openqwen.engine.seeds import seed_of
 from openqwen.engine.text import TextStream
-from openqwen.model import Cache, Qwen2, kernels
+from openqwen.model import Qwen2, kernels
 from openqwen.model.quantize import QuantizedQwen2
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
@@ -53,8 +53,8 @@ class Engine(Generator):
         self._budget = config.token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET)
         self._admission = Admission(model, tokenizer, config)
         self._schedule = Schedule(PagePool(self._admission.pages, config.page_size), config)
-        cache = Cache.of(model, self._admission.pages + 1, config.page_size, config.cache)  # one belongs to nobody
-        self._runner = Runner(model, self.adapters, cache, tokenizer.vocab_size)
+        cache = (self._admission.pages, config.page_size, config.cache)
+        self._runner = Runner(model, self.adapters, tokenizer.vocab_size, *cache)
         self._structures = Structures(tokenizer, self._stops)
         self._drafter = Drafter(config.speculate)
         if draft is not None:

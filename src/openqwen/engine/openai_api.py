@@ -36,7 +36,7 @@ _NOT_MAPPED = {
 }
 
 
-class Call(NamedTuple):
+class ApiCall(NamedTuple):
     """One HTTP request. optional: fields of the body that are left out where they are refused."""
 
     path: str
@@ -44,7 +44,7 @@ class Call(NamedTuple):
     optional: frozenset[str] = frozenset()
 
 
-def answer_call(prompt: Prompt, sampling: Sampling, seed: int, model: str) -> Call:
+def answer_call(prompt: Prompt, sampling: Sampling, seed: int, model: str) -> ApiCall:
     """The request for one answer. OpenQwenError names what the API has no field for."""
     for name, why in _NOT_MAPPED.items():
         if getattr(sampling, name):
@@ -77,16 +77,16 @@ def answer_call(prompt: Prompt, sampling: Sampling, seed: int, model: str) -> Ca
         body |= {"prompt": _plain(prompt), "max_tokens": sampling.max_tokens, "logprobs": 1}
     if sampling.structure:
         body |= _structured(sampling.structure, path)
-    return Call(path, body, frozenset(optional))
+    return ApiCall(path, body, frozenset(optional))
 
 
-def score_call(prompt: Prompt, model: str) -> Call:
+def score_call(prompt: Prompt, model: str) -> ApiCall:
     """The request for the log-probabilities of a prompt's own tokens."""
     if _is_messages(prompt):
         why = "the API does not tell them of messages"
         raise _cannot_be_sent("prompt_logprobs", why, "give a text or token ids")
     body = {"model": model, "prompt": _plain(prompt), "max_tokens": 0, "echo": True, "logprobs": 1}
-    return Call("/completions", body)
+    return ApiCall("/completions", body)
 
 
 def read_answer(response: Json) -> Output:

@@ -13,6 +13,7 @@ from openqwen.engine.graphs import DecodeGraphs
 from openqwen.engine.request import Request
 from openqwen.engine.score import tell
 from openqwen.model import Cache, Paged, Qwen2
+from openqwen.model.cache import Format
 
 
 @dataclass
@@ -27,11 +28,20 @@ class Read:
 class Runner:
     """Holds the cache's memory and calls the model."""
 
-    def __init__(self, model: Qwen2, adapters: Adapters, cache: Cache, vocabulary: int):
-        self._model, self._adapters, self._cache, self._vocabulary = model, adapters, cache, vocabulary
-        possible = DecodeGraphs.possible(model, cache)
-        # The cache's last page belongs to nobody: padded rows of a graph write there.
-        self._graphs = DecodeGraphs(model, cache, scratch=cache.pages - 1) if possible else None
+    def __init__(
+        self,
+        model: Qwen2,
+        adapters: Adapters,
+        vocabulary: int,
+        pages: int,
+        page_size: int,
+        format: Format = "float",
+    ):
+        self._model, self._adapters, self._vocabulary = model, adapters, vocabulary
+        # One page more, which belongs to no request: padded rows of a graph write there.
+        self._cache = Cache.of(model, pages + 1, page_size, format)
+        possible = DecodeGraphs.possible(model, self._cache)
+        self._graphs = DecodeGraphs(model, self._cache, scratch=pages) if possible else None
 
     def turn(self, request: Request, done: int, pages: Sequence[int]) -> None:
         """Fill a request's pages, but for the first `done`, with what these hold, which was read in the way before its

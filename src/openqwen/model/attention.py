@@ -6,10 +6,9 @@ continues sequences whose earlier keys and values lie in a cache (generation). S
 key/value heads, d head width, B documents of one bucket, L their padded length.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.long_context import LongContext
 from openqwen.model.rope import Rotation, rotate, rotation_of
 
+HALF = (torch.bfloat16, torch.float16)
 LongContexts = LongContext | Sequence[LongContext | None] | None  # of all sequences, or of each; None: the model's own
 
 
@@ -50,29 +50,24 @@ def sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = N
     return out.transpose(1, 2)
 
 
-def packed_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """PyTorch's attention of packed sequences (FlashAttention), where it runs; None elsewhere.
+@cache
+def packed_kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """PyTorch's attention of packed sequences in half precision, on CUDA; None elsewhere.
 
-    It takes q [T, H, d], k and v [N, K, d], the bounds of the queries' and of the keys' sequences [B + 1]
-    in int32, and the longest length of each, and needs no padding. The last query of a sequence sees all
-    of its keys.
+    It takes q [T, H, d], k and v [N, K, d], the bounds of the queries' and of the keys' sequences
+    [B + 1] in int32, and the longest length of each, and needs no padding. The last query of a
+    sequence sees all of its keys.
     """
-    suits = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return _packed_attention if suits else None
-
-
-def _varlen() -> Callable[..., Tensor] | None:
-    try:
-        kernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    except ImportError:
+    if device.type != "cuda":
         return None
+    # Imported here: it brings PyTorch's compiler along, more than a second that a CPU need not wait.
+    from torch.nn.attention.varlen import varlen_attn
+
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-    if "enable_gqa" in inspect.signature(kernel).parameters:  # PyTorch 2.11 has no such option
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # PyTorch 2.11 has no such option
         options["enable_gqa"] = True
-    return partial(kernel, **options)
-
-
-_packed_attention = _varlen()
+    kernel: Callable[..., Any] = partial(varlen_attn, **options)
+    return kernel
 
 
 def divided(q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int]) -> dict[int, dual_chunk.Queries]:
@@ -154,6 +149,7 @@ class Packed:
         self._device = torch.device("cpu")
         self._layouts: dict[tuple[int, ...], _Buckets] = {}  # by the documents that stand apart
         self._bounds: Tensor | None = None
+        self._kernel: Callable[..., Tensor] | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], long_context: LongContexts = None) -> "Packed":
@@ -172,6 +168,7 @@ class Packed:
         """Move the indices; returns self."""
         self._device = torch.device(device)
         self._layouts.clear()
+        self._kernel = packed_kernel(self._device)
         bounds = [0, *accumulate(self.lengths)]
         self._bounds = torch.tensor(bounds, dtype=torch.int32, device=self._device)
         return self
@@ -187,10 +184,9 @@ class Packed:
         if self._even and not rotation.chunk_lens:
             shape = (len(self.lengths), self.lengths[0])
             return sdpa(*(x.unflatten(0, shape) for x in (near_THd, k_TKd, v_TKd))).flatten(0, 1)
-        kernel = None if rotation.chunk_lens else packed_kernel(q_THd.device, q_THd.dtype)
-        if kernel and self._bounds is not None:
+        if self._kernel and q_THd.dtype in HALF and not rotation.chunk_lens:
             bounds, longest = self._bounds, max(self.lengths)
-            return kernel(near_THd, k_TKd, v_TKd, bounds, bounds, longest, longest)
+            return self._kernel(near_THd, k_TKd, v_TKd, bounds, bounds, longest, longest)
         apart = tuple(i for i, chunk_len in enumerate(rotation.chunk_lens) if chunk_len)
         layout = self._layout(apart)
         outs = []

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from openqwen.model.attention import packed_kernel
+from openqwen.model.attention import HALF, packed_kernel
 from openqwen.model.cache import Cache
 from openqwen.model.config import ModelConfig
 from openqwen.model.long_context import LongContext
@@ -35,7 +35,7 @@ def suits(store: Cache) -> bool:
     width = store.config.head_dim
     if store.format != "float" or store.device.type != "cuda" or width & (width - 1):
         return False
-    return packed_kernel(store.device, store.dtype) is not None and decode_kernel() is not None
+    return store.dtype in HALF and decode_kernel() is not None
 
 
 class GpuPaged:
@@ -70,7 +70,7 @@ class GpuPaged:
             found = decode(few, keys, values, self._tables_BP, self._totals_B)
             out_THd[self._decode_rows] = found
         if self._read_rows is not None:
-            kernel = packed_kernel(q_THd.device, q_THd.dtype)
+            kernel = packed_kernel(q_THd.device)
             assert kernel is not None
             k_NKd = keys[self._pages_N, :, :, self._slots_N]
             v_NKd = values[self._pages_N, :, self._slots_N]

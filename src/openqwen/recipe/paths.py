@@ -19,7 +19,7 @@ def paths() -> str:
     tokenizer = "compiled" if fast.library() else "in plain Python"
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chunks = "fused" if dual_chunk.has_fused(device, dtype) else "in plain PyTorch"
-    packed = "without padding" if packed_kernel(device, dtype) else "in padded buckets"
+    packed = "without padding" if packed_kernel(device) else "in padded buckets"
     return (
         f"On {where}; {str(dtype).removeprefix('torch.')}; tokenizer {tokenizer}; "
         f"packed attention {packed}; dual chunk attention {chunks}."

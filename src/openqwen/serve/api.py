@@ -156,9 +156,10 @@ class Api:
             where = f"conversations[{number}]"
             if messages[-1]["role"] != "assistant":
                 raise ApiError(400, "A conversation to score ends with the assistant's answer.", where)
-            ids = await asyncio.to_thread(self._encode_chat, messages, None)
+            ids, written = await asyncio.to_thread(self.tokenizer.encode_chat, plain(messages))
             # As in training: up to the end of the turn, without the newline behind it.
-            rows.append(self._fitting(ids[: len(ids) - ids[::-1].index(self.tokenizer.eos_id)], where))
+            end = max((n for n, own in enumerate(written, 1) if own), default=len(ids))
+            rows.append(self._fitting(ids[:end], where))
         values = [await self.bridge.call(partial(_score, scorer, ids)) for ids in rows]
         return _listed("score", values, model, rows)
 

@@ -44,13 +44,8 @@ class ApiError(Exception):
         retry: int | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry = (
-            status,
-            message,
-            param,
-            code,
-            retry,
-        )
+        self.status, self.message, self.param = status, message, param
+        self.code, self.retry = code, retry
 
     def body(self) -> dict[str, Any]:
         """The JSON that says so."""

@@ -284,12 +284,8 @@ class Responding:
     """One response as it is made. keep: what to do with a whole one that is to be stored."""
 
     def __init__(self, request: ResponsesRequest, writing: Writing, model: str, keep: Callable[[Json], None]):
-        self.request, self.answers, self._writing, self._keep = (
-            request,
-            writing.answers,
-            writing,
-            keep,
-        )
+        self.request, self.answers = request, writing.answers
+        self._writing, self._keep = writing, keep
         self._number = 0
         self._open: Json | None = None  # the item that is being made
         self._told: list[Json] = []  # log-probabilities of tokens whose text is still to come

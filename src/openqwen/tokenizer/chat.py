@@ -32,7 +32,7 @@ class _Rendered(NamedTuple):
     marked: list[Span]
 
 
-class Chat:
+class ChatEncoder:
     """One chat, guarded against what its messages hold. Arguments as of `Tokenizer.encode_chat`."""
 
     def __init__(

@@ -10,7 +10,7 @@ import numpy as np
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.hub import local
 from openqwen.tokenizer.added import AddedTokens
-from openqwen.tokenizer.chat import Chat
+from openqwen.tokenizer.chat import ChatEncoder
 from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, TURN_START, ControlToken
 from openqwen.tokenizer.fast import best_encoder
 from openqwen.tokenizer.files import (
@@ -196,7 +196,7 @@ class Tokenizer:
         What an assistant wrote is what the template's `{% generation %}` blocks hold, or what
         stands in ChatML's turns, or what its messages add to the text.
         """
-        chat = Chat(self, self._chat_template(tools), messages, tools)
+        chat = ChatEncoder(self, self._chat_template(tools), messages, tools)
         return chat.encode(add_generation_prompt, continue_final_message)
 
     def info(self) -> dict[str, Any]:
