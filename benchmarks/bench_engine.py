@@ -1,7 +1,9 @@
-"""`openqwen bench engine MODEL`: reading, writing, batches, speculation and warm prefixes, beside llama.cpp.
+"""`openqwen bench engine MODEL`: reading, writing, batches, speculation and warm prefixes, beside
+llama.cpp.
 
-Each of ours runs next to its peer, the same work in turn as often as `rounds` says; medians. llama.cpp reads files that
-are converted from the same checkpoint for the occasion: Q8_0 beside int8, Q4_0 beside int4.
+Each of ours runs next to its peer, the same work in turn as often as `rounds` says; medians.
+llama.cpp reads files that are converted from the same checkpoint for the occasion: Q8_0 beside
+int8, Q4_0 beside int4.
 """
 
 import json
@@ -32,12 +34,19 @@ from openqwen.train.quantize import quantize
 Kind = Literal["float32", "int8", "int4"]
 Seconds = dict[str, float]
 
-_PEER_TYPE: dict[str, Literal["f32", "q8_0", "q4_0"]] = {"float32": "f32", "int8": "q8_0", "int4": "q4_0"}
+_PEER_TYPE: dict[str, Literal["f32", "q8_0", "q4_0"]] = {
+    "float32": "f32",
+    "int8": "q8_0",
+    "int4": "q4_0",
+}
 _PREFILL, _WRITTEN = 1_024, 64
 _TOGETHER, _PROMPT, _NEW = 16, 256, 128
 _PEER = Path(__file__).with_name("peer_llama_cpp.py")
 _CEILINGS = Path(__file__).with_name("ceilings.py")
-_EDIT = "Rename the variable `{old}` to `{new}` in this code, change nothing else, and say nothing else.\n\n{code}"
+_EDIT = (
+    "Rename the variable `{old}` to `{new}` in this code, change nothing else, and say nothing "
+    "else.\n\n{code}"
+)
 
 
 def bench(
@@ -46,8 +55,13 @@ def bench(
         tyro.conf.Positional,
         tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL"),
     ],
-    peer: Annotated[Path | None, tyro.conf.arg(help="A Python that has llama-cpp-python; none: ours alone.")] = None,
-    kinds: Annotated[tuple[Kind, ...], tyro.conf.arg(help="Forms of the weights.")] = ("int8", "int4"),
+    peer: Annotated[
+        Path | None, tyro.conf.arg(help="A Python that has llama-cpp-python; none: ours alone.")
+    ] = None,
+    kinds: Annotated[tuple[Kind, ...], tyro.conf.arg(help="Forms of the weights.")] = (
+        "int8",
+        "int4",
+    ),
     rounds: Annotated[int, tyro.conf.arg(help="How often each is measured.")] = 3,
 ) -> None:
     """Print seconds and ratios."""
@@ -69,7 +83,9 @@ def bench(
         console.print(_shares(kind, mine, ceilings))
 
 
-def _in_turn(model: str, kind: Kind, peer: Path | None, file: Path, rounds: int) -> tuple[Seconds, Seconds]:
+def _in_turn(
+    model: str, kind: Kind, peer: Path | None, file: Path, rounds: int
+) -> tuple[Seconds, Seconds]:
     """Medians of ours and of the peer's, measured alternately."""
     started = statistics.median(_start(model) for _ in range(rounds))
     tokenizer, network = load_tokenizer(model), load_model(model)
@@ -88,12 +104,22 @@ def _in_turn(model: str, kind: Kind, peer: Path | None, file: Path, rounds: int)
 
 
 def _work(model: Qwen2) -> Seconds:
-    """Bytes of weights that a written token reads; operations on weights that a token of a prompt takes."""
-    config, head = model.config, model.model.embed_tokens if model.lm_head is None else model.lm_head
-    matrices = [m for m in model.modules() if isinstance(m, torch.nn.Linear | QuantizedLinear) or m is head]
+    """Bytes of weights that a written token reads; operations on weights that a token of a prompt
+    takes.
+    """
+    config, head = (
+        model.config,
+        model.model.embed_tokens if model.lm_head is None else model.lm_head,
+    )
+    matrices = [
+        m for m in model.modules() if isinstance(m, torch.nn.Linear | QuantizedLinear) or m is head
+    ]
     stored = [m.packed if isinstance(m, PackedMatrix) else m.weight for m in matrices]
     tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return {"bytes": sum(x.nbytes for x in stored), "operations": 2 * (config.parameters() - tables)}
+    return {
+        "bytes": sum(x.nbytes for x in stored),
+        "operations": 2 * (config.parameters() - tables),
+    }
 
 
 def _measure(model: Qwen2, tokenizer: Tokenizer, ids: "Texts") -> Seconds:
@@ -181,7 +207,8 @@ def _start(model: str) -> float:
     code = (
         "import sys, openqwen as oq\n"
         "engine = oq.Engine(oq.load_model(sys.argv[1]), oq.load_tokenizer(sys.argv[1]))\n"
-        "next(engine.stream([{'role': 'user', 'content': 'Hello.'}], oq.Sampling(max_tokens=2, ignore_eos=True)))"
+        "next(engine.stream([{'role': 'user', 'content': 'Hello.'}], oq.Sampling(max_tokens=2, "
+        "ignore_eos=True)))"
     )
     return _timed(lambda: subprocess.run([sys.executable, "-c", code, model], check=True))
 
@@ -195,7 +222,9 @@ def _ask(peer: Path, file: Path, texts: Texts) -> Seconds:
         "written": _WRITTEN,
         "new": _NEW,
     }
-    done = subprocess.run([str(peer), str(_PEER)], input=json.dumps(job), capture_output=True, text=True)
+    done = subprocess.run(
+        [str(peer), str(_PEER)], input=json.dumps(job), capture_output=True, text=True
+    )
     if done.returncode:
         raise OpenQwenError(
             f"The peer failed: {done.stderr.strip()[-500:]}",
@@ -219,9 +248,19 @@ def _said(seconds: Seconds) -> str:
 def _shares(kind: Kind, mine: Seconds, ceilings: Any) -> str:
     """What was reached of the machine's ceilings (benchmarks/ceilings.py)."""
     read, done = mine["bytes"] / mine["token"], mine["operations"] * _PREFILL / mine["prefill"]
-    found = [(f"{kind}: writing reads {read / 1e9:.1f} GB/s of weights", read, ceilings.bytes_read, 1e9, "GB/s")]
+    found = [
+        (
+            f"{kind}: writing reads {read / 1e9:.1f} GB/s of weights",
+            read,
+            ceilings.bytes_read,
+            1e9,
+            "GB/s",
+        )
+    ]
     if kind != "float32":
-        found.append((f"prompts take {done / 1e9:.0f} GOP/s", done, ceilings.operations, 1e9, "GOP/s"))
+        found.append(
+            (f"prompts take {done / 1e9:.0f} GOP/s", done, ceilings.operations, 1e9, "GOP/s")
+        )
     return "; ".join(
         what + (f", {rate / most:.0%} of {most / unit:.0f} {name}" if most else "")
         for what, rate, most, unit, name in found
@@ -236,18 +275,36 @@ def _table(ours: dict[str, Seconds], theirs: dict[str, Seconds]) -> Table:
     for kind, mine in ours.items():
         other = theirs.get(kind) or {}
         rows = [
-            (f"read {_PREFILL:,} tokens (peer: its best)", _PREFILL / mine["prefill"], best and _PREFILL / best),
+            (
+                f"read {_PREFILL:,} tokens (peer: its best)",
+                _PREFILL / mine["prefill"],
+                best and _PREFILL / best,
+            ),
             ("write, one request", 1 / mine["token"], other and 1 / other["token"]),
-            (f"{_TOGETHER} requests, all tokens", tokens / mine["together"], other and tokens / other["together"]),
+            (
+                f"{_TOGETHER} requests, all tokens",
+                tokens / mine["together"],
+                other and tokens / other["together"],
+            ),
         ]
         for what, rate, peer in rows:
             shown = (f"{peer:,.1f}", f"{rate / peer:.2f}×") if peer else ("", "")
             table.add_row(what, kind, f"{rate:,.1f} tokens/s", *shown)
         gain = mine["edits"] / mine["edits drafted"]
-        table.add_row("edits with drafts, against without", kind, f"{mine['edits drafted']:.2f} s", "", f"{gain:.2f}×")
+        table.add_row(
+            "edits with drafts, against without",
+            kind,
+            f"{mine['edits drafted']:.2f} s",
+            "",
+            f"{gain:.2f}×",
+        )
         gain = mine["cold"] / mine["warm"]
         table.add_row(
-            "first token behind a warm prefix, against cold", kind, f"{mine['warm']:.3f} s", "", f"{gain:.1f}×"
+            "first token behind a warm prefix, against cold",
+            kind,
+            f"{mine['warm']:.3f} s",
+            "",
+            f"{gain:.1f}×",
         )
         table.add_row("start to first token", kind, f"{mine['start']:.1f} s", "", "")
     return table

@@ -1,14 +1,17 @@
-"""What the cache's formats cost the real checkpoint: perplexity with float32, int8 and int8 with the key bias left in.
+"""What the cache's formats cost the real checkpoint: perplexity with float32, int8 and int8 with
+the key bias left in.
 
     python benchmarks/cache_perplexity.py [--kilobytes 100] [--window 2048] [--chunk 512] [--growth]
 
-Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA: half speeches, half Python
-programs. The text is cut into windows, each read teacher-forced through the cache in chunks, in float32 on the CPU.
-The claim is that int8 raises the perplexity by less than 0.5 %.
+Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA: half
+speeches, half Python programs. The text is cut into windows, each read teacher-forced through the
+cache in chunks, in float32 on the CPU. The claim is that int8 raises the perplexity by less than
+0.5 %.
 
---growth: instead, a conversation that outgrows its profile. A window stands in for a trained length of half its size:
-its first half is read plainly, and the second half under YARN x 2 after (a) turning the cached keys anew and (b)
-reading the first half again under YARN x 2; (c) is the checkpoint as it is, which reads the whole window natively.
+--growth: instead, a conversation that outgrows its profile. A window stands in for a trained length
+of half its size: its first half is read plainly, and the second half under YARN x 2 after (a)
+turning the cached keys anew and (b) reading the first half again under YARN x 2; (c) is the
+checkpoint as it is, which reads the whole window natively.
 """
 
 import argparse
@@ -42,14 +45,23 @@ def text(name: str, fields: tuple[str, ...], size: int) -> str:
 
 
 def read(
-    model: Qwen2, cache: Cache, tokens: Tensor, chunk: int, way: LongContext | None = None, start: int = 0
+    model: Qwen2,
+    cache: Cache,
+    tokens: Tensor,
+    chunk: int,
+    way: LongContext | None = None,
+    start: int = 0,
 ) -> Tensor:
-    """Negative log-likelihoods of tokens[start + 1:], read through the cache, which holds what comes before `start`."""
+    """Negative log-likelihoods of tokens[start + 1:], read through the cache, which holds what
+    comes before `start`.
+    """
     table, losses = torch.arange(cache.pages)[None], []
     for at in range(start, len(tokens), chunk):
         some = tokens[at : at + chunk]
         total = at + len(some)
-        hidden = model(some, torch.arange(at, total), Paged(cache, table, [total], [len(some)], way))
+        hidden = model(
+            some, torch.arange(at, total), Paged(cache, table, [total], [len(some)], way)
+        )
         targets = tokens[at + 1 : total + 1]
         for h, t in zip(hidden[: len(targets)].split(128), targets.split(128), strict=True):
             losses.append(F.cross_entropy(model.logits(h), t, reduction="none"))
@@ -74,7 +86,10 @@ def formats(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
         found = {name: math.exp(torch.cat(parts).double().mean()) for name, parts in losses.items()}
         print(f"after {number + 1} of {len(windows)} windows:", flush=True)
         for name, perplexity in found.items():
-            print(f"  {name:20} perplexity {perplexity:12.4f}  {100 * (perplexity / found['float'] - 1):+10.3f} %")
+            print(
+                f"  {name:20} perplexity {perplexity:12.4f}  "
+                f"{100 * (perplexity / found['float'] - 1):+10.3f} %"
+            )
 
 
 def growth(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
@@ -93,11 +108,14 @@ def growth(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
             elif name == "read again":
                 read(model, cache, tokens[:half], chunk, way)
             seconds[name] += time.process_time() - start
-            parts.append(read(model, cache, tokens, chunk, LongContext() if name == "native" else way, half))
+            parts.append(
+                read(model, cache, tokens, chunk, LongContext() if name == "native" else way, half)
+            )
         for name, parts in found.items():
             first = torch.stack([part[:64] for part in parts]).mean()
             print(
-                f"  {name:12} mean loss {torch.cat(parts).mean():8.4f}, of the first 64 tokens {first:8.4f}, "
+                f"  {name:12} mean loss {torch.cat(parts).mean():8.4f}, of the first 64 tokens "
+                f"{first:8.4f}, "
                 f"growing took {seconds[name]:8.3f} s of processor time",
                 flush=True,
             )
@@ -106,7 +124,9 @@ def growth(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
 @torch.inference_mode()
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kilobytes", type=float, default=100)
     parser.add_argument("--window", type=int, default=2_048)
     parser.add_argument("--chunk", type=int, default=512)

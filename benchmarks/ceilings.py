@@ -1,8 +1,10 @@
-"""The ceilings of this machine: bytes a second that can be read from memory, and operations a second on bytes (VNNI).
+"""The ceilings of this machine: bytes a second that can be read from memory, and operations a
+second on bytes (VNNI).
 
     python benchmarks/ceilings.py
 
-What an engine reaches is told as a share of these. Best of several tries: other work on the machine only lowers them.
+What an engine reaches is told as a share of these. Best of several tries: other work on the machine
+only lowers them.
 """
 
 import ctypes

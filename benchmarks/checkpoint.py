@@ -1,9 +1,11 @@
-"""Reading and writing a Hugging Face folder, against transformers: seconds, and memory over the size of the weights.
+"""Reading and writing a Hugging Face folder, against transformers: seconds, and memory over the
+size of the weights.
 
     python benchmarks/checkpoint.py [--size qwen2.5-0.5b] [--repeat 3] [--threads 1]
 
-Makes a folder of random bfloat16 weights of that size, then reads it in both dtypes and writes it, each in a fresh
-process, in turn, medians. "first use" reads every weight once: what was only mapped until then comes from the file.
+Makes a folder of random bfloat16 weights of that size, then reads it in both dtypes and writes it,
+each in a fresh process, in turn, medians. "first use" reads every weight once: what was only mapped
+until then comes from the file.
 """
 
 import argparse
@@ -53,11 +55,19 @@ def loader(side: str, dtype: str) -> Callable[[Path], Any]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process had in memory (of Linux its own, whereas ru_maxrss begins at the parent's)."""
+    """The most bytes that this process had in memory (of Linux its own, whereas ru_maxrss begins at
+    the parent's).
+    """
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return 1024 * next(
+            int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def measure(side: str, dtype: str, folder: Path, target: Path) -> dict[str, float]:
@@ -78,13 +88,17 @@ def measure(side: str, dtype: str, folder: Path, target: Path) -> dict[str, floa
         model.save_pretrained(target)
     clock.append(time.perf_counter())
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    times = {name: b - a for name, a, b in zip(("load s", "first use s", "save s"), clock, clock[1:])}
+    times = {
+        name: b - a for name, a, b in zip(("load s", "first use s", "save s"), clock, clock[1:])
+    }
     return times | {"memory / weights": (peak - before) / weights}
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="qwen2.5-0.5b")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -100,12 +114,21 @@ def main() -> None:
         target.mkdir()
         make(options.size, folder)
         runs: dict[tuple[str, str], list[dict[str, float]]] = {
-            (dtype, side): [] for dtype in ("bfloat16", "float32") for side in ("ours", "transformers")
+            (dtype, side): []
+            for dtype in ("bfloat16", "float32")
+            for side in ("ours", "transformers")
         }
         for _ in range(options.repeat):
             for (dtype, side), results in runs.items():
                 step = [side, dtype, str(folder), str(target)]
-                command = [sys.executable, __file__, "--threads", str(options.threads), "--step", *step]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--threads",
+                    str(options.threads),
+                    "--step",
+                    *step,
+                ]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
     names = list(next(iter(runs.values()))[0])

@@ -1,8 +1,10 @@
-"""What `train.compile` gives on a CPU: steps of a 31-million-parameter network, plain and compiled, one thread.
+"""What `train.compile` gives on a CPU: steps of a 31-million-parameter network, plain and compiled,
+one thread.
 
     python benchmarks/compiled_step.py
 
-Processor seconds of a step of 2 rows of 512 tokens, in turn, medians; and those of the first step, which compiles.
+Processor seconds of a step of 2 rows of 512 tokens, in turn, medians; and those of the first step,
+which compiles.
 """
 
 import statistics

@@ -1,7 +1,8 @@
-"""Dual Chunk Attention beside plain attention of equal length. `python benchmarks/dual_chunk.py [--lengths 4096 8192]`
+"""Dual Chunk Attention beside plain attention of equal length. `python benchmarks/dual_chunk.py
+[--lengths 4096 8192]`
 
-One document through `Packed`, rotation included, at Qwen2-0.5B's heads (14 query, 2 key/value, of 64), float32, one
-thread. Chunks of 1/4, 1/8 and 1/16 of the length. Three tables:
+One document through `Packed`, rotation included, at Qwen2-0.5B's heads (14 query, 2 key/value, of
+64), float32, one thread. Chunks of 1/4, 1/8 and 1/16 of the length. Three tables:
 
     time      processor seconds, medians of alternating runs; ratio to plain attention (PyTorch's fused causal one)
     memory    what one forward and backward pass adds to the peak of a fresh process
@@ -27,10 +28,14 @@ CONFIG = ModelConfig(8, HEADS * WIDTH, 8, 1, HEADS, KV_HEADS)
 
 
 def chunks(length: int, share: int) -> LongContext:
-    """Chunks of length / share, with a local window of 1/16 of a chunk; share 0: plain attention."""
+    """Chunks of length / share, with a local window of 1/16 of a chunk; share 0: plain
+    attention.
+    """
     if not share:
         return LongContext()
-    return LongContext(dual_chunk=DualChunk(length // share + length // share // 16, length // share // 16))
+    return LongContext(
+        dual_chunk=DualChunk(length // share + length // share // 16, length // share // 16)
+    )
 
 
 def tensors(length: int) -> list[Tensor]:
@@ -56,7 +61,9 @@ def passes(length: int, share: int, backward: bool) -> Callable[[], None]:
 
 
 def seconds(run: Callable[[], None]) -> float:
-    """Processor time of one call: with one thread the same as wall time, but for what else the machine does."""
+    """Processor time of one call: with one thread the same as wall time, but for what else the
+    machine does.
+    """
     start = time.process_time()
     run()
     return time.process_time() - start
@@ -73,7 +80,13 @@ def measure_time(lengths: list[int], repeats: int) -> None:
                 plain, dual = (statistics.median(column) for column in zip(*pairs, strict=True))
                 ratio = statistics.median(b / a for a, b in pairs)
                 name = "forward + backward" if backward else "forward"
-                print(f"| {length} | {length // share} | {name} | {plain:.2f} | {dual:.2f} | {ratio:.2f} |", flush=True)
+                print(
+                    (
+                        f"| {length} | {length // share} | {name} | {plain:.2f} | {dual:.2f} | "
+                        f"{ratio:.2f} |"
+                    ),
+                    flush=True,
+                )
 
 
 def added_peak(length: int, share: int) -> float:
@@ -105,7 +118,9 @@ def detached_merge(queries: list[Tensor], k: Tensor, v: Tensor, chunk_len: int) 
     distance = torch.where(j <= i, (i // chunk_len - j // chunk_len).clamp(max=2), -1)
     outs, sums = [], []
     for turn, q in enumerate(queries):
-        scores = (torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[-1])).masked_fill(distance != turn, -math.inf)
+        scores = (torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[-1])).masked_fill(
+            distance != turn, -math.inf
+        )
         sums.append(scores.detach().logsumexp(-1).T)
         outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1).nan_to_num(0.0), v))
     return (torch.stack(sums).softmax(0)[..., None] * torch.stack(outs)).sum(0)
@@ -116,7 +131,10 @@ def measure_gradient(repeats: int = 20) -> None:
     errors: dict[str, list[float]] = {"detached merge": [], "ours": []}
     for seed in range(repeats):
         generator = torch.Generator().manual_seed(seed)
-        x = [torch.randn(48, 1, 32, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(6)]
+        x = [
+            torch.randn(48, 1, 32, dtype=torch.float64, generator=generator).requires_grad_()
+            for _ in range(6)
+        ]
         *inputs, weight = x
         dense = dense_softmax(inputs[:3], *inputs[3:], 16)
         exact = torch.autograd.grad(dense, inputs[:3], weight)
@@ -140,7 +158,9 @@ def dense_softmax(queries: list[Tensor], k: Tensor, v: Tensor, chunk_len: int) -
 
 def main() -> None:
     """All three tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

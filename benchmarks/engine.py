@@ -1,9 +1,11 @@
-"""What the engine adds to its model: tokens/s and where a step's time goes, by batch, sampling and guesses.
+"""What the engine adds to its model: tokens/s and where a step's time goes, by batch, sampling and
+guesses.
 
     python benchmarks/engine.py MODEL [--quantize int8] [--threads 1] [--cache int8]
 
-Wall seconds count for tokens/s, processor seconds of the calling thread for the parts of a step: `model` is the forward
-call with the head, `choose` the sampler, `rest` all else (planning, pages, text).
+Wall seconds count for tokens/s, processor seconds of the calling thread for the parts of a step:
+`model` is the forward call with the head, `choose` the sampler, `rest` all else (planning, pages,
+text).
 """
 
 import argparse
@@ -48,7 +50,8 @@ def decode(model, tokenizer, config, sampling, batch):
     machine = oq.Engine(model, tokenizer, config)
     machine._runner.run = timed(machine._runner.run, "model")
     requests = [
-        machine.submit(chat(f"Write a Python function that adds {n} numbers."), sampling, n) for n in range(batch)
+        machine.submit(chat(f"Write a Python function that adds {n} numbers."), sampling, n)
+        for n in range(batch)
     ]
     while any(len(request.token_ids) < 3 for request in requests):
         machine.step()
@@ -76,19 +79,27 @@ def once(model, tokenizer, config, prompt, sampling):
 
 def main():
     """Print all figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--quantize")
     parser.add_argument("--cache", default="float")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model, tokenizer = oq.load_model(options.model, quantize=options.quantize), oq.load_tokenizer(options.model)
+    model, tokenizer = (
+        oq.load_model(options.model, quantize=options.quantize),
+        oq.load_tokenizer(options.model),
+    )
     config = EngineConfig(cache=options.cache, prefix_cache=False)
     engine.choose = timed(engine.choose, "choose")
     for batch in (1, 4, 16):
         for name, sampling in KINDS.items():
-            print(f"decode {batch:2} × {name:10} {decode(model, tokenizer, config, sampling, batch)}", flush=True)
+            print(
+                f"decode {batch:2} × {name:10} {decode(model, tokenizer, config, sampling, batch)}",
+                flush=True,
+            )
     prompt = (tokenizer.encode(CODE) * 1024)[:1024]
     for _ in range(2):
         _, _, seconds = once(model, tokenizer, config, prompt, oq.Sampling(max_tokens=1))
@@ -96,9 +107,14 @@ def main():
     for most in (0, 8):
         again = chat(f"Repeat this code exactly, nothing else:\n{CODE}")
         speculate = config.model_copy(update={"speculate": most})
-        request, stats, seconds = once(model, tokenizer, speculate, again, oq.Sampling(max_tokens=100))
+        request, stats, seconds = once(
+            model, tokenizer, speculate, again, oq.Sampling(max_tokens=100)
+        )
         rate = len(request.token_ids) / seconds
-        print(f"copying, guessing up to {most}: {rate:.1f} tokens/s, {stats.accepted} of {stats.drafted} guesses right")
+        print(
+            f"copying, guessing up to {most}: {rate:.1f} tokens/s, {stats.accepted} of "
+            f"{stats.drafted} guesses right"
+        )
 
 
 if __name__ == "__main__":

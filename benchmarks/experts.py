@@ -1,6 +1,7 @@
 """Speed of the experts against the loops that others run. `python benchmarks/experts.py [--full]`
 
-Four ways to compute the same routed output of one layer with 60 experts, 4 of them active, medians of alternating runs:
+Four ways to compute the same routed output of one layer with 60 experts, 4 of them active, medians
+of alternating runs:
 
     ours              sorted by expert, gradient written out (openqwen.model.experts)
     published loop    the block of transformers 4.45 as published: for each of the 60 experts, find its tokens in a
@@ -8,8 +9,9 @@ Four ways to compute the same routed output of one layer with 60 experts, 4 of t
     dense mask        every expert reads every token, and the mask sets what was not chosen to zero
     transformers      the installed version's own default (fused tensors, loop over the experts that are hit)
 
-The dense mask does E/k = 15 times the arithmetic; the published loop does the same arithmetic as ours, so on a CPU,
-where arithmetic is what takes time, it can only lose what it wastes around the matrix products.
+The dense mask does E/k = 15 times the arithmetic; the published loop does the same arithmetic as
+ours, so on a CPU, where arithmetic is what takes time, it can only lose what it wastes around the
+matrix products.
 """
 
 import argparse
@@ -43,12 +45,17 @@ class Separate(nn.Module):
 
 
 def published_loop(model: Separate, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-    """Each expert gathers its tokens by its row of a one-hot mask and adds its answers into place."""
+    """Each expert gathers its tokens by its row of a one-hot mask and adds its answers into
+    place.
+    """
     out_TD = torch.zeros_like(x_TD)
     mask_EkT = F.one_hot(chosen_Tk, num_classes=EXPERTS).permute(2, 1, 0)
     for e in range(EXPERTS):
         slot, token = torch.where(mask_EkT[e])
-        answer = model.expert(e, x_TD[None, token].reshape(-1, x_TD.shape[1])) * weights_Tk[token, slot, None]
+        answer = (
+            model.expert(e, x_TD[None, token].reshape(-1, x_TD.shape[1]))
+            * weights_Tk[token, slot, None]
+        )
         out_TD.index_add_(0, token, answer)
     return out_TD
 
@@ -75,7 +82,9 @@ def transformers_experts(experts: Experts, width: int) -> nn.Module:
     return module
 
 
-def measure(hidden: int, width: int, tokens: int, repeats: int, with_dense: bool, with_transformers: bool) -> None:
+def measure(
+    hidden: int, width: int, tokens: int, repeats: int, with_dense: bool, with_transformers: bool
+) -> None:
     """One line forward, one with the gradient."""
     generator = torch.Generator().manual_seed(0)
     ours = Experts(EXPERTS, hidden, width)
@@ -84,7 +93,9 @@ def measure(hidden: int, width: int, tokens: int, repeats: int, with_dense: bool
             p.normal_(0, 0.02, generator=generator)
     separate = Separate(ours)
     x_TD = torch.randn(tokens, hidden, generator=generator, requires_grad=True)
-    weights_Tk, chosen_Tk = torch.randn(tokens, EXPERTS, generator=generator).softmax(-1).topk(ACTIVE)
+    weights_Tk, chosen_Tk = (
+        torch.randn(tokens, EXPERTS, generator=generator).softmax(-1).topk(ACTIVE)
+    )
     ways = {
         "ours": lambda: ours(x_TD, chosen_Tk, weights_Tk),
         "published loop": lambda: published_loop(separate, x_TD, chosen_Tk, weights_Tk),
@@ -114,20 +125,38 @@ def measure(hidden: int, width: int, tokens: int, repeats: int, with_dense: bool
         what = "forward + backward" if backward else "forward"
         cells = []
         for name in ways:
-            ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["ours"], strict=True))
+            ratio = statistics.median(
+                a / b for a, b in zip(seconds[name], seconds["ours"], strict=True)
+            )
             cells.append(f"{name} {1e3 * statistics.median(seconds[name]):.1f} ms ({ratio:.2f}×)")
-        print(f"hidden {hidden}, width {width}, {tokens} tokens, {what}: " + ", ".join(cells), flush=True)
+        print(
+            f"hidden {hidden}, width {width}, {tokens} tokens, {what}: " + ", ".join(cells),
+            flush=True,
+        )
 
 
 def main() -> None:
     """Print a line for each shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="Qwen1.5-MoE-A2.7B's own layer too (4 GB of memory)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="Qwen1.5-MoE-A2.7B's own layer too (4 GB of memory)"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, {EXPERTS} experts, {ACTIVE} active, float32, one thread, CPU time (× ours)")
-    for hidden, width, tokens in [(256, 176, 1), (256, 176, 16), (256, 176, 256), (256, 176, 2_048), (64, 44, 2_048)]:
+    print(
+        f"torch {torch.__version__}, {EXPERTS} experts, {ACTIVE} active, float32, one thread, "
+        "CPU time (× ours)"
+    )
+    for hidden, width, tokens in [
+        (256, 176, 1),
+        (256, 176, 16),
+        (256, 176, 256),
+        (256, 176, 2_048),
+        (64, 44, 2_048),
+    ]:
         measure(hidden, width, tokens, options.repeats, with_dense=True, with_transformers=True)
     if options.full:
         for tokens in (1, 64, 512):

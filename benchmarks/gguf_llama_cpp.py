@@ -2,10 +2,11 @@
 
     python benchmarks/gguf_llama_cpp.py --peer PYTHON [--source SOURCE] [--types f16 q8_0 q4_0] [--tokens 48]
 
-PYTHON is the interpreter of an environment of its own with llama-cpp-python. SOURCE is a folder, a .gguf file or a hub
-id; without it the real checkpoint (OPENQWEN_REAL_CHECKPOINT) is used. Each type is written into a temporary folder,
-read back by both, and answers three prompts greedily. llama.cpp rounds activations (to float16 for F16, to int8 for
-blocks) and so may part from float32 arithmetic where two tokens are nearly as likely: the gap between them is printed.
+PYTHON is the interpreter of an environment of its own with llama-cpp-python. SOURCE is a folder, a
+.gguf file or a hub id; without it the real checkpoint (OPENQWEN_REAL_CHECKPOINT) is used. Each type
+is written into a temporary folder, read back by both, and answers three prompts greedily. llama.cpp
+rounds activations (to float16 for F16, to int8 for blocks) and so may part from float32 arithmetic
+where two tokens are nearly as likely: the gap between them is printed.
 """
 
 import argparse
@@ -25,11 +26,15 @@ QUESTIONS = [
 
 
 def peer(path: str, job: str) -> None:
-    """Runs in the peer's environment: tokenizes each text and continues it greedily; prints JSON."""
+    """Runs in the peer's environment: tokenizes each text and continues it greedily; prints
+    JSON.
+    """
     from llama_cpp import Llama
 
     work = json.loads(job)
-    llama = Llama(path, n_ctx=1024, n_threads=work["threads"], type_k=0, type_v=0, verbose=False)  # 0: float32
+    llama = Llama(
+        path, n_ctx=1024, n_threads=work["threads"], type_k=0, type_v=0, verbose=False
+    )  # 0: float32
     answers = []
     for text in work["texts"]:
         prompt = llama.tokenize(text.encode(), add_bos=False, special=True)
@@ -72,7 +77,8 @@ def compare(path: Path, python: str, tokens: int) -> None:
         assert ours.prompt_ids == other["prompt"], "the prompt is cut into other tokens"
         made = other["made"]
         same = next(
-            (i for i, (a, b) in enumerate(zip(ours.token_ids, made)) if a != b), min(len(made), len(ours.token_ids))
+            (i for i, (a, b) in enumerate(zip(ours.token_ids, made)) if a != b),
+            min(len(made), len(ours.token_ids)),
         )
         if ours.token_ids == made:
             print(f"  all {same} tokens the same: {ours.text[:60]!r}")
@@ -84,7 +90,10 @@ def compare(path: Path, python: str, tokens: int) -> None:
         pair = [[*made, tokenizer.eos_id][same] for made in (ours.token_ids, made)]
         gap = float(scores[pair[0]] - scores[pair[1]])
         ours_next, theirs_next = (tokenizer.decode([token], skip_control=False) for token in pair)
-        print(f"  {same} tokens the same, then {ours_next!r} here, {theirs_next!r} there, {gap:.3f} nat apart")
+        print(
+            f"  {same} tokens the same, then {ours_next!r} here, {theirs_next!r} there, "
+            f"{gap:.3f} nat apart"
+        )
 
 
 def main() -> None:
@@ -92,7 +101,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--as-peer"]:
         peer(*sys.argv[2:])
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", required=True)
     parser.add_argument("--source", default=os.environ.get("OPENQWEN_REAL_CHECKPOINT", str(REAL)))
     parser.add_argument("--types", nargs="*", default=["f16", "q8_0", "q4_0"])

@@ -1,4 +1,5 @@
-"""Run the phases of `gpu_phases.py`, each in a process of its own with a time limit; print a table, write one JSON.
+"""Run the phases of `gpu_phases.py`, each in a process of its own with a time limit; print a table,
+write one JSON.
 
 A phase that fails or takes too long does not stop the next. `scripts/gpu_check.sh` calls this.
 """
@@ -29,7 +30,9 @@ PHASES = {
 def main() -> int:
     """Returns 0 where every phase passed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("phases", nargs="*", help=f"phases to run; all by default: {', '.join(PHASES)}")
+    parser.add_argument(
+        "phases", nargs="*", help=f"phases to run; all by default: {', '.join(PHASES)}"
+    )
     parser.add_argument("--seconds", type=float, default=480, help="time for all phases together")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "runs/gpu")))
     options = parser.parse_args()

@@ -1,7 +1,8 @@
-"""The phases of the GPU check: each measures one thing on this machine's GPU and writes its rows as JSON lines.
+"""The phases of the GPU check: each measures one thing on this machine's GPU and writes its rows as
+JSON lines.
 
-Weights are random, in published shapes. Rates are medians; the roofs (matrix products and copies of the same
-card) are measured in the same run, and shares are shares of these.
+Weights are random, in published shapes. Rates are medians; the roofs (matrix products and copies of
+the same card) are measured in the same run, and shares are shares of these.
 """
 
 import copy
@@ -55,7 +56,9 @@ def roofs() -> Iterator[Row]:
 
 
 def parity() -> Iterator[Row]:
-    """Logits, gradients and log-probabilities on the GPU against the CPU in float64; relative differences."""
+    """Logits, gradients and log-probabilities on the GPU against the CPU in float64; relative
+    differences.
+    """
     torch.set_float32_matmul_precision("highest")
     for name, config in small_networks().items():
         model = Qwen2(config)
@@ -89,7 +92,9 @@ def verify() -> Iterator[Row]:
 
 
 def train() -> Iterator[Row]:
-    """Pre-training steps in bfloat16 over float32 weights: tokens a second and MFU against the measured roof."""
+    """Pre-training steps in bfloat16 over float32 weights: tokens a second and MFU against the
+    measured roof.
+    """
     peak = roof("bf16_tflops") * 1e12
     uneven = [600, 3000, 8192, 1500, 7000, 900, 5000, 6576]
     plans = [
@@ -124,7 +129,9 @@ def train() -> Iterator[Row]:
 
 
 def experts() -> Iterator[Row]:
-    """One sparse layer of 57B-A14B against a dense layer of the same active size: forward and backward."""
+    """One sparse layer of 57B-A14B against a dense layer of the same active size: forward and
+    backward.
+    """
     config = ModelConfig.named("qwen2-57b-a14b")
     width = config.num_experts_per_tok * config.moe_intermediate_size
     width += config.shared_expert_intermediate_size
@@ -132,7 +139,9 @@ def experts() -> Iterator[Row]:
     for parameter in sparse.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     dense = FeedForward(config.hidden_size, width).to(CUDA, torch.bfloat16)
-    x = torch.randn(16384, config.hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(
+        16384, config.hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True
+    )
     times = [seconds_of(lambda layer=layer: layer(x).sum().backward()) for layer in (sparse, dense)]
     yield {
         "what": "57B-A14B's layer, 16,384 tokens",
@@ -143,7 +152,9 @@ def experts() -> Iterator[Row]:
 
 
 def dual_chunk() -> Iterator[Row]:
-    """Dual Chunk Attention of one sequence against FlashAttention of the same length, 7B's heads."""
+    """Dual Chunk Attention of one sequence against FlashAttention of the same length, 7B's
+    heads.
+    """
     dual = DualChunk(chunk_size=8192, local_size=1024, original_max_position_embeddings=8192)
     for length in (32768, 131072):
         yield _dual_chunk_row(length, dual.chunk_len)
@@ -190,7 +201,10 @@ def decode() -> Iterator[Row]:
                 generate(engine, [prompt], 16)
                 start, whole = (generate(engine, [prompt], tokens) for tokens in (8, 136))
             except Exception as error:
-                yield {"what": f"{name}, {quantize}", "failed": f"{type(error).__name__}: {error}"[:300]}
+                yield {
+                    "what": f"{name}, {quantize}",
+                    "failed": f"{type(error).__name__}: {error}"[:300],
+                }
                 continue
             token = (whole - start) / 128
             row: Row = {"what": f"{name}, {quantize or 'bfloat16'}, one request"}
@@ -204,7 +218,9 @@ def decode() -> Iterator[Row]:
 
 
 def _read_bytes(model: Qwen2) -> int:
-    """Bytes of the weights that a token passes: all but the embedding table, which is the head where tied."""
+    """Bytes of the weights that a token passes: all but the embedding table, which is the head
+    where tied.
+    """
     passed = sum(p.nbytes for n, p in model.named_parameters() if "embed_tokens" not in n)
     return passed + (model.model.embed_tokens.weight.nbytes if model.lm_head is None else 0)
 
@@ -256,7 +272,12 @@ def roof(name: str) -> float:
 
 def small_networks() -> dict[str, ModelConfig]:
     """Networks that a CPU can check: dense, with experts, and both long contexts."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "vocab_size": 512}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 3,
+        "vocab_size": 512,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     dense = ModelConfig(**sizes, **heads, tie_word_embeddings=False)
     sparse = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
@@ -275,7 +296,9 @@ def small_tokenizer() -> Tokenizer:
 
 
 def gradient_of(model: Qwen2, low: bool) -> dict[str, Tensor]:
-    """Logits, log-probabilities and all gradients of three packed documents, on the CPU in float64."""
+    """Logits, log-probabilities and all gradients of three packed documents, on the CPU in
+    float64.
+    """
     generator = torch.Generator().manual_seed(2)
     lengths = (700, 45, 260)
     samples = [(torch.randint(512, (n,), generator=generator).tolist(), [1] * n) for n in lengths]
@@ -295,8 +318,12 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def steps_of(config: ModelConfig, lengths: Sequence[int], recompute: str, compiled: bool) -> list[Row]:
-    """The log of six steps of the trainer on random documents of these lengths, one micro-batch a step."""
+def steps_of(
+    config: ModelConfig, lengths: Sequence[int], recompute: str, compiled: bool
+) -> list[Row]:
+    """The log of six steps of the trainer on random documents of these lengths, one micro-batch a
+    step.
+    """
     model = Qwen2(config).to(CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
     initialize(model, generator)

@@ -1,13 +1,14 @@
-"""Attention over a paged cache: the compiled path against the plain one, in processor time of one thread.
+"""Attention over a paged cache: the compiled path against the plain one, in processor time of one
+thread.
 
     OMP_NUM_THREADS=1 python benchmarks/paged.py [--heads 14] [--kv-heads 2] [--width 64] [--layers 24]
         [--repeat 5]
 
-Layers of the real 0.5B's shape, one after the other, as a forward call reads them: the rotary turn, the write into
-pages and the attention. Each load runs on each path in turn, `repeat` times; printed are the median milliseconds of
-one layer and the ratio, and for the compiled path the rate of the two matrix products that exact causal attention
-needs. Also prints the rate of a float32 matrix product of
-PyTorch, the yardstick for the rates.
+Layers of the real 0.5B's shape, one after the other, as a forward call reads them: the rotary turn,
+the write into pages and the attention. Each load runs on each path in turn, `repeat` times; printed
+are the median milliseconds of one layer and the ratio, and for the compiled path the rate of the
+two matrix products that exact causal attention needs. Also prints the rate of a float32 matrix
+product of PyTorch, the yardstick for the rates.
 """
 
 import argparse
@@ -42,7 +43,9 @@ def cost(run: Callable[[], object]) -> float:
     return spent / calls
 
 
-def prepared(config: ModelConfig, load: tuple[int, int, int], format: str) -> tuple[Callable[[], object], ...]:
+def prepared(
+    config: ModelConfig, load: tuple[int, int, int], format: str
+) -> tuple[Callable[[], object], ...]:
     """The compiled and the plain call of one layer, on a full cache."""
     sequences, total, new = load
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -69,7 +72,9 @@ def prepared(config: ModelConfig, load: tuple[int, int, int], format: str) -> tu
 @torch.inference_mode()
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--heads", type=int, default=14)
     parser.add_argument("--kv-heads", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
@@ -77,8 +82,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = ModelConfig(8, options.heads * options.width, 8, options.layers, options.heads, options.kv_heads)
-    print(f"compiled: {paged.has_kernel(Cache(config, 1, PAGE))}, threads {torch.get_num_threads()}")
+    config = ModelConfig(
+        8, options.heads * options.width, 8, options.layers, options.heads, options.kv_heads
+    )
+    print(
+        f"compiled: {paged.has_kernel(Cache(config, 1, PAGE))}, threads {torch.get_num_threads()}"
+    )
     one, other = torch.randn(1_024, 1_024), torch.randn(1_024, 1_024)
     matmul = statistics.median(cost(lambda: one @ other) for _ in range(options.repeat))
     print(f"float32 matrix product: {2 * 1_024**3 / matmul / 1e9:.0f} GFLOP/s")
@@ -91,7 +100,9 @@ def main() -> None:
             sequences, total, new = load
             seen = sequences * sum(range(total - new + 1, total + 1))
             rate = 4 * seen * options.heads * options.width / ours / 1e9
-            print(f"{name:26}{format:>8}{ours * 1e3:13.3f}{plain * 1e3:11.3f}{plain / ours:8.1f}{rate:9.0f}")
+            print(
+                f"{name:26}{format:>8}{ours * 1e3:13.3f}{plain * 1e3:11.3f}{plain / ours:8.1f}{rate:9.0f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""llama.cpp's side of `openqwen bench engine`: a script for the peer's own Python, which imports nothing of ours.
+"""llama.cpp's side of `openqwen bench engine`: a script for the peer's own Python, which imports
+nothing of ours.
 
-Read on standard input: {"model", "threads", "prefill": [ids], "prompts": [[ids], ...], "written", "new"}. Printed: JSON
-with seconds for reading `prefill`, for each of the `written` tokens after it, and for all prompts at once (read, then
-`new` tokens of each).
+Read on standard input: {"model", "threads", "prefill": [ids], "prompts": [[ids], ...], "written",
+"new"}. Printed: JSON with seconds for reading `prefill`, for each of the `written` tokens after it,
+and for all prompts at once (read, then `new` tokens of each).
 """
 
 import ctypes
@@ -16,7 +17,9 @@ _BATCH = 2_048
 
 
 class Context:
-    """A model with room for several sequences, fed by batches of (token, position, sequence, wanted)."""
+    """A model with room for several sequences, fed by batches of (token, position, sequence,
+    wanted).
+    """
 
     def __init__(self, path: str, threads: int, room: int, sequences: int):
         cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
@@ -40,7 +43,12 @@ class Context:
         batch = self.batch
         batch.n_tokens = len(rows)
         for n, (token, position, sequence, wanted) in enumerate(rows):
-            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.logits[n] = token, position, 1, wanted
+            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.logits[n] = (
+                token,
+                position,
+                1,
+                wanted,
+            )
             batch.seq_id[n][0] = sequence
         if cpp.llama_decode(self.context, batch):
             raise SystemExit("llama.cpp could not decode a batch")
@@ -84,7 +92,9 @@ def _one(context: Context, ids: list[int], written: int) -> tuple[float, float]:
 
 
 def _together(context: Context, prompts: list[list[int]], new: int) -> float:
-    """Seconds for all prompts side by side: read, then `new` tokens of each, all sequences in one batch a step."""
+    """Seconds for all prompts side by side: read, then `new` tokens of each, all sequences in one
+    batch a step.
+    """
     context.clear()
     start = time.perf_counter()
     tokens = [context.prompt(ids, sequence) for sequence, ids in enumerate(prompts)]
@@ -99,7 +109,9 @@ def main() -> None:
     alone = Context(job["model"], job["threads"], len(job["prefill"]) + job["written"] + 8, 1)
     alone.prompt(job["prefill"][:64])  # warm: the file is mapped, not read
     read, token = _one(alone, job["prefill"], job["written"])
-    many = Context(job["model"], job["threads"], len(job["prompts"][0]) + job["new"] + 8, len(job["prompts"]))
+    many = Context(
+        job["model"], job["threads"], len(job["prompts"][0]) + job["new"] + 8, len(job["prompts"])
+    )
     together = _together(many, job["prompts"], job["new"])
     print(json.dumps({"prefill": read, "token": token, "together": together}))
 

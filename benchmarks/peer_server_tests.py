@@ -2,11 +2,12 @@
 
     python benchmarks/peer_server_tests.py MODEL --llama-cpp CHECKOUT --vllm CHECKOUT --quantize int8
 
-Starts servers on loopback, runs the peers' own test files against them unchanged (llama.cpp's with DEBUG_EXTERNAL=1),
-and says what passed. Tests that ask for something else than OpenAI's protocol are left out, each with its reason, in
-the tables below. Three things are put into the tests' world: llama.cpp's `match_regex`, which compares with the words
-of its own model of 260,000 parameters, takes any words; vLLM's `RemoteOpenAIServer` is the server that already runs;
-and `vllm` itself is hollow, as only tests of its insides need it. The names under which the tests ask for models are
+Starts servers on loopback, runs the peers' own test files against them unchanged (llama.cpp's with
+DEBUG_EXTERNAL=1), and says what passed. Tests that ask for something else than OpenAI's protocol
+are left out, each with its reason, in the tables below. Three things are put into the tests' world:
+llama.cpp's `match_regex`, which compares with the words of its own model of 260,000 parameters,
+takes any words; vLLM's `RemoteOpenAIServer` is the server that already runs; and `vllm` itself is
+hollow, as only tests of its insides need it. The names under which the tests ask for models are
 names of ours. Needs pytest, pytest-asyncio, openai, requests, filelock and jsonschema.
 """
 
@@ -35,7 +36,10 @@ LLAMA_CPP = [
         r"test_(infill|template|lora|slot_save|ctx_shift|ignore_eos|kv_keep_only_active|speculative|sleep|metrics|rerank)\b",
         "native",
     ),
-    (r"test_(router|proxy|mcp_servers|tools_builtin|stream|compat_gcp|compat_anthropic)\b", "protocol"),
+    (
+        r"test_(router|proxy|mcp_servers|tools_builtin|stream|compat_gcp|compat_anthropic)\b",
+        "protocol",
+    ),
     (r"vision_api|local_media_file|_mtmd|mtm_error", "media"),
     (r"server_(props|slots|multiple_addresses|model_aliases)|load_split_model|no_ui", "native"),
     (r"test_completion\.py(?!.*openai_library)|test_correct_api_key", "native"),
@@ -46,9 +50,18 @@ LLAMA_CPP = [
     (r"context_size_exceeded|static_assets|_cors_proxy|with_tools_enabled|pooling_none", "native"),
     (r"chat_completion\[|cached_tokens|usage_|with_bos|multiple_choices", "its model"),
     (r"invalid_chat_completion_req\[messages7\]", "two answers in a row: OpenAI takes them"),
-    (r"mixed_input\[(-|input(3|5|7|8|9|10)-)|content_text_same", "empty, mixed or wrapped inputs: OpenAI refuses them"),
-    (r"cors_options|origins_localhost", "looks headers up by case; wants 200 for strangers, who get 400 here"),
-    (r"tool_call\.py(?!.*(without_tool_call_fast|required_tool_real_model.*Qwen2.5-7B))", "its model"),
+    (
+        r"mixed_input\[(-|input(3|5|7|8|9|10)-)|content_text_same",
+        "empty, mixed or wrapped inputs: OpenAI refuses them",
+    ),
+    (
+        r"cors_options|origins_localhost",
+        "looks headers up by case; wants 200 for strangers, who get 400 here",
+    ),
+    (
+        r"tool_call\.py(?!.*(without_tool_call_fast|required_tool_real_model.*Qwen2.5-7B))",
+        "its model",
+    ),
     (r"openai_library_stops", "its model"),
 ]
 VLLM = [
@@ -68,7 +81,10 @@ VLLM = [
         r"chat_streaming|chat_completion_stream_options\[",
         "last words in the finishing chunk; llama.cpp's tests forbid it",
     ),
-    (r"simple.py::test_streaming_(logprobs|types)", "log-probabilities and reasoning in /v1/responses: not offered"),
+    (
+        r"simple.py::test_streaming_(logprobs|types)",
+        "log-probabilities and reasoning in /v1/responses: not offered",
+    ),
 ]
 WHY = {
     "native": "a route, field, flag or message of llama-server's own",
@@ -91,7 +107,14 @@ VLLM_FILES = [
     "serve/instrumentator/test_basic",
 ]  # the others test vLLM's own classes, or want models of another kind
 SECRET = "sk-this-is-the-secret-key"  # of llama.cpp's test_security.py
-OURS = ["llama-test-model", "tinyllama-2", "gpt-3.5-turbo-instruct", "davinci-002", "gpt-4.1", "text-embedding-3-small"]
+OURS = [
+    "llama-test-model",
+    "tinyllama-2",
+    "gpt-3.5-turbo-instruct",
+    "davinci-002",
+    "gpt-4.1",
+    "text-embedding-3-small",
+]
 THEIRS = [f"Qwen/Qwen{kind}" for kind in ("2-1.5B-Instruct", "2.5-1.5B-Instruct", "3-0.6B", "3-8B")]
 THEIRS += ["openai-community/gpt2", "HuggingFaceH4/zephyr-7b-beta", "zephyr-lora"]
 RUNS = [  # peer, flags of our server, test files; none: all files that no run before names
@@ -103,7 +126,9 @@ RUNS = [  # peer, flags of our server, test files; none: all files that no run b
 
 
 if "PEER" in os.environ:
-    sys.modules["wget"] = types.ModuleType("wget")  # llama.cpp's tests import it to download their models
+    sys.modules["wget"] = types.ModuleType(
+        "wget"
+    )  # llama.cpp's tests import it to download their models
 
 
 # ---- Inside pytest, of which this file is a plugin
@@ -115,7 +140,9 @@ def pytest_configure(config: pytest.Config) -> None:
         import utils
 
         strict = utils.match_regex
-        utils.match_regex = lambda regex, text: strict(regex, text) if _structured() else isinstance(text, str)
+        utils.match_regex = lambda regex, text: (
+            strict(regex, text) if _structured() else isinstance(text, str)
+        )
     else:
         sys.meta_path.append(_Hollow())
         sys.modules["tests.utils"] = _Hollow.module("tests.utils")
@@ -200,13 +227,23 @@ class Running:
     def get_client(self, **options: Any) -> Any:
         import openai
 
-        given = {"base_url": self.url_for("v1"), "api_key": self.DUMMY_API_KEY, "max_retries": 0, "timeout": 600}
+        given = {
+            "base_url": self.url_for("v1"),
+            "api_key": self.DUMMY_API_KEY,
+            "max_retries": 0,
+            "timeout": 600,
+        }
         return openai.OpenAI(**(given | options))
 
     def get_async_client(self, **options: Any) -> Any:
         import openai
 
-        given = {"base_url": self.url_for("v1"), "api_key": self.DUMMY_API_KEY, "max_retries": 0, "timeout": 600}
+        given = {
+            "base_url": self.url_for("v1"),
+            "api_key": self.DUMMY_API_KEY,
+            "max_retries": 0,
+            "timeout": 600,
+        }
         return openai.AsyncOpenAI(**(given | options))
 
 
@@ -239,14 +276,27 @@ def _say(name: str, outcome: str, why: Any) -> None:
 
 def main() -> None:
     """Run what applies and print the counts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a folder, or a .gguf file")
-    parser.add_argument("--llama-cpp", type=Path, help="a checkout of llama.cpp, or what holds its tools/server/tests")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        help="a checkout of llama.cpp, or what holds its tools/server/tests",
+    )
     parser.add_argument("--vllm", type=Path, help="a checkout of vLLM, or what holds its tests")
-    parser.add_argument("--python", default=sys.executable, help="a Python that has pytest and what the tests import")
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="a Python that has pytest and what the tests import",
+    )
     parser.add_argument("--quantize", help="as for openqwen serve")
     given = parser.parse_args()
-    roots = {"llama.cpp": given.llama_cpp and given.llama_cpp / "tools/server/tests", "vllm": given.vllm}
+    roots = {
+        "llama.cpp": given.llama_cpp and given.llama_cpp / "tools/server/tests",
+        "vllm": given.vllm,
+    }
     more = ["--quantize", given.quantize] if given.quantize else []
     failed = False
     with tempfile.TemporaryDirectory() as folder:
@@ -258,14 +308,20 @@ def main() -> None:
             for number, (whose, flags, files) in enumerate(RUNS):
                 if whose == peer:
                     named = {file for _, _, before in RUNS[:number] for file in before}
-                    tests = files or [f"unit/{path.name}" for path in sorted((root / "unit").glob("test_*.py"))]
+                    tests = files or [
+                        f"unit/{path.name}" for path in sorted((root / "unit").glob("test_*.py"))
+                    ]
                     tests = [test for test in tests if test not in named]
-                    outcomes += run(peer, root.resolve(), tests, given, [*flags, *more], Path(folder))
+                    outcomes += run(
+                        peer, root.resolve(), tests, given, [*flags, *more], Path(folder)
+                    )
             failed |= report(peer, outcomes)
     sys.exit(failed)
 
 
-def run(peer: str, root: Path, tests: list[str], given: Any, flags: list[str], folder: Path) -> list[list[Any]]:
+def run(
+    peer: str, root: Path, tests: list[str], given: Any, flags: list[str], folder: Path
+) -> list[list[Any]]:
     """(test, outcome, why) of tests against a server of ours."""
     length = "8192" if peer == "vllm" else "512"  # llama.cpp's are told that there is little room
     command = [
@@ -281,20 +337,45 @@ def run(peer: str, root: Path, tests: list[str], given: Any, flags: list[str], f
         *flags,
     ]
     wide = os.environ | {"COLUMNS": "1000"}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=wide)
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=wide
+    )
     try:
         assert server.stdout is not None
-        port = next(found[1] for line in server.stdout if (found := re.search(r"http://\S+:(\d+)$", line)))
+        port = next(
+            found[1] for line in server.stdout if (found := re.search(r"http://\S+:(\d+)$", line))
+        )
         results = folder / "results.jsonl"
         results.write_text("")
         rules = [(part, WHY.get(why, why)) for part, why in (VLLM if peer == "vllm" else LLAMA_CPP)]
-        variables = {"PEER": peer, "PORT": port, "PEER_MODEL": given.model, "PEER_RESULTS": str(results)}
+        variables = {
+            "PEER": peer,
+            "PORT": port,
+            "PEER_MODEL": given.model,
+            "PEER_RESULTS": str(results),
+        }
         variables |= {"DEBUG_EXTERNAL": "1", "PEER_RULES": json.dumps(rules)}
-        variables["PYTHONPATH"] = os.pathsep.join([str(folder), str(root), os.environ.get("PYTHONPATH", "")])
-        pytest = [given.python, "-m", "pytest", "-q", "--tb=short", "-p", "peer_server_tests", "-p", "no:cacheprovider"]
+        variables["PYTHONPATH"] = os.pathsep.join(
+            [str(folder), str(root), os.environ.get("PYTHONPATH", "")]
+        )
+        pytest = [
+            given.python,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            "-p",
+            "peer_server_tests",
+            "-p",
+            "no:cacheprovider",
+        ]
         own = ["--noconftest", "-o", "asyncio_mode=auto"] if peer == "vllm" else []
         done = subprocess.run(
-            [*pytest, *own, *tests], cwd=root, env=os.environ | variables, capture_output=True, text=True
+            [*pytest, *own, *tests],
+            cwd=root,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
         )
         if done.returncode > 1:  # not a test that failed, but pytest
             raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
@@ -308,8 +389,13 @@ def report(peer: str, outcomes: list[list[Any]]) -> bool:
     """Print what became of a peer's tests; whether one failed."""
     counts = Counter(outcome for _, outcome, _ in outcomes)
     applied = counts["passed"] + counts["failed"]
-    print(f"{peer}: {len(outcomes)} tests, {applied} applied, {counts['passed']} passed, {counts['failed']} failed")
-    for why, count in Counter(why for _, outcome, why in outcomes if outcome == "left out").most_common():
+    print(
+        f"{peer}: {len(outcomes)} tests, {applied} applied, {counts['passed']} passed, "
+        f"{counts['failed']} failed"
+    )
+    for why, count in Counter(
+        why for _, outcome, why in outcomes if outcome == "left out"
+    ).most_common():
         print(f"  {count:4} left out: {why}")
     for name, outcome, why in outcomes:
         if outcome not in ("passed", "left out"):

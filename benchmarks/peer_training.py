@@ -1,10 +1,11 @@
-"""The peer's side of `openqwen bench train`; runs under the peer's Python and imports nothing of ours.
+"""The peer's side of `openqwen bench train`; runs under the peer's Python and imports nothing of
+ours.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-sft.txt      # beside PyTorch, CPU build
     openqwen bench train --kind sft --data gsm8k_train.jsonl.gz --model MODEL --peer peers/bin/python
 
-Called with a job file that the verb writes; prints the median useful tokens/s of the steps after the first and the
-most memory that the process held.
+Called with a job file that the verb writes; prints the median useful tokens/s of the steps after
+the first and the most memory that the process held.
 """
 
 import json
@@ -15,7 +16,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 
 class Clock(TrainerCallback):
@@ -52,7 +60,10 @@ def settings(job: dict) -> dict:
 
 
 def sft(job: dict, clock: Clock) -> list[int]:
-    """TRL with its defaults for prompts and completions; without FlashAttention it pads. Tokens of each row."""
+    """TRL with its defaults for prompts and completions; without FlashAttention it pads.
+
+    Tokens of each row.
+    """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -62,12 +73,19 @@ def sft(job: dict, clock: Clock) -> list[int]:
     rows = Dataset.from_list([{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     config = SFTConfig(**settings(job), max_length=job["context"], shuffle_dataset=False)
-    SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[clock]).train()
-    return [len(tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]) for talk in talks]
+    SFTTrainer(
+        model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[clock]
+    ).train()
+    return [
+        len(tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]) for talk in talks
+    ]
 
 
 def pretrain(job: dict, clock: Clock) -> list[int]:
-    """transformers' Trainer on rows padded to the longest of a batch. Tokens of each row that predict one."""
+    """transformers' Trainer on rows padded to the longest of a batch.
+
+    Tokens of each row that predict one.
+    """
     folder = Path(job["folder"])
     rows = [{"input_ids": ids} for ids in json.loads((folder / "rows.json").read_text())]
     model = AutoModelForCausalLM.from_config(
@@ -85,7 +103,9 @@ def pretrain(job: dict, clock: Clock) -> list[int]:
         parts = {"input_ids": ids, "attention_mask": masks, "labels": labels}
         return {name: torch.tensor(part) for name, part in parts.items()}
 
-    Trainer(model, TrainingArguments(**settings(job)), padded, train_dataset=rows, callbacks=[clock]).train()
+    Trainer(
+        model, TrainingArguments(**settings(job)), padded, train_dataset=rows, callbacks=[clock]
+    ).train()
     return [len(row["input_ids"]) - 1 for row in rows]
 
 

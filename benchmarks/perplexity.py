@@ -2,9 +2,10 @@
 
     python benchmarks/perplexity.py [--kinds int8 int4] [--threads 2] [--kilobytes 100]
 
-Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA. Half of the bytes are of
-speeches, half of programs (HumanEval, MBPP), read in windows of 1,024 tokens. Prints, for each kind: bits of a weight
-that a decoded token reads, perplexity of text, of code and of both, and how much more that is than the source's.
+Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA. Half of
+the bytes are of speeches, half of programs (HumanEval, MBPP), read in windows of 1,024 tokens.
+Prints, for each kind: bits of a weight that a decoded token reads, perplexity of text, of code and
+of both, and how much more that is than the source's.
 """
 
 import argparse
@@ -37,12 +38,19 @@ def records(name: str) -> Iterator[dict[str, Any]]:
 
 def held_out(bytes_each: int) -> dict[str, str]:
     """Text and code, so many bytes of each."""
-    speeches = (record["text"][:8_000] for record in records("corpus/us_presidential_speeches.jsonl.gz"))
-    human_eval = (record["prompt"] + record["canonical_solution"] for record in records("eval/HumanEval.jsonl.gz"))
+    speeches = (
+        record["text"][:8_000] for record in records("corpus/us_presidential_speeches.jsonl.gz")
+    )
+    human_eval = (
+        record["prompt"] + record["canonical_solution"]
+        for record in records("eval/HumanEval.jsonl.gz")
+    )
     mbpp = (f"# {record['text']}\n{record['code']}" for record in records("eval/mbpp.jsonl.gz"))
     code = [text.replace("\r\n", "\n") for pair in zip(human_eval, mbpp) for text in pair]
     texts = {"text": "\n\n".join(speeches), "code": "\n\n".join(code)}
-    return {name: text.encode()[:bytes_each].decode(errors="ignore") for name, text in texts.items()}
+    return {
+        name: text.encode()[:bytes_each].decode(errors="ignore") for name, text in texts.items()
+    }
 
 
 @torch.inference_mode()
@@ -68,7 +76,9 @@ def main() -> None:
     from openqwen import load_model, load_tokenizer
     from openqwen.model.quantize import bits_per_weight, quantize
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kinds", nargs="*", default=["int8", "int4"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kilobytes", type=int, default=100)
@@ -77,8 +87,14 @@ def main() -> None:
         sys.exit(f"not here: {', '.join(map(str, missing))}")
     torch.set_num_threads(options.threads)
     tokenizer, source = load_tokenizer(CHECKPOINT), load_model(CHECKPOINT)
-    ids = {name: torch.tensor(tokenizer.encode(text)) for name, text in held_out(500 * options.kilobytes).items()}
-    print(f"{sum(map(len, ids.values())):,} tokens; {'':>14}" + "".join(f"{name:>18}" for name in (*ids, "both")))
+    ids = {
+        name: torch.tensor(tokenizer.encode(text))
+        for name, text in held_out(500 * options.kilobytes).items()
+    }
+    print(
+        f"{sum(map(len, ids.values())):,} tokens; {'':>14}"
+        + "".join(f"{name:>18}" for name in (*ids, "both"))
+    )
     base: list[float] = []
     for kind in ("float32", *options.kinds):
         start = time.perf_counter()
@@ -88,7 +104,9 @@ def main() -> None:
         found = [perplexity(part) for part in (*surprises, [*chain(*surprises)])]
         base = base or found
         bits = 32 if kind == "float32" else bits_per_weight(model)
-        columns = "".join(f"{ours:10.4f} {100 * (ours / its - 1):+6.2f}%" for ours, its in zip(found, base))
+        columns = "".join(
+            f"{ours:10.4f} {100 * (ours / its - 1):+6.2f}%" for ours, its in zip(found, base)
+        )
         print(f"{kind:<8} {bits:5.2f} bits {made:6.1f} s {columns}", flush=True)
 
 

@@ -1,13 +1,16 @@
-"""The real checkpoint against transformers: the same logits, the same answers, the same after conversion; speeds.
+"""The real checkpoint against transformers: the same logits, the same answers, the same after
+conversion; speeds.
 
     python benchmarks/real_checkpoint.py [--peer PYTHON] [--threads 1] [--repeat 3] [--only parity round-trip speed]
 
-Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA. PYTHON has transformers,
-accelerate and gguf beside openqwen's own dependencies; without it this interpreter is used. All is float32 on the CPU.
+Needs the file of OPENQWEN_REAL_CHECKPOINT (a .gguf) and the texts of OPENQWEN_SHARED_DATA. PYTHON
+has transformers, accelerate and gguf beside openqwen's own dependencies; without it this
+interpreter is used. All is float32 on the CPU.
 
-parity: logits of 1,000 tokens of real text, and whether each of our greedy tokens (20 prompts, 64 tokens) is what
-transformers finds likeliest at that place, which is to say that it would have chosen the same. round-trip: .gguf to
-folder to .gguf. speed: load time, peak memory, prefill and decode, each side in a fresh process, in turn, medians.
+parity: logits of 1,000 tokens of real text, and whether each of our greedy tokens (20 prompts, 64
+tokens) is what transformers finds likeliest at that place, which is to say that it would have
+chosen the same. round-trip: .gguf to folder to .gguf. speed: load time, peak memory, prefill and
+decode, each side in a fresh process, in turn, medians.
 """
 
 import argparse
@@ -44,7 +47,10 @@ def text_ids(tokenizer: Any, count: int) -> list[int]:
     texts = [
         records("corpus/us_presidential_speeches.jsonl.gz")[0]["text"],
         "\n".join(record["text"] for record in records("corpus/classical_zh.jsonl.gz")[:200]),
-        "\n".join(record["prompt"] + record["canonical_solution"] for record in records("eval/HumanEval.jsonl.gz")[:9]),
+        "\n".join(
+            record["prompt"] + record["canonical_solution"]
+            for record in records("eval/HumanEval.jsonl.gz")[:9]
+        ),
     ]
     return [token for text in texts for token in tokenizer.encode(text)[: -(-count // 3)]][:count]
 
@@ -52,7 +58,10 @@ def text_ids(tokenizer: Any, count: int) -> list[int]:
 def chats() -> list[list[dict[str, str]]]:
     """Twenty prompts: conversation, code, arithmetic."""
     prompts = [record["turns"][0] for record in records("eval/mt_bench_question.jsonl.gz")[::8]]
-    prompts += [f"Complete this function.\n\n{record['prompt']}" for record in records("eval/HumanEval.jsonl.gz")[::33]]
+    prompts += [
+        f"Complete this function.\n\n{record['prompt']}"
+        for record in records("eval/HumanEval.jsonl.gz")[::33]
+    ]
     prompts += [record["question"] for record in records("eval/gsm8k_train.jsonl.gz")[:5]]
     return [[{"role": "user", "content": prompt}] for prompt in prompts]
 
@@ -104,7 +113,9 @@ def round_trip() -> None:
 
     def answers(path: Path) -> list[list[int]]:
         engine = Engine(load_model(path), load_tokenizer(path))
-        return [output.token_ids for output in engine.generate(chats(), Sampling(max_tokens=ANSWER))]
+        return [
+            output.token_ids for output in engine.generate(chats(), Sampling(max_tokens=ANSWER))
+        ]
 
     expected, exact = answers(CHECKPOINT), load_model(CHECKPOINT).state_dict()
     with tempfile.TemporaryDirectory() as place:
@@ -125,14 +136,24 @@ def round_trip() -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process had in memory (of Linux its own, whereas ru_maxrss begins at the parent's)."""
+    """The most bytes that this process had in memory (of Linux its own, whereas ru_maxrss begins at
+    the parent's).
+    """
     status = Path("/proc/self/status")
     if status.exists():
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return 1024 * next(
+            int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def measure(load: Callable[[], Any], prefill: Callable[..., Any], decode: Callable[..., int]) -> None:
+def measure(
+    load: Callable[[], Any], prefill: Callable[..., Any], decode: Callable[..., int]
+) -> None:
     """Times in this process, and the most memory it ever had, as one line of JSON."""
     before = peak_memory()
     start = time.perf_counter()
@@ -149,7 +170,14 @@ def measure(load: Callable[[], Any], prefill: Callable[..., Any], decode: Callab
     rate = made / (time.perf_counter() - start)
     ratio = (peak - before) / weights
     print(
-        json.dumps({"load s": loaded, "memory / weights": ratio, "prefill tok/s": PREFILL / read, "decode tok/s": rate})
+        json.dumps(
+            {
+                "load s": loaded,
+                "memory / weights": ratio,
+                "prefill tok/s": PREFILL / read,
+                "decode tok/s": rate,
+            }
+        )
     )
 
 
@@ -162,7 +190,9 @@ def ours() -> None:
     ids, attention = torch.tensor(text_ids(tokenizer, PREFILL)), Packed.from_lengths([PREFILL])
 
     def decode(model: Any) -> int:
-        [output] = Engine(model, tokenizer).generate([ids[:16].tolist()], Sampling(max_tokens=DECODE))
+        [output] = Engine(model, tokenizer).generate(
+            [ids[:16].tolist()], Sampling(max_tokens=DECODE)
+        )
         return len(output.token_ids)
 
     measure(
@@ -202,7 +232,9 @@ def again(options: argparse.Namespace, step: str) -> str:
     """Run one step in a fresh process; returns what it printed."""
     command = [options.peer, __file__, "--step", step, "--threads", str(options.threads)]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
     if done.returncode:
         sys.exit(f"{step} failed:\n{done.stderr[-3000:]}")
     return done.stdout.strip()
@@ -211,7 +243,9 @@ def again(options: argparse.Namespace, step: str) -> str:
 def main() -> None:
     """See the module."""
     steps = {"parity": parity, "round-trip": round_trip, "ours": ours, "transformers": transformers}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", default=sys.executable)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)

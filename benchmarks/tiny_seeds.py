@@ -1,10 +1,11 @@
-"""The tables of docs/expected.md, from finished runs of the tiny recipe that differ in their seed alone.
+"""The tables of docs/expected.md, from finished runs of the tiny recipe that differ in their seed
+alone.
 
     for seed in 1 2 3; do openqwen run tiny --seed $seed --output runs/tiny-$seed; done
     python benchmarks/tiny_seeds.py runs/tiny-1 runs/tiny-2 runs/tiny-3
 
-An interval in square brackets is of 95 % over the problems of one run; behind "mean" stands the mean
-over the runs, and behind it the least and the largest of them.
+An interval in square brackets is of 95 % over the problems of one run; behind "mean" stands the
+mean over the runs, and behind it the least and the largest of them.
 """
 
 import sys
@@ -26,7 +27,10 @@ SCORES = (
     *((f"test, {title}", f"{key}_accuracy") for title, key in TEMPERATURES),
     ("win rate on its start, by the reward model", "win_rate"),
 )
-PAIRS = (("pairs ranked right, test", "test_pair_accuracy"), ("near misses, test", "test_near_accuracy"))
+PAIRS = (
+    ("pairs ranked right, test", "test_pair_accuracy"),
+    ("near misses, test", "test_near_accuracy"),
+)
 
 
 def plain(value: float) -> str:
@@ -61,7 +65,10 @@ def main(folders: list[Path]) -> None:
     """Print the tables."""
     runs: list[Run] = [load_run(folder) for folder in folders]
     times = ", ".join(f"{run.name} {duration(run.seconds)}" for run in runs)
-    print(f"In all: {times}.\n\n| stage | score | {', '.join(run.name for run in runs)} |\n|---|---|---|")
+    print(
+        f"In all: {times}.\n\n| stage | score | {', '.join(run.name for run in runs)} "
+        "|\n|---|---|---|"
+    )
     for stage in STAGES:
         scores = [run.scores(stage) for run in runs]
         for title, key in SCORES:

@@ -1,14 +1,16 @@
-"""Encoding speed, against tokenizers, tiktoken and quicktok-v1, with the vocabulary of a real checkpoint.
+"""Encoding speed, against tokenizers, tiktoken and quicktok-v1, with the vocabulary of a real
+checkpoint.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-tokenizer.txt -e .
     taskset -c 0 peers/bin/python benchmarks/tokenizer.py --model qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
     peers/bin/python benchmarks/tokenizer.py --model ... --batch
 
-Texts of 4 kB: English books and classical Chinese from the shared data, Python code from the installation. Each encoder
-turns one text after the other into a list of ids, control tokens left as text; in each round all encoders do the same
-texts, in turn, and the table has the median of the rounds. `first` is a round on texts not seen before, `again` the
-rounds after it on the same texts, when caches of words are warm. Seconds are of the CPU, so that other work on the
-machine disturbs less. With --batch, all texts go in one call, each library's own for that, on one and on all cores:
+Texts of 4 kB: English books and classical Chinese from the shared data, Python code from the
+installation. Each encoder turns one text after the other into a list of ids, control tokens left as
+text; in each round all encoders do the same texts, in turn, and the table has the median of the
+rounds. `first` is a round on texts not seen before, `again` the rounds after it on the same texts,
+when caches of words are warm. Seconds are of the CPU, so that other work on the machine disturbs
+less. With --batch, all texts go in one call, each library's own for that, on one and on all cores:
 seconds are of the clock there. Ids are compared first.
 """
 
@@ -55,15 +57,22 @@ def sources(count: int) -> dict[str, list[str]]:
 
 
 def encoders(tokenizer: Tokenizer) -> dict[str, tuple[Encode, EncodeBatch]]:
-    """(one text, many texts on so many threads) by name; peers that are not installed are left out and named."""
+    """(one text, many texts on so many threads) by name; peers that are not installed are left out
+    and named.
+    """
     found: dict[str, tuple[Encode, EncodeBatch]] = {
-        f"OpenQwen, {tokenizer.path}": (tokenizer.encode, lambda texts, n: tokenizer.encode_batch(texts, threads=n))
+        f"OpenQwen, {tokenizer.path}": (
+            tokenizer.encode,
+            lambda texts, n: tokenizer.encode_batch(texts, threads=n),
+        )
     }
     library = reference(tokenizer)
     library.encode_special_tokens = True
     found["tokenizers"] = (
         lambda text: library.encode(text, add_special_tokens=False).ids,
-        lambda texts, n: [e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)],
+        lambda texts, n: [
+            e.ids for e in library.encode_batch_fast(texts, add_special_tokens=False)
+        ],
     )
     try:
         import tiktoken
@@ -80,7 +89,10 @@ def encoders(tokenizer: Tokenizer) -> dict[str, tuple[Encode, EncodeBatch]]:
         import quicktok
 
         quick = quicktok.get_encoding("qwen2.5")
-        found["quicktok-v1"] = (quick.encode_ordinary, lambda texts, n: quick.encode_batch(texts, threads=n))
+        found["quicktok-v1"] = (
+            quick.encode_ordinary,
+            lambda texts, n: quick.encode_batch(texts, threads=n),
+        )
     except ImportError:
         print("quicktok-v1 is not installed")
     return found
@@ -104,16 +116,22 @@ def single(tokenizer: Tokenizer, kinds: dict[str, list[str]], rounds: int) -> No
         taken: dict[str, list[float]] = {name: [] for name in found}
         for encode, _ in found.values():
             encode("warm up")
-        [list(range(1000, 1000 + SIZE)) for _ in texts]  # memory from the system, which the first would pay for
+        [
+            list(range(1000, 1000 + SIZE)) for _ in texts
+        ]  # memory from the system, which the first would pay for
         for _ in range(rounds + 1):
             for name, (encode, _) in found.items():
-                taken[name].append(seconds(time.process_time, lambda e=encode, t=texts: list(map(e, t))))
+                taken[name].append(
+                    seconds(time.process_time, lambda e=encode, t=texts: list(map(e, t)))
+                )
         expected = [tokenizer.encode(text) for text in texts]
         for name, (encode, _) in found.items():
             first, *again = taken[name]
             same = sum(encode(text) == ids for text, ids in zip(texts, expected))
             mark = "" if same == len(texts) else f" ({len(texts) - same} texts differ)"
-            rows.setdefault(name, []).append(f"{size / first:>15.1f}{size / statistics.median(again):>12.1f}{mark}")
+            rows.setdefault(name, []).append(
+                f"{size / first:>15.1f}{size / statistics.median(again):>12.1f}{mark}"
+            )
     for name, cells in rows.items():
         print(f"{name:<20}" + "".join(cells))
 
@@ -143,11 +161,17 @@ def batch(tokenizer: Tokenizer, kinds: dict[str, list[str]], rounds: int) -> Non
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder or .gguf file with Qwen2's vocabulary")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="a folder or .gguf file with Qwen2's vocabulary"
+    )
     parser.add_argument("--texts", type=int, default=1000, help="of each kind")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batch", action="store_true", help="many texts in one call, on one and on all cores")
+    parser.add_argument(
+        "--batch", action="store_true", help="many texts in one call, on one and on all cores"
+    )
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.model)
     (batch if options.batch else single)(tokenizer, sources(options.texts), options.rounds)

@@ -1,8 +1,9 @@
 """Does an upcycled model train on from its parent's loss? `python benchmarks/upcycle.py`
 
-A tiny dense model learns the source code of Python's standard library (about three minutes on one core). Then every row
-of the table reads the same further tokens in the same order: the parent itself, mixtures upcycled from it, and the same
-mixture from random weights. Losses are of held-out files, in nats a token.
+A tiny dense model learns the source code of Python's standard library (about three minutes on one
+core). Then every row of the table reads the same further tokens in the same order: the parent
+itself, mixtures upcycled from it, and the same mixture from random weights. Losses are of held-out
+files, in nats a token.
 """
 
 import argparse
@@ -68,8 +69,12 @@ def held_out_loss(model: Qwen2, held_out: list[Rows]) -> float:
 def train_on(
     model: Qwen2, batch: Callable[[int], list[Rows]], held_out: list[Rows], rate: float, steps: int
 ) -> list[float]:
-    """Train at a constant rate after 10 steps of warm-up; the held-out loss at the steps of CHECKS."""
-    config = OptimizerConfig(learning_rate=rate, schedule="constant", warmup_share=10 / steps, beta2=0.98)
+    """Train at a constant rate after 10 steps of warm-up; the held-out loss at the steps of
+    CHECKS.
+    """
+    config = OptimizerConfig(
+        learning_rate=rate, schedule="constant", warmup_share=10 / steps, beta2=0.98
+    )
     optimizer = adamw(model, config)
     sparse = bool(model.config.num_experts)
     found = []
@@ -84,7 +89,9 @@ def train_on(
             def loss(rows: Rows, routing: Routing) -> Loss:
                 return next_token(model, rows, routing)
 
-            one = balanced(loss, micro, "global", 0.001) if sparse else next_token(model, micro.rows)
+            one = (
+                balanced(loss, micro, "global", 0.001) if sparse else next_token(model, micro.rows)
+            )
             one.sum.backward()
             count += one.count
         for p in model.parameters():
@@ -98,19 +105,27 @@ def train_on(
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1_000_000, help="that the parent learns from")
-    parser.add_argument("--parent", type=Path, help="folder that keeps the parent; one that is there is used again")
+    parser.add_argument(
+        "--parent", type=Path, help="folder that keeps the parent; one that is there is used again"
+    )
     parser.add_argument("--rate", type=float, default=5e-4, help="of training on")
     options = parser.parse_args()
     torch.set_num_threads(1)
     texts = read_library(5.0)
-    tokenizer = train_tokenizer(iter(texts[20:]), TokenizerConfig(vocabulary=2_048, max_bytes=2_000_000))
+    tokenizer = train_tokenizer(
+        iter(texts[20:]), TokenizerConfig(vocabulary=2_048, max_bytes=2_000_000)
+    )
     ids = [np.array([*tokenizer.encode(t), tokenizer.endoftext_id]) for t in texts]
     held_out = [Rows.of([(i[:512], np.ones(len(i[:512]), dtype=bool))]) for i in ids[:20]]
     peak = 2e-3
     config = PretrainConfig(
-        network=NetworkConfig(hidden_size=128, intermediate_size=352, layers=4, heads=4, kv_heads=2),
+        network=NetworkConfig(
+            hidden_size=128, intermediate_size=352, layers=4, heads=4, kv_heads=2
+        ),
         data=DataConfig(tokens=options.tokens, context=512, batch_tokens=1_024),
         train=OptimizerConfig(learning_rate=peak, beta2=0.98),
     )
@@ -119,10 +134,14 @@ def main() -> None:
         path = options.parent or Path(folder) / "dense"
         if not path.exists():
             work = Path(folder) / "work"
-            pretrain(config, sources, tokenizer, tokenizer.vocab_size, None, path, work, 0, "parent")
+            pretrain(
+                config, sources, tokenizer, tokenizer.vocab_size, None, path, work, 0, "parent"
+            )
         parent = load_model(path)
     generators = Generators(1)
-    further = Pieces(Supply(sources, generators), config.data.model_copy(update={"tokens": 225_000}), generators)
+    further = Pieces(
+        Supply(sources, generators), config.data.model_copy(update={"tokens": 225_000}), generators
+    )
 
     def batch(step: int) -> list[Rows]:
         return [Rows.of(samples) for samples in further.batch(step)]
@@ -135,8 +154,14 @@ def main() -> None:
     rows: dict[str, tuple[Callable[[], Qwen2], float]] = {
         "the parent, trained on": (lambda: parent_copy(parent), options.rate),
         "upcycled (the default)": (lambda: upcycle(parent, Upcycling(), 0), options.rate),
-        "upcycled, nothing drawn anew": (lambda: upcycle(parent, Upcycling(reinit=0.0), 0), options.rate),
-        "upcycled, output not kept": (lambda: upcycle(parent, Upcycling(keep_output=False), 0), options.rate),
+        "upcycled, nothing drawn anew": (
+            lambda: upcycle(parent, Upcycling(reinit=0.0), 0),
+            options.rate,
+        ),
+        "upcycled, output not kept": (
+            lambda: upcycle(parent, Upcycling(keep_output=False), 0),
+            options.rate,
+        ),
         "upcycled, output not kept, nothing drawn anew": (
             lambda: upcycle(parent, Upcycling(keep_output=False, reinit=0.0), 0),
             options.rate,
@@ -144,10 +169,14 @@ def main() -> None:
         f"the same mixture from random weights, at {peak:g}": (scratch, peak),
     }
     dense, sparse = parent.config, upcycled_config(parent.config, Upcycling())
-    print(f"parent: {dense.parameters():,} parameters, held-out loss {held_out_loss(parent, held_out):.3f}")
+    print(
+        f"parent: {dense.parameters():,} parameters, held-out loss "
+        f"{held_out_loss(parent, held_out):.3f}"
+    )
     print(
         f"mixture: {sparse.parameters():,} parameters, {sparse.parameters(active=True):,} active; "
-        f"{sparse.num_experts} experts of {sparse.moe_intermediate_size}, {sparse.num_experts_per_tok} active, "
+        f"{sparse.num_experts} experts of {sparse.moe_intermediate_size}, "
+        f"{sparse.num_experts_per_tok} active, "
         f"shared {sparse.shared_expert_intermediate_size}, from {dense.intermediate_size}"
     )
     print_starts(parent, held_out)

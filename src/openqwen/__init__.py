@@ -7,8 +7,9 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# PyTorch takes large tensors from pages of 2 MB. Without it, the page faults of tensors that come and go in every step
-# of a real model take half of the time on a CPU (docs/log.md). Read once, at PyTorch's first allocation.
+# PyTorch takes large tensors from pages of 2 MB. Without it, the page faults of tensors that come
+# and go in every step of a real model take half of the time on a CPU (docs/log.md). Read once, at
+# PyTorch's first allocation.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from openqwen.model import ModelConfig, Packed, load_model, save_checkpoint
     from openqwen.tokenizer import load_tokenizer
 
-__all__ = ["Engine", "ModelConfig", "Packed", "Sampling", "load_model", "load_tokenizer", "save_checkpoint"]
+__all__ = [
+    "Engine",
+    "ModelConfig",
+    "Packed",
+    "Sampling",
+    "load_model",
+    "load_tokenizer",
+    "save_checkpoint",
+]
 
 _ROOMS = {
     "Engine": "engine",

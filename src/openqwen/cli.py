@@ -1,4 +1,7 @@
-"""`openqwen VERB ...`: one command, one verb a stage. A verb's code is loaded when that verb is used."""
+"""`openqwen VERB ...`: one command, one verb a stage.
+
+A verb's code is loaded when that verb is used.
+"""
 
 import contextlib
 import dataclasses
@@ -27,9 +30,15 @@ RECIPE_VERBS = {
     "preview": "Show what SFT would learn from demonstrations, token by token.",
     "bench": "Measure a claimed speed on this machine, beside a peer: train, engine or serve.",
     "plan": "Say what fits on which devices, how fast and how long, before anyone pays for it.",
-    "verify": "Prove on your model and data: packed, cut, resumed and generated are what they should be.",
+    "verify": (
+        "Prove on your model and data: packed, cut, resumed and generated are what they should be."
+    ),
 }
-BENCHES = ["train", "engine", "serve"]  # in recipe/bench/; engine with the peers' scripts in benchmarks/
+BENCHES = [
+    "train",
+    "engine",
+    "serve",
+]  # in recipe/bench/; engine with the peers' scripts in benchmarks/
 # Verbs whose flags are the arguments of one function: where it is.
 _FUNCTIONS = {
     "chat": "openqwen.serve.terminal",
@@ -42,7 +51,9 @@ _FUNCTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 the user's fault, 70 ours, 130 interrupted."""
+    """Run the command line; returns the exit status: 0, 1 the user's fault, 70 ours, 130
+    interrupted.
+    """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
         with _bugs_written_to(Path(tempfile.gettempdir())):
@@ -76,17 +87,26 @@ def _dispatch(arguments: Sequence[str]) -> int:
         _stage(verb, _named(rest, "--model", "--output") if verb == "upcycle" else rest)
     else:
         near = suggestion(verb, [*RECIPE_VERBS, *graph.verbs()])
-        raise OpenQwenError(f"There is no verb '{verb}'.{near}", do=f"{command('--help')} lists them")
+        raise OpenQwenError(
+            f"There is no verb '{verb}'.{near}", do=f"{command('--help')} lists them"
+        )
     return 0
 
 
 def _overview() -> str:
     stages = graph.verbs()
     width = max(map(len, [*RECIPE_VERBS, *stages])) + 2
-    lines = ["openqwen: raw text in, an aligned chat model out.", "", f"usage: {command('VERB', '...')}", ""]
+    lines = [
+        "openqwen: raw text in, an aligned chat model out.",
+        "",
+        f"usage: {command('VERB', '...')}",
+        "",
+    ]
     for verbs in (RECIPE_VERBS, stages):
         lines += [f"  {name:<{width}}{text}" for name, text in verbs.items()] + [""]
-    return "\n".join([*lines, f"{command('VERB', '--help')} shows every flag with its meaning and default."])
+    return "\n".join(
+        [*lines, f"{command('VERB', '--help')} shows every flag with its meaning and default."]
+    )
 
 
 def _call(verb: str, arguments: Sequence[str]) -> None:
@@ -97,7 +117,10 @@ def _call(verb: str, arguments: Sequence[str]) -> None:
     flag = {"chat": "--model", "plan": "--recipe"}.get(verb)
     given = _bare(arguments, flag) if flag else list(arguments)
     if tyro.cli(function, args=given, prog=command(verb), description=RECIPE_VERBS[verb]) is False:
-        raise OpenQwenError("A proof does not hold.", do="see the line marked ✗; report it with the model and the data")
+        raise OpenQwenError(
+            "A proof does not hold.",
+            do="see the line marked ✗; report it with the model and the data",
+        )
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -117,7 +140,10 @@ def _run(arguments: Sequence[str]) -> None:
         raise OpenQwenError("The recipe comes first.", where=arguments[0], do=do)
     path = find_recipe(arguments[0])
     recipe: Any = load_settings(path, graph.recipe_class())
-    flags = ["--corpus.folder" + text[8:] if text.partition("=")[0] == "--corpus" else text for text in arguments[1:]]
+    flags = [
+        "--corpus.folder" + text[8:] if text.partition("=")[0] == "--corpus" else text
+        for text in arguments[1:]
+    ]
     options, recipe = parse(flags, RunOptions, recipe, command("run", arguments[0]), about)
     output = options.output or Path("runs") / path.stem
     with _bugs_written_to(output):
@@ -138,7 +164,9 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _stage(name: str, arguments: Sequence[str]) -> None:
-    """A stage alone: a flag for each input, the output folder, the seed, and every field of its configuration."""
+    """A stage alone: a flag for each input, the output folder, the seed, and every field of its
+    configuration.
+    """
     import tyro
 
     from openqwen.recipe.flags import parse
@@ -148,14 +176,26 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
 
     stage = graph.load_stage(name)
     fields: list[Any] = [
-        (role.replace("-", "_"), Annotated[Path, tyro.conf.arg(help=text)]) for role, text in stage.inputs.items()
+        (role.replace("-", "_"), Annotated[Path, tyro.conf.arg(help=text)])
+        for role, text in stage.inputs.items()
     ]
-    fields.append(("output", Annotated[Path, tyro.conf.arg(help="The folder to make.", metavar="FOLDER")]))
-    fields.append(("seed", Annotated[int, tyro.conf.arg(help="Of every random draw.")], dataclasses.field(default=0)))
+    fields.append(
+        ("output", Annotated[Path, tyro.conf.arg(help="The folder to make.", metavar="FOLDER")])
+    )
+    fields.append(
+        (
+            "seed",
+            Annotated[int, tyro.conf.arg(help="Of every random draw.")],
+            dataclasses.field(default=0),
+        )
+    )
     flags: type[Any] = dataclasses.make_dataclass("StageOptions", fields)
     settings, about, section = stage.config(), stage.help, name.replace("-", "_")
     if section in graph.sections():
-        about += " `--recipe RECIPE`: with that recipe's settings for this stage, which the flags then change."
+        about += (
+            " `--recipe RECIPE`: with that recipe's settings for this stage, which the flags then "
+            "change."
+        )
         if recipe := _value(arguments, "--recipe"):
             settings = getattr(load_settings(find_recipe(recipe), graph.recipe_class()), section)
             arguments = _without(arguments, "--recipe")
@@ -175,7 +215,9 @@ def _named(arguments: Sequence[str], *flags: str) -> list[str]:
 
 
 def _bare(arguments: Sequence[str], flag: str) -> list[str]:
-    """The arguments with this flag's value in front, without the flag: `--model X` is another way to write X."""
+    """The arguments with this flag's value in front, without the flag: `--model X` is another way
+    to write X.
+    """
     value = _value(arguments, flag)
     return [value, *_without(arguments, flag)] if value else list(arguments)
 
@@ -208,7 +250,9 @@ def _bench(arguments: Sequence[str]) -> None:
     if arguments[0] == "engine":
         script = Path(__file__).parents[2] / "benchmarks" / "bench_engine.py"
         if not script.is_file():
-            raise OpenQwenError("This benchmark is not installed.", where=script, do="run it from a source checkout")
+            raise OpenQwenError(
+                "This benchmark is not installed.", where=script, do="run it from a source checkout"
+            )
         measure = runpy.run_path(str(script))["bench"]
         arguments = ["engine", *_bare(arguments[1:], "--model")]
     else:
@@ -240,7 +284,9 @@ def _value(arguments: Sequence[str], flag: str) -> str:
 
 
 def _without(arguments: Sequence[str], flag: str) -> list[str]:
-    """The arguments without a flag and its value, in both spellings (`--flag value`, `--flag=value`)."""
+    """The arguments without a flag and its value, in both spellings (`--flag value`,
+    `--flag=value`).
+    """
     kept: list[str] = []
     pieces = iter(arguments)
     for text in pieces:
@@ -252,14 +298,20 @@ def _without(arguments: Sequence[str], flag: str) -> list[str]:
 
 
 def _fail(message: str) -> int:
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    red, plain = (
+        ("\033[31m", "\033[0m")
+        if sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        else ("", "")
+    )
     print(f"{red}error:{plain} {message}", file=sys.stderr)
     return 1
 
 
 @contextlib.contextmanager
 def _bugs_written_to(folder: Path) -> Iterator[None]:
-    """An error that nobody foresaw: its traceback goes into a file, and the user is told where (exit status 70)."""
+    """An error that nobody foresaw: its traceback goes into a file, and the user is told where
+    (exit status 70).
+    """
     try:
         yield
     except (OpenQwenError, PermissionError, BrokenPipeError):

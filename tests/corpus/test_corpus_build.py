@@ -1,4 +1,6 @@
-"""The whole stage on a small folder: what is kept, counted, held out, and that it is the same twice."""
+"""The whole stage on a small folder: what is kept, counted, held out, and that it is the same
+twice.
+"""
 
 import gzip
 import json
@@ -18,13 +20,28 @@ from openqwen.corpus.mixture import beyond_cap, heldout, sample, shares
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 
-COMMON = ["the", "of", "and", "to", "river", "stone", "light", "paper", "harbour", "winter", "music", "garden"]
+COMMON = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "river",
+    "stone",
+    "light",
+    "paper",
+    "harbour",
+    "winter",
+    "music",
+    "garden",
+]
 WORDS = [*COMMON, "letter", "engine", "window", "market", "silver", "quiet"]
 
 
 def essay(name, sentences=12):
     draw = Generators(1)[name]
-    lines = [" ".join(draw.choice(WORDS, 14)).capitalize() + f" {name}{i}." for i in range(sentences)]
+    lines = [
+        " ".join(draw.choice(WORDS, 14)).capitalize() + f" {name}{i}." for i in range(sentences)
+    ]
     return "\n\n".join(" ".join(lines[i : i + 3]) for i in range(0, sentences, 3))
 
 
@@ -45,7 +62,13 @@ def folder(tmp_path):
 def tasks(count=100):
     for index in range(count):
         text = f"What is {index} + 1? It is {index + 1}."
-        yield {"id": f"task/{index}", "text": text, "source": "tasks", "language": "en", "meta": {"task": "sum"}}
+        yield {
+            "id": f"task/{index}",
+            "text": text,
+            "source": "tasks",
+            "language": "en",
+            "meta": {"task": "sum"},
+        }
 
 
 def build(config, out, extra=(), seed=0):
@@ -64,16 +87,22 @@ def test_the_report_accounts_for_every_document(folder, tmp_path):
     assert steps["exact"]["reasons"]["exact duplicate"]["examples"][0]["id"] == "letters/copy.txt"
     assert steps["near"]["reasons"]["near-duplicate"]["examples"][0]["why"] == "like letters/02.txt"
     assert (steps["exact"]["kept"], steps["near"]["kept"]) == (161, 60)
-    train, held = (list(read_documents(tmp_path / "out" / f"{n}.parquet")) for n in ("train", "heldout"))
+    train, held = (
+        list(read_documents(tmp_path / "out" / f"{n}.parquet")) for n in ("train", "heldout")
+    )
     assert len(train) + len(held) == 160 == metrics["documents"] + metrics["heldout_documents"]
     assert not {d["text"] for d in train} & {d["text"] for d in held}
     assert {d["source"] for d in held} == {"letters", "essays", "tasks"} == set(report["sources"])
     for source, entry in report["sources"].items():
-        assert entry["bytes"] == sum(len(d["text"].encode()) for d in train if d["source"] == source)
+        assert entry["bytes"] == sum(
+            len(d["text"].encode()) for d in train if d["source"] == source
+        )
         assert entry["heldout_documents"] == sum(d["source"] == source for d in held)
     assert sum(entry["weight"] for entry in report["sources"].values()) == pytest.approx(1)
     raw = "".join(d["text"] for d in held).encode()
-    assert report["gzip_bits_per_byte"] == pytest.approx(8 * len(gzip.compress(raw, 9)) / len(raw), rel=1e-3)
+    assert report["gzip_bits_per_byte"] == pytest.approx(
+        8 * len(gzip.compress(raw, 9)) / len(raw), rel=1e-3
+    )
 
 
 def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
@@ -82,7 +111,9 @@ def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
     for file in ("train.parquet", "heldout.parquet", "corpus.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     build(CorpusConfig(folder=folder), tmp_path / "three", tasks(), seed=1)
-    assert (tmp_path / "one/heldout.parquet").read_bytes() != (tmp_path / "three/heldout.parquet").read_bytes()
+    assert (tmp_path / "one/heldout.parquet").read_bytes() != (
+        tmp_path / "three/heldout.parquet"
+    ).read_bytes()
 
 
 def test_a_cap_and_a_profile_for_one_source(folder, tmp_path):
@@ -113,7 +144,10 @@ def test_a_corpus_with_nothing_in_it_is_an_error_that_says_what_to_do(tmp_path, 
 
 
 def documents(count, source, group=None):
-    return [{"id": f"{source}{i}", "source": source, "meta": {"group": group and f"{group}{i}"}} for i in range(count)]
+    return [
+        {"id": f"{source}{i}", "source": source, "meta": {"group": group and f"{group}{i}"}}
+        for i in range(count)
+    ]
 
 
 def test_held_out_groups_are_whole_and_adding_documents_moves_none():
@@ -145,7 +179,9 @@ def test_a_sample_follows_the_weights_and_no_order():
     assert counts["b"] / 1000 == pytest.approx(0.8, abs=0.05)
     assert counts["c"] == 0
     turned = sample(pages[::-1], weights, 10_000, seed=0)
-    assert {pages[::-1][position]["id"] for position in turned} == {pages[position]["id"] for position in chosen}
+    assert {pages[::-1][position]["id"] for position in turned} == {
+        pages[position]["id"] for position in chosen
+    }
     assert sample(pages, weights, 10_000, seed=1) != chosen
     assert len(sample(pages, weights, 10**9, seed=0)) == 4000
     assert sample(pages[:1], weights, 3, seed=0) == {0}
@@ -172,9 +208,15 @@ def test_the_standard_library_is_a_corpus(library):
     library_pages = [name for name in pages if name.startswith(("python/", "docs/"))]
     modules = ("abc", "json/__init__", "json/scanner", "test/broken", "test/test_wrap", "textwrap")
     references = ("json", "json.scanner", "textwrap")
-    assert sorted(library_pages) == [*(f"docs/{m}" for m in references), *(f"python/{m}.py" for m in modules)]
+    assert sorted(library_pages) == [
+        *(f"docs/{m}" for m in references),
+        *(f"python/{m}.py" for m in modules),
+    ]
     assert {d["source"] for d in pages.values()} == {"code", "docs"}
-    assert "wrap(text, width=70, **kwargs)\nWrap a single paragraph of text" in pages["docs/textwrap"]["text"]
+    assert (
+        "wrap(text, width=70, **kwargs)\nWrap a single paragraph of text"
+        in pages["docs/textwrap"]["text"]
+    )
     assert pages["docs/textwrap"]["meta"]["group"] == pages["python/textwrap.py"]["meta"]["group"]
     assert "pydoc/booleans" in pages
     assert reader.files == len(modules)
@@ -183,7 +225,9 @@ def test_the_standard_library_is_a_corpus(library):
 def test_what_else_is_installed_changes_nothing(library, tmp_path, monkeypatch):
     """One more README changed every draw of the tiny recipe."""
     before = list(InstallationReader(10_000_000))
-    description = f"Metadata-Version: 2.1\nName: extra\nVersion: 1\nSummary: More\n\n{essay('extra')}"
+    description = (
+        f"Metadata-Version: 2.1\nName: extra\nVersion: 1\nSummary: More\n\n{essay('extra')}"
+    )
     added = {
         "site-packages/extra/code.py": essay("code"),
         "site-packages/extra-1.dist-info/METADATA": description,

@@ -28,7 +28,10 @@ def test_a_long_run_of_spaces_is_linear():
 
 def test_logical_lines_undo_wraps_and_keep_lists():
     wrapped = "x" * 70
-    text = f"{wrapped}\nlast line\nheading\n{wrapped}\n- item\n- item\n\n{wrapped}\n\nalone\n{'y' * 200}\nnext"
+    text = (
+        f"{wrapped}\nlast line\nheading\n{wrapped}\n- item\n- "
+        f"item\n\n{wrapped}\n\nalone\n{'y' * 200}\nnext"
+    )
     assert [len(group) for group in logical_lines(text)] == [2, 1, 1, 1, 1, 1, 1, 1, 1]
 
 

@@ -1,4 +1,6 @@
-"""Banding against exact Jaccard by brute force, and the batch signatures against sets in plain Python."""
+"""Banding against exact Jaccard by brute force, and the batch signatures against sets in plain
+Python.
+"""
 
 import re
 
@@ -51,7 +53,9 @@ def test_shingles_equal_sets_of_words_whatever_the_batch():
     parts = [shingles[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))]
     assert [len(set(part)) for part in parts] == [len(shingle_set(text)) for text in texts]
     assert parts[3][0] == parts[4][0]
-    for text, part in zip(texts, parts):  # a word's hash does not depend on where in the batch it stands
+    for text, part in zip(
+        texts, parts
+    ):  # a word's hash does not depend on where in the batch it stands
         assert shingle_hashes([text], 5)[0].tolist() == part
 
 
@@ -71,7 +75,9 @@ def test_signatures_estimate_jaccard():
 def test_recall_follows_the_banding_curve_against_exact_jaccard():
     texts = pairs_by_similarity()
     cluster = near_duplicates(signatures(texts, CONFIG), CONFIG)
-    exact = np.array([jaccard(shingle_set(texts[i]), shingle_set(texts[i + 1])) for i in range(0, len(texts), 2)])
+    exact = np.array(
+        [jaccard(shingle_set(texts[i]), shingle_set(texts[i + 1])) for i in range(0, len(texts), 2)]
+    )
     found = cluster[1::2] == cluster[0::2]
     expected = 1 - (1 - exact**8) ** 14
     for low, high in ((0.0, 0.6), (0.6, 0.7), (0.7, 0.8), (0.8, 0.9), (0.9, 1.01)):

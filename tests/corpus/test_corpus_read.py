@@ -1,4 +1,6 @@
-"""The reader on a folder of every bad input: each one a counted skip with its place, never a traceback."""
+"""The reader on a folder of every bad input: each one a counted skip with its place, never a
+traceback.
+"""
 
 import errno
 import gzip
@@ -41,10 +43,13 @@ def test_good_documents_of_every_type(tmp_path, reader):
     (tmp_path / "README").write_text("no suffix")
     (tmp_path / "prog.py").write_text("x = 1")
     (tmp_path / "page.html").write_text(
-        "<html><head><script>var x</script></head><body><main><p>Fish &amp; chips</p></main></body></html>"
+        "<html><head><script>var x</script></head><body><main><p>Fish &amp; "
+        "chips</p></main></body></html>"
     )
     # U+2028 and U+0085 are not line ends in JSONL.
-    (tmp_path / "d.jsonl").write_text('{"text": "one\u2028still\x85one", "id": 7}\n\n{"text": "two", "language": "en"}')
+    (tmp_path / "d.jsonl").write_text(
+        '{"text": "one\u2028still\x85one", "id": 7}\n\n{"text": "two", "language": "en"}'
+    )
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
     frame = zstd(b'{"text": "frame"}\n')
     (tmp_path / "d.jsonl.zst").write_bytes(frame + frame)
@@ -63,8 +68,15 @@ def test_good_documents_of_every_type(tmp_path, reader):
         "page.html": "Fish & chips",
         "prog.py": "x = 1",
     }
-    assert [documents[k]["source"] for k in ("books/deep/a.txt", "note.md")] == ["books", "documents"]
-    assert [documents[k]["meta"]["profile"] for k in ("note.md", "page.html", "prog.py")] == ["text", "web", "code"]
+    assert [documents[k]["source"] for k in ("books/deep/a.txt", "note.md")] == [
+        "books",
+        "documents",
+    ]
+    assert [documents[k]["meta"]["profile"] for k in ("note.md", "page.html", "prog.py")] == [
+        "text",
+        "web",
+        "code",
+    ]
     assert documents["d.jsonl#1"]["meta"]["id"] == "7"
     assert documents["d.jsonl#3"]["language"] == "en"
     assert skipped(reader) == {("no text", "d.parquet", 2)}
@@ -151,9 +163,14 @@ def test_files_and_folders_that_may_not_be_read(tmp_path, reader, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", denied)
     scandir = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda p: denied() if Path(p).name == "closed" else scandir(p))
+    monkeypatch.setattr(
+        os, "scandir", lambda p: denied() if Path(p).name == "closed" else scandir(p)
+    )
     assert list(reader) == []
-    assert skipped(reader) == {("unreadable file", "secret.txt", None), ("unreadable folder", "closed", None)}
+    assert skipped(reader) == {
+        ("unreadable file", "secret.txt", None),
+        ("unreadable folder", "closed", None),
+    }
 
 
 def test_file_names_that_are_not_utf8_give_ids_that_are(tmp_path, reader):

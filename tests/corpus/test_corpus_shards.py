@@ -37,7 +37,11 @@ def shards(tmp_path):
 
 
 def test_documents_come_back(tmp_path):
-    assert write_documents(tmp_path / "d.parquet", DOCUMENTS) == 5 == count_documents(tmp_path / "d.parquet")
+    assert (
+        write_documents(tmp_path / "d.parquet", DOCUMENTS)
+        == 5
+        == count_documents(tmp_path / "d.parquet")
+    )
     assert list(read_documents(tmp_path / "d.parquet")) == DOCUMENTS
     (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
     for read in (count_documents, lambda path: list(read_documents(path))):

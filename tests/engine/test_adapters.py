@@ -1,4 +1,6 @@
-"""Requests with adapters of their own, against PEFT and against a network that has the adapter built in."""
+"""Requests with adapters of their own, against PEFT and against a network that has the adapter
+built in.
+"""
 
 import copy
 
@@ -46,13 +48,18 @@ def test_each_request_has_its_own_adapter(network, tmp_path):
     asked, sampling = prompts(6, seed=1), Sampling(max_tokens=12)
     engine = Engine(network, WORDS)
     truths = [network]
-    for name, targets in (("one", ["q_proj", "v_proj"]), ("two", ["k_proj", "o_proj", "gate_proj", "down_proj"])):
+    for name, targets in (
+        ("one", ["q_proj", "v_proj"]),
+        ("two", ["k_proj", "o_proj", "gate_proj", "down_proj"]),
+    ):
         engine.adapters.add(name, adapter(network, tmp_path / name, len(targets), targets=targets))
         truths.append(copy.deepcopy(network))
         load_adapter(truths[-1], tmp_path / name)
     names = [None, "one", "two"] * 2
     for _ in range(2):  # with a warm cache too: no request may find another adapter's pages
-        requests = [engine.submit(prompt, sampling, adapter=name) for prompt in asked for name in names[:3]]
+        requests = [
+            engine.submit(prompt, sampling, adapter=name) for prompt in asked for name in names[:3]
+        ]
         while engine.busy:
             engine.step()
         for number, request in enumerate(requests):
@@ -82,12 +89,18 @@ def test_an_adapter_of_peft_speaks_as_in_peft(network, tmp_path, options):
     theirs.save_pretrained(tmp_path / "adapter")
     engine = Engine(network, WORDS)
     engine.adapters.add("peft", tmp_path / "adapter")
-    request = engine.submit(list(range(30)), Sampling(max_tokens=10, ignore_eos=True), adapter="peft")
+    request = engine.submit(
+        list(range(30)), Sampling(max_tokens=10, ignore_eos=True), adapter="peft"
+    )
     while engine.busy:
         engine.step()
     ids = torch.tensor([request.prompt_ids + request.token_ids])
     with torch.no_grad():
-        truth = torch.log_softmax(theirs(ids).logits[0, :-1].float(), -1).gather(1, ids[0, 1:, None]).squeeze(1)
+        truth = (
+            torch.log_softmax(theirs(ids).logits[0, :-1].float(), -1)
+            .gather(1, ids[0, 1:, None])
+            .squeeze(1)
+        )
     assert request.logprobs == pytest.approx(truth[29:].tolist(), abs=1e-4)
 
 
@@ -118,7 +131,9 @@ def test_an_adapter_that_does_not_fit_is_named(network, tmp_path):
         engine.submit([1], adapter="rigth")
     wide = copy.deepcopy(network)
     wide.model.layers[1].self_attn.q_proj = torch.nn.Linear(32, 64)
-    with pytest.raises(OpenQwenError, match=r"holds \[64, 4\] for 'model\.layers\.1.*needs \[32, 4\]"):
+    with pytest.raises(
+        OpenQwenError, match=r"holds \[64, 4\] for 'model\.layers\.1.*needs \[32, 4\]"
+    ):
         engine.adapters.add("wide", adapter(wide, tmp_path / "wide", 1, targets=["q_proj"]))
     other = copy.deepcopy(network)
     other.model.extra = torch.nn.Linear(32, 32)
@@ -130,7 +145,9 @@ def test_an_adapter_that_does_not_fit_is_named(network, tmp_path):
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_packed_weights_speak_as_peft_on_what_they_stand_for(kind, tmp_path):
-    packed, theirs = unpacked(model(seed=3, width=64, tie_word_embeddings=False), kind, tmp_path / "base")
+    packed, theirs = unpacked(
+        model(seed=3, width=64, tie_word_embeddings=False), kind, tmp_path / "base"
+    )
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     shape = PeftConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=targets)
@@ -139,19 +156,36 @@ def test_packed_weights_speak_as_peft_on_what_they_stand_for(kind, tmp_path):
     engine = Engine(packed, WORDS, EngineConfig(token_budget=400))
     engine.adapters.add("peft", tmp_path / "adapter")
     prompt, sampling = [(7 * n) % 250 for n in range(110)], Sampling(max_tokens=10, ignore_eos=True)
-    request, plain = engine.submit(prompt, sampling, adapter="peft"), engine.submit(prompt, sampling)
-    others = [engine.submit([5, *prompt], sampling, adapter=name) for name in (None, "peft", "peft")]
+    request, plain = (
+        engine.submit(prompt, sampling, adapter="peft"),
+        engine.submit(prompt, sampling),
+    )
+    others = [
+        engine.submit([5, *prompt], sampling, adapter=name) for name in (None, "peft", "peft")
+    ]
     while engine.busy:
         engine.step()
     ids = torch.tensor([request.prompt_ids + request.token_ids])
     with torch.no_grad(), theirs.disable_adapter():
-        without = torch.log_softmax(theirs(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None]).squeeze(1)[109:]
+        without = (
+            torch.log_softmax(theirs(ids).logits[0, :-1], -1)
+            .gather(1, ids[0, 1:, None])
+            .squeeze(1)[109:]
+        )
     with torch.no_grad():
-        truth = torch.log_softmax(theirs(ids).logits[0, :-1], -1).gather(1, ids[0, 1:, None]).squeeze(1)[109:]
-    off = (torch.tensor(request.logprobs) - truth).abs().max()  # activations become bytes, which moves a little
+        truth = (
+            torch.log_softmax(theirs(ids).logits[0, :-1], -1)
+            .gather(1, ids[0, 1:, None])
+            .squeeze(1)[109:]
+        )
+    off = (
+        (torch.tensor(request.logprobs) - truth).abs().max()
+    )  # activations become bytes, which moves a little
     assert off < 0.05 * (without - truth).abs().max()
     assert plain.logprobs != request.logprobs
-    for one, name in zip([request, plain, *others], ["peft", None, None, "peft", "peft"]):  # alone: the same bits
+    for one, name in zip(
+        [request, plain, *others], ["peft", None, None, "peft", "peft"]
+    ):  # alone: the same bits
         alone = Engine(packed, WORDS, EngineConfig(token_budget=13))
         alone.adapters.add("peft", tmp_path / "adapter")
         again = alone.submit(one.prompt_ids, sampling, adapter=name)
@@ -176,7 +210,9 @@ def test_the_head_takes_no_adapter_of_a_request(tmp_path):
     network = model(seed=3, tie_word_embeddings=False)
     engine = Engine(network, WORDS)
     with pytest.raises(OpenQwenError, match="no linear layer 'lm_head'"):
-        engine.adapters.add("head", adapter(network, tmp_path / "head", 1, targets=["q_proj", "lm_head"]))
+        engine.adapters.add(
+            "head", adapter(network, tmp_path / "head", 1, targets=["q_proj", "lm_head"])
+        )
 
 
 def test_a_network_with_an_adapted_head_speaks_as_with_it_merged(tmp_path):

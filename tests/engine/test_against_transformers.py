@@ -19,7 +19,9 @@ def test_greedy_answers_are_those_of_generate(tmp_path, penalty, tied):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     asked = prompts(6, seed=3)
     sampling = Sampling(max_tokens=30, repetition_penalty=penalty)
-    outputs = Engine(network, WORDS, EngineConfig(speculate=4, token_budget=32)).generate(asked, sampling)
+    outputs = Engine(network, WORDS, EngineConfig(speculate=4, token_budget=32)).generate(
+        asked, sampling
+    )
     for prompt, output in zip(asked, outputs):
         found = theirs.generate(
             torch.tensor([prompt]),

@@ -1,4 +1,6 @@
-"""What a request may depend on: not on a cache, its neighbours, the budget, preemption or drafts."""
+"""What a request may depend on: not on a cache, its neighbours, the budget, preemption or
+drafts.
+"""
 
 from dataclasses import replace
 
@@ -20,7 +22,9 @@ def network(request):
     options = {
         "plain": {},
         "yarn": {"yarn": Yarn(4.0, 16)},
-        "chunks": {"dual_chunk": DualChunk(16, 5)},  # of 11 tokens: prompts cross borders, which are no page borders
+        "chunks": {
+            "dual_chunk": DualChunk(16, 5)
+        },  # of 11 tokens: prompts cross borders, which are no page borders
     }
     return model(**options[request.param])
 
@@ -63,7 +67,11 @@ def test_greedy_equals_a_loop_without_a_cache(network, config):
 
 
 def test_a_sample_depends_on_its_seed_and_not_on_its_neighbours(network):
-    asked, sampling, seeds = prompts(12, seed=1), Sampling(max_tokens=15, temperature=1.0), list(range(12))
+    asked, sampling, seeds = (
+        prompts(12, seed=1),
+        Sampling(max_tokens=15, temperature=1.0),
+        list(range(12)),
+    )
     together, _ = answers(network, asked, sampling, seeds)
     for n in (0, 5, 11):
         same(answers(network, [asked[n]], sampling, [n])[0], [together[n]])
@@ -85,12 +93,21 @@ def test_prompts_without_seeds_are_drawn_apart_and_again_the_same(network):
 
 @pytest.mark.parametrize(("kind", "cache"), [("int8", "float"), ("int4", "int8")])
 def test_where_rows_are_apart_neighbours_guesses_and_the_cache_change_no_bit(kind, cache):
-    """Packed weights and the compiled attention give a row the same bits whatever shares the call."""
+    """Packed weights and the compiled attention give a row the same bits whatever shares the
+    call.
+    """
     network = quantize(model(width=64), kind)
     asked, seeds = [*prompts(10, seed=5), [5, 6, 7, 8] * 6], list(range(11))
     for sampling in (Sampling(max_tokens=30), Sampling(max_tokens=30, temperature=1.0, top_p=0.9)):
-        alone = [answers(network, [p], sampling, [s], cache=cache)[0][0] for p, s in zip(asked, seeds)]
-        for config in ({}, {"token_budget": 9}, {"speculate": 5, "draft_below": 99}, {"cache_bytes": 2**18}):
+        alone = [
+            answers(network, [p], sampling, [s], cache=cache)[0][0] for p, s in zip(asked, seeds)
+        ]
+        for config in (
+            {},
+            {"token_budget": 9},
+            {"speculate": 5, "draft_below": 99},
+            {"cache_bytes": 2**18},
+        ):
             together, _ = answers(network, asked, sampling, seeds, cache=cache, **config)
             for one, other in zip(alone, together):
                 assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
@@ -98,7 +115,11 @@ def test_where_rows_are_apart_neighbours_guesses_and_the_cache_change_no_bit(kin
 
 
 def test_preempted_equals_undisturbed_and_nothing_streamed_is_retracted(network):
-    asked, sampling, seeds = prompts(10, seed=2), Sampling(max_tokens=40, temperature=1.0), list(range(10))
+    asked, sampling, seeds = (
+        prompts(10, seed=2),
+        Sampling(max_tokens=40, temperature=1.0),
+        list(range(10)),
+    )
     undisturbed, _ = answers(network, asked, sampling, seeds)
     engine = Engine(network, WORDS, EngineConfig(cache_bytes=10 * 4096, token_budget=64))
     requests = [engine.submit(prompt, sampling, seed) for prompt, seed in zip(asked, seeds)]
@@ -110,7 +131,9 @@ def test_preempted_equals_undisturbed_and_nothing_streamed_is_retracted(network)
             assert event.request.token_ids == told[event.request.id][0]
     assert engine.stats().preemptions > 0
     for request, output in zip(requests, undisturbed):
-        assert told[request.id] == (output.token_ids, output.text) == (request.token_ids, request.text)
+        assert (
+            told[request.id] == (output.token_ids, output.text) == (request.token_ids, request.text)
+        )
         assert request.logprobs == pytest.approx(output.logprobs, abs=1e-4)
 
 
@@ -176,7 +199,9 @@ def test_a_cancelled_request_ends_at_once_wherever_it_is(network):
 
 def test_log_probabilities_are_the_models(network):
     asked = prompts(5, seed=6)
-    outputs, _ = answers(network, asked, Sampling(max_tokens=20, temperature=1.0, top_logprobs=3), range(5))
+    outputs, _ = answers(
+        network, asked, Sampling(max_tokens=20, temperature=1.0, top_logprobs=3), range(5)
+    )
     engine = Engine(network, WORDS)
     for output in outputs:
         ids = output.prompt_ids + output.token_ids
@@ -205,10 +230,15 @@ def test_changed_weights_leave_nothing_in_the_cache():
         assert all(event.version == 4 for event in engine.step())
     assert running.versions == [0] * 7 + [4] * 23
     ids = running.prompt_ids + running.token_ids
-    assert running.logprobs[7:] == pytest.approx(Engine(network, WORDS).score(ids)[len(prompt) + 6 :], abs=1e-4)
+    assert running.logprobs[7:] == pytest.approx(
+        Engine(network, WORDS).score(ids)[len(prompt) + 6 :], abs=1e-4
+    )
     with torch.no_grad():
         network.model.norm.weight.mul_(-1.0)  # nobody says so: the engine sees it when it is idle
-    assert engine.generate([prompt], sampling)[0].token_ids == plain_greedy(network, WORDS, prompt, 20)[0]
+    assert (
+        engine.generate([prompt], sampling)[0].token_ids
+        == plain_greedy(network, WORDS, prompt, 20)[0]
+    )
     assert engine.version == 5
 
 
@@ -243,7 +273,9 @@ def test_answers_end_at_the_context_limit_and_at_stop_ids(network):
     assert len(output.token_ids) <= 8
     (free,) = engine.generate([[3, 4]], Sampling(max_tokens=8, ignore_eos=True))
     assert len(free.token_ids) == 8
-    (cut,) = engine.generate([[3, 4]], Sampling(max_tokens=8, ignore_eos=True, stop_ids=(free.token_ids[2],)))
+    (cut,) = engine.generate(
+        [[3, 4]], Sampling(max_tokens=8, ignore_eos=True, stop_ids=(free.token_ids[2],))
+    )
     assert cut.token_ids == free.token_ids[: free.token_ids.index(free.token_ids[2])]
     assert cut.finish_reason == "stop"
     assert list(engine.stream([3, 4], Sampling(max_tokens=8, ignore_eos=True))) == free.token_ids
@@ -251,7 +283,12 @@ def test_answers_end_at_the_context_limit_and_at_stop_ids(network):
 
 def test_a_bad_request_is_named():
     engine = Engine(model(), WORDS)
-    for prompt, words in (([1] * 128, "128 tokens"), ([], "0 tokens"), ([320], "id 320"), ([-1, 2], "id -1")):
+    for prompt, words in (
+        ([1] * 128, "128 tokens"),
+        ([], "0 tokens"),
+        ([320], "id 320"),
+        ([-1, 2], "id -1"),
+    ):
         with pytest.raises(OpenQwenError, match=words):
             engine.submit(prompt)
     with pytest.raises(OpenQwenError, match="no adapter called 'x'"):
@@ -262,7 +299,9 @@ def test_a_bad_request_is_named():
 
 
 def test_rows_beyond_the_vocabulary_are_never_sampled():
-    outputs, _ = answers(model(), prompts(40, seed=4), Sampling(max_tokens=10, temperature=3.0), range(40))
+    outputs, _ = answers(
+        model(), prompts(40, seed=4), Sampling(max_tokens=10, temperature=3.0), range(40)
+    )
     assert all(t < WORDS.vocab_size for o in outputs for t in o.token_ids)
 
 
@@ -281,28 +320,50 @@ def test_a_request_at_yarn_factor_one_or_below_one_chunk_is_the_plain_one_to_the
     plain, _ = answers(network, asked, Sampling(max_tokens=20))
     for context in (LongContext(Yarn(1.0, 16)), LongContext(dual_chunk=DualChunk(120, 20))):
         other, _ = answers(network, asked, replace(Sampling(max_tokens=20), long_context=context))
-        assert [(o.token_ids, o.logprobs) for o in other] == [(o.token_ids, o.logprobs) for o in plain]
+        assert [(o.token_ids, o.logprobs) for o in other] == [
+            (o.token_ids, o.logprobs) for o in plain
+        ]
 
 
 def test_each_request_is_stretched_as_far_as_it_needs_and_no_further():
     network, window = model(max_position_embeddings=64), 64
-    asked = [*prompts(3, seed=7, longest=30), [(7 * n) % 250 for n in range(150)], [(7 * n) % 250 for n in range(90)]]
+    asked = [
+        *prompts(3, seed=7, longest=30),
+        [(7 * n) % 250 for n in range(150)],
+        [(7 * n) % 250 for n in range(90)],
+    ]
     sampling = Sampling(max_tokens=20, ignore_eos=True)
     plain, _ = answers(network, asked[:3], sampling)
     same_bits, _ = answers(network, asked[:3], sampling, max_context=256)
-    assert [(o.token_ids, o.logprobs) for o in same_bits] == [(o.token_ids, o.logprobs) for o in plain]
+    assert [(o.token_ids, o.logprobs) for o in same_bits] == [
+        (o.token_ids, o.logprobs) for o in plain
+    ]
     engine = Engine(network, WORDS, EngineConfig(max_context=256))
     requests = [engine.submit(prompt, sampling) for prompt in asked]
     while engine.busy:
         engine.step()
-    assert [r.long_context.yarn and r.long_context.yarn.factor for r in requests] == [None, None, None, 4.0, 2.0]
+    assert [r.long_context.yarn and r.long_context.yarn.factor for r in requests] == [
+        None,
+        None,
+        None,
+        4.0,
+        2.0,
+    ]
     assert [r.token_ids for r in requests[:3]] == [o.token_ids for o in plain]
     assert requests[4].cached_tokens == 0  # the same tokens, turned otherwise
     for request in requests[3:]:
-        stretched = model(max_position_embeddings=64, yarn=Yarn(request.long_context.yarn.factor, window))
+        stretched = model(
+            max_position_embeddings=64, yarn=Yarn(request.long_context.yarn.factor, window)
+        )
         ids = request.prompt_ids + request.token_ids
-        truth = torch.log_softmax(scores(stretched, ids), -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
-        assert request.logprobs == pytest.approx(truth[len(request.prompt_ids) - 1 :].tolist(), abs=1e-4)
+        truth = (
+            torch.log_softmax(scores(stretched, ids), -1)[:-1]
+            .gather(1, torch.tensor(ids[1:])[:, None])
+            .squeeze(1)
+        )
+        assert request.logprobs == pytest.approx(
+            truth[len(request.prompt_ids) - 1 :].tolist(), abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -312,7 +373,9 @@ def test_scores_that_are_no_numbers_end_that_answer_alone(temperature):
     alone = Engine(network, WORDS).generate(asked[:1], good)[0]
     engine = Engine(network, WORDS)
     fine = engine.submit(asked[0], good)
-    bad = engine.submit(asked[1] * 2, replace(good, temperature=temperature, repetition_penalty=5e-324))
+    bad = engine.submit(
+        asked[1] * 2, replace(good, temperature=temperature, repetition_penalty=5e-324)
+    )
     while engine.busy:
         engine.step()
     assert (bad.finish_reason, bad.token_ids) == ("error", [])
@@ -320,29 +383,43 @@ def test_scores_that_are_no_numbers_end_that_answer_alone(temperature):
     add_up(engine._schedule.pool, [])
     with torch.no_grad():
         network.model.norm.weight.fill_(torch.nan)
-    broken = Engine(network, WORDS).generate(asked, replace(good, temperature=temperature, top_p=0.9))
+    broken = Engine(network, WORDS).generate(
+        asked, replace(good, temperature=temperature, top_p=0.9)
+    )
     assert [output.finish_reason for output in broken] == ["error", "error"]
 
 
-@pytest.mark.parametrize("config", [{}, {"token_budget": 7}, {"cache_bytes": 2**16, "page_size": 8}, {"speculate": 4}])
+@pytest.mark.parametrize(
+    "config", [{}, {"token_budget": 7}, {"cache_bytes": 2**16, "page_size": 8}, {"speculate": 4}]
+)
 def test_log_probabilities_of_the_prompt_are_the_models(network, config):
     asked = [*prompts(5, seed=6, longest=90), [4], [1, 2, 3] * 9]
     engine = Engine(network, WORDS, EngineConfig(**config))
-    plain = engine.generate(asked, Sampling(max_tokens=8))  # what it leaves in the cache tells nothing
+    plain = engine.generate(
+        asked, Sampling(max_tokens=8)
+    )  # what it leaves in the cache tells nothing
     for count in (0, 2):
         outputs = engine.generate(asked, Sampling(max_tokens=8, prompt_logprobs=count))
         same(outputs, plain)
         for output in outputs:
             table = torch.log_softmax(scores(network, output.prompt_ids), -1)[:-1]
-            truth = table.gather(1, torch.tensor(output.prompt_ids[1:])[:, None].long()).squeeze(1).tolist()
+            truth = (
+                table.gather(1, torch.tensor(output.prompt_ids[1:])[:, None].long())
+                .squeeze(1)
+                .tolist()
+            )
             assert output.prompt_logprobs == pytest.approx(truth, abs=1e-4)
             for row, top in zip(table, output.prompt_top, strict=True):
                 values, found = row[: WORDS.vocab_size].topk(count)
                 assert [i for i, _ in top] == found.tolist()
                 assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
     add_up(engine._schedule.pool, [])
-    samples = engine.submit_many(asked[0], Sampling(max_tokens=8, temperature=1.0, prompt_logprobs=1), 3)
+    samples = engine.submit_many(
+        asked[0], Sampling(max_tokens=8, temperature=1.0, prompt_logprobs=1), 3
+    )
     while engine.busy:
         engine.step()
-    assert all(r.prompt_logprobs == pytest.approx(samples[0].prompt_logprobs, abs=1e-4) for r in samples)
+    assert all(
+        r.prompt_logprobs == pytest.approx(samples[0].prompt_logprobs, abs=1e-4) for r in samples
+    )
     assert all(len(r.prompt_logprobs) == len(asked[0]) - 1 for r in samples)

@@ -1,4 +1,6 @@
-"""Sequences that outgrow the way in which they are read: pages kept, keys turned anew, and nobody else notices."""
+"""Sequences that outgrow the way in which they are read: pages kept, keys turned anew, and nobody
+else notices.
+"""
 
 from functools import cache
 
@@ -46,7 +48,9 @@ def text(length, seed=0):
 
 
 def turning_a_whole_cache(network, ids, page_size=16):
-    """Log-probabilities of all tokens but the first: stage by stage, the keys of the whole cache turned in between."""
+    """Log-probabilities of all tokens but the first: stage by stage, the keys of the whole cache
+    turned in between.
+    """
     stages, pages = start(network)._admission._stages, -(-len(ids) // page_size)
     cache, logits, read = Cache.of(network, pages, page_size), [], 0
     for number, stage in enumerate(stages):
@@ -74,35 +78,50 @@ def test_an_answer_without_limit_grows_as_a_whole_cache_that_is_turned(kind, pag
         assert request.total == network.context
         assert request.finish_reason == "length"
         ids = request.prompt_ids + request.token_ids
-        # Pages of 11 and chunks of 47 are read by plain PyTorch, whose rounding depends on what shares the call.
+        # Pages of 11 and chunks of 47 are read by plain PyTorch, whose rounding depends on what
+        # shares the call.
         close = 1e-4 if page_size == 16 and kind != "chunks" else 0.03
-        assert request.logprobs == pytest.approx(turning_a_whole_cache(network, ids)[19:], abs=close)
+        assert request.logprobs == pytest.approx(
+            turning_a_whole_cache(network, ids)[19:], abs=close
+        )
 
 
 def test_a_prompt_beyond_the_window_is_read_in_its_own_way_unless_it_grows(network):
     for length in (WINDOW, WINDOW + 1, 2 * WINDOW + 5):
         direct, grown = (start(network, grow=grow) for grow in (False, True))
-        one, two = (run(e, e.submit(text(length), Sampling(max_tokens=3, ignore_eos=True))) for e in (direct, grown))
+        one, two = (
+            run(e, e.submit(text(length), Sampling(max_tokens=3, ignore_eos=True)))
+            for e in (direct, grown)
+        )
         assert one.long_context == two.long_context
         ids = one.prompt_ids + one.token_ids
         assert one.logprobs == pytest.approx(direct.score(ids)[length - 1 :], abs=1e-4)
         ids = two.prompt_ids + two.token_ids
-        assert two.logprobs == pytest.approx(turning_a_whole_cache(network, ids)[length - 1 :], abs=1e-4)
+        assert two.logprobs == pytest.approx(
+            turning_a_whole_cache(network, ids)[length - 1 :], abs=1e-4
+        )
         assert one.logprobs != two.logprobs
         endless = direct.submit(text(length), ENDLESS)
-        assert endless.stages[0].way == (one.long_context if length > WINDOW else grown._admission._stages[0].way)
+        assert endless.stages[0].way == (
+            one.long_context if length > WINDOW else grown._admission._stages[0].way
+        )
         direct.cancel(endless)
 
 
 @pytest.mark.parametrize("form", ["float", "int8"])
 def test_short_requests_keep_every_bit(network, form):
-    asked, sampling = prompts(5, seed=7, longest=WINDOW - 20), Sampling(max_tokens=20, ignore_eos=True)
+    asked, sampling = (
+        prompts(5, seed=7, longest=WINDOW - 20),
+        Sampling(max_tokens=20, ignore_eos=True),
+    )
     plain = Engine(network, WORDS, EngineConfig(cache=form)).generate(asked, sampling)
     engine = start(network, grow=True, cache=form)
     long = [engine.submit(text(n), ENDLESS) for n in (WINDOW - 2, 2 * WINDOW + 1)]
     for _ in range(2):  # with a warm cache and grown neighbours too
         beside = engine.generate(asked, sampling)
-        assert [(o.token_ids, o.logprobs) for o in beside] == [(o.token_ids, o.logprobs) for o in plain]
+        assert [(o.token_ids, o.logprobs) for o in beside] == [
+            (o.token_ids, o.logprobs) for o in plain
+        ]
     run(engine, *long)
 
 
@@ -113,7 +132,9 @@ def test_a_conversation_is_the_same_bits_cold_and_warm(network, grow, form):
     ids, sampling, found = text(10), Sampling(max_tokens=9, ignore_eos=True), []
     while len(ids) + 19 < 192:
         (warm,) = engine.generate([ids], sampling)
-        (cold,) = start(network, grow=grow, cache=form, prefix_cache=False).generate([ids], sampling)
+        (cold,) = start(network, grow=grow, cache=form, prefix_cache=False).generate(
+            [ids], sampling
+        )
         assert (warm.token_ids, warm.logprobs) == (cold.token_ids, cold.logprobs)
         found.append((warm.cached_tokens, max(0, len(ids) - 11) // 16 * 16))
         ids = ids + warm.token_ids + text(10, len(ids))
@@ -142,7 +163,9 @@ def test_neighbours_preemption_guesses_and_samples_change_no_bit_of_what_grows(n
         assert (engine.stats().preemptions > 0) == (config is tight)
     for config in ({"prefix_cache": False}, tight):
         engine = start(network, grow=grow, **config)
-        requests = engine.submit_many(asked[1], Sampling(max_tokens=20, ignore_eos=True, temperature=1.0), 5)
+        requests = engine.submit_many(
+            asked[1], Sampling(max_tokens=20, ignore_eos=True, temperature=1.0), 5
+        )
         run(engine, *requests)
         single = [engine.submit(asked[1], r.sampling, r.seed) for r in requests]
         run(engine, *single)
@@ -151,7 +174,9 @@ def test_neighbours_preemption_guesses_and_samples_change_no_bit_of_what_grows(n
 
 def test_what_grows_shares_the_pages_that_were_turned(network):
     engine = start(network, grow=True)
-    requests = engine.submit_many(text(WINDOW - 2), Sampling(max_tokens=30, ignore_eos=True, temperature=1.0), 4)
+    requests = engine.submit_many(
+        text(WINDOW - 2), Sampling(max_tokens=30, ignore_eos=True, temperature=1.0), 4
+    )
     most = 0
     while engine.busy:
         engine.step()
@@ -163,5 +188,8 @@ def test_what_grows_shares_the_pages_that_were_turned(network):
 def test_a_model_without_long_context_ends_at_its_window():
     network = model(max_position_embeddings=WINDOW)
     (output,) = Engine(network, WORDS, EngineConfig(grow=True)).generate([text(10)], ENDLESS)
-    assert output.token_ids == plain_greedy(network, WORDS, output.prompt_ids, WINDOW - 10)[0] or output.finish_reason
+    assert (
+        output.token_ids == plain_greedy(network, WORDS, output.prompt_ids, WINDOW - 10)[0]
+        or output.finish_reason
+    )
     assert len(output.token_ids) == WINDOW - 10

@@ -1,4 +1,6 @@
-"""JSON schemas made ready: closed objects, annotations passed over, and places named under `strict`."""
+"""JSON schemas made ready: closed objects, annotations passed over, and places named under
+`strict`.
+"""
 
 import datetime
 import enum
@@ -54,14 +56,25 @@ OPEN = A | {"additionalProperties": True}
         ({"additionalProperties": A}, '{"p":{"a":1}}', '{"p":{"x":1}}'),
         ({"$ref": "#/$defs/A", "$defs": {"A": A}}, '{"a":1}', '{"x":1}'),
         ({"$ref": "#/definitions/A", "definitions": {"A": A}}, '{"a":1}', '{"x":1}'),
-        ({"patternProperties": {"^a+$": {"type": "integer"}}, "type": "object"}, '{"aa":1}', '{"x":1}'),
+        (
+            {"patternProperties": {"^a+$": {"type": "integer"}}, "type": "object"},
+            '{"aa":1}',
+            '{"x":1}',
+        ),
         # keys named in several places
         ({"allOf": [A, B]}, '{"a":1,"b":2}', '{"a":1,"x":2}'),
-        ({"allOf": [{"$ref": "#/$defs/A"}, B], "$defs": {"A": A}}, '{"a":1,"b":2}', '{"a":1,"x":2}'),
+        (
+            {"allOf": [{"$ref": "#/$defs/A"}, B], "$defs": {"A": A}},
+            '{"a":1,"b":2}',
+            '{"a":1,"x":2}',
+        ),
         (A | {"$ref": "#/$defs/B", "$defs": {"B": B}}, '{"a":1,"b":2}', '{"a":1,"x":2}'),
         (A | {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, '{"a":1}', "{}"),
         (
-            {"$ref": "#/$defs/T", "$defs": {"T": {"allOf": [A, {"properties": {"t": {"$ref": "#/$defs/T"}}}]}}},
+            {
+                "$ref": "#/$defs/T",
+                "$defs": {"T": {"allOf": [A, {"properties": {"t": {"$ref": "#/$defs/T"}}}]}},
+            },
             '{"a":1,"t":{"a":2}}',
             '{"a":1,"t":{"x":2}}',
         ),
@@ -149,13 +162,22 @@ def test_a_schema_of_no_use_is_refused_with_its_place():
         assert fault.startswith(place)
 
 
-KEYWORDS = "type properties allOf anyOf $ref items prefixItems pattern patternProperties additionalProperties $defs"
+KEYWORDS = (
+    "type properties allOf anyOf $ref items prefixItems pattern patternProperties "
+    "additionalProperties $defs"
+)
 LEAVES = (
-    st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["object", "#", "#/$defs/a", "(", "a", "array"])
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.sampled_from(["object", "#", "#/$defs/a", "(", "a", "array"])
 )
 JUNK = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYWORDS.split(), "a"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from([*KEYWORDS.split(), "a"]), inner)
+    ),
     max_leaves=12,
 )
 
@@ -210,7 +232,10 @@ FIELDS = {  # a type, and values of it
     "recursive": (Node, {"value": 1, "children": [{"value": 2, "children": []}]}),
     "optional": (Cat | None, {"kind": "cat", "lives": 9}),
     "union": (int | str | Dog, {"kind": "dog", "good": True}),
-    "discriminated": (Annotated[Cat | Dog, Field(discriminator="kind")], {"kind": "dog", "good": False}),
+    "discriminated": (
+        Annotated[Cat | Dog, Field(discriminator="kind")],
+        {"kind": "dog", "good": False},
+    ),
     "path": (Path, "/tmp/a"),
     "secret": (SecretStr, "x"),
     "bytes": (bytes, "x"),

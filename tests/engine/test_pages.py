@@ -42,7 +42,12 @@ class AnyMix(RuleBasedStateMachine):
         self.engine = Engine(GROWING if grow else NETWORK, WORDS, config)
 
     @precondition(lambda self: self.engine)
-    @rule(start=st.integers(0, 2), length=st.integers(1, 45), n=st.integers(1, 3), tokens=st.integers(1, 30))
+    @rule(
+        start=st.integers(0, 2),
+        length=st.integers(1, 45),
+        n=st.integers(1, 3),
+        tokens=st.integers(1, 30),
+    )
     def submit(self, start, length, n, tokens):
         prompt = [(start + i * i) % 250 for i in range(length)]  # many begin alike
         sampling = Sampling(max_tokens=tokens, ignore_eos=True)

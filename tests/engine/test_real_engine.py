@@ -1,4 +1,6 @@
-"""The engine on the real checkpoint, where it is: guesses, pages and neighbours change nothing that it says."""
+"""The engine on the real checkpoint, where it is: guesses, pages and neighbours change nothing that
+it says.
+"""
 
 import json
 import os
@@ -35,7 +37,10 @@ def real():
 
 
 def test_answers_are_the_same_bits_alone_together_guessed_and_warm(real):
-    for sampling in (Sampling(max_tokens=60), Sampling(max_tokens=60, temperature=0.7, top_p=0.8, top_k=20)):
+    for sampling in (
+        Sampling(max_tokens=60),
+        Sampling(max_tokens=60, temperature=0.7, top_p=0.8, top_k=20),
+    ):
         alone = [Engine(*real).generate([chat], sampling)[0] for chat in CHATS]
         engine = Engine(*real, EngineConfig(speculate=8, token_budget=40))
         for _ in ("cold", "warm"):

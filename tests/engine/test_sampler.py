@@ -44,8 +44,12 @@ def processed(scores_RV, sampling):
     st.sampled_from([0.0, 0.1, 1.0]),
     st.sampled_from([0.5, 4.0]),
 )
-def test_every_cut_gives_the_distribution_of_transformers(width, temperature, top_k, top_p, min_p, spread):
-    """64 evenly spaced draws of one row: each token's probability, and the set of those possible."""
+def test_every_cut_gives_the_distribution_of_transformers(
+    width, temperature, top_k, top_p, min_p, spread
+):
+    """64 evenly spaced draws of one row: each token's probability, and the set of those
+    possible.
+    """
     scores_RV = random_scores(2, width, spread)
     sampling = Sampling(temperature=temperature, top_k=min(top_k, width), top_p=top_p, min_p=min_p)
     truth_RV = processed(scores_RV.clone(), sampling)
@@ -55,16 +59,22 @@ def test_every_cut_gives_the_distribution_of_transformers(width, temperature, to
         for token, logprob, drawn in zip(found.tokens, found.logprobs, found.drawn_logprobs):
             assert truth_V[token] > 0
             assert drawn == pytest.approx(float(truth_V[token].log()), abs=1e-4)
-            assert logprob == pytest.approx(float(torch.log_softmax(scores_RV[row], -1)[token]), abs=1e-4)
+            assert logprob == pytest.approx(
+                float(torch.log_softmax(scores_RV[row], -1)[token]), abs=1e-4
+            )
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 30, "min_p": 0.02}], ids=str)
 def test_draws_follow_the_distribution(options):
-    """Chi-square over 20,000 seeds: within five standard deviations of its mean, which is its degrees of freedom."""
+    """Chi-square over 20,000 seeds: within five standard deviations of its mean, which is its
+    degrees of freedom.
+    """
     scores_RV, sampling = random_scores(1, 256, 2.0), Sampling(temperature=0.8, **options)
     truth_V = processed(scores_RV.clone(), sampling)[0].double().numpy()
     count = 20_000
-    found = choose(scores_RV.expand(count, -1).clone(), [Row(sampling, seed, 3) for seed in range(count)], 256)
+    found = choose(
+        scores_RV.expand(count, -1).clone(), [Row(sampling, seed, 3) for seed in range(count)], 256
+    )
     seen_V = np.bincount(found.tokens, minlength=256)
     often = truth_V * count >= 5
     expected = np.append(truth_V[often] * count, truth_V[~often].sum() * count)
@@ -76,7 +86,9 @@ def test_draws_follow_the_distribution(options):
 
 
 def test_draws_are_those_of_split_mix():
-    """The published outputs for the seed 1234567: the first is the key, whose own stream the places count through."""
+    """The published outputs for the seed 1234567: the first is the key, whose own stream the places
+    count through.
+    """
     keys = seeds._split_mix(np.uint64(1234567) + seeds._GAMMA * np.arange(3, dtype=np.uint64))
     assert keys.tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     words = seeds._split_mix(keys[:1] + seeds._GAMMA * np.arange(3, dtype=np.uint64))
@@ -96,15 +108,23 @@ def test_no_single_cell_is_special():
         assert cells.max() < 1 - 1e-6, name
         assert len(np.unique(cells)) == len(cells) - (name == "edges"), name  # -1 is 2^64 - 1
     sampling, scores_RV = Sampling(temperature=1.0), torch.zeros(64, 128)
-    first = [choose(scores_RV[:1].clone(), [Row(sampling, 0, place)], 128).tokens[0] for place in range(3)]
+    first = [
+        choose(scores_RV[:1].clone(), [Row(sampling, 0, place)], 128).tokens[0]
+        for place in range(3)
+    ]
     assert 0 not in first
 
 
 @pytest.mark.parametrize("axis", ["seeds", "places", "prompts", "samples"])
 def test_draws_are_independent_along_every_axis(axis):
-    """A table of 256 × 256 draws: uniform in every row, column and pair of neighbours, near ones and far ones."""
+    """A table of 256 × 256 draws: uniform in every row, column and pair of neighbours, near ones
+    and far ones.
+    """
     size = 256
-    first, second = np.repeat(np.arange(size), size).tolist(), np.tile(np.arange(size), size).tolist()
+    first, second = (
+        np.repeat(np.arange(size), size).tolist(),
+        np.tile(np.arange(size), size).tolist(),
+    )
     seeds = {
         "seeds": first,
         "places": [0] * len(first),
@@ -119,7 +139,9 @@ def test_draws_are_independent_along_every_axis(axis):
         assert chi_square.max() < 55  # once in 400,000
         assert abs(chi_square.mean() - 15) < 5 * np.sqrt(30 / size)
         for apart in (1, 2, 3, 16, 64, 128):
-            pairs, _, _ = np.histogram2d(lines[:-apart].ravel(), lines[apart:].ravel(), 8, ((0, 1), (0, 1)))
+            pairs, _, _ = np.histogram2d(
+                lines[:-apart].ravel(), lines[apart:].ravel(), 8, ((0, 1), (0, 1))
+            )
             expected = (size - apart) * size / 64
             assert ((pairs - expected) ** 2 / expected).sum() < 63 + 6 * np.sqrt(126)
     for first, second in ((table[0], table.mean(0)), (table[:, 0], table.mean(1))):
@@ -147,23 +169,38 @@ def test_rows_do_not_touch_each_other():
         alone = choose(scores_RV[n : n + 1].clone(), [row], 300)
         assert alone.tokens == together.tokens[n : n + 1]
         for name in ("logprobs", "drawn_logprobs"):
-            assert getattr(alone, name) == pytest.approx(getattr(together, name)[n : n + 1], abs=1e-5)
+            assert getattr(alone, name) == pytest.approx(
+                getattr(together, name)[n : n + 1], abs=1e-5
+            )
     assert together.tokens[4] == 3
     assert together.drawn_logprobs[1] == 0
 
 
-@given(st.lists(st.integers(0, 49), max_size=30), st.lists(st.integers(0, 49), max_size=30), st.floats(0.5, 2.0))
+@given(
+    st.lists(st.integers(0, 49), max_size=30),
+    st.lists(st.integers(0, 49), max_size=30),
+    st.floats(0.5, 2.0),
+)
 def test_penalties_are_those_of_transformers_and_of_the_api(prompt, answer, penalty):
     scores_V = random_scores(1, 50)[0]
     repeated = scores_V.clone()
     penalise(repeated, Sampling(repetition_penalty=penalty), prompt, answer)
     ids = torch.tensor([prompt + answer], dtype=torch.long)
-    assert torch.allclose(repeated, RepetitionPenaltyLogitsProcessor(penalty)(ids, scores_V[None].clone())[0])
+    assert torch.allclose(
+        repeated, RepetitionPenaltyLogitsProcessor(penalty)(ids, scores_V[None].clone())[0]
+    )
     counted = scores_V.clone()
     bias = ((5, 1.5), (5, 0.5), (7, -2.0))
-    penalise(counted, Sampling(presence_penalty=0.7, frequency_penalty=0.2, logit_bias=bias), prompt, answer)
+    penalise(
+        counted,
+        Sampling(presence_penalty=0.7, frequency_penalty=0.2, logit_bias=bias),
+        prompt,
+        answer,
+    )
     for token in range(50):
-        off = 0.2 * answer.count(token) + 0.7 * (token in answer) - {5: 2.0, 7: -2.0}.get(token, 0.0)
+        off = (
+            0.2 * answer.count(token) + 0.7 * (token in answer) - {5: 2.0, 7: -2.0}.get(token, 0.0)
+        )
         assert float(counted[token]) == pytest.approx(float(scores_V[token]) - off, abs=1e-5)
 
 
@@ -178,7 +215,12 @@ def test_the_largest_are_found_without_a_sort(count, width, seed):
     assert scores_RV.gather(1, ids).tolist() == values.tolist()
 
 
-@given(st.sampled_from([33, 320, 5120]), st.sampled_from([0.2, 1.0, 3.0]), st.integers(0, 9), st.booleans())
+@given(
+    st.sampled_from([33, 320, 5120]),
+    st.sampled_from([0.2, 1.0, 3.0]),
+    st.integers(0, 9),
+    st.booleans(),
+)
 @settings(deadline=None)
 def test_block_sums_in_plain_pytorch_and_in_cpp(width, temperature, seed, masked):
     scores_RV = random_scores(3, width, 8.0, seed)
@@ -191,5 +233,9 @@ def test_block_sums_in_plain_pytorch_and_in_cpp(width, temperature, seed, masked
             patch.setattr(sampler, "_kernel", kernel)
             peak_R, sums_RB = sampler.block_sums(scores_RV, temperature_R)
             assert torch.equal(peak_R, scores_RV.amax(-1))
-            assert (peak_R / temperature + sums_RB.sum(-1).log()).tolist() == pytest.approx(truth_R.tolist(), rel=1e-5)
-            assert sampler.normalizers(scores_RV, temperature_R).tolist() == pytest.approx(truth_R.tolist(), rel=1e-6)
+            assert (peak_R / temperature + sums_RB.sum(-1).log()).tolist() == pytest.approx(
+                truth_R.tolist(), rel=1e-5
+            )
+            assert sampler.normalizers(scores_RV, temperature_R).tolist() == pytest.approx(
+                truth_R.tolist(), rel=1e-6
+            )

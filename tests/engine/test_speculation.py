@@ -1,4 +1,6 @@
-"""Answers with guesses are the answers without, token by token, whatever guesses and however it samples."""
+"""Answers with guesses are the answers without, token by token, whatever guesses and however it
+samples.
+"""
 
 import numpy as np
 import pytest
@@ -16,11 +18,15 @@ NETWORK = model(seed=5)
 CLOSE = model(seed=5)  # a draft model that often agrees
 with torch.no_grad():
     for parameter in CLOSE.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.001)
+        parameter.add_(
+            torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.001
+        )
 KINDS = [
     Sampling(max_tokens=50),
     Sampling(max_tokens=50, temperature=1.0),
-    Sampling(max_tokens=50, temperature=0.8, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.3),
+    Sampling(
+        max_tokens=50, temperature=0.8, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.3
+    ),
 ]
 
 
@@ -70,11 +76,17 @@ def test_under_load_nothing_is_guessed():
 
 @torch.no_grad()
 def test_guessed_tokens_follow_the_models_distribution():
-    """Chi-square over 4,000 seeds of the second token, which the draft model guesses, against its exact probability."""
+    """Chi-square over 4,000 seeds of the second token, which the draft model guesses, against its
+    exact probability.
+    """
     prompt, count, width = [9, 3, 4, 5], 4000, WORDS.vocab_size
     machine = engine(1, CLOSE, draft_below=999, token_budget=512)
     sampling = Sampling(max_tokens=3, temperature=1.0, ignore_eos=True)
-    outputs = [o for n in range(0, count, 100) for o in machine.generate([prompt] * 100, sampling, range(n, n + 100))]
+    outputs = [
+        o
+        for n in range(0, count, 100)
+        for o in machine.generate([prompt] * 100, sampling, range(n, n + 100))
+    ]
     assert machine.stats().drafted == count
     first = torch.softmax(scores(NETWORK, prompt)[-1, :width], -1)
     packed = Packed.from_lengths([5] * width)
@@ -96,7 +108,11 @@ def test_lookup_finds_what_followed_the_latest_same_three_tokens(ids, most, step
     for end in [*range(1, len(ids), step), len(ids)]:
         known = ids[:end]
         guess = pace.lookup(known, most)
-        starts = [n for n in range(len(known) - 3) if known[n : n + 3] == known[-3:]] if len(known) >= 3 else []
+        starts = (
+            [n for n in range(len(known) - 3) if known[n : n + 3] == known[-3:]]
+            if len(known) >= 3
+            else []
+        )
         assert guess == (known[starts[-1] + 3 :][:most] if starts else [])
 
 

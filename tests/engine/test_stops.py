@@ -20,7 +20,9 @@ def change(path, **values):
 
 
 def checkpoint(folder, own, generation, written=None):
-    """A checkpoint that states these stop tokens, and its engine. written: tokenizer_config.json's eos_token."""
+    """A checkpoint that states these stop tokens, and its engine. written: tokenizer_config.json's
+    eos_token.
+    """
     save_checkpoint(model(seed=4), WORDS, folder)
     change(folder / "config.json", eos_token_id=own)
     change(folder / "generation_config.json", eos_token_id=generation)
@@ -69,7 +71,9 @@ def test_the_stop_tokens_are_all_that_is_stated(tmp_path, own, generation, writt
         (output,) = engine.generate([[1, 2, 3]], sampling)
         assert output.finish_reason == ("stop" if token in stops else "length"), token
         assert output.token_ids == ([] if token in stops else [token] * 3)
-        (output,) = engine.generate([[1, 2, 3]], Sampling(max_tokens=3, logit_bias=((token, 100.0),), ignore_eos=True))
+        (output,) = engine.generate(
+            [[1, 2, 3]], Sampling(max_tokens=3, logit_bias=((token, 100.0),), ignore_eos=True)
+        )
         assert output.token_ids == [token] * 3
 
 
@@ -77,13 +81,17 @@ def test_the_stop_tokens_are_all_that_is_stated(tmp_path, own, generation, writt
 def test_a_top_p_of_zero_takes_the_likeliest_token(temperature):
     engine = Engine(model(seed=4), WORDS)
     greedy = engine.generate(prompts(3), Sampling(max_tokens=10))
-    found = engine.generate(prompts(3), Sampling(max_tokens=10, temperature=temperature, top_p=0.0, seed=3))
+    found = engine.generate(
+        prompts(3), Sampling(max_tokens=10, temperature=temperature, top_p=0.0, seed=3)
+    )
     assert [output.token_ids for output in found] == [output.token_ids for output in greedy]
 
 
 def test_a_structured_answer_ends_at_the_checkpoint_s_stop_token(tmp_path):
     engine = checkpoint(tmp_path, 200, 200)
-    sampling = Sampling(max_tokens=20, structure=Structure("regex", "[ab]+"), logit_bias=((200, 5.0),))
+    sampling = Sampling(
+        max_tokens=20, structure=Structure("regex", "[ab]+"), logit_bias=((200, 5.0),)
+    )
     (output,) = engine.generate(["a"], sampling)
     assert output.finish_reason == "stop"
     assert set(output.text) <= {"a", "b"}

@@ -30,7 +30,9 @@ def ask(structure, temperature=1.0, count=8, **config):
     return outputs, engine.stats()
 
 
-@pytest.mark.parametrize("config", [{}, {"speculate": 6, "draft_below": 99}], ids=["plain", "drafted"])
+@pytest.mark.parametrize(
+    "config", [{}, {"speculate": 6, "draft_below": 99}], ids=["plain", "drafted"]
+)
 def test_json_fits_its_schema(config):
     outputs, stats = ask(Structure("json_schema", json.dumps(SCHEMA)), **config)
     for output in outputs:
@@ -45,7 +47,9 @@ def test_json_fits_its_schema(config):
         assert not re.search(r"\s", outside)
     if config:  # names of properties follow by force: those guesses are always right
         assert stats.accepted > 0.9 * stats.drafted > 90
-        assert [o.token_ids for o in outputs] == [o.token_ids for o in ask(outputs[0].sampling.structure)[0]]
+        assert [o.token_ids for o in outputs] == [
+            o.token_ids for o in ask(outputs[0].sampling.structure)[0]
+        ]
 
 
 def test_regex_and_grammar_rule_the_whole_answer():

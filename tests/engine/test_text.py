@@ -28,7 +28,11 @@ class Cut:
 alphabet = st.text(st.sampled_from("abc é漢🙂\n"), max_size=30)
 
 
-@given(alphabet, st.lists(st.integers(0, 80)), st.lists(st.text(st.sampled_from("abc é漢"), min_size=1, max_size=4)))
+@given(
+    alphabet,
+    st.lists(st.integers(0, 80)),
+    st.lists(st.text(st.sampled_from("abc é漢"), min_size=1, max_size=4)),
+)
 def test_any_cut_gives_the_same_text_and_stops_at_the_same_place(text, cuts, stops):
     data = text.encode()
     at = [0, *sorted(min(c, len(data)) for c in cuts), len(data)]
@@ -40,7 +44,8 @@ def test_any_cut_gives_the_same_text_and_stops_at_the_same_place(text, cuts, sto
         if stream.stopped:
             break
     given_ += stream.finish()
-    # As if the characters came one by one: the first stop text to be complete ends the text, the longest of several.
+    # As if the characters came one by one: the first stop text to be complete ends the text, the
+    # longest of several.
     found = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     assert stream.stopped == bool(found)
     assert given_ == (text[: min(found)[1]] if found else text)

@@ -42,7 +42,9 @@ def scores(network: Qwen2, ids: list[int]) -> torch.Tensor:
     return network.logits(network(torch.tensor(ids), packed.positions, packed)).float()
 
 
-def plain_greedy(network: Qwen2, words: Tokenizer, prompt: list[int], limit: int) -> tuple[list[int], list[float], str]:
+def plain_greedy(
+    network: Qwen2, words: Tokenizer, prompt: list[int], limit: int
+) -> tuple[list[int], list[float], str]:
     ids, logprobs = list(prompt), []
     while len(ids) < len(prompt) + limit:
         last = scores(network, ids)[-1]
@@ -58,7 +60,9 @@ def add_up(pool, holders):
     """Blank, cached and held pages are all pages, and references are the holders'."""
     held = Counter(page for pages in holders for page in pages)
     kinds = [set(pool._blank), set(pool._cached), set(held)]
-    assert sum(map(len, kinds)) == pool.count == len(set().union(*kinds)), [len(kind) for kind in kinds]
+    assert sum(map(len, kinds)) == pool.count == len(set().union(*kinds)), [
+        len(kind) for kind in kinds
+    ]
     assert all(pool.references[page] == held[page] for page in range(pool.count))
     assert {page: digest for digest, page in pool._page_of.items()} == pool._digest_of
     assert kinds[1] <= pool._digest_of.keys()

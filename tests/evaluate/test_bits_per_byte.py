@@ -69,7 +69,9 @@ def tiny():
 
 
 def naive_bits(model, text, context):
-    """Token by token, one forward each, in float64 arithmetic on the logits; the window rule written out anew."""
+    """Token by token, one forward each, in float64 arithmetic on the logits; the window rule
+    written out anew.
+    """
     ids = [256, *text.encode()]
     total = 0.0
     for target in range(1, len(ids)):
@@ -77,7 +79,9 @@ def naive_bits(model, text, context):
         jumps = max(0, math.ceil((target - context) / stride))
         seen = torch.tensor(ids[jumps * stride : target])
         hidden = model(seen, torch.arange(len(seen)), Packed.from_lengths([len(seen)]))
-        total -= model.logits(hidden[-1:])[0].double().log_softmax(0)[ids[target]].item() / math.log(2)
+        total -= model.logits(hidden[-1:])[0].double().log_softmax(0)[
+            ids[target]
+        ].item() / math.log(2)
     return total
 
 
@@ -109,9 +113,15 @@ def test_equals_a_naive_loop(tiny, context):
 def test_by_source_adds_up(tiny):
     code, docs = documents("x = 1\ny = 2\n"), documents("Some words in a row.", source="docs")
     both = bits_per_byte(tiny, ByteTokenizer(), code + docs, 64)
-    assert both.by_source["code"] == pytest.approx(bits_per_byte(tiny, ByteTokenizer(), code, 64).overall, rel=1e-6)
-    assert both.by_source["docs"] == pytest.approx(bits_per_byte(tiny, ByteTokenizer(), docs, 64).overall, rel=1e-6)
-    assert both.overall == pytest.approx((12 * both.by_source["code"] + 20 * both.by_source["docs"]) / 32)
+    assert both.by_source["code"] == pytest.approx(
+        bits_per_byte(tiny, ByteTokenizer(), code, 64).overall, rel=1e-6
+    )
+    assert both.by_source["docs"] == pytest.approx(
+        bits_per_byte(tiny, ByteTokenizer(), docs, 64).overall, rel=1e-6
+    )
+    assert both.overall == pytest.approx(
+        (12 * both.by_source["code"] + 20 * both.by_source["docs"]) / 32
+    )
 
 
 def test_scores_have_an_interval_over_documents(tiny):
@@ -131,8 +141,12 @@ def test_packing_and_neighbours_change_nothing(tiny, monkeypatch):
     together = bits_per_byte(tiny, ByteTokenizer(), given, 8).overall
     monkeypatch.setattr(module, "_FORWARD_TOKENS", 1)
     monkeypatch.setattr(module, "_LOGIT_ELEMENTS", 1)
-    assert bits_per_byte(tiny, ByteTokenizer(), given, 8).overall == pytest.approx(together, rel=1e-6)
-    assert bits_per_byte(tiny, ByteTokenizer(), given[::-1], 8).overall == pytest.approx(together, rel=1e-6)
+    assert bits_per_byte(tiny, ByteTokenizer(), given, 8).overall == pytest.approx(
+        together, rel=1e-6
+    )
+    assert bits_per_byte(tiny, ByteTokenizer(), given[::-1], 8).overall == pytest.approx(
+        together, rel=1e-6
+    )
 
 
 def test_training_mode_is_put_back(tiny):
@@ -172,11 +186,17 @@ def test_nothing_to_score_is_an_error():
 def test_gzip_rate_is_gzips():
     texts = ["def f():\n    return 1\n" * 50, "häuser " * 40]
     data = "".join(texts).encode()
-    assert gzip_bits_per_byte(texts) == pytest.approx(8 * len(gzip.compress(data, 9, mtime=0)) / len(data))
+    assert gzip_bits_per_byte(texts) == pytest.approx(
+        8 * len(gzip.compress(data, 9, mtime=0)) / len(data)
+    )
 
 
 def test_halves_share_no_document_and_both_have_every_source():
-    given = documents(*map(str, range(5))) + documents("y", "z", source="docs") + documents("alone", source="one")
+    given = (
+        documents(*map(str, range(5)))
+        + documents("y", "z", source="docs")
+        + documents("alone", source="one")
+    )
     development, test = halves(given)
     assert [d["text"] for d in development] == ["0", "2", "4", "y", "alone"]
     assert [d["text"] for d in test] == ["1", "3", "z"]

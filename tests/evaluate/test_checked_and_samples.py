@@ -25,7 +25,9 @@ class FakeEngine:
 
 def test_accuracy_chance_and_answers_by_task():
     items = generate_tasks(Generators(0)["items"], 170, split="heldout")
-    right = {t.question: t.answer for t in items if t.task in ("add", "json") or t.question.endswith("?")}
+    right = {
+        t.question: t.answer for t in items if t.task in ("add", "json") or t.question.endswith("?")
+    }
     engine = FakeEngine(right)
     work = Progress("checked", len(items), "tasks")
     result = checked_accuracy(engine, items, 16, work)
@@ -34,7 +36,11 @@ def test_accuracy_chance_and_answers_by_task():
     assert result["checked_accuracy"] == len(right) / 170
     assert result["chance"] == pytest.approx(sum(t.chance for t in items) / 170)
     assert set(result["checked_by_task"]) == set(KINDS)
-    assert result["checked_by_task"]["add"] == {"accuracy": 1.0, "chance": pytest.approx(1 / 20), "n": 10}
+    assert result["checked_by_task"]["add"] == {
+        "accuracy": 1.0,
+        "chance": pytest.approx(1 / 20),
+        "n": 10,
+    }
     assert sum(row["n"] for row in result["checked_by_task"].values()) == 170
     for item, answer in zip(items, result["answers"]):
         assert answer["prompt"] == item.prompt
@@ -62,7 +68,13 @@ def test_samples_have_both_kinds():
 
 def test_shown_chat_prompts_are_held_out():
     problems = (
-        *("add 5 18", "compare 57 67", "count code frog note soup", "repeat hand 2", "join hyphens brown window"),
+        *(
+            "add 5 18",
+            "compare 57 67",
+            "count code frog note soup",
+            "repeat hand 2",
+            "join hyphens brown window",
+        ),
         *("reverse clock thin board present", "json plane find", "bullets simple good hard"),
     )
     for chat, problem in zip(CHATS, problems):

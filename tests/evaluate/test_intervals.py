@@ -23,7 +23,9 @@ def test_wilson_interval_ends_where_the_score_test_does(n, share):
 
 
 def test_ratio_interval_is_that_of_the_delta_method_where_items_are_many():
-    """Var(Σb / Σs) = Σ (b − r·s)² / (Σs)² (Cochran 1977); and items that are all alike leave no doubt."""
+    """Var(Σb / Σs) = Σ (b − r·s)² / (Σs)² (Cochran 1977); and items that are all alike leave no
+    doubt.
+    """
     rng = np.random.default_rng(3)
     sizes = rng.integers(200, 4_000, 900).astype(float)
     bits = sizes * rng.normal(2.5, 0.4, 900)
@@ -36,7 +38,9 @@ def test_ratio_interval_is_that_of_the_delta_method_where_items_are_many():
 
 
 def test_paired_gain_counts_only_items_that_changed_sides():
-    """For right and wrong the variance is McNemar's: (b + c − (b − c)² / n) / n², b up and c down of n."""
+    """For right and wrong the variance is McNemar's: (b + c − (b − c)² / n) / n², b up and c down
+    of n.
+    """
     before = [1.0] * 300 + [0.0] * 100
     after = [1.0] * 280 + [0.0] * 20 + [1.0] * 60 + [0.0] * 40
     n, up, down = 400, 60, 20
@@ -51,7 +55,9 @@ def test_paired_gain_covers_the_truth_as_often_as_it_says():
     covered = 0
     for _ in range(1000):
         before = rng.random(500) < 0.4
-        after = np.where(rng.random(500) < 0.2, rng.random(500) < 0.7, before)  # 0.2 × (0.7 − 0.4) better
+        after = np.where(
+            rng.random(500) < 0.2, rng.random(500) < 0.7, before
+        )  # 0.2 × (0.7 − 0.4) better
         _, low, high = paired_gain(before.astype(float), after.astype(float), alone(500))
         covered += low <= 0.06 <= high
     assert 0.93 < covered / 1000 < 0.97
@@ -70,7 +76,9 @@ def test_a_grouped_interval_covers_the_truth_where_members_of_a_group_agree():
         sizes = rng.integers(1, 6, 200)
         groups = np.repeat(np.arange(200), sizes)
         values = rng.random(len(groups)) < shares[groups]
-        low, high = grouped_interval(values.astype(float).tolist(), [str(group) for group in groups])
+        low, high = grouped_interval(
+            values.astype(float).tolist(), [str(group) for group in groups]
+        )
         covered += low <= 2 / 3 <= high
     assert 0.92 < covered / 500 < 0.98
 

@@ -21,7 +21,12 @@ def pair(chosen, rejected, task):
 
 
 def test_pair_accuracy_overall_and_by_task():
-    pairs = [pair("aaa", "a", "long"), pair("a", "aaa", "short"), pair("aa", "bb", "short"), pair("aaa", "", "long")]
+    pairs = [
+        pair("aaa", "a", "long"),
+        pair("a", "aaa", "short"),
+        pair("aa", "bb", "short"),
+        pair("aaa", "", "long"),
+    ]
     result = pair_accuracy(by_length, pairs)
     assert result["pair_accuracy"] == 2.5 / 4
     assert result["n"] == 4
@@ -33,7 +38,10 @@ def test_pair_accuracy_overall_and_by_task():
 
 
 def test_near_misses_are_the_models_own_cool_errors():
-    pairs = [pair("a", str(t), "t") | {"origin": {"task": "t", "temperature": t}} for t in (0.5, 1.0, 1.5)]
+    pairs = [
+        pair("a", str(t), "t") | {"origin": {"task": "t", "temperature": t}}
+        for t in (0.5, 1.0, 1.5)
+    ]
     assert near_misses([*pairs, pair("a", "the program's", "t")]) == pairs[:2]
 
 

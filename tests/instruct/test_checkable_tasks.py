@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from problems import problem
 
 from openqwen.instruct.synthesize.kinds_text import bullets, exact_words, json_object
-from openqwen.instruct.synthesize.tasks import KINDS, SPLITS, Task, draw_task, generate_tasks, split_of, stream_tasks
+from openqwen.instruct.synthesize.tasks import (
+    KINDS,
+    SPLITS,
+    Task,
+    draw_task,
+    generate_tasks,
+    split_of,
+    stream_tasks,
+)
 from openqwen.instruct.synthesize.words import WORDS
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -32,7 +40,12 @@ def test_words_are_plain_short_and_different():
 
 
 def test_kinds_cover_the_four_families():
-    assert {kind.family for kind in KINDS.values()} == {"arithmetic", "counting", "strings", "format"}
+    assert {kind.family for kind in KINDS.values()} == {
+        "arithmetic",
+        "counting",
+        "strings",
+        "format",
+    }
     assert all(name == kind.name for name, kind in KINDS.items())
 
 
@@ -44,7 +57,14 @@ def test_own_answers_pass_and_wrong_answers_fail(kind):
         assert task.wrong
         for wrong in task.wrong:
             assert not task.check(wrong), (task.question, wrong)
-        for wrong in ("", " ", task.question, task.answer + " x", task.answer + task.answer, "x" + task.answer):
+        for wrong in (
+            "",
+            " ",
+            task.question,
+            task.answer + " x",
+            task.answer + task.answer,
+            "x" + task.answer,
+        ):
             assert not task.check(wrong), (task.question, wrong)
 
 
@@ -95,7 +115,18 @@ def solve(kind: str, question: str) -> str:
     raise AssertionError(kind)
 
 
-SOLVED = ["add", "subtract", "compare", "sort", "count", "occurrences", "contains", "place", "reverse", "initials"]
+SOLVED = [
+    "add",
+    "subtract",
+    "compare",
+    "sort",
+    "count",
+    "occurrences",
+    "contains",
+    "place",
+    "reverse",
+    "initials",
+]
 
 
 @pytest.mark.parametrize("kind", [*SOLVED, "repeat", "equation"])
@@ -118,7 +149,8 @@ NAMED = {
 def test_chance_is_the_best_blind_guess(kind):
     tasks = many(kind, 2000)
     chance = math.fsum(task.chance for task in tasks) / len(tasks)
-    # One constant answer: try every gold answer on half of the tasks, score the best on the other half.
+    # One constant answer: try every gold answer on half of the tasks, score the best on the other
+    # half.
     best, _ = Counter(task.answer for task in tasks[:1000]).most_common(1)[0]
     constant = sum(task.check(best) for task in tasks[1000:]) / 1000
     guesses = 0.0
@@ -145,7 +177,10 @@ def test_splits_never_cross_and_prompts_never_repeat():
         questions = [task.question for task in tasks]
         assert len(set(questions)) == len(questions)
         assert {split_of(task.problem) for task in tasks} == {split}
-    assert max(Counter(t.task for t in train).values()) - min(Counter(t.task for t in train).values()) <= 1
+    assert (
+        max(Counter(t.task for t in train).values()) - min(Counter(t.task for t in train).values())
+        <= 1
+    )
     stream = stream_tasks(rng("c"))
     assert all(split_of(next(stream).problem) == "train" for _ in range(500))
 
@@ -156,12 +191,20 @@ def test_a_problem_is_what_its_question_asks(kind):
 
 
 def test_no_problem_is_in_two_splits_however_it_is_put():
-    """Every sum, difference, list ... as its question's text tells it; 4 + 7 is 7 + 4, in whatever kind of task."""
-    splits = {split: generate_tasks(rng(split), 3000 if split == "train" else 1200, split=split) for split in SPLITS}
+    """Every sum, difference, list ... as its question's text tells it; 4 + 7 is 7 + 4, in whatever
+    kind of task.
+    """
+    splits = {
+        split: generate_tasks(rng(split), 3000 if split == "train" else 1200, split=split)
+        for split in SPLITS
+    }
     found = {split: {problem(task.question) for task in tasks} for split, tasks in splits.items()}
     for one, other in (("train", "heldout"), ("train", "test"), ("heldout", "test")):
         assert not found[one] & found[other]
-    sums = {split: {p for p in problems if p.startswith(("add", "subtract"))} for split, problems in found.items()}
+    sums = {
+        split: {p for p in problems if p.startswith(("add", "subtract"))}
+        for split, problems in found.items()
+    }
     assert min(map(len, sums.values())) > 30
     assert "add 4 7" in {problem(f"{a} + {b} = ?") for a, b in ((4, 7), (7, 4))}
     assert problem("Write out 7 + 4 with its result.") == "add 4 7"
@@ -203,8 +246,29 @@ def test_unknown_split_is_refused():
         generate_tasks(rng(), 1, split="validation")
 
 
-HUGE = ["9" * 10_000_000, "[" * 5_000_000, '{"a":' * 1_000_000, " " * 5_000_000 + "7", "- a\n" * 1_000_000, "a " * 4000]
-STRANGE = ["٧", "７", "\x00", "\ud800", "7\u200b", "1e999", "NaN", "[" * 150, '{"a": ' * 33, "²", "yes\x00", "−1", "- "]
+HUGE = [
+    "9" * 10_000_000,
+    "[" * 5_000_000,
+    '{"a":' * 1_000_000,
+    " " * 5_000_000 + "7",
+    "- a\n" * 1_000_000,
+    "a " * 4000,
+]
+STRANGE = [
+    "٧",
+    "７",
+    "\x00",
+    "\ud800",
+    "7\u200b",
+    "1e999",
+    "NaN",
+    "[" * 150,
+    '{"a": ' * 33,
+    "²",
+    "yes\x00",
+    "−1",
+    "- ",
+]
 
 
 @pytest.mark.parametrize("text", HUGE + STRANGE, ids=lambda t: repr(t[:8]))
@@ -230,9 +294,19 @@ def test_json_is_judged_by_value_and_type():
         assert draft.accepts(json.dumps({key: value}, indent=2))
         assert draft.accepts(json.dumps({key: value}, separators=(",", ":")))
         other = str(value) if isinstance(value, int) else [value]
-        bad = [{key: other}, {key: value, "more": 1}, [draft.answer], {key.upper(): value}, {key: None}, {}, value]
+        bad = [
+            {key: other},
+            {key: value, "more": 1},
+            [draft.answer],
+            {key.upper(): value},
+            {key: None},
+            {},
+            value,
+        ]
         assert not any(draft.accepts(json.dumps(b)) for b in bad)
-        assert not draft.accepts(draft.answer.replace("{", f'{{"{key}": 1, ')), "a key that stands twice"
+        assert not draft.accepts(draft.answer.replace("{", f'{{"{key}": 1, ')), (
+            "a key that stands twice"
+        )
         assert not draft.accepts(draft.answer.replace('"', "'"))
         if value in (0, 1):
             assert not draft.accepts(json.dumps({key: bool(value)}))
@@ -244,7 +318,11 @@ def test_exact_words_takes_any_filling_of_the_right_length():
         draft = exact_words(source)
         first, *middle, last = draft.answer.split()
         assert draft.accepts(" ".join([first, *["x"] * len(middle), last]))
-        bad = ([first, last], [first, *["x"] * (len(middle) + 1), last], [first, *["X1"] * len(middle), last])
+        bad = (
+            [first, last],
+            [first, *["x"] * (len(middle) + 1), last],
+            [first, *["X1"] * len(middle), last],
+        )
         assert not any(draft.accepts(" ".join(b)) for b in bad)
         assert not draft.accepts("  ".join(draft.answer.split()))
 

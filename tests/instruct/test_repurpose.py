@@ -59,7 +59,14 @@ def test_public_functions_and_methods_are_found():
 
 @pytest.mark.parametrize(
     "text",
-    ["def broken(:\n  pass", "\x00", "x = " + "(" * 5000, "print 'two'", "", "def f():\n    '''\\d bad escape'''\n"],
+    [
+        "def broken(:\n  pass",
+        "\x00",
+        "x = " + "(" * 5000,
+        "print 'two'",
+        "",
+        "def f():\n    '''\\d bad escape'''\n",
+    ],
     ids=["syntax", "null", "nested", "python2", "empty", "escape"],
 )
 def test_unreadable_source_is_passed_over(text):
@@ -132,5 +139,7 @@ def test_demonstrations_are_deduplicated_and_traceable():
         assert [m["role"] for m in record["messages"]] == ["user", "assistant"]
         assert record["origin"]["method"] == "repurpose"
         assert record["origin"]["parents"] == ["code/lib/python3.11/posix/paths.py"]
-        assert "join" in record["messages"][0]["content"] or "push" in record["messages"][0]["content"]
+        assert (
+            "join" in record["messages"][0]["content"] or "push" in record["messages"][0]["content"]
+        )
     assert found == list(demonstrations_from_docstrings(twice, Generators(3)["d"], 3))

@@ -9,7 +9,12 @@ from openqwen.engine import Output, Sampling
 from openqwen.instruct import synthesize as s
 from openqwen.instruct.synthesize.preferences import make_pairs
 from openqwen.instruct.synthesize.pretraining_tasks import FORMATS
-from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt, rejection_sample, sample_answers
+from openqwen.instruct.synthesize.rejection import (
+    plain_answer,
+    plain_prompt,
+    rejection_sample,
+    sample_answers,
+)
 from openqwen.instruct.synthesize.tasks import generate_tasks
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.support.generators import Generators
@@ -113,7 +118,10 @@ def test_rejection_sampling_keeps_what_the_program_accepts():
         assert record["origin"]["method"] == "rejection"
         assert record["origin"]["model"] == "extend"
     assert sum(row["samples"] for row in result.acceptance["by_task"].values()) == 34 * 4
-    assert all(row["rate"] == row["correct"] / row["samples"] for row in result.acceptance["by_task"].values())
+    assert all(
+        row["rate"] == row["correct"] / row["samples"]
+        for row in result.acceptance["by_task"].values()
+    )
 
 
 def test_answers_are_drawn_at_their_temperatures():
@@ -127,11 +135,15 @@ def test_rejection_sampling_keeps_different_right_answers():
     (task,) = generate_tasks(Generators(0)["tasks"], 1, kinds=["exact_words"])
     first, *middle, last = task.answer.split()
     fill = [" ".join([first, *[letter] * len(middle), last]) for letter in "ab"]
-    result = rejection_sample(FakeEngine(lambda p, seed: output(fill[seed % 2])), [task], 8, 1.0, 16, seed=0)
+    result = rejection_sample(
+        FakeEngine(lambda p, seed: output(fill[seed % 2])), [task], 8, 1.0, 16, seed=0
+    )
     assert sorted(r["messages"][-1]["content"] for r in result.demonstrations) == fill
 
 
-CONFIG = s.InstructConfig(demonstrations=150, repurposed=5, rejection_prompts=34, rejection_samples=2, prompts=60)
+CONFIG = s.InstructConfig(
+    demonstrations=150, repurposed=5, rejection_prompts=34, rejection_samples=2, prompts=60
+)
 
 
 def build(folder, seed=0, config=CONFIG):
@@ -189,7 +201,9 @@ def test_prefer_payload(tmp_path):
     metrics, data = run("a")
     assert (metrics, data) == run("b")
     train = list(read_jsonl(tmp_path / "a" / "preferences.jsonl"))
-    held, test = (list(read_jsonl(tmp_path / "a" / f"{name}.jsonl")) for name in ("heldout", "test"))
+    held, test = (
+        list(read_jsonl(tmp_path / "a" / f"{name}.jsonl")) for name in ("heldout", "test")
+    )
     summary = read_json(tmp_path / "a" / "prefer.json")
     assert metrics["pairs"] == len(train) == sum(summary["by_author"].values())
     assert (metrics["heldout_pairs"], metrics["test_pairs"]) == (len(held), len(test))
@@ -215,7 +229,9 @@ def pairs(*outputs, **options):
 
 
 def test_pairs_contrast_right_with_wrong_samples():
-    ((chosen, rejected, origin),) = pairs(output(WRONG), output(f" {TASK.answer} "), output(WRONG + " "))
+    ((chosen, rejected, origin),) = pairs(
+        output(WRONG), output(f" {TASK.answer} "), output(WRONG + " ")
+    )
     assert (chosen, rejected) == (TASK.answer, WRONG)
     assert (origin["chosen"], origin["rejected"], origin["task"]) == ("model", "model", "add")
 
@@ -224,21 +240,36 @@ def test_pairs_tell_the_temperature_of_each_answer_that_the_model_gave():
     outputs = [output(TASK.answer), output("wrong"), output("wrong"), output(TASK.answer)]
     ((_, _, origin),) = pairs(*outputs, temperatures=[1.5, 0.5])
     assert (origin["temperature"], origin["chosen_temperature"]) == (0.5, 0.5)
-    ((_, _, origin),) = pairs(output("wrong"), output(TASK.answer, "length"), temperatures=[1.5, 0.5])
+    ((_, _, origin),) = pairs(
+        output("wrong"), output(TASK.answer, "length"), temperatures=[1.5, 0.5]
+    )
     assert origin["temperature"] == 1.5
     assert "chosen_temperature" not in origin, "the program's"
 
 
 def test_no_more_pairs_than_allowed():
     outputs = [output(TASK.answer), *(output(f"wrong {n}") for n in range(5))]
-    assert [rejected for _, rejected, _ in pairs(*outputs, pairs_per_prompt=2)] == ["wrong 0", "wrong 4"]
+    assert [rejected for _, rejected, _ in pairs(*outputs, pairs_per_prompt=2)] == [
+        "wrong 0",
+        "wrong 4",
+    ]
 
 
 def test_program_stands_in_where_the_model_gives_none():
     ((chosen, rejected, origin),) = pairs(output("wrong"))
-    assert (chosen, rejected, origin["chosen"], origin["rejected"]) == (TASK.answer, "wrong", "program", "model")
+    assert (chosen, rejected, origin["chosen"], origin["rejected"]) == (
+        TASK.answer,
+        "wrong",
+        "program",
+        "model",
+    )
     ((chosen, rejected, origin),) = pairs(output(TASK.answer))
-    assert (chosen, rejected, origin["chosen"], origin["rejected"]) == (TASK.answer, WRONG, "model", "program")
+    assert (chosen, rejected, origin["chosen"], origin["rejected"]) == (
+        TASK.answer,
+        WRONG,
+        "model",
+        "program",
+    )
     assert pairs(output("wrong"), program_chosen=False) == []
     assert pairs(output(TASK.answer), program_rejected=False) == []
 
@@ -258,7 +289,9 @@ def test_configurations_are_closed_and_documented(config):
 
 
 def test_tasks_share_conversations(tmp_path):
-    config = s.InstructConfig(demonstrations=90, turns=3, repurposed=0, rejection_prompts=0, prompts=0)
+    config = s.InstructConfig(
+        demonstrations=90, turns=3, repurposed=0, rejection_prompts=0, prompts=0
+    )
     s.build_demonstrations(config, [], FakeEngine(None), 1, tmp_path)
     records = list(read_jsonl(tmp_path / "demonstrations.jsonl"))
     sizes = Counter(len(r["origin"]["tasks"]) for r in records)

@@ -1,4 +1,6 @@
-"""What a cache holds: formats, page operations, a key bias that would ruin eight bits, turning keys anew."""
+"""What a cache holds: formats, page operations, a key bias that would ruin eight bits, turning keys
+anew.
+"""
 
 import os
 from pathlib import Path
@@ -8,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Qwen2, Yarn, initialize, load_model
+from openqwen.model import (
+    Cache,
+    DualChunk,
+    LongContext,
+    ModelConfig,
+    Paged,
+    Qwen2,
+    Yarn,
+    initialize,
+    load_model,
+)
 from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.model.quantize import quantize
 from openqwen.model.rope import key_turns, rotate
@@ -17,7 +29,8 @@ from openqwen.tokenizer import load_tokenizer
 
 REAL = Path(
     os.environ.get(
-        "OPENQWEN_REAL_CHECKPOINT", Path.home() / ".cache/real-checkpoint/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+        "OPENQWEN_REAL_CHECKPOINT",
+        Path.home() / ".cache/real-checkpoint/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
     )
 )
 
@@ -43,12 +56,15 @@ def test_what_is_written_is_read(page_size):
 
 
 @pytest.mark.parametrize(
-    ("format", "dtype"), [("float", torch.float32), ("float", torch.bfloat16), ("int8", torch.float32)]
+    ("format", "dtype"),
+    [("float", torch.float32), ("float", torch.bfloat16), ("int8", torch.float32)],
 )
 def test_bytes_of_a_page_are_those_of_the_memory(format, dtype):
     cache = Cache(CONFIG, 5, 16, format, dtype)
     tensors = [cache.keys, cache.values, cache.key_scales, cache.value_scales]
-    assert sum(x.nbytes for x in tensors if x is not None) == 5 * Cache.bytes_per_page(CONFIG, 16, format, dtype)
+    assert sum(x.nbytes for x in tensors if x is not None) == 5 * Cache.bytes_per_page(
+        CONFIG, 16, format, dtype
+    )
 
 
 @pytest.mark.parametrize("format", ["float", "int8"])
@@ -59,7 +75,9 @@ def test_pages_are_copied_over_all_layers(format):
     before = [cache.read(layer, torch.tensor([[0, 1]])) for layer in range(2)]
     cache.copy([0, 1], [3, 2])
     for layer in range(2):
-        for found, wanted in zip(cache.read(layer, torch.tensor([[3, 2]])), before[layer], strict=True):
+        for found, wanted in zip(
+            cache.read(layer, torch.tensor([[3, 2]])), before[layer], strict=True
+        ):
             assert torch.equal(found, wanted)
 
 
@@ -88,9 +106,14 @@ def hidden(model, cache, tokens, calls):
     return torch.cat(outs)
 
 
-@pytest.mark.parametrize("page_size", [8, 16])  # the plain path, and the compiled one where there is a compiler
+@pytest.mark.parametrize(
+    "page_size", [8, 16]
+)  # the plain path, and the compiled one where there is a compiler
 def test_a_huge_key_bias_ruins_rounded_keys_unless_it_is_taken_off(page_size):
-    model, tokens = biased_model(200.0), torch.randint(0, 64, (90,), generator=torch.Generator().manual_seed(4))
+    model, tokens = (
+        biased_model(200.0),
+        torch.randint(0, 64, (90,), generator=torch.Generator().manual_seed(4)),
+    )
     calls, pages = [60, 1, 1, 28], 96 // page_size
     exact = hidden(model, Cache.of(model, pages, page_size), tokens, calls)
     ours = hidden(model, Cache.of(model, pages, page_size, "int8"), tokens, calls)
@@ -109,7 +132,12 @@ def test_the_bias_of_an_adapted_or_quantised_model_is_found():
     assert torch.equal(Cache.of(model, 1, 16, "int8").key_bias_NKd, plain)
 
 
-WAYS = [None, LongContext(Yarn(2.0, 16)), LongContext(Yarn(4.0, 16)), LongContext(dual_chunk=DualChunk(28, 4))]
+WAYS = [
+    None,
+    LongContext(Yarn(2.0, 16)),
+    LongContext(Yarn(4.0, 16)),
+    LongContext(dual_chunk=DualChunk(28, 4)),
+]
 
 
 @pytest.mark.parametrize("format", ["float", "int8"])
@@ -139,7 +167,11 @@ def test_the_real_checkpoint_loses_less_than_half_a_percent():
     text = (Path(__file__).parent.parent.parent / "LICENSE").read_text(encoding="utf-8")
     model, tokens = load_model(REAL), torch.tensor(load_tokenizer(REAL).encode(text)[:800])
     losses = []
-    for cache in (Cache.of(model, 50, 16), Cache.of(model, 50, 16, "int8"), Cache(model.config, 50, 16, "int8")):
+    for cache in (
+        Cache.of(model, 50, 16),
+        Cache.of(model, 50, 16, "int8"),
+        Cache(model.config, 50, 16, "int8"),
+    ):
         with torch.inference_mode():
             logits = model.logits(hidden(model, cache, tokens, [256, 256, 256, 32]))
         losses.append(F.cross_entropy(logits[:-1], tokens[1:]).item())

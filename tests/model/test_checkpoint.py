@@ -1,4 +1,6 @@
-"""Checkpoints: the same bytes out as in, little memory, consistent stop tokens; what is wrong is named."""
+"""Checkpoints: the same bytes out as in, little memory, consistent stop tokens; what is wrong is
+named.
+"""
 
 import json
 import shutil
@@ -11,9 +13,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    GenerationConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
-from openqwen.model import ModelConfig, Packed, Qwen2, Scorer, initialize, load_model, load_scorer, save_checkpoint
+from openqwen.model import (
+    ModelConfig,
+    Packed,
+    Qwen2,
+    Scorer,
+    initialize,
+    load_model,
+    load_scorer,
+    save_checkpoint,
+)
 from openqwen.model.stored import Reader, stored_in_folder
 from openqwen.model.weights import fill, published_tensors, save_weights
 from openqwen.support.errors import OpenQwenError
@@ -49,8 +66,12 @@ def folder(tmp_path):
 def reference_folder(path, tied, dtype, **saving):
     """A folder that transformers wrote."""
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=tied, eos_token_id=60, bos_token_id=60)).to(dtype)
-    model.generation_config = GenerationConfig(eos_token_id=[61, 60], pad_token_id=60, do_sample=True, temperature=0.7)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, tie_word_embeddings=tied, eos_token_id=60, bos_token_id=60)
+    ).to(dtype)
+    model.generation_config = GenerationConfig(
+        eos_token_id=[61, 60], pad_token_id=60, do_sample=True, temperature=0.7
+    )
     model.save_pretrained(path, **saving)
     return model
 
@@ -64,13 +85,20 @@ def weight_files(folder):
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_folder_of_transformers_is_saved_as_it_was(tmp_path, tied, dtype, shard_bytes):
     reference_folder(tmp_path / "a", tied, dtype, max_shard_size=shard_bytes)
-    save_checkpoint(load_model(tmp_path / "a", dtype=None), NoTokenizer(), tmp_path / "b", shard_bytes)
+    save_checkpoint(
+        load_model(tmp_path / "a", dtype=None), NoTokenizer(), tmp_path / "b", shard_bytes
+    )
     assert len(weight_files(tmp_path / "a")) > 3 or shard_bytes == 10**9
     assert weight_files(tmp_path / "b") == weight_files(tmp_path / "a")
-    before, after = ({p.name: json.loads(p.read_text()) for p in (tmp_path / f).glob("*config.json")} for f in "ab")
+    before, after = (
+        {p.name: json.loads(p.read_text()) for p in (tmp_path / f).glob("*config.json")}
+        for f in "ab"
+    )
     assert after["generation_config.json"] == before["generation_config.json"]
     assert after["config.json"]["dtype"] == str(dtype).removeprefix("torch.")
-    assert {k: v for k, v in after["config.json"].items() if k in before["config.json"]} == before["config.json"]
+    assert {k: v for k, v in after["config.json"].items() if k in before["config.json"]} == before[
+        "config.json"
+    ]
     again = Qwen2ForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype)
     assert again.generation_config.eos_token_id == [61, 60]
 
@@ -109,18 +137,26 @@ def test_half_precision_is_used_from_the_file_which_is_never_written(folder, mon
 
 
 def test_answers_depend_on_the_weights_alone(folder):
-    """Not on where in memory they are: MKL's float32 product with one vector rounds by the alignment of the matrix."""
+    """Not on where in memory they are: MKL's float32 product with one vector rounds by the
+    alignment of the matrix.
+    """
     mapped = load_model(folder)
     built = Qwen2(mapped.config)
     built.load_state_dict(mapped.state_dict())
     one = torch.tensor([7])
-    logits = [m.logits(m(one, torch.tensor([0]), Packed.from_lengths([1]))) for m in (mapped, built)]
+    logits = [
+        m.logits(m(one, torch.tensor([0]), Packed.from_lengths([1]))) for m in (mapped, built)
+    ]
     assert torch.equal(*logits)
 
 
 def test_loading_draws_no_random_numbers(folder, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "normal_", lambda *_: pytest.fail("a random number was drawn"))
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda *_: pytest.fail("a random number was drawn"))
+    monkeypatch.setattr(
+        torch.Tensor, "normal_", lambda *_: pytest.fail("a random number was drawn")
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "uniform_", lambda *_: pytest.fail("a random number was drawn")
+    )
     before = torch.get_rng_state()
     load_model(folder)
     assert torch.equal(torch.get_rng_state(), before)
@@ -149,12 +185,18 @@ def test_a_scorer_comes_back(tmp_path):
     for name, tensor in load_scorer(tmp_path).state_dict().items():
         assert torch.equal(tensor, scorer.state_dict()[name])
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["architectures"], config["pad_token_id"]) == (["Qwen2ForSequenceClassification"], 60)
+    assert (config["architectures"], config["pad_token_id"]) == (
+        ["Qwen2ForSequenceClassification"],
+        60,
+    )
 
 
 def saved(folder, model, **options):
     save_checkpoint(model, NoTokenizer(), folder, **options)
-    return [json.loads((folder / name).read_text()) for name in ("config.json", "generation_config.json")]
+    return [
+        json.loads((folder / name).read_text())
+        for name in ("config.json", "generation_config.json")
+    ]
 
 
 def test_stop_tokens_stay_what_they_were_until_the_model_learns_to_chat(tmp_path, folder):
@@ -164,13 +206,19 @@ def test_stop_tokens_stay_what_they_were_until_the_model_learns_to_chat(tmp_path
     config, generation = saved(tmp_path / "again", load_model(tmp_path / "fresh"))
     assert (config["eos_token_id"], generation) == (61, both)
 
-    base = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 60, "eos_token_id": 60}
+    base = json.loads((folder / "config.json").read_text()) | {
+        "bos_token_id": 60,
+        "eos_token_id": 60,
+    }
     (folder / "config.json").write_text(json.dumps(base))
     config, generation = saved(tmp_path / "base", load_model(folder))
     assert (config["eos_token_id"], generation) == (60, both | {"eos_token_id": 60})
     (folder / "generation_config.json").write_text('{"eos_token_id": 60, "max_new_tokens": 2048}')
     config, generation = saved(tmp_path / "kept", load_model(folder))
-    assert (config["eos_token_id"], generation) == (60, {"eos_token_id": 60, "max_new_tokens": 2048})
+    assert (config["eos_token_id"], generation) == (
+        60,
+        {"eos_token_id": 60, "max_new_tokens": 2048},
+    )
     (folder / "config.json").write_text(json.dumps(base | {"eos_token_id": [60, 61]}))
     config, _ = saved(tmp_path / "two", load_model(folder))
     assert config["eos_token_id"] == [60, 61]
@@ -193,7 +241,9 @@ print((peak() - before) / sum(parameter.nbytes for parameter in model.parameters
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell the peak memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="this system does not tell the peak memory"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_hardly_more_memory_than_the_weights(folder, tmp_path, dtype):
     large = tmp_path / "large"
@@ -227,12 +277,15 @@ class Stand(nn.Module):
 def test_experts_are_published_one_by_one_as_views(tmp_path):
     model = Stand()
     names = [name for name, _ in published_tensors(model)]
-    experts = [f"mlp.experts.{e}.{half}_proj.weight" for e in range(3) for half in ("gate", "up", "down")]
+    experts = [
+        f"mlp.experts.{e}.{half}_proj.weight" for e in range(3) for half in ("gate", "up", "down")
+    ]
     assert names == ["mlp.gate.weight", *experts]
     views = dict(published_tensors(model))
     fused = model.mlp.experts.gate_up_proj
     assert torch.equal(
-        torch.cat([views["mlp.experts.1.gate_proj.weight"], views["mlp.experts.1.up_proj.weight"]]), fused[1]
+        torch.cat([views["mlp.experts.1.gate_proj.weight"], views["mlp.experts.1.up_proj.weight"]]),
+        fused[1],
     )
     assert views["mlp.experts.2.up_proj.weight"].data_ptr() == fused[2, 4:].data_ptr()
     save_weights(model, tmp_path, shard_bytes=400)
@@ -296,14 +349,29 @@ def shrink(tensors):
 @pytest.mark.parametrize(
     ("edit", "told"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"1 missing tensors: 'model\.norm\.weight' \[32\]\."),
-        (lambda t: t.update({"model.extra": torch.zeros(2)}), r"1 extra tensors: 'model\.extra' \[2\]\."),
+        (
+            lambda t: t.pop("model.norm.weight"),
+            r"1 missing tensors: 'model\.norm\.weight' \[32\]\.",
+        ),
+        (
+            lambda t: t.update({"model.extra": torch.zeros(2)}),
+            r"1 extra tensors: 'model\.extra' \[2\]\.",
+        ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
             r"1 tensors of another shape: 'model\.norm\.weight' \[7\] in place of \[32\]\.",
         ),
-        (shrink, r"4 missing tensors: .*q_proj.weight' \[32, 32\], .*, …; 1 extra tensors: .*; 1 tensors of another"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(32).double()}), r"'model\.norm\.weight': F64"),
+        (
+            shrink,
+            (
+                r"4 missing tensors: .*q_proj.weight' \[32, 32\], .*, …; 1 extra tensors: .*; 1 "
+                r"tensors of another"
+            ),
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(32).double()}),
+            r"'model\.norm\.weight': F64",
+        ),
     ],
 )
 def test_wrong_tensors_are_counted_and_named(folder, edit, told):
@@ -324,9 +392,13 @@ def test_a_tied_head_may_be_in_the_file(folder, capsys):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_head_that_differs_from_the_embedding_is_used_although_the_config_ties_them(tmp_path, device, capsys):
+def test_a_head_that_differs_from_the_embedding_is_used_although_the_config_ties_them(
+    tmp_path, device, capsys
+):
     reference_folder(tmp_path / "a", True, torch.float32)
-    change(tmp_path / "a", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * -2}))
+    change(
+        tmp_path / "a", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * -2})
+    )
     model = load_model(tmp_path / "a", device=device)
     assert "lm_head.weight differs" in capsys.readouterr().err
     assert not model.config.tie_word_embeddings
@@ -368,14 +440,18 @@ def test_tensors_that_change_nothing_are_left_out_with_a_word(folder, capsys):
     assert "5 tensors are left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_norm.weight", "lm_head.bias", "model.layers.2.mlp.x"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_norm.weight", "lm_head.bias", "model.layers.2.mlp.x"]
+)
 def test_tensors_that_would_change_the_network_are_refused(folder, name):
     change(folder, lambda t: t.update({name: torch.ones(8)}))
     with pytest.raises(OpenQwenError, match=f"1 extra tensors: '{name}'"):
         load_model(folder)
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 988097824\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 988097824\n"
+)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
@@ -388,7 +464,9 @@ def test_a_pointer_of_git_lfs_is_told_from_damage(folder, name):
 
 def test_weights_that_another_program_packed_are_refused_by_its_name(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq"}})
+    )
     with pytest.raises(OpenQwenError, match="'gptq'"):
         load_model(folder)
 
@@ -407,11 +485,15 @@ STATED = [  # config.json's, generation_config.json's, and what is stated togeth
 
 
 @pytest.mark.parametrize(("own", "generation", "stops"), STATED)
-def test_stop_tokens_are_those_of_both_files_and_are_kept(tmp_path, folder, own, generation, stops, capsys):
+def test_stop_tokens_are_those_of_both_files_and_are_kept(
+    tmp_path, folder, own, generation, stops, capsys
+):
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": own}
     (folder / "config.json").write_text(json.dumps(config))
     if generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation, "top_k": 3}))
+        (folder / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": generation, "top_k": 3})
+        )
     model = load_model(folder)
     assert list(model.config.stops) == stops
     assert ("outside the vocabulary" in capsys.readouterr().err) == (generation == 1000)
@@ -452,9 +534,13 @@ def test_a_missing_shard_is_named(folder):
     save_weights(load_model(folder), folder, shard_bytes=10_000)
     gone = sorted(folder.glob("model-*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(OpenQwenError, match=f"1 of .* files that the index names are missing, first '{gone.name}'"):
+    with pytest.raises(
+        OpenQwenError, match=f"1 of .* files that the index names are missing, first '{gone.name}'"
+    ):
         load_model(folder)
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../../secret.safetensors"}}')
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"x": "../../secret.safetensors"}}'
+    )
     with pytest.raises(OpenQwenError, match=r"first '\.\./\.\./secret"):
         load_model(folder)
     for broken in ("[]", "{}", '{"weight_map": {"x": 1}}'):
@@ -467,7 +553,9 @@ def test_a_hub_id_is_a_source(folder, tmp_path, monkeypatch):
     repository = tmp_path / "cache" / "models--Qwen--Tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(folder, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("cache"))
+    shutil.copytree(
+        folder, repository / "snapshots" / ("0" * 40), ignore=shutil.ignore_patterns("cache")
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     assert load_model("Qwen/Tiny").config == load_model(folder).config

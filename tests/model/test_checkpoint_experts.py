@@ -1,4 +1,6 @@
-"""Checkpoints of mixtures: folders and GGUF files with the experts as transformers and llama.cpp name them."""
+"""Checkpoints of mixtures: folders and GGUF files with the experts as transformers and llama.cpp
+name them.
+"""
 
 import json
 
@@ -69,7 +71,12 @@ def test_a_mixture_survives_gguf(tmp_path, tied):
     again = load_model(tmp_path / "x.gguf")
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
-    fields = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+    fields = (
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    )
     assert [getattr(again.config, f) for f in fields] == [getattr(model.config, f) for f in fields]
 
     rounded = save_gguf(model, tmp_path / "y.gguf", "Q8_0", "tiny", {})
@@ -84,9 +91,14 @@ def test_names_are_those_of_the_reference(tmp_path):
     model = reference(tmp_path / "a")
     save_gguf(load_model(tmp_path / "a"), tmp_path / "x.gguf", "F32", "tiny", {})
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE, 3)
-    published = [name.replace("_proj", "_proj.weight") if ".experts." in name else name for name in model.state_dict()]
+    published = [
+        name.replace("_proj", "_proj.weight") if ".experts." in name else name
+        for name in model.state_dict()
+    ]
     published = [name.replace("experts.gate_up_proj", "experts.gate_proj") for name in published]
-    published += [name.replace("gate_proj", "up_proj") for name in published if "experts.gate_proj" in name]
+    published += [
+        name.replace("gate_proj", "up_proj") for name in published if "experts.gate_proj" in name
+    ]
     expected = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in published}
     assert set(read_header(tmp_path / "x.gguf").tensors) == expected
 

@@ -62,7 +62,10 @@ def test_json_round_trip_and_what_transformers_reads(name):
     assert theirs.rope_parameters["rope_theta"] == config.rope_theta
     assert theirs.rms_norm_eps == config.rms_norm_eps
     if config.num_experts:
-        assert (theirs.num_experts, theirs.num_experts_per_tok) == (config.num_experts, config.num_experts_per_tok)
+        assert (theirs.num_experts, theirs.num_experts_per_tok) == (
+            config.num_experts,
+            config.num_experts_per_tok,
+        )
         assert theirs.mlp_only_layers == []
 
 
@@ -72,7 +75,9 @@ def test_yarn_is_read_and_written_in_the_old_and_the_new_spelling():
     middle = ModelConfig.from_json(plain | {"rope_scaling": {"rope_type": "yarn", **YARN}})
     new = dict(plain)
     theta = new.pop("rope_theta")
-    new = ModelConfig.from_json(new | {"rope_parameters": {"rope_type": "yarn", "rope_theta": theta, **YARN}})
+    new = ModelConfig.from_json(
+        new | {"rope_parameters": {"rope_type": "yarn", "rope_theta": theta, **YARN}}
+    )
     assert old == middle == new
     assert old.yarn == Yarn(4.0, 32_768)
     assert old.yarn.temperature == pytest.approx(1.138629, abs=1e-6)
@@ -90,7 +95,9 @@ def test_yarn_is_read_and_written_in_the_old_and_the_new_spelling():
 CARD = {"type": "yarn", **YARN}
 
 
-@pytest.mark.parametrize("card", [CARD, {"rope_type": "yarn", **YARN}, {**CARD, "rope_type": "yarn", "type": "linear"}])
+@pytest.mark.parametrize(
+    "card", [CARD, {"rope_type": "yarn", **YARN}, {**CARD, "rope_type": "yarn", "type": "linear"}]
+)
 def test_the_card_s_yarn_beside_what_transformers_5_wrote(card):
     """The theta stays the file's own; transformers 5 resets it to 10,000."""
     values = ModelConfig.named("qwen2.5-7b-instruct").to_json()
@@ -102,7 +109,9 @@ def test_the_card_s_yarn_beside_what_transformers_5_wrote(card):
     assert ModelConfig.from_json(saved) == config
     theirs = transformers.Qwen2Config(**saved).rope_parameters
     assert theirs == {"rope_type": "yarn", "rope_theta": 1e6, **YARN}
-    plain = ModelConfig.from_json(new | {"rope_parameters": CARD | {"rope_theta": 5e5}, "rope_scaling": None})
+    plain = ModelConfig.from_json(
+        new | {"rope_parameters": CARD | {"rope_theta": 5e5}, "rope_scaling": None}
+    )
     assert (plain.rope_theta, plain.yarn) == (5e5, Yarn(4.0, 32_768))
 
 
@@ -115,7 +124,11 @@ def test_what_a_file_leaves_out_is_as_in_transformers():
     for name in ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"):
         assert getattr(ours, name) == getattr(theirs, name)
     heads = ModelConfig.from_json(values | {"num_key_value_heads": None}).num_key_value_heads
-    assert heads == transformers.Qwen2Config(**values | {"num_key_value_heads": None}).num_key_value_heads == 28
+    assert (
+        heads
+        == transformers.Qwen2Config(**values | {"num_key_value_heads": None}).num_key_value_heads
+        == 28
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,7 +145,10 @@ def test_what_a_file_leaves_out_is_as_in_transformers():
         ({"mscale": "1"}, "YARN's mscale"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"full_attention": {}}, "not one table for all layers"),
-        *[({"type": kind}, f"type '{kind}'") for kind in ("linear", "dynamic", "llama3", "longrope", "mrope")],
+        *[
+            ({"type": kind}, f"type '{kind}'")
+            for kind in ("linear", "dynamic", "llama3", "longrope", "mrope")
+        ],
     ],
 )
 def test_scaling_that_is_not_supported_is_refused_by_name(change, told):
@@ -142,7 +158,9 @@ def test_scaling_that_is_not_supported_is_refused_by_name(change, told):
             ModelConfig.from_json(values | {key: CARD | change}, where="FILE")
 
 
-@pytest.mark.parametrize("field", ["max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "hidden_size"])
+@pytest.mark.parametrize(
+    "field", ["max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "hidden_size"]
+)
 @pytest.mark.parametrize("value", [None, "4"])
 def test_a_value_of_another_type_is_named(field, value):
     with pytest.raises(OpenQwenError, match=field):
@@ -169,17 +187,28 @@ def test_values_that_make_no_network_are_named_with_the_file(field, value):
 def test_the_dtype_keeps_its_spelling(names):
     values = ModelConfig.named("qwen2.5-7b").to_json()
     del values["torch_dtype"]
-    saved = ModelConfig.from_json(values | dict.fromkeys(names, "bfloat16")).to_json(dtype="float16")
-    assert {k: v for k, v in saved.items() if k.endswith("dtype")} == dict.fromkeys(names, "float16")
+    saved = ModelConfig.from_json(values | dict.fromkeys(names, "bfloat16")).to_json(
+        dtype="float16"
+    )
+    assert {k: v for k, v in saved.items() if k.endswith("dtype")} == dict.fromkeys(
+        names, "float16"
+    )
 
 
 def test_yarn_without_its_length_takes_the_trained_context():
-    values = ModelConfig.named("qwen2-7b-instruct").to_json() | {"rope_scaling": {"type": "yarn", "factor": 2.0}}
+    values = ModelConfig.named("qwen2-7b-instruct").to_json() | {
+        "rope_scaling": {"type": "yarn", "factor": 2.0}
+    }
     assert ModelConfig.from_json(values).yarn == Yarn(2.0, 32_768)
 
 
 def test_what_is_not_used_is_given_back():
-    more = {"sliding_window": 131_072, "max_window_layers": 28, "torch_dtype": "bfloat16", "use_mrope": False}
+    more = {
+        "sliding_window": 131_072,
+        "max_window_layers": 28,
+        "torch_dtype": "bfloat16",
+        "use_mrope": False,
+    }
     config = ModelConfig.from_json(ModelConfig.named("qwen2.5-7b").to_json() | more)
     assert more.items() <= config.to_json(dtype="bfloat16").items()
     chunks = {
@@ -203,7 +232,8 @@ def test_dual_chunk_defaults_and_length_scaling():
 
 def test_sparse_layers():
     config = ModelConfig.from_json(
-        ModelConfig.named("qwen1.5-moe-a2.7b").to_json() | {"mlp_only_layers": [3], "decoder_sparse_step": 2}
+        ModelConfig.named("qwen1.5-moe-a2.7b").to_json()
+        | {"mlp_only_layers": [3], "decoder_sparse_step": 2}
     )
     assert [n for n in range(6) if config.is_sparse(n)] == [1, 5]
 
@@ -225,4 +255,6 @@ def test_errors_name_the_field():
     with pytest.raises(OpenQwenError, match="dynamic"):
         ModelConfig.from_json(plain | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
     with pytest.raises(OpenQwenError, match="local"):
-        ModelConfig.from_json(plain | {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}})
+        ModelConfig.from_json(
+            plain | {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}}
+        )

@@ -31,7 +31,9 @@ def make(hidden, heads, kv_heads, tied, layers=3):
     model = Qwen2(config)
     generator = torch.Generator().manual_seed(hidden + heads)
     initialize(model, generator)
-    with torch.no_grad():  # biases and norms away from their start, or an unused one would go unseen
+    with (
+        torch.no_grad()
+    ):  # biases and norms away from their start, or an unused one would go unseen
         for p in model.parameters():
             if p.dim() == 1:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.3)
@@ -85,7 +87,9 @@ def test_packed_documents_are_blind_to_each_other():
     torch.cat(alone).square().sum().backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
-            assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-3 * p.grad.abs().max().item() + 1e-5)
+            assert_close(
+                grads[name], p.grad, rtol=1e-4, atol=1e-3 * p.grad.abs().max().item() + 1e-5
+            )
 
 
 def test_packed_buckets_waste_little_and_lose_no_token():

@@ -1,4 +1,6 @@
-"""Dual Chunk Attention against a dense oracle in float64, forward and backward, and against published positions."""
+"""Dual Chunk Attention against a dense oracle in float64, forward and backward, and against
+published positions.
+"""
 
 import math
 
@@ -46,7 +48,11 @@ def test_positions_of_the_released_code():
     assert successive.tolist() == [262_144, 262_144]
     assert inter.tolist() == [262_144, 262_144]
     short = DualChunk(chunk_size=10, local_size=8)  # chunks of 2: the inter query stands at 2·2 − 1
-    assert [x.tolist() for x in rotary_positions(torch.arange(4), short)] == [[0, 1, 0, 1], [2, 3, 2, 3], [3] * 4]
+    assert [x.tolist() for x in rotary_positions(torch.arange(4), short)] == [
+        [0, 1, 0, 1],
+        [2, 3, 2, 3],
+        [3] * 4,
+    ]
 
 
 @pytest.mark.parametrize("chunk_len", [1, 2, 3, 6, 7, 30])
@@ -68,7 +74,9 @@ def test_parts_hold_every_score_once_under_its_turn(chunk_len):
 
 
 def oracle(q, k, v, dual, frequencies, temperature=1.0, scale=1.0):
-    """One softmax over all n × n scores; every pair turned by its own rotary distance, in complex numbers."""
+    """One softmax over all n × n scores; every pair turned by its own rotary distance, in complex
+    numbers.
+    """
     n, group = len(q), q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     i, j = torch.arange(n)[:, None], torch.arange(n)
@@ -85,7 +93,9 @@ def oracle(q, k, v, dual, frequencies, temperature=1.0, scale=1.0):
 def tensors(n, heads, kv_heads, head_dim, seed, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(n, heads, head_dim), (n, kv_heads, head_dim), (n, kv_heads, head_dim)]
-    return [torch.randn(s, dtype=dtype, generator=generator).mul_(2).requires_grad_() for s in shapes]
+    return [
+        torch.randn(s, dtype=dtype, generator=generator).mul_(2).requires_grad_() for s in shapes
+    ]
 
 
 def through_packed(q, k, v, config, long_context, lengths):
@@ -99,7 +109,9 @@ def config_of(q, k):
 
 
 def check_equal(out, expected, inputs, rtol=1e-5, seed=0):
-    weight = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(seed))
+    weight = torch.randn(
+        expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(seed)
+    )
     found = torch.autograd.grad(out, inputs, weight)
     wanted = torch.autograd.grad(expected, inputs, weight)
     assert_close(out, expected, rtol=rtol, atol=rtol)
@@ -118,7 +130,9 @@ def check_equal(out, expected, inputs, rtol=1e-5, seed=0):
     original=st.sampled_from([0, 1, 24, 1000]),
     path=st.sampled_from(["fused", "plain"]),
 )
-def test_dual_chunks_equal_the_dense_oracle(chunk_len, local_size, n, kv_heads, group, yarn, original, path):
+def test_dual_chunks_equal_the_dense_oracle(
+    chunk_len, local_size, n, kv_heads, group, yarn, original, path
+):
     dual = DualChunk(chunk_len + local_size, local_size, original)
     q, k, v = tensors(n, kv_heads * group, kv_heads, 8, seed=n)
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +149,10 @@ def test_dual_chunks_equal_the_dense_oracle(chunk_len, local_size, n, kv_heads, 
 def test_the_last_queries_alone_and_both_paths_agree_to_rounding(new, monkeypatch):
     monkeypatch.setattr("openqwen.model.dual_chunk._ROWS", 5)
     generator = torch.Generator().manual_seed(new)
-    queries = [torch.randn(40, 6, 8, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
+    queries = [
+        torch.randn(40, 6, 8, dtype=torch.float64, generator=generator).requires_grad_()
+        for _ in range(3)
+    ]
     _, k, v = tensors(40, 6, 2, 8, seed=1)
     for path in PATHS:
         whole = plain(queries, k, v, 9)[-new:]
@@ -171,7 +188,9 @@ def test_gradients_by_finite_differences():
 def test_a_gradient_that_is_one_number_for_all():
     queries = [torch.randn(20, 4, 8).requires_grad_() for _ in range(3)]
     _, k, v = tensors(20, 4, 2, 8, seed=2, dtype=torch.float32)
-    found, wanted = (torch.autograd.grad(p(queries, k, v, 6).sum(), (*queries, k, v)) for p in PATHS)
+    found, wanted = (
+        torch.autograd.grad(p(queries, k, v, 6).sum(), (*queries, k, v)) for p in PATHS
+    )
     for a, b in zip(found, wanted):
         assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -184,7 +203,9 @@ def detached_merge(queries, k, v, chunk_len):
     distance = torch.where(j <= i, (i // chunk_len - j // chunk_len).clamp(max=2), -1)
     outs, sums = [], []
     for turn, q in enumerate(queries):
-        scores = (torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[-1])).masked_fill(distance != turn, -math.inf)
+        scores = (torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[-1])).masked_fill(
+            distance != turn, -math.inf
+        )
         sums.append(scores.detach().logsumexp(-1).T)
         outs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1).nan_to_num(0.0), v))
     weights = torch.stack(sums).softmax(0)[..., None]
@@ -193,7 +214,10 @@ def detached_merge(queries, k, v, chunk_len):
 
 def test_merge_weights_without_a_gradient_would_optimise_another_function():
     generator = torch.Generator().manual_seed(0)
-    queries = [torch.randn(48, 2, 32, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3)]
+    queries = [
+        torch.randn(48, 2, 32, dtype=torch.float64, generator=generator).requires_grad_()
+        for _ in range(3)
+    ]
     _, k, v = tensors(48, 2, 2, 32, seed=3)
     exact, reference = attend(queries, k, v, 16), detached_merge(queries, k, v, 16)
     assert_close(exact, reference, rtol=1e-10, atol=1e-10)  # the same outputs …

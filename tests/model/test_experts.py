@@ -1,4 +1,6 @@
-"""Experts against the plain loop, against transformers' Qwen2-MoE, and against the published sizes."""
+"""Experts against the plain loop, against transformers' Qwen2-MoE, and against the published
+sizes.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from openqwen.model import Cache, ModelConfig, Packed, Paged, Qwen2, Routing, experts, initialize, published
+from openqwen.model import (
+    Cache,
+    ModelConfig,
+    Packed,
+    Paged,
+    Qwen2,
+    Routing,
+    experts,
+    initialize,
+    published,
+)
 from openqwen.model.experts import Experts
 
 
@@ -64,7 +76,9 @@ def plain_loop(x_TD, chosen_Tk, weights_Tk, gate_up_EJD, down_EDI):
     dtype=st.sampled_from([torch.float64, torch.float32]),
     seed=st.integers(0, 10**6),
 )
-def test_sorted_experts_equal_the_plain_loop(tokens, count, active, hidden, width, used, dtype, seed):
+def test_sorted_experts_equal_the_plain_loop(
+    tokens, count, active, hidden, width, used, dtype, seed
+):
     active, used = min(active, count), min(used, count)
     generator = torch.Generator().manual_seed(seed)
     layer = Experts(count, hidden, width).to(dtype)
@@ -73,7 +87,9 @@ def test_sorted_experts_equal_the_plain_loop(tokens, count, active, hidden, widt
             p.normal_(generator=generator)
     # Tokens go to the first experts only: the others get none.
     used = max(used, active)
-    chosen = torch.stack([torch.randperm(used, generator=generator)[:active] for _ in range(tokens)])
+    chosen = torch.stack(
+        [torch.randperm(used, generator=generator)[:active] for _ in range(tokens)]
+    )
     x = torch.randn(tokens, hidden, generator=generator, dtype=dtype, requires_grad=True)
     weights = torch.rand(tokens, active, generator=generator, dtype=dtype, requires_grad=True)
     slope = torch.randn(tokens, hidden, generator=generator, dtype=dtype)
@@ -81,9 +97,13 @@ def test_sorted_experts_equal_the_plain_loop(tokens, count, active, hidden, widt
 
     got = layer(x, chosen, weights)
     want = plain_loop(x, chosen, weights, layer.gate_up_proj, layer.down_proj)
-    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-3}
+    tolerance = (
+        {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-3}
+    )
     assert_close(got, want, **tolerance)
-    for mine, theirs in zip(torch.autograd.grad(got, inputs, slope), torch.autograd.grad(want, inputs, slope)):
+    for mine, theirs in zip(
+        torch.autograd.grad(got, inputs, slope), torch.autograd.grad(want, inputs, slope)
+    ):
         assert_close(mine, theirs, **tolerance)
 
 
@@ -144,7 +164,9 @@ def test_grouped_matmul_is_tried_before_it_is_trusted(monkeypatch):
         assert right(cpu, torch.float32)
         assert right(cpu, torch.bfloat16)
     assert not right(cpu, torch.float64)  # torch refuses it
-    monkeypatch.setattr(F, "grouped_mm", lambda a, b, offs: torch.full((len(a), b.shape[-1]), 1.0), raising=False)
+    monkeypatch.setattr(
+        F, "grouped_mm", lambda a, b, offs: torch.full((len(a), b.shape[-1]), 1.0), raising=False
+    )
     assert not right(cpu, torch.float32)
     monkeypatch.delattr(F, "grouped_mm")
     assert not right(cpu, torch.float32)
@@ -175,8 +197,18 @@ SHAPES = [
     {"norm_topk_prob": True},
     {"decoder_sparse_step": 2, "num_hidden_layers": 4},
     {"mlp_only_layers": (0, 2), "num_experts": 5, "num_experts_per_tok": 1},
-    {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 8, "num_key_value_heads": 4},
-    {"num_experts": 6, "num_experts_per_tok": 6, "tie_word_embeddings": True, "norm_topk_prob": True},
+    {
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 8,
+        "num_key_value_heads": 4,
+    },
+    {
+        "num_experts": 6,
+        "num_experts_per_tok": 6,
+        "tie_word_embeddings": True,
+        "norm_topk_prob": True,
+    },
 ]
 
 
@@ -237,7 +269,9 @@ def test_experts_generate_from_a_cache_as_they_read_whole():
         first = torch.cat([p[:3] for p in tokens.split(lengths)])
         model(first, torch.tensor([0, 1, 2] * 2), Paged(cache, tables, [3, 3], [3, 3]))
         rest = torch.cat([p[3:] for p in tokens.split(lengths)])
-        out = model(rest, torch.tensor([3, 4, 5, 6, 7, 8, 3]), Paged(cache, tables, lengths, [6, 1]))
+        out = model(
+            rest, torch.tensor([3, 4, 5, 6, 7, 8, 3]), Paged(cache, tables, lengths, [6, 1])
+        )
     assert_close(out, torch.cat([e[3:] for e in expected]), rtol=1e-4, atol=1e-5)
 
 

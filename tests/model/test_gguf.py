@@ -1,4 +1,6 @@
-"""Qwen2 in GGUF: names as llama.cpp's, numbers back as they were, the types of its own files, odd files named."""
+"""Qwen2 in GGUF: names as llama.cpp's, numbers back as they were, the types of its own files, odd
+files named.
+"""
 
 import dataclasses
 
@@ -60,7 +62,9 @@ def test_answers_end_where_llama_cpp_ends_them(tmp_path):
     tokens = [f"t{i}" for i in range(62)] + ["<|endoftext|>", "<|im_end|>"]
     stated = {"eos": 7, "eot": 9, "eom": 4_000_000_000}
     words = {f"tokenizer.ggml.{name}_token_id": i for name, i in stated.items()}
-    save_gguf(network(), tmp_path / "x.gguf", "F32", "tiny", words | {"tokenizer.ggml.tokens": tokens})
+    save_gguf(
+        network(), tmp_path / "x.gguf", "F32", "tiny", words | {"tokenizer.ggml.tokens": tokens}
+    )
     config = load_model(tmp_path / "x.gguf").config
     assert (config.eos_token_id, config.stops) == (7, (7, 9, 63, 62))
     save_gguf(network(), tmp_path / "y.gguf", "F32", "tiny", {})
@@ -71,7 +75,9 @@ def test_answers_end_where_llama_cpp_ends_them(tmp_path):
 def test_other_types_come_back_rounded_once(tmp_path, kind):
     model = network()
     rounded, header = written(tmp_path / "x.gguf", model, kind)
-    assert {tensor.name for tensor in rounded} == {n for n, t in header.tensors.items() if len(t.shape) == 2}
+    assert {tensor.name for tensor in rounded} == {
+        n for n, t in header.tensors.items() if len(t.shape) == 2
+    }
     assert all(0 < tensor.error < (0.1 if kind == "Q4_0" else 0.01) for tensor in rounded)
     again = load_model(tmp_path / "x.gguf", dtype=None)
     assert next(again.parameters()).dtype == torch.float32
@@ -127,7 +133,9 @@ def test_weights_that_a_type_cannot_hold_are_an_error(tmp_path):
 
 def test_yarn_is_kept_and_what_has_no_place_is_told(tmp_path):
     yarn = Yarn(4.0, 128, beta_fast=16.0)
-    model = network(yarn=yarn, dual_chunk=DualChunk(64, 8), generation={"temperature": 0.7, "eos_token_id": 61})
+    model = network(
+        yarn=yarn, dual_chunk=DualChunk(64, 8), generation={"temperature": 0.7, "eos_token_id": 61}
+    )
     _, header = written(tmp_path / "x.gguf", model, "F32")
     assert header.metadata["qwen2.rope.scaling.type"] == "yarn"
     config, _ = read_gguf(tmp_path / "x.gguf")
@@ -141,7 +149,9 @@ def test_names_are_those_of_the_reference(tmp_path):
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
     model = network()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
-    expected = {names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()}
+    expected = {
+        names.get_name(name, try_suffixes=(".weight", ".bias")) for name in model.state_dict()
+    }
     _, header = written(tmp_path / "x.gguf", model, "F32")
     assert set(header.tensors) == expected
     reader = gguf.GGUFReader(tmp_path / "x.gguf")
@@ -195,7 +205,9 @@ def test_a_mixture_is_read_expert_by_expert(tmp_path):
                 tensor = reader.mapped(stored[f"{block}.experts.{expert}.{half}_proj.weight"])
                 assert np.array_equal(tensor, values[f"blk.0.ffn_{own}_exps.weight"][expert])
         assert stored[f"{block}.shared_expert_gate.weight"].shape == (1, 64)
-        assert np.array_equal(reader.mapped(stored[f"{block}.gate.weight"]), values["blk.0.ffn_gate_inp.weight"])
+        assert np.array_equal(
+            reader.mapped(stored[f"{block}.gate.weight"]), values["blk.0.ffn_gate_inp.weight"]
+        )
     assert f"{block}.shared_expert.down_proj.weight" in stored
 
 
@@ -203,7 +215,11 @@ def test_a_part_of_packed_experts_is_a_part_of_the_bytes(tmp_path):
     data = np.random.default_rng(0).integers(0, 100, (3, 4, 34), dtype=np.uint8)
     tensor = NewTensor("blk.0.ffn_up_exps.weight", (3, 4, 32), "Q8_0", lambda: [data.tobytes()])
     embedding = NewTensor("token_embd.weight", (64, 64), "F32", lambda: [bytes(64 * 64 * 4)])
-    write_gguf(tmp_path / "x.gguf", MOE | {"qwen2moe.expert_shared_feed_forward_length": 96}, [embedding, tensor])
+    write_gguf(
+        tmp_path / "x.gguf",
+        MOE | {"qwen2moe.expert_shared_feed_forward_length": 96},
+        [embedding, tensor],
+    )
     _, stored = read_gguf(tmp_path / "x.gguf")
     target = torch.empty(4, 32)
     with Reader() as reader:
@@ -249,7 +265,9 @@ def test_what_is_wrong_is_named(tmp_path):
         load_model(path)
     extra = [NewTensor(f"blk.0.odd{i}.weight", (1,), "F32", lambda: [bytes(4)]) for i in range(2)]
     write_gguf(path, header.metadata, [embedding, *extra])
-    with pytest.raises(OpenQwenError, match=r"25 missing tensors: .*2 extra tensors: 'blk\.0\.odd0\.weight'"):
+    with pytest.raises(
+        OpenQwenError, match=r"25 missing tensors: .*2 extra tensors: 'blk\.0\.odd0\.weight'"
+    ):
         load_model(path)
 
 

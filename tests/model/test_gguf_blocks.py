@@ -1,4 +1,6 @@
-"""ggml's block formats, as the package gguf computes them, against their formulas one weight at a time in float64."""
+"""ggml's block formats, as the package gguf computes them, against their formulas one weight at a
+time in float64.
+"""
 
 import struct
 
@@ -9,7 +11,15 @@ from openqwen.model.gguf import KINDS
 from openqwen.model.gguf_blocks import dequantize, quantize
 from openqwen.support.gguf import BLOCKS
 
-HALVES = {"Q4_0": 1, "Q4_1": 2, "Q5_0": 1, "Q5_1": 2, "Q8_0": 1, "Q4_K": 2, "Q5_K": 2}  # at the start of a block
+HALVES = {
+    "Q4_0": 1,
+    "Q4_1": 2,
+    "Q5_0": 1,
+    "Q5_1": 2,
+    "Q8_0": 1,
+    "Q4_K": 2,
+    "Q5_K": 2,
+}  # at the start of a block
 
 
 LATER = {"Q2_K": [80, 82], "Q3_K": [108], "Q6_K": [208]}  # where they stand at the end of it
@@ -53,7 +63,9 @@ def by_formula(block, kind, i):
     if kind == "Q5_0":
         return half(block, 0) * ((nibble(block[6:], i, 16) | bit(block[2:6], i) << 4) - 16)
     if kind == "Q5_1":
-        return half(block, 0) * (nibble(block[8:], i, 16) | bit(block[4:8], i) << 4) + half(block, 2)
+        return half(block, 0) * (nibble(block[8:], i, 16) | bit(block[4:8], i) << 4) + half(
+            block, 2
+        )
     if kind == "Q8_0":
         return half(block, 0) * int(np.int8(block[2 + i]))
     group, pair, place = i // 32, i // 64, i % 64
@@ -84,9 +96,13 @@ def by_formula(block, kind, i):
 def test_unpacking_is_the_formula(kind):
     blocks = random_blocks(kind, 20)
     ours = dequantize(blocks.tobytes(), kind).reshape(20, -1)
-    expected = np.array([[by_formula(block, kind, i) for i in range(BLOCKS[kind][0])] for block in blocks])
+    expected = np.array(
+        [[by_formula(block, kind, i) for i in range(BLOCKS[kind][0])] for block in blocks]
+    )
     assert ours.dtype == np.float32
-    np.testing.assert_allclose(ours, expected, rtol=3e-7, atol=3e-7)  # a product and a sum, rounded to float32
+    np.testing.assert_allclose(
+        ours, expected, rtol=3e-7, atol=3e-7
+    )  # a product and a sum, rounded to float32
 
 
 def weights():
@@ -118,7 +134,9 @@ def test_packing_is_the_formula():
         assert half(four, 0) == float(np.float16(largest / -8))
         for i, x in enumerate(exact):
             ideal = x / (largest / -8) + 8.5 if largest else 8.5
-            assert nibble(four[2:], i, 16) == min(15, int(ideal)) or abs(ideal - round(ideal)) < 1e-4
+            assert (
+                nibble(four[2:], i, 16) == min(15, int(ideal)) or abs(ideal - round(ideal)) < 1e-4
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,6 +146,10 @@ def test_what_was_packed_once_loses_nothing_more(kind):
 
 
 def test_bfloat16_rounds_to_even_and_keeps_what_is_no_number():
-    x = np.array([1.00390625, 1.01171875, -1.00390625, np.inf, -np.inf, np.nan, 3.39e38], np.float32)
+    x = np.array(
+        [1.00390625, 1.01171875, -1.00390625, np.inf, -np.inf, np.nan, 3.39e38], np.float32
+    )
     back = dequantize(quantize(x, "BF16"), "BF16")
-    np.testing.assert_array_equal(back, np.array([1, 1.015625, -1, np.inf, -np.inf, np.nan, 3.3895314e38], np.float32))
+    np.testing.assert_array_equal(
+        back, np.array([1, 1.015625, -1, np.inf, -np.inf, np.nan, 3.3895314e38], np.float32)
+    )

@@ -130,7 +130,8 @@ def split(file, count=2, **first):
     """The file as a model in several, and their paths."""
     header, raw = read_header(file), file.read_bytes()
     tensors = [
-        NewTensor(name, t.shape, t.type, lambda t=t: [raw[t.offset :][: t.size]]) for name, t in header.tensors.items()
+        NewTensor(name, t.shape, t.type, lambda t=t: [raw[t.offset :][: t.size]])
+        for name, t in header.tensors.items()
     ]
     paths = [file.with_name(f"x-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
     for number, path in enumerate(paths):

@@ -29,13 +29,21 @@ def right(count: int = 1_000, grain: int = 7) -> bool:
 def test_every_piece_is_done_once_on_any_number_of_threads():
     for threads in (1, 2, 5, 3, 8, 1, 2):
         set_threads(threads)
-        assert all(right(count, grain) for count in (0, 1, 2, 63, 1_000) for grain in (1, 7, 64) for _ in range(20))
+        assert all(
+            right(count, grain)
+            for count in (0, 1, 2, 63, 1_000)
+            for grain in (1, 7, 64)
+            for _ in range(20)
+        )
 
 
 def test_calls_from_many_threads_at_once():
     set_threads(3)
     results: list[bool] = []
-    callers = [threading.Thread(target=lambda: results.extend(right() for _ in range(200))) for _ in range(4)]
+    callers = [
+        threading.Thread(target=lambda: results.extend(right() for _ in range(200)))
+        for _ in range(4)
+    ]
     for caller in callers:
         caller.start()
     for caller in callers:

@@ -1,4 +1,6 @@
-"""Long context through the whole network: sequences read differently in one batch, the cache against packed rows."""
+"""Long context through the whole network: sequences read differently in one batch, the cache
+against packed rows.
+"""
 
 from dataclasses import replace
 
@@ -87,7 +89,9 @@ def test_one_token_more_than_a_chunk_is_no_longer_plain():
 def test_what_the_checkpoint_says_is_what_an_argument_can_say():
     for long_context in WAYS.values():
         tokens = tokens_of(50)
-        assert_same_bits(run(make(), tokens, [30, 20], long_context), run(make(long_context), tokens, [30, 20]))
+        assert_same_bits(
+            run(make(), tokens, [30, 20], long_context), run(make(long_context), tokens, [30, 20])
+        )
 
 
 @pytest.mark.parametrize("own", ["plain", "both"])
@@ -97,7 +101,9 @@ def test_sequences_read_differently_share_a_batch(own):
     ways = [CHUNKS, PLAIN, YARN, BOTH, SCALED, SCALED, None, CHUNKS]
     tokens = tokens_of(sum(lengths))
     out, grads = run(model, tokens, lengths, ways)
-    alone = [run(model, piece, [len(piece)], way) for piece, way in zip(tokens.split(lengths), ways)]
+    alone = [
+        run(model, piece, [len(piece)], way) for piece, way in zip(tokens.split(lengths), ways)
+    ]
     assert_close(out, torch.cat([o for o, _ in alone]), rtol=1e-4, atol=1e-5)
     for found, *expected in zip(grads, *(g for _, g in alone)):
         total = sum(expected)
@@ -111,8 +117,13 @@ def test_length_scaling_starts_beyond_the_original_length():
     dual = DualChunk(14, 5, original_max_position_embeddings=20)
     tokens = tokens_of(21)
     unscaled = make(LongContext(dual_chunk=DualChunk(14, 5)))
-    assert_same_bits(run(make(LongContext(dual_chunk=dual)), tokens[:20], [20]), run(unscaled, tokens[:20], [20]))
-    (scaled, _), (plain, _) = run(make(LongContext(dual_chunk=dual)), tokens, [21]), run(unscaled, tokens, [21])
+    assert_same_bits(
+        run(make(LongContext(dual_chunk=dual)), tokens[:20], [20]), run(unscaled, tokens[:20], [20])
+    )
+    (scaled, _), (plain, _) = (
+        run(make(LongContext(dual_chunk=dual)), tokens, [21]),
+        run(unscaled, tokens, [21]),
+    )
     assert not torch.equal(scaled, plain)
 
 
@@ -136,7 +147,9 @@ def feed(model, tokens, lengths, calls, ways, page_size=4):
     pages = 4 * len(lengths) * (max(lengths) // 4 + 1)
     cache = Cache(model.config, pages, page_size)
     width = max(lengths) // 4 + 1
-    tables = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[: width * len(lengths)].view(-1, width)
+    tables = torch.randperm(pages, generator=torch.Generator().manual_seed(0))[
+        : width * len(lengths)
+    ].view(-1, width)
     pieces = tokens.split(lengths)
     fed, got = [0] * len(lengths), [[] for _ in lengths]
     for new in calls:
@@ -144,7 +157,13 @@ def feed(model, tokens, lengths, calls, ways, page_size=4):
         counts = [new[i] for i in active]
         call = torch.cat([pieces[i][fed[i] : fed[i] + new[i]] for i in active])
         positions = torch.cat([torch.arange(fed[i], fed[i] + new[i]) for i in active])
-        paged = Paged(cache, tables[active], [fed[i] + new[i] for i in active], counts, [ways[i] for i in active])
+        paged = Paged(
+            cache,
+            tables[active],
+            [fed[i] + new[i] for i in active],
+            counts,
+            [ways[i] for i in active],
+        )
         with torch.inference_mode():
             out = model(call, positions, paged)
         for i, part in zip(active, out.split(counts)):
@@ -164,7 +183,11 @@ def test_paged_equals_packed_across_chunk_borders(own, path, monkeypatch):
     tokens = tokens_of(sum(lengths))
     packed = Packed.from_lengths(lengths, ways)
     expected = model(tokens, packed.positions, packed).split(lengths)
-    calls = [[20, 4, 8, 0, 0], [1, 1, 1, 9, 5], [0, 4, 20, 1, 5]] + [[1, 0, 0, 1, 0]] * 18 + [[2, 0, 1, 0, 0]]
+    calls = (
+        [[20, 4, 8, 0, 0], [1, 1, 1, 9, 5], [0, 4, 20, 1, 5]]
+        + [[1, 0, 0, 1, 0]] * 18
+        + [[2, 0, 1, 0, 0]]
+    )
     for found, wanted in zip(feed(model, tokens, lengths, calls, ways), expected):
         assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -186,7 +209,11 @@ SMALL = ModelConfig(128, 64, 136, 1, 4, 2, max_position_embeddings=1_024)
 
 def test_a_request_gets_the_smallest_factor_that_covers_it():
     assert [profile(SMALL, n, 4_096) for n in (1, 1_024)] == [LongContext()] * 2
-    assert profile(SMALL, 1_025, 4_096) == profile(SMALL, 2_048, 4_096) == LongContext(Yarn(2.0, 1_024))
+    assert (
+        profile(SMALL, 1_025, 4_096)
+        == profile(SMALL, 2_048, 4_096)
+        == LongContext(Yarn(2.0, 1_024))
+    )
     assert profile(SMALL, 2_049, 4_096) == LongContext(Yarn(4.0, 1_024))
     assert [s.until for s in stages(SMALL, 4_096)] == [1_024, 2_048, 4_096]
     assert [s.until for s in stages(SMALL, 3_000)] == [1_024, 2_048, 3_000]
@@ -216,7 +243,9 @@ def test_a_checkpoint_that_states_its_long_context():
 def test_a_maximum_says_what_it_means():
     config = ModelConfig.named("qwen2.5-7b-instruct")
     assert describe(config) == "context 32,768: requests of up to 32,768 tokens are read as trained"
-    assert "longer ones by YARN × 2 or 4, chosen for each request" in describe(config, context_tokens("128k"))
+    assert "longer ones by YARN × 2 or 4, chosen for each request" in describe(
+        config, context_tokens("128k")
+    )
     assert describe(config, 40_000).endswith("YARN × 2, chosen for each request")
     assert "Dual Chunk Attention in chunks of 31,744" in describe(config, context_tokens("1m"))
     assert [context_tokens(t) for t in ("128k", "1M", "40000")] == [131_072, 1_048_576, 40_000]
@@ -232,7 +261,9 @@ def test_a_profile_reads_the_same_however_the_tokens_are_fed():
     expected = model(tokens, packed.positions, packed)
     (found,) = feed(model, tokens, [60], [[30]] + [[1]] * 5 + [[25]], [way])
     assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    scaled = LongContext(dual_chunk=DualChunk(24, 8, 16))  # by its own length at each call, as in vLLM
+    scaled = LongContext(
+        dual_chunk=DualChunk(24, 8, 16)
+    )  # by its own length at each call, as in vLLM
     (other,) = feed(model, tokens, [60], [[30]] + [[1]] * 5 + [[25]], [scaled])
     assert not torch.allclose(other[35:], expected[35:], atol=1e-3)
     unscaled = LongContext(dual_chunk=DualChunk(24, 8))
@@ -244,5 +275,9 @@ def test_factor_one_and_one_chunk_change_no_bit_of_paged_reading(page_size):
     model, tokens = make(), tokens_of(30)
     calls = [[16], [1], [13]]
     (plain,) = feed(model, tokens, [30], calls, [None], page_size)
-    for way in (LongContext(Yarn(1.0, 8)), LongContext(dual_chunk=DualChunk(40, 8, 64)), profile(SMALL, 30, 100_000)):
+    for way in (
+        LongContext(Yarn(1.0, 8)),
+        LongContext(dual_chunk=DualChunk(40, 8, 64)),
+        profile(SMALL, 30, 100_000),
+    ):
         assert torch.equal(feed(model, tokens, [30], calls, [way], page_size)[0], plain)

@@ -1,4 +1,6 @@
-"""Adapters: nothing at the start, merging changes nothing, and PEFT reads ours as we read PEFT's."""
+"""Adapters: nothing at the start, merging changes nothing, and PEFT reads ours as we read
+PEFT's.
+"""
 
 import peft
 import pytest
@@ -6,7 +8,14 @@ import torch
 import transformers
 
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize
-from openqwen.model.lora import LoraConfig, LoraLinear, add_adapters, load_adapter, merge_adapters, save_adapter
+from openqwen.model.lora import (
+    LoraConfig,
+    LoraLinear,
+    add_adapters,
+    load_adapter,
+    merge_adapters,
+    save_adapter,
+)
 from openqwen.support.errors import OpenQwenError
 
 TOKENS = torch.tensor([5, 9, 2, 7, 7, 1, 30])
@@ -32,11 +41,16 @@ def adapted(config, moved=True):
             if isinstance(module, LoraLinear):
                 module.lora_B.data.normal_(0, 0.1, generator=noise)
                 if module.magnitude is not None:
-                    module.magnitude.data *= torch.rand(module.magnitude.shape, generator=noise) + 0.5
+                    module.magnitude.data *= (
+                        torch.rand(module.magnitude.shape, generator=noise) + 0.5
+                    )
     return model
 
 
-CONFIGS = [LoraConfig(rank=4, alpha=8), LoraConfig(rank=2, alpha=8, dora=True, targets=["q_proj", "down_proj"])]
+CONFIGS = [
+    LoraConfig(rank=4, alpha=8),
+    LoraConfig(rank=2, alpha=8, dora=True, targets=["q_proj", "down_proj"]),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["lora", "dora"])
@@ -84,8 +98,12 @@ def test_peft_loads_ours_with_the_same_logits_and_gradients(config, tmp_path):
     for name, module in model.named_modules():
         if isinstance(module, LoraLinear):
             stem = f"base_model.model.{name}"
-            torch.testing.assert_close(module.lora_A.grad, found[f"{stem}.lora_A.default.weight"], rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(module.lora_B.grad, found[f"{stem}.lora_B.default.weight"], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                module.lora_A.grad, found[f"{stem}.lora_A.default.weight"], rtol=1e-3, atol=1e-5
+            )
+            torch.testing.assert_close(
+                module.lora_B.grad, found[f"{stem}.lora_B.default.weight"], rtol=1e-3, atol=1e-5
+            )
             if module.magnitude is not None:
                 gradient = found[f"{stem}.lora_magnitude_vector.default.weight"]
                 torch.testing.assert_close(module.magnitude.grad, gradient, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,6 @@
-"""The compiled attention over pages: equal to the plain path, and the same bits however the work is cut."""
+"""The compiled attention over pages: equal to the plain path, and the same bits however the work is
+cut.
+"""
 
 import platform
 from itertools import pairwise
@@ -10,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from openqwen.model import Cache, DualChunk, LongContext, ModelConfig, Paged, Qwen2, Yarn, initialize, kernels, paged
+from openqwen.model import (
+    Cache,
+    DualChunk,
+    LongContext,
+    ModelConfig,
+    Paged,
+    Qwen2,
+    Yarn,
+    initialize,
+    kernels,
+    paged,
+)
 from openqwen.model.quantize import quantize
 from openqwen.support import native
 
@@ -21,7 +34,8 @@ BOTH = LongContext(Yarn(2.0, 64), DualChunk(48, 32))
 WAYS = [PLAIN, YARN, CHUNKS, BOTH]
 
 pytestmark = pytest.mark.skipif(
-    not paged.has_kernel(Cache(ModelConfig(8, 64, 8, 1, 4, 2), 1, 16)), reason="no C++ compiler here"
+    not paged.has_kernel(Cache(ModelConfig(8, 64, 8, 1, 4, 2), 1, 16)),
+    reason="no C++ compiler here",
 )
 
 
@@ -37,12 +51,18 @@ def bias_of(config, size=0.0):
 
 
 class Sequences:
-    """Queries, keys and values of whole sequences, fed in calls to a cache; rows of one projection, so strided."""
+    """Queries, keys and values of whole sequences, fed in calls to a cache; rows of one projection,
+    so strided.
+    """
 
     def __init__(self, config, lengths, ways, page_size=16, format="float", bias=0.0, seed=0):
         generator = torch.Generator().manual_seed(seed)
         self.config, self.lengths, self.ways = config, lengths, ways
-        heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        heads, kv_heads, width = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         bias_NKd = bias_of(config, bias)
         self.parts = []
         for length in lengths:
@@ -69,8 +89,14 @@ class Sequences:
         q, k, v = merged.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
         positions = torch.cat([torch.arange(self.done[i], self.done[i] + new[i]) for i in active])
         totals = [self.done[i] + new[i] for i in active]
-        attention = Paged(self.cache, self.tables[active], totals, counts, [self.ways[i] for i in active])
-        inputs = [q.unflatten(1, (heads, width)), k.unflatten(1, (kv_heads, width)), v.unflatten(1, (kv_heads, width))]
+        attention = Paged(
+            self.cache, self.tables[active], totals, counts, [self.ways[i] for i in active]
+        )
+        inputs = [
+            q.unflatten(1, (heads, width)),
+            k.unflatten(1, (kv_heads, width)),
+            v.unflatten(1, (kv_heads, width)),
+        ]
         rotation = attention.rotation(positions, self.config)
         run = attention.attend if way == "compiled" else attention._plain
         for i, out in zip(active, run(*inputs, rotation, 0).split(counts), strict=True):
@@ -118,8 +144,8 @@ def cases(draw):
 def test_compiled_equals_plain_for_any_mixture(case):
     calls, *arguments, options = case
     ours, plain = (run(calls, *arguments, way=way, **options) for way in ("compiled", "plain"))
-    # Where rounding to int8 meets a tie, the two paths may fall on its two sides; hence the wider tolerance there.
-    # A bias makes scores large, and their rounding with them.
+    # Where rounding to int8 meets a tie, the two paths may fall on its two sides; hence the wider
+    # tolerance there. A bias makes scores large, and their rounding with them.
     exact = {"rtol": 1e-5, "atol": 5e-5 if options["bias"] else 1e-5}
     limits = exact if options["format"] == "float" else {"rtol": 1e-3, "atol": 2e-2}
     for a, b in zip(ours.result(), plain.result(), strict=True):
@@ -165,7 +191,9 @@ def test_one_long_sequence_is_read_in_parts_to_the_same_bits(threads):
 def test_a_short_request_beside_long_ones_keeps_every_bit():
     config = config_of()
     lengths = [60, 600, 500, 64]
-    mixed = run([[50, 300, 500, 64], [10, 300, 0, 0]], config, lengths, [PLAIN, CHUNKS, YARN, CHUNKS])
+    mixed = run(
+        [[50, 300, 500, 64], [10, 300, 0, 0]], config, lengths, [PLAIN, CHUNKS, YARN, CHUNKS]
+    )
     plain = run([[50, 300, 500, 64], [10, 300, 0, 0]], config, lengths, [PLAIN] * 4)
     kept = [torch.equal(a, b) for a, b in zip(mixed.result(), plain.result(), strict=True)]
     assert kept[0]
@@ -179,14 +207,19 @@ def test_what_does_not_suit_the_kernel_takes_the_plain_path():
     assert not paged.has_kernel(Cache(config_of(width=8), 1, 16))
     assert not paged.has_kernel(Cache(config_of(), 1, 16, dtype=torch.float64))
     uneven = LongContext(dual_chunk=DualChunk(50, 20))
-    ours, plain = (run([[100], [1]], config_of(), [101], [uneven], way=way) for way in ("compiled", "plain"))
+    ours, plain = (
+        run([[100], [1]], config_of(), [101], [uneven], way=way) for way in ("compiled", "plain")
+    )
     assert torch.equal(ours.result()[0], plain.result()[0])
 
 
 def test_a_broken_number_shows_and_stays_in_its_sequence():
     config, lengths = config_of(), [40, 300]
     whole = run([lengths], config, lengths, [PLAIN] * 2).result()
-    for part, seen in ((slice(0, 64), slice(20, 21)), (slice(96, 128), slice(20, None))):  # a query; a value
+    for part, seen in (
+        (slice(0, 64), slice(20, 21)),
+        (slice(96, 128), slice(20, None)),
+    ):  # a query; a value
         for number in (float("nan"), float("inf")):
             sequences = Sequences(config, lengths, [PLAIN] * 2)
             sequences.parts[1][20, part] = number
@@ -229,7 +262,9 @@ def test_a_quantised_network_gives_the_same_bits_alone_and_in_company(format):
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=5.0)
     model, lengths = quantize(model, "int8"), [70, 300, 25]
-    tokens = torch.randint(0, 60, (sum(lengths),), generator=torch.Generator().manual_seed(6)).split(lengths)
+    tokens = torch.randint(
+        0, 60, (sum(lengths),), generator=torch.Generator().manual_seed(6)
+    ).split(lengths)
     tables = torch.arange(60).view(3, 20)
 
     def feed(calls):
@@ -239,7 +274,9 @@ def test_a_quantised_network_gives_the_same_bits_alone_and_in_company(format):
             counts, totals = [new[i] for i in active], [done[i] + new[i] for i in active]
             some = torch.cat([tokens[i][done[i] : done[i] + new[i]] for i in active])
             positions = torch.cat([torch.arange(t - n, t) for n, t in zip(counts, totals)])
-            attention = Paged(cache, tables[active], totals, counts, [[PLAIN, CHUNKS, YARN][i] for i in active])
+            attention = Paged(
+                cache, tables[active], totals, counts, [[PLAIN, CHUNKS, YARN][i] for i in active]
+            )
             with torch.inference_mode():
                 found = model.logits(model(some, positions, attention))
             for i, out in zip(active, found.split(counts)):

@@ -1,4 +1,6 @@
-"""The GPU's attention to pages, with plain functions in place of its kernels; the kernel in Triton's interpreter."""
+"""The GPU's attention to pages, with plain functions in place of its kernels; the kernel in
+Triton's interpreter.
+"""
 
 import importlib.util
 import os
@@ -31,14 +33,18 @@ def exact(q_nHd: Tensor, k_mKd: Tensor, v_mKd: Tensor) -> Tensor:
     return torch.einsum("hnm,mhd->nhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, most_rows: int, most: int) -> Tensor:
+def packed(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, keys: Tensor, most_rows: int, most: int
+) -> Tensor:
     """What PyTorch's kernel for packed sequences computes."""
     assert (most_rows, most) == (int(rows.diff().max()), int(keys.diff().max()))
     bounds = zip(rows.tolist(), rows.tolist()[1:], keys.tolist(), keys.tolist()[1:])
     return torch.cat([exact(q[a:b], k[c:d], v[c:d]) for a, b, c, d in bounds]).to(q.dtype)
 
 
-def decode(q_BHd: Tensor, keys: Tensor, values: Tensor, tables_BP: Tensor, totals_B: Tensor) -> Tensor:
+def decode(
+    q_BHd: Tensor, keys: Tensor, values: Tensor, tables_BP: Tensor, totals_B: Tensor
+) -> Tensor:
     """What the Triton kernel computes."""
     outs = []
     for q, table, total in zip(q_BHd, tables_BP, totals_B.tolist(), strict=True):
@@ -72,7 +78,11 @@ def new_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("totals", "new"),
-    [((7, 40, 13, 1), (1, 1, 1, 1)), ((7, 38, 13, 21), (1, 9, 13, 1)), ((5, 6, 7, 40), (5, 2, 3, 33))],
+    [
+        ((7, 40, 13, 1), (1, 1, 1, 1)),
+        ((7, 38, 13, 21), (1, 9, 13, 1)),
+        ((5, 6, 7, 40), (5, 2, 3, 33)),
+    ],
 )
 def test_mixtures_of_prompts_and_decoding_equal_plain_attention(kernels, totals, new):
     positions = torch.cat([torch.arange(t - n, t) for t, n in zip(totals, new)])
@@ -125,5 +135,7 @@ for group, width, slots in ((7, 64, 16), (1, 32, 16), (5, 128, 4)):
 def test_the_triton_kernel_in_the_interpreter_equals_plain_attention():
     code = SCRIPT.format(here=os.path.dirname(__file__))
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Quantised weights: what the compiled kernels give is what plain PyTorch gives, and never depends on the batch."""
+"""Quantised weights: what the compiled kernels give is what plain PyTorch gives, and never depends
+on the batch.
+"""
 
 from ctypes import c_int32
 
@@ -6,11 +8,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from openqwen.model import Cache, ModelConfig, Packed, Paged, Qwen2, initialize, kernels, load_model, save_checkpoint
+from openqwen.model import (
+    Cache,
+    ModelConfig,
+    Packed,
+    Paged,
+    Qwen2,
+    initialize,
+    kernels,
+    load_model,
+    save_checkpoint,
+)
 from openqwen.model.decoder import RMSNorm
 from openqwen.model.experts import Routing
 from openqwen.model.packed import FORMATS, choose, in_bytes, pack, rows_of, unpack
-from openqwen.model.quantize import QuantizedEmbedding, QuantizedLinear, bits_per_weight, quantize, refresh, swiglu
+from openqwen.model.quantize import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    bits_per_weight,
+    quantize,
+    refresh,
+    swiglu,
+)
 from openqwen.support.errors import OpenQwenError
 
 DENSE = ModelConfig(300, 96, 144, 2, 6, 2, tie_word_embeddings=True)
@@ -60,7 +79,9 @@ def test_packing_keeps_every_number(kind):
     stored, scale = choose(normal(70, 150), form)
     packed = pack(stored, scale, form)
     assert packed.shape == form.shape(70, 150)
-    whole = (form.values()[stored.long()].unflatten(1, (-1, form.group)) * scale[..., None]).flatten(1)[:, :150]
+    whole = (
+        form.values()[stored.long()].unflatten(1, (-1, form.group)) * scale[..., None]
+    ).flatten(1)[:, :150]
     assert torch.equal(unpack(packed, form, 70, 150), whole)
     rows = torch.tensor([3, 69, 31, 32, 3])
     assert torch.equal(rows_of(packed, form, rows, 150), whole[rows])
@@ -108,8 +129,12 @@ def test_a_row_never_depends_on_its_batch_nor_on_the_threads(kind):
         for width in (1, 2, 3):
             torch.set_num_threads(width)
             for rows in (1, 2, 5, 6, 7, 13, 599):
-                assert torch.equal(made(x[:rows], norm_of(128), normal(600, 700)[:rows]), whole[:rows])
-                assert torch.equal(made(x[-rows:], norm_of(128), normal(600, 700)[-rows:]), whole[-rows:])
+                assert torch.equal(
+                    made(x[:rows], norm_of(128), normal(600, 700)[:rows]), whole[:rows]
+                )
+                assert torch.equal(
+                    made(x[-rows:], norm_of(128), normal(600, 700)[-rows:]), whole[-rows:]
+                )
     finally:
         torch.set_num_threads(threads)
 
@@ -125,7 +150,9 @@ def norm_of(width):
 def test_norm_activation_and_residual_beside_a_product(kind, before, monkeypatch):
     made = linear(kind, 128, 97)
     function = {"nothing": None, "norm": norm_of(128), "swiglu": swiglu}[before]
-    x = activations(9, 300)[:, : 256 if before == "swiglu" else 128]  # rows that do not follow one another
+    x = activations(9, 300)[
+        :, : 256 if before == "swiglu" else 128
+    ]  # rows that do not follow one another
     residual = normal(9, 120, seed=5)[:, :97]
     out = made(x, function, residual)
     plain(monkeypatch)
@@ -195,7 +222,9 @@ def test_gradients_flow_through_a_network(kind):
 def test_refreshing_is_quantising_anew_in_place(kind):
     source = network()
     made = quantize(source, kind)
-    places = {name: tensor.data_ptr() for name, tensor in made.named_buffers() if name.endswith("packed")}
+    places = {
+        name: tensor.data_ptr() for name, tensor in made.named_buffers() if name.endswith("packed")
+    }
     with torch.no_grad():
         for parameter in source.parameters():
             parameter += 0.05 * normal(*parameter.shape, seed=9)
@@ -232,7 +261,9 @@ def paged(model, counts=(5, 300, 1)):
     model(torch.arange(37) % 300, torch.arange(37), before)
     new = [counts[0], counts[1] - 37, counts[2]]
     attention = Paged(cache, tables, counts, new)
-    positions = torch.cat([torch.arange(counts[0]), torch.arange(37, counts[1]), torch.arange(counts[2])])
+    positions = torch.cat(
+        [torch.arange(counts[0]), torch.arange(37, counts[1]), torch.arange(counts[2])]
+    )
     return model(torch.arange(len(positions)) * 7 % 300, positions, attention)
 
 
@@ -243,14 +274,18 @@ def test_all_layers_in_one_call_are_the_layers_one_by_one(kind, monkeypatch):
     model = quantize(network(ModelConfig(300, 128, 144, 3, 4, 2)), kind)
     calls = []
     found = kernels.function
-    monkeypatch.setattr(kernels, "function", lambda name, *a, **k: calls.append(name) or found(name, *a, **k))
+    monkeypatch.setattr(
+        kernels, "function", lambda name, *a, **k: calls.append(name) or found(name, *a, **k)
+    )
     together = paged(model)
     assert "openqwen_layers" in calls
     hook = model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: None)
     singly = paged(model)
     assert torch.equal(together, singly)
     hook.remove()
-    model.model.layers[2].o_proj.packed = model.model.layers[2].o_proj.packed.clone()  # memory moved
+    model.model.layers[2].o_proj.packed = model.model.layers[
+        2
+    ].o_proj.packed.clone()  # memory moved
     assert torch.equal(paged(model), together)
     model.model.layers[2].o_proj.packed.zero_()
     assert not torch.equal(paged(model), together)

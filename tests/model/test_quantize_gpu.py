@@ -1,4 +1,7 @@
-"""Quantised weights on a GPU are torchao's. Its 8 bits compute on a CPU as well, slowly, and are tested there."""
+"""Quantised weights on a GPU are torchao's.
+
+Its 8 bits compute on a CPU as well, slowly, and are tested there.
+"""
 
 import builtins
 
@@ -31,7 +34,9 @@ def test_eight_bits_stay_near_their_source_and_generate():
     weight = quantized.model.layers[0].mlp.up_proj.weight
     assert sum(x.nbytes for x in (weight.qdata, weight.scale)) < 0.6 * 128 * 64 * 2
     tokenizer = train_tokenizer(["What is one and one? Two. " * 9], TokenizerConfig(vocabulary=270))
-    outputs = Engine(quantized, tokenizer).generate(["one", "two and"], Sampling(max_tokens=8, ignore_eos=True))
+    outputs = Engine(quantized, tokenizer).generate(
+        ["one", "two and"], Sampling(max_tokens=8, ignore_eos=True)
+    )
     assert [len(output.token_ids) for output in outputs] == [8, 8]
 
 

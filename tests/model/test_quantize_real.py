@@ -1,4 +1,6 @@
-"""Quantised weights of the real checkpoint: what they cost, on code of ours (benchmarks/perplexity.py has more)."""
+"""Quantised weights of the real checkpoint: what they cost, on code of ours
+(benchmarks/perplexity.py has more).
+"""
 
 import os
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Rotary positions and YARN against transformers, and against the table computed from the released code."""
+"""Rotary positions and YARN against transformers, and against the table computed from the released
+code.
+"""
 
 import json
 import math
@@ -45,7 +47,8 @@ def test_frequencies_of_any_base(theta):
 def test_yarn_equals_transformers_and_the_table(head_dim, theta, original, low, high, factor):
     yarn = Yarn(factor, original)
     assert _ramp_ends(head_dim, theta, yarn) == (low, high)
-    # a base configuration states more positions than were trained: the original length must still decide
+    # a base configuration states more positions than were trained: the original length must still
+    # decide
     expected, attention_factor = their_frequencies(head_dim, theta, yarn, max_positions=131_072)
     assert_close(inverse_frequencies(head_dim, theta, yarn), expected, rtol=1e-6, atol=0)
     assert yarn.temperature == pytest.approx(attention_factor, abs=1e-12)
@@ -63,7 +66,11 @@ def test_yarn_with_its_own_ramp_and_attention_factor_equals_transformers():
 def test_random_parameters_of_yarn_equal_transformers():
     draw = random.Random(0)
     for _ in range(200):
-        rope = {"rope_type": "yarn", "factor": draw.choice([1, 1.5, 4.0, 40]), "rope_theta": 10 ** draw.uniform(3, 7)}
+        rope = {
+            "rope_type": "yarn",
+            "factor": draw.choice([1, 1.5, 4.0, 40]),
+            "rope_theta": 10 ** draw.uniform(3, 7),
+        }
         rope["original_max_position_embeddings"] = draw.choice([64, 4_096, 32_768])
         for name, values in (
             ("beta_fast", [None, 0, 32, 20.5]),
@@ -77,11 +84,17 @@ def test_random_parameters_of_yarn_equal_transformers():
                 rope[name] = draw.choice(values)
         head_dim = draw.choice([8, 64, 128])
         sizes = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_key_value_heads": 1}
-        theirs = transformers.Qwen2Config(**sizes, max_position_embeddings=32_768, rope_parameters=dict(rope))
+        theirs = transformers.Qwen2Config(
+            **sizes, max_position_embeddings=32_768, rope_parameters=dict(rope)
+        )
         expected, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](theirs, torch.device("cpu"))
         yarn = Yarn.from_json(rope, 32_768)
         assert_close(
-            inverse_frequencies(head_dim, rope["rope_theta"], yarn), expected, rtol=2e-6, atol=0, msg=f"{rope}"
+            inverse_frequencies(head_dim, rope["rope_theta"], yarn),
+            expected,
+            rtol=2e-6,
+            atol=0,
+            msg=f"{rope}",
         )
         assert yarn.temperature == pytest.approx(attention_factor, abs=1e-12), rope
         assert Yarn.from_json({"type": "yarn", **yarn.to_json()}, 32_768) == yarn
@@ -95,7 +108,11 @@ def test_temperature_as_published():
 def test_a_ramp_of_no_width_is_a_step():
     low, high = _ramp_ends(8, 10_000.0, Yarn(2.0, 8, beta_fast=1.0, beta_slow=1.0))
     assert 0 < high - low <= 1
-    assert inverse_frequencies(8, 10_000.0, Yarn(2.0, 8, beta_fast=1.0, beta_slow=1.0)).isfinite().all()
+    assert (
+        inverse_frequencies(8, 10_000.0, Yarn(2.0, 8, beta_fast=1.0, beta_slow=1.0))
+        .isfinite()
+        .all()
+    )
 
 
 def test_rotation_turns_pairs_of_halves():
@@ -129,7 +146,9 @@ def small(**fields):
     return model
 
 
-@pytest.mark.parametrize("yarn", [Yarn(4.0, 16), Yarn(2.5, 64, attention_factor=1.2), Yarn(16.0, 8, 4.0, 0.5), MSCALED])
+@pytest.mark.parametrize(
+    "yarn", [Yarn(4.0, 16), Yarn(2.5, 64, attention_factor=1.2), Yarn(16.0, 8, 4.0, 0.5), MSCALED]
+)
 def test_network_under_yarn_equals_transformers(yarn):
     model = small(yarn=yarn)
     config = transformers.Qwen2Config(**model.config.to_json())
@@ -153,7 +172,9 @@ def test_network_under_yarn_equals_transformers(yarn):
 def test_the_card_s_scaling_in_a_config_of_transformers_5(tmp_path):
     """Qwen's card: `rope_scaling` beside `rope_parameters`, whose theta stays."""
     torch.manual_seed(0)
-    sizes = small().config.to_json() | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    sizes = small().config.to_json() | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}
+    }
     theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
     theirs.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -167,7 +188,9 @@ def test_the_card_s_scaling_in_a_config_of_transformers_5(tmp_path):
     logits = ours.logits(ours(tokens, packed.positions, packed))
     expected = reference.eval()(tokens[None]).logits[0]
     assert (logits - expected).abs().max() / expected.abs().max() < 1e-5
-    assert (logits - theirs.eval()(tokens[None]).logits[0]).abs().max() / expected.abs().max() > 1e-2
+    assert (
+        logits - theirs.eval()(tokens[None]).logits[0]
+    ).abs().max() / expected.abs().max() > 1e-2
 
 
 def test_yarn_at_factor_one_changes_no_bit():

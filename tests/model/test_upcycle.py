@@ -1,4 +1,6 @@
-"""Upcycling: what the cut keeps of the dense network, what it draws anew, and the published geometry."""
+"""Upcycling: what the cut keeps of the dense network, what it draws anew, and the published
+geometry.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,12 @@ from openqwen.support.errors import OpenQwenError
 
 
 def dense_model(width=40, **changes):
-    values = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1}
+    values = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.1,
+    }
     config = ModelConfig(128, 32, width, max_position_embeddings=64, **(values | changes))
     model = Qwen2(config).double()
     initialize(model, torch.Generator().manual_seed(0))
@@ -32,7 +39,9 @@ def expert(mlp, e, x_TD):
     return mlp.experts(x_TD, torch.full((len(x_TD), 1), e), ones)
 
 
-@pytest.mark.parametrize(("experts", "width", "copies"), [(4, 10, 1), (5, 8, 1), (5, 16, 2), (15, 8, 3), (25, 24, 15)])
+@pytest.mark.parametrize(
+    ("experts", "width", "copies"), [(4, 10, 1), (5, 8, 1), (5, 16, 2), (15, 8, 3), (25, 24, 15)]
+)
 def test_all_experts_of_whole_copies_sum_to_copies_times_the_dense_network(experts, width, copies):
     """No matter whether an expert straddles two copies (widths that do not divide 40)."""
     dense = dense_model()
@@ -85,7 +94,9 @@ def test_a_share_of_each_experts_channels_is_drawn_anew_with_its_mean_and_deviat
 
 def test_what_is_drawn_anew_follows_the_experts_own_distribution():
     generator = torch.Generator().manual_seed(0)
-    parts = [torch.randn(2, 400, 50, generator=generator) * s + m for s, m in ((0.1, 0.3), (2.0, -1.0))]
+    parts = [
+        torch.randn(2, 400, 50, generator=generator) * s + m for s, m in ((0.1, 0.3), (2.0, -1.0))
+    ]
     parts[0][1] *= 3
     wanted = [[(float(e.mean()), float(e.std())) for e in part] for part in parts]
     redraw(parts, 1.0, generator)
@@ -134,8 +145,12 @@ def test_the_same_seed_gives_the_same_network():
     dense = dense_model()
     first, again, other = (upcycle(dense, Upcycling(4, 2), seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(t, again[name]) for name, t in first.items())
-    assert not torch.equal(first["model.layers.0.mlp.gate.weight"], other["model.layers.0.mlp.gate.weight"])
-    assert not torch.equal(first["model.layers.0.mlp.gate.weight"], first["model.layers.1.mlp.gate.weight"])
+    assert not torch.equal(
+        first["model.layers.0.mlp.gate.weight"], other["model.layers.0.mlp.gate.weight"]
+    )
+    assert not torch.equal(
+        first["model.layers.0.mlp.gate.weight"], first["model.layers.1.mlp.gate.weight"]
+    )
 
 
 def test_half_precision_stays_half_precision():
@@ -146,7 +161,9 @@ def test_half_precision_stays_half_precision():
 def test_the_7b_becomes_the_57b_a14b():
     dense = ModelConfig.named("qwen2-7b")
     published = ModelConfig.named("qwen2-57b-a14b")
-    config = upcycled_config(dense, Upcycling(vocabulary_rows=151_936))  # the defaults are its proportions
+    config = upcycled_config(
+        dense, Upcycling(vocabulary_rows=151_936)
+    )  # the defaults are its proportions
     assert config == published
     assert config.parameters() == 57_408_658_944
     assert upcycled_config(dense, Upcycling()).vocab_size == 152_064
@@ -162,7 +179,14 @@ def test_the_7b_becomes_the_57b_a14b():
 
 @pytest.mark.parametrize(
     ("dense", "width", "shared"),
-    [(18_944, 2_560, 20_480), (704, 96, 768), (512, 64, 512), (530, 64, 530), (4_864, 656, 5_248), (8, 16, 128)],
+    [
+        (18_944, 2_560, 20_480),
+        (704, 96, 768),
+        (512, 64, 512),
+        (530, 64, 530),
+        (4_864, 656, 5_248),
+        (8, 16, 128),
+    ],
 )
 def test_default_widths(dense, width, shared):
     assert (default_width(dense), default_shared_width(dense)) == (width, shared)

@@ -16,7 +16,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class CommandLine:
-    """`call("run", "tiny.yaml")` returns the exit status; `out` and `err` hold what was printed, `ran` which stages."""
+    """`call("run", "tiny.yaml")` returns the exit status; `out` and `err` hold what was printed,
+    `ran` which stages.
+    """
 
     def __init__(self, capsys: pytest.CaptureFixture, log: Path):
         self._capsys, self._log = capsys, log

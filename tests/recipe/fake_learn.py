@@ -1,4 +1,6 @@
-"""A stage like one that trains: it saves its state every few steps into scratch, and continues from it."""
+"""A stage like one that trains: it saves its state every few steps into scratch, and continues from
+it.
+"""
 
 import hashlib
 import json
@@ -31,17 +33,27 @@ class Learn(BaseModel):
 def run_learn(run: StageRun) -> dict[str, float]:
     log_run(run)
     state = run.scratch / "state.json"
-    text = (run.inputs["corpus"] / "sub" / "text.txt").read_bytes() if run.inputs["corpus"].is_dir() else b"alone"
-    done, value = json.loads(state.read_text()) if state.exists() else (0, hashlib.sha256(text).hexdigest())
+    text = (
+        (run.inputs["corpus"] / "sub" / "text.txt").read_bytes()
+        if run.inputs["corpus"].is_dir()
+        else b"alone"
+    )
+    done, value = (
+        json.loads(state.read_text()) if state.exists() else (0, hashlib.sha256(text).hexdigest())
+    )
     for step in range(done, run.config.train.steps):
-        value = hashlib.sha256(f"{value} {run.seed} {run.config.train.learning_rate}".encode()).hexdigest()
+        value = hashlib.sha256(
+            f"{value} {run.seed} {run.config.train.learning_rate}".encode()
+        ).hexdigest()
         time.sleep(run.config.train.pause)
         if step % 3 == 0:
             write_json(state, [step + 1, value])
         if os.environ.get("FAKE_BUG"):
             raise RuntimeError("a bug")
     (run.output / "weights.txt").write_text(value)
-    (run.output / "metrics.jsonl").write_text(json.dumps({"step": 1, "seconds": time.time()}) + "\n")
+    (run.output / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "seconds": time.time()}) + "\n"
+    )
     return {"loss": 0.12345, "steps": run.config.train.steps}
 
 

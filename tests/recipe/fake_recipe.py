@@ -1,4 +1,6 @@
-"""A recipe of three stages in plain Python, milliseconds each; as a script it is `openqwen` with this recipe inside."""
+"""A recipe of three stages in plain Python, milliseconds each; as a script it is `openqwen` with
+this recipe inside.
+"""
 
 import sys
 

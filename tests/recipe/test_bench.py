@@ -1,4 +1,6 @@
-"""`openqwen bench`: each comparison runs on tiny data, with or without a peer, and says what was measured."""
+"""`openqwen bench`: each comparison runs on tiny data, with or without a peer, and says what was
+measured.
+"""
 
 import json
 import sys
@@ -35,7 +37,16 @@ def save_model(folder, positions):
 
 def test_the_engine_alone(tmp_path, capsys):
     save_model(tmp_path / "model", 2048)
-    arguments = ["bench", "engine", "--model", str(tmp_path / "model"), "--kinds", "float32", "--rounds", "1"]
+    arguments = [
+        "bench",
+        "engine",
+        "--model",
+        str(tmp_path / "model"),
+        "--kinds",
+        "float32",
+        "--rounds",
+        "1",
+    ]
     assert main(arguments) == 0
     told = capsys.readouterr().out
     assert all(word in told for word in ("float32 1 of 1", "prefill", "drafts", "warm", "tokens/s"))
@@ -45,21 +56,49 @@ def test_fine_tuning(tmp_path, peer, capsys):
     save_model(tmp_path / "model", 256)
     rows = [{"question": f"What is one and {n}?", "answer": "Two."} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["bench", "train", "--kind", "sft", "--data", str(tmp_path / "rows.jsonl"), "--steps", "3"]
-    assert main([*arguments, "--batch", "2", "--model", str(tmp_path / "model"), "--peer", peer]) == 0
+    arguments = [
+        "bench",
+        "train",
+        "--kind",
+        "sft",
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--steps",
+        "3",
+    ]
+    assert (
+        main([*arguments, "--batch", "2", "--model", str(tmp_path / "model"), "--peer", peer]) == 0
+    )
     told = capsys.readouterr().out
-    assert all(word in told for word in ("OpenQwen", "peer", "ratio", "of matrix peak", "GiB", "2.0 to 3.5×"))
+    assert all(
+        word in told
+        for word in ("OpenQwen", "peer", "ratio", "of matrix peak", "GiB", "2.0 to 3.5×")
+    )
     assert "0.5" in told  # the peer did not get our huge pages
     assert main(arguments) == 1
     assert "Which model" in capsys.readouterr().err
 
 
 def test_pretraining_alone(tmp_path, monkeypatch, capsys):
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     monkeypatch.setattr(train, "_SMALL", train._SMALL | small)
     rows = [{"text": "a document of words " * n} for n in range(1, 9)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["bench", "train", "--kind", "pretrain", "--data", str(tmp_path / "rows.jsonl"), "--batch", "4"]
+    arguments = [
+        "bench",
+        "train",
+        "--kind",
+        "pretrain",
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--batch",
+        "4",
+    ]
     assert main([*arguments, "--steps", "2"]) == 0
     told = capsys.readouterr().out
     assert "OpenQwen" in told

@@ -1,4 +1,6 @@
-"""The planner's arithmetic, held to what training really allocates; and what it says of the published models."""
+"""The planner's arithmetic, held to what training really allocates; and what it says of the
+published models.
+"""
 
 import re
 
@@ -35,7 +37,9 @@ def allocated(config, again, lengths):
     recompute(model, again)
     (mover,) = optimizers(model, OptimizerConfig())
     rng = np.random.default_rng(0)
-    rows = Rows.of([(rng.integers(0, config.vocab_size, n + 1), np.ones(n + 1, dtype=bool)) for n in lengths])
+    rows = Rows.of(
+        [(rng.integers(0, config.vocab_size, n + 1), np.ones(n + 1, dtype=bool)) for n in lengths]
+    )
 
     def step():
         next_token(model, rows).sum.backward()
@@ -64,7 +68,9 @@ def test_memory_is_what_training_takes(again, more, size):
 def test_moments_in_eight_bits_are_counted():
     pytest.importorskip("torchao", reason="8-bit AdamW is torchao's; it is not installed")
     config = ModelConfig(4_096, 256, 768, 4, 4, 2, tie_word_embeddings=True)
-    with torch.compiler.set_stance("force_eager"):  # it holds much more while it moves a matrix, not between steps
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # it holds much more while it moves a matrix, not between steps
         found = memory(config, Setting(1, ALONE, "nothing", 512, 512, moments=BYTES))
         model = Qwen2(config)
         movers = optimizers(model, OptimizerConfig(method="adamw8bit"))
@@ -85,7 +91,11 @@ def test_data_stages_are_counted_whole():
         }}
     )  # fmt: skip
     stage = next(plan_devices.trainings(recipe))
-    assert (stage.tokens, stage.effort.longest, stage.effort.micro_tokens) == (4_000, 16_384, 16_384)
+    assert (stage.tokens, stage.effort.longest, stage.effort.micro_tokens) == (
+        4_000,
+        16_384,
+        16_384,
+    )
     assert stage.context == pytest.approx((3_000 * 64 + 400 * 8_192 + 600 * 512) / 4_000)
 
 
@@ -97,14 +107,23 @@ def test_what_fits_grows_with_devices_and_shrinks_with_the_network():
     assert memory(small, found).total < 80 * GIB
     assert memory(small, plain).total > 80 * GIB
     assert best(large, plain, DEVICES["H100"], 2_048) is None
-    assert best(large, Setting(64, ALONE, "nothing", 8_192, 8_192), DEVICES["H100"], 2_048) is not None
-    assert {s.parallel.tensor for s in choices(small, plain)} == {1, 2, 4}  # it has four key/value heads
+    assert (
+        best(large, Setting(64, ALONE, "nothing", 8_192, 8_192), DEVICES["H100"], 2_048) is not None
+    )
+    assert {s.parallel.tensor for s in choices(small, plain)} == {
+        1,
+        2,
+        4,
+    }  # it has four key/value heads
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpus", "8xH100", "--model", "qwen2.5-7b"], ["7.616B weights on 8 x H100", "fastest", "hours"]),
+        (
+            ["--gpus", "8xH100", "--model", "qwen2.5-7b"],
+            ["7.616B weights on 8 x H100", "fastest", "hours"],
+        ),
         (["--gpus", "2x4090", "--model", "qwen2.5-72b"], ["does not fit on 2 x 4090"]),
         (
             ["--gpus", "4090", "--model", "qwen2.5-1.5b"],

@@ -13,7 +13,10 @@ from openqwen.recipe.graph import load_stage, verbs
 
 
 def test_overview_without_loading_anything_heavy():
-    code = "import sys, openqwen.cli as cli; cli.main(['--help']); print({'torch', 'rich'} & set(sys.modules))"
+    code = (
+        "import sys, openqwen.cli as cli; cli.main(['--help']); print({'torch', 'rich'} & "
+        "set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "online-dpo" in done.stdout
     assert done.stdout.splitlines()[-1] == "set()"
@@ -42,7 +45,9 @@ def test_a_bug_is_told_without_a_traceback(call, monkeypatch):
     monkeypatch.setattr(openqwen.cli, "_report", broken)
     assert call("report", "x") == 70
     assert "ZeroDivisionError: oops" in call.err
-    path = Path(next(line for line in call.err.splitlines() if "where:" in line).split(": ", 1)[1].strip())
+    path = Path(
+        next(line for line in call.err.splitlines() if "where:" in line).split(": ", 1)[1].strip()
+    )
     assert "Traceback" in path.read_text()
     path.unlink()
 
@@ -89,7 +94,11 @@ def test_a_stage_alone_resumes_after_a_failure(call, monkeypatch):
         (["--output", "x"], 2, "--corpus"),
         (["--corpus", "nowhere", "--output", "x"], 1, "'corpus' does not exist"),
         (["--corpus", "tiny.yaml", "--output", "."], 1, "holds something else"),
-        (["--corpus", "tiny.yaml", "--output", "x", "--train.stepz", "1"], 1, "Did you mean '--train.steps'"),
+        (
+            ["--corpus", "tiny.yaml", "--output", "x", "--train.stepz", "1"],
+            1,
+            "Did you mean '--train.steps'",
+        ),
         (["--help"], 0, ""),
     ],
 )
@@ -116,14 +125,22 @@ def test_every_verb_of_the_real_recipe_has_help_with_its_inputs_and_fields_apart
     assert all(f"--{name}" in shown for name in load_stage(verb).inputs)
 
 
-@pytest.mark.parametrize("verb", [*openqwen.cli.RECIPE_VERBS, *(f"bench {name}" for name in openqwen.cli.BENCHES)])
+@pytest.mark.parametrize(
+    "verb", [*openqwen.cli.RECIPE_VERBS, *(f"bench {name}" for name in openqwen.cli.BENCHES)]
+)
 def test_every_other_verb_has_help(verb, capsys):
     if verb == "bench":
         pytest.skip("it has a help for each of its speeds")
     with pytest.raises(SystemExit, match="0"):
         openqwen.cli.main([*verb.split(), "--help"])
     usage = capsys.readouterr().out.partition("\n\n")[0]
-    bare = {"chat": "MODEL", "serve": "MODEL", "report": "RUN_FOLDER", "plan": "RECIPE", "run": "RECIPE"}
+    bare = {
+        "chat": "MODEL",
+        "serve": "MODEL",
+        "report": "RUN_FOLDER",
+        "plan": "RECIPE",
+        "run": "RECIPE",
+    }
     bare |= {"bench engine": "MODEL", "convert": "SOURCE TARGET", "quantize": "SOURCE TARGET"}
     assert bare.get(verb, "") in " ".join(usage.split())
     assert "--model" not in usage or verb not in ("chat", "serve")
@@ -158,10 +175,14 @@ def test_a_stage_takes_a_model_from_the_hub(call, monkeypatch, tmp_path):
     (tmp_path / "blob").write_text("{}")
     (snapshot / "config.json").symlink_to(tmp_path / "blob")  # as the hub's cache lays it out
     asked, given = [], []
-    monkeypatch.setattr(hub, "_fetched", lambda name, revision, *_: asked.append((name, revision)) or snapshot)
+    monkeypatch.setattr(
+        hub, "_fetched", lambda name, revision, *_: asked.append((name, revision)) or snapshot
+    )
     inputs = {"model": "What to start from.", "data": "What to read."}
     run = lambda run: given.append(dict(run.inputs)) or {}
-    monkeypatch.setattr(fake_learn, "STAGE", dataclasses.replace(fake_learn.STAGE, inputs=inputs, run=run))
+    monkeypatch.setattr(
+        fake_learn, "STAGE", dataclasses.replace(fake_learn.STAGE, inputs=inputs, run=run)
+    )
     (Path.cwd() / "own").mkdir()
     (Path.cwd() / "own" / "d.jsonl").write_text("{}")
     arguments = ["learn", "--model", "Qwen/Tiny@main", "--data", "own/d.jsonl", "--output", "made"]

@@ -1,4 +1,6 @@
-"""Kills, Ctrl-C, two runs on one folder, a full disk: nothing finished is lost, and the result is the same bytes."""
+"""Kills, Ctrl-C, two runs on one folder, a full disk: nothing finished is lost, and the result is
+the same bytes.
+"""
 
 import json
 import os
@@ -29,7 +31,8 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def in_child(output: str, kill_at: int | None = None, **options) -> tuple[int, int]:
-    """Run the recipe in a forked process; SIGKILL it before its n-th change to the disk under the lock.
+    """Run the recipe in a forked process; SIGKILL it before its n-th change to the disk under the
+    lock.
 
     Returns (wait status, number of changes).
     """
@@ -44,7 +47,9 @@ def in_child(output: str, kill_at: int | None = None, **options) -> tuple[int, i
             nonlocal count
             if event == "fcntl.lockf":
                 count = 0
-            elif count >= 0 and (event in CHANGES or (event == "open" and set(details[1] or "") & set("wax+"))):
+            elif count >= 0 and (
+                event in CHANGES or (event == "open" and set(details[1] or "") & set("wax+"))
+            ):
                 count += 1
                 if count == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -98,7 +103,9 @@ def start(*arguments: str, **options) -> subprocess.Popen:
     # A shell that starts the tests in the background ignores Ctrl-C for all that it starts.
     options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     command = [sys.executable, str(FAKE), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def wait_for(path: Path) -> None:
@@ -124,7 +131,9 @@ def test_second_run_says_who_holds_the_folder(call):
     finally:
         first.kill()
         first.communicate()
-    assert call("run", "tiny.yaml") == 0  # what the dead process wrote into the lock does not matter
+    assert (
+        call("run", "tiny.yaml") == 0
+    )  # what the dead process wrote into the lock does not matter
 
 
 def test_control_c_says_what_is_kept_and_how_to_continue(call):

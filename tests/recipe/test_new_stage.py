@@ -46,7 +46,8 @@ STAGE = Stage(
 LINE = '    ("echo", "openqwen.train.echo", {"corpus": "corpus"}),\n'
 BEFORE = '    ("tokenizer", '
 SETTINGS = "corpus: {task_documents: 20, heldout_share: 0.2}\necho: {words: 4}\n"
-# Reads command lines as JSON, runs them in one process, and prints for each its exit status and its words.
+# Reads command lines as JSON, runs them in one process, and prints for each its exit status and its
+# words.
 SCRIPT = """
 import contextlib, io, json, sys
 from openqwen.cli import main
@@ -74,7 +75,9 @@ def place(tmp_path_factory):
     (place / "small.yaml").write_text(SETTINGS)
     (place / "raw").mkdir()
     for n in range(20):
-        lines = [f"def f_{a}_{n}(x):\n    return x + {a * n}  # adds {a * n} to x\n" for a in range(20)]
+        lines = [
+            f"def f_{a}_{n}(x):\n    return x + {a * n}  # adds {a * n} to x\n" for a in range(20)
+        ]
         (place / "raw" / f"m{n}.py").write_text("\n".join(lines))
     return place
 
@@ -102,12 +105,18 @@ def test_one_file_and_one_line_are_enough(place):
     assert list(statuses) == [0, 0, 0, 0, 0, 0, 2], words
     overview, about, planned, _, _, devices, _ = words
     assert "  echo        Say it again." in overview
-    assert all(text in about for text in ("--corpus", "A corpus artifact.", "--words", "how many words to say"))
+    assert all(
+        text in about
+        for text in ("--corpus", "A corpus artifact.", "--words", "how many words to say")
+    )
     lines = [line.split() for line in planned.splitlines() if line.split()]
     (shown,) = (line for line in lines if line[0] == "echo")
     assert shown[-1].startswith("~")
     assert "18 of 18 to make" in planned
-    assert [line.split()[0] for line in devices.splitlines() if " as told " in line][:2] == ["echo", "pretrain"]
+    assert [line.split()[0] for line in devices.splitlines() if " as told " in line][:2] == [
+        "echo",
+        "pretrain",
+    ]
     assert (place / "run" / "echo" / "echo.txt").read_text() == "echo " * 5
     assert (place / "alone" / "echo.txt").read_text() == "echo " * 4
     page = (place / "run" / "report.html").read_text()

@@ -1,4 +1,6 @@
-"""The shipped plans of Qwen2.5 and Qwen2.5-Turbo hold the numbers that the reports give, and can be planned."""
+"""The shipped plans of Qwen2.5 and Qwen2.5-Turbo hold the numbers that the reports give, and can be
+planned.
+"""
 
 import numpy as np
 import pytest

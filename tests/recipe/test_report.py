@@ -49,9 +49,27 @@ RESULTS = {
     "dpo": (1.938, 0.6),
     "online-dpo": (1.944, 0.66),
 }
-CHANCE = {"addition": 0.01, "count letters": 0.12, "reverse a word": 0.0, "uppercase": 0.0, "yes or no": 0.5}
-SECTIONS = ("lineage", "scores", "tasks", "samples", "training", "corpus", "tokenizer", "instructions", "configuration")
-HOSTILE = 'A sample </div><script>alert("x")</script> \u202eevil\x07 \ud800 <img src=x onerror=alert(1)>'
+CHANCE = {
+    "addition": 0.01,
+    "count letters": 0.12,
+    "reverse a word": 0.0,
+    "uppercase": 0.0,
+    "yes or no": 0.5,
+}
+SECTIONS = (
+    "lineage",
+    "scores",
+    "tasks",
+    "samples",
+    "training",
+    "corpus",
+    "tokenizer",
+    "instructions",
+    "configuration",
+)
+HOSTILE = (
+    'A sample </div><script>alert("x")</script> \u202eevil\x07 \ud800 <img src=x onerror=alert(1)>'
+)
 
 
 def digest(name: str) -> str:
@@ -67,7 +85,9 @@ def dump_lines(path: Path, values: list[dict]) -> None:
 
 
 def build_run(folder: Path, until: str = "online-dpo", record: dict | None = None) -> Path:
-    """A run folder as the recipe leaves it, with invented but likely content; `until` stops after that stage."""
+    """A run folder as the recipe leaves it, with invented but likely content; `until` stops after
+    that stage.
+    """
     names = STAGES[: STAGES.index(until) + 1]
     names += [f"evaluate-{name}" for name in names if f"evaluate-{name}" in INPUTS]
     payloads = {"corpus": write_corpus, "tokenizer": write_tokenizer, "tokens": write_tokens}
@@ -97,11 +117,20 @@ def manifest(name: str) -> dict:
         "key": digest("key" + name),
         "digest": digest(name),
         "seed": 7,
-        "config": {"steps": 1500, "train": {"learning_rate": 3e-4, "warmup": 0.05, "betas": [0.9, 0.95]}},
+        "config": {
+            "steps": 1500,
+            "train": {"learning_rate": 3e-4, "warmup": 0.05, "betas": [0.9, 0.95]},
+        },
         "inputs": {i: {"stage": i, "digest": digest(i)} for i in INPUTS[name]},
         "files": {"model.safetensors": {"bytes": 14_000_000, "sha256": digest("file")}},
         "code": {"version": "0.1.0", "digest": digest("code")},
-        "machine": {"cpu": "AMD EPYC 7B13", "cores": 2, "memory_gb": 8.2, "torch": "2.13.0+cpu", "device": "cpu"},
+        "machine": {
+            "cpu": "AMD EPYC 7B13",
+            "cores": 2,
+            "memory_gb": 8.2,
+            "torch": "2.13.0+cpu",
+            "device": "cpu",
+        },
         "created": "2026-01-02T03:04:05Z",
         "seconds": TRAINING[name][0] if name in TRAINING else 7.4,
         "metrics": {"loss": 2.25, "steps": 1500, "margin": None},
@@ -118,7 +147,8 @@ def metrics(name: str) -> list[dict]:
             "step": step,
             "loss": last + (first - last) * math.exp(-6 * done) + 0.08 * draw.standard_normal(),
             "gradient_norm": 0.5 + abs(draw.standard_normal()),
-            "learning_rate": 3e-4 * min((step + 1) / (0.05 * steps), 0.55 + 0.45 * math.cos(math.pi * done)),
+            "learning_rate": 3e-4
+            * min((step + 1) / (0.05 * steps), 0.55 + 0.45 * math.cos(math.pi * done)),
             "tokens": 8192,
             "tokens_per_second": 8192 / 0.4,
             "seconds": 0.4,
@@ -148,16 +178,29 @@ def interval(key: str, value: float, low: float, high: float) -> dict:
 
 def scores(name: str) -> dict:
     if name == "reward":
-        by_task = {task: {"accuracy": 0.66 + 0.05 * i, "n": 40 + i} for i, task in enumerate(CHANCE)}
-        whole = interval("test_pair_accuracy", 0.783, 0.722, 0.833) | interval("test_near_accuracy", 0.612, 0.54, 0.68)
+        by_task = {
+            task: {"accuracy": 0.66 + 0.05 * i, "n": 40 + i} for i, task in enumerate(CHANCE)
+        }
+        whole = interval("test_pair_accuracy", 0.783, 0.722, 0.833) | interval(
+            "test_near_accuracy", 0.612, 0.54, 0.68
+        )
         return whole | {"test_pair_accuracy_n": 212, "pair_accuracy_by_task": by_task}
     bits, accuracy = RESULTS[name]
-    reached = {task: min(1.0, max(c * 0.9, accuracy + 0.1 * i - 0.2)) for i, (task, c) in enumerate(CHANCE.items())}
+    reached = {
+        task: min(1.0, max(c * 0.9, accuracy + 0.1 * i - 0.2))
+        for i, (task, c) in enumerate(CHANCE.items())
+    }
     found = {"gzip_bits_per_byte": 2.214} | {
         **interval("bits_per_byte", bits, bits - 0.1, bits + 0.1),
-        "bits_per_byte_by_source": {"python code": bits - 0.2, "docstrings": bits + 0.3, "readme": bits + 0.1},
+        "bits_per_byte_by_source": {
+            "python code": bits - 0.2,
+            "docstrings": bits + 0.3,
+            "readme": bits + 0.1,
+        },
         "checked_accuracy": accuracy,
-        "checked_by_task": {task: {"accuracy": reached[task], "chance": CHANCE[task], "n": 100} for task in CHANCE},
+        "checked_by_task": {
+            task: {"accuracy": reached[task], "chance": CHANCE[task], "n": 100} for task in CHANCE
+        },
         "chance": 0.126,
         "gzip_bits_per_byte_by_source": {"python code": 2.1, "docstrings": 2.6, "readme": 2.8},
     }
@@ -199,17 +242,34 @@ def samples(name: str) -> list[dict]:
 
 def write_corpus(folder: Path) -> None:
     def reason(documents: int, text: str = "TABLE = [0x00, 0x01,\n         0x03, 0x04]") -> dict:
-        examples = [{"id": f"python/lib/x{i}.py", "excerpt": text, "why": "mean word length 1.7"} for i in range(3)]
+        examples = [
+            {"id": f"python/lib/x{i}.py", "excerpt": text, "why": "mean word length 1.7"}
+            for i in range(3)
+        ]
         return {"documents": documents, "bytes": documents * 2100, "examples": examples}
 
     def step(name: str, kept: int, reasons: dict, cut: bool = False) -> dict:
         dropped = 0 if cut else sum(found["documents"] for found in reasons.values())
         removed = sum(found["bytes"] for found in reasons.values())
-        sizes = {"kept": kept, "dropped": dropped, "kept_bytes": kept * 2800, "dropped_bytes": removed}
+        sizes = {
+            "kept": kept,
+            "dropped": dropped,
+            "kept_bytes": kept * 2800,
+            "dropped_bytes": removed,
+        }
         return {"name": name, **sizes, "reasons": reasons}
 
-    filters = {"too many symbols": reason(310), "repeated lines": reason(804), "too short": reason(1630, HOSTILE)}
-    weights = {"python code": (3100, 0.5), "docstrings": (1400, 0.2), "readme": (815, 0.25), "tasks": (2000, 0.05)}
+    filters = {
+        "too many symbols": reason(310),
+        "repeated lines": reason(804),
+        "too short": reason(1630, HOSTILE),
+    }
+    weights = {
+        "python code": (3100, 0.5),
+        "docstrings": (1400, 0.2),
+        "readme": (815, 0.25),
+        "tasks": (2000, 0.05),
+    }
     sources = {
         name: {
             "documents": n - n // 50,
@@ -234,7 +294,9 @@ def write_corpus(folder: Path) -> None:
             step("filter", 6226, filters),
             step("exact", 6226 + 2000 - 412, {"exact duplicate": reason(412)}),
             step("near", 5315, {"near-duplicate": reason(499)}),
-            step("paragraphs", 5315, {"repeated comment": reason(1290, "# Licensed under")}, cut=True),
+            step(
+                "paragraphs", 5315, {"repeated comment": reason(1290, "# Licensed under")}, cut=True
+            ),
         ],
         "sources": sources,
         "gzip_bits_per_byte": 2.214,
@@ -257,24 +319,43 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_tokens(folder: Path) -> None:
-    tokens = {"python code": 4_100_000, "docstrings": 900_000, "readme": 1_700_000, "tasks": 310_000}
-    dump(folder / "tokens.json", {s: {"tokens": n, "documents": n // 700, "bytes": 3 * n} for s, n in tokens.items()})
+    tokens = {
+        "python code": 4_100_000,
+        "docstrings": 900_000,
+        "readme": 1_700_000,
+        "tasks": 310_000,
+    }
+    dump(
+        folder / "tokens.json",
+        {s: {"tokens": n, "documents": n // 700, "bytes": 3 * n} for s, n in tokens.items()},
+    )
 
 
 def write_instruct(folder: Path) -> None:
     kinds = [("repurpose", "docstring", 1400), *(("program", task, 300) for task in CHANCE)]
     records = [
         {
-            "messages": [{"role": "user", "content": f"{task} {i}?"}, {"role": "assistant", "content": f"Answer {i}"}],
+            "messages": [
+                {"role": "user", "content": f"{task} {i}?"},
+                {"role": "assistant", "content": f"Answer {i}"},
+            ],
             "origin": {"method": method, "task": task, "seed": i, "parents": []},
         }
         for method, task, n in [*kinds, ("rejection", "addition", 12)]
         for i in range(n)
     ]
     dump_lines(folder / "demonstrations.jsonl", records)
-    dump_lines(folder / "prompts.jsonl", [{"prompt": r["messages"][:1], "origin": r["origin"]} for r in records[::3]])
-    rates = {task: {"samples": 100, "correct": 10 * i, "rate": 0.1 * i} for i, task in enumerate(CHANCE)}
-    dump(folder / "instruct.json", {"acceptance": {"samples": 500, "correct": 100, "rate": 0.2, "by_task": rates}})
+    dump_lines(
+        folder / "prompts.jsonl",
+        [{"prompt": r["messages"][:1], "origin": r["origin"]} for r in records[::3]],
+    )
+    rates = {
+        task: {"samples": 100, "correct": 10 * i, "rate": 0.1 * i} for i, task in enumerate(CHANCE)
+    }
+    dump(
+        folder / "instruct.json",
+        {"acceptance": {"samples": 500, "correct": 100, "rate": 0.2, "by_task": rates}},
+    )
 
 
 def write_prefer(folder: Path) -> None:
@@ -295,7 +376,9 @@ def write_prefer(folder: Path) -> None:
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, the text, and whether every element that was opened was closed in turn."""
+    """Elements with their attributes, the text, and whether every element that was opened was
+    closed in turn.
+    """
 
     VOID = frozenset({"meta", "br", "img", "link", "input", "hr"})
 
@@ -327,7 +410,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
-    return write_report(build_run(tmp_path_factory.mktemp("runs") / "tiny")).read_text(encoding="utf-8")
+    return write_report(build_run(tmp_path_factory.mktemp("runs") / "tiny")).read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +424,9 @@ def test_every_section_is_there_and_closed(page, source):
     assert page.open == []
     ids = {attributes.get("id") for _, attributes in page.elements}
     assert ids.issuperset(SECTIONS)
-    assert {a["href"] for tag, a in page.elements if tag == "a"} == {f"#{name}" for name in SECTIONS}
+    assert {a["href"] for tag, a in page.elements if tag == "a"} == {
+        f"#{name}" for name in SECTIONS
+    }
     assert len(source.encode()) < 2_000_000
 
 
@@ -358,7 +445,9 @@ def test_headlines_and_scores_are_shown(page):
 def test_each_stage_stands_beside_its_own_start_and_cooling_beside_it(page):
     shown = re.sub(r"\s+", " ", page.text)
     assert "sft at 0.9, on itself +3.3 (+2.1 to +4.5) dpo, on sft +8.0 (+6.0 to +10.0)" in shown
-    assert "online-dpo, on sft +14.0 (+12.0 to +16.0)+0.8 (−0.4 to +2.0)+3.1 (+1.2 to +5.0)" in shown
+    assert (
+        "online-dpo, on sft +14.0 (+12.0 to +16.0)+0.8 (−0.4 to +2.0)+3.1 (+1.2 to +5.0)" in shown
+    )
     assert "+14.0 better" in shown  # online-dpo's checked accuracy against sft's, not against dpo's
 
 
@@ -367,7 +456,10 @@ def test_being_surer_alone_is_no_gain(tmp_path, gain, good):
     """At temperature 1 a stage must gain more than cooler sampling does."""
     folder = build_run(tmp_path / "tiny")
     changed = scores("online-dpo") | interval("test_gain", 0.0, -0.01, 0.01)
-    dump(folder / "evaluate-online-dpo/scores.json", changed | interval("test_sampled_gain", gain, gain - 0.03, 0.1))
+    dump(
+        folder / "evaluate-online-dpo/scores.json",
+        changed | interval("test_sampled_gain", gain, gain - 0.03, 0.1),
+    )
     text = Page(write_report(folder).read_text(encoding="utf-8")).text
     assert ("✓ sft clearly above" in text) == good
 
@@ -383,14 +475,26 @@ def test_a_number_that_does_not_move_is_told(tmp_path):
 
 
 def test_steps_account_for_documents_that_join_later(page):
-    assert page.text.count("2,000 join here") == 2  # at exact deduplication, and in the finished corpus
+    assert (
+        page.text.count("2,000 join here") == 2
+    )  # at exact deduplication, and in the finished corpus
     assert page.text.count("2,000 pass by") == 1  # near deduplication
     assert "499 documents dropped" in page.text
 
 
 def test_nothing_is_loaded_from_elsewhere(page, source):
     for tag, attributes in page.elements:
-        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "image", "use", "base"}
+        assert tag not in {
+            "script",
+            "link",
+            "img",
+            "iframe",
+            "object",
+            "embed",
+            "image",
+            "use",
+            "base",
+        }
         assert not {"src", "srcset", "poster", "action", "data"}.intersection(attributes)
         assert all(not name.startswith("on") for name in attributes)
         assert attributes.get("href", "#").startswith("#")
@@ -414,7 +518,8 @@ def test_long_answers_are_cut_and_say_so(page):
 def test_a_large_run_stays_small(tmp_path):
     folder = build_run(tmp_path / "tiny")
     dump_lines(
-        folder / "pretrain/metrics.jsonl", [record | {"step": i} for i, record in enumerate(metrics("sft") * 50)]
+        folder / "pretrain/metrics.jsonl",
+        [record | {"step": i} for i, record in enumerate(metrics("sft") * 50)],
     )
     many = [{"prompt": f"{i} " * 5000, "answer": "<&> " * 5000, "kind": "chat"} for i in range(60)]
     for name in RESULTS:
@@ -468,7 +573,9 @@ def test_tokens_and_speed_are_of_the_whole_stage(page):
 
 
 def test_reused_and_stale_stages_are_told(tmp_path):
-    folder = build_run(tmp_path / "tiny", "extend", {"recipe": "tiny", "reused": ["corpus", "tokenizer"]})
+    folder = build_run(
+        tmp_path / "tiny", "extend", {"recipe": "tiny", "reused": ["corpus", "tokenizer"]}
+    )
     changed = manifest("tokens") | {"digest": digest("another")}
     dump(folder / "tokens/manifest.json", changed)
     run = load_run(folder)
@@ -487,4 +594,6 @@ def test_reused_and_stale_stages_are_told(tmp_path):
 def test_stages_come_after_what_they_are_made_from(tmp_path):
     run = load_run(build_run(tmp_path / "tiny"))
     names = [stage.name for stage in run.stages]
-    assert all(names.index(i) < names.index(stage.name) for stage in run.stages for i in stage.inputs)
+    assert all(
+        names.index(i) < names.index(stage.name) for stage in run.stages for i in stage.inputs
+    )

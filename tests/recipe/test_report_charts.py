@@ -32,7 +32,9 @@ def test_smoothing_is_a_centred_mean():
     np.testing.assert_allclose(smooth[-1], values[-11:].mean())
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (1.93, 8.31), (-0.4, 1.7), (1, 1500), (3e-5, 3e-4), (5, 5)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (1.93, 8.31), (-0.4, 1.7), (1, 1500), (3e-5, 3e-4), (5, 5)]
+)
 def test_ticks_are_few_even_and_inside(low, high):
     marks = ticks(low, high)
     assert 1 <= len(marks) <= 6
@@ -41,7 +43,9 @@ def test_ticks_are_few_even_and_inside(low, high):
         np.testing.assert_allclose(np.diff(marks), marks[1] - marks[0])
 
 
-@pytest.mark.parametrize("values", [[], [1.0], [2.0] * 5, [math.nan] * 3, [1e-9, 2e-9], [1e12, -1e12]])
+@pytest.mark.parametrize(
+    "values", [[], [1.0], [2.0] * 5, [math.nan] * 3, [1e-9, 2e-9], [1e12, -1e12]]
+)
 def test_charts_survive_degenerate_curves(values):
     chart = line_chart(list(range(len(values))), {"smooth": values}, "a <title>")
     drawn = environment().get_template("charts.html.j2").module.line_chart(chart)
@@ -55,4 +59,9 @@ def test_texts_and_numbers():
     assert shortened("abcdef", 4) == ("abcd", "cut: 4 of 6 characters")
     assert [count(n) for n in (0, 9999, 12_345, 4_100_000)] == ["0", "9,999", "12.3k", "4.1M"]
     assert [size(n) for n in (12, 1500, 21_400_000)] == ["12\u202fB", "1.5\u202fkB", "21.4\u202fMB"]
-    assert [number(n) for n in (1.23456, 0.00012, None, math.nan)] == ["1.235", "1.2e-4", "–", "nan"]
+    assert [number(n) for n in (1.23456, 0.00012, None, math.nan)] == [
+        "1.235",
+        "1.2e-4",
+        "–",
+        "nan",
+    ]

@@ -11,7 +11,9 @@ def test_the_load_of_experts_is_drawn(tmp_path):
     stage.mkdir(parents=True)
     (stage / "manifest.json").write_text(json.dumps({"stage": "pretrain", "digest": "ab" * 32}))
     step = {"step": 0, "loss": 2.0, "tokens": 512, "seconds": 0.5, "load_entropy": 0.93}
-    (stage / "metrics.jsonl").write_text("".join(json.dumps(step | {"step": n}) + "\n" for n in range(9)))
+    (stage / "metrics.jsonl").write_text(
+        "".join(json.dumps(step | {"step": n}) + "\n" for n in range(9))
+    )
     record = {"tokens": 512, "layers": [0, 2], "load": [[1.0, 0.0, 2.5, 0.5], [1.0, 1.0, 1.0, 1.0]]}
     (stage / "experts.json").write_text(json.dumps(record))
     page = write_report(tmp_path / "run").read_text(encoding="utf-8")

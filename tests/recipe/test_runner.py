@@ -19,8 +19,12 @@ def manifests() -> dict[str, dict]:
 
 
 def snapshot() -> dict[str, tuple]:
-    """Every file under the run folder, with its size and time of change; but what every run writes."""
-    paths = [path for path in RUN.rglob("*") if path.name not in (".lock", "run.json", "report.html")]
+    """Every file under the run folder, with its size and time of change; but what every run
+    writes.
+    """
+    paths = [
+        path for path in RUN.rglob("*") if path.name not in (".lock", "run.json", "report.html")
+    ]
     return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in paths}
 
 
@@ -31,7 +35,9 @@ def test_first_run_makes_all_and_tells_results(call):
     assert "loss 0.1235" in call.out
     assert "openqwen chat runs/tiny/learn" in call.out
     made = manifests()
-    assert made["learn"]["inputs"] == {"corpus": {"stage": "corpus", "digest": made["corpus"]["digest"]}}
+    assert made["learn"]["inputs"] == {
+        "corpus": {"stage": "corpus", "digest": made["corpus"]["digest"]}
+    }
     assert made["corpus"]["files"]["sub/text.txt"]["bytes"] == 500
     assert made["learn"]["seed"] == 1
     assert made["online-score"]["metrics"] == {"bits_per_byte": None}
@@ -69,7 +75,9 @@ def test_seed_reruns_everything(call):
 
 
 def test_identical_rebuild_upstream_reruns_nothing_downstream(call):
-    """A new field value that leaves the bytes as they were: later stages depend on content, not on history."""
+    """A new field value that leaves the bytes as they were: later stages depend on content, not on
+    history.
+    """
     call("run", "tiny.yaml")
     call("run", "tiny.yaml", "--corpus.weights.prose", "0.5")
     assert call.ran == ["corpus"]
@@ -89,7 +97,10 @@ def test_other_code_is_told_but_reused(call, monkeypatch):
     monkeypatch.setattr("openqwen.recipe.runner.code_digest", lambda: "other")
     call("run", "tiny.yaml")
     assert call.ran == []
-    assert "Made by other code: corpus, learn, online-score (--from corpus makes them anew)." in call.out
+    assert (
+        "Made by other code: corpus, learn, online-score (--from corpus makes them anew)."
+        in call.out
+    )
 
 
 def test_content_of_an_outside_folder_counts(call):
@@ -197,7 +208,9 @@ def test_a_folder_where_a_link_goes(call):
 
 def test_stages_that_train_can_be_told_to_other_ranks():
     stages = {node.stage.name: node.stage for node in nodes_of(recipe_class()())}
-    told = {name: pickle.loads(pickle.dumps(s.run)) for name, s in stages.items() if s.trains_on_ranks}
+    told = {
+        name: pickle.loads(pickle.dumps(s.run)) for name, s in stages.items() if s.trains_on_ranks
+    }
     assert set(told) == {"pretrain", "extend", "sft", "reward", "dpo", "online-dpo"}
     assert all(callable(run) for run in told.values())
 

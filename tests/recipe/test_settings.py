@@ -33,7 +33,10 @@ def test_empty_file_and_merge_keys(load):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("learn:\n  train:\n    stepz: 3", ["no key 'learn.train.stepz'", "Did you mean 'steps'", "r.yaml:3"]),
+        (
+            "learn:\n  train:\n    stepz: 3",
+            ["no key 'learn.train.stepz'", "Did you mean 'steps'", "r.yaml:3"],
+        ),
         ("lern: {}", ["no key 'lern'", "'learn'", "r.yaml:1"]),
         ("online-score: {}", ["Did you mean 'online_score'"]),
         ("learn: {qqq: 1}", ["no key 'learn.qqq'", "Known here: train"]),
@@ -70,7 +73,10 @@ def test_bare_names_are_found(tmp_path, monkeypatch):
 
 
 def test_overrides_stand_over_yaml(call):
-    assert call("run", "tiny.yaml", "--learn.train.learning_rate=5e-4", "--seed", "7", "--output", "x") == 0
+    assert (
+        call("run", "tiny.yaml", "--learn.train.learning_rate=5e-4", "--seed", "7", "--output", "x")
+        == 0
+    )
     manifest = Path("x/learn/manifest.json").read_text()
     assert '"learning_rate": 0.0005' in manifest
     assert '"seed": 7' in manifest
@@ -82,7 +88,11 @@ def test_overrides_stand_over_yaml(call):
         (["--learn.train.stepz", "3"], 1, "Did you mean '--learn.train.steps'"),
         (["--learning-rate", "3"], 1, "no flag '--learning-rate'"),
         (["--untill", "corpus"], 1, "Did you mean '--until'"),
-        (["--learn.train.steps", "0"], 1, "learn.train.steps is 0, but it should be greater than 0"),
+        (
+            ["--learn.train.steps", "0"],
+            1,
+            "learn.train.steps is 0, but it should be greater than 0",
+        ),
         (["--learn.train.steps", "many"], 2, "--learn.train.steps"),
         (["extra"], 1, "Unexpected argument 'extra'."),
         (["untl", "learn"], 1, "Unexpected argument 'untl'. Did you mean '--until'?"),
@@ -97,7 +107,12 @@ def test_bad_flags(call, arguments, status, told):
 
 def test_help_shows_every_field_with_the_recipe_s_value(call):
     assert call("run", "tiny.yaml", "--help") == 0
-    for text in ("--learn.train.learning-rate FLOAT", "Peak learning rate. (default: 0.001)", "--from STAGE", "--seed"):
+    for text in (
+        "--learn.train.learning-rate FLOAT",
+        "Peak learning rate. (default: 0.001)",
+        "--from STAGE",
+        "--seed",
+    ):
         assert text in call.out
     assert call("run", "--help") == 0
     assert "--corpus.folder" in call.out

@@ -52,7 +52,11 @@ def test_gains_are_on_the_own_start_at_equal_temperature(tmp_path, monkeypatch):
     for name, right in models.items():
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "manifest.json", {"stage": name})
-        start = {} if name == "evaluate-sft" else {"start": tmp_path / "evaluate-sft", "reward": tmp_path}
+        start = (
+            {}
+            if name == "evaluate-sft"
+            else {"start": tmp_path / "evaluate-sft", "reward": tmp_path}
+        )
         work = StageRun(config, start, tmp_path / name, tmp_path, 1, name)
         found[name] = evaluation._test(Scripted(right), config, work)
     sft, dpo = found.values()
@@ -72,9 +76,14 @@ def test_the_vocabulary_sees_every_source_of_the_mixture(tmp_path):
     draw = random.Random(0)
     words = [f"word{''.join(draw.choices('abcdefghij', k=6))}" for _ in range(2000)]
     documents = [
-        {"id": f"code/{i:05}", "text": " ".join(draw.choices(words, k=40)), "source": "code"} for i in range(1000)
+        {"id": f"code/{i:05}", "text": " ".join(draw.choices(words, k=40)), "source": "code"}
+        for i in range(1000)
     ] + [
-        {"id": f"tasks/{i:05}", "text": "Question: lighthouse? Answer: lighthouse", "source": "tasks"}
+        {
+            "id": f"tasks/{i:05}",
+            "text": "Question: lighthouse? Answer: lighthouse",
+            "source": "tasks",
+        }
         for i in range(200)
     ]
     documents = [{**document, "language": "en", "meta": {}} for document in documents]
@@ -92,7 +101,9 @@ def test_the_vocabulary_sees_every_source_of_the_mixture(tmp_path):
     def train(name, **settings):
         (tmp_path / name).mkdir()
         config = TokenizerConfig(vocabulary=500, max_bytes=10_000, **settings)
-        run_tokenizer(StageRun(config, {"corpus": corpus}, tmp_path / name, tmp_path, 1, "tokenizer"))
+        run_tokenizer(
+            StageRun(config, {"corpus": corpus}, tmp_path / name, tmp_path, 1, "tokenizer")
+        )
         return load_tokenizer(tmp_path / name)
 
     assert len(train("a").encode(" lighthouse")) == len(train("b").encode(" lighthouse")) == 1

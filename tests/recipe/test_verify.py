@@ -13,7 +13,11 @@ from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train import state
 from openqwen.train.losses import Loss, next_token
 
-CHATS = [[("Say one.", "one"), ("Again.", "one one")], [("What is two and two?", "It is four.")], [("Hi", "Hello!")]]
+CHATS = [
+    [("Say one.", "one"), ("Again.", "one one")],
+    [("What is two and two?", "It is four.")],
+    [("Hi", "Hello!")],
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +25,34 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
     texts = [text for chat in CHATS for turn in chat for text in turn] * 3
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocabulary=300))
-    model = Qwen2(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True))
+    model = Qwen2(
+        ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True)
+    )
     initialize(model, torch.Generator().manual_seed(1))
     save_checkpoint(model, tokenizer, folder / "model")
     with open(folder / "d.jsonl", "w") as file:
         for chat in CHATS:
-            roles = [m for q, a in chat for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+            roles = [
+                m
+                for q, a in chat
+                for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})
+            ]
             file.write(json.dumps({"messages": roles}) + "\n")
     return folder
 
 
 def run(place):
-    return main(["verify", "--model", str(place / "model"), "--data", str(place / "d.jsonl"), "--ranks", "0"])
+    return main(
+        [
+            "verify",
+            "--model",
+            str(place / "model"),
+            "--data",
+            str(place / "d.jsonl"),
+            "--ranks",
+            "0",
+        ]
+    )
 
 
 def test_every_proof_holds(place, capsys):

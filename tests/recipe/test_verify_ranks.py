@@ -13,7 +13,9 @@ from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 
 
 def network(seed):
-    model = Qwen2(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True))
+    model = Qwen2(
+        ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True)
+    )
     initialize(model, torch.Generator().manual_seed(seed))
     return model
 
@@ -21,8 +23,15 @@ def network(seed):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
-    save_checkpoint(network(1), train_tokenizer(["one two"] * 9, TokenizerConfig(vocabulary=300)), folder / "model")
-    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": "one two"}] for q in ("one", "two", "a")]
+    save_checkpoint(
+        network(1),
+        train_tokenizer(["one two"] * 9, TokenizerConfig(vocabulary=300)),
+        folder / "model",
+    )
+    turns = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": "one two"}]
+        for q in ("one", "two", "a")
+    ]
     (folder / "d.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in turns))
     return folder
 

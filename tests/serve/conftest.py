@@ -12,7 +12,9 @@ from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_tokenizer([topics[name] for name in sorted(topics)[:40]], TokenizerConfig(vocabulary=600))
+    return train_tokenizer(
+        [topics[name] for name in sorted(topics)[:40]], TokenizerConfig(vocabulary=600)
+    )
 
 
 @pytest.fixture(scope="session")

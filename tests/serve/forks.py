@@ -1,4 +1,6 @@
-"""`openqwen` in processes of their own that begin with everything imported: seconds of importing are saved for each."""
+"""`openqwen` in processes of their own that begin with everything imported: seconds of importing
+are saved for each.
+"""
 
 import fcntl
 import multiprocessing
@@ -10,18 +12,25 @@ import termios
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["openqwen.cli", "openqwen.serve.server", "openqwen.serve.terminal"])
+_CONTEXT.set_forkserver_preload(
+    ["openqwen.cli", "openqwen.serve.server", "openqwen.serve.terminal"]
+)
 
 
 class Fork:
     """As much of a `subprocess.Popen` of `openqwen ARGUMENTS` as the tests use."""
 
     def __init__(self, arguments, environment, inside, outside):
-        """inside: the file to read from, None for nothing; a terminal becomes its own. outside: to write to."""
+        """inside: the file to read from, None for nothing; a terminal becomes its own. outside: to
+        write to.
+        """
         files = [
-            None if file is None else multiprocessing.connection.Connection(os.dup(file)) for file in (inside, outside)
+            None if file is None else multiprocessing.connection.Connection(os.dup(file))
+            for file in (inside, outside)
         ]
-        self._process = _CONTEXT.Process(target=_begin, args=(list(arguments), environment, *files), daemon=True)
+        self._process = _CONTEXT.Process(
+            target=_begin, args=(list(arguments), environment, *files), daemon=True
+        )
         self._process.start()
         self.pid = self._process.pid
 
@@ -53,7 +62,9 @@ def _begin(arguments, environment, inside, outside):
     for number in (1, 2):
         os.dup2(outside.fileno(), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, "utf-8") for number in (1, 2))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background has it ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a suite that runs in the background has it ignored
     from openqwen.cli import main
 
     sys.exit(main(arguments))

@@ -22,7 +22,14 @@ CONTEXT = 1024
 
 def save(kind, folder, tokenizer, seed):
     config = ModelConfig(
-        tokenizer.vocab_size, 32, 48, 2, 4, 2, max_position_embeddings=CONTEXT, tie_word_embeddings=True
+        tokenizer.vocab_size,
+        32,
+        48,
+        2,
+        4,
+        2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
     )
     model = kind(config)
     initialize(model, torch.Generator().manual_seed(seed))
@@ -34,13 +41,19 @@ def save(kind, folder, tokenizer, seed):
 
 
 class Server:
-    """A running `openqwen serve`, ended by its process id. forked: begun with all imported; else by its command."""
+    """A running `openqwen serve`, ended by its process id. forked: begun with all imported; else by
+    its command.
+    """
 
     def __init__(self, *arguments, forked=True, **environment):
         port = () if "--port" in arguments else ("--port", "0")
         words = ["serve", *map(str, (*arguments, *port))]
         source = str(Path(__file__).parents[2] / "src")
-        variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source, "COLUMNS": "500"} | environment
+        variables = (
+            os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source, "COLUMNS": "500"}
+            | environment
+        )
         self._output, written = os.pipe()
         os.set_blocking(self._output, False)
         if forked:
@@ -65,11 +78,17 @@ class Server:
         raise AssertionError(f"the server did not start:\n{self.log}")
 
     def client(self, key="none", **options):
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options
+        )
 
     def metric(self, name):
         text = self.http.get("/metrics").text
-        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}[{{ ]", line))
+        return sum(
+            float(line.rpartition(" ")[2])
+            for line in text.splitlines()
+            if re.match(rf"{name}[{{ ]", line)
+        )
 
     def settles(self, name, value, seconds=30):
         """Whether a metric comes to a value, or to where a function of it is true."""

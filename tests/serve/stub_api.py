@@ -1,4 +1,6 @@
-"""A small server for tests of the chat page: the page's files, and OpenAI's protocol with answers made to order."""
+"""A small server for tests of the chat page: the page's files, and OpenAI's protocol with answers
+made to order.
+"""
 
 import json
 import threading
@@ -10,7 +12,12 @@ from typing import Any
 import openqwen.serve
 
 PAGE = Path(openqwen.serve.__file__).parent / "page"
-KINDS = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+KINDS = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -18,11 +25,12 @@ POLICY = (
 
 
 class Stub(ThreadingHTTPServer):
-    """`answers`: what to say, one a request, each a text, a dict (a delta), or a list of pieces; the last one repeats.
+    """`answers`: what to say, one a request, each a text, a dict (a delta), or a list of pieces;
+    the last one repeats.
 
-    `refusals`: (status, message or whole error, headers) to give instead, one a request.
-    `pause`: seconds between pieces.
-    `cut`: end the stream without saying so after so many pieces. `seen`: bodies of the requests for answers.
+    `refusals`: (status, message or whole error, headers) to give instead, one a request. `pause`:
+    seconds between pieces. `cut`: end the stream without saying so after so many pieces. `seen`:
+    bodies of the requests for answers.
     """
 
     daemon_threads = True
@@ -56,7 +64,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.endswith("/models"):
             names = ["other"] if self.path.startswith("/reference") else ["tiny", "reference"]
             if self._allowed():
-                self._json({"data": [{"id": name, "object": "model", "max_model_len": 4096} for name in names]})
+                self._json(
+                    {
+                        "data": [
+                            {"id": name, "object": "model", "max_model_len": 4096} for name in names
+                        ]
+                    }
+                )
             return
         file = PAGE / (self.path.split("?")[0].strip("/") or "index.html")
         if file.parent != PAGE or not file.is_file():
@@ -75,7 +89,9 @@ class Handler(BaseHTTPRequestHandler):
             if not self.server.renders:
                 self._json({"error": {"message": "Not Found"}}, 404)
                 return
-            turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in body["messages"])
+            turns = "".join(
+                f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in body["messages"]
+            )
             self._json({"prompt": f"{turns}<|im_start|>assistant\n"})
             return
         self.server.seen.append(body)
@@ -104,7 +120,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         said = self.server.next()
-        pieces = said if isinstance(said, list) else [said] if isinstance(said, dict) else list(split(said))
+        pieces = (
+            said
+            if isinstance(said, list)
+            else [said]
+            if isinstance(said, dict)
+            else list(split(said))
+        )
         self._event(delta={"role": "assistant", "content": None})
         reason = "stop"
         for number, piece in enumerate(pieces):
@@ -115,17 +137,31 @@ class Handler(BaseHTTPRequestHandler):
             probabilities = None
             if body.get("logprobs"):
                 top = [{"token": piece, "logprob": -0.2}, {"token": " else", "logprob": -2.0}]
-                probabilities = {"content": [{"token": piece, "logprob": -0.2, "top_logprobs": top}]}
+                probabilities = {
+                    "content": [{"token": piece, "logprob": -0.2, "top_logprobs": top}]
+                }
             self._event(delta=delta, logprobs=probabilities)
             time.sleep(self.server.pause)
         self._event(delta={}, finish=reason)
-        usage = {"prompt_tokens": 11, "completion_tokens": len(pieces), "total_tokens": 11 + len(pieces)}
+        usage = {
+            "prompt_tokens": 11,
+            "completion_tokens": len(pieces),
+            "total_tokens": 11 + len(pieces),
+        }
         self._write({"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
         self.close_connection = True
 
-    def _event(self, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None) -> None:
-        self._write({"choices": [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]})
+    def _event(
+        self, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None
+    ) -> None:
+        self._write(
+            {
+                "choices": [
+                    {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+                ]
+            }
+        )
 
     def _write(self, chunk: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps({'id': 'chatcmpl-1', **chunk})}\n\n".encode())
@@ -136,7 +172,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, data: bytes, kind: str, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(data)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)

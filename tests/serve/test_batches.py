@@ -21,7 +21,9 @@ def lines(count, **body):
 
 def begin(client, content, endpoint="/v1/chat/completions"):
     file = client.files.create(file=("in.jsonl", content), purpose="batch")
-    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"a": "b"})
+    return client.batches.create(
+        input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"a": "b"}
+    )
 
 
 def ended(client, batch, seconds=60):
@@ -49,7 +51,12 @@ def test_files(client):
 
 
 def test_a_batch(client):
-    content = lines(12) + lines(1, max_tokens=-1) + b"no json\n" + lines(1).replace(b"chat/completions", b"other")
+    content = (
+        lines(12)
+        + lines(1, max_tokens=-1)
+        + b"no json\n"
+        + lines(1).replace(b"chat/completions", b"other")
+    )
     batch = ended(client, begin(client, content))
     assert (batch.status, batch.metadata) == ("completed", {"a": "b"})
     counts = batch.request_counts
@@ -57,7 +64,10 @@ def test_a_batch(client):
     output = read(client, batch.output_file_id)
     assert [entry["custom_id"] for entry in output] == [f"r{n}" for n in range(12)]
     assert all(entry["response"]["body"]["usage"]["completion_tokens"] == 4 for entry in output)
-    assert len({entry["response"]["body"]["choices"][0]["message"]["content"] for entry in output}) == 1
+    assert (
+        len({entry["response"]["body"]["choices"][0]["message"]["content"] for entry in output})
+        == 1
+    )
     faults = read(client, batch.error_file_id)
     assert [entry["response"]["status_code"] for entry in faults] == [400] * 3
     assert all(entry["response"]["body"]["error"]["message"] for entry in faults)
@@ -82,14 +92,21 @@ def test_others_go_first_and_a_batch_can_be_stopped(client):
 
 def test_nonsense(client, server):
     with pytest.raises(openai.NotFoundError):
-        client.batches.create(input_file_id="file-1", endpoint="/v1/completions", completion_window="24h")
+        client.batches.create(
+            input_file_id="file-1", endpoint="/v1/completions", completion_window="24h"
+        )
     with pytest.raises(openai.NotFoundError):
         client.batches.retrieve("batch-1")
     file = client.files.create(file=b"\n\n", purpose="batch")
     with pytest.raises(openai.BadRequestError):
-        client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+        client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
     for kind in ("multipart/form-data", "multipart/form-data; boundary=y", "application/json", "x"):
-        assert server.http.post("/v1/files", content=b"x", headers={"content-type": kind}).status_code == 400
+        assert (
+            server.http.post("/v1/files", content=b"x", headers={"content-type": kind}).status_code
+            == 400
+        )
     assert server.http.post("/v1/files", content=b"x").status_code == 400
 
 
@@ -103,7 +120,10 @@ def test_a_batch_survives_a_kill(start, tiny, tmp_path):
     server.stop(signal.SIGKILL)
     (partial,) = folder.glob("*.done")
     partial.write_bytes(partial.read_bytes()[:-20])  # the last line was being written
-    before = {entry["id"] for entry in map(json.loads, filter(None, partial.read_bytes().splitlines()[:-1]))}
+    before = {
+        entry["id"]
+        for entry in map(json.loads, filter(None, partial.read_bytes().splitlines()[:-1]))
+    }
     client = start(tiny, "--data", folder).client()
     batch = ended(client, batch)
     assert (batch.request_counts.completed, batch.request_counts.failed) == (60, 0)

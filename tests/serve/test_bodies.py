@@ -1,4 +1,6 @@
-"""What stands around a request: bodies that are no JSON, types, compression, names of hosts, ids, HEAD."""
+"""What stands around a request: bodies that are no JSON, types, compression, names of hosts, ids,
+HEAD.
+"""
 
 import gzip
 import json
@@ -30,13 +32,17 @@ PATHS = (
 @pytest.mark.parametrize("name", BAD)
 def test_bad_json_is_a_400_that_says_why(server, name):
     for path in PATHS:
-        answer = server.http.post(path, content=BAD[name], headers={"content-type": "application/json"})
+        answer = server.http.post(
+            path, content=BAD[name], headers={"content-type": "application/json"}
+        )
         message = told(answer, 400)["message"]
         assert message.startswith("The body ")
         assert "codec" not in message
 
 
-@pytest.mark.parametrize("arguments", ["1" * 5000, "[" * 5000, "[" * 400 + "]" * 400, '{"a": ' * 300 + "1" + "}" * 300])
+@pytest.mark.parametrize(
+    "arguments", ["1" * 5000, "[" * 5000, "[" * 400 + "]" * 400, '{"a": ' * 300 + "1" + "}" * 300]
+)
 def test_arguments_of_calls_in_a_conversation_give_no_5xx(server, arguments):
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [
@@ -50,10 +56,14 @@ def test_arguments_of_calls_in_a_conversation_give_no_5xx(server, arguments):
 
 def test_halves_of_surrogate_pairs_and_large_integers_come_back(server):
     half = b'{"messages": [{"role": "user", "content": "a\\ud83d \\\\ud83d \\ud83d\\ude00"}]}'
-    answer = server.http.post("/apply-template", content=half, headers={"content-type": "application/json"})
+    answer = server.http.post(
+        "/apply-template", content=half, headers={"content-type": "application/json"}
+    )
     assert "a\ufffd \\ud83d \U0001f600" in answer.json()["prompt"]
     tool = {"type": "function", "name": "f", "parameters": {"type": "object", "maximum": 10**30}}
-    answer = server.http.post("/v1/responses", json={"input": "x", "max_output_tokens": 1, "tools": [tool]})
+    answer = server.http.post(
+        "/v1/responses", json={"input": "x", "max_output_tokens": 1, "tools": [tool]}
+    )
     assert answer.json()["tools"][0]["parameters"]["maximum"] == 10**30
 
 
@@ -61,12 +71,19 @@ def test_types_of_content(server):
     body, path = json.dumps(CHAT), "/v1/chat/completions"
     assert server.http.post(path, content=body).status_code == 200
     for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"):
-        assert server.http.post(path, content=body, headers={"content-type": kind}).status_code == 200
+        assert (
+            server.http.post(path, content=body, headers={"content-type": kind}).status_code == 200
+        )
     error = told(server.http.post(path, content=body, headers={"content-type": "text/plain"}), 400)
     assert "text/plain" in error["message"]
     assert "application/json" in error["message"]
     # A page of another origin can send a body without a type unasked.
-    assert "missing" in told(server.http.post(path, content=body, headers={"origin": "http://evil"}), 400)["message"]
+    assert (
+        "missing"
+        in told(server.http.post(path, content=body, headers={"origin": "http://evil"}), 400)[
+            "message"
+        ]
+    )
     packed = {"content-type": "application/json", "content-encoding": "gzip"}
     error = told(server.http.post(path, content=gzip.compress(body.encode()), headers=packed), 400)
     assert "compressed (gzip)" in error["message"]
@@ -119,7 +136,10 @@ def test_too_long_is_said_in_openais_words(server):
     ):
         error = told(server.http.post(path, json=body), 400)
         assert error["code"] == "context_length_exceeded"
-        begun = f"This model's maximum context length is 1024 tokens. However, your {field} resulted in "
+        begun = (
+            f"This model's maximum context length is 1024 tokens. However, your {field} resulted "
+            "in "
+        )
         assert error["message"].startswith(begun)
         assert error["code"] in error["message"]  # for clients that read the text alone
 
@@ -139,13 +159,19 @@ def test_names_of_files_and_forms_within_forms(server, client):
     assert client.files.create(file=("é日.jsonl", b"{}"), purpose="batch").filename == "é日.jsonl"
     inner = b"--y\r\n\r\nx\r\n--y--\r\n"
     parts = [
-        b'--x\r\nContent-Disposition: form-data; name="%s"\r\nContent-Type: multipart/mixed; boundary=y\r\n\r\n' % n
+        (
+            b'--x\r\nContent-Disposition: form-data; name="%s"\r\nContent-Type: multipart/mixed; '
+            b"boundary=y\r\n\r\n"
+        )
+        % n
         + inner
         for n in (b"file", b"purpose")
     ]
     headers = {"content-type": "multipart/form-data; boundary=x"}
     told(
-        server.http.post("/v1/files", content=b"\r\n".join([*parts, b"--x--\r\n"]), headers=headers),
+        server.http.post(
+            "/v1/files", content=b"\r\n".join([*parts, b"--x--\r\n"]), headers=headers
+        ),
         400,
     )
     assert server.http.get("/v1/files").status_code == 200

@@ -1,4 +1,6 @@
-"""The engine's thread: no failure of it goes unnoticed, and a panic of a library fails one request alone."""
+"""The engine's thread: no failure of it goes unnoticed, and a panic of a library fails one request
+alone.
+"""
 
 import asyncio
 from types import SimpleNamespace
@@ -69,7 +71,9 @@ def test_a_panic_fails_its_request_and_the_end_of_the_thread_is_told(tmp_path):
 async def health(bridge):
     import httpx
 
-    api = SimpleNamespace(bridge=bridge, tokenizer=bridge.engine.tokenizer, adapters=[], names=["m"])
+    api = SimpleNamespace(
+        bridge=bridge, tokenizer=bridge.engine.tokenizer, adapters=[], names=["m"]
+    )
     for name in (
         "chat",
         "complete",

@@ -1,4 +1,6 @@
-"""/v1/completions and the smaller routes: completions, embeddings, models, tokenize, scores, health, metrics."""
+"""/v1/completions and the smaller routes: completions, embeddings, models, tokenize, scores,
+health, metrics.
+"""
 
 import base64
 import math
@@ -23,7 +25,10 @@ def test_a_completion(client):
     assert choice.finish_reason == "length"
     assert choice.text
     assert choice.logprobs is None
-    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (6, answer.usage.prompt_tokens + 6)
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        6,
+        answer.usage.prompt_tokens + 6,
+    )
 
 
 def test_sixteen_tokens_unless_told_otherwise(client):
@@ -66,8 +71,16 @@ def test_every_prompt_draws_its_own_unless_a_seed_is_given(client):
 def test_logprobs(client, most):
     choice = ask(client, logprobs=most).choices[0]
     told = choice.logprobs
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == 6
-    assert all(max(1, most - 1) <= len(top) <= most + 1 for top in told.top_logprobs)  # tokens may share a text
+    assert (
+        len(told.tokens)
+        == len(told.token_logprobs)
+        == len(told.top_logprobs)
+        == len(told.text_offset)
+        == 6
+    )
+    assert all(
+        max(1, most - 1) <= len(top) <= most + 1 for top in told.top_logprobs
+    )  # tokens may share a text
     assert all(token in top for token, top in zip(told.tokens, told.top_logprobs))
     assert told.text_offset[0] == 0
     assert "".join(told.tokens) == choice.text
@@ -77,21 +90,36 @@ def test_which_weights_made_each_token(client):
     choice = ask(client, extra_body={"return_token_ids": True}).choices[0]
     assert choice.token_versions == [0] * 6
     assert len(choice.token_ids) == 6
-    streamed = [c.choices[0] for c in ask(client, stream=True, extra_body={"return_token_ids": True})]
+    streamed = [
+        c.choices[0] for c in ask(client, stream=True, extra_body={"return_token_ids": True})
+    ]
     assert [i for c in streamed for i in c.token_ids] == choice.token_ids
 
 
 def test_penalties_biases_and_ends(server, client):
-    banned = server.http.post("/tokenize", json={"prompt": ask(client).choices[0].text}).json()["tokens"]
-    other = ask(client, logit_bias={str(i): -100 for i in banned}, extra_body={"return_token_ids": True}).choices[0]
-    assert not set(other.token_ids) & set(banned)
-    forced = ask(client, logit_bias={str(banned[0]): 100}, max_tokens=4, extra_body={"return_token_ids": True}).choices[
-        0
+    banned = server.http.post("/tokenize", json={"prompt": ask(client).choices[0].text}).json()[
+        "tokens"
     ]
+    other = ask(
+        client, logit_bias={str(i): -100 for i in banned}, extra_body={"return_token_ids": True}
+    ).choices[0]
+    assert not set(other.token_ids) & set(banned)
+    forced = ask(
+        client,
+        logit_bias={str(banned[0]): 100},
+        max_tokens=4,
+        extra_body={"return_token_ids": True},
+    ).choices[0]
     assert forced.token_ids == [banned[0]] * 4
-    ended = ask(client, logit_bias={str(banned[0]): 100}, extra_body={"stop_token_ids": [banned[0]]}).choices[0]
+    ended = ask(
+        client, logit_bias={str(banned[0]): 100}, extra_body={"stop_token_ids": [banned[0]]}
+    ).choices[0]
     assert (ended.text, ended.finish_reason) == ("", "stop")
-    many = {"presence_penalty": 2.0, "frequency_penalty": 2.0, "extra_body": {"repetition_penalty": 1.3, "min_p": 0.01}}
+    many = {
+        "presence_penalty": 2.0,
+        "frequency_penalty": 2.0,
+        "extra_body": {"repetition_penalty": 1.3, "min_p": 0.01},
+    }
     assert ask(client, temperature=1, top_p=0.9, **many).choices[0].finish_reason
 
 
@@ -104,7 +132,9 @@ def test_embeddings(server, client):
     assert vectors[0] == pytest.approx(vectors[2], abs=1e-5)
     assert vectors[0] != pytest.approx(vectors[1], abs=1e-2)
     assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
-    raw = server.http.post("/v1/embeddings", json={"input": "one text", "encoding_format": "base64"}).json()
+    raw = server.http.post(
+        "/v1/embeddings", json={"input": "one text", "encoding_format": "base64"}
+    ).json()
     packed = base64.b64decode(raw["data"][0]["embedding"])
     assert struct.unpack(f"<{len(packed) // 4}f", packed) == pytest.approx(vectors[0], abs=1e-5)
     short = client.embeddings.create(model="tiny", input="one text", dimensions=8).data[0].embedding
@@ -123,9 +153,15 @@ def test_tokenize_and_back(server):
     for field in ("prompt", "content"):
         answer = server.http.post("/tokenize", json={field: text}).json()
         assert answer["count"] == len(answer["tokens"])
-    assert server.http.post("/detokenize", json={"tokens": answer["tokens"]}).json()["content"] == text
-    pieces = server.http.post("/tokenize", json={"content": text, "with_pieces": True}).json()["tokens"]
-    raw = b"".join(p["piece"].encode() if isinstance(p["piece"], str) else bytes(p["piece"]) for p in pieces)
+    assert (
+        server.http.post("/detokenize", json={"tokens": answer["tokens"]}).json()["content"] == text
+    )
+    pieces = server.http.post("/tokenize", json={"content": text, "with_pieces": True}).json()[
+        "tokens"
+    ]
+    raw = b"".join(
+        p["piece"].encode() if isinstance(p["piece"], str) else bytes(p["piece"]) for p in pieces
+    )
     assert raw.decode() == text
     plain = server.http.post("/tokenize", json={"prompt": text, "parse_special": False}).json()
     assert plain["count"] > answer["count"]
@@ -140,7 +176,8 @@ def test_scores_are_the_reward_models(server, reward, tokenizer):
     from openqwen.train.reward import score
 
     talks = [
-        [{"role": "user", "content": "a?"}, {"role": "assistant", "content": text}] for text in ("yes", "no, never")
+        [{"role": "user", "content": "a?"}, {"role": "assistant", "content": text}]
+        for text in ("yes", "no, never")
     ]
     answer = server.http.post("/score", json={"conversations": talks}).json()
     expected = score(load_scorer(reward), tokenizer, talks)
@@ -161,20 +198,39 @@ def test_health_and_metrics(server, client):
 
 
 def test_an_echoed_prompt_comes_with_its_log_probabilities(client, tokenizer):
-    """As lm-eval reads them: sums over the continuation, greedy where each token is the likeliest."""
+    """As lm-eval reads them: sums over the continuation, greedy where each token is the
+    likeliest.
+    """
     ids = [70, 300, 12, 5, 220, 340, 9]
     choice = ask(client, prompt=ids, echo=True, logprobs=3, max_tokens=4).choices[0]
     told = choice.logprobs
     count = len(ids) + 4
-    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == count
+    assert (
+        len(told.tokens)
+        == len(told.token_logprobs)
+        == len(told.top_logprobs)
+        == len(told.text_offset)
+        == count
+    )
     assert told.token_logprobs[0] is None
     assert told.top_logprobs[0] is None
-    assert all(value <= max(top.values()) for value, top in zip(told.token_logprobs[1:], told.top_logprobs[1:]))
-    assert all(v == max(t.values()) for v, t in list(zip(told.token_logprobs, told.top_logprobs))[len(ids) :])
+    assert all(
+        value <= max(top.values())
+        for value, top in zip(told.token_logprobs[1:], told.top_logprobs[1:])
+    )
+    assert all(
+        v == max(t.values())
+        for v, t in list(zip(told.token_logprobs, told.top_logprobs))[len(ids) :]
+    )
     assert told.text_offset[0] == 0
     continued = ask(client, prompt=ids[:3], logprobs=3, max_tokens=1).choices[0].logprobs
-    assert max(told.top_logprobs[3].values()) == pytest.approx(max(continued.top_logprobs[0].values()), abs=1e-4)
-    pieces = [c.choices[0].logprobs for c in ask(client, prompt=ids, echo=True, logprobs=3, max_tokens=4, stream=True)]
+    assert max(told.top_logprobs[3].values()) == pytest.approx(
+        max(continued.top_logprobs[0].values()), abs=1e-4
+    )
+    pieces = [
+        c.choices[0].logprobs
+        for c in ask(client, prompt=ids, echo=True, logprobs=3, max_tokens=4, stream=True)
+    ]
     streamed = [value for piece in pieces if piece for value in piece.token_logprobs]
     assert streamed[1:] == pytest.approx(told.token_logprobs[1:], abs=1e-5)
     both = ask(client, prompt=[ids, ids[:4]], echo=True, logprobs=0, max_tokens=1, n=2).choices
@@ -183,4 +239,6 @@ def test_an_echoed_prompt_comes_with_its_log_probabilities(client, tokenizer):
     bias = {str(tokenizer.eos_id): 100}
     ended = ask(client, prompt=ids, echo=True, logprobs=1, max_tokens=1, logit_bias=bias).choices[0]
     assert len(ended.logprobs.tokens) == len(ids) + 1
-    assert sum(ended.logprobs.token_logprobs[3:-1]) == pytest.approx(sum(told.token_logprobs[3 : len(ids)]), abs=1e-4)
+    assert sum(ended.logprobs.token_logprobs[3:-1]) == pytest.approx(
+        sum(told.token_logprobs[3 : len(ids)]), abs=1e-4
+    )

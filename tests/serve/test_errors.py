@@ -1,4 +1,6 @@
-"""Whatever is wrong with a request is told in OpenAI's shape, with the right status, and never with a 5xx."""
+"""Whatever is wrong with a request is told in OpenAI's shape, with the right status, and never with
+a 5xx.
+"""
 
 import json
 
@@ -29,7 +31,14 @@ CHAT = [
     {"messages": [{"role": "system", "content": 123}]},
     {"messages": [{"role": "robot", "content": "x"}]},
     {"messages": [{"role": "user", "content": None}]},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
+    {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+            }
+        ]
+    },
     {"messages": USER, "max_tokens": 0},
     {"messages": USER, "max_tokens": "8"},
     {"messages": USER, "max_tokens": 1.5},
@@ -58,7 +67,11 @@ CHAT = [
     {"messages": USER, "structured_outputs": {"grammar": "start: nothing"}},
     {"messages": USER, "tool_choice": "required"},
     {"messages": USER, "tools": [TOOL], "tool_choice": "sometimes"},
-    {"messages": USER, "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+    {
+        "messages": USER,
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "function": {"name": "g"}},
+    },
     {"messages": USER, "tools": [{"type": "function", "function": {"name": "white space"}}]},
     {"messages": USER, "tools": [{"type": "function"}]},
 ]
@@ -98,13 +111,25 @@ def test_malformed_completions(server, body):
 )
 def test_bodies_that_are_no_object(server, content):
     headers = {"content-type": "application/json"}
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/tokenize", "/score"):
+    for path in (
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/responses",
+        "/tokenize",
+        "/score",
+    ):
         told(server.http.post(path, content=content, headers=headers), 400)
 
 
 def test_a_body_that_is_not_called_json_is_not_read(server):
     body = json.dumps({"messages": USER, "max_tokens": 1})
-    told(server.http.post("/v1/chat/completions", content=body, headers={"content-type": "text/plain"}), 400)
+    told(
+        server.http.post(
+            "/v1/chat/completions", content=body, headers={"content-type": "text/plain"}
+        ),
+        400,
+    )
 
 
 def test_other_faults(server, client):
@@ -112,7 +137,9 @@ def test_other_faults(server, client):
         client.chat.completions.create(model="gpt-9", messages=USER)
     assert caught.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "word " * 2000}])
+        client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "word " * 2000}]
+        )
     assert caught.value.code == "context_length_exceeded"
     told(server.http.get("/v1/nothing"), 404, "not_found_error")
     told(server.http.get("/v1/models/nothing"), 404, "not_found_error")
@@ -123,19 +150,29 @@ def test_other_faults(server, client):
     told(server.http.post("/score", json={"conversations": [[*USER, *USER]]}), 400)
     told(server.http.post("/update_weights", json={"version": 1}), 404, "not_found_error")
     told(server.http.post("/update_weights", json={"version": "../../etc"}), 400)
-    error = told(server.http.post("/v1/chat/completions", json={"messages": USER, "temperature": 9}), 400)
+    error = told(
+        server.http.post("/v1/chat/completions", json={"messages": USER, "temperature": 9}), 400
+    )
     assert error["param"] == "temperature"
 
 
 def test_unknown_fields_are_ignored_and_the_server_still_works(client):
     answer = client.chat.completions.create(
-        model="tiny", messages=USER, max_tokens=2, extra_body={"frobnicate": 1, "store": False, "metadata": {"a": "b"}}
+        model="tiny",
+        messages=USER,
+        max_tokens=2,
+        extra_body={"frobnicate": 1, "store": False, "metadata": {"a": "b"}},
     )
     assert answer.choices[0].message.content is not None
 
 
 def test_next_to_nothing_is_no_fault(server):
     body = {"messages": USER, "max_tokens": 4}
-    expected = server.http.post("/v1/chat/completions", json=body | {"temperature": 0}).json()["choices"]
+    expected = server.http.post("/v1/chat/completions", json=body | {"temperature": 0}).json()[
+        "choices"
+    ]
     for option in ({"temperature": 5e-324}, {"top_p": 5e-324}, {"min_p": 1.0}, {"top_k": 1}):
-        assert server.http.post("/v1/chat/completions", json=body | option).json()["choices"] == expected
+        assert (
+            server.http.post("/v1/chat/completions", json=body | option).json()["choices"]
+            == expected
+        )

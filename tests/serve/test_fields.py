@@ -1,4 +1,6 @@
-"""Every field of OpenAI's request types is honoured, harmless for a reason given here, or refused with a 400."""
+"""Every field of OpenAI's request types is honoured, harmless for a reason given here, or refused
+with a 400.
+"""
 
 import typing
 
@@ -111,7 +113,10 @@ def test_harmless_fields_change_nothing(client):
         "functions": [],
         "function_call": None,
     }
-    assert ask(user="u", store=True, reasoning_effort="low", prediction={"type": "content"}, **fields) == ask()
+    assert (
+        ask(user="u", store=True, reasoning_effort="low", prediction={"type": "content"}, **fields)
+        == ask()
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,8 +127,14 @@ def test_harmless_fields_change_nothing(client):
         ({"guided_json": {"type": "object"}}, "structured_outputs"),
         ({"structured_outputs": {"choice": []}}, "choice"),
         ({"structured_outputs": {"choice": ["a"], "regex": "b"}}, "exclude each other"),
-        ({"structured_outputs": {"regex": "b"}, "response_format": {"type": "json_object"}}, "excludes"),
-        ({"structured_outputs": {"regex": "b"}, "tools": [TOOL], "tool_choice": "required"}, "excludes"),
+        (
+            {"structured_outputs": {"regex": "b"}, "response_format": {"type": "json_object"}},
+            "excludes",
+        ),
+        (
+            {"structured_outputs": {"regex": "b"}, "tools": [TOOL], "tool_choice": "required"},
+            "excludes",
+        ),
         ({"chat_template": "{{ x }}"}, "chat_template"),
     ],
     ids=str,
@@ -214,10 +225,14 @@ def test_errors_of_responses_and_completions_name_it_too(server):
         "input[0].content[1]",
         f"{param}: this model reads text, not input_image",
     )
-    message, param = words(server, "/v1/responses", {"input": [{"type": "web_search_call", "id": "1"}]})
+    message, param = words(
+        server, "/v1/responses", {"input": [{"type": "web_search_call", "id": "1"}]}
+    )
     assert param == "input[0]"
     assert "web_search_call" in message
-    message, param = words(server, "/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]})
+    message, param = words(
+        server, "/v1/responses", {"input": "x", "tools": [{"type": "web_search"}]}
+    )
     assert param == "tools[0].type"
     message, param = words(server, "/v1/responses", {"input": [{"type": "reasoning"}]})
     assert param == "input"

@@ -23,7 +23,9 @@ REAL = Path(
 
 def tool(name, strict=None, properties=None, **more):
     parameters = {"type": "object", "properties": properties, "required": list(properties or {})}
-    function = {"name": name, "strict": strict} | ({} if properties is None else {"parameters": parameters | more})
+    function = {"name": name, "strict": strict} | (
+        {} if properties is None else {"parameters": parameters | more}
+    )
     return {"type": "function", "function": function}
 
 
@@ -52,7 +54,9 @@ def fits(tokenizer):
             if matcher.complete:
                 return False
             matcher.accept(token)
-        return matcher.complete or bool(matcher.masks([], tokenizer.vocab_size)[0][tokenizer.eos_id])
+        return matcher.complete or bool(
+            matcher.masks([], tokenizer.vocab_size)[0][tokenizer.eos_id]
+        )
 
     return answers
 
@@ -61,8 +65,18 @@ def fits(tokenizer):
     ("choice", "parallel", "answers", "refused"),
     [
         ("required", None, [PARIS], ["", "Hello", tagged('{"name": "other", "arguments": {}}')]),
-        ("required", True, [tagged(PARIS), tagged(PARIS) + "\n"], [tagged(PARIS) + "\n\n", tagged(PARIS) + " so"]),
-        ("required", None, [tagged(PARIS) + "\n" + tagged(NOW), f"{tagged(NOW)}\n{PARIS}\n"], [tagged(PARIS) * 2]),
+        (
+            "required",
+            True,
+            [tagged(PARIS), tagged(PARIS) + "\n"],
+            [tagged(PARIS) + "\n\n", tagged(PARIS) + " so"],
+        ),
+        (
+            "required",
+            None,
+            [tagged(PARIS) + "\n" + tagged(NOW), f"{tagged(NOW)}\n{PARIS}\n"],
+            [tagged(PARIS) * 2],
+        ),
         ("required", False, [tagged(PARIS)], [tagged(PARIS) + "\n" + tagged(NOW)]),
         (NAMED, None, [tagged(PARIS)], [tagged(NOW), tagged(PARIS) + "\n" + tagged(PARIS)]),
         # closed without a word of strict; a function without parameters takes none
@@ -93,9 +107,20 @@ def test_calls_of_strict_tools_fit_where_the_model_may_choose(fits):
         "So:\n" + tagged(PARIS),
     ):
         assert fits(text, **options), text
-    for text in (tagged(PARIS) + "\n", tagged(NOW.replace("{}", '{"x": [1]}')), PARIS, fence % '{"city": "Rome"}'):
+    for text in (
+        tagged(PARIS) + "\n",
+        tagged(NOW.replace("{}", '{"x": [1]}')),
+        PARIS,
+        fence % '{"city": "Rome"}',
+    ):
         assert fits(text, **options), text
-    for text in (tagged(invented), "So: " + tagged(invented), invented, fence % "{}", f"<tools>\n{invented}\n</tools>"):
+    for text in (
+        tagged(invented),
+        "So: " + tagged(invented),
+        invented,
+        fence % "{}",
+        f"<tools>\n{invented}\n</tools>",
+    ):
         assert not fits(text, **options), text
     one = options | {"parallel_tool_calls": False}
     assert fits(tagged(PARIS), **one)
@@ -116,7 +141,10 @@ def test_a_format_leaves_calls_possible(fits):
     assert ChatRequest(messages=TALK, **options, tool_choice="required").untagged == ["get_weather"]
 
 
-PATH = {"path": {"type": "string", "format": "path"}, "tags": {"type": "array", "uniqueItems": True}}
+PATH = {
+    "path": {"type": "string", "format": "path"},
+    "tags": {"type": "array", "uniqueItems": True},
+}
 
 
 @pytest.mark.parametrize(
@@ -134,14 +162,23 @@ PATH = {"path": {"type": "string", "format": "path"}, "tags": {"type": "array", 
         ),
         (
             {"tools": [tool("save", None, {"a": {"type": "hiccup"}})], "tool_choice": "required"},
-            ['The schema of tools[0] ("save") cannot be followed: properties.a: Invalid type: hiccup.'],
+            [
+                (
+                    'The schema of tools[0] ("save") cannot be followed: properties.a: Invalid '
+                    "type: hiccup."
+                )
+            ],
             "tools[0].function.parameters",
         ),
         (
             {
                 "response_format": {
                     "type": "json_schema",
-                    "json_schema": {"name": "Saved", "strict": True, "schema": {"properties": PATH}},
+                    "json_schema": {
+                        "name": "Saved",
+                        "strict": True,
+                        "schema": {"properties": PATH},
+                    },
                 }
             },
             ['response_format ("Saved") is strict', "properties.path: Unknown format: path"],
@@ -189,10 +226,14 @@ def test_the_clients_own_helpers_for_models(client):
     answer = client.chat.completions.parse(**asked, response_format=Ordered).choices[0]
     assert isinstance(answer.message.parsed, Ordered)
     tools = [openai.pydantic_function_tool(Part)]
-    answer = client.chat.completions.parse(**asked, tools=tools, tool_choice="required", parallel_tool_calls=False)
+    answer = client.chat.completions.parse(
+        **asked, tools=tools, tool_choice="required", parallel_tool_calls=False
+    )
     (call,) = answer.choices[0].message.tool_calls
     assert isinstance(call.function.parsed_arguments, Part)
-    given = client.responses.parse(model="tiny", input="Go", max_output_tokens=400, text_format=Ordered)
+    given = client.responses.parse(
+        model="tiny", input="Go", max_output_tokens=400, text_format=Ordered
+    )
     assert isinstance(given.output_parsed, Ordered)
 
 
@@ -200,7 +241,9 @@ def test_strict_is_not_told_to_the_model(server, client):
     counts = []
     for strict in (None, True, False):
         tools = [tool("get_weather", strict, {"city": {"type": "string"}})]
-        counts.append(server.http.post("/tokenize", json={"messages": TALK, "tools": tools}).json()["tokens"])
+        counts.append(
+            server.http.post("/tokenize", json={"messages": TALK, "tools": tools}).json()["tokens"]
+        )
     assert counts[0] == counts[1] == counts[2]
 
 
@@ -217,18 +260,33 @@ def test_the_real_checkpoint_calls_as_often_as_it_is_asked_to():
 
     def calls(content, choice="required", **options):
         request = ChatRequest(
-            messages=[{"role": "user", "content": content}], tools=tools, tool_choice=choice, temperature=0, **options
+            messages=[{"role": "user", "content": content}],
+            tools=tools,
+            tool_choice=choice,
+            temperature=0,
+            **options,
         )
-        ids = engine.tokenizer.encode_chat(request.messages, add_generation_prompt=True, tools=request.offered)[0]
+        ids = engine.tokenizer.encode_chat(
+            request.messages, add_generation_prompt=True, tools=request.offered
+        )[0]
         output = engine.generate([ids], request.sampling({}, 120, 0))[0]
         assert output.finish_reason == "stop"
         machine = ToolCalls(request.untagged)
         pieces = machine.push(output.text) + machine.finish()
         return [piece.name for piece in pieces if isinstance(piece, Call)]
 
-    twice = "I need the weather in Paris and the weather in Rome. Call the tool twice, once for each city."
-    thrice = "Get the weather in Oslo, the weather in Lima, and the weather in Rome. Make three calls."
-    for content in ("What is the weather in Paris?", "What time is it in Oslo?", "Weather in Berlin please"):
+    twice = (
+        "I need the weather in Paris and the weather in Rome. Call the tool twice, once for each "
+        "city."
+    )
+    thrice = (
+        "Get the weather in Oslo, the weather in Lima, and the weather in Rome. Make three calls."
+    )
+    for content in (
+        "What is the weather in Paris?",
+        "What time is it in Oslo?",
+        "Weather in Berlin please",
+    ):
         assert len(calls(content)) == 1
     assert calls("What is the weather in Paris?", NAMED) == ["get_weather"]
     assert calls(twice) == ["get_weather"] * 2

@@ -20,12 +20,23 @@ LONG = {"messages": USER, "max_tokens": 900, "ignore_eos": True}
 def test_keys(start, tiny):
     server = start(tiny, "--api-key", "secret", OPENQWEN_API_KEY="other,third")
     body = {"messages": USER, "max_tokens": 1}
-    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}, {"X-Api-Key": "secre"}):
+    for header in (
+        {},
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "secret"},
+        {"X-Api-Key": "secre"},
+    ):
         for path in ("/v1/chat/completions", "/pause", "/update_weights"):
             told(server.http.post(path, json=body, headers=header), 401, "authentication_error")
         told(server.http.get("/metrics", headers=header), 401, "authentication_error")
-    for header in ({"Authorization": "Bearer secret"}, {"Authorization": "bearer third"}, {"X-Api-Key": "other"}):
-        assert server.http.post("/v1/chat/completions", json=body, headers=header).status_code == 200
+    for header in (
+        {"Authorization": "Bearer secret"},
+        {"Authorization": "bearer third"},
+        {"X-Api-Key": "other"},
+    ):
+        assert (
+            server.http.post("/v1/chat/completions", json=body, headers=header).status_code == 200
+        )
     assert server.http.get("/health").status_code == 200
     assert server.client("secret").models.list().data
     with pytest.raises(openai.AuthenticationError):
@@ -37,7 +48,9 @@ def test_beyond_loopback_a_key_is_made(start, tiny):
     key = server.log.split("one was made: ")[1].split()[0]
     url = server.url.replace("0.0.0.0", "127.0.0.1")
     assert httpx.get(f"{url}/v1/models").status_code == 401
-    assert httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert (
+        httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    )
 
 
 def test_other_origins_and_hosts_are_shut_out(server, start, tiny):
@@ -57,7 +70,10 @@ def test_large_and_slow_bodies(start, tiny):
     told(server.http.post("/tokenize", json={"prompt": "x" * 20_000}), 413)
     told(server.http.post("/tokenize", content=(b"x" * 1000 for _ in range(20))), 413)
     host, port = server.url.removeprefix("http://").split(":")
-    begun = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nContent-Type: application/json\r\n"
+    begun = (
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nContent-Type: "
+        b"application/json\r\n"
+    )
     for sent, answer in ((b"", b""), (begun, b""), (begun + b"\r\n{", b"HTTP/1.1 408")):
         with socket.create_connection((host, int(port)), timeout=20) as slow:
             slow.sendall(sent)
@@ -69,7 +85,10 @@ def test_a_full_queue_says_when_to_come_back(start, tiny):
     server = start(tiny, "--queue", 2)
     server.http.post("/pause")
     short = LONG | {"max_tokens": 2}
-    waiting = [threading.Thread(target=lambda: server.http.post("/v1/chat/completions", json=short)) for _ in range(2)]
+    waiting = [
+        threading.Thread(target=lambda: server.http.post("/v1/chat/completions", json=short))
+        for _ in range(2)
+    ]
     for thread in waiting:
         thread.start()
     assert server.settles("vllm:num_requests_waiting", 2)
@@ -91,7 +110,9 @@ def test_an_answer_that_takes_too_long(start, tiny):
     assert late.headers["x-should-retry"] == "false"
     asked = server.metric("vllm:request_success_total")
     with pytest.raises(openai.APIStatusError) as caught:  # a client that would try again twice
-        server.client().with_options(max_retries=2).chat.completions.create(model="tiny", messages=USER)
+        server.client().with_options(max_retries=2).chat.completions.create(
+            model="tiny", messages=USER
+        )
     assert caught.value.status_code == 408
     assert server.settles("vllm:request_success_total", asked + 1)
     streamed = server.http.post("/v1/chat/completions", json=LONG | {"stream": True}).text
@@ -143,10 +164,18 @@ def test_who_leaves_during_prefill_is_not_worked_for(server):
 def test_sigterm_lets_answers_end_and_takes_no_more(start, tiny):
     server = start(tiny, "--drain", 60, forked=False)
     got = []
-    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    body = {
+        "prompt": "x",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
 
     def read():
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=body, timeout=60
+        ) as response:
             got.extend(response.iter_lines())
 
     reading = threading.Thread(target=read)
@@ -196,7 +225,13 @@ def test_a_port_that_is_taken(start, tiny, server, capsys):
 
 
 def test_nothing_is_read_from_the_disk(server):
-    for path in ("/../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/page/index.html", "/page/../x"):
+    for path in (
+        "/../../etc/passwd",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "//etc/passwd",
+        "/page/index.html",
+        "/page/../x",
+    ):
         assert server.http.get(path).status_code == 404
     for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "file-..", "x" * 500):
         assert server.http.get(f"/v1/files/{name}/content").status_code == 404

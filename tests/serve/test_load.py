@@ -30,7 +30,9 @@ def test_a_server_under_load(server, tmp_path):
     status, figures = load(server, tmp_path, 4)
     assert status == 0, figures
     assert figures["failed"] == figures["pages_held_at_end"] == 0
-    assert all(figures[name] for name in ("completed", "cancelled", "malformed", "total_output_tokens"))
+    assert all(
+        figures[name] for name in ("completed", "cancelled", "malformed", "total_output_tokens")
+    )
     assert figures["median_ttft_ms"] <= figures["p99_ttft_ms"]
     assert server.metric("process_resident_memory_bytes") > 0
 
@@ -44,8 +46,16 @@ def test_wrong_answers_are_noticed(server, monkeypatch):
 
 
 def ask(server):
-    """An answer to its end, asked for again where the server breaks off: (text, how often it was asked for)."""
-    body = {"model": "tiny", "prompt": "x", "max_tokens": 900, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    """An answer to its end, asked for again where the server breaks off: (text, how often it was
+    asked for).
+    """
+    body = {
+        "model": "tiny",
+        "prompt": "x",
+        "max_tokens": 900,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
     client, text, reason, times = server.client(), "", None, 0
     while reason is None:  # an answer that breaks off does not look like a whole one
         text, times = "", times + 1
@@ -69,7 +79,9 @@ def test_a_server_that_is_killed_and_comes_back(start, tiny, tmp_path):
     again = []
 
     def strike():
-        assert server.settles("vllm:request_success_total", lambda seen: seen > 7)  # the load has begun
+        assert server.settles(
+            "vllm:request_success_total", lambda seen: seen > 7
+        )  # the load has begun
         clients = [threads.submit(ask, server) for _ in range(4)]
         assert server.settles("vllm:num_requests_running", lambda seen: seen > 4)
         server.process.send_signal(signal.SIGKILL)

@@ -20,7 +20,9 @@ def adapters(tiny, tmp_path_factory):
         network, config = load_model(tiny), LoraConfig(rank=4)
         add_adapters(network, config, torch.Generator().manual_seed(number))
         for parameter in (p for n, p in network.named_parameters() if "lora_B" in n):
-            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+            torch.nn.init.normal_(
+                parameter, std=0.3, generator=torch.Generator().manual_seed(number)
+            )
         folders[name] = tmp_path_factory.mktemp("adapters") / name
         save_adapter(network, config, folders[name], str(tiny))
     return folders
@@ -42,26 +44,39 @@ def test_the_models_name_chooses_the_adapter(served, tiny, adapters):
     assert client.models.retrieve("poet").id == "poet"
     answers = {}
     for name in ("tiny", "poet", "clerk"):
-        made = client.completions.create(model=name, prompt=PROMPT, max_tokens=12, temperature=0, logprobs=1)
+        made = client.completions.create(
+            model=name, prompt=PROMPT, max_tokens=12, temperature=0, logprobs=1
+        )
         answers[name] = made.choices[0].text
         assert made.model == name
         if not packed:
             truth = load_model(tiny)
             if name in adapters:
                 load_adapter(truth, adapters[name])
-            (output,) = Engine(truth, load_tokenizer(tiny)).generate([PROMPT], Sampling(max_tokens=12))
+            (output,) = Engine(truth, load_tokenizer(tiny)).generate(
+                [PROMPT], Sampling(max_tokens=12)
+            )
             assert answers[name] == output.text
     assert len(set(answers.values())) == 3
     chunks = client.chat.completions.create(
-        model="poet", messages=[{"role": "user", "content": "Hello"}], max_tokens=5, temperature=0, n=2, stream=True
+        model="poet",
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=5,
+        temperature=0,
+        n=2,
+        stream=True,
     )
     assert {chunk.model for chunk in chunks} == {"poet"}
-    assert client.responses.create(model="clerk", input="Hello", max_output_tokens=3).model == "clerk"
+    assert (
+        client.responses.create(model="clerk", input="Hello", max_output_tokens=3).model == "clerk"
+    )
 
 
 def test_a_name_that_is_not_served_is_not_found(served):
     client = served[0].client()
-    with pytest.raises(openai.NotFoundError, match="no model 'painter' here, only tiny, poet, clerk") as caught:
+    with pytest.raises(
+        openai.NotFoundError, match="no model 'painter' here, only tiny, poet, clerk"
+    ) as caught:
         client.completions.create(model="painter", prompt="x")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.NotFoundError, match="only tiny"):  # embeddings are the model's own

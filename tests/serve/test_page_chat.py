@@ -4,7 +4,12 @@ import json
 
 from browser import chromium, context, load, page, say, settings, settled, stub, texts  # noqa: F401
 
-WEATHER = [{"name": "get_weather", "parameters": {"type": "object", "properties": {"place": {"type": "string"}}}}]
+WEATHER = [
+    {
+        "name": "get_weather",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+    }
+]
 
 
 def call(name, arguments, index=0, number=1):
@@ -95,7 +100,10 @@ def test_edit_makes_a_branch(page, stub):  # noqa: F811
     page.click("text=Save as a new version")
     page.get_by_text("Edited by you.").wait_for()
     say(page, "Go on")
-    assert stub.seen[2]["messages"][1] == {"role": "assistant", "content": "What it should have said"}
+    assert stub.seen[2]["messages"][1] == {
+        "role": "assistant",
+        "content": "What it should have said",
+    }
 
 
 def test_parameters_and_system_prompt(page, stub):  # noqa: F811
@@ -146,7 +154,10 @@ def test_tool_calls_and_their_results(page, stub):  # noqa: F811
     page.get_by_text("Paris is warmer.").wait_for()
     said = stub.seen[1]["messages"]
     assert [m["role"] for m in said] == ["user", "assistant", "tool", "tool"]
-    assert [c["function"]["arguments"] for c in said[1]["tool_calls"]] == ['{"place": "Paris"}', '{"place": "Rome"}']
+    assert [c["function"]["arguments"] for c in said[1]["tool_calls"]] == [
+        '{"place": "Paris"}',
+        '{"place": "Rome"}',
+    ]
     assert [(m["tool_call_id"], m["content"]) for m in said[2:]] == [
         ("call-1", '{"celsius": 21}'),
         ("call-2", '{"celsius": 19}'),
@@ -211,7 +222,10 @@ def test_the_key_is_asked_for_when_it_is_no_longer_taken(page, stub):  # noqa: F
 
 
 LONG = {
-    "message": "This model's maximum context length is 100 tokens. However, your messages resulted in 120 tokens.",
+    "message": (
+        "This model's maximum context length is 100 tokens. However, your messages resulted in 120 "
+        "tokens."
+    ),
     "code": "context_length_exceeded",
 }
 

@@ -86,7 +86,9 @@ def test_export_and_import(page, stub, chromium, tmp_path):  # noqa: F811
     saved = json.loads(file.read_text())
     assert saved["format"] == "openqwen.conversations"
     assert len(saved["conversations"]) == 1
-    page.set_input_files("input[type=file]", file)  # again into the same browser: the same conversation
+    page.set_input_files(
+        "input[type=file]", file
+    )  # again into the same browser: the same conversation
     page.get_by_text("One conversation is imported.").wait_for()
     assert page.locator("#sidebar .list li").count() == 1
     other = chromium.new_context().new_page()
@@ -114,13 +116,22 @@ def test_import_of_messages_and_of_nonsense(page, stub, tmp_path):  # noqa: F811
     page.get_by_text("2 conversations are imported.").wait_for()
     assert texts(page, ".turn.user .plain") == ["U0"]
     assert settings(page).get_by_label("System prompt").input_value() == "S"
-    ring = {"a": {"role": "user", "content": "x", "parent": "b"}, "b": {"role": "user", "content": "x", "parent": "a"}}
+    ring = {
+        "a": {"role": "user", "content": "x", "parent": "b"},
+        "b": {"role": "user", "content": "x", "parent": "a"},
+    }
     for wrong, said in [
         ("not json", "neither JSON nor JSON lines"),
         ("[]", "holds no conversations"),
         ('[{"x": 1}]', 'Record 1 has neither "nodes" nor "messages"'),
-        (json.dumps({"nodes": {"a": {"role": "root", "content": "x", "parent": "root"}}}), "turn a has no role"),
-        (json.dumps({"nodes": {"a": {"role": "user", "content": "x", "parent": "z"}}}), "turn a hangs on none"),
+        (
+            json.dumps({"nodes": {"a": {"role": "root", "content": "x", "parent": "root"}}}),
+            "turn a has no role",
+        ),
+        (
+            json.dumps({"nodes": {"a": {"role": "user", "content": "x", "parent": "z"}}}),
+            "turn a hangs on none",
+        ),
         (json.dumps({"nodes": ring}), "go round in a ring"),
     ]:
         file = tmp_path / "wrong.json"
@@ -152,7 +163,13 @@ def test_two_tabs_do_not_overwrite_each_other(page, stub, context):  # noqa: F81
         all.onsuccess = () => resolve(Object.values(all.result[0].nodes).map((node) => node.content));
       };
     })""")
-    wanted = ["Follow-up here", "From the other tab", "From this tab", "Hello there.", "Shared question"]
+    wanted = [
+        "Follow-up here",
+        "From the other tab",
+        "From this tab",
+        "Hello there.",
+        "Shared question",
+    ]
     assert sorted(nodes) == wanted
 
 

@@ -55,7 +55,10 @@ NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, sele
 def busy_page(page, stub):  # noqa: F811
     """A conversation with all kinds of things in it."""
     stub.answers = [
-        "# T\n\ntext [l](https://a.b) `c`\n\n```py\n# remark\nx = 'a' + 1\n```\n\n> q\n\n|a|\n|-|\n|b|",
+        (
+            "# T\n\ntext [l](https://a.b) `c`\n\n```py\n# remark\nx = 'a' + 1\n```\n\n> "
+            "q\n\n|a|\n|-|\n|b|"
+        ),
         LONG,
     ]
     say(page, "Question")
@@ -96,10 +99,14 @@ def test_no_scrolling_sideways(page, stub, width):  # noqa: F811
     stub.answers = [LONG]
     say(page, LONG)
     for selector in ("html", "#scroller", "#composer", "#top"):
-        sizes = page.evaluate(f"(({{scrollWidth: a, clientWidth: b}}) => [a, b])(document.querySelector('{selector}'))")
+        sizes = page.evaluate(
+            f"(({{scrollWidth: a, clientWidth: b}}) => [a, "
+            f"b])(document.querySelector('{selector}'))"
+        )
         assert sizes[0] <= sizes[1], selector
     edge = page.evaluate(
-        "Math.max(...[...document.querySelectorAll('.turn')].map((n) => n.getBoundingClientRect().right))"
+        "Math.max(...[...document.querySelectorAll('.turn')].map((n) => "
+        "n.getBoundingClientRect().right))"
     )
     assert edge <= width
     assert page.locator("#composer .box").bounding_box()["x"] >= 0
@@ -147,7 +154,10 @@ def test_on_a_phone_a_finger_finds_what_it_presses(page, stub):  # noqa: F811
 
 
 def test_the_view_follows_the_answer_unless_the_reader_scrolls(page, stub):  # noqa: F811
-    distance = "(({scrollHeight: a, scrollTop: b, clientHeight: c}) => a - b - c)(document.querySelector('#scroller'))"
+    distance = (
+        "(({scrollHeight: a, scrollTop: b, clientHeight: c}) => a - b - "
+        "c)(document.querySelector('#scroller'))"
+    )
     stub.answers, stub.pause = ["line\n\n" * 150], 0.008
     say(page, "Long", wait=False)
     page.locator(".markdown p").nth(60).wait_for()
@@ -171,7 +181,9 @@ def test_everything_comes_from_the_package(page, stub, context):  # noqa: F811
     say(page, "Hi")
     assert asked
     assert all(url.startswith(stub.url) for url in asked)
-    assert {url.rpartition("/")[2] for url in asked} >= {p.name for p in PAGE.iterdir() if p.suffix in (".js", ".css")}
+    assert {url.rpartition("/")[2] for url in asked} >= {
+        p.name for p in PAGE.iterdir() if p.suffix in (".js", ".css")
+    }
     assert not [p for p in PAGE.iterdir() if len(p.read_text().splitlines()) >= 500]
 
 
@@ -180,4 +192,6 @@ def test_less_motion_where_it_is_asked_for(page, stub):  # noqa: F811
     stub.pause, stub.answers = 0.2, ["slow answer here"]
     say(page, "Hi", wait=False)
     page.locator(".busy").wait_for()
-    assert page.evaluate("getComputedStyle(document.querySelector('.busy')).animationName") == "none"
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('.busy')).animationName") == "none"
+    )

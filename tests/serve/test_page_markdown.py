@@ -1,4 +1,6 @@
-"""The page's Markdown: against markdown-it, cut anywhere while it streams, and with all that tries to be HTML."""
+"""The page's Markdown: against markdown-it, cut anywhere while it streams, and with all that tries
+to be HTML.
+"""
 
 import html.parser
 import random
@@ -6,9 +8,12 @@ import random
 import pytest
 from browser import chromium, context, page, stub  # noqa: F401
 
-markdown_it = pytest.importorskip("markdown_it", reason="markdown-it-py (a dependency of rich) is not installed")
+markdown_it = pytest.importorskip(
+    "markdown_it", reason="markdown-it-py (a dependency of rich) is not installed"
+)
 
-# What our renderer made of a text, as nested parentheses: a code figure is a `pre`, a heading tells its level.
+# What our renderer made of a text, as nested parentheses: a code figure is a `pre`, a heading tells
+# its level.
 OURS = """async ({texts, steps}) => {
   const {Markdown} = await import(location.origin + "/markdown.js");
   const name = (node) => node.className.match?.(/level-(\\d)/) ? "h" + RegExp.$1 : node.localName;
@@ -46,7 +51,9 @@ class Writer(html.parser.HTMLParser):
         self.code |= tag == "pre"
         tag = {"s": "del"}.get(tag, tag)
         more = {"a": given.get("href"), "ol": given.get("start", "1")}.get(tag)
-        self.written += f"({tag} " + (f"{more} " if more else "") + (")" if tag in ("br", "hr") else "")
+        self.written += (
+            f"({tag} " + (f"{more} " if more else "") + (")" if tag in ("br", "hr") else "")
+        )
 
     def handle_endtag(self, tag):
         if tag in ("tbody", "thead", "br", "hr") or (tag == "code" and self.code):
@@ -59,7 +66,9 @@ class Writer(html.parser.HTMLParser):
 
 
 def theirs(text):
-    parser = markdown_it.MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    parser = markdown_it.MarkdownIt("commonmark", {"html": False}).enable(
+        ["table", "strikethrough"]
+    )
     writer = Writer()
     writer.feed(parser.render(text))
     return writer.written
@@ -75,7 +84,10 @@ CASES = [
     "a *b* **c** ***d*** _e_ __f__ ~~g~~ snake_case_name 2*3*4 2 * 3 * 4",
     "*a **b** c* **a *b* c** **a*b** *a**b* ****a**** **unclosed *too",
     "`a` ``b ` c`` ` `` ` `unclosed \\`no\\` *a `*` b*",
-    '[a](https://a.b/c?d=e) [b *c*](https://a.b/x "title") [x] [y](no space here) [z](<https://a.b/c d>)',
+    (
+        '[a](https://a.b/c?d=e) [b *c*](https://a.b/x "title") [x] [y](no space here) '
+        "[z](<https://a.b/c d>)"
+    ),
     "<https://a.b/c> <mailto:a@b.c> &amp; &lt; &#65; &#x42; &quot; & x &nope;",
     "line one  \nline two\\\nline three\nline four",
     "- a\n- b\n  - c\n    - d\n- e\n\n* other\n* list\n\n+ third",
@@ -136,7 +148,9 @@ def test_as_markdown_it_reads_it(ours):
 def test_random_documents(ours):
     rng = random.Random(0)
     documents = ["\n".join(rng.choices(LINES, k=rng.randint(2, 9))) for _ in range(400)]
-    different = [text for text, made in zip(documents, ours(documents)) if alike(made) != alike(theirs(text))]
+    different = [
+        text for text, made in zip(documents, ours(documents)) if alike(made) != alike(theirs(text))
+    ]
     assert different == []
 
 
@@ -201,7 +215,10 @@ INJECTIONS = [
     "[x](javascript:window.hacked=1)",
     "[x](JaVaScRiPt:window.hacked=1) <javascript:window.hacked=1>",
     "[x](data:text/html,<script>window.hacked=1</script>)",
-    "[x](&#106;avascript:window.hacked=1) [x](java\tscript:window.hacked=1) [x](vbscript:x) [x](file:///etc/passwd)",
+    (
+        "[x](&#106;avascript:window.hacked=1) [x](java\tscript:window.hacked=1) [x](vbscript:x) "
+        "[x](file:///etc/passwd)"
+    ),
     '[x](https://a.b/"onmouseover="window.hacked=1)',
     '[x](https://a.b "\\" onmouseover=window.hacked=1")',
     '```"><script>window.hacked=1</script>\n<script>window.hacked=1</script>\n```',
@@ -235,10 +252,28 @@ def test_text_never_becomes_html(page):  # noqa: F811
     )
     assert not page.evaluate("window.hacked")
     names = {name for name, *_ in made}
-    safe = {"p", "a", "code", "pre", "figure", "figcaption", "span", "button", "div", "table", "thead", "tbody", "tr"}
+    safe = {
+        "p",
+        "a",
+        "code",
+        "pre",
+        "figure",
+        "figcaption",
+        "span",
+        "button",
+        "div",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+    }
     assert names <= safe | {"th", "td", "blockquote", "ul", "li", "em", "strong", "br"}
     attributes = [attribute for _, *all_ in made for attribute in all_]
-    assert not [a for a in attributes if a.startswith("on") or a.partition("=")[0] in ("src", "style", "srcdoc")]
+    assert not [
+        a
+        for a in attributes
+        if a.startswith("on") or a.partition("=")[0] in ("src", "style", "srcdoc")
+    ]
     links = [a for a in attributes if a.startswith("href=")]
     assert links
     assert all(a.startswith("href=https://") for a in links)

@@ -6,7 +6,10 @@ import openai
 import pytest
 from test_chat import WEATHER
 
-TALK = [{"role": "system", "content": "Book"}, {"role": "user", "content": "What is the best book?"}]
+TALK = [
+    {"role": "system", "content": "Book"},
+    {"role": "user", "content": "What is the best book?"},
+]
 TOOL = {"type": "function", **WEATHER["function"]}
 
 
@@ -19,7 +22,10 @@ def test_a_response_is_the_chats_answer(client):
     response = ask(client)
     assert response.id.startswith("resp_")
     assert response.output[0].id.startswith("msg_")
-    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (response.status, response.incomplete_details.reason) == (
+        "incomplete",
+        "max_output_tokens",
+    )
     assert response.usage.output_tokens == 8
     chat = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=8, temperature=0)
     assert response.output_text == chat.choices[0].message.content
@@ -46,23 +52,38 @@ def test_a_stream(client):
     ]
     assert set(kinds[4:-4]) == {"response.output_text.delta"}
     final = events[-1].response
-    assert "".join(event.delta for event in events[4:-4]) == final.output_text == ask(client).output_text
+    assert (
+        "".join(event.delta for event in events[4:-4])
+        == final.output_text
+        == ask(client).output_text
+    )
     assert {event.item_id for event in events[3:-2]} == {final.output[0].id}
     assert events[0].response.id == final.id
 
 
 def test_calls_and_their_results(client):
-    options = {"tools": [TOOL], "tool_choice": {"type": "function", "name": "get_weather"}, "max_output_tokens": 200}
+    options = {
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "name": "get_weather"},
+        "max_output_tokens": 200,
+    }
     response = ask(client, **options)
     (call,) = response.output
     assert (call.type, call.name, response.status) == ("function_call", "get_weather", "completed")
     assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
     events = list(ask(client, stream=True, **options))
-    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    deltas = [
+        event.delta for event in events if event.type == "response.function_call_arguments.delta"
+    ]
     assert "".join(deltas) == call.arguments
     talk = [
         *TALK,
-        {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments},
+        {
+            "type": "function_call",
+            "call_id": call.call_id,
+            "name": call.name,
+            "arguments": call.arguments,
+        },
         {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
     ]
     assert ask(client, input=talk, tools=[TOOL]).output
@@ -76,9 +97,16 @@ def test_a_response_that_goes_on_from_another(client):
     whole = [*TALK, answer, {"role": "user", "content": "Why?"}]
     alone = ask(client, input=whole, store=False)
     assert second.previous_response_id == first.id
-    assert (second.output_text, second.usage.input_tokens) == (alone.output_text, alone.usage.input_tokens)
+    assert (second.output_text, second.usage.input_tokens) == (
+        alone.output_text,
+        alone.usage.input_tokens,
+    )
     *_, last = ask(client, input="And then?", previous_response_id=second.id, stream=True)
-    third = [*whole, {"role": "assistant", "content": second.output_text}, {"role": "user", "content": "And then?"}]
+    third = [
+        *whole,
+        {"role": "assistant", "content": second.output_text},
+        {"role": "user", "content": "And then?"},
+    ]
     assert last.response.output_text == ask(client, input=third).output_text
     with pytest.raises(openai.BadRequestError, match="send the conversation whole") as refused:
         ask(client, input="Why?", previous_response_id=alone.id)
@@ -91,9 +119,17 @@ def test_a_result_for_a_call_that_is_kept(client):
     (call,) = first.output
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
     later = ask(client, input=[result], tools=[TOOL], previous_response_id=first.id)
-    told = {"type": "function_call", "call_id": call.call_id, "name": call.name, "arguments": call.arguments}
+    told = {
+        "type": "function_call",
+        "call_id": call.call_id,
+        "name": call.name,
+        "arguments": call.arguments,
+    }
     whole = ask(client, input=[*TALK, told, result], tools=[TOOL])
-    assert (later.usage.input_tokens, later.output_text) == (whole.usage.input_tokens, whole.output_text)
+    assert (later.usage.input_tokens, later.output_text) == (
+        whole.usage.input_tokens,
+        whole.output_text,
+    )
 
 
 def test_structure(client):
@@ -108,7 +144,11 @@ def test_a_response_can_be_read_and_deleted(client):
     *_, last = ask(client, stream=True, metadata={"a": "b"})
     assert client.responses.retrieve(last.response.id) == last.response
     client.responses.delete(first.id)
-    for call in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
+    for call in (
+        client.responses.retrieve,
+        client.responses.delete,
+        client.responses.input_items.list,
+    ):
         with pytest.raises(openai.NotFoundError):
             call(first.id)
     unkept = ask(client, store=False)
@@ -143,14 +183,26 @@ def test_the_items_of_a_response(client):
 
 def test_items_that_other_responses_made_are_read(client):
     whole = ask(
-        client, input=[*TALK, {"role": "assistant", "content": "Ulysses."}, {"role": "user", "content": "Why?"}]
+        client,
+        input=[
+            *TALK,
+            {"role": "assistant", "content": "Ulysses."},
+            {"role": "user", "content": "Why?"},
+        ],
     )
     said = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
     said["content"] = [{"type": "output_text", "text": "Ulysses.", "annotations": []}]
-    reasoning = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "so"}]}
+    reasoning = {
+        "type": "reasoning",
+        "id": "rs_1",
+        "summary": [{"type": "summary_text", "text": "so"}],
+    }
     question = {"role": "user", "content": [{"type": "input_text", "text": "Why?"}]}
     parts = ask(client, input=[*TALK, reasoning, said, question])
-    assert (parts.output_text, parts.usage.input_tokens) == (whole.output_text, whole.usage.input_tokens)
+    assert (parts.output_text, parts.usage.input_tokens) == (
+        whole.output_text,
+        whole.usage.input_tokens,
+    )
     items = client.responses.input_items.list(parts.id, order="asc").data
     for reference in ({"type": "item_reference", "id": "msg_1"}, {"id": items[2].id}):
         referred = ask(client, input=[*TALK, reference, question])
@@ -169,7 +221,11 @@ def test_calls_and_a_message_are_one_turn(client):
     function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
     call = {"type": "function_call", "call_id": "c", **function}
     message = {"role": "assistant", "content": "Let me look."}
-    turn = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"type": "function", "function": function}]}
+    turn = {
+        "role": "assistant",
+        "content": "Let me look.",
+        "tool_calls": [{"type": "function", "function": function}],
+    }
     chat = [*TALK, turn, {"role": "tool", "content": "sunny\nwarm"}]
     options = {"model": "tiny", "max_tokens": 8, "temperature": 0, "tools": [WEATHER]}
     expected = client.chat.completions.create(messages=chat, **options)
@@ -181,7 +237,9 @@ def test_calls_and_a_message_are_one_turn(client):
             assert answer.usage.input_tokens == expected.usage.prompt_tokens
             assert answer.output_text == expected.choices[0].message.content
     apart = ask(client, input=[*TALK, message, message])
-    two = client.chat.completions.create(model="tiny", messages=[*TALK, message, message], max_tokens=1)
+    two = client.chat.completions.create(
+        model="tiny", messages=[*TALK, message, message], max_tokens=1
+    )
     assert apart.usage.input_tokens == two.usage.prompt_tokens
 
 
@@ -195,7 +253,9 @@ def test_log_probabilities(client):
     told = response.output[0].content[0].logprobs
     assert [(e.token, e.logprob, len(e.top_logprobs)) for e in told] == expected
     events = list(ask(client, stream=True, **options))
-    streamed = [e for event in events if event.type == "response.output_text.delta" for e in event.logprobs]
+    streamed = [
+        e for event in events if event.type == "response.output_text.delta" for e in event.logprobs
+    ]
     assert [e.token for e in streamed] == [token for token, _, _ in expected]
     (done,) = [event for event in events if event.type == "response.output_text.done"]
     assert len(done.logprobs) == len(events[-1].response.output[0].content[0].logprobs) == 8

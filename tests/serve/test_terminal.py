@@ -1,4 +1,6 @@
-"""`openqwen chat` as a person uses it, in a pseudo-terminal, and as a script does, through a pipe."""
+"""`openqwen chat` as a person uses it, in a pseudo-terminal, and as a script does, through a
+pipe.
+"""
 
 import json
 import os
@@ -30,8 +32,19 @@ PROMPT = "you  › "
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random model that talks without end, in short words and many."""
-    tokenizer = train_tokenizer([topics[name] for name in sorted(topics)[:10]], TokenizerConfig(vocabulary=400))
-    config = ModelConfig(tokenizer.vocab_size, 32, 48, 2, 4, 2, max_position_embeddings=4096, tie_word_embeddings=True)
+    tokenizer = train_tokenizer(
+        [topics[name] for name in sorted(topics)[:10]], TokenizerConfig(vocabulary=400)
+    )
+    config = ModelConfig(
+        tokenizer.vocab_size,
+        32,
+        48,
+        2,
+        4,
+        2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
     network = Qwen2(config)
     initialize(network, torch.Generator().manual_seed(1))
     folder = tmp_path_factory.mktemp("chat") / "model"
@@ -140,7 +153,11 @@ def test_many_lines(terminal, tmp_path):
     terminal.type("pasted\nat once\n")
     terminal.until(PROMPT)
     terminal.say(f"/save {tmp_path}/talk.json")
-    said = [m["content"] for m in json.loads((tmp_path / "talk.json").read_text())["messages"] if m["role"] == "user"]
+    said = [
+        m["content"]
+        for m in json.loads((tmp_path / "talk.json").read_text())["messages"]
+        if m["role"] == "user"
+    ]
     assert said == ["one\ntwo", "first\n\n/last", "pasted\nat once"]
 
 
@@ -178,7 +195,10 @@ def test_commands(terminal, tmp_path):
     assert "Be kind." in terminal.say("/system")
     first = terminal.say("Hello")
     second = terminal.say("/retry")
-    assert first.partition("qwen › ")[2].partition("\n")[0] != second.partition("qwen › ")[2].partition("\n")[0]
+    assert (
+        first.partition("qwen › ")[2].partition("\n")[0]
+        != second.partition("qwen › ")[2].partition("\n")[0]
+    )
     terminal.say("Another")
     terminal.say("/undo")
     file = tmp_path / "with space.json"
@@ -227,7 +247,9 @@ def test_through_a_pipe(model, tmp_path):
     )
     first = expected(model, [{"role": "user", "content": "Hello"}], max_tokens=8)
     turns = [("user", "Hello"), ("assistant", first), ("user", "two\nlines")]
-    second = expected(model, [{"role": role, "content": text} for role, text in turns], max_tokens=8)
+    second = expected(
+        model, [{"role": role, "content": text} for role, text in turns], max_tokens=8
+    )
     printable = [re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text) for text in (first, second)]
     assert done.stdout == "\n".join([*printable, ""])
     assert not (tmp_path / "openqwen").exists()

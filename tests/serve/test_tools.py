@@ -1,4 +1,6 @@
-"""Tool calls in a stream: any cutting of the text gives the same calls, and arguments are what the model wrote."""
+"""Tool calls in a stream: any cutting of the text gives the same calls, and arguments are what the
+model wrote.
+"""
 
 import json
 
@@ -31,8 +33,13 @@ def call(name, arguments):
 
 # Pieces of the format and of text that nearly is the format, so that random joins meet every state.
 NEARLY = "``` ```json <tools> "
-NEARLY += '< <tool _call> </tool { } [ ] " \\ : , name null é 日本 x "g" \\" <tool_call 1.0e3 "name" "arguments"'
-PARTS = st.sampled_from([*NEARLY.split(), OPEN, CLOSE, " ", "\n", '{"name": "f", "arguments": {"a": "}"}}'])
+NEARLY += (
+    '< <tool _call> </tool { } [ ] " \\ : , name null é 日本 x "g" \\" <tool_call 1.0e3 "name" '
+    '"arguments"'
+)
+PARTS = st.sampled_from(
+    [*NEARLY.split(), OPEN, CLOSE, " ", "\n", '{"name": "f", "arguments": {"a": "}"}}']
+)
 MESSY = st.lists(PARTS, max_size=30).map("".join)
 
 
@@ -53,13 +60,19 @@ VALUES = st.recursive(
 
 
 @given(
-    st.lists(st.tuples(st.text(), st.dictionaries(st.text(), VALUES, max_size=4), st.booleans()), max_size=4),
+    st.lists(
+        st.tuples(st.text(), st.dictionaries(st.text(), VALUES, max_size=4), st.booleans()),
+        max_size=4,
+    ),
     st.sampled_from([None, 1]),
     st.text(alphabet="ab <\n", max_size=12),
 )
 @settings(max_examples=300, deadline=None)
 def test_calls_come_out_as_they_were_written(calls, indent, before):
-    written = [(name, json.dumps(arguments, indent=indent, ensure_ascii=ascii_)) for name, arguments, ascii_ in calls]
+    written = [
+        (name, json.dumps(arguments, indent=indent, ensure_ascii=ascii_))
+        for name, arguments, ascii_ in calls
+    ]
     text = before + "\n" + "\n".join(call(*one) for one in written)
     said, found = read(*text)
     assert found == written
@@ -75,7 +88,10 @@ def test_calls_come_out_as_they_were_written(calls, indent, before):
         (call("f", "{}") + call("g", "[1, [2]]"), ("", [("f", "{}"), ("g", "[1, [2]]")])),
         (call("f", "{}") + " then words", (" then words", [("f", "{}")])),
         # the closing tag forgotten, and one inside a string
-        (f'{OPEN}{{"name": "f", "arguments": {{}}}}{OPEN}{{"name": "g"}}', ("", [("f", "{}"), ("g", "{}")])),
+        (
+            f'{OPEN}{{"name": "f", "arguments": {{}}}}{OPEN}{{"name": "g"}}',
+            ("", [("f", "{}"), ("g", "{}")]),
+        ),
         (call("f", '{"a": "</tool_call>"}'), ("", [("f", '{"a": "</tool_call>"}')])),
         # what is no call stays text
         (f"{OPEN} see above {CLOSE}", (f"{OPEN} see above {CLOSE}", [])),
@@ -108,7 +124,10 @@ def test_examples(text, expected):
         ('```json\n{\n  "name": "f",\n  "arguments": {"a": 1}\n}\n```', ("", [("f", '{"a": 1}')])),
         ('```\n{"name": "f"}\n```\n', ("", [("f", "{}")])),
         ('```xml\n{"name": "f"}', ("", [("f", "{}")])),
-        ('```json\n{"name": "f"}\n```\n\n```json\n{"name": "g"}\n```', ("", [("f", "{}"), ("g", "{}")])),
+        (
+            '```json\n{"name": "f"}\n```\n\n```json\n{"name": "g"}\n```',
+            ("", [("f", "{}"), ("g", "{}")]),
+        ),
         (
             '```json\n[{"name": "f", "arguments": {"a": "```"}}, {"name": "g"}]\n```',
             ("", [("f", '{"a": "```"}'), ("g", "{}")]),
@@ -117,7 +136,10 @@ def test_examples(text, expected):
         ('<tools>\n{"name": "f"}\n</tools>', ("", [("f", "{}")])),
         ('```json\n<function_call>{"name": "f"}</function_call>\n```', ("", [("f", "{}")])),
         ('{"name": "f"}\n' + call("g", "{}"), ("", [("f", "{}"), ("g", "{}")])),
-        (call("f", "{}") + '\n{"name": "g"}\n{"name": "g"}', ("", [("f", "{}"), ("g", "{}"), ("g", "{}")])),
+        (
+            call("f", "{}") + '\n{"name": "g"}\n{"name": "g"}',
+            ("", [("f", "{}"), ("g", "{}"), ("g", "{}")]),
+        ),
         # no whole answer of calls: not a letter is lost
         *(
             (text, (text, []))

@@ -1,4 +1,6 @@
-"""What a trainer needs of the server: paused, resumed, given new weights, and every token says which made it."""
+"""What a trainer needs of the server: paused, resumed, given new weights, and every token says
+which made it.
+"""
 
 import json
 import subprocess
@@ -15,12 +17,20 @@ def test_weights_change_while_answers_are_made(start, tiny, tokenizer, tmp_path)
     save(Qwen2, tmp_path / "3", tokenizer, seed=5)
     (tmp_path / "4").mkdir()
     server = start(tiny, "--weights", tmp_path)
-    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+    body = {
+        "prompt": "x",
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
     old = server.http.post("/v1/completions", json=body).json()["choices"][0]
     frames, some = [], threading.Event()
 
     def read():
-        with server.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        with server.http.stream(
+            "POST", "/v1/completions", json=body | {"stream": True}
+        ) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     frames.append(json.loads(line[6:])["choices"][0])
@@ -66,7 +76,10 @@ def test_packed_weights_are_served_and_changed(start, tiny, tokenizer, tmp_path,
 
 
 def test_a_missing_library_is_named():
-    code = "import sys; sys.modules['fastapi'] = None; from openqwen.cli import main; sys.exit(main(['serve', 'x']))"
+    code = (
+        "import sys; sys.modules['fastapi'] = None; from openqwen.cli import main; "
+        "sys.exit(main(['serve', 'x']))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Serving needs the library fastapi" in done.stderr

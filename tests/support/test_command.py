@@ -1,4 +1,6 @@
-"""Commands that the program suggests work where the user stands: each is read off the output and given to a shell."""
+"""Commands that the program suggests work where the user stands: each is read off the output and
+given to a shell.
+"""
 
 import os
 import re
@@ -36,15 +38,22 @@ def test_by_its_path_where_the_shell_does_not_find_it(place):
     assert suggested(place, "/usr/bin:/bin", ".venv/bin/openqwen") == ".venv/bin/openqwen"
     whole = f"'{place}/.venv/bin/openqwen'"
     assert suggested(place / ".venv", "/usr/bin:/bin", "bin/openqwen") == "bin/openqwen"
-    assert suggested(place.parent, "/usr/bin:/bin", place / ".venv/bin/openqwen") == "'my project/.venv/bin/openqwen'"
-    assert suggested(Path("/"), "/usr/bin:/bin", place / ".venv/bin/openqwen") == whole.replace("'/", "'", 1)
+    assert (
+        suggested(place.parent, "/usr/bin:/bin", place / ".venv/bin/openqwen")
+        == "'my project/.venv/bin/openqwen'"
+    )
+    assert suggested(Path("/"), "/usr/bin:/bin", place / ".venv/bin/openqwen") == whole.replace(
+        "'/", "'", 1
+    )
 
 
 def test_by_its_name_where_the_shell_finds_this_one(place):
     path = f"{place}/.venv/bin:/usr/bin:/bin"
     assert suggested(place, path, place / ".venv/bin/openqwen") == "openqwen"
     (place / "bin").mkdir()
-    (place / "bin/openqwen").symlink_to(place / ".venv/bin/openqwen")  # as pipx and uv put it on the path
+    (place / "bin/openqwen").symlink_to(
+        place / ".venv/bin/openqwen"
+    )  # as pipx and uv put it on the path
     assert suggested(place, f"{place}/bin:/usr/bin:/bin", place / "bin/openqwen") == "openqwen"
 
 
@@ -52,7 +61,9 @@ def test_another_program_of_that_name_is_not_taken_for_it(place):
     (place / "bin").mkdir()
     (place / "bin/openqwen").write_text("#!/bin/sh\nexit 3\n")
     (place / "bin/openqwen").chmod(0o755)
-    assert suggested(place, f"{place}/bin:/usr/bin:/bin", ".venv/bin/openqwen") == ".venv/bin/openqwen"
+    assert (
+        suggested(place, f"{place}/bin:/usr/bin:/bin", ".venv/bin/openqwen") == ".venv/bin/openqwen"
+    )
 
 
 def test_as_a_module_where_it_was_called_so(place):

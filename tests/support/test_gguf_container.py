@@ -1,4 +1,6 @@
-"""The GGUF container: what is written is read back, by others too; whatever is broken is named and never believed."""
+"""The GGUF container: what is written is read back, by others too; whatever is broken is named and
+never believed.
+"""
 
 import struct
 
@@ -29,7 +31,12 @@ VALUES = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 def tensors():
     return [
-        NewTensor("blk.0.ffn_up.weight", (3, 4), "F32", lambda: [VALUES[:1].tobytes(), VALUES[1:].tobytes()]),
+        NewTensor(
+            "blk.0.ffn_up.weight",
+            (3, 4),
+            "F32",
+            lambda: [VALUES[:1].tobytes(), VALUES[1:].tobytes()],
+        ),
         NewTensor("one", (5,), "F16", lambda: [np.ones(5, np.float16).tobytes()]),
         NewTensor("blocks", (2, 32), "Q8_0", lambda: [bytes(range(68))]),
     ]
@@ -141,9 +148,15 @@ def directory(shape, kind=0, offset=0):
         (struct.pack("<IQQ", 3, 0, 1) + entry(b"k", 9, struct.pack("<IQ", 8, 2**61)), "claims"),
         (struct.pack("<IQQ", 3, 0, 1) + entry(b"k", 9, struct.pack("<IQ", 9, 1)), "unknown type 9"),
         (struct.pack("<IQQ", 3, 0, 1) + entry(b"k", 77, b""), "unknown type 77"),
-        (struct.pack("<IQQ", 3, 0, 1) + entry(b"k", 8, struct.pack("<Q", 1) + b"\xff"), "not UTF-8"),
+        (
+            struct.pack("<IQQ", 3, 0, 1) + entry(b"k", 8, struct.pack("<Q", 1) + b"\xff"),
+            "not UTF-8",
+        ),
         (struct.pack("<IQQ", 3, 0, 2) + entry(b"k", 0, b"1") * 2, "occurs twice"),
-        (struct.pack("<IQQ", 3, 0, 1) + entry(b"general.alignment", 4, struct.pack("<I", 24)), "power of two"),
+        (
+            struct.pack("<IQQ", 3, 0, 1) + entry(b"general.alignment", 4, struct.pack("<I", 24)),
+            "power of two",
+        ),
         (struct.pack("<IQQ", 3, 1, 0) + directory((1,) * 5), "5 dimensions"),
         (struct.pack("<IQQ", 3, 1, 0) + directory((2**40, 2**40)), "inside the tensor 't'"),
         (struct.pack("<IQQ", 3, 1, 0) + directory((4,), offset=2**50), "inside the tensor 't'"),

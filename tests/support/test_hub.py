@@ -1,4 +1,6 @@
-"""Hub ids: a cache laid out as the real one, a server that answers as the real one does, and what goes wrong."""
+"""Hub ids: a cache laid out as the real one, a server that answers as the real one does, and what
+goes wrong.
+"""
 
 import http.server
 import json
@@ -21,24 +23,36 @@ FILES = {
 
 
 def ask(sources, home, **environment):
-    """What `local` gives or says of each, in a process of its own: the library reads its environment on import."""
+    """What `local` gives or says of each, in a process of its own: the library reads its
+    environment on import.
+    """
     code = (
-        "import sys; from openqwen.support.hub import local; from openqwen.support.errors import OpenQwenError\n"
+        "import sys; from openqwen.support.hub import local; from openqwen.support.errors import "
+        "OpenQwenError\n"
         "for source in sys.argv[1:]:\n"
         "    try: print(local(source), end='\\0')\n"
         "    except OpenQwenError as error: print(error, end='\\0')"
     )
     variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    variables |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+    variables |= {
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **environment,
+    }
     command = [sys.executable, "-c", code, *sources]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=variables, timeout=60)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=home, env=variables, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\0")[:-1]
 
 
 @pytest.fixture
 def cache(tmp_path):
-    """A repository as `hf download` leaves it: blobs, a snapshot of links to them, and the branch's commit."""
+    """A repository as `hf download` leaves it: blobs, a snapshot of links to them, and the branch's
+    commit.
+    """
     repository = tmp_path / "hub" / "models--Qwen--Tiny"
     snapshot = repository / "snapshots" / COMMIT
     for folder in (repository / "blobs", snapshot, repository / "refs"):
@@ -72,12 +86,16 @@ def test_offline_and_not_in_the_cache_or_never_an_id(cache):
 
 @pytest.fixture
 def hub():
-    """(address, answers): a server that gives each path its (status, headers, body), as the hub's API does."""
+    """(address, answers): a server that gives each path its (status, headers, body), as the hub's
+    API does.
+    """
     answers = {}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            status, headers, body = answers.get(self.path.partition("?")[0], answers.get("*", (404, {}, b"")))
+            status, headers, body = answers.get(
+                self.path.partition("?")[0], answers.get("*", (404, {}, b""))
+            )
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
@@ -105,14 +123,27 @@ def test_only_the_files_of_a_checkpoint_are_fetched(tmp_path, hub):
     address, answers = hub
     api = "/api/models/Qwen/Tiny"
     siblings = [{"rfilename": name} for name in FILES]
-    info = json_answer({"id": "Qwen/Tiny", "modelId": "Qwen/Tiny", "sha": COMMIT, "siblings": siblings})
-    tree = [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in FILES.items()]
+    info = json_answer(
+        {"id": "Qwen/Tiny", "modelId": "Qwen/Tiny", "sha": COMMIT, "siblings": siblings}
+    )
+    tree = [
+        {"type": "file", "path": name, "size": len(data), "oid": name}
+        for name, data in FILES.items()
+    ]
     answers |= {f"{api}/revision/main": info, f"{api}/revision/{COMMIT}": info, api: info}
     answers |= {f"{api}/tree/{COMMIT}": json_answer(tree), f"{api}/tree/main": json_answer(tree)}
     for name, data in FILES.items():
-        answers[f"/Qwen/Tiny/resolve/{COMMIT}/{name}"] = 200, {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}, data
+        answers[f"/Qwen/Tiny/resolve/{COMMIT}/{name}"] = (
+            200,
+            {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT},
+            data,
+        )
     folder = Path(*ask(["Qwen/Tiny"], tmp_path, HF_HUB_OFFLINE="0", HF_ENDPOINT=address))
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert ask(["Qwen/Tiny"], tmp_path) == [str(folder)]
 

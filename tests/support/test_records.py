@@ -15,10 +15,17 @@ from openqwen.support.records import read_records
 from openqwen.tokenizer.messages import demonstration
 
 RECORDS = [
-    {"messages": [{"role": "user", "content": "é 2+2?"}, {"role": "assistant", "content": "4"}], "tools": "[]"},
+    {
+        "messages": [{"role": "user", "content": "é 2+2?"}, {"role": "assistant", "content": "4"}],
+        "tools": "[]",
+    },
     {
         "messages": [
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 2}}}]}
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"function": {"name": "f", "arguments": {"a": 2}}}],
+            }
         ]
     },
 ]
@@ -39,7 +46,9 @@ def write(path, records):
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json", "d.parquet"])
 def test_files_of_every_kind_give_the_same_records(tmp_path, name):
     path = write(tmp_path / name, RECORDS)
-    assert list(read_records(path)) == [(f"{path}, record {n}", record) for n, record in enumerate(RECORDS, 1)]
+    assert list(read_records(path)) == [
+        (f"{path}, record {n}", record) for n, record in enumerate(RECORDS, 1)
+    ]
 
 
 def test_lines_may_bear_the_ending_of_a_list(tmp_path):
@@ -53,14 +62,19 @@ def test_a_column_of_structs_keeps_what_each_row_has(tmp_path):
         {"name": "f", "arguments": {"a": 2, "b": None}},
         {"name": "g", "arguments": {"a": None, "b": [1.5, 2.5]}},
     ]
-    rows = [{"messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": c}]}]} for c in calls]
+    rows = [
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"function": c}]}]}
+        for c in calls
+    ]
     types = pa.map_(pa.string(), pa.string())
     table = pa.Table.from_pylist(rows).append_column("meta", pa.array([[("k", "v")], None], types))
     pq.write_table(table, tmp_path / "d.parquet")
     (_, first), (_, second) = read_records(tmp_path / "d.parquet")
     assert first["meta"] == {"k": "v"}
     assert "meta" not in second
-    arguments = [demonstration(r)[0][0]["tool_calls"][0]["function"]["arguments"] for r in (first, second)]
+    arguments = [
+        demonstration(r)[0][0]["tool_calls"][0]["function"]["arguments"] for r in (first, second)
+    ]
     assert arguments == [{"a": 2}, {"b": [1.5, 2.5]}]
 
 
@@ -139,7 +153,12 @@ def names(folder, source):
 def test_splits_of_the_hub_by_their_files(hub):
     shards = [f"data/train-0000{n}-of-00002.parquet" for n in range(2)]
     folder = hub("a/b", [*shards, "data/test_sft-00000-of-00001.parquet"])
-    assert names(folder, "hub:a/b") == names(folder, "hub:a/b:train") == names(folder, "hub:a/b@main:train") == shards
+    assert (
+        names(folder, "hub:a/b")
+        == names(folder, "hub:a/b:train")
+        == names(folder, "hub:a/b@main:train")
+        == shards
+    )
     assert names(folder, "hub:a/b:test_sft") == ["data/test_sft-00000-of-00001.parquet"]
     assert [record for _, record in read_records("hub:a/b")] == [{"prompt": "0"}, {"prompt": "1"}]
     assert [record for _, record in read_records(Path("hub:a/b:test_sft"))] == [{"prompt": "2"}]
@@ -150,7 +169,11 @@ def test_splits_of_the_hub_by_their_files(hub):
         dataset_files("hub:a/b:tset")
     folder = hub("a/c", ["eval_set.jsonl", "my_train.jsonl", "my-dev.jsonl"])
     splits = {split: names(folder, f"hub:a/c:{split}") for split in ("train", "test", "validation")}
-    assert splits == {"train": ["my_train.jsonl"], "test": ["eval_set.jsonl"], "validation": ["my-dev.jsonl"]}
+    assert splits == {
+        "train": ["my_train.jsonl"],
+        "test": ["eval_set.jsonl"],
+        "validation": ["my-dev.jsonl"],
+    }
     folder = hub("a/d", ["alpaca.json"])
     assert names(folder, "hub:a/d") == ["alpaca.json"]
 
@@ -188,7 +211,9 @@ def test_splits_of_the_hub_by_the_card(hub):
     hub("a/c", files, CARD.format(name="main"))
     with pytest.raises(OpenQwenError, match="several configurations: main, other"):
         dataset_files("hub:a/c")
-    for number, card in enumerate(["---\nconfigs: 4\n---", "---\n: [\n---", "no header", "---\n---"]):
+    for number, card in enumerate(
+        ["---\nconfigs: 4\n---", "---\n: [\n---", "no header", "---\n---"]
+    ):
         folder = hub(f"a/d{number}", ["some.jsonl"], card)
         assert names(folder, f"hub:a/d{number}") == ["some.jsonl"]
 

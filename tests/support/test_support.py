@@ -37,7 +37,9 @@ def test_jsonl_round_trip_keeps_line_separators_inside_strings(tmp_path, suffix)
     plain = tmp_path / "x.jsonl"
     assert write_jsonl(plain, records) == 2
     path = tmp_path / f"y.jsonl{suffix}"
-    with pa.output_stream(str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(suffix)) as stream:
+    with pa.output_stream(
+        str(path), compression={".gz": "gzip", ".zst": "zstd"}.get(suffix)
+    ) as stream:
         stream.write(plain.read_bytes())
     assert list(read_jsonl(path)) == records
     if suffix:
@@ -47,7 +49,9 @@ def test_jsonl_round_trip_keeps_line_separators_inside_strings(tmp_path, suffix)
             list(read_jsonl(torn))
 
 
-@pytest.mark.parametrize(("line", "told"), [(b'{"a": 1', "not JSON"), (b"[1]", "not an object"), (b"\xff", "not JSON")])
+@pytest.mark.parametrize(
+    ("line", "told"), [(b'{"a": 1', "not JSON"), (b"[1]", "not an object"), (b"\xff", "not JSON")]
+)
 def test_a_bad_line_is_named(tmp_path, line, told):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"ok": 1}\n\n' + line + b"\n")
@@ -56,7 +60,9 @@ def test_a_bad_line_is_named(tmp_path, line, told):
     assert "x.jsonl:3" in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [read_json, lambda path: list(read_jsonl(path)), read_header, load_tokenizer])
+@pytest.mark.parametrize(
+    "read", [read_json, lambda path: list(read_jsonl(path)), read_header, load_tokenizer]
+)
 def test_a_pointer_of_git_lfs_is_told_from_damage(tmp_path, read):
     path = tmp_path / "tokenizer.json"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7031645\n")

@@ -33,7 +33,10 @@ def real_checkpoint():
     default = Path.home() / ".cache" / "real-checkpoint" / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
     path = Path(os.environ.get("OPENQWEN_REAL_CHECKPOINT", default))
     if not path.is_file():
-        pytest.skip(f"the real checkpoint is not here: {path} (OPENQWEN_REAL_CHECKPOINT names another place)")
+        pytest.skip(
+            f"the real checkpoint is not here: {path} (OPENQWEN_REAL_CHECKPOINT names another "
+            "place)"
+        )
     return path
 
 

@@ -6,7 +6,14 @@ import pytest
 
 from openqwen.serve.protocol import plain
 from openqwen.support.errors import OpenQwenError
-from openqwen.tokenizer.messages import as_messages, as_tools, demonstration, is_learned, preference, prompt
+from openqwen.tokenizer.messages import (
+    as_messages,
+    as_tools,
+    demonstration,
+    is_learned,
+    preference,
+    prompt,
+)
 
 FUNCTION = {
     "name": "multiply",
@@ -15,7 +22,10 @@ FUNCTION = {
 }
 TOOLS = [{"type": "function", "function": FUNCTION}]
 CALL = {"type": "function", "function": {"name": "multiply", "arguments": {"a": 2, "b": 1.5}}}
-TEXT_CALL = {"type": "function", "function": {"name": "multiply", "arguments": '{"a": 2, "b": 1.5}'}}
+TEXT_CALL = {
+    "type": "function",
+    "function": {"name": "multiply", "arguments": '{"a": 2, "b": 1.5}'},
+}
 TOOL_CHAT = [
     {"role": "user", "content": "2+2?"},
     {"role": "assistant", "content": "", "tool_calls": [CALL]},
@@ -44,8 +54,14 @@ TOOL_RECORDS = {
     "text everything": {"messages": json.dumps(TOOL_CHAT), "tools": json.dumps(TOOLS)},
     "each tool a text": {"messages": TOOL_CHAT, "tools": [json.dumps(TOOLS[0])]},
     "one tool": {"messages": TOOL_CHAT, "tools": TOOLS[0]},
-    "text calls": {"messages": turns({"role": "assistant", "tool_calls": json.dumps([TEXT_CALL])}), "tools": TOOLS},
-    "bare call": {"messages": turns({"role": "assistant", "tool_calls": [CALL["function"]]}), "tools": TOOLS},
+    "text calls": {
+        "messages": turns({"role": "assistant", "tool_calls": json.dumps([TEXT_CALL])}),
+        "tools": TOOLS,
+    },
+    "bare call": {
+        "messages": turns({"role": "assistant", "tool_calls": [CALL["function"]]}),
+        "tools": TOOLS,
+    },
     "openai's old form": {
         "messages": turns(
             {"role": "assistant", "content": None, "function_call": TEXT_CALL["function"]},
@@ -58,7 +74,9 @@ TOOL_RECORDS = {
         "tools": json.dumps([FUNCTION]),
     },
     "ms-swift": {
-        "messages": turns({"role": "tool_call", "content": BARE}, names=("user", "tool_response", "assistant")),
+        "messages": turns(
+            {"role": "tool_call", "content": BARE}, names=("user", "tool_response", "assistant")
+        ),
         "tools": json.dumps(TOOLS),
     },
     "nulls": {
@@ -68,7 +86,10 @@ TOOL_RECORDS = {
         "system": None,
     },
     "parts": {
-        "messages": [{"role": "user", "content": [{"type": "text", "text": "2+2?"}]}, *TOOL_CHAT[1:]],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "2+2?"}]},
+            *TOOL_CHAT[1:],
+        ],
         "tools": TOOLS,
     },
 }
@@ -103,12 +124,20 @@ def test_consecutive_calls_are_one_turn():
     messages = as_messages([ASKED, *calls, {"role": "tool_response", "content": "4"}])
     assert [m["role"] for m in messages] == ["user", "assistant", "tool"]
     assert messages[1]["tool_calls"] == [CALL, CALL]
-    assert as_messages({"from": "function_call", "value": json.dumps([CALL["function"]] * 2)})[0] == messages[1]
+    assert (
+        as_messages({"from": "function_call", "value": json.dumps([CALL["function"]] * 2)})[0]
+        == messages[1]
+    )
 
 
-@pytest.mark.parametrize("broken", ['{"a": 2', "{", "two", '{"a": NaN}', "[" * 5000, "1" * 5000, '["\\ud800"]', "\x00"])
+@pytest.mark.parametrize(
+    "broken", ['{"a": 2', "{", "two", '{"a": NaN}', "[" * 5000, "1" * 5000, '["\\ud800"]', "\x00"]
+)
 def test_arguments_that_are_no_json_stay_text(trained, broken):
-    asked = [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": broken}}]}]
+    asked = [
+        ASKED,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": broken}}]},
+    ]
     for messages in (as_messages(asked), plain(asked)):
         assert messages[1]["tool_calls"][0]["function"]["arguments"] == broken
         assert json.dumps(broken, ensure_ascii=False) in trained.apply_chat_template(messages)
@@ -116,13 +145,17 @@ def test_arguments_that_are_no_json_stay_text(trained, broken):
 
 @pytest.mark.parametrize("empty", ["", " ", "{}", None, {}])
 def test_no_arguments_are_an_empty_object(empty):
-    call = as_messages([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": empty}}]}])
+    call = as_messages(
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": empty}}]}]
+    )
     assert call[0]["tool_calls"][0]["function"]["arguments"] == {}
 
 
 PLAIN_RECORDS = {
     "messages": {"messages": [ASKED, ANSWERED]},
-    "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
+    },
     "ms-swift's sharegpt": {"conversation": [{"human": "2+2?", "assistant": "4"}]},
     "alpaca": {"instruction": "2+2?", "input": "", "output": "4"},
     "query": {"query": "2+2?", "response": "4"},
@@ -141,7 +174,13 @@ def test_every_form_of_a_demonstration(record):
 
 
 def test_alpaca_with_input_and_history():
-    record = {"instruction": "Add.", "input": "2 2", "output": "4", "history": [["Hi", "Hello"]], "tools": "[]"}
+    record = {
+        "instruction": "Add.",
+        "input": "2 2",
+        "output": "4",
+        "history": [["Hi", "Hello"]],
+        "tools": "[]",
+    }
     messages, tools = demonstration(record)
     assert [m["content"] for m in messages] == ["Hi", "Hello", "Add.\n2 2", "4"]
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2
@@ -149,7 +188,9 @@ def test_alpaca_with_input_and_history():
 
 
 def test_of_a_prompt_with_a_completion_only_the_completion_is_learned():
-    messages, _ = demonstration({"prompt": [ASKED, WRONG, {"role": "user", "content": "no"}], "completion": [ANSWERED]})
+    messages, _ = demonstration(
+        {"prompt": [ASKED, WRONG, {"role": "user", "content": "no"}], "completion": [ANSWERED]}
+    )
     assert [is_learned(m) for m in messages if m["role"] == "assistant"] == [False, True]
 
 
@@ -159,7 +200,12 @@ PREFERENCES = {
     "explicit texts": {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
     "explicit, single messages": {"prompt": [ASKED], "chosen": ANSWERED, "rejected": WRONG},
     "implicit": {"chosen": [ASKED, ANSWERED], "rejected": [ASKED, WRONG]},
-    "ultrafeedback": {"prompt": "2+2?", "chosen": [ASKED, ANSWERED], "rejected": [ASKED, WRONG], "messages": [ASKED]},
+    "ultrafeedback": {
+        "prompt": "2+2?",
+        "chosen": [ASKED, ANSWERED],
+        "rejected": [ASKED, WRONG],
+        "messages": [ASKED],
+    },
     "prompt twice": {"prompt": [ASKED], "chosen": [ASKED, ANSWERED], "rejected": [ASKED, WRONG]},
     "llama-factory": {
         "conversations": [{"from": "human", "value": "2+2?"}],
@@ -196,9 +242,15 @@ def test_implicit_prompts_are_those_of_trl():
         ({"prompt": [ASKED], "chosen": ["4"], "rejected": ["5"]}, r"chosen\[0\]"),
         ({"prompt": [ASKED], "chosen": [], "rejected": []}, "one assistant message(.|\n)*chosen"),
         ({"prompt": [ASKED], "chosen": 4, "rejected": "5"}, "a number(.|\n)*chosen"),
-        ({"prompt": [ASKED], "chosen": {"4": 4}, "rejected": "5"}, r"needs a role(.|\n)*chosen\[0\]"),
+        (
+            {"prompt": [ASKED], "chosen": {"4": 4}, "rejected": "5"},
+            r"needs a role(.|\n)*chosen\[0\]",
+        ),
         ({"prompt": 4, "chosen": "4", "rejected": "5"}, "a number(.|\n)*prompt"),
-        ({"prompt": [ASKED], "chosen": [ANSWERED, WRONG], "rejected": [WRONG]}, "one assistant message"),
+        (
+            {"prompt": [ASKED], "chosen": [ANSWERED, WRONG], "rejected": [WRONG]},
+            "one assistant message",
+        ),
         ({"prompt": [ASKED], "chosen": [ASKED], "rejected": [ASKED]}, "do not begin alike"),
         ({"chosen": [ANSWERED], "rejected": [WRONG]}, "lacks 'prompt'"),
         ({"chosen": "4", "rejected": "5"}, "lacks 'prompt'"),
@@ -219,14 +271,26 @@ def test_what_is_no_preference_is_said(record, told):
         ({"messages": 4}, "a number(.|\n)*messages"),
         ({"messages": [None]}, r"this is null(.|\n)*messages\[0\]"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, r"needs a role(.|\n)*messages\[0\]"),
-        ({"messages": [ASKED, {"role": "assistant", "content": None}]}, r"must be text(.|\n)*messages\[1\]"),
+        (
+            {"messages": [ASKED, {"role": "assistant", "content": None}]},
+            r"must be text(.|\n)*messages\[1\]",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             r"text, not image_url(.|\n)*\.content\[0\]",
         ),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, r"name of a function(.|\n)*tool_calls\[0\]"),
-        ({"messages": [{"role": "assistant", "tool_calls": 4}]}, r"name of a function(.|\n)*tool_calls\[0\]"),
-        ({"messages": [{"from": "function_call", "value": "f(2)"}]}, r"not JSON(.|\n)*messages\[0\]"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            r"name of a function(.|\n)*tool_calls\[0\]",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": 4}]},
+            r"name of a function(.|\n)*tool_calls\[0\]",
+        ),
+        (
+            {"messages": [{"from": "function_call", "value": "f(2)"}]},
+            r"not JSON(.|\n)*messages\[0\]",
+        ),
         ({"messages": [ASKED], "tools": "none"}, "not JSON(.|\n)*tools"),
         ({"messages": [ASKED], "tools": [4]}, r"name of a function(.|\n)*tools\[0\]"),
         ({"messages": [ASKED], "tools": [{"function": 4}]}, r"name of a function(.|\n)*tools\[0\]"),
@@ -242,7 +306,9 @@ def test_what_is_no_demonstration_is_said(record, told):
 
 def test_marks_of_what_is_not_learned():
     for mark in ("weight", "loss", "train", "loss_scale"):
-        assert [is_learned({mark: value}) for value in (0, False, 0.0, 1, True, None)] == [False] * 3 + [True] * 3
+        assert [is_learned({mark: value}) for value in (0, False, 0.0, 1, True, None)] == [
+            False
+        ] * 3 + [True] * 3
         with pytest.raises(OpenQwenError, match=mark):
             is_learned({mark: 0.5})
     assert as_tools({"tools": ""}) is None

@@ -13,11 +13,37 @@ from openqwen.tokenizer.gguf import gguf_metadata
 from openqwen.tokenizer.sources import parts_from_gguf
 
 WORDS = (
-    *("word", "wordy", "ord", "é|", "café", "cafe\u0301", "日本", "日本語", " sp", "sp ace", "\n\n"),
+    *(
+        "word",
+        "wordy",
+        "ord",
+        "é|",
+        "café",
+        "cafe\u0301",
+        "日本",
+        "日本語",
+        " sp",
+        "sp ace",
+        "\n\n",
+    ),
     *("<x>", "Ġthe", "!", "the", "<tool_call>x", "ab c", "\u0301", "1"),
 )
 TEXTS = (
-    *(*WORDS, "<|im_end|>", "<tool_call>", "<|im_", "e", " ", "  ", "\n", "a", "_", "ſ", "-", "\u00a0"),
+    *(
+        *WORDS,
+        "<|im_end|>",
+        "<tool_call>",
+        "<|im_",
+        "e",
+        " ",
+        "  ",
+        "\n",
+        "a",
+        "_",
+        "ſ",
+        "-",
+        "\u00a0",
+    ),
     *("😀", "<", "e\u0301|", "\u0958", "\u0915\u093c", "!!", "<pad>", "<x1>"),
 )
 
@@ -30,7 +56,9 @@ def added(rng, theirs):
     if pad := rng.choice((None, "!", "<pad>")):
         theirs.add_special_tokens({"pad_token": pad})
     if rng.random() < 0.3:
-        theirs.add_special_tokens({"extra_special_tokens": ["<x1>"]}, replace_extra_special_tokens=False)
+        theirs.add_special_tokens(
+            {"extra_special_tokens": ["<x1>"]}, replace_extra_special_tokens=False
+        )
     return theirs
 
 
@@ -46,7 +74,10 @@ def test_fuzzed_words_and_texts_give_the_ids_of_transformers(saved, tmp_path, se
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_tokenizer(tmp_path / "theirs")
     ours.save(tmp_path / "ours")
-    again, back = load_tokenizer(tmp_path / "ours"), AutoTokenizer.from_pretrained(tmp_path / "ours")
+    again, back = (
+        load_tokenizer(tmp_path / "ours"),
+        AutoTokenizer.from_pretrained(tmp_path / "ours"),
+    )
     assert (again.control, again.vocab_size) == (ours.control, len(theirs))
     assert back.get_vocab() == theirs.get_vocab()
     flags = {i: str(token.__getstate__()) for i, token in theirs.added_tokens_decoder.items()}
@@ -54,10 +85,14 @@ def test_fuzzed_words_and_texts_give_the_ids_of_transformers(saved, tmp_path, se
     lines = texts(rng)
     for text in lines:
         ids = theirs.encode(text)
-        assert ours.encode(text, allow_control=True) == again.encode(text, allow_control=True) == ids
+        assert (
+            ours.encode(text, allow_control=True) == again.encode(text, allow_control=True) == ids
+        )
         assert back.encode(text) == ids
     flat, offsets = ours.encode_batch(lines)
-    assert [row.tolist() for row in np.split(flat, offsets[1:-1])] == [ours.encode(text) for text in lines]
+    assert [row.tolist() for row in np.split(flat, offsets[1:-1])] == [
+        ours.encode(text) for text in lines
+    ]
 
 
 def test_without_special_tokens_the_ids_are_those_of_the_library(saved, tmp_path):
@@ -72,7 +107,11 @@ def test_without_special_tokens_the_ids_are_those_of_the_library(saved, tmp_path
 
 
 def test_the_python_path_gives_the_same(trained, monkeypatch):
-    control = [*trained.control, ControlToken("word", False, normalized=True), ControlToken("<x>", False, lstrip=True)]
+    control = [
+        *trained.control,
+        ControlToken("word", False, normalized=True),
+        ControlToken("<x>", False, lstrip=True),
+    ]
     fast = Tokenizer(trained.vocabulary, trained.merges, control)
     monkeypatch.setattr("openqwen.tokenizer.tokenizer.best_encoder", BytePairEncoder)
     plain = Tokenizer(trained.vocabulary, trained.merges, control)
@@ -95,7 +134,10 @@ def worded(saved, tmp_path):
 def test_added_words_are_one_id_in_chats_whoever_wrote_them(worded):
     ours, theirs = worded
     said = "a <gene> of the zebra, singles single <tool_call>\n{}\n</tool_call>"
-    chat = [{"role": role, "content": said} for role in ("system", "user", "assistant", "tool", "assistant")]
+    chat = [
+        {"role": role, "content": said}
+        for role in ("system", "user", "assistant", "tool", "assistant")
+    ]
     ids, mask = ours.encode_chat(chat)
     assert ids == theirs.apply_chat_template(chat, return_dict=False)
     for word in ("<gene>", "zebra", "<tool_call>"):
@@ -128,10 +170,14 @@ def test_a_regular_token_may_be_the_padding(saved, tmp_path):
     theirs = AutoTokenizer.from_pretrained(saved)
     theirs.add_special_tokens({"pad_token": "!"})
     theirs.save_pretrained(tmp_path / "all")
-    theirs.save_pretrained(tmp_path / "config alone")  # it names the padding, tokenizer.json does not list it
+    theirs.save_pretrained(
+        tmp_path / "config alone"
+    )  # it names the padding, tokenizer.json does not list it
     path = tmp_path / "config alone" / "tokenizer.json"
     content = json.loads(path.read_text())
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "!"]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] != "!"
+    ]
     path.write_text(json.dumps(content))
     chat = [{"role": "user", "content": "Hi!! ?! Now!"}]
     for folder in ("all", "config alone"):
@@ -149,7 +195,11 @@ def test_vocabulary_files_may_list_added_tokens_too(worded, tmp_path):
     content["model"]["vocab"] |= ours.control_ids
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     again = load_tokenizer(tmp_path)
-    assert (again.vocabulary, again.control, again.control_ids) == (ours.vocabulary, ours.control, ours.control_ids)
+    assert (again.vocabulary, again.control, again.control_ids) == (
+        ours.vocabulary,
+        ours.control,
+        ours.control_ids,
+    )
 
 
 def test_gguf_keeps_added_tokens(trained):
@@ -159,7 +209,11 @@ def test_gguf_keeps_added_tokens(trained):
     ours = Tokenizer(trained.vocabulary, trained.merges, control, template, settings)
     metadata = gguf_metadata(ours, ours.vocab_size + 3, ours.eos_id)
     again = Tokenizer(*parts_from_gguf(metadata, "x.gguf"))
-    assert (again.control, again.control_ids, again.template) == (ours.control, ours.control_ids, template)
+    assert (again.control, again.control_ids, again.template) == (
+        ours.control,
+        ours.control_ids,
+        template,
+    )
     assert again.special_tokens == ours.special_tokens
     assert again.apply_chat_template([{"role": "user", "content": "x"}]) == "!<|im_start|>"
 

@@ -8,12 +8,20 @@ from transformers import AutoTokenizer
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
 
-TEXT = "It's 2026 — naïve cafe\u0301, 日本語 👩\u200d🚀\n\n\tdef f(x):\r\n  return x  <|im_end|><tool_call> end "
+TEXT = (
+    "It's 2026 — naïve cafe\u0301, 日本語 👩\u200d🚀\n\n\tdef f(x):\r\n  return x  "
+    "<|im_end|><tool_call> end "
+)
 
 
 @pytest.mark.parametrize("files", ["all", "vocab and merges"])
 def test_transformers_loads_the_same_tokenizer(trained, saved, tmp_path, files, real_texts):
-    for name in ("tokenizer_config.json", "vocab.json", "merges.txt", *(["tokenizer.json"] * (files == "all"))):
+    for name in (
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        *(["tokenizer.json"] * (files == "all")),
+    ):
         (tmp_path / name).write_bytes((saved / name).read_bytes())
     other = AutoTokenizer.from_pretrained(tmp_path)
     assert len(other) == trained.vocab_size
@@ -24,7 +32,9 @@ def test_transformers_loads_the_same_tokenizer(trained, saved, tmp_path, files, 
             assert other.decode(ids, skip_special_tokens=skip) == trained.decode(ids, skip)
     assert (other.eos_token_id, other.pad_token_id) == (trained.eos_id, trained.endoftext_id)
     assert other.bos_token is None
-    assert [other.convert_tokens_to_ids(t.content) for t in CONTROL_TOKENS] == list(trained.control_ids.values())
+    assert [other.convert_tokens_to_ids(t.content) for t in CONTROL_TOKENS] == list(
+        trained.control_ids.values()
+    )
     chat = [{"role": "user", "content": "Hi <b>\n"}, {"role": "assistant", "content": "Yes"}]
     assert other.apply_chat_template(chat, tokenize=False) == trained.apply_chat_template(chat)
 

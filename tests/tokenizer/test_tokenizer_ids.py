@@ -17,7 +17,8 @@ from openqwen.tokenizer.pretokenize import PATTERN, split_words
 from openqwen.tokenizer.unicode import normalize
 
 fuzz = settings(max_examples=250, derandomize=True, deadline=None)
-# All of the alphabets; of the ideographs, Hangul syllables and private planes, which hold thousands alike, every 16th.
+# All of the alphabets; of the ideographs, Hangul syllables and private planes, which hold thousands
+# alike, every 16th.
 CODE_POINTS = [
     *range(0x3400),
     *range(0x3400, 0xA000, 16),
@@ -38,16 +39,36 @@ def all_matching(expression):
     return [chr(c) for c in CODE_POINTS if pattern.match(chr(c))]
 
 
-decomposed = [unicodedata.normalize("NFD", c) for c in all_matching(r"\p{Decomposition_Type=Canonical}")]
+decomposed = [
+    unicodedata.normalize("NFD", c) for c in all_matching(r"\p{Decomposition_Type=Canonical}")
+]
 pieces = st.one_of(
     st.characters(exclude_categories=["Cs"]),
     st.sampled_from(all_matching(r"\p{M}")),
     st.sampled_from(all_matching(r"[\p{N}\s\p{Cc}]")),
     st.sampled_from(decomposed),
     st.sampled_from(
-        ["\n", "\r\n", " ", "  ", "\t", "'s", "'LL", "'ſ", "👩\u200d👩\u200d👧", "🇩🇪", "á", "한", "1", "x", "_"]
+        [
+            "\n",
+            "\r\n",
+            " ",
+            "  ",
+            "\t",
+            "'s",
+            "'LL",
+            "'ſ",
+            "👩\u200d👩\u200d👧",
+            "🇩🇪",
+            "á",
+            "한",
+            "1",
+            "x",
+            "_",
+        ]
     ),
-    st.sampled_from([token.content for token in CONTROL_TOKENS] + ["<|", "|>", "<tool_call", "<<|im_end|>>"]),
+    st.sampled_from(
+        [token.content for token in CONTROL_TOKENS] + ["<|", "|>", "<tool_call", "<<|im_end|>>"]
+    ),
 )
 strings = st.lists(pieces, max_size=12).map("".join)
 
@@ -67,13 +88,17 @@ def test_fuzzed_text(trained, library):
     @fuzz
     @example("'ſ don'T 'S'll")
     @example("e\u0301\u0323 q\u0307\u0323 \u1100\u1161\u11a8")
-    @example("\u07fd\u0334\u0301\U00011935\U00011930")  # newer marks and composites than the library knows
+    @example(
+        "\u07fd\u0334\u0301\U00011935\U00011930"
+    )  # newer marks and composites than the library knows
     @given(strings)
     def check(text):
         ids = trained.encode(text, allow_control=True)
         assert ids == library.encode(text).ids
         assert trained.decode(ids) == library.decode(ids)
-        assert trained.decode(ids, skip_control=False) == library.decode(ids, skip_special_tokens=False)
+        assert trained.decode(ids, skip_control=False) == library.decode(
+            ids, skip_special_tokens=False
+        )
 
     check()
 
@@ -101,7 +126,9 @@ def test_every_code_point_is_cut_as_in_the_library():
     assert split_words(text) == [word for word, _ in split.pre_tokenize_str(text)]
 
 
-@pytest.mark.parametrize("frame", ["{}", "a{}\u0323", "\u0345{}", "q\u0301{}\u0334", "{0}\u0301{0}"])
+@pytest.mark.parametrize(
+    "frame", ["{}", "a{}\u0323", "\u0345{}", "q\u0301{}\u0334", "{0}\u0301{0}"]
+)
 def test_every_code_point_is_normalised_as_in_the_library(frame):
     text = "\n".join(frame.format(chr(c)) for c in CODE_POINTS)
     ours, library = normalize(text).split("\n"), normalizers.NFC().normalize_str(text).split("\n")
@@ -110,7 +137,12 @@ def test_every_code_point_is_normalised_as_in_the_library(frame):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("\ud800", "\ufffd"), ("a\udc80b", "a\ufffdb"), ("\ud83d\ude00", "😀"), ("<|im_end|>\udfff", "<|im_end|>\ufffd")],
+    [
+        ("\ud800", "\ufffd"),
+        ("a\udc80b", "a\ufffdb"),
+        ("\ud83d\ude00", "😀"),
+        ("<|im_end|>\udfff", "<|im_end|>\ufffd"),
+    ],
 )
 def test_lone_surrogates_become_replacement_characters(trained, text, expected):
     for allow_control in (False, True):
@@ -132,7 +164,13 @@ def test_any_ids_decode_as_in_the_library_and_stream_to_the_same_text(trained, l
 
 def test_stream_never_shows_half_a_character(trained):
     @fuzz
-    @given(st.text(st.characters(min_codepoint=0x80, exclude_categories=["Cs"], exclude_characters="\ufffd")))
+    @given(
+        st.text(
+            st.characters(
+                min_codepoint=0x80, exclude_categories=["Cs"], exclude_characters="\ufffd"
+            )
+        )
+    )
     def check(text):
         text = normalize(text)
         stream, seen = TextStream(trained), ""
@@ -149,16 +187,27 @@ def test_special_control_tokens_are_hidden_and_tool_calls_shown(trained):
     ids = trained.encode("<tool_call>x</tool_call><|im_end|><|endoftext|>", allow_control=True)
     assert len(ids) == 5
     assert trained.decode(ids) == "<tool_call>x</tool_call>"
-    assert trained.decode(ids, skip_control=False) == "<tool_call>x</tool_call><|im_end|><|endoftext|>"
+    assert (
+        trained.decode(ids, skip_control=False) == "<tool_call>x</tool_call><|im_end|><|endoftext|>"
+    )
 
 
 def test_merging_equals_the_definition():
     """Brute force: as long as there is one, merge the leftmost pair of the lowest rank."""
-    merges = [(0, 1, 256), (256, 0, 257), (1, 1, 258), (0, 0, 259), (257, 256, 260), (258, 259, 261)]
+    merges = [
+        (0, 1, 256),
+        (256, 0, 257),
+        (1, 1, 258),
+        (0, 0, 259),
+        (257, 256, 260),
+        (258, 259, 261),
+    ]
     ranks = {(a, b): (rank, merged) for rank, (a, b, merged) in enumerate(merges)}
 
     def slow(ids):
-        while found := [(ranks[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks]:
+        while found := [
+            (ranks[pair][0], i) for i, pair in enumerate(pairwise(ids)) if pair in ranks
+        ]:
             _, i = min(found)
             ids = [*ids[:i], ranks[ids[i], ids[i + 1]][1], *ids[i + 2 :]]
         return ids

@@ -70,24 +70,51 @@ pieces = st.one_of(
     st.characters(max_codepoint=0x7F),
     st.sampled_from(SCRIPTS),
     st.sampled_from(
-        ["\n", "\r", "\r\n", " ", "  ", "\t", "\x0b", "\x1c", "'s", "'LL", "'ſ", "'r", "'", " '", "_", "1"]
+        [
+            "\n",
+            "\r",
+            "\r\n",
+            " ",
+            "  ",
+            "\t",
+            "\x0b",
+            "\x1c",
+            "'s",
+            "'LL",
+            "'ſ",
+            "'r",
+            "'",
+            " '",
+            "_",
+            "1",
+        ]
     ),
-    st.sampled_from(["\u0558", "\U0001df2b", "\U000323b0", "\u07fd", "\ue000", "\U0010ffff", "\u0301"]),
-    st.builds(lambda c, n: c * n, st.sampled_from(["a", " ", "\n", "漢", "é", "-"]), st.integers(1, 80)),
+    st.sampled_from(
+        ["\u0558", "\U0001df2b", "\U000323b0", "\u07fd", "\ue000", "\U0010ffff", "\u0301"]
+    ),
+    st.builds(
+        lambda c, n: c * n, st.sampled_from(["a", " ", "\n", "漢", "é", "-"]), st.integers(1, 80)
+    ),
 )
 texts = st.lists(pieces, max_size=30).map("".join)
 
 
 def encoders(vocabulary, merges):
-    """(compiled, Python) on the same merges; vocabulary names the tokens that merges do not make."""
+    """(compiled, Python) on the same merges; vocabulary names the tokens that merges do not
+    make.
+    """
     if fast.library() is None:
         pytest.skip("there is no C++ compiler here")
-    return fast.NativeEncoder(fast.library(), vocabulary, merges), BytePairEncoder(vocabulary, merges)
+    return fast.NativeEncoder(fast.library(), vocabulary, merges), BytePairEncoder(
+        vocabulary, merges
+    )
 
 
 def pair(tokenizer):
     ids = {token: i for i, token in enumerate(tokenizer.vocabulary)}
-    both = [(a, b, ids[tokenizer.vocabulary[a] + tokenizer.vocabulary[b]]) for a, b in tokenizer.merges]
+    both = [
+        (a, b, ids[tokenizer.vocabulary[a] + tokenizer.vocabulary[b]]) for a, b in tokenizer.merges
+    ]
     return encoders(tokenizer.vocabulary, both)
 
 
@@ -126,7 +153,14 @@ def test_fuzzed_text(both):
 def completions(token, rng, tries=12):
     """Texts that hold the bytes of a token that begins or ends inside a character."""
     fills = [bytes([rng.randrange(0x80, 0xC0)]) * n for n in range(4)]
-    leads = [b"", *(bytes([lead]) + fill for lead in rng.choices(range(0xC3, 0xF3), k=tries) for fill in fills[:3])]
+    leads = [
+        b"",
+        *(
+            bytes([lead]) + fill
+            for lead in rng.choices(range(0xC3, 0xF3), k=tries)
+            for fill in fills[:3]
+        ),
+    ]
     for lead in leads:
         for tail in fills:
             try:
@@ -136,11 +170,15 @@ def completions(token, rng, tries=12):
 
 
 def test_fuzzed_text_with_the_real_vocabulary(real):
-    """Among it the two sides of merges that join pieces of characters: there, characters may not be merged first."""
+    """Among it the two sides of merges that join pieces of characters: there, characters may not be
+    merged first.
+    """
     compiled, python = pair(real)
     rng = random.Random(0)
     broken = [token for token in real.vocabulary if "\ufffd" in token.decode(errors="replace")]
-    straddling = [token for token in broken if any(byte < 0x80 or byte >= 0xC0 for byte in token[1:])]
+    straddling = [
+        token for token in broken if any(byte < 0x80 or byte >= 0xC0 for byte in token[1:])
+    ]
     assert len(straddling) > 300
     hard = [text for token in broken for text in completions(token, rng)]
     assert len(hard) > 5000
@@ -150,7 +188,13 @@ def test_fuzzed_text_with_the_real_vocabulary(real):
 
     @fuzz
     @given(
-        st.lists(st.one_of(pieces, st.sampled_from(hard), st.characters(min_codepoint=0x3000, max_codepoint=0xD7A3)))
+        st.lists(
+            st.one_of(
+                pieces,
+                st.sampled_from(hard),
+                st.characters(min_codepoint=0x3000, max_codepoint=0xD7A3),
+            )
+        )
     )
     def check(parts):
         text = normalize("".join(parts))
@@ -168,7 +212,9 @@ def test_any_merges():
         vocabulary, merges = list(BYTES), []
         ids = {token: i for i, token in enumerate(vocabulary)}
         for _ in range(rng.randrange(120)):
-            left, right = (rng.choice([rng.choice(alphabet), rng.randrange(len(vocabulary))]) for _ in range(2))
+            left, right = (
+                rng.choice([rng.choice(alphabet), rng.randrange(len(vocabulary))]) for _ in range(2)
+            )
             token = vocabulary[left] + vocabulary[right]
             if token not in ids:
                 ids[token] = len(vocabulary)
@@ -238,7 +284,9 @@ def test_batches_equal_texts_one_by_one(trained, real_texts):
 
 
 def test_batches_of_the_python_path_are_the_same(both, real_texts):
-    for compiled, python in zip(both[0].encode_batch(real_texts[:20]), both[1].encode_batch(real_texts[:20])):
+    for compiled, python in zip(
+        both[0].encode_batch(real_texts[:20]), both[1].encode_batch(real_texts[:20])
+    ):
         assert compiled.dtype == python.dtype
         assert compiled.tolist() == python.tolist()
 
@@ -263,7 +311,11 @@ def test_copies_and_pickles_encode_the_same(trained):
     text = "It's 2026 — naïve"
     for other in (copy.deepcopy(trained), pickle.loads(pickle.dumps(trained))):
         assert other.encode(text) == trained.encode(text)
-        assert (other.path, other.control, other.template) == (trained.path, trained.control, trained.template)
+        assert (other.path, other.control, other.template) == (
+            trained.path,
+            trained.control,
+            trained.template,
+        )
 
 
 def test_no_code_point_beyond_the_table_has_a_class():
@@ -272,7 +324,9 @@ def test_no_code_point_beyond_the_table_has_a_class():
 
 
 def test_native_code_is_one_build_for_all(monkeypatch, tmp_path):
-    """Built once into the cache, found there again, off when told so, and absent with one warning."""
+    """Built once into the cache, found there again, off when told so, and absent with one
+    warning.
+    """
     source = tmp_path / "seven.cpp"
     source.write_text('extern "C" int seven() { return 7; }')
     monkeypatch.delenv("OPENQWEN_NATIVE", raising=False)
@@ -302,7 +356,9 @@ def test_native_code_is_one_build_for_all(monkeypatch, tmp_path):
     ("source", "compiler", "complaint"),
     [("no C++", None, "failed, see"), ("", "/nowhere/c++", "did not run"), ("", "false", "failed")],
 )
-def test_without_a_library_the_reason_is_logged_once(monkeypatch, tmp_path, caplog, source, compiler, complaint):
+def test_without_a_library_the_reason_is_logged_once(
+    monkeypatch, tmp_path, caplog, source, compiler, complaint
+):
     path = tmp_path / "broken.cpp"
     path.write_text(source)
     monkeypatch.delenv("OPENQWEN_NATIVE", raising=False)

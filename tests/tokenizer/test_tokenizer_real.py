@@ -1,4 +1,6 @@
-"""The published vocabulary against transformers: mixed text of many scripts, fuzzed strings, chats."""
+"""The published vocabulary against transformers: mixed text of many scripts, fuzzed strings,
+chats.
+"""
 
 import importlib.util
 import sys
@@ -14,7 +16,9 @@ def ids_benchmark():
     """benchmarks/tokenizer_ids.py, of which this is the small form."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        spec = importlib.util.spec_from_file_location("tokenizer_ids", BENCHMARKS / "tokenizer_ids.py")
+        spec = importlib.util.spec_from_file_location(
+            "tokenizer_ids", BENCHMARKS / "tokenizer_ids.py"
+        )
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         yield module
@@ -23,7 +27,10 @@ def ids_benchmark():
 
 
 def compare(module, tokenizer, strings, size):
-    texts = [*(("fuzzed strings", text) for text in module.fuzzed(strings, seed=7)), *module.mixed(size)]
+    texts = [
+        *(("fuzzed strings", text) for text in module.fuzzed(strings, seed=7)),
+        *module.mixed(size),
+    ]
     return module.differences(tokenizer, module.reference(tokenizer), iter(texts))
 
 

@@ -11,17 +11,27 @@ from openqwen.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
 from openqwen.tokenizer.pretokenize import to_characters
 from openqwen.tokenizer.sources import parts_from_gguf
 
-TEXT = "It's 2026 — naïve cafe\u0301, 日本語 👩\u200d🚀\n\n\tdef f(x):\r\n  return x  <|im_end|><tool_call> end "
+TEXT = (
+    "It's 2026 — naïve cafe\u0301, 日本語 👩\u200d🚀\n\n\tdef f(x):\r\n  return x  "
+    "<|im_end|><tool_call> end "
+)
 CHAT = [{"role": "user", "content": "Hi"}]
 
 
 def same(a, b):
     """All that decides ids, texts and chats."""
-    return (a.vocabulary, a.merges, a.control, a.template) == (b.vocabulary, b.merges, b.control, b.template)
+    return (a.vocabulary, a.merges, a.control, a.template) == (
+        b.vocabulary,
+        b.merges,
+        b.control,
+        b.template,
+    )
 
 
 def ranks(tokenizer):
-    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokenizer.vocabulary))
+    return "".join(
+        f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokenizer.vocabulary)
+    )
 
 
 def metadata(tokenizer, padding=3):
@@ -49,7 +59,9 @@ def metadata(tokenizer, padding=3):
 def test_gguf_metadata(trained):
     assert same(Tokenizer(*parts_from_gguf(metadata(trained), "x.gguf")), trained)
     old = metadata(trained)  # early converters called padding rows tokens of the user
-    old["tokenizer.ggml.token_type"] = [4 if kind == 5 else kind for kind in old["tokenizer.ggml.token_type"]]
+    old["tokenizer.ggml.token_type"] = [
+        4 if kind == 5 else kind for kind in old["tokenizer.ggml.token_type"]
+    ]
     assert same(Tokenizer(*parts_from_gguf(old, "x.gguf")), trained)
 
 
@@ -81,7 +93,9 @@ def test_ranks_hold_the_merges(trained, tmp_path):
         assert loaded.template is None
 
 
-def test_ranks_take_control_tokens_and_template_from_the_files_beside_them(trained, saved, tmp_path):
+def test_ranks_take_control_tokens_and_template_from_the_files_beside_them(
+    trained, saved, tmp_path
+):
     (tmp_path / "qwen.tiktoken").write_text(ranks(trained))
     (tmp_path / "tokenizer_config.json").write_bytes((saved / "tokenizer_config.json").read_bytes())
     assert same(load_tokenizer(tmp_path), trained)
@@ -95,8 +109,14 @@ def test_ranks_take_control_tokens_and_template_from_the_files_beside_them(train
         (lambda lines: lines[:300] + lines[301:], "rank 301, not 300"),
         (lambda lines: [*lines[:-1], lines[300].split()[0] + " 1499"], "occurs twice"),
         (lambda lines: lines[1:2] + lines[1:], "rank 1, not 0"),
-        (lambda lines: [f"{base64.b64encode(b'zzzzzzzzz').decode()} 0"], "lacks 256 of the 256 bytes"),
-        (lambda lines: [*lines[:-1], f"{base64.b64encode('漢字漢字'.encode()).decode()} 1499"], "two earlier tokens"),
+        (
+            lambda lines: [f"{base64.b64encode(b'zzzzzzzzz').decode()} 0"],
+            "lacks 256 of the 256 bytes",
+        ),
+        (
+            lambda lines: [*lines[:-1], f"{base64.b64encode('漢字漢字'.encode()).decode()} 1499"],
+            "two earlier tokens",
+        ),
     ],
 )
 def test_damaged_ranks_are_named(trained, tmp_path, change, complaint):
@@ -113,7 +133,9 @@ def test_vocabulary_and_merges(trained, saved, tmp_path):
     (tmp_path / "tokenizer_config.json").write_bytes((saved / "tokenizer_config.json").read_bytes())
     for source in (tmp_path, tmp_path / "vocab.json", tmp_path / "merges.txt"):
         assert same(load_tokenizer(source), trained)
-    vocabulary = json.loads((tmp_path / "vocab.json").read_text())  # some tools list control tokens here too
+    vocabulary = json.loads(
+        (tmp_path / "vocab.json").read_text()
+    )  # some tools list control tokens here too
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | trained.control_ids))
     assert same(load_tokenizer(tmp_path), trained)
 
@@ -125,7 +147,11 @@ def test_vocabulary_and_merges(trained, saved, tmp_path):
         ("merges.txt", b"\xff", "not UTF-8"),
         ("merges.txt", None, "missing"),
         ("vocab.json", b"[1]", "does not map tokens to ids"),
-        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {}}}', "does not map ids to tokens"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"x": {}}}',
+            "does not map ids to tokens",
+        ),
         ("tokenizer_config.json", b"[]", "not an object"),
     ],
 )
@@ -156,11 +182,19 @@ def test_what_is_no_tokenizer_is_an_error_that_says_what_would_be(tmp_path):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_saving_keeps_the_settings_and_the_place_of_the_template(trained, saved, tmp_path, apart):
-    settings = {"eos_token": "<|endoftext|>", "model_max_length": 32768, "tokenizer_class": "Qwen2Tokenizer"}
+    settings = {
+        "eos_token": "<|endoftext|>",
+        "model_max_length": 32768,
+        "tokenizer_class": "Qwen2Tokenizer",
+    }
     first, second = tmp_path / "first", tmp_path / "second"
-    Tokenizer(trained.vocabulary, trained.merges, trained.control, trained.template, settings, apart).save(first)
+    Tokenizer(
+        trained.vocabulary, trained.merges, trained.control, trained.template, settings, apart
+    ).save(first)
     assert (first / "chat_template.jinja").exists() == apart
-    assert ("chat_template" in json.loads((first / "tokenizer_config.json").read_text())) == (not apart)
+    assert ("chat_template" in json.loads((first / "tokenizer_config.json").read_text())) == (
+        not apart
+    )
     load_tokenizer(first).save(second)
     assert sorted(p.name for p in first.iterdir()) == sorted(p.name for p in second.iterdir())
     for path in first.iterdir():
@@ -171,7 +205,9 @@ def test_saving_keeps_the_settings_and_the_place_of_the_template(trained, saved,
 
 
 def test_a_template_left_in_the_folder_does_not_outlive_its_tokenizer(trained, tmp_path):
-    Tokenizer(trained.vocabulary, trained.merges, template="old", template_apart=True).save(tmp_path)
+    Tokenizer(trained.vocabulary, trained.merges, template="old", template_apart=True).save(
+        tmp_path
+    )
     trained.save(tmp_path)
     assert load_tokenizer(tmp_path).template == trained.template
 
@@ -184,7 +220,9 @@ def test_what_transformers_saved_loads_and_saves_again(trained, saved, tmp_path)
     assert before.get_vocab() == after.get_vocab()
     assert before.all_special_tokens == after.all_special_tokens
     assert before(TEXT)["input_ids"] == after(TEXT)["input_ids"]
-    assert before.apply_chat_template(CHAT, tokenize=False) == after.apply_chat_template(CHAT, tokenize=False)
+    assert before.apply_chat_template(CHAT, tokenize=False) == after.apply_chat_template(
+        CHAT, tokenize=False
+    )
 
 
 def test_the_real_vocabulary(real, real_saved, tmp_path):
@@ -192,7 +230,11 @@ def test_the_real_vocabulary(real, real_saved, tmp_path):
     assert (real.endoftext_id, real.im_start_id, real.eos_id) == (151643, 151644, 151645)
     assert real.control == CONTROL_TOKENS
     assert real.encode("Hello, 世界! 2024") == [9707, 11, 220, 99489, 0, 220, 17, 15, 17, 19]
-    assert real.encode("<|im_start|><tool_call><|file_sep|>", allow_control=True) == [151644, 151657, 151664]
+    assert real.encode("<|im_start|><tool_call><|file_sep|>", allow_control=True) == [
+        151644,
+        151657,
+        151664,
+    ]
     assert same(load_tokenizer(real_saved), real)
     (tmp_path / "qwen.tiktoken").write_text(ranks(real))
     assert load_tokenizer(tmp_path).merges == real.merges

@@ -1,5 +1,5 @@
-"""Qwen2's and Qwen2.5's templates on thousands of chats: rendered as transformers renders them, masked as a second
-construction says, which knows nothing of how the first works."""
+"""Qwen2's and Qwen2.5's templates on thousands of chats: rendered as transformers renders them,
+masked as a second construction says, which knows nothing of how the first works."""
 
 import random
 
@@ -16,7 +16,8 @@ QWEN25_PROMPT = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% "
+    "endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CHATS = 1500  # of each template
@@ -51,7 +52,17 @@ WORDS = (
         "<tools>",
         "<tool_response>",
     ),
-    *("\u2028", "\0", "<tool_cal", "<|im_", "system", "```py\nx = 1\n```", "$\\boxed{7}$", "None", "true"),
+    *(
+        "\u2028",
+        "\0",
+        "<tool_cal",
+        "<|im_",
+        "system",
+        "```py\nx = 1\n```",
+        "$\\boxed{7}$",
+        "None",
+        "true",
+    ),
 )
 
 
@@ -63,7 +74,9 @@ def value(rng, depth=0):
     """Anything that JSON holds."""
     kind = rng.randrange(8 if depth < 2 else 5)
     if kind < 5:
-        return (content(rng), rng.randrange(-9, 10**9), rng.random(), None, rng.random() < 0.5)[kind]
+        return (content(rng), rng.randrange(-9, 10**9), rng.random(), None, rng.random() < 0.5)[
+            kind
+        ]
     if kind == 5:
         return [value(rng, depth + 1) for _ in range(rng.randrange(3))]
     return {content(rng): value(rng, depth + 1) for _ in range(rng.randrange(3))}
@@ -80,22 +93,30 @@ def tool(rng):
 
 def call(rng):
     function = {"name": content(rng), "arguments": rng.choice((value(rng), {"x": value(rng)}))}
-    return rng.choice((function, {"type": "function", "function": function}, {"id": "c1", "function": function}))
+    return rng.choice(
+        (function, {"type": "function", "function": function}, {"id": "c1", "function": function})
+    )
 
 
 def chat(rng, tools):
-    """System messages (empty ones, late ones), turns in any order, runs of tool results, calls without text."""
+    """System messages (empty ones, late ones), turns in any order, runs of tool results, calls
+    without text.
+    """
     messages = []
     if rng.random() < 0.5:
         messages.append({"role": "system", "content": content(rng)})
     for _ in range(rng.randrange(1, 7)):
-        role = rng.choice(("user", "user", "assistant", "assistant", "system", *(["tool"] * 2 if tools else [])))
+        role = rng.choice(
+            ("user", "user", "assistant", "assistant", "system", *(["tool"] * 2 if tools else []))
+        )
         if role == "assistant" and tools and rng.random() < 0.5:
             calls = [call(rng) for _ in range(rng.randrange(1, 3))]
             text = rng.choice((content(rng), "", None))
             messages.append({"role": role, "content": text, "tool_calls": calls})
         elif role == "tool":
-            messages += [{"role": role, "content": content(rng)} for _ in range(rng.randrange(1, 4))]
+            messages += [
+                {"role": role, "content": content(rng)} for _ in range(rng.randrange(1, 4))
+            ]
         else:
             messages.append({"role": role, "content": content(rng)})
     return messages
@@ -105,13 +126,19 @@ def chats(seed, tools=True, count=CHATS):
     """(messages, tools or None, whether an answer is asked for)"""
     rng = random.Random(seed)
     for _ in range(count):
-        listed = [tool(rng) for _ in range(rng.randrange(1, 4))] if tools and rng.random() < 0.5 else None
+        listed = (
+            [tool(rng) for _ in range(rng.randrange(1, 4))]
+            if tools and rng.random() < 0.5
+            else None
+        )
         yield chat(rng, tools), listed, rng.random() < 0.5
 
 
 def transformers_text(template, messages, tools, prompt):
     """What `apply_chat_template(tokenize=False)` gives."""
-    texts, _ = render_jinja_template([messages], tools=tools, chat_template=template, add_generation_prompt=prompt)
+    texts, _ = render_jinja_template(
+        [messages], tools=tools, chat_template=template, add_generation_prompt=prompt
+    )
     return texts[0]
 
 
@@ -147,15 +174,21 @@ def test_the_method_of_transformers_gives_the_same(templated, tmp_path):
 
 
 def test_our_template_is_qwen25s(real):
-    """One text for every chat that both accept, so a model trained on ours chats under Qwen2.5's, and the reverse."""
+    """One text for every chat that both accept, so a model trained on ours chats under Qwen2.5's,
+    and the reverse.
+    """
     ours = Tokenizer(real.vocabulary[:256], [], CONTROL_TOKENS, chatml_template(QWEN25_PROMPT))
     for messages, listed, prompt in chats(3):
         options = {"tools": listed, "add_generation_prompt": prompt}
-        assert ours.apply_chat_template(messages, **options) == real.apply_chat_template(messages, **options)
+        assert ours.apply_chat_template(messages, **options) == real.apply_chat_template(
+            messages, **options
+        )
 
 
 def answers(tokenizer, messages, tools):
-    """(start, end) in the rendered text of what each assistant wrote, by rendering every beginning of the chat."""
+    """(start, end) in the rendered text of what each assistant wrote, by rendering every beginning
+    of the chat.
+    """
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before = tokenizer.apply_chat_template(messages[:i], tools) if i else None
@@ -167,7 +200,9 @@ def answers(tokenizer, messages, tools):
 
 
 def test_masks_are_what_a_second_construction_finds(templated, tmp_path):
-    """The spans of the text by rendering beginnings of the chat, the tokens in them by transformers' offsets."""
+    """The spans of the text by rendering beginnings of the chat, the tokens in them by
+    transformers' offsets.
+    """
     tokenizer, tools = templated
     tokenizer.save(tmp_path)
     other = AutoTokenizer.from_pretrained(tmp_path)
@@ -196,14 +231,24 @@ def test_default_system_prompts(trained, request, name, prompt):
     tokenizer = Tokenizer(trained.vocabulary, trained.merges, template=template)
     user = {"role": "user", "content": "Hi"}
     turn = "<|im_start|>user\nHi<|im_end|>\n"
-    assert tokenizer.apply_chat_template([user]) == f"<|im_start|>system\n{prompt}<|im_end|>\n{turn}"
+    assert (
+        tokenizer.apply_chat_template([user]) == f"<|im_start|>system\n{prompt}<|im_end|>\n{turn}"
+    )
     empty = [{"role": "system", "content": ""}, user]
     assert tokenizer.apply_chat_template(empty) == f"<|im_start|>system\n<|im_end|>\n{turn}"
 
 
 def test_a_template_may_mark_what_the_assistant_says(trained):
-    """transformers' `generation` block, which some fine-tunes carry, changes nothing in the text."""
-    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+    """transformers' `generation` block, which some fine-tunes carry, changes nothing in the
+    text.
+    """
+    template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+    )
     tokenizer = Tokenizer(trained.vocabulary, trained.merges, template=template)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert tokenizer.apply_chat_template(messages) == "a;b;" == transformers_text(template, messages, None, False)
+    assert (
+        tokenizer.apply_chat_template(messages)
+        == "a;b;"
+        == transformers_text(template, messages, None, False)
+    )

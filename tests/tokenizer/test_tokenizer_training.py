@@ -1,4 +1,6 @@
-"""Training against Hugging Face's BpeTrainer under the same rules, and the limits of the configuration."""
+"""Training against Hugging Face's BpeTrainer under the same rules, and the limits of the
+configuration.
+"""
 
 import json
 
@@ -9,7 +11,13 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.tokenizer import CONTROL_TOKENS, TokenizerConfig, take_bytes, tokenizer_statistics, train_tokenizer
+from openqwen.tokenizer import (
+    CONTROL_TOKENS,
+    TokenizerConfig,
+    take_bytes,
+    tokenizer_statistics,
+    train_tokenizer,
+)
 from openqwen.tokenizer.fast import library
 from openqwen.tokenizer.fast_train import learn_merges
 from openqwen.tokenizer.pretokenize import PATTERN
@@ -43,7 +51,8 @@ def our_model(tokenizer, folder):
 
 def assert_same_model(texts, vocabulary, min_frequency, folder):
     ours = our_model(
-        train_tokenizer(texts, TokenizerConfig(vocabulary=vocabulary, min_frequency=min_frequency)), folder
+        train_tokenizer(texts, TokenizerConfig(vocabulary=vocabulary, min_frequency=min_frequency)),
+        folder,
     )
     theirs = library_model(texts, vocabulary, min_frequency)
     assert ours["merges"] == theirs["merges"]
@@ -67,7 +76,9 @@ def test_merges_equal_the_library_on_real_text(real_texts, tmp_path):
     ],
 )
 def test_merges_equal_the_library_on_small_hard_texts(texts, tmp_path):
-    assert_same_model(texts, 400, 1, tmp_path)  # far more than there are pairs: both stop by themselves
+    assert_same_model(
+        texts, 400, 1, tmp_path
+    )  # far more than there are pairs: both stop by themselves
 
 
 fuzz = settings(max_examples=150, derandomize=True, deadline=None)
@@ -86,7 +97,9 @@ def learned_both_ways(texts, vocabulary, min_frequency, threads=1):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_compiled_trainer_learns_what_the_python_one_does(real_texts, monkeypatch, threads):
     monkeypatch.setattr("openqwen.tokenizer.fast._TASK_SIZE", 10_000)
-    compiled, python = learned_both_ways([*real_texts, *real_texts[:20], "", "é漢"], 1500, 2, threads)
+    compiled, python = learned_both_ways(
+        [*real_texts, *real_texts[:20], "", "é漢"], 1500, 2, threads
+    )
     assert compiled == python
 
 
@@ -95,7 +108,11 @@ def test_the_compiled_trainer_learns_what_the_python_one_does_from_fuzzed_text()
     texts = st.lists(alphabets.flatmap(lambda letters: st.text(letters, max_size=60)), max_size=6)
 
     @fuzz
-    @given(st.one_of(texts, st.lists(st.text(max_size=30), max_size=4)), st.integers(256, 330), st.integers(1, 3))
+    @given(
+        st.one_of(texts, st.lists(st.text(max_size=30), max_size=4)),
+        st.integers(256, 330),
+        st.integers(1, 3),
+    )
     def check(texts, vocabulary, min_frequency):
         compiled, python = learned_both_ways(texts, vocabulary, min_frequency)
         assert compiled == python
@@ -104,7 +121,11 @@ def test_the_compiled_trainer_learns_what_the_python_one_does_from_fuzzed_text()
 
 
 def test_equal_counts_are_settled_by_the_smaller_ids():
-    assert train_bpe({"ba": 3, "ab": 3, "cd": 3}, 259, 1) == [(64, 65), (65, 64), (66, 67)]  # "!" is id 0, so "a" is 64
+    assert train_bpe({"ba": 3, "ab": 3, "cd": 3}, 259, 1) == [
+        (64, 65),
+        (65, 64),
+        (66, 67),
+    ]  # "!" is id 0, so "a" is 64
 
 
 def test_min_frequency_ends_the_training():
@@ -113,7 +134,9 @@ def test_min_frequency_ends_the_training():
 
 def test_control_tokens_follow_the_regular_ones(trained):
     assert trained.vocab_size == 1500 + 22
-    assert [trained.control_ids[token.content] for token in CONTROL_TOKENS] == list(range(1500, 1522))
+    assert [trained.control_ids[token.content] for token in CONTROL_TOKENS] == list(
+        range(1500, 1522)
+    )
     assert [token.special for token in CONTROL_TOKENS] == [True] * 14 + [False] * 8
     assert (trained.endoftext_id, trained.im_start_id, trained.eos_id) == (1500, 1501, 1502)
 
@@ -127,7 +150,10 @@ def test_training_reads_no_more_than_its_limit():
         while True:
             yield "some text "
 
-    assert train_tokenizer(endless(), TokenizerConfig(max_bytes=1000, vocabulary=260)).vocab_size == 260 + 22
+    assert (
+        train_tokenizer(endless(), TokenizerConfig(max_bytes=1000, vocabulary=260)).vocab_size
+        == 260 + 22
+    )
 
 
 @pytest.mark.parametrize("texts", [[], ["", ""]])
@@ -137,12 +163,20 @@ def test_no_text_is_an_error(texts):
 
 
 def test_statistics(trained, real_texts):
-    payload = tokenizer_statistics(trained, {"topics": real_texts, "empty": [""]}, training_bytes=123)
+    payload = tokenizer_statistics(
+        trained, {"topics": real_texts, "empty": [""]}, training_bytes=123
+    )
     assert json.loads(json.dumps(payload)) == payload
-    assert (payload["vocabulary"], payload["merges"], payload["training_bytes"]) == (1522, 1244, 123)
+    assert (payload["vocabulary"], payload["merges"], payload["training_bytes"]) == (
+        1522,
+        1244,
+        123,
+    )
     assert set(payload["bytes_per_token"]) == {"topics"}
     sample = real_texts[:200]
-    expected = sum(len(text.encode()) for text in sample) / sum(len(trained.encode(text)) for text in sample)
+    expected = sum(len(text.encode()) for text in sample) / sum(
+        len(trained.encode(text)) for text in sample
+    )
     assert payload["bytes_per_token"]["topics"] == pytest.approx(expected)
     assert expected > 2.5
     lengths = [len(token.encode()) for token in payload["longest"]]

@@ -1,6 +1,8 @@
-"""What test_losses.py runs where Liger-Kernel is installed: its kernel, by Triton's interpreter, against ours.
+"""What test_losses.py runs where Liger-Kernel is installed: its kernel, by Triton's interpreter,
+against ours.
 
-Prints the largest difference of losses (relative) and of gradients (of the largest gradient), in float32 and bfloat16.
+Prints the largest difference of losses (relative) and of gradients (of the largest gradient), in
+float32 and bfloat16.
 """
 
 import torch
@@ -34,5 +36,7 @@ if __name__ == "__main__":
         log_probs._fused = lambda device: find(Gpu)
         other, theirs = gradients(model, dtype)
         assert loss.count == other.count
-        apart = max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in zip(ours, theirs))
+        apart = max(
+            float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)) for a, b in zip(ours, theirs)
+        )
         print("apart", abs(1 - loss.sum.item() / other.sum.item()), apart)

@@ -1,6 +1,7 @@
 """What each rank of test_parallel.py's loading test runs. Argument: a folder with a checkpoint.
 
-Prints the bytes that loading and sharding took at the most, over those of the whole network in float32.
+Prints the bytes that loading and sharding took at the most, over those of the whole network in
+float32.
 """
 
 import resource

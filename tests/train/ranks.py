@@ -1,7 +1,8 @@
 """What each rank of test_parallel*.py runs: a few steps of tiny networks.
 
-Arguments: folder, last step, and cases such as `experts` or `dense:tensor=2:context=2`; each trains in a folder of its
-own name, which holds its log, its first step's gradient and the weights in the end.
+Arguments: folder, last step, and cases such as `experts` or `dense:tensor=2:context=2`; each trains
+in a folder of its own name, which holds its log, its first step's gradient and the weights in the
+end.
 """
 
 import sys
@@ -55,7 +56,10 @@ class Watched(Trainer):
     def _norm_and_scale(self, count):
         if self.gradient is None:
             found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-            dense = {n: g.to_dense() if g.is_sparse else whole_tensor(g).clone() for n, g in found.items()}
+            dense = {
+                n: g.to_dense() if g.is_sparse else whole_tensor(g).clone()
+                for n, g in found.items()
+            }
             self.gradient = {n: g / count for n, g in dense.items()}
         return super()._norm_and_scale(count)
 
@@ -80,12 +84,21 @@ def comparisons(step):
 
 def work(kind, generators, folder):
     """A network, its micro-batches of a step, and its loss."""
-    more = EXPERTS if kind == "experts" else {"dual_chunk": DualChunk(8, 2, 0)} if kind == "dual" else {}
+    more = (
+        EXPERTS
+        if kind == "experts"
+        else {"dual_chunk": DualChunk(8, 2, 0)}
+        if kind == "dual"
+        else {}
+    )
     width = 128 if kind == "eight" else 32  # moments in 8 bits are for rows of whole blocks
     config = ModelConfig(64, width, 48, **SIZES, **more)
     model = Scorer(config) if kind == "reward" else Qwen2(config)
     initialize(model, generators.torch("weights"))
-    if kind not in ("adapters", "reward"):  # as a stage begins: each rank reads its own part, and nothing else
+    if kind not in (
+        "adapters",
+        "reward",
+    ):  # as a stage begins: each rank reads its own part, and nothing else
         if join().main:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", config.to_json())
@@ -98,7 +111,9 @@ def work(kind, generators, folder):
     if kind == "reward":
         return model, comparisons, lambda answers: answers.loss(model)
     if kind == "experts":
-        loss = lambda micro: balanced(lambda r, routing: next_token(model, r, routing), micro, "global", 0.1)
+        loss = lambda micro: balanced(
+            lambda r, routing: next_token(model, r, routing), micro, "global", 0.1
+        )
         return model, lambda step: with_loads(model, rows(step), "global"), loss
     return model, rows, lambda micro: next_token(model, micro)
 
@@ -111,7 +126,9 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
     generators, low, muon = Generators(5), kind.startswith("low-"), kind.startswith("muon-")
     plain = kind.removeprefix("low-").removeprefix("muon-")
     model, micros, loss = work(plain, generators, folder / "start")
-    model.model.layers[0].register_forward_pre_hook(lambda layer, _: seen.add(next(layer.parameters()).dtype))
+    model.model.layers[0].register_forward_pre_hook(
+        lambda layer, _: seen.add(next(layer.parameters()).dtype)
+    )
 
     def batch(step):
         if step == stop_at:
@@ -135,8 +152,14 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
     whole = trainer.whole()
     assert trainer.world.main or all(p.is_meta for p in whole.parameters())  # rank 0 alone holds it
     if trainer.world.main:
-        save_file({n: p.detach().contiguous() for n, p in whole.named_parameters()}, folder / "weights.safetensors")
-        save_file({n: g.contiguous() for n, g in trainer.gradient.items()}, folder / "gradient.safetensors")
+        save_file(
+            {n: p.detach().contiguous() for n, p in whole.named_parameters()},
+            folder / "weights.safetensors",
+        )
+        save_file(
+            {n: g.contiguous() for n, g in trainer.gradient.items()},
+            folder / "gradient.safetensors",
+        )
 
 
 if __name__ == "__main__":

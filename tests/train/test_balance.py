@@ -1,4 +1,6 @@
-"""The balancing losses against transformers, however the batch is cut; what is logged of a router; a small training."""
+"""The balancing losses against transformers, however the batch is cut; what is logged of a router;
+a small training.
+"""
 
 import json
 
@@ -29,7 +31,9 @@ from openqwen.train.trainer import Place, SaveConfig
 
 def tiny(seed=0, **changes):
     values = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16} | changes
-    config = ModelConfig(96, 32, 48, 3, 4, 2, shared_expert_intermediate_size=24, initializer_range=0.3, **values)
+    config = ModelConfig(
+        96, 32, 48, 3, 4, 2, shared_expert_intermediate_size=24, initializer_range=0.3, **values
+    )
     model = Qwen2(config)
     initialize(model, torch.Generator().manual_seed(seed))
     return model
@@ -46,19 +50,25 @@ def parts(data, budget):
 
 def route(layers, tokens, experts, active, seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = [torch.randn(tokens, experts, generator=generator, requires_grad=True) for _ in range(layers)]
+    logits = [
+        torch.randn(tokens, experts, generator=generator, requires_grad=True) for _ in range(layers)
+    ]
     routing = Routing([x.softmax(-1) for x in logits], [x.topk(active).indices for x in logits])
     return logits, routing
 
 
-@pytest.mark.parametrize(("layers", "tokens", "experts", "active"), [(1, 7, 4, 1), (3, 50, 8, 2), (2, 33, 60, 4)])
+@pytest.mark.parametrize(
+    ("layers", "tokens", "experts", "active"), [(1, 7, 4, 1), (3, 50, 8, 2), (2, 33, 60, 4)]
+)
 def test_micro_balance_equals_transformers(layers, tokens, experts, active):
     logits, routing = route(layers, tokens, experts, active, seed=tokens)
     mine = micro_balance(routing)
     theirs = load_balancing_loss_func(tuple(logits), experts, active)
     assert mine.count == tokens
     assert_close(mine.sum / mine.count, theirs)
-    for got, want in zip(torch.autograd.grad(mine.sum / tokens, logits), torch.autograd.grad(theirs, logits)):
+    for got, want in zip(
+        torch.autograd.grad(mine.sum / tokens, logits), torch.autograd.grad(theirs, logits)
+    ):
         assert_close(got, want)
 
 
@@ -73,12 +83,16 @@ def test_an_even_load_costs_k():
     for loss in (micro_balance(routing), global_balance(routing, Load.of(routing))):
         assert float(loss.sum / loss.count) == pytest.approx(2.0)
     statistics = Load.of(routing).statistics()
-    assert statistics == pytest.approx({"dead_experts": 0.0, "largest_load": 1.0, "load_entropy": 1.0})
+    assert statistics == pytest.approx(
+        {"dead_experts": 0.0, "largest_load": 1.0, "load_entropy": 1.0}
+    )
 
 
 def test_statistics_of_a_collapsed_router():
     load = Load(torch.tensor([[10, 10, 0, 0], [5, 5, 5, 5]]), 10)
-    assert load.statistics() == pytest.approx({"dead_experts": 0.25, "largest_load": 2.0, "load_entropy": 0.75})
+    assert load.statistics() == pytest.approx(
+        {"dead_experts": 0.25, "largest_load": 2.0, "load_entropy": 0.75}
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 25, 60])
@@ -90,11 +104,15 @@ def test_the_global_balance_does_not_depend_on_how_the_batch_is_cut(budget):
         model.zero_grad()
         total, count, balance = 0.0, 0, 0.0
         for micro in with_loads(model, parts(data, cut), "global"):
-            loss = balanced(lambda rows, routing: next_token(model, rows, routing), micro, "global", 0.5)
+            loss = balanced(
+                lambda rows, routing: next_token(model, rows, routing), micro, "global", 0.5
+            )
             loss.sum.backward()
             total, count = total + loss.sum.item(), count + loss.count
             balance += loss.extras["balance"]
-        return (total / count, balance / count), {n: p.grad / count for n, p in model.named_parameters()}
+        return (total / count, balance / count), {
+            n: p.grad / count for n, p in model.named_parameters()
+        }
 
     whole, grads = step(10**6)
     cut, cut_grads = step(budget)
@@ -141,13 +159,17 @@ def test_balancing_evens_a_collapsed_router_out(balance):
     with torch.no_grad():
         for layer in model.model.layers:  # every token likes the first experts
             layer.post_attention_layernorm.weight.fill_(1.0)
-            layer.mlp.gate.weight.copy_(torch.linspace(1, 0, 8)[:, None] * model.model.embed_tokens.weight.mean(0))
+            layer.mlp.gate.weight.copy_(
+                torch.linspace(1, 0, 8)[:, None] * model.model.embed_tokens.weight.mean(0)
+            )
     optimizer = torch.optim.Adam([layer.mlp.gate.weight for layer in model.model.layers], lr=6e-3)
     pieces = parts(samples(15, seed=6), 60)
     before = measure_load(model, pieces).statistics()
     for _ in range(30):
         for micro in with_loads(model, pieces, balance):
-            loss = balanced(lambda rows, routing: next_token(model, rows, routing), micro, balance, 1.0)
+            loss = balanced(
+                lambda rows, routing: next_token(model, rows, routing), micro, balance, 1.0
+            )
             loss.sum.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -186,11 +208,20 @@ def test_pretraining_a_mixture_of_experts(tmp_path, micro_tokens):
         save=SaveConfig(),
     )  # fmt: skip
     output = tmp_path / "model"
-    metrics = pretrain(config, {"a": Source()}, Tokenizer(), 90, None, Place(output, tmp_path / "scratch", 3, "test"))
+    metrics = pretrain(
+        config,
+        {"a": Source()},
+        Tokenizer(),
+        90,
+        None,
+        Place(output, tmp_path / "scratch", 3, "test"),
+    )
     log = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert log[-1]["next_token_loss"] < 0.7 * log[0]["next_token_loss"]
     for entry in log:
-        assert entry["loss"] == pytest.approx(entry["next_token_loss"] + 0.01 * entry["balance"], rel=1e-4)
+        assert entry["loss"] == pytest.approx(
+            entry["next_token_loss"] + 0.01 * entry["balance"], rel=1e-4
+        )
         assert 0 < entry["chosen_weight"] <= 1
         assert 0 <= entry["load_entropy"] <= 1 + 1e-9
     assert metrics["parameters"] == sum(p.numel() for p in Qwen2(ModelConfig.from_json(

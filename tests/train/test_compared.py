@@ -17,7 +17,10 @@ def sample(prompt, answer):
 def test_pairs_of_one_prompt_are_one_group_and_an_answer_stands_once():
     one, other = [1, 2, 3], [1, 2]
     pairs = [(sample(one, [4, 5]), sample(one, [6])), (sample(other, [4]), sample(other, [7]))]
-    pairs += [(sample(one, [4, 5]), sample(one, [8, 8, 8])), (sample(one, [4, 5]), sample(one, [6]))]
+    pairs += [
+        (sample(one, [4, 5]), sample(one, [8, 8, 8])),
+        (sample(one, [4, 5]), sample(one, [6])),
+    ]
     groups = compared(pairs)
     assert [group.prompt for group in groups] == [one, other]
     assert [group.answers for group in groups] == [[[4, 5], [6], [8, 8, 8]], [[4], [7]]]

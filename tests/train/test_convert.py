@@ -15,7 +15,9 @@ from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.gguf import gguf_metadata
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
 
 
 def tokenizer():
@@ -23,7 +25,9 @@ def tokenizer():
 
 
 def network(dtype=torch.float32):
-    model = Qwen2(ModelConfig(288, 64, 96, 2, 4, 2, tie_word_embeddings=True, generation={"temperature": 0.7}))
+    model = Qwen2(
+        ModelConfig(288, 64, 96, 2, 4, 2, tie_word_embeddings=True, generation={"temperature": 0.7})
+    )
     initialize(model, torch.Generator().manual_seed(0))
     return model.to(dtype)
 
@@ -43,14 +47,20 @@ def run(capsys, *arguments):
 
 def same(a, b):
     left, right = load_model(a).state_dict(), load_model(b).state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def test_a_folder_to_a_folder(capsys, folder, tmp_path):
     status, said = run(capsys, folder, tmp_path / "b")
     assert (status, "no weight changed" in said) == (0, True)
     for file in folder.iterdir():
-        read = (lambda path: json.loads(path.read_text())) if file.name == "config.json" else Path.read_bytes
+        read = (
+            (lambda path: json.loads(path.read_text()))
+            if file.name == "config.json"
+            else Path.read_bytes
+        )
         assert read(tmp_path / "b" / file.name) == read(file), file.name
     status, said = run(capsys, folder, tmp_path / "half", "--dtype", "bfloat16")
     assert "rounded from float32 to bfloat16: 15 of 26 tensors, largest relative error" in said
@@ -59,7 +69,9 @@ def test_a_folder_to_a_folder(capsys, folder, tmp_path):
     assert [p.name for p in tmp_path.glob(".*")] == []
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16")])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.float16, "F16")]
+)
 def test_to_gguf_keeps_the_precision_unless_told(capsys, tmp_path, dtype, kind):
     save_checkpoint(network(dtype), tokenizer(), tmp_path / "a")
     status, said = run(capsys, tmp_path / "a", tmp_path / "x.gguf")
@@ -84,7 +96,9 @@ def test_the_tokenizer_travels_in_the_file(folder, tmp_path, capsys):
     assert tokens[256:260] == ["th", "the", "<|endoftext|>", "<|im_start|>"]
     assert tokens[-1] == "[PAD287]"
     by_name = dict(zip(tokens, kinds.tolist()))
-    kinds_of = [by_name[n] for n in ("the", "<|im_end|>", "<|fim_prefix|>", "<tool_call>", "[PAD287]")]
+    kinds_of = [
+        by_name[n] for n in ("the", "<|im_end|>", "<|fim_prefix|>", "<tool_call>", "[PAD287]")
+    ]
     assert kinds_of == [1, 3, 3, 4, 5]
     assert metadata["tokenizer.ggml.merges"] == ["t h", "th e"]
     assert metadata["tokenizer.chat_template"] == TEMPLATE
@@ -108,7 +122,9 @@ def test_from_gguf_to_a_folder_and_back_to_the_same_file(capsys, folder, tmp_pat
 def test_stop_tokens_survive_a_gguf_file(capsys, folder, tmp_path):
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 7}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer().eos_id, 9]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [tokenizer().eos_id, 9]})
+    )
     run(capsys, folder, tmp_path / "x.gguf")
     run(capsys, tmp_path / "x.gguf", tmp_path / "b")
     for source in (tmp_path / "x.gguf", tmp_path / "b"):
@@ -151,7 +167,10 @@ def test_a_folder_may_be_replaced_by_itself(capsys, folder, tmp_path):
 
 
 def test_flags_that_do_not_fit_are_refused(capsys, folder, tmp_path):
-    assert "--dtype does not go with" in run(capsys, folder, tmp_path / "x.gguf", "--dtype", "float16")[1]
+    assert (
+        "--dtype does not go with"
+        in run(capsys, folder, tmp_path / "x.gguf", "--dtype", "float16")[1]
+    )
     assert "--type does not go with" in run(capsys, folder, tmp_path / "x", "--type", "f16")[1]
     assert "config.json is missing" in run(capsys, tmp_path, tmp_path / "x")[1]
     assert not (tmp_path / "x").exists()

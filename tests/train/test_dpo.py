@@ -47,9 +47,11 @@ def run(start, folder, origins, **fields):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_policy_and_reference_are_alike_to_the_bit_before_the_first_step(start, tmp_path, precision):
-    # One pair: the reference then reads the rows of the first batch. Rows of another shape may round
-    # differently in the last bit, by the kernels that a machine has.
+def test_policy_and_reference_are_alike_to_the_bit_before_the_first_step(
+    start, tmp_path, precision
+):
+    # One pair: the reference then reads the rows of the first batch. Rows of another shape may
+    # round differently in the last bit, by the kernels that a machine has.
     train = {"precision": precision, "learning_rate": 1e-3}
     _, log = run(start, tmp_path, [{}], epochs=2, batch=1, train=train)
     assert log[0]["margin"] == 0.0

@@ -1,4 +1,6 @@
-"""AdamW with moments in 8 bits: a quarter of the memory, AdamW's course, and states that give back every bit."""
+"""AdamW with moments in 8 bits: a quarter of the memory, AdamW's course, and states that give back
+every bit.
+"""
 
 import shutil
 import sys
@@ -25,7 +27,9 @@ def test_without_the_library_an_error_names_it(monkeypatch):
 @pytest.fixture
 def library():
     pytest.importorskip("torchao", reason="8-bit AdamW is torchao's; it is not installed")
-    with torch.compiler.set_stance("force_eager"):  # small tensors are moved sooner than code is compiled for them
+    with torch.compiler.set_stance(
+        "force_eager"
+    ):  # small tensors are moved sooner than code is compiled for them
         yield
 
 
@@ -46,7 +50,9 @@ def moments(model, config, tmp_path):
 
 def test_moments_take_a_quarter(library, tmp_path):
     model = network(128)
-    small, large = (moments(network(128), c, tmp_path / c.method) for c in (EIGHT, OptimizerConfig()))
+    small, large = (
+        moments(network(128), c, tmp_path / c.method) for c in (EIGHT, OptimizerConfig())
+    )
     assert large == 8 * model.config.parameters()
     assert small / large == pytest.approx(0.26, abs=0.01)
     matrices = sum(p.numel() for p in model.parameters() if eight_bit.in_blocks(p))
@@ -55,7 +61,9 @@ def test_moments_take_a_quarter(library, tmp_path):
 
 def test_the_loss_is_adamws_and_a_resumed_run_gives_an_uninterrupted_ones_bits(library, tmp_path):
     def one(name, stop_at=None, method="adamw8bit"):
-        return trainer(tmp_path / name, network(128, tied=False), stop_at, steps=20, rate=2e-3, method=method)
+        return trainer(
+            tmp_path / name, network(128, tied=False), stop_at, steps=20, rate=2e-3, method=method
+        )
 
     whole, plain = one("whole"), one("plain", method="adamw")
     whole.run()
@@ -66,16 +74,23 @@ def test_the_loss_is_adamws_and_a_resumed_run_gives_an_uninterrupted_ones_bits(l
     resumed = one("cut")
     resumed.run()
     assert same_bits(whole.model, resumed.model)
-    losses = [[entry["loss"] for entry in read_jsonl(tmp_path / n / "metrics.jsonl")] for n in ("whole", "plain")]
+    losses = [
+        [entry["loss"] for entry in read_jsonl(tmp_path / n / "metrics.jsonl")]
+        for n in ("whole", "plain")
+    ]
     assert max(abs(a - b) / b for a, b in zip(*losses)) < 0.02
     assert not same_bits(whole.model, plain.model)
 
 
 def close(ours, theirs):
-    """One course, but for numbers that rounding put on the other side of the middle between two codes."""
+    """One course, but for numbers that rounding put on the other side of the middle between two
+    codes.
+    """
     for mine, right in zip(log(ours), log(theirs), strict=True):
         assert mine["loss"] == pytest.approx(right["loss"], rel=1e-5 if mine["step"] < 2 else 1e-3)
-        assert mine["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-4 if mine["step"] < 2 else 1e-2)
+        assert mine["gradient_norm"] == pytest.approx(
+            right["gradient_norm"], rel=1e-4 if mine["step"] < 2 else 1e-2
+        )
 
 
 def test_two_processes_train_what_one_trains_and_take_over_each_others_state(library, tmp_path):

@@ -1,4 +1,6 @@
-"""Fill-in-the-middle as this code writes it is what Qwen2.5-Coder has learned: it knows the middle."""
+"""Fill-in-the-middle as this code writes it is what Qwen2.5-Coder has learned: it knows the
+middle.
+"""
 
 import os
 from pathlib import Path
@@ -14,7 +16,9 @@ from openqwen.train.losses import token_log_probs
 from openqwen.train.rows import Rows
 
 FILE = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-REAL = Path(os.environ.get("OPENQWEN_REAL_CHECKPOINT", Path.home() / ".cache" / "real-checkpoint" / FILE))
+REAL = Path(
+    os.environ.get("OPENQWEN_REAL_CHECKPOINT", Path.home() / ".cache" / "real-checkpoint" / FILE)
+)
 BEFORE = "def area(width, height):\n"
 MIDDLE = "    zebra = width * height"  # nobody would guess that name without the suffix
 AFTER = "\n    return zebra\n"

@@ -26,12 +26,16 @@ TOOLS = [{"type": "function", "function": {"name": "multiply", "parameters": {"t
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["Say one two three, and multiply 2 by 4. " * 9], TokenizerConfig(vocabulary=300))
+    return train_tokenizer(
+        ["Say one two three, and multiply 2 by 4. " * 9], TokenizerConfig(vocabulary=300)
+    )
 
 
 @pytest.fixture(scope="module")
 def engine(tokenizer):
-    model = Qwen2(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=512, tie_word_embeddings=True))
+    model = Qwen2(
+        ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=512, tie_word_embeddings=True)
+    )
     initialize(model, torch.Generator().manual_seed(1))
     return Engine(model, tokenizer)
 
@@ -47,9 +51,18 @@ def file(folder, *records):
     return path
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False}, {"train": False}, {"loss_scale": 0.0}])
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0}, {"loss": False}, {"train": False}, {"loss_scale": 0.0}]
+)
 def test_marked_turns_are_read_and_not_learned(tokenizer, mark):
-    said = [ASKED, WRONG, {"role": "user", "content": "no"}, ANSWERED, {"role": "user", "content": "and?"}, WRONG]
+    said = [
+        ASKED,
+        WRONG,
+        {"role": "user", "content": "no"},
+        ANSWERED,
+        {"role": "user", "content": "and?"},
+        WRONG,
+    ]
     plainly = tokenizer.encode_chat(said)[0]
     for marked in range(1, 6, 2):
         messages = [m | (mark if n == marked else {}) for n, m in enumerate(said)]
@@ -69,15 +82,26 @@ def test_a_file_without_records_is_not_called_too_long():
 
 
 def test_a_template_without_a_turn_for_each_answer_cannot_leave_one_out(tokenizer):
-    odd = Tokenizer(tokenizer.vocabulary, tokenizer.merges, template="<|im_start|>assistant\nno<|im_end|>")
+    odd = Tokenizer(
+        tokenizer.vocabulary, tokenizer.merges, template="<|im_start|>assistant\nno<|im_end|>"
+    )
     record = {"messages": [ASKED, WRONG | {"weight": 0}, ANSWERED]}
-    with pytest.raises(OpenQwenError, match=r"does not give each assistant message a turn(.|\n)*here"):
+    with pytest.raises(
+        OpenQwenError, match=r"does not give each assistant message a turn(.|\n)*here"
+    ):
         conversation(odd, record, "here")
 
 
 def test_training_reads_calls_as_the_server_does(tokenizer):
-    call = {"type": "function", "function": {"name": "multiply", "arguments": '{"a": 2, "b": [1.0]}'}}
-    messages = [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "4"}]
+    call = {
+        "type": "function",
+        "function": {"name": "multiply", "arguments": '{"a": 2, "b": [1.0]}'},
+    }
+    messages = [
+        ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+    ]
     record = {"messages": [*messages, ANSWERED], "tools": json.dumps(TOOLS)}
     ids, _ = conversation(tokenizer, record, "here")
     served, _ = tokenizer.encode_chat(plain(record["messages"]), tools=TOOLS)
@@ -87,7 +111,12 @@ def test_training_reads_calls_as_the_server_does(tokenizer):
 
 
 def test_tools_are_in_the_prompts_of_preferences_and_of_online_dpo(tokenizer):
-    record = {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [WRONG], "tools": json.dumps(TOOLS)}
+    record = {
+        "prompt": [ASKED],
+        "chosen": [ANSWERED],
+        "rejected": [WRONG],
+        "tools": json.dumps(TOOLS),
+    }
     start = tokenizer.encode_chat([ASKED], add_generation_prompt=True, tools=TOOLS)[0]
     assert question(tokenizer, record, "here") == start
     for (ids, mask), text in zip(pair(tokenizer, record, "here"), "45"):
@@ -103,10 +132,14 @@ def test_tools_are_in_the_prompts_of_preferences_and_of_online_dpo(tokenizer):
         ({"text": "4"}, "lacks 'chosen'"),
     ],
 )
-def test_a_preference_of_another_shape_is_named_by_file_and_record(tokenizer, tmp_path, record, told):
+def test_a_preference_of_another_shape_is_named_by_file_and_record(
+    tokenizer, tmp_path, record, told
+):
     good = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "origin": None}
     with pytest.raises(OpenQwenError, match=told) as caught:
-        Preferences.read(file(tmp_path, good, record), tokenizer, PreferencesConfig(), 512, hottest=1.0)
+        Preferences.read(
+            file(tmp_path, good, record), tokenizer, PreferencesConfig(), 512, hottest=1.0
+        )
     assert "0.jsonl, record 2" in str(caught.value)
 
 
@@ -143,7 +176,9 @@ def sampled_pairs(engine, tokenizer):
         outputs += engine.generate([[ASKED]], sampling, seeds=[n + 7])
     half = len(outputs) // 2
     right = {o.text.strip() for o in outputs[:half] if o.finish_reason == "stop"}
-    task = SimpleNamespace(task="t", prompt=[ASKED], answer="4", wrong=["5"], check=lambda text: text.strip() in right)
+    task = SimpleNamespace(
+        task="t", prompt=[ASKED], answer="4", wrong=["5"], check=lambda text: text.strip() in right
+    )
     return outputs, make_pairs(task, outputs, PreferConfig(pairs_per_prompt=40, samples=40), seed=0)
 
 
@@ -160,7 +195,13 @@ def test_the_tokens_that_were_sampled_are_learned(engine, tokenizer):
     anew = [s for r in records for s in pair(tokenizer, r | {"origin": {}}, "here")]
     assert {tuple(ids) for ids, _ in anew} - written
     # Ids that say another text, as those of another tokenizer do, are not used.
-    for origin in ({"chosen_ids": [1, 2, 3]}, {"chosen_ids": "4"}, {"chosen_ids": [10**6]}, {"chosen_ids": None}, None):
+    for origin in (
+        {"chosen_ids": [1, 2, 3]},
+        {"chosen_ids": "4"},
+        {"chosen_ids": [10**6]},
+        {"chosen_ids": None},
+        None,
+    ):
         assert pair(tokenizer, records[0] | {"origin": origin}, "here")[0] == anew[0]
 
 
@@ -168,7 +209,9 @@ def test_online_dpo_learns_the_end_that_was_sampled(tokenizer, tmp_path, monkeyp
     """A model that ends by `<|endoftext|>` alone: no answer holds `<|im_end|>`."""
     from openqwen.train import online_dpo as module
 
-    config = ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=512, tie_word_embeddings=False)
+    config = ModelConfig(
+        384, 32, 48, 2, 4, 2, max_position_embeddings=512, tie_word_embeddings=False
+    )
     for kind, name in ((Qwen2, "model"), (Scorer, "reward")):
         network = kind(config)
         initialize(network, torch.Generator().manual_seed(1))
@@ -177,7 +220,9 @@ def test_online_dpo_learns_the_end_that_was_sampled(tokenizer, tmp_path, monkeyp
     seen = []
     monkeypatch.setattr(module, "Sampling", partial(Sampling, logit_bias=bias))
     monkeypatch.setattr(
-        module, "score_sequences", lambda scorer, rows, budget: [seen.append(r) or len(r) for r in rows]
+        module,
+        "score_sequences",
+        lambda scorer, rows, budget: [seen.append(r) or len(r) for r in rows],
     )
     path = file(tmp_path, {"prompt": [ASKED], "tools": TOOLS})
     options = OnlineDpoConfig(steps=1, batch=1, samples=8, max_tokens=30)

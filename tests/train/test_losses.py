@@ -21,7 +21,9 @@ from openqwen.train.rows import Rows, cut_to_budget
 
 
 def tiny(seed=0):
-    model = Qwen2(ModelConfig(96, 32, 48, 2, 4, 2, max_position_embeddings=64, tie_word_embeddings=True))
+    model = Qwen2(
+        ModelConfig(96, 32, 48, 2, 4, 2, max_position_embeddings=64, tie_word_embeddings=True)
+    )
     initialize(model, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         for p in model.parameters():
@@ -66,7 +68,10 @@ def test_log_probs_and_gradients_equal_plain_cross_entropy(monkeypatch, keep):
     weights = torch.randn(20, generator=generator)
     mine = log_probs(hidden, head, targets)
     grads = torch.autograd.grad((mine * weights).sum(), (hidden, head))
-    hidden64, head64 = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    hidden64, head64 = (
+        hidden.detach().double().requires_grad_(),
+        head.detach().double().requires_grad_(),
+    )
     theirs = -torch.nn.functional.cross_entropy(hidden64 @ head64.T, targets, reduction="none")
     expected = torch.autograd.grad((theirs * weights.double()).sum(), (hidden64, head64))
     assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
@@ -76,7 +81,9 @@ def test_log_probs_and_gradients_equal_plain_cross_entropy(monkeypatch, keep):
 
 @pytest.mark.parametrize("block", [1, 30 * 4 * 7, 2**30])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_cross_entropy_with_its_gradient_made_ahead_equals_plain_cross_entropy(monkeypatch, block, frozen):
+def test_cross_entropy_with_its_gradient_made_ahead_equals_plain_cross_entropy(
+    monkeypatch, block, frozen
+):
     monkeypatch.setattr(module, "BLOCK_BYTES", block)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(20, 8, generator=generator, requires_grad=True)
@@ -84,7 +91,10 @@ def test_cross_entropy_with_its_gradient_made_ahead_equals_plain_cross_entropy(m
     targets = torch.randint(0, 30, (20,), generator=generator)
     mine = cross_entropy(hidden * 1.0, head, targets)
     (mine * 3.0).backward()
-    hidden64, head64 = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    hidden64, head64 = (
+        hidden.detach().double().requires_grad_(),
+        head.detach().double().requires_grad_(),
+    )
     theirs = torch.nn.functional.cross_entropy(hidden64 @ head64.T, targets, reduction="sum")
     (theirs * 3.0).backward()
     assert_close(mine.double(), theirs, rtol=1e-6, atol=1e-6)
@@ -98,7 +108,8 @@ def test_cross_entropy_with_its_gradient_made_ahead_equals_plain_cross_entropy(m
 
 
 @pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("liger_kernel", "triton"))), reason="Liger-Kernel or Triton is not installed"
+    not all(map(importlib.util.find_spec, ("liger_kernel", "triton"))),
+    reason="Liger-Kernel or Triton is not installed",
 )
 def test_ligers_cross_entropy_is_ours():
     """On the CPU, by Triton's interpreter; a GPU is what it is used on."""
@@ -106,7 +117,11 @@ def test_ligers_cross_entropy_is_ours():
     script = Path(__file__).with_name("liger.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    apart = [list(map(float, line.split()[1:])) for line in done.stdout.splitlines() if line.startswith("apart")]
+    apart = [
+        list(map(float, line.split()[1:]))
+        for line in done.stdout.splitlines()
+        if line.startswith("apart")
+    ]
     exact, rounded = apart
     assert max(exact) < 1e-5
     assert max(rounded) < 3e-2
@@ -150,7 +165,9 @@ def test_cut_to_budget_keeps_order_and_bounds():
 
 
 def test_dpo_loss_and_gradient_equal_the_published_formula_in_float64():
-    """The sigmoid form of Rafailov et al. (2023, equation 7), as TRL computes it, transcribed in float64."""
+    """The sigmoid form of Rafailov et al. (2023, equation 7), as TRL computes it, transcribed in
+    float64.
+    """
     policy, reference, beta = tiny(0), tiny(9), 0.3
     pairs = preferences(6)
     groups = compared(pairs)

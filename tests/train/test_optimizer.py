@@ -1,4 +1,6 @@
-"""AdamW on tables of which few rows are looked up: the bits of the dense one, and the memory of those rows."""
+"""AdamW on tables of which few rows are looked up: the bits of the dense one, and the memory of
+those rows.
+"""
 
 import copy
 
@@ -19,11 +21,18 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 def test_sparse_and_dense_adamw_give_the_same_bits(decay):
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(50, 24, generator=generator)
-    sparse, dense = (nn.Embedding.from_pretrained(start.clone(), freeze=False, sparse=s) for s in (True, False))
+    sparse, dense = (
+        nn.Embedding.from_pretrained(start.clone(), freeze=False, sparse=s) for s in (True, False)
+    )
     settings = SETTINGS | {"weight_decay": decay}
-    mine, theirs = TableAdamW([sparse.weight], settings), torch.optim.AdamW([dense.weight], **settings, fused=True)
+    mine, theirs = (
+        TableAdamW([sparse.weight], settings),
+        torch.optim.AdamW([dense.weight], **settings, fused=True),
+    )
     for step in range(12):
-        ids = torch.randperm(10 + 3 * step, generator=generator)[:9]  # sums of one row's gradients may round otherwise
+        ids = torch.randperm(10 + 3 * step, generator=generator)[
+            :9
+        ]  # sums of one row's gradients may round otherwise
         out = torch.randn(9, 24, generator=generator)
         for table, mover in ((sparse, mine), (dense, theirs)):
             for group in mover.param_groups:
@@ -55,7 +64,9 @@ def start(model, folder, stop_at=None):
 
 def alike(one, other):
     for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters()):
-        if "k_proj.bias" not in name:  # softmax is blind to it: its gradient is rounding, which AdamW makes large
+        if (
+            "k_proj.bias" not in name
+        ):  # softmax is blind to it: its gradient is rounding, which AdamW makes large
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -64,11 +75,17 @@ def dense_everywhere(monkeypatch):
 
 
 def test_who_keeps_moments_of_what(model):
-    assert [type(m) for m in optimizers(model, OptimizerConfig())] == [torch.optim.AdamW, TableAdamW]
+    assert [type(m) for m in optimizers(model, OptimizerConfig())] == [
+        torch.optim.AdamW,
+        TableAdamW,
+    ]
     tied = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True))
     assert [type(m) for m in optimizers(tied, OptimizerConfig())] == [torch.optim.AdamW]
     held = {
-        id(p) for m in optimizers(model, OptimizerConfig(method="muon")) for g in m.param_groups for p in g["params"]
+        id(p)
+        for m in optimizers(model, OptimizerConfig(method="muon"))
+        for g in m.param_groups
+        for p in g["params"]
     }
     assert held == {id(p) for p in model.parameters()}
 
@@ -76,11 +93,17 @@ def test_who_keeps_moments_of_what(model):
 def test_muon_moves_no_router_and_no_gate():
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
     model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, shared_expert_intermediate_size=20, **experts))
-    (muon,) = (m for m in optimizers(model, OptimizerConfig(method="muon")) if isinstance(m, torch.optim.Muon))
+    (muon,) = (
+        m
+        for m in optimizers(model, OptimizerConfig(method="muon"))
+        if isinstance(m, torch.optim.Muon)
+    )
     moved = {id(p) for group in muon.param_groups for p in group["params"]}
     names = {name.split(".", 3)[3] for name, p in model.named_parameters() if id(p) in moved}
     attention = {f"self_attn.{x}_proj.weight" for x in "qkvo"}
-    assert names == attention | {f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")}
+    assert names == attention | {
+        f"mlp.shared_expert.{x}_proj.weight" for x in ("gate", "up", "down")
+    }
 
 
 def test_muon_moves_what_pytorch_moves(model):
@@ -98,7 +121,9 @@ def test_muon_moves_what_pytorch_moves(model):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def test_training_is_that_of_dense_moments_and_states_resume_either_way(model, tmp_path, monkeypatch):
+def test_training_is_that_of_dense_moments_and_states_resume_either_way(
+    model, tmp_path, monkeypatch
+):
     copies = [copy.deepcopy(model) for _ in range(4)]
     start(copies[0], tmp_path / "sparse").run()
     for stopped in (copies[1], copies[2]):

@@ -36,7 +36,11 @@ def test_the_row_that_fits_best_is_taken():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no shared data at {SHARED}")
 def test_conversations_waste_under_one_percent():
-    lines = gzip.decompress((SHARED / "eval" / "gsm8k_train.jsonl.gz").read_bytes()).decode().split("\n")
+    lines = (
+        gzip.decompress((SHARED / "eval" / "gsm8k_train.jsonl.gz").read_bytes())
+        .decode()
+        .split("\n")
+    )
     # A token is about three bytes here; the shape of the distribution is what matters.
     sizes = [len(" ".join(map(str, json.loads(line).values()))) // 3 for line in lines if line]
     assert len(sizes) > 7_000

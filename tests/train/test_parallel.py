@@ -1,4 +1,6 @@
-"""Two and four processes train what one process trains, and a state made on some ranks goes on on others."""
+"""Two and four processes train what one process trains, and a state made on some ranks goes on on
+others.
+"""
 
 import json
 import shutil
@@ -17,7 +19,9 @@ from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.parallel import ParallelConfig, World
 from openqwen.train.parallel.degrees import check
 
-RANKS, LOADING, ONLINE = (Path(__file__).with_name(f"{name}.py") for name in ("ranks", "loading", "online"))
+RANKS, LOADING, ONLINE = (
+    Path(__file__).with_name(f"{name}.py") for name in ("ranks", "loading", "online")
+)
 NEVER = 99
 KINDS = ["dense", "experts", "dual", "reward", "adapters"]
 KINDS += ["muon-dense", "muon-experts", "muon-adapters"]
@@ -26,7 +30,12 @@ TWO += ["muon-experts:expert=2"]
 MORE = ["dense:context=2", "reward:context=2", "reward:tensor=2", "experts", "experts:tensor=2"]
 MORE += ["adapters", "adapters:context=2", "muon-dense", "muon-dense:tensor=2", "muon-adapters"]
 FOUR = ["dense", "dense:tensor=2", "dense:tensor=2:context=2", "dense:context=4", "dual:context=4"]
-FOUR += ["dual:tensor=2:context=2", "experts:expert=4", "experts:expert=2", "experts:expert=2:context=2"]
+FOUR += [
+    "dual:tensor=2:context=2",
+    "experts:expert=4",
+    "experts:expert=2",
+    "experts:expert=2:context=2",
+]
 FOUR += ["experts:tensor=2:expert=2", "reward:tensor=2:context=2", "muon-dense:tensor=2"]
 FOUR += ["muon-experts:tensor=2:expert=2", "muon-adapters"]
 
@@ -35,9 +44,18 @@ def start(ranks, script, *arguments):
     """Run a script on so many processes; returns what they printed."""
     launch = [sys.executable]
     if ranks > 1:
-        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1"]
+        launch += [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            "--master-addr",
+            "127.0.0.1",
+        ]
         launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    done = subprocess.run([*launch, str(script), *map(str, arguments)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, str(script), *map(str, arguments)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -73,7 +91,9 @@ def equal(ours, theirs):
         mine, right = load_file(ours / file), load_file(theirs / file)
         assert mine.keys() == right.keys()
         for name, tensor in right.items():
-            torch.testing.assert_close(mine[name], tensor, rtol=1e-3, atol=bound, msg=f"{file} {name}")
+            torch.testing.assert_close(
+                mine[name], tensor, rtol=1e-3, atol=bound, msg=f"{file} {name}"
+            )
     close(ours, theirs)
 
 
@@ -114,7 +134,13 @@ def test_four_processes_train_what_one_trains(one, four, case):
     equal(four / case.replace(":", "-"), one / case.split(":")[0])
 
 
-LOW = ["low-dense", "low-dense:context=2", "low-experts:expert=2", "low-experts:tensor=2", "low-adapters"]
+LOW = [
+    "low-dense",
+    "low-dense:context=2",
+    "low-experts:expert=2",
+    "low-experts:tensor=2",
+    "low-adapters",
+]
 
 
 @pytest.mark.slow
@@ -126,11 +152,15 @@ def test_in_bfloat16_processes_gather_rounded_weights_and_train_what_one_trains(
     for case in LOW:
         ours, theirs = two / case.replace(":", "-"), one / case.split(":")[0]
         mine, right = (
-            torch.cat([g.flatten() for _, g in sorted(load_file(f / "gradient.safetensors").items())])
+            torch.cat(
+                [g.flatten() for _, g in sorted(load_file(f / "gradient.safetensors").items())]
+            )
             for f in (ours, theirs)
         )
         assert float((mine - right).norm() / right.norm()) < 0.02, case
-        assert [e["loss"] for e in log(ours)] == pytest.approx([e["loss"] for e in log(theirs)], rel=5e-3), case
+        assert [e["loss"] for e in log(ours)] == pytest.approx(
+            [e["loss"] for e in log(theirs)], rel=5e-3
+        ), case
 
 
 @pytest.mark.parametrize(
@@ -166,7 +196,11 @@ def test_a_rank_reads_its_own_part_of_a_checkpoint_and_no_more(tmp_path):
     model = Qwen2(config).bfloat16()  # 212 MB, twice as much in float32
     write_json(tmp_path / "config.json", config.to_json())
     save_weights(model, tmp_path)
-    shares = [float(line.split()[1]) for line in start(4, LOADING, tmp_path).splitlines() if "share" in line]
+    shares = [
+        float(line.split()[1])
+        for line in start(4, LOADING, tmp_path).splitlines()
+        if "share" in line
+    ]
     assert len(shares) == 4
     assert max(shares) < 0.45  # a quarter, and what sharding itself imports
 
@@ -176,13 +210,18 @@ def chats(tmp_path_factory):
     """A model that says anything and so stops now and then, a reward model, and prompts."""
     folder = tmp_path_factory.mktemp("chats")
     tokenizer = train_tokenizer(["one two three"] * 9, TokenizerConfig(vocabulary=300))
-    config = ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True)
+    config = ModelConfig(
+        384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True
+    )
     model, scorer = Qwen2(config), Scorer(config)
     initialize(model, torch.Generator().manual_seed(1))
     initialize(scorer, torch.Generator().manual_seed(2))
     save_checkpoint(model, tokenizer, folder / "model")
     save_checkpoint(scorer, tokenizer, folder / "reward")
-    asked = [{"prompt": [{"role": "user", "content": text}]} for text in ("one", "two", "three", "one two")]
+    asked = [
+        {"prompt": [{"role": "user", "content": text}]}
+        for text in ("one", "two", "three", "one two")
+    ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in asked))
     return folder
 

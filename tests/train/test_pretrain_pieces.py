@@ -1,6 +1,8 @@
-"""The rows of pre-training: every token predicted once, quotas held, documents isolated or joined, long rows asked for.
+"""The rows of pre-training: every token predicted once, quotas held, documents isolated or joined,
+long rows asked for.
 
-Checked against the definition in plain Python: where each predicted token may come from, and how often.
+Checked against the definition in plain Python: where each predicted token may come from, and how
+often.
 """
 
 from collections import Counter
@@ -37,7 +39,9 @@ def pieces(sources, seed=3, tokenizer=None, **data):
 
 def rows(plan):
     """Every row that the steps read, in order."""
-    return [ids.tolist() for step in range(plan.steps) for micro in plan.batch(step) for ids, _ in micro]
+    return [
+        ids.tolist() for step in range(plan.steps) for micro in plan.batch(step) for ids, _ in micro
+    ]
 
 
 def read(plan):
@@ -53,7 +57,9 @@ lengths_of_documents = st.lists(st.integers(1, 60), min_size=1, max_size=12)
     a=lengths_of_documents, b=lengths_of_documents, context=st.integers(2, 40), tokens=st.integers(2, 900),
     batch=st.integers(1, 200), micro=st.integers(1, 200), isolated=st.booleans(), seed=st.integers(0, 9),
 )  # fmt: skip
-def test_every_token_is_predicted_once_a_pass_however_it_is_cut(a, b, context, tokens, batch, micro, isolated, seed):
+def test_every_token_is_predicted_once_a_pass_however_it_is_cut(
+    a, b, context, tokens, batch, micro, isolated, seed
+):
     sources = {"a": Source([*a, 5], 1_000), "b": Source([*b, 9], 500_000)}
     made = [
         pieces(
@@ -88,15 +94,22 @@ def test_every_token_is_predicted_once_a_pass_however_it_is_cut(a, b, context, t
 )  # fmt: skip
 def test_quotas_hold_within_one_document_and_passes_are_whole(a, b, tokens, share, isolated, seed):
     sources = {"a": Source([*a, 5]), "b": Source([*b, 9], 500_000)}
-    plan = pieces(sources, seed, tokens=tokens, context=16, isolated=isolated, mixture={"a": share, "b": 1 - share})
+    plan = pieces(
+        sources,
+        seed,
+        tokens=tokens,
+        context=16,
+        isolated=isolated,
+        mixture={"a": share, "b": 1 - share},
+    )
     for number, (name, part) in enumerate((("a", share), ("b", 1 - share))):
         source = sources[name]
         chosen = plan._number[plan._source == number]
         given_tokens = int((source.lengths[chosen] - isolated).sum())
         longest = int(source.lengths.max())
-        assert round(part * tokens) <= given_tokens < round(part * tokens) + longest or given_tokens == 0 == round(
+        assert round(part * tokens) <= given_tokens < round(
             part * tokens
-        )
+        ) + longest or given_tokens == 0 == round(part * tokens)
         usable = [n for n in range(len(source.lengths)) if source.lengths[n] >= 2]
         times = Counter(chosen.tolist())
         assert not set(times) - set(usable)
@@ -124,7 +137,11 @@ def test_the_longest_rows_get_their_share_from_long_documents(long, short, share
 
 def test_joined_rows_of_several_lengths_hold_their_shares():
     plan = pieces(
-        {"a": Source(range(3, 60))}, tokens=40_000, context=64, lengths={64: 0.4, 32: 0.35, 16: 0.25}, isolated=False
+        {"a": Source(range(3, 60))},
+        tokens=40_000,
+        context=64,
+        lengths={64: 0.4, 32: 0.35, 16: 0.25},
+        isolated=False,
     )
     sizes = plan.rows[:, 1] - 1
     for length, share in ((64, 0.4), (32, 0.35), (16, 0.25)):
@@ -134,8 +151,16 @@ def test_joined_rows_of_several_lengths_hold_their_shares():
 
 def test_rows_longer_than_any_document_are_refused_with_the_sources():
     sources = {"a": Source([20, 30]), "b": Source([5])}
-    with pytest.raises(OpenQwenError, match=r"rows of 25, but the sources with documents so long \(a\) give 20%"):
-        pieces(sources, tokens=1_000, context=25, lengths={25: 0.4, 8: 0.6}, mixture={"a": 0.2, "b": 0.8})
+    with pytest.raises(
+        OpenQwenError, match=r"rows of 25, but the sources with documents so long \(a\) give 20%"
+    ):
+        pieces(
+            sources,
+            tokens=1_000,
+            context=25,
+            lengths={25: 0.4, 8: 0.6},
+            mixture={"a": 0.2, "b": 0.8},
+        )
     with pytest.raises(OpenQwenError, match=r"isolated: false"):
         pieces(sources, tokens=1_000, context=99, lengths={99: 0.4, 8: 0.6})
 
@@ -168,7 +193,10 @@ class Texts:
     """Tokenized texts."""
 
     def __init__(self, texts, tokenizer):
-        self.ids = [np.array([*tokenizer.encode(text), tokenizer.endoftext_id], dtype=np.uint32) for text in texts]
+        self.ids = [
+            np.array([*tokenizer.encode(text), tokenizer.endoftext_id], dtype=np.uint32)
+            for text in texts
+        ]
         self.lengths = np.array([len(ids) for ids in self.ids])
 
     def document(self, number):
@@ -178,13 +206,18 @@ class Texts:
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(
-        iter(["def add(one, two):\n    return one + two  # añadir 加\n"] * 9), TokenizerConfig(vocabulary=300)
+        iter(["def add(one, two):\n    return one + two  # añadir 加\n"] * 9),
+        TokenizerConfig(vocabulary=300),
     )
 
 
 def parts(tokenizer, row):
-    """Prefix, suffix and middle of a row as texts, by the published layout; None where it is no such row."""
-    prefix, suffix, middle = (tokenizer.control_ids[f"<|fim_{name}|>"] for name in ("prefix", "suffix", "middle"))
+    """Prefix, suffix and middle of a row as texts, by the published layout; None where it is no
+    such row.
+    """
+    prefix, suffix, middle = (
+        tokenizer.control_ids[f"<|fim_{name}|>"] for name in ("prefix", "suffix", "middle")
+    )
     if row[0] != prefix:
         return None
     assert [row.count(marker) for marker in (prefix, suffix, middle)] == [1, 1, 1]
@@ -197,18 +230,28 @@ def test_fill_in_middle_moves_the_middle_of_some_documents_and_loses_nothing(tok
     texts = [f"def añadir_{n}(x):\n    return x + {n}  # 加\n" for n in range(200)]
     sources = {"code": Texts(texts, tokenizer), "docs": Texts(texts[:50], tokenizer)}
     tokens = int(sum((s.lengths - 1).sum() for s in sources.values()))
-    options = {"tokens": tokens, "context": 200, "batch_tokens": 500, "fill_in_middle": {"code": 0.5}}
+    options = {
+        "tokens": tokens,
+        "context": 200,
+        "batch_tokens": 500,
+        "fill_in_middle": {"code": 0.5},
+    }
     plan = pieces(sources, tokenizer=tokenizer, **options)
     found = rows(plan)
     assert found == rows(pieces(sources, tokenizer=tokenizer, **options))
     moved = [split for row in found if (split := parts(tokenizer, row))]
     plain = [tokenizer.decode(row[:-1]) for row in found if parts(tokenizer, row) is None]
-    assert sorted([pre + mid + suf for pre, suf, mid in moved] + plain) == sorted(texts + texts[:50])
+    assert sorted([pre + mid + suf for pre, suf, mid in moved] + plain) == sorted(
+        texts + texts[:50]
+    )
     assert len(moved) == pytest.approx(100, abs=25)
     assert len({(len(pre), len(mid)) for pre, _, mid in moved}) > 60
     # Some cuts fall within what is one token of the whole text.
     whole = [tokenizer.encode(pre + mid + suf) for pre, suf, mid in moved]
-    assert any(tokenizer.encode(pre) != ids[: len(tokenizer.encode(pre))] for (pre, *_), ids in zip(moved, whole))
+    assert any(
+        tokenizer.encode(pre) != ids[: len(tokenizer.encode(pre))]
+        for (pre, *_), ids in zip(moved, whole)
+    )
     joined = pieces(sources, tokenizer=tokenizer, isolated=False, **options)
     stream = sorted(joined.rows.tolist())
     ids = [token for n, (a, b) in enumerate(stream) for token in joined._read(a, b)[bool(n) :]]
@@ -222,7 +265,10 @@ def test_fill_in_middle_leaves_what_does_not_fit_a_row_and_is_off_by_default(tok
     cut = [row for row in rows(plan) if markers & set(row)]
     assert cut
     assert all(parts(tokenizer, row) for row in cut)
-    assert not any(markers & set(row) for row in rows(pieces(source, tokenizer=tokenizer, tokens=900, context=16)))
+    assert not any(
+        markers & set(row)
+        for row in rows(pieces(source, tokenizer=tokenizer, tokens=900, context=16))
+    )
 
 
 def test_fill_in_middle_of_an_unknown_source_or_without_markers_is_refused(tokenizer):
@@ -237,7 +283,9 @@ def test_fill_in_middle_of_an_unknown_source_or_without_markers_is_refused(token
 @pytest.mark.parametrize("isolated", [True, False])
 @pytest.mark.parametrize("lengths", [[90] * 9, [7, 300, 7, 60, 60, 7, 7, 80]])
 def test_no_step_is_empty_where_rows_are_longer_than_a_batch(isolated, lengths):
-    plan = pieces({"a": Source(lengths)}, tokens=600, context=60, batch_tokens=10, isolated=isolated)
+    plan = pieces(
+        {"a": Source(lengths)}, tokens=600, context=60, batch_tokens=10, isolated=isolated
+    )
     told = [sum(len(micro) for micro in plan.batch(step)) for step in range(plan.steps)]
     assert min(told) > 0
     assert sum(told) == len(plan.rows)

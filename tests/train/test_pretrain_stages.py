@@ -1,4 +1,6 @@
-"""Data stages: each with its own rows, RoPE base and learning rate, one optimizer throughout, resumed to the bit."""
+"""Data stages: each with its own rows, RoPE base and learning rate, one optimizer throughout,
+resumed to the bit.
+"""
 
 import json
 import os
@@ -73,7 +75,9 @@ def train(folder, settings=None, start=None, held=()):
 
 
 def checkpoint(folder, positions):
-    model = Qwen2(ModelConfig(128, 32, 48, 2, 2, 1, max_position_embeddings=positions, rope_theta=5e5))
+    model = Qwen2(
+        ModelConfig(128, 32, 48, 2, 2, 1, max_position_embeddings=positions, rope_theta=5e5)
+    )
     initialize(model, torch.Generator().manual_seed(0))
     save_checkpoint(model, Tokenizer(), folder)
     return folder
@@ -89,10 +93,22 @@ DATA = {"tokens": 200, "batch_tokens": 200, "micro_tokens": 150}
         ({}, 8_192, 4_096, 5e5),
         ({"rope_theta": 1e4}, 8_192, 4_096, 1e4),
         ({"data": DATA | {"context": 64}}, 64, 64, 5e5),
-        ({"stages": {"a": {"tokens": 200, "context": 32, "rope_theta": 1e6}, "b": {"tokens": 200}}}, 8_192, 4_096, 5e5),
+        (
+            {
+                "stages": {
+                    "a": {"tokens": 200, "context": 32, "rope_theta": 1e6},
+                    "b": {"tokens": 200},
+                }
+            },
+            8_192,
+            4_096,
+            5e5,
+        ),
     ],
 )
-def test_going_on_keeps_the_checkpoint_s_base_and_context_unless_asked(tmp_path, asked, positions, row, theta, capsys):
+def test_going_on_keeps_the_checkpoint_s_base_and_context_unless_asked(
+    tmp_path, asked, positions, row, theta, capsys
+):
     start = checkpoint(tmp_path / "start", 8_192)
     settings = config(**ONE | {"data": DATA} | asked)
     train(tmp_path, settings, start)
@@ -116,7 +132,9 @@ def test_rows_are_no_longer_than_the_checkpoint_s_context():
 
 
 def log_of(folder):
-    return [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_stages_are_one_training_written_out(tmp_path):
@@ -128,7 +146,9 @@ def test_stages_are_one_training_written_out(tmp_path):
     settings = config()
     (adamw,) = optimizers(model, settings.train)
     for stretch in stretches_of(settings, SOURCES, generators, None):
-        model.config = model.model.config = model.config.with_rope(stretch.stage.rope_theta, stretch.stage.data.context)
+        model.config = model.model.config = model.config.with_rope(
+            stretch.stage.rope_theta, stretch.stage.data.context
+        )
         for step in range(stretch.pieces.steps):
             losses = [next_token(model, Rows.of(samples)) for samples in stretch.pieces.batch(step)]
             (sum(x.sum for x in losses) / sum(x.count for x in losses)).backward()
@@ -186,16 +206,30 @@ def test_killed_anywhere_and_resumed_across_the_edges_gives_the_same_bits(tmp_pa
         assert (tmp_path / f"cut-{stop}" / "scratch" / f"state-{stop:08d}").is_dir()
         train(tmp_path / f"cut-{stop}")
         resumed = load_model(tmp_path / f"cut-{stop}" / "output")
-        for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        for (name, a), (_, b) in zip(
+            whole.named_parameters(), resumed.named_parameters(), strict=True
+        ):
             assert torch.equal(a, b), (stop, name)
-        assert [e["loss"] for e in log_of(tmp_path / f"cut-{stop}")] == [e["loss"] for e in log_of(tmp_path / "whole")]
+        assert [e["loss"] for e in log_of(tmp_path / f"cut-{stop}")] == [
+            e["loss"] for e in log_of(tmp_path / "whole")
+        ]
 
 
 def test_two_processes_train_what_one_trains_through_all_stages(tmp_path):
     train(tmp_path / "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-addr",
+        "127.0.0.1",
+    ]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    done = subprocess.run([*launch, __file__, str(tmp_path / "two")], capture_output=True, text=True)
+    done = subprocess.run(
+        [*launch, __file__, str(tmp_path / "two")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (log_of(tmp_path / name) for name in ("one", "two"))
     assert [e["data_stage"] for e in one] == [e["data_stage"] for e in two]
@@ -207,7 +241,9 @@ def test_two_processes_train_what_one_trains_through_all_stages(tmp_path):
 
 
 def test_one_stage_named_or_not_is_the_same_training(tmp_path):
-    plain = config(stages={}, data={"tokens": 1_200, "context": 16, "batch_tokens": 200, "micro_tokens": 150})
+    plain = config(
+        stages={}, data={"tokens": 1_200, "context": 16, "batch_tokens": 200, "micro_tokens": 150}
+    )
     named = config(stages={"only": {"tokens": 1_200, "context": 16}})
     for name, settings in (("plain", plain), ("named", named)):
         train(tmp_path / name, settings)
@@ -227,7 +263,9 @@ def test_held_out_text_is_measured_and_the_best_weights_are_kept(tmp_path, exper
         train=OptimizerConfig(learning_rate=0.3, schedule="constant"),
         validation={"tokens": 100, "every": 2, "outcome": "best"},
     )
-    held = [(SOURCES["a"].document(n)[:9].astype(np.int64), np.ones(9, dtype=bool)) for n in range(6)]
+    held = [
+        (SOURCES["a"].document(n)[:9].astype(np.int64), np.ones(9, dtype=bool)) for n in range(6)
+    ]
     summary = train(tmp_path, settings, held=held)
     measured = {e["step"]: e["validation_loss"] for e in log_of(tmp_path) if "validation_loss" in e}
     assert list(measured) == [1, 3, 5, 7, 9]
@@ -257,7 +295,10 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     small = {"short": {"tokens": 200, "context": 16, "learning_rate": 1e-9, "rope_theta": 5e5}}
     train(tmp_path, config(network={}, stages=small), tmp_path / "start")
     trained = load_model(tmp_path / "output")
-    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), trained.parameters(), strict=True))
+    assert all(
+        torch.allclose(p, q, atol=1e-6)
+        for p, q in zip(model.parameters(), trained.parameters(), strict=True)
+    )
     assert (trained.config.rms_norm_eps, trained.config.rope_theta) == (1e-5, 5e5)
 
 
@@ -267,7 +308,9 @@ def test_a_token_beyond_the_vocabulary_is_named_before_training(tmp_path):
             return super().document(number) + (200 if number == 7 else 0)
 
     place = Place(tmp_path / "output", tmp_path / "scratch", 3, "test")
-    with pytest.raises(OpenQwenError, match=r"Document 7 of the source 'b' holds the token id 215, .* ends at 89"):
+    with pytest.raises(
+        OpenQwenError, match=r"Document 7 of the source 'b' holds the token id 215, .* ends at 89"
+    ):
         pretrain(config(), {"a": Source(1), "b": Bad(1)}, Tokenizer(), 90, None, place)
     assert not (tmp_path / "scratch").exists()
 
@@ -281,7 +324,10 @@ def test_a_mixture_naming_a_missing_source_names_the_stage(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "told"),
     [
-        ({"lengths": {16: 0.4, 8: 0.5}}, "data stage 'bad': the shares of the lengths must sum to 1"),
+        (
+            {"lengths": {16: 0.4, 8: 0.5}},
+            "data stage 'bad': the shares of the lengths must sum to 1",
+        ),
         ({"lengths": {8: 1.0}}, "the longest be the context"),
         ({"lengths": {16: 1.5, 8: -0.5}}, "a share of the lengths is negative"),
         ({"mixture": {"a": -1}}, "a share of the mixture is negative"),
@@ -304,7 +350,11 @@ def test_the_order_of_the_stages_is_part_of_what_an_artifact_depends_on():
     assert json.dumps(config().model_dump(mode="json"), sort_keys=True) != json.dumps(
         config(stages=turned).model_dump(mode="json"), sort_keys=True
     )
-    assert [stage.name for stage in ExtendConfig(stages=turned).resolved()] == ["joined", "long", "short"]
+    assert [stage.name for stage in ExtendConfig(stages=turned).resolved()] == [
+        "joined",
+        "long",
+        "short",
+    ]
     assert data_stages.DataStage.model_fields["tokens"].is_required()
 
 

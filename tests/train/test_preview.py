@@ -32,9 +32,19 @@ def test_the_summary_counts_the_whole_file(tokenizer, tmp_path, capsys):
     tokenizer.save(tmp_path / "model")
     with open(tmp_path / "d.jsonl", "w") as file:
         for n in range(5):
-            chat = [*CHAT, {"role": "user", "content": "x " * 40 * n}, {"role": "assistant", "content": "ok"}]
+            chat = [
+                *CHAT,
+                {"role": "user", "content": "x " * 40 * n},
+                {"role": "assistant", "content": "ok"},
+            ]
             file.write(json.dumps({"messages": chat}) + "\n")
-    command = ["preview", "--model", str(tmp_path / "model"), "--demonstrations", str(tmp_path / "d.jsonl")]
+    command = [
+        "preview",
+        "--model",
+        str(tmp_path / "model"),
+        "--demonstrations",
+        str(tmp_path / "d.jsonl"),
+    ]
     assert main([*command, "--show", "1", "--max-length", "400"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("tokens, ") >= 1

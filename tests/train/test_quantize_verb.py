@@ -11,14 +11,20 @@ from openqwen.model.quantize import QuantizedQwen2
 from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    model = Qwen2(ModelConfig(288, 64, 96, 2, 4, 2, tie_word_embeddings=True, generation={"temperature": 0.7}))
+    model = Qwen2(
+        ModelConfig(288, 64, 96, 2, 4, 2, tie_word_embeddings=True, generation={"temperature": 0.7})
+    )
     initialize(model, torch.Generator().manual_seed(0))
-    tokenizer = Tokenizer([*BYTES_IN_ID_ORDER, b"th", b"the"], [(83, 71), (256, 68)], template=TEMPLATE)
+    tokenizer = Tokenizer(
+        [*BYTES_IN_ID_ORDER, b"th", b"the"], [(83, 71), (256, 68)], template=TEMPLATE
+    )
     save_checkpoint(model, tokenizer, tmp_path / "source")
     return tmp_path / "source"
 

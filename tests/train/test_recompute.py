@@ -14,7 +14,9 @@ from openqwen.train.rows import Rows
 
 
 def gradient_and_memory(model):
-    """Gradients, and bytes of distinct tensors that the forward pass keeps for the backward pass, weights apart."""
+    """Gradients, and bytes of distinct tensors that the forward pass keeps for the backward pass,
+    weights apart.
+    """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -88,7 +90,9 @@ def test_the_cheap_way_repeats_no_matrix_product(plain):
         recompute(model, what)
         with Calls() as calls:
             gradient_and_memory(model)
-        products = sum(calls.counts[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm))
+        products = sum(
+            calls.counts[op] for op in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        )
         counts[what] = (products, calls.counts[torch.ops.aten.silu])
     assert counts["cheap"][0] == counts["nothing"][0] < counts["layers"][0]
     assert counts["cheap"][1] == counts["layers"][1] == 2 * counts["nothing"][1]

@@ -27,7 +27,10 @@ def conversations(seed, count=4, shared=11):
     start = rng.integers(0, 96, shared).tolist()
     found = []
     for _ in range(count):
-        asked, said = rng.integers(0, 96, int(rng.integers(1, 9))).tolist(), rng.integers(0, 96, 5).tolist()
+        asked, said = (
+            rng.integers(0, 96, int(rng.integers(1, 9))).tolist(),
+            rng.integers(0, 96, 5).tolist(),
+        )
         found.append((start + asked + said, [0] * (shared + len(asked)) + [1] * len(said)))
     return found
 
@@ -53,11 +56,18 @@ def test_loss_and_gradient_are_those_of_documents_apart(seed, count, shared):
     for name, g in grads.items():
         assert_close(found_grads[name], g, rtol=1e-3, atol=1e-5 * g.abs().max().item() + 1e-7)
     with torch.no_grad():
-        assert_close(document_log_probs(model, together), document_log_probs(model, apart), rtol=1e-5, atol=1e-4)
+        assert_close(
+            document_log_probs(model, together),
+            document_log_probs(model, apart),
+            rtol=1e-5,
+            atol=1e-4,
+        )
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), budget=st.integers(1, 200), share=st.booleans(), order=st.randoms())
+@given(
+    seed=st.integers(0, 10**6), budget=st.integers(1, 200), share=st.booleans(), order=st.randoms()
+)
 def test_any_cut_into_packs_gives_one_loss_and_one_gradient(seed, budget, share, order):
     model, data = tiny(tie_word_embeddings=bool(seed % 2)), conversations(seed, count=5)
     loss, grads = gradient(model, Rows.of(data))
@@ -71,7 +81,9 @@ def test_any_cut_into_packs_gives_one_loss_and_one_gradient(seed, budget, share,
     assert count == sum(sum(mask) for _, mask in data)
     assert total == pytest.approx(loss, rel=1e-5)
     for name, p in model.named_parameters():
-        assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-5 * grads[name].abs().max().item() + 1e-7)
+        assert_close(
+            p.grad, grads[name], rtol=1e-3, atol=1e-5 * grads[name].abs().max().item() + 1e-7
+        )
 
 
 @given(sizes=st.lists(st.integers(1, 40), max_size=30), budget=st.integers(1, 60))
@@ -86,10 +98,17 @@ def test_packs_hold_everything_once_and_depend_on_the_sizes_alone(sizes, budget)
 def test_what_is_shared():
     same, mask = list(range(12)), [0] * 12
     assert common_beginning([(same, mask)]) == 0
-    assert common_beginning([([*same[:6], 50, 51], mask), ([*same[:6], 60, 61], mask)]) == 0  # too short to pay
-    assert common_beginning([([*same, 50, 51], [*mask, 0, 1]), ([*same, 60, 61], [*mask, 0, 1])]) == 12
-    # The token before the first target must be each conversation's own: it predicts different things.
-    assert common_beginning([([*same, 50, 51], [*mask, 1, 1]), ([*same, 60, 61], [*mask, 1, 1])]) == 11
+    assert (
+        common_beginning([([*same[:6], 50, 51], mask), ([*same[:6], 60, 61], mask)]) == 0
+    )  # too short to pay
+    assert (
+        common_beginning([([*same, 50, 51], [*mask, 0, 1]), ([*same, 60, 61], [*mask, 0, 1])]) == 12
+    )
+    # The token before the first target must be each conversation's own: it predicts different
+    # things.
+    assert (
+        common_beginning([([*same, 50, 51], [*mask, 1, 1]), ([*same, 60, 61], [*mask, 1, 1])]) == 11
+    )
     assert common_beginning([(same, mask), (same, mask)]) == 10
     early = [0] * 9 + [1] * 5
     assert common_beginning([([*same, 50, 51], early), ([*same, 60, 61], [*mask, 0, 1])]) == 8

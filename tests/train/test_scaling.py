@@ -1,4 +1,6 @@
-"""The fitted scaling law: a known one is found again, with an honest interval; what is not known is said."""
+"""The fitted scaling law: a known one is found again, with an honest interval; what is not known is
+said.
+"""
 
 import math
 
@@ -19,17 +21,38 @@ def best_batch(n, d):
     return 0.58 * d**0.571
 
 
-def trained(noise=0.0, seed=0, reach=8.0, skew=0.0, sizes=SIZES, tokens=TOKENS, batches=4, rates=6, shift=1.0):
+def trained(
+    noise=0.0,
+    seed=0,
+    reach=8.0,
+    skew=0.0,
+    sizes=SIZES,
+    tokens=TOKENS,
+    batches=4,
+    rates=6,
+    shift=1.0,
+):
     """Trainings under a known law; the bowl is steeper towards large rates by `skew`."""
     generator = np.random.default_rng(seed)
     cells = []
     for n in sizes:
         for d in tokens:
-            for rate in np.geomspace(best_rate(n, d) / reach, best_rate(n, d) * reach, rates) * shift:
+            for rate in (
+                np.geomspace(best_rate(n, d) / reach, best_rate(n, d) * reach, rates) * shift
+            ):
                 for batch in np.geomspace(best_batch(n, d) / 6, best_batch(n, d) * 6, batches):
                     x, y = math.log(rate / best_rate(n, d)), math.log(batch / best_batch(n, d))
-                    loss = 1.7 + 400 * n**-0.34 + 0.03 * x * x + 0.02 * y * y - 0.01 * x * y + skew * max(x, 0) ** 3
-                    cells.append(Cell(n, d, float(rate), float(batch), loss + noise * generator.normal()))
+                    loss = (
+                        1.7
+                        + 400 * n**-0.34
+                        + 0.03 * x * x
+                        + 0.02 * y * y
+                        - 0.01 * x * y
+                        + skew * max(x, 0) ** 3
+                    )
+                    cells.append(
+                        Cell(n, d, float(rate), float(batch), loss + noise * generator.normal())
+                    )
     return cells
 
 
@@ -70,7 +93,9 @@ def test_diverged_cells_are_left_out():
 
 def test_a_best_value_at_the_edge_is_not_taken_for_known():
     _, optima, rate, batch = fit_laws(trained(shift=20.0), 5, np.random.default_rng(0))
-    assert {o.rate_fault for o in optima} == {"the best learning rate lies at the lower edge of the grid"}
+    assert {o.rate_fault for o in optima} == {
+        "the best learning rate lies at the lower edge of the grid"
+    }
     assert rate.law is None
     assert rate.resamples == []
     assert all(math.isnan(value) for value in rate.interval(1e9, 1e10))
@@ -92,7 +117,11 @@ def test_one_amount_of_data_leaves_its_exponent_open():
 
 
 def test_sizes_and_data_that_grow_together_cannot_be_told_apart():
-    cells = [c for n, d in ((2e6, 1e8), (8e6, 4e8), (32e6, 16e8)) for c in trained(sizes=(n,), tokens=(d,))]
+    cells = [
+        c
+        for n, d in ((2e6, 1e8), (8e6, 4e8), (32e6, 16e8))
+        for c in trained(sizes=(n,), tokens=(d,))
+    ]
     assert fit_laws(cells, 5, np.random.default_rng(0))[2].law is None
 
 

@@ -24,7 +24,9 @@ from openqwen.train.trainer import Place
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
     tokenizer = train_tokenizer(["Say one two three. " * 9], TokenizerConfig(vocabulary=270))
-    model = Qwen2(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True))
+    model = Qwen2(
+        ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=256, tie_word_embeddings=True)
+    )
     initialize(model, torch.Generator().manual_seed(1))
     save_checkpoint(model, tokenizer, folder)
     return folder, tokenizer
@@ -33,14 +35,25 @@ def start(tmp_path_factory):
 def demonstrations(path, words=(1, 2, 3, 4)):
     with open(path, "w") as file:
         for n in words:
-            turns = [("user", f"Say {n}."), ("assistant", "one " * n), ("user", "More."), ("assistant", "two " * n)]
-            file.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+            turns = [
+                ("user", f"Say {n}."),
+                ("assistant", "one " * n),
+                ("user", "More."),
+                ("assistant", "two " * n),
+            ]
+            file.write(
+                json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n"
+            )
     return path
 
 
 def run(start, data, folder, **fields):
-    config = SftConfig(**{"batch": 2, "epochs": 2, "train": OptimizerConfig(learning_rate=1e-2)} | fields)
-    return sft(config, start[0], data, start[1], Place(folder / "out", folder / "scratch", 1, "sft"))
+    config = SftConfig(
+        **{"batch": 2, "epochs": 2, "train": OptimizerConfig(learning_rate=1e-2)} | fields
+    )
+    return sft(
+        config, start[0], data, start[1], Place(folder / "out", folder / "scratch", 1, "sft")
+    )
 
 
 def test_a_sample_that_is_too_long_is_left_out_cut_by_turn_or_refused():
@@ -58,13 +71,21 @@ def test_a_sample_that_is_too_long_is_left_out_cut_by_turn_or_refused():
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}",
-        "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token + '\n' }}{% endfor %}",
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% "
+            "endfor %}"
+        ),
+        (
+            "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token + '\n' "
+            "}}{% endfor %}"
+        ),
     ],
 )
 def test_the_end_of_a_turn_is_a_target_whatever_the_template_prints(start, template, end):
     trained = start[1]
-    tokenizer = Tokenizer(trained.vocabulary, trained.merges, template=template, settings={"eos_token": end})
+    tokenizer = Tokenizer(
+        trained.vocabulary, trained.merges, template=template, settings={"eos_token": end}
+    )
     asked, said = {"role": "user", "content": "Say"}, {"role": "assistant", "content": "one"}
     for ids, mask in (
         conversation(tokenizer, {"messages": [asked, said]}, "here"),
@@ -87,7 +108,9 @@ def test_long_conversations_are_counted(start, tmp_path):
 
 @pytest.mark.parametrize(("kind", "near"), [("int8", 0.999), ("int4", 0.98)])
 def test_adapters_learn_over_packed_matrices(start, tmp_path, kind, near):
-    """Their gradient is near the one over whole matrices; what they learn is merged into the whole ones."""
+    """Their gradient is near the one over whole matrices; what they learn is merged into the whole
+    ones.
+    """
     gradients = {}
     for base in ("none", kind):
         model = load_model(start[0])
@@ -97,7 +120,9 @@ def test_adapters_learn_over_packed_matrices(start, tmp_path, kind, near):
             if n.endswith("lora_B"):
                 p.data.normal_(0, 0.1, generator=generator)
         next_token(model, Rows.of([(list(range(3, 40)), [1] * 37)])).sum.backward()
-        gradients[base] = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        gradients[base] = torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        )
     assert torch.nn.functional.cosine_similarity(gradients["none"], gradients[kind], dim=0) > near
     data = demonstrations(tmp_path / "d.jsonl")
     plain = run(start, data, tmp_path / "plain", lora=LoraConfig(rank=4, alpha=8))
@@ -140,7 +165,9 @@ def test_faults_of_the_data_are_named_or_counted(start, tmp_path):
 
 def losses(folder):
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
-    return {m["step"]: m["validation_loss"] for m in map(json.loads, lines) if "validation_loss" in m}
+    return {
+        m["step"]: m["validation_loss"] for m in map(json.loads, lines) if "validation_loss" in m
+    }
 
 
 def test_held_out_demonstrations_are_measured_and_not_learned(start, tmp_path):
@@ -153,7 +180,12 @@ def test_held_out_demonstrations_are_measured_and_not_learned(start, tmp_path):
     assert (metrics["examples"], metrics["held_out"]) == (10, 2)
     assert list(losses(tmp_path / "file")) == [9]
     with pytest.raises(OpenQwenError, match=r"validation\.share"):
-        run(start, demonstrations(tmp_path / "one.jsonl", (1,)), tmp_path / "one", validation={"share": 0.5})
+        run(
+            start,
+            demonstrations(tmp_path / "one.jsonl", (1,)),
+            tmp_path / "one",
+            validation={"share": 0.5},
+        )
 
 
 def test_the_best_weights_are_the_outcome(start, tmp_path):
@@ -175,7 +207,9 @@ def test_the_best_weights_are_the_outcome(start, tmp_path):
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(start, tmp_path):
-    large = train_tokenizer(["abcdefgh ijklmnop qrst uvwxyz " * 9, "Say one two three. " * 9], TokenizerConfig())
+    large = train_tokenizer(
+        ["abcdefgh ijklmnop qrst uvwxyz " * 9, "Say one two three. " * 9], TokenizerConfig()
+    )
     small = Qwen2(ModelConfig(300, 32, 48, 2, 4, 2))
     initialize(small, torch.Generator().manual_seed(1))
     save_checkpoint(small, start[1], tmp_path / "small")
@@ -201,7 +235,11 @@ def test_the_shipped_recipe_is_the_report_s():
     path = Path(__file__).parents[2] / "recipes" / "qwen2-sft.yaml"
     config = load_settings(path, recipe_class()).sft
     assert (config.epochs, config.max_length) == (2, 32_768)
-    assert (config.train.learning_rate, config.train.weight_decay, config.train.clip) == (7e-6, 0.1, 1.0)
+    assert (config.train.learning_rate, config.train.weight_decay, config.train.clip) == (
+        7e-6,
+        0.1,
+        1.0,
+    )
     rates = [learning_rate(config.train, step, 1_000) for step in range(1_000)]
     assert max(rates) == pytest.approx(7e-6)
     assert rates[-1] == pytest.approx(7e-7, rel=1e-3)

@@ -23,12 +23,22 @@ def made(tmp_path_factory):
     (folder / "raw").mkdir()
     rng = np.random.default_rng(0)
     for n in range(40):
-        lines = [f"def f_{a}(x):\n    return x + {b}  # adds {b} to x\n" for a, b in rng.integers(0, 99, (20, 2))]
+        lines = [
+            f"def f_{a}(x):\n    return x + {b}  # adds {b} to x\n"
+            for a, b in rng.integers(0, 99, (20, 2))
+        ]
         (folder / "raw" / f"m{n}.py").write_text("\n".join(lines))
     (folder / "small.yaml").write_text(
         "corpus: {task_documents: 20, heldout_share: 0.2}\ntokenizer: {vocabulary: 300}\n"
     )
-    command = ["run", str(folder / "small.yaml"), "--corpus", str(folder / "raw"), "--output", str(folder / "run")]
+    command = [
+        "run",
+        str(folder / "small.yaml"),
+        "--corpus",
+        str(folder / "raw"),
+        "--output",
+        str(folder / "run"),
+    ]
     assert cli.main([*command, "--until", "tokens"]) == 0
     return folder / "run"
 
@@ -45,14 +55,18 @@ def quick(monkeypatch):
     config = sweep.SweepConfig.model_validate(
         {"networks": {"one": size | {"hidden_size": 8}, "two": size | {"hidden_size": 16}}}
     )
-    monkeypatch.setattr(sweep.SweepConfig.model_fields["networks"], "default_factory", lambda: config.networks)
+    monkeypatch.setattr(
+        sweep.SweepConfig.model_fields["networks"], "default_factory", lambda: config.networks
+    )
     sweep.SweepConfig.model_rebuild(force=True)
     yield
     monkeypatch.undo()
     sweep.SweepConfig.model_rebuild(force=True)
 
 
-def test_a_sweep_writes_cells_laws_doubts_and_a_picture_and_reuses_cells(made, tmp_path, quick, monkeypatch, capsys):
+def test_a_sweep_writes_cells_laws_doubts_and_a_picture_and_reuses_cells(
+    made, tmp_path, quick, monkeypatch, capsys
+):
     grid = ["--amounts", "1000", "2000", "--batch-tokens", "200", "400", "--data.context", "32", "--draws", "5",
             "--heldout-tokens", "500", "--target-parameters", "1e6", "--target-tokens", "1e6"]  # fmt: skip
     command = ["pretrain", "--sweep", *inputs(made), *grid, "--output", str(tmp_path / "sweep")]
@@ -101,7 +115,13 @@ def law_cells(seed=0):
                 for y in (-1.0, 0.0, 1.0):
                     loss = 3 + 0.1 * x * x + 0.1 * y * y + 0.002 * rng.normal()
                     rate, batch = 2.0 * n**-0.5 * d**0.1 * np.exp(x), 0.5 * d**0.6 * np.exp(y)
-                    yield {"parameters": n, "tokens": d, "learning_rate": rate, "batch_tokens": batch, "loss": loss}
+                    yield {
+                        "parameters": n,
+                        "tokens": d,
+                        "learning_rate": rate,
+                        "batch_tokens": batch,
+                        "loss": loss,
+                    }
 
 
 def test_the_verdict_states_law_interval_and_reach():
@@ -115,19 +135,37 @@ def test_the_verdict_states_law_interval_and_reach():
     assert low < truth < high
     assert result["notes"][0].startswith("Learning rate for 1e+08 parameters and 1e+08 tokens:")
     assert not any("not identified" in note for note in result["notes"])
-    noisy = [cell | {"loss": cell["loss"] + 0.1 * (n * 7 % 5)} for n, cell in enumerate(law_cells())]
+    noisy = [
+        cell | {"loss": cell["loss"] + 0.1 * (n * 7 % 5)} for n, cell in enumerate(law_cells())
+    ]
     doubts = judge(noisy, config, 1)["notes"]
     assert any("not identified: the interval spans a factor of" in note for note in doubts)
-    low_batches = [cell for cell in law_cells() if cell["batch_tokens"] < 0.5 * cell["tokens"] ** 0.6 * 1.5]
-    assert any("hold at a batch size on the edge" in note for note in judge(low_batches, config, 1)["notes"])
+    low_batches = [
+        cell for cell in law_cells() if cell["batch_tokens"] < 0.5 * cell["tokens"] ** 0.6 * 1.5
+    ]
+    assert any(
+        "hold at a batch size on the edge" in note
+        for note in judge(low_batches, config, 1)["notes"]
+    )
     assert "62 times the largest network and 25 times the data" in result["notes"][-1]
     assert json.dumps(result, allow_nan=False)
 
 
 def test_pretraining_goes_on_from_a_checkpoint_by_the_command_line(made, tmp_path, capsys):
     data = ["--data.tokens", "2000", "--data.context", "32", "--data.batch-tokens", "400"]
-    assert cli.main(["pretrain", *inputs(made), *NETWORK, *data, "--output", str(tmp_path / "base")]) == 0
-    further = ["pretrain", *inputs(made), *data, "--rope-theta", "5e5", "--output", str(tmp_path / "further")]
+    assert (
+        cli.main(["pretrain", *inputs(made), *NETWORK, *data, "--output", str(tmp_path / "base")])
+        == 0
+    )
+    further = [
+        "pretrain",
+        *inputs(made),
+        *data,
+        "--rope-theta",
+        "5e5",
+        "--output",
+        str(tmp_path / "further"),
+    ]
     assert cli.main([*further, "--model", str(tmp_path / "base")]) == 0
     assert load_model(tmp_path / "further").config.rope_theta == 5e5
     manifest = json.loads((tmp_path / "further" / "manifest.json").read_text())
@@ -136,7 +174,10 @@ def test_pretraining_goes_on_from_a_checkpoint_by_the_command_line(made, tmp_pat
     assert base["metrics"]["parameters"] == manifest["metrics"]["parameters"]
 
     assert cli.main(["convert", str(tmp_path / "base"), str(tmp_path / "base.gguf")]) == 0
-    assert cli.main([*further[:-1], str(tmp_path / "same"), "--model", str(tmp_path / "base.gguf")]) == 0
+    assert (
+        cli.main([*further[:-1], str(tmp_path / "same"), "--model", str(tmp_path / "base.gguf")])
+        == 0
+    )
     same = json.loads((tmp_path / "same" / "manifest.json").read_text())
     assert same["metrics"]["loss"] == manifest["metrics"]["loss"]
 
@@ -167,7 +208,13 @@ def test_a_damaged_shard_is_refused_before_training(made, tmp_path, capsys):
     raw = bytearray(shard.read_bytes())
     raw[40] ^= 1
     shard.write_bytes(raw)
-    command = ["pretrain", *inputs(made, tokens=tokens), *NETWORK, "--output", str(tmp_path / "model")]
+    command = [
+        "pretrain",
+        *inputs(made, tokens=tokens),
+        *NETWORK,
+        "--output",
+        str(tmp_path / "model"),
+    ]
     assert cli.main(command) == 1
     told = capsys.readouterr().err
     assert "does not have its checksum" in told
@@ -185,11 +232,20 @@ def test_the_weights_of_the_corpus_are_the_mixture_where_none_is_named(made):
 
 def test_pretraining_measures_held_out_text_and_keeps_the_best_weights(made, tmp_path):
     data = ["--data.tokens", "3000", "--data.context", "32", "--data.batch-tokens", "400"]
-    asked = ["--validation.tokens", "500", "--validation.every", "2", "--validation.outcome", "best"]
+    asked = [
+        "--validation.tokens",
+        "500",
+        "--validation.every",
+        "2",
+        "--validation.outcome",
+        "best",
+    ]
     command = ["pretrain", *inputs(made), *NETWORK, *data, "--output", str(tmp_path / "model")]
     assert cli.main([*command, "--validation.every", "2"]) == 1  # and nothing is held out
     assert cli.main([*command, *asked]) == 0
-    log = [json.loads(line) for line in (tmp_path / "model" / "metrics.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (tmp_path / "model" / "metrics.jsonl").read_text().splitlines()
+    ]
     measured = [entry["validation_loss"] for entry in log if "validation_loss" in entry]
     assert len(measured) == -(-len(log) // 2)
     assert measured[-1] < measured[0]

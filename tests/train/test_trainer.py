@@ -29,7 +29,9 @@ from openqwen.train.validation import ValidationConfig
 @pytest.mark.parametrize("method", ["adamw", "muon"])
 @pytest.mark.parametrize("room", [0.25, 0.0], ids=["written aside", "written at once"])
 @pytest.mark.parametrize("stops", [[1], [4, 5], [3, 7, 11]])
-def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(tmp_path, stops, room, method, monkeypatch):
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(
+    tmp_path, stops, room, method, monkeypatch
+):
     monkeypatch.setattr(state, "_COPY_SHARE", room)
     whole = trainer(tmp_path / "whole", method=method)
     whole.run()
@@ -83,7 +85,9 @@ def poisoned(one, steps, factor=float("nan")):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path):
-    with pytest.raises(OpenQwenError, match=r"step 4 of test \(records 4 and 5\)(.|\n)*lower the learning rate"):
+    with pytest.raises(
+        OpenQwenError, match=r"step 4 of test \(records 4 and 5\)(.|\n)*lower the learning rate"
+    ):
         poisoned(trainer(tmp_path), {4}).run()
 
 
@@ -190,7 +194,9 @@ def test_a_state_of_several_files_resumes_to_the_bit(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cut" / "state-00000006").glob("*.safetensors"))) > 2
     resumed = trainer(tmp_path / "cut")
     resumed.run()
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters())
+    )
 
 
 def test_a_step_without_a_target_and_a_rate_that_explodes_are_named(tmp_path):
@@ -222,7 +228,9 @@ def test_memory_that_runs_out_names_the_step_and_the_levers(tmp_path, error):
         return loss(rows)
 
     one.loss = fails_in_step_3
-    with pytest.raises(OpenQwenError, match=r"records 3 and 4(.|\n)*16 tokens(.|\n)*micro_tokens(.|\n)*recompute"):
+    with pytest.raises(
+        OpenQwenError, match=r"records 3 and 4(.|\n)*16 tokens(.|\n)*micro_tokens(.|\n)*recompute"
+    ):
         one.run()
     trainer(tmp_path).run()  # goes on from the last state
     other = trainer(tmp_path / "other")
@@ -243,7 +251,9 @@ def test_a_resumed_run_keeps_the_best_weights_of_an_uninterrupted_one(tmp_path):
 
         def loss(rows):
             found = next_token(one.model, rows)
-            return Loss(found.sum * (-1.0 if one.model.training and at[0] > 6 else 1.0), found.count)
+            return Loss(
+                found.sum * (-1.0 if one.model.training and at[0] > 6 else 1.0), found.count
+            )
 
         one.batch, one.loss = batch, loss
         return one
@@ -261,11 +271,15 @@ def test_a_resumed_run_keeps_the_best_weights_of_an_uninterrupted_one(tmp_path):
             measured(tmp_path / "cut", stop_at=stop).run()
     resumed = measured(tmp_path / "cut")
     assert resumed.run()["best_validation_loss"] == summary["best_validation_loss"]
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters())
+    )
     assert len(list((tmp_path / "cut").glob("best-*"))) == 1
     plain = turning(tmp_path / "plain")
     plain.run()
-    assert not all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), plain.model.parameters()))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(whole.model.parameters(), plain.model.parameters())
+    )
     logs = [(tmp_path / f / "metrics.jsonl").read_text().splitlines() for f in ("whole", "plain")]
     trained = [[json.loads(line)["loss"] for line in log] for log in logs]
     assert trained[0] == trained[1]  # measuring moves nothing
@@ -286,7 +300,9 @@ def test_bfloat16_computes_rounded_and_keeps_float32_weights(tmp_path):
 
 def test_float32_that_was_asked_for_is_no_tf32(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr("openqwen.train.trainer.tf32", lambda allowed: told.append(allowed) or nullcontext())
+    monkeypatch.setattr(
+        "openqwen.train.trainer.tf32", lambda allowed: told.append(allowed) or nullcontext()
+    )
     for precision in ("float32", "bfloat16", "auto"):
         trainer(tmp_path / precision, steps=1, precision=precision).run()
     assert told == [False, True, False]  # auto on a CPU is float32
@@ -407,7 +423,9 @@ def test_a_schedule_is_that_of_transformers_whose_end_is_the_last_step():
     weight = torch.nn.Parameter(torch.zeros(1))
     theirs = {
         "cosine": lambda o: get_cosine_with_min_lr_schedule_with_warmup(o, 0, 40, min_lr_rate=0.1),
-        "wsd": lambda o: get_wsd_schedule(o, 0, 10, num_stable_steps=30, min_lr_ratio=0.1, decay_type="linear"),
+        "wsd": lambda o: get_wsd_schedule(
+            o, 0, 10, num_stable_steps=30, min_lr_ratio=0.1, decay_type="linear"
+        ),
     }
     for schedule, make in theirs.items():
         optimizer = torch.optim.SGD([weight], lr=1.0)

@@ -13,8 +13,12 @@ from openqwen.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "dense"
-    tokenizer = train_tokenizer(iter(["one two three four five"] * 20), TokenizerConfig(vocabulary=300))
-    model = Qwen2(ModelConfig(384, 32, 118, 2, 2, 1, max_position_embeddings=64, tie_word_embeddings=True))
+    tokenizer = train_tokenizer(
+        iter(["one two three four five"] * 20), TokenizerConfig(vocabulary=300)
+    )
+    model = Qwen2(
+        ModelConfig(384, 32, 118, 2, 2, 1, max_position_embeddings=64, tie_word_embeddings=True)
+    )
     initialize(model, torch.Generator().manual_seed(0))
     save_checkpoint(model, tokenizer, folder)
     return folder
@@ -22,11 +26,25 @@ def dense(tmp_path_factory):
 
 def test_a_dense_checkpoint_becomes_a_mixture(dense, tmp_path, capsys):
     output = tmp_path / "mixture"
-    command = ["upcycle", str(dense), str(output), "--experts", "8", "--experts-per-token", "2", "--seed", "4"]
+    command = [
+        "upcycle",
+        str(dense),
+        str(output),
+        "--experts",
+        "8",
+        "--experts-per-token",
+        "2",
+        "--seed",
+        "4",
+    ]
     assert cli.main([*command, "--shared-width", "118", "--vocabulary-rows", "352"]) == 0
     model = load_model(output)
     config = model.config
-    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 2, 16)
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (
+        8,
+        2,
+        16,
+    )
     assert (config.shared_expert_intermediate_size, config.vocab_size) == (118, 352)
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["seed"] == 4
@@ -50,5 +68,8 @@ def test_too_few_rows_are_refused(dense, tmp_path, capsys):
 
 def test_flags_name_the_folders_too(dense, tmp_path):
     output = tmp_path / "mixture"
-    assert cli.main(["upcycle", "--model", str(dense), "--output", str(output), "--no-keep-output"]) == 0
+    assert (
+        cli.main(["upcycle", "--model", str(dense), "--output", str(output), "--no-keep-output"])
+        == 0
+    )
     assert load_model(output).config.num_experts == 64

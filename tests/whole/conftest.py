@@ -1,4 +1,6 @@
-"""A run of the whole recipe, small enough for a test: seconds a stage, real input, every stage real."""
+"""A run of the whole recipe, small enough for a test: seconds a stage, real input, every stage
+real.
+"""
 
 import json
 import random
@@ -56,7 +58,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def command(place: Path) -> Callable[..., list[str]]:
     """`openqwen run` on the small recipe, into a folder beside it."""
-    start = [sys.executable, "-m", "openqwen.cli", "run", str(place / "small.yaml"), "--corpus", str(place / "corpus")]
+    start = [
+        sys.executable,
+        "-m",
+        "openqwen.cli",
+        "run",
+        str(place / "small.yaml"),
+        "--corpus",
+        str(place / "corpus"),
+    ]
     return lambda name, *arguments: [*start, "--output", str(place / name), *arguments]
 
 
@@ -73,5 +83,6 @@ def run(place: Path, command: Callable[..., list[str]]) -> Path:
 def digests() -> Callable[[Path], dict[str, str]]:
     """Of a run folder: stage → digest of what it made."""
     return lambda folder: {
-        path.parent.name: json.loads(path.read_text())["digest"] for path in sorted(folder.glob("[!.]*/manifest.json"))
+        path.parent.name: json.loads(path.read_text())["digest"]
+        for path in sorted(folder.glob("[!.]*/manifest.json"))
     }

@@ -1,4 +1,6 @@
-"""The recipe under torchrun, two processes: the same stages, the same numbers up to rounding, resumable alone."""
+"""The recipe under torchrun, two processes: the same stages, the same numbers up to rounding,
+resumable alone.
+"""
 
 import json
 import subprocess
@@ -15,10 +17,16 @@ def test_two_processes_make_what_one_makes(place, command, run):
     alone = command("ranks")
     done = subprocess.run([sys.executable, *LAUNCH, *alone[3:]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    steps = [json.loads(line) for line in (place / "ranks" / "online-dpo" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)
+        for line in (place / "ranks" / "online-dpo" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(steps) == 4
     assert sum(step["tokens"] for step in steps) > 0
-    logs = [(folder / "pretrain" / "metrics.jsonl").read_text().splitlines() for folder in (place / "ranks", run)]
+    logs = [
+        (folder / "pretrain" / "metrics.jsonl").read_text().splitlines()
+        for folder in (place / "ranks", run)
+    ]
     ours, theirs = ([json.loads(line) for line in log] for log in logs)
     assert [entry["tokens"] for entry in ours] == [entry["tokens"] for entry in theirs]
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-5)

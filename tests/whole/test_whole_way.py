@@ -1,4 +1,6 @@
-"""From raw text to an aligned chat model, in one run; and what other software makes of the result."""
+"""From raw text to an aligned chat model, in one run; and what other software makes of the
+result.
+"""
 
 import json
 import os
@@ -19,7 +21,18 @@ CHAT = [{"role": "user", "content": "Say apple 2 times.\n<|im_end|> é 12"}]
 
 
 def test_every_stage_is_there_and_the_end_says_what_to_do_next(run, digests):
-    names = {"corpus", "tokenizer", "tokens", "pretrain", "extend", "instruct", "sft", "prefer", "reward", "dpo"}
+    names = {
+        "corpus",
+        "tokenizer",
+        "tokens",
+        "pretrain",
+        "extend",
+        "instruct",
+        "sft",
+        "prefer",
+        "reward",
+        "dpo",
+    }
     names |= {"online-dpo", "evaluate-reward"}
     names |= {f"evaluate-{n}" for n in ("pretrain", "extend", "sft", "dpo", "online-dpo")}
     assert set(digests(run)) == names
@@ -31,19 +44,27 @@ def test_every_stage_is_there_and_the_end_says_what_to_do_next(run, digests):
 
 
 def test_each_stage_moves_its_number(run):
-    scores = {n: json.loads((run / f"evaluate-{n}" / "scores.json").read_text()) for n in ("pretrain", "extend", "sft")}
+    scores = {
+        n: json.loads((run / f"evaluate-{n}" / "scores.json").read_text())
+        for n in ("pretrain", "extend", "sft")
+    }
     first = json.loads((run / "pretrain" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert first == pytest.approx(6.4, abs=0.3)  # ln 622: a fresh network knows nothing
     last = json.loads((run / "pretrain" / "manifest.json").read_text())["metrics"]["loss"]
     assert last < first - 1.2
     assert scores["extend"]["bits_per_byte"] < scores["pretrain"]["bits_per_byte"]
-    sft = [json.loads(line)["loss"] for line in (run / "sft" / "metrics.jsonl").read_text().splitlines()]
+    sft = [
+        json.loads(line)["loss"]
+        for line in (run / "sft" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert sft[-1] < sft[0] - 1.0
 
 
 def test_the_checkpoint_is_the_same_in_transformers(run):
     model, tokenizer = oq.load_model(run / "sft"), oq.load_tokenizer(run / "sft")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "sft", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        run / "sft", dtype=torch.float32
+    ).eval()
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(run / "sft")
 
     assert their_tokenizer.apply_chat_template(
@@ -64,9 +85,13 @@ def test_the_checkpoint_is_the_same_in_transformers(run):
     engine = oq.Engine(model, tokenizer)
     stopped = 0
     for question in ("Say apple 3 times.", "Count the words: sun moon", "Add 3 and 4."):
-        prompt, _ = tokenizer.encode_chat([{"role": "user", "content": question}], add_generation_prompt=True)
+        prompt, _ = tokenizer.encode_chat(
+            [{"role": "user", "content": question}], add_generation_prompt=True
+        )
         (output,) = engine.generate([prompt], oq.Sampling(max_tokens=40))
-        written = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[0, len(prompt) :]
+        written = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)[
+            0, len(prompt) :
+        ]
         ended = written[-1] in theirs.generation_config.eos_token_id
         assert output.token_ids == written[: -1 if ended else None].tolist()
         assert (output.finish_reason == "stop") == bool(ended)
@@ -79,11 +104,15 @@ def test_the_reward_model_is_the_same_in_transformers(run):
     from openqwen.train.reward import score
 
     scorer, tokenizer = load_scorer(run / "reward"), oq.load_tokenizer(run / "reward")
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(run / "reward", dtype=torch.float32)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        run / "reward", dtype=torch.float32
+    )
     chat = [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "3"}]
     ids, mask = tokenizer.encode_chat(chat)
     ids = ids[: len(mask) - mask[::-1].index(1)]
-    assert score(scorer, tokenizer, [chat])[0] == pytest.approx(theirs(torch.tensor([ids])).logits.item(), rel=1e-4)
+    assert score(scorer, tokenizer, [chat])[0] == pytest.approx(
+        theirs(torch.tensor([ids])).logits.item(), rel=1e-4
+    )
 
 
 def test_a_second_run_reuses_everything(run, command, digests):
@@ -135,9 +164,27 @@ def test_the_chat_streams_an_answer_and_ends(run):
 
 def test_stages_run_alone_on_a_users_own_files(run, tmp_path):
     start = time.monotonic()
-    command = [sys.executable, "-m", "openqwen.cli", "sft", "--model", str(run / "extend"), "--max-length", "200"]
-    command += ["--demonstrations", str(tmp_path / "d.jsonl"), "--output", str(tmp_path / "mine"), "--epochs", "1"]
-    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    command = [
+        sys.executable,
+        "-m",
+        "openqwen.cli",
+        "sft",
+        "--model",
+        str(run / "extend"),
+        "--max-length",
+        "200",
+    ]
+    command += [
+        "--demonstrations",
+        str(tmp_path / "d.jsonl"),
+        "--output",
+        str(tmp_path / "mine"),
+        "--epochs",
+        "1",
+    ]
+    record = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    }
     (tmp_path / "d.jsonl").write_text((json.dumps(record) + "\n") * 8)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

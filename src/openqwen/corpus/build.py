@@ -1,4 +1,6 @@
-"""The corpus stage: read, cap, clean, filter, deduplicate, hold out, and say what became of everything."""
+"""The corpus stage: read, cap, clean, filter, deduplicate, hold out, and say what became of
+everything.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -27,14 +29,22 @@ def build_corpus(
 ) -> dict[str, float]:
     """Write train.parquet, heldout.parquet and corpus.json into `folder`; returns flat metrics.
 
-    extra_documents: ready documents (the multi-task instruction data that Qwen2 mixes in) that meet exact
-    deduplication and the held-out split, but neither the filters nor near-deduplication: templates look alike.
+    extra_documents: ready documents (the multi-task instruction data that Qwen2 mixes in) that meet
+    exact deduplication and the held-out split, but neither the filters nor near-deduplication:
+    templates look alike.
     seed: decides which documents are held out, and which stay where a source is capped.
     Raises OpenQwenError where nothing is left to train on. Memory: about four times the text.
     """
     documents, read, skips = _read(config)
     _require(documents, "The corpus has no document that can be read.", config, _main_skips(skips))
-    steps = [Step("cap"), Step("clean"), Step("filter"), Step("exact"), Step("near"), Step("paragraphs")]
+    steps = [
+        Step("cap"),
+        Step("clean"),
+        Step("filter"),
+        Step("exact"),
+        Step("near"),
+        Step("paragraphs"),
+    ]
     cap, clean, filtering, exact, near, paragraphs = steps
     documents = _cap(documents, config, seed, cap)
     documents = _clean_and_filter(documents, config, clean, filtering)
@@ -56,7 +66,9 @@ def build_corpus(
 
 
 class Step:
-    """One step's account: documents and bytes kept and dropped, and for each reason how much and a few examples."""
+    """One step's account: documents and bytes kept and dropped, and for each reason how much and a
+    few examples.
+    """
 
     def __init__(self, name: str):
         self.name = name
@@ -109,7 +121,11 @@ def _read(config: CorpusConfig) -> tuple[list[Document], dict[str, int], Skips]:
                 document["meta"]["profile"] = config.profiles[document["source"]]
             documents.append(document)
             bar.advance()
-    return documents, {"files": reader.files, "documents": len(documents), "bytes": reader.bytes}, reader.skips
+    return (
+        documents,
+        {"files": reader.files, "documents": len(documents), "bytes": reader.bytes},
+        reader.skips,
+    )
 
 
 def _cap(documents: list[Document], config: CorpusConfig, seed: int, step: Step) -> list[Document]:
@@ -118,14 +134,18 @@ def _cap(documents: list[Document], config: CorpusConfig, seed: int, step: Step)
     for position, document in enumerate(documents):
         if position in left_out:
             source = document["source"]
-            step.drop(document, f"{source} limit", f"source limited to {config.max_bytes[source]:,} bytes")
+            step.drop(
+                document, f"{source} limit", f"source limited to {config.max_bytes[source]:,} bytes"
+            )
         else:
             step.keep(document["text"])
             kept.append(document)
     return kept
 
 
-def _clean_and_filter(documents: list[Document], config: CorpusConfig, clean: Step, filtering: Step) -> list[Document]:
+def _clean_and_filter(
+    documents: list[Document], config: CorpusConfig, clean: Step, filtering: Step
+) -> list[Document]:
     kept = []
     with progress("filter", len(documents), "documents") as bar:
         for document in documents:
@@ -150,7 +170,9 @@ def _clean_and_filter(documents: list[Document], config: CorpusConfig, clean: St
     return kept
 
 
-def _exact(documents: list[Document], extra: Iterable[Document], step: Step) -> tuple[list[Document], list[Document]]:
+def _exact(
+    documents: list[Document], extra: Iterable[Document], step: Step
+) -> tuple[list[Document], list[Document]]:
     """The first of each set of equal texts, for the filtered documents and for the extra ones."""
     seen: dict[bytes, str] = {}
 
@@ -183,7 +205,9 @@ def _near(documents: list[Document], config: CorpusConfig, step: Step) -> list[D
 
 
 def _cut_repeats(documents: list[Document], config: CorpusConfig, step: Step) -> list[Document]:
-    """Licence headers and stock paragraphs, cut from every document but the first; last, so that none is lost."""
+    """Licence headers and stock paragraphs, cut from every document but the first; last, so that
+    none is lost.
+    """
     repeats = RepeatedParagraphs(config.paragraph_characters)
     kept = []
     for document in documents:
@@ -201,14 +225,17 @@ def _cut_repeats(documents: list[Document], config: CorpusConfig, step: Step) ->
     return kept
 
 
-def _split(documents: list[Document], config: CorpusConfig, seed: int) -> tuple[list[Document], list[Document]]:
+def _split(
+    documents: list[Document], config: CorpusConfig, seed: int
+) -> tuple[list[Document], list[Document]]:
     sizes = [_size(d["text"]) for d in documents]
     out = heldout(documents, sizes, config.heldout_share, config.heldout_max_bytes, seed)
     if not out:
         raise OpenQwenError(
             f"No document could be held out: the corpus has {len(documents)} after filtering.",
             where=config.folder,
-            do=f"give more than one document, none of them all above {config.heldout_max_bytes:,} bytes "
+            do=f"give more than one document, none of them all above {config.heldout_max_bytes:,} "
+            "bytes "
             "(heldout_max_bytes): scores are taken on documents that training never saw",
         )
     train = [document for position, document in enumerate(documents) if position not in out]
@@ -223,7 +250,9 @@ def _mixture(train: list[Document], held: list[Document], config: CorpusConfig) 
             entry = sources.setdefault(document["source"], dict.fromkeys(names, 0))
             entry[f"{prefix}documents"] += 1
             entry[f"{prefix}bytes"] += _size(document["text"])
-    for source, share in shares({s: e["bytes"] for s, e in sources.items()}, config.weights).items():
+    for source, share in shares(
+        {s: e["bytes"] for s, e in sources.items()}, config.weights
+    ).items():
         sources[source]["weight"] = share
     texts: dict[str, list[str]] = defaultdict(list)
     for document in held:
@@ -252,16 +281,22 @@ def _require(documents: list[Document], what: str, config: CorpusConfig, found: 
     raise OpenQwenError(
         what,
         where=config.folder or "this Python's standard library",
-        do="give a folder with .txt, .md, .rst, .html, .jsonl, .parquet or code files that pass the rules"
+        do="give a folder with .txt, .md, .rst, .html, .jsonl, .parquet or code files that pass "
+        "the rules"
         f" (--help shows every threshold); found: {found}",
     )
 
 
 def _main_skips(skips: Skips) -> str:
-    counts = sorted(((entry["count"], reason) for reason, entry in skips.reasons.items()), reverse=True)
+    counts = sorted(
+        ((entry["count"], reason) for reason, entry in skips.reasons.items()), reverse=True
+    )
     return ", ".join(f"{count} x {reason}" for count, reason in counts[:4]) or "no files"
 
 
 def _main_reasons(*steps: Step) -> str:
-    counts = sorted(((e["documents"], reason) for step in steps for reason, e in step.reasons.items()), reverse=True)
+    counts = sorted(
+        ((e["documents"], reason) for step in steps for reason, e in step.reasons.items()),
+        reverse=True,
+    )
     return ", ".join(f"{count} x {reason}" for count, reason in counts[:4])

@@ -1,4 +1,5 @@
-"""What is done to every text before it is judged, and the two edits that cut parts out of documents.
+"""What is done to every text before it is judged, and the two edits that cut parts out of
+documents.
 
 Nothing is unwrapped, re-indented or reworded: code stays code.
 """
@@ -11,21 +12,36 @@ import xxhash
 
 from openqwen.corpus.config import C4
 
-# Controls other than tab and newline; the byte-order mark and other invisible specials; private noncharacters.
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb\ufffe\uffff]")
+# Controls other than tab and newline; the byte-order mark and other invisible specials; private
+# noncharacters.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb\ufffe\uffff]"
+)
 _BLANK_RUN = re.compile(r"\n{4,}")
 _PARAGRAPH = re.compile(r"\n{2,}")
-# Whole lines only: a comment behind a statement stays with it. A block comment counts at the top of the file.
+# Whole lines only: a comment behind a statement stays with it. A block comment counts at the top of
+# the file.
 _COMMENT = re.compile(r"^(?:[ \t]*#[^\n]*\n){3,}|\A/\*.*?\*/", re.MULTILINE | re.DOTALL)
 _CITATION = re.compile(r"\[\d{1,3}\]|\[edit\]|\[citation needed\]")
-_POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+_POLICY = (
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "uses cookies",
+    "use of cookies",
+    "use cookies",
+)
 _BULLET = re.compile(r"\s*(?:[-*+•‣▪◦●○]|\d{1,3}[.)])\s")
 _WRAP = (60, 100)  # a line of so many characters may have been ended by a wrap
 
 
 def normalize(text: str) -> str:
-    """NFC, newlines as \\n, no control characters, no trailing white space, at most two blank lines in a row."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x0b", "\n").replace("\x0c", "\n")
+    """NFC, newlines as \\n, no control characters, no trailing white space, at most two blank lines
+    in a row.
+    """
+    text = (
+        text.replace("\r\n", "\n").replace("\r", "\n").replace("\x0b", "\n").replace("\x0c", "\n")
+    )
     text = _CONTROL.sub("", text)
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
@@ -36,9 +52,10 @@ def normalize(text: str) -> str:
 def logical_lines(text: str) -> list[list[str]]:
     """Lines grouped as they were before someone wrapped them at a column.
 
-    The line rules of Gopher, C4 and FineWeb were set for web pages, where a line is a paragraph; on hard-wrapped
-    text they would judge the column width. A group goes on while the line is long enough to have been wrapped and the
-    next one starts neither blank, nor as a list item, nor at a deeper indentation than a hanging one.
+    The line rules of Gopher, C4 and FineWeb were set for web pages, where a line is a paragraph; on
+    hard-wrapped text they would judge the column width. A group goes on while the line is long
+    enough to have been wrapped and the next one starts neither blank, nor as a list item, nor at a
+    deeper indentation than a hanging one.
     """
     groups: list[list[str]] = []
     open_group = False
@@ -57,8 +74,9 @@ def logical_lines(text: str) -> list[list[str]]:
 def c4_lines(text: str, limits: C4) -> tuple[str, list[str]]:
     """C4's line rules (section 2.2): the text that stays, and the lines cut.
 
-    Lines of few words, with an endless word, about JavaScript or cookies, go; so do `[1]`, `[edit]` and
-    `[citation needed]`. A wrapped paragraph counts as one line. Scripts without spaces should not come here.
+    Lines of few words, with an endless word, about JavaScript or cookies, go; so do `[1]`, `[edit]`
+    and `[citation needed]`. A wrapped paragraph counts as one line. Scripts without spaces should
+    not come here.
     """
     paragraphs, cut = [], []
     for paragraph in _PARAGRAPH.split(text):
@@ -84,7 +102,8 @@ def _c4_keeps(line: str, limits: C4) -> bool:
 class RepeatedParagraphs:
     """Cuts a long paragraph wherever an earlier document already had it, word for word.
 
-    In code only comment blocks count (licence headers): cutting a repeated statement would break the program.
+    In code only comment blocks count (licence headers): cutting a repeated statement would break
+    the program.
     Memory: 8 bytes and a set entry for each long paragraph of the corpus.
     """
 

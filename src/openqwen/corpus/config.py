@@ -1,10 +1,11 @@
 """Every number of the corpus stage, with where it comes from.
 
-Gopher: Rae et al. 2021 (arXiv 2112.11446), appendix A; the repetition limits are its table A1. C4: Raffel et al. 2020
-(arXiv 1910.10683), section 2.2. FineWeb: Penedo et al. 2024 (arXiv 2406.17557) and its filters in datatrove.
-Code: the usual line-length, alphanumeric and generated-file rules (Chen et al. 2021, arXiv 2107.03374, and successors);
-the least file size and the share of data are our own choice. Where a limit departs from the published one, its
-description says so.
+Gopher: Rae et al. 2021 (arXiv 2112.11446), appendix A; the repetition limits are its table A1. C4:
+Raffel et al. 2020 (arXiv 1910.10683), section 2.2. FineWeb: Penedo et al. 2024 (arXiv 2406.17557)
+and its filters in datatrove.
+Code: the usual line-length, alphanumeric and generated-file rules (Chen et al. 2021, arXiv
+2107.03374, and successors); the least file size and the share of data are our own choice. Where a
+limit departs from the published one, its description says so.
 """
 
 from pathlib import Path
@@ -24,25 +25,45 @@ class GopherQuality(Settings):
     max_words: int = Field(100_000, description="most words in a document")
     min_word_length: float = Field(3.0, description="smallest mean word length, characters")
     max_word_length: float = Field(10.0, description="largest mean word length, characters")
-    max_symbols_per_word: float = Field(0.1, description="most '#' per word, and most ellipses per word")
-    max_bullet_lines: float = Field(0.9, description="largest share of lines that start with a bullet")
-    max_ellipsis_lines: float = Field(0.3, description="largest share of lines that end in an ellipsis")
-    min_alphabetic_words: float = Field(0.8, description="smallest share of words that hold a letter")
-    stop_words: list[str] = Field(
-        ["the", "be", "to", "of", "and", "that", "have", "with"], description="words that running English cannot avoid"
+    max_symbols_per_word: float = Field(
+        0.1, description="most '#' per word, and most ellipses per word"
     )
-    min_stop_words: int = Field(2, description="fewest occurrences of stop words; 0 for languages other than English")
+    max_bullet_lines: float = Field(
+        0.9, description="largest share of lines that start with a bullet"
+    )
+    max_ellipsis_lines: float = Field(
+        0.3, description="largest share of lines that end in an ellipsis"
+    )
+    min_alphabetic_words: float = Field(
+        0.8, description="smallest share of words that hold a letter"
+    )
+    stop_words: list[str] = Field(
+        ["the", "be", "to", "of", "and", "that", "have", "with"],
+        description="words that running English cannot avoid",
+    )
+    min_stop_words: int = Field(
+        2, description="fewest occurrences of stop words; 0 for languages other than English"
+    )
 
 
 class GopherRepetition(Settings):
     """Gopher's repetition rules (table A1): shares of lines, paragraphs or characters."""
 
-    max_duplicate_lines: float = Field(0.3, description="largest share of lines that occurred before")
-    max_duplicate_line_characters: float = Field(0.2, description="largest share of characters in such lines")
-    max_duplicate_paragraphs: float = Field(0.3, description="largest share of paragraphs that occurred before")
-    max_duplicate_paragraph_characters: float = Field(0.2, description="largest share of characters in such paragraphs")
+    max_duplicate_lines: float = Field(
+        0.3, description="largest share of lines that occurred before"
+    )
+    max_duplicate_line_characters: float = Field(
+        0.2, description="largest share of characters in such lines"
+    )
+    max_duplicate_paragraphs: float = Field(
+        0.3, description="largest share of paragraphs that occurred before"
+    )
+    max_duplicate_paragraph_characters: float = Field(
+        0.2, description="largest share of characters in such paragraphs"
+    )
     max_top_ngrams: dict[int, float] = Field(
-        {2: 0.20, 3: 0.18, 4: 0.16}, description="for each n, largest share of characters in the most frequent n-gram"
+        {2: 0.20, 3: 0.18, 4: 0.16},
+        description="for each n, largest share of characters in the most frequent n-gram",
     )
     max_duplicate_ngrams: dict[int, float] = Field(
         {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10},
@@ -51,7 +72,9 @@ class GopherRepetition(Settings):
 
 
 class C4(Settings):
-    """C4's rules (section 2.2) but for end-of-line punctuation: FineWeb found that rule to cost more than it gives."""
+    """C4's rules (section 2.2) but for end-of-line punctuation: FineWeb found that rule to cost
+    more than it gives.
+    """
 
     min_line_words: int = Field(3, description="lines of fewer words are cut out")
     max_word_characters: int = Field(1000, description="lines with a longer word are cut out")
@@ -61,46 +84,68 @@ class C4(Settings):
 class FineWeb(Settings):
     """FineWeb's own rules."""
 
-    min_punctuated_lines: float = Field(0.12, description="smallest share of lines that end in punctuation")
+    min_punctuated_lines: float = Field(
+        0.12, description="smallest share of lines that end in punctuation"
+    )
     short_line: int = Field(30, description="a line of at most so many characters is short")
     max_short_lines: float = Field(0.67, description="largest share of short lines")
-    max_duplicate_line_characters: float = Field(0.01, description="largest share of characters in repeated lines")
+    max_duplicate_line_characters: float = Field(
+        0.01, description="largest share of characters in repeated lines"
+    )
     max_newlines_per_word: float = Field(0.3, description="most line ends per word")
 
 
 class WebRules(Settings):
-    """Extracted web pages and collections made from them: the published limits, on unwrapped lines."""
+    """Extracted web pages and collections made from them: the published limits, on unwrapped
+    lines.
+    """
 
-    gopher: GopherQuality = Field(default_factory=GopherQuality, description="Gopher's quality rules")
+    gopher: GopherQuality = Field(
+        default_factory=GopherQuality, description="Gopher's quality rules"
+    )
     c4: C4 = Field(default_factory=C4, description="C4's rules")
     fineweb: FineWeb = Field(default_factory=FineWeb, description="FineWeb's rules")
-    repetition: GopherRepetition = Field(default_factory=GopherRepetition, description="Gopher's repetition rules")
+    repetition: GopherRepetition = Field(
+        default_factory=GopherRepetition, description="Gopher's repetition rules"
+    )
 
 
 class TextRules(Settings):
-    """Books, notes and documentation: Gopher's and FineWeb's rules, with the limits that only web pages deserve eased.
+    """Books, notes and documentation: Gopher's and FineWeb's rules, with the limits that only web
+    pages deserve eased.
 
-    C4's rules are not among them: `{` and lines of two words are signs of a bad web page, not of a bad manual.
+    C4's rules are not among them: `{` and lines of two words are signs of a bad web page, not of a
+    bad manual.
     """
 
     gopher: GopherQuality = Field(
         default_factory=lambda: GopherQuality(min_alphabetic_words=0.7),
-        description="Gopher's quality rules; manuals hold more operators and numbers than prose (published: 0.8)",
+        description=(
+            "Gopher's quality rules; manuals hold more operators and numbers than prose "
+            "(published: 0.8)"
+        ),
     )
     fineweb: FineWeb = Field(
         default_factory=lambda: FineWeb(max_duplicate_line_characters=0.2),
-        description="FineWeb's rules; refrains and repeated notes are normal in books and manuals (published: 0.01)",
+        description=(
+            "FineWeb's rules; refrains and repeated notes are normal in books and manuals "
+            "(published: 0.01)"
+        ),
     )
     repetition: GopherRepetition = Field(
         default_factory=lambda: GopherRepetition(
             max_duplicate_ngrams={5: 0.30, 6: 0.28, 7: 0.26, 8: 0.24, 9: 0.22, 10: 0.20}
         ),
-        description="Gopher's repetition rules; a manual describes one parameter in many places (published: half)",
+        description=(
+            "Gopher's repetition rules; a manual describes one parameter in many places "
+            "(published: half)"
+        ),
     )
 
 
 class UnspacedRules(Settings):
-    """Chinese, Japanese, Thai and other scripts without spaces: rules that count characters, where words mean nothing.
+    """Chinese, Japanese, Thai and other scripts without spaces: rules that count characters, where
+    words mean nothing.
 
     The limits are those of a published Chinese recipe (datajuicer/data-juicer#30).
     """
@@ -108,20 +153,28 @@ class UnspacedRules(Settings):
     min_characters: int = Field(200, description="fewest characters in a document")
     max_characters: int = Field(65_589, description="most characters in a document")
     ngram: int = Field(10, ge=1, description="characters in a window")
-    max_duplicate_ngrams: float = Field(0.3, description="largest share of characters in windows that occurred before")
+    max_duplicate_ngrams: float = Field(
+        0.3, description="largest share of characters in windows that occurred before"
+    )
 
 
 class CodeRules(Settings):
     """Source code: line lengths, character shares, generated files, and files that are data."""
 
     min_characters: int = Field(
-        200, description="shortest file, characters (our choice: below it there is nothing to learn)"
+        200,
+        description="shortest file, characters (our choice: below it there is nothing to learn)",
     )
     max_mean_line: float = Field(100.0, description="largest mean line length, characters")
     max_line: int = Field(1000, description="longest line, characters")
-    min_alphanumeric: float = Field(0.25, description="smallest share of characters that are letters or digits")
+    min_alphanumeric: float = Field(
+        0.25, description="smallest share of characters that are letters or digits"
+    )
     max_data: float = Field(
-        0.3, description="largest share of characters in number tables, hex and base64 runs (our choice)"
+        0.3,
+        description=(
+            "largest share of characters in number tables, hex and base64 runs (our choice)"
+        ),
     )
 
 
@@ -129,9 +182,12 @@ class FilterConfig(Settings):
     """The rules of each profile. A document has one profile, by its file type or its source."""
 
     web: WebRules = Field(default_factory=WebRules, description="HTML, JSONL and Parquet")
-    text: TextRules = Field(default_factory=TextRules, description="plain text, Markdown, reStructuredText, docstrings")
+    text: TextRules = Field(
+        default_factory=TextRules, description="plain text, Markdown, reStructuredText, docstrings"
+    )
     unspaced: UnspacedRules = Field(
-        default_factory=UnspacedRules, description="web and text documents in scripts that set no spaces between words"
+        default_factory=UnspacedRules,
+        description="web and text documents in scripts that set no spaces between words",
     )
     code: CodeRules = Field(default_factory=CodeRules, description="source code")
 
@@ -140,7 +196,11 @@ class MinHashConfig(Settings):
     """Near-deduplication with FineWeb's banding: half of all pairs at Jaccard 0.68 are found."""
 
     shingle_words: int = Field(5, ge=1, description="words in a shingle")
-    bands: int = Field(14, ge=1, description="bands; two documents that agree in one whole band are near-duplicates")
+    bands: int = Field(
+        14,
+        ge=1,
+        description="bands; two documents that agree in one whole band are near-duplicates",
+    )
     rows: int = Field(8, ge=1, description="hashes in a band")
 
 
@@ -149,24 +209,39 @@ class CorpusConfig(Settings):
 
     folder: Path | None = Field(
         None,
-        description="folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet, code; none: Python's library",
+        description=(
+            "folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet, code; none: Python's library"
+        ),
     )
     max_document_bytes: int = Field(
-        10_000_000, ge=1, description="longer files, JSONL lines and Parquet rows are skipped and counted"
+        10_000_000,
+        ge=1,
+        description="longer files, JSONL lines and Parquet rows are skipped and counted",
     )
     max_bytes: dict[str, int] = Field(
         {"code": 24_000_000, "docs": 6_000_000},
-        description="most bytes to take from each source named; the documents are chosen by the seed",
+        description=(
+            "most bytes to take from each source named; the documents are chosen by the seed"
+        ),
     )
     profiles: dict[str, Profile] = Field(
-        {}, description="source -> web, text or code: rules to use in place of those of its file types"
+        {},
+        description="source -> web, text or code: rules to use in place of those of its file types",
     )
-    filters: FilterConfig = Field(default_factory=FilterConfig, description="the rules of each profile")
+    filters: FilterConfig = Field(
+        default_factory=FilterConfig, description="the rules of each profile"
+    )
     paragraph_characters: int = Field(
-        200, ge=1, description="shortest paragraph or comment that is cut where another document already had it"
+        200,
+        ge=1,
+        description=(
+            "shortest paragraph or comment that is cut where another document already had it"
+        ),
     )
     minhash: MinHashConfig = Field(default_factory=MinHashConfig, description="near-deduplication")
-    heldout_share: float = Field(0.02, gt=0, lt=1, description="share of documents held out of training, by hash of id")
+    heldout_share: float = Field(
+        0.02, gt=0, lt=1, description="share of documents held out of training, by hash of id"
+    )
     heldout_max_bytes: int = Field(250_000, ge=1, description="most held-out bytes of one source")
     weights: dict[str, float] = Field(
         {"docs": 3.0},

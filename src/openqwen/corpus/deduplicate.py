@@ -1,8 +1,9 @@
 """Exact duplicates by one hash, near-duplicates by MinHash with banding.
 
-MinHash (Broder 1997): the chance that two documents share a minimum is the Jaccard similarity of their shingle sets, so
-that of agreeing in one of b bands of r rows is 1 - (1 - s^r)^b. FineWeb: 5-word shingles, 14 bands of 8.
-Everything after the first regular expression is NumPy over whole batches of documents.
+MinHash (Broder 1997): the chance that two documents share a minimum is the Jaccard similarity of
+their shingle sets, so that of agreeing in one of b bands of r rows is 1 - (1 - s^r)^b. FineWeb:
+5-word shingles, 14 bands of 8. Everything after the first regular expression is NumPy over whole
+batches of documents.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +24,9 @@ def exact_key(text: str) -> bytes:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014), a bijection that spreads every bit over all 64."""
+    """The finaliser of splitmix64 (Steele et al. 2014), a bijection that spreads every bit over all
+    64.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -42,10 +45,11 @@ _BYTE_HASH = _mix(np.arange(1, 257, dtype=np.uint64) * np.uint64(_PRIME))
 
 
 def _word_hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hash and start of each word in a buffer; a word is a run of letters, digits, `_` and bytes of other scripts.
+    """Hash and start of each word in a buffer; a word is a run of letters, digits, `_` and bytes of
+    other scripts.
 
-    With S the prefix sums of h(byte) * P^position, a word's hash (S[end] - S[start]) * P^-start does not depend on
-    where it stands: one pass over the buffer serves all words.
+    With S the prefix sums of h(byte) * P^position, a word's hash (S[end] - S[start]) * P^-start
+    does not depend on where it stands: one pass over the buffer serves all words.
     """
     edges = np.diff(_IS_WORD[data].astype(np.int8), prepend=0, append=0)
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
@@ -55,7 +59,8 @@ def _word_hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shingle_hashes(texts: list[str], words: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all `words`-word shingles of a batch, lower-cased, and [texts + 1] offsets of each text's part.
+    """Hashes of all `words`-word shingles of a batch, lower-cased, and [texts + 1] offsets of each
+    text's part.
 
     A text of fewer words has one shingle, the whole of it.
     """
@@ -79,14 +84,21 @@ def shingle_hashes(texts: list[str], words: int) -> tuple[np.ndarray, np.ndarray
     return _mix(shingles), offsets
 
 
-def signatures(texts: Iterable[str], config: MinHashConfig, advance: Callable[[int], None] | None = None) -> np.ndarray:
-    """[documents, bands * rows] 64-bit MinHash signatures; `advance` is told of each batch's documents.
+def signatures(
+    texts: Iterable[str], config: MinHashConfig, advance: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """[documents, bands * rows] 64-bit MinHash signatures; `advance` is told of each batch's
+    documents.
 
-    Memory: 8 * bands * rows bytes a document (896 with the defaults) and a few tens of MB for a batch.
+    Memory: 8 * bands * rows bytes a document (896 with the defaults) and a few tens of MB for a
+    batch.
     """
     hashes = config.bands * config.rows
-    # The hash functions are part of the method, not of a run: fixed, so that corpora can be compared.
-    constants = _mix(np.arange(1, 2 * hashes + 1, dtype=np.uint64) * np.uint64(_INVERSE)).reshape(2, hashes)
+    # The hash functions are part of the method, not of a run: fixed, so that corpora can be
+    # compared.
+    constants = _mix(np.arange(1, 2 * hashes + 1, dtype=np.uint64) * np.uint64(_INVERSE)).reshape(
+        2, hashes
+    )
     parts: list[np.ndarray] = [np.zeros((0, hashes), dtype=np.uint64)]
     for batch in tasks(texts):  # small enough for its arrays to stay near the cache
         shingles, offsets = shingle_hashes(batch, config.shingle_words)
@@ -102,9 +114,11 @@ def signatures(texts: Iterable[str], config: MinHashConfig, advance: Callable[[i
 
 
 def near_duplicates(signature: np.ndarray, config: MinHashConfig) -> np.ndarray:
-    """[documents] the first document of the cluster that each belongs to: itself, if it is to be kept.
+    """[documents] the first document of the cluster that each belongs to: itself, if it is to be
+    kept.
 
-    Two documents are linked if they agree in all rows of some band; clusters are the connected components.
+    Two documents are linked if they agree in all rows of some band; clusters are the connected
+    components.
     """
     parent = np.arange(len(signature))
 

@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from openqwen.support.errors import OpenQwenError, disk_errors
 
 _COLUMNS = ("id", "text", "source", "language", "meta")
-_SCHEMA = pa.schema([(column, pa.large_string() if column == "text" else pa.string()) for column in _COLUMNS])
+_SCHEMA = pa.schema(
+    [(column, pa.large_string() if column == "text" else pa.string()) for column in _COLUMNS]
+)
 _ROWS = 1000  # documents in a row group
 
 
@@ -35,7 +37,9 @@ def write_documents(path: Path, documents: Iterable[dict[str, Any]]) -> int:
 
 
 def read_documents(path: Path) -> Iterator[dict[str, Any]]:
-    """Documents in their order, one row group in memory at a time; a damaged file is an OpenQwenError."""
+    """Documents in their order, one row group in memory at a time; a damaged file is an
+    OpenQwenError.
+    """
     with _damage_named(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=_ROWS, columns=list(_COLUMNS)):
             for document in batch.to_pylist():
@@ -54,12 +58,18 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException, json.JSONDecodeError) as error:
         raise OpenQwenError(
-            f"The documents cannot be read: {str(error).splitlines()[0]}", where=path, do="make the corpus again"
+            f"The documents cannot be read: {str(error).splitlines()[0]}",
+            where=path,
+            do="make the corpus again",
         ) from None
 
 
-def halves(documents: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Every other document of each source, the first one to the first half: for development and for the last word."""
+def halves(
+    documents: Iterable[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every other document of each source, the first one to the first half: for development and for
+    the last word.
+    """
     split: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     seen: Counter[str] = Counter()
     for document in documents:

@@ -1,5 +1,6 @@
-"""The published filter rules. Each is a function of the measured document and its thresholds that returns None to keep
-it or a few words saying why not; its name is the reason in the report. The first rule that fails decides."""
+"""The published filter rules. Each is a function of the measured document and its thresholds that
+returns None to keep it or a few words saying why not; its name is the reason in the report. The
+first rule that fails decides."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +23,9 @@ _BULLETS = ("•", "‣", "▪", "◦", "●", "○", "- ", "* ", "+ ")
 _ELLIPSIS = ("...", "…")
 _END = (".", "?", "!", '"', "'", "”", "’", "…")
 _SENTENCE = re.compile(r"[.!?](?:[\"')\]]*)(?=\s|$)|[。！？]")
-_GENERATED = re.compile(r"auto[- ]?generated|automatically generated|generated (?:by|from)\b|do not edit", re.I)
+_GENERATED = re.compile(
+    r"auto[- ]?generated|automatically generated|generated (?:by|from)\b|do not edit", re.I
+)
 # Runs that hold data, not programs: hex, base64, escapes, and lists of numbers.
 _DATA = re.compile(
     r"[0-9a-fA-F]{32,}|[A-Za-z0-9+/]{72,}={0,2}|(?:\\x[0-9a-fA-F]{2}){8,}"
@@ -63,12 +66,16 @@ def symbols_per_word(m: Measured, t: GopherQuality) -> str | None:
 
 def bullet_lines(m: Measured, t: GopherQuality) -> str | None:
     """Share of lines that start with a bullet."""
-    return _over(sum(line.startswith(_BULLETS) for line in m.lines) / len(m.lines), t.max_bullet_lines)
+    return _over(
+        sum(line.startswith(_BULLETS) for line in m.lines) / len(m.lines), t.max_bullet_lines
+    )
 
 
 def ellipsis_lines(m: Measured, t: GopherQuality) -> str | None:
     """Share of lines that end in an ellipsis."""
-    return _over(sum(line.endswith(_ELLIPSIS) for line in m.lines) / len(m.lines), t.max_ellipsis_lines)
+    return _over(
+        sum(line.endswith(_ELLIPSIS) for line in m.lines) / len(m.lines), t.max_ellipsis_lines
+    )
 
 
 def alphabetic_words(m: Measured, t: GopherQuality) -> str | None:
@@ -96,7 +103,9 @@ def duplicate_lines(m: Measured, t: GopherRepetition) -> str | None:
 def duplicate_paragraphs(m: Measured, t: GopherRepetition) -> str | None:
     """Paragraphs that occurred before, by count and by characters."""
     count, characters = m.repeated(m.paragraphs)
-    return _over(count, t.max_duplicate_paragraphs) or _over(characters, t.max_duplicate_paragraph_characters)
+    return _over(count, t.max_duplicate_paragraphs) or _over(
+        characters, t.max_duplicate_paragraph_characters
+    )
 
 
 def top_ngrams(m: Measured, t: GopherRepetition) -> str | None:
@@ -139,12 +148,16 @@ def sentence_count(m: Measured, t: C4) -> str | None:
 
 def punctuated_lines(m: Measured, t: FineWeb) -> str | None:
     """Share of lines that end in punctuation."""
-    return _under(sum(line.endswith(_END) for line in m.lines) / len(m.lines), t.min_punctuated_lines)
+    return _under(
+        sum(line.endswith(_END) for line in m.lines) / len(m.lines), t.min_punctuated_lines
+    )
 
 
 def short_lines(m: Measured, t: FineWeb) -> str | None:
     """Share of short lines."""
-    return _over(sum(len(line) <= t.short_line for line in m.lines) / len(m.lines), t.max_short_lines)
+    return _over(
+        sum(len(line) <= t.short_line for line in m.lines) / len(m.lines), t.max_short_lines
+    )
 
 
 def repeated_line_characters(m: Measured, t: FineWeb) -> str | None:
@@ -170,12 +183,16 @@ def duplicate_characters(m: Measured, t: UnspacedRules) -> str | None:
     return _over(m.by_character().duplicate_ngram_share(t.ngram), t.max_duplicate_ngrams)
 
 
-# --- code (line lengths, alphanumeric share and generated files: Codex, Chen et al. 2021; the rest is ours) ---
+# --- code (line lengths, alphanumerics, generated files: Codex, Chen et al. 2021; else ours) ---
 
 
 def file_length(m: Measured, t: CodeRules) -> str | None:
     """Fewest characters."""
-    return None if len(m.text) >= t.min_characters else f"{len(m.text)} characters, at least {t.min_characters}"
+    return (
+        None
+        if len(m.text) >= t.min_characters
+        else f"{len(m.text)} characters, at least {t.min_characters}"
+    )
 
 
 def line_length(m: Measured, t: CodeRules) -> str | None:
@@ -192,7 +209,9 @@ def alphanumeric_characters(m: Measured, t: CodeRules) -> str | None:
 def generated_code(m: Measured, t: CodeRules) -> str | None:
     """A note among the first lines that a program wrote the file."""
     for line in m.text.split("\n", 5)[:5]:
-        if (found := _GENERATED.search(line)) and line.lstrip().startswith(("#", "//", "/*", "*", '"', "'", "--", ";")):
+        if (found := _GENERATED.search(line)) and line.lstrip().startswith(
+            ("#", "//", "/*", "*", '"', "'", "--", ";")
+        ):
             return f"says '{found[0]}'"
     return None
 
@@ -202,7 +221,8 @@ def embedded_data(m: Measured, t: CodeRules) -> str | None:
     return _over(sum(len(run) for run in _DATA.findall(m.text)) / len(m.text), t.max_data)
 
 
-# The cheap rules first: the survivors are the same in any order, and most documents that go, go early.
+# The cheap rules first: the survivors are the same in any order, and most documents that go, go
+# early.
 _GOPHER: tuple[Rule, ...] = (
     word_count,
     mean_word_length,
@@ -212,15 +232,33 @@ _GOPHER: tuple[Rule, ...] = (
     alphabetic_words,
     stop_words,
 )
-_REPETITION: tuple[Rule, ...] = (duplicate_lines, duplicate_paragraphs, top_ngrams, duplicate_ngrams)
+_REPETITION: tuple[Rule, ...] = (
+    duplicate_lines,
+    duplicate_paragraphs,
+    top_ngrams,
+    duplicate_ngrams,
+)
 _C4: tuple[Rule, ...] = (lorem_ipsum, curly_bracket, sentence_count)
-_FINEWEB: tuple[Rule, ...] = (punctuated_lines, short_lines, repeated_line_characters, newlines_per_word)
+_FINEWEB: tuple[Rule, ...] = (
+    punctuated_lines,
+    short_lines,
+    repeated_line_characters,
+    newlines_per_word,
+)
 _UNSPACED: tuple[Rule, ...] = (character_count, duplicate_characters)
-_CODE: tuple[Rule, ...] = (file_length, line_length, generated_code, alphanumeric_characters, embedded_data)
+_CODE: tuple[Rule, ...] = (
+    file_length,
+    line_length,
+    generated_code,
+    alphanumeric_characters,
+    embedded_data,
+)
 
 
 def first_failure(text: str, profile: str, config: FilterConfig) -> tuple[str, str] | None:
-    """(rule name, why) of the first rule that a cleaned text of this profile fails; None if it passes all of them."""
+    """(rule name, why) of the first rule that a cleaned text of this profile fails; None if it
+    passes all of them.
+    """
     measured = Measured(text)
     if profile == "code":
         return _first(measured, _CODE, config.code)

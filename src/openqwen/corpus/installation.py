@@ -45,8 +45,13 @@ class InstallationReader:
         for document in self._library.read(file, path):
             path = document["id"]
             code = document["meta"]["profile"] == "code"
-            # A module's source and its reference page share a group, so that both are held out or neither is.
-            document |= {"id": f"python/{path}", "source": "code" if code else "docs", "language": "en"}
+            # A module's source and its reference page share a group, so that both are held out or
+            # neither is.
+            document |= {
+                "id": f"python/{path}",
+                "source": "code" if code else "docs",
+                "language": "en",
+            }
             document["meta"]["group"] = f"python/{path}"
             yield document
             if path.endswith(".py") and not _is_test(path):
@@ -73,7 +78,9 @@ def _topics() -> Iterator[Document]:
 
 
 def _reference(path: str, source: str) -> Iterator[Document]:
-    """One page for a module: its docstring, then each class and function with its signature and docstring."""
+    """One page for a module: its docstring, then each class and function with its signature and
+    docstring.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules

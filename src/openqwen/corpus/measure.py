@@ -9,13 +9,16 @@ from openqwen.corpus.clean import logical_lines
 
 _PARAGRAPH = re.compile(r"\n{2,}")
 # Thai, Lao, Myanmar, Khmer, kana and Chinese characters.
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
+)
 
 
 class Measured:
     """A document with its words, lines and paragraphs.
 
-    A word is what stands between white space (Gopher's definition). A line is a logical line: hard wraps are undone.
+    A word is what stands between white space (Gopher's definition). A line is a logical line: hard
+    wraps are undone.
     """
 
     def __init__(self, text: str):
@@ -66,7 +69,9 @@ class Measured:
     def _word_numbers(self) -> tuple[np.ndarray, np.ndarray]:
         """Each word as the number of its first occurrence, and its length; both [words]."""
         numbers: dict[str, int] = {}
-        ids = np.array([numbers.setdefault(word, len(numbers)) for word in self.words], dtype=np.int64)
+        ids = np.array(
+            [numbers.setdefault(word, len(numbers)) for word in self.words], dtype=np.int64
+        )
         return ids, np.array([len(word) for word in self.words], dtype=np.int64)
 
     @cached_property
@@ -75,7 +80,9 @@ class Measured:
         return {1: self._word_numbers[0]}
 
     def ngrams(self, n: int) -> np.ndarray:
-        """Exact n-gram numbers, built from those of n - 1: a pair of numbers below 2^31 makes a unique key."""
+        """Exact n-gram numbers, built from those of n - 1: a pair of numbers below 2^31 makes a
+        unique key.
+        """
         if n not in self._ngrams:
             shorter, words = self.ngrams(n - 1), self._ngrams[1]
             keys = shorter[: len(words) - n + 1] * np.int64(1 << 31) + words[n - 1 :]
@@ -83,7 +90,8 @@ class Measured:
         return self._ngrams[n]
 
     def top_ngram_share(self, n: int) -> float:
-        """Share of word characters in the most frequent n-gram (Gopher, table A1); among equals, the longest counts.
+        """Share of word characters in the most frequent n-gram (Gopher, table A1); among equals,
+        the longest counts.
 
         0 where every n-gram occurs once.
         """
@@ -98,7 +106,9 @@ class Measured:
         return float(most * total[counts[numbers] == most].max() / self.word_characters)
 
     def duplicate_ngram_share(self, n: int) -> float:
-        """Share of word characters in n-grams that occurred before, overlaps counted once (Gopher, table A1)."""
+        """Share of word characters in n-grams that occurred before, overlaps counted once (Gopher,
+        table A1).
+        """
         if len(self.words) < n:
             return 0.0
         numbers, lengths = self.ngrams(n), self._word_numbers[1]

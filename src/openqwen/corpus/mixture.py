@@ -1,4 +1,6 @@
-"""How much of each source is taken, held out, and seen in training: all by hashes, so that no order matters."""
+"""How much of each source is taken, held out, and seen in training: all by hashes, so that no order
+matters.
+"""
 
 import math
 from collections import defaultdict
@@ -14,11 +16,17 @@ def _draw(seed: int, purpose: str, name: str) -> float:
     return xxhash.xxh3_64_intdigest(f"{purpose}/{name}".encode(), seed=seed % 2**64) / 2**64
 
 
-def beyond_cap(documents: list[Document], sizes: list[int], max_bytes: dict[str, int], seed: int) -> set[int]:
-    """Positions of the documents that a source's byte limit leaves out: those with the largest draws."""
+def beyond_cap(
+    documents: list[Document], sizes: list[int], max_bytes: dict[str, int], seed: int
+) -> set[int]:
+    """Positions of the documents that a source's byte limit leaves out: those with the largest
+    draws.
+    """
     left_out = set()
     room = dict(max_bytes)
-    for position in sorted(range(len(documents)), key=lambda i: (_draw(seed, "cap", documents[i]["id"]), i)):
+    for position in sorted(
+        range(len(documents)), key=lambda i: (_draw(seed, "cap", documents[i]["id"]), i)
+    ):
         source = documents[position]["source"]
         if source not in room:
             continue
@@ -29,11 +37,15 @@ def beyond_cap(documents: list[Document], sizes: list[int], max_bytes: dict[str,
     return left_out
 
 
-def heldout(documents: list[Document], sizes: list[int], share: float, max_bytes: int, seed: int) -> set[int]:
-    """Positions of the documents that training never sees: a `share` by hash, at most `max_bytes` of each source.
+def heldout(
+    documents: list[Document], sizes: list[int], share: float, max_bytes: int, seed: int
+) -> set[int]:
+    """Positions of the documents that training never sees: a `share` by hash, at most `max_bytes`
+    of each source.
 
-    Documents with one meta["group"] (a module and its reference page) are held out together or not at all. A source
-    with two groups or more always gives at least one, unless its smallest is over the limit, so that it can be scored.
+    Documents with one meta["group"] (a module and its reference page) are held out together or not
+    at all. A source with two groups or more always gives at least one, unless its smallest is over
+    the limit, so that it can be scored.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for position, document in enumerate(documents):
@@ -47,7 +59,10 @@ def heldout(documents: list[Document], sizes: list[int], share: float, max_bytes
     for name in sorted(groups, key=lambda n: (_draw(seed, "heldout", n), n)):
         members = groups[name]
         within = _draw(seed, "heldout", name) < share
-        needed = any(not used[documents[i]["source"]] and len(groups_of[documents[i]["source"]]) > 1 for i in members)
+        needed = any(
+            not used[documents[i]["source"]] and len(groups_of[documents[i]["source"]]) > 1
+            for i in members
+        )
         if not within and not needed:
             continue
         size: dict[str, int] = defaultdict(int)
@@ -66,7 +81,8 @@ def sample(
     max_bytes: int,
     seed: int,
 ) -> set[int]:
-    """Positions of documents that hold `max_bytes` or a little more, drawn by their sources' weights.
+    """Positions of documents that hold `max_bytes` or a little more, drawn by their sources'
+    weights.
 
     Weighted sampling without replacement: the documents with the smallest keys −ln(u) / weight
     (Efraimidis and Spirakis 2006). A source gets a share that is proportional to its bytes times
@@ -87,7 +103,9 @@ def sample(
 
 
 def shares(train_bytes: dict[str, int], weights: dict[str, float]) -> dict[str, float]:
-    """The share of training that each source gets: its bytes times its weight (1 where none is given), summing to 1."""
+    """The share of training that each source gets: its bytes times its weight (1 where none is
+    given), summing to 1.
+    """
     raw = {source: size * weights.get(source, 1.0) for source, size in train_bytes.items()}
     total = sum(raw.values())
     return {source: value / total if total else 0.0 for source, value in raw.items()}

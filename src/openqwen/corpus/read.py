@@ -1,8 +1,8 @@
 """Documents from a folder of files, in a fixed order, with every skip counted and explained.
 
-A document is {"id", "text", "source", "language", "meta"}. `id` is the path inside the folder, with `#number` for one
-record among many; `source` is the name of the top-level subfolder, or "documents"; meta["profile"] names the rules to
-filter it by.
+A document is {"id", "text", "source", "language", "meta"}. `id` is the path inside the folder, with
+`#number` for one record among many; `source` is the name of the top-level subfolder, or
+"documents"; meta["profile"] names the rules to filter it by.
 """
 
 import io
@@ -24,8 +24,10 @@ from openqwen.support.files import is_pointer, open_binary
 Document = dict[str, Any]
 
 _CODE = (
-    "py pyi pyx c h cc cpp cxx hpp hh cu java kt scala cs go rs swift js jsx mjs ts tsx rb php pl pm lua r jl hs ml "
-    "clj ex exs erl dart sh bash zsh ps1 sql m mm asm s f f90 f95 zig nim v vhd proto cmake mk el lisp scm vim"
+    "py pyi pyx c h cc cpp cxx hpp hh cu java kt scala cs go rs swift js jsx mjs ts tsx rb php pl "
+    "pm lua r jl hs ml "
+    "clj ex exs erl dart sh bash zsh ps1 sql m mm asm s f f90 f95 zig nim v vhd proto cmake mk el "
+    "lisp scm vim"
 )
 _PROFILES = {
     **{f".{suffix}": "code" for suffix in _CODE.split()},
@@ -34,7 +36,9 @@ _PROFILES = {
 }
 _RECORDS = {".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson"}
 _IGNORED_FOLDERS = {"__pycache__", ".git", ".hg", ".svn", "node_modules"}
-_CONTAINER = re.compile(r"<(/?)(?:div|span|section|article|blockquote|table|ul|ol|font|center)\b", re.IGNORECASE)
+_CONTAINER = re.compile(
+    r"<(/?)(?:div|span|section|article|blockquote|table|ul|ol|font|center)\b", re.IGNORECASE
+)
 _MAX_DEPTH = 2000  # browsers stop at 512; the time of extraction grows with the square of the depth
 _EXAMPLES = 3  # shown for each reason
 _CHUNK = 1 << 20
@@ -55,19 +59,27 @@ class Skips:
 
 
 class FolderReader:
-    """Iterates over the documents of a folder; afterwards `skips`, `files` and `bytes` say what was met.
+    """Iterates over the documents of a folder; afterwards `skips`, `files` and `bytes` say what was
+    met.
 
-    max_bytes: longest document, in bytes; longer files and lines are skipped without being held in memory.
+    max_bytes: longest document, in bytes; longer files and lines are skipped without being held in
+    memory.
     exclude: names of folders to leave out, silently.
     """
 
     def __init__(self, folder: Path, max_bytes: int, exclude: frozenset[str] = frozenset()):
         if not folder.exists():
             raise OpenQwenError(
-                "The corpus folder does not exist.", where=folder, do="check the path given as --corpus"
+                "The corpus folder does not exist.",
+                where=folder,
+                do="check the path given as --corpus",
             )
         if not folder.is_dir():
-            raise OpenQwenError("The corpus is not a folder.", where=folder, do="give the folder that holds the file")
+            raise OpenQwenError(
+                "The corpus is not a folder.",
+                where=folder,
+                do="give the folder that holds the file",
+            )
         self.folder, self.max_bytes, self.exclude = folder, max_bytes, exclude | _IGNORED_FOLDERS
         self.skips = Skips()
         self.files = 0
@@ -78,10 +90,14 @@ class FolderReader:
             yield from self.read(path, name)
 
     def listing(self) -> list[tuple[Path, str]]:
-        """Regular files in order of name, with the name used in ids; folders that link in a circle are entered once."""
+        """Regular files in order of name, with the name used in ids; folders that link in a circle
+        are entered once.
+        """
         return list(self._walk(self.folder, "", set()))
 
-    def _walk(self, folder: Path, name: str, entered: set[tuple[int, int]]) -> Iterator[tuple[Path, str]]:
+    def _walk(
+        self, folder: Path, name: str, entered: set[tuple[int, int]]
+    ) -> Iterator[tuple[Path, str]]:
         try:
             status = folder.stat()
             entries = sorted(os.scandir(folder), key=lambda entry: os.fsencode(entry.name))
@@ -89,7 +105,9 @@ class FolderReader:
             self.skips.add("unreadable folder", name, why=error.strerror or str(error))
             return
         if (status.st_dev, status.st_ino) in entered:
-            self.skips.add("folder linked again", name, why="a link leads to a folder that was already read")
+            self.skips.add(
+                "folder linked again", name, why="a link leads to a folder that was already read"
+            )
             return
         entered.add((status.st_dev, status.st_ino))
         for entry in entries:
@@ -132,8 +150,12 @@ class FolderReader:
             self.bytes += path.stat().st_size
             yield from reader(path, name)
         except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
-            # A torn archive raises an OSError without a number, a file that may not be read one with it.
-            packed = suffix.endswith((".gz", ".zst", ".parquet")) and getattr(error, "errno", None) is None
+            # A torn archive raises an OSError without a number, a file that may not be read one
+            # with it.
+            packed = (
+                suffix.endswith((".gz", ".zst", ".parquet"))
+                and getattr(error, "errno", None) is None
+            )
             why = getattr(error, "strerror", None) or str(error).split("\n")[0]
             self.skips.add("damaged file" if packed else "unreadable file", name, why=why)
 
@@ -150,12 +172,16 @@ class FolderReader:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
-            self.skips.add("invalid UTF-8", name, line, f"byte 0x{raw[error.start]:02x} at {error.start}")
+            self.skips.add(
+                "invalid UTF-8", name, line, f"byte 0x{raw[error.start]:02x} at {error.start}"
+            )
             return
         profile = _PROFILES[path.suffix.lower()]
         if profile == "web":
             if (depth := html_depth(text)) > _MAX_DEPTH:
-                self.skips.add("nested too deeply", name, why=f"{depth:,} elements deep, limit {_MAX_DEPTH:,}")
+                self.skips.add(
+                    "nested too deeply", name, why=f"{depth:,} elements deep, limit {_MAX_DEPTH:,}"
+                )
                 return
             text = html_text(text)
         yield from self._document(text, name, None, profile, {})
@@ -173,15 +199,27 @@ class FolderReader:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             self.skips.add(
-                "invalid UTF-8", name, number, f"byte 0x{line[error.start]:02x} at {error.start} of the line"
+                "invalid UTF-8",
+                name,
+                number,
+                f"byte 0x{line[error.start]:02x} at {error.start} of the line",
             )
             return
-        except (ValueError, RecursionError) as error:  # also numbers and nesting that Python refuses
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # also numbers and nesting that Python refuses
             self.skips.add("not JSON", name, number, str(error))
             return
         if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            found = f"fields {sorted(record)[:8]}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            self.skips.add("no text", name, number, f"wanted an object with a string 'text', found {found}")
+            found = (
+                f"fields {sorted(record)[:8]}"
+                if isinstance(record, dict)
+                else f"a {type(record).__name__}"
+            )
+            self.skips.add(
+                "no text", name, number, f"wanted an object with a string 'text', found {found}"
+            )
             return
         yield from self._document(record["text"], name, number, "web", record)
 
@@ -199,7 +237,9 @@ class FolderReader:
                     if isinstance(record["text"], str):
                         yield from self._document(record["text"], name, number, "web", record)
                     else:
-                        self.skips.add("no text", name, number, f"'text' is a {type(record['text']).__name__}")
+                        self.skips.add(
+                            "no text", name, number, f"'text' is a {type(record['text']).__name__}"
+                        )
 
     def _document(
         self, text: str, name: str, number: int | None, profile: str, record: dict[str, Any]
@@ -207,7 +247,9 @@ class FolderReader:
         try:
             size = len(text.encode("utf-8"))
         except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no text
-            self.skips.add("invalid Unicode", name, number, f"lone surrogate at character {error.start}")
+            self.skips.add(
+                "invalid Unicode", name, number, f"lone surrogate at character {error.start}"
+            )
             return
         if size > self.max_bytes:
             self.skips.add("too long", name, number, f"{size:,} bytes, limit {self.max_bytes:,}")
@@ -229,12 +271,18 @@ class FolderReader:
 
 
 def html_text(page: str) -> str:
-    """The main content of a web page as plain text, its markup, menus, scripts and forms left out (resiliparse)."""
-    return extract_plain_text(page, main_content=True, alt_texts=False, links=False, form_fields=False)
+    """The main content of a web page as plain text, its markup, menus, scripts and forms left out
+    (resiliparse).
+    """
+    return extract_plain_text(
+        page, main_content=True, alt_texts=False, links=False, form_fields=False
+    )
 
 
 def html_depth(page: str) -> int:
-    """How deep the containers of a page are nested, at most; those whose end tag may be left out are not counted."""
+    """How deep the containers of a page are nested, at most; those whose end tag may be left out
+    are not counted.
+    """
     depth = deepest = 0
     for tag in _CONTAINER.finditer(page):
         depth += -1 if tag[1] else 1
@@ -243,14 +291,18 @@ def html_depth(page: str) -> int:
 
 
 def _source(name: str) -> str:
-    """The top-level subfolder as a plain word, for it becomes a file name; "documents" for files outside any."""
+    """The top-level subfolder as a plain word, for it becomes a file name; "documents" for files
+    outside any.
+    """
     top, slash, _ = name.partition("/")
     word = re.sub(r"[^\w-]+", "_", top) if slash else "documents"
     return "tokens_" if word == "tokens" else word  # tokens.json is the table of all shards
 
 
 def _lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
-    """Lines cut at newline bytes only; None in place of a line over `limit` bytes, which is never held whole."""
+    """Lines cut at newline bytes only; None in place of a line over `limit` bytes, which is never
+    held whole.
+    """
     while line := file.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
             yield line

@@ -1,7 +1,9 @@
-"""Token shards: what training reads. One flat file of little-endian uint32 for each source, memory-mapped.
+"""Token shards: what training reads. One flat file of little-endian uint32 for each source,
+memory-mapped.
 
-`<source>.bin` holds the documents' tokens end to end, each document closed by `<|endoftext|>`; `<source>.offsets.npy`
-holds [documents + 1] int64 positions in it; `<source>.json` is the index with counts and SHA-256 digests.
+`<source>.bin` holds the documents' tokens end to end, each document closed by `<|endoftext|>`;
+`<source>.offsets.npy` holds [documents + 1] int64 positions in it; `<source>.json` is the index
+with counts and SHA-256 digests.
 """
 
 import hashlib
@@ -47,9 +49,11 @@ class _Writer:
 
 
 def write_shards(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, dict[str, int]]:
-    """Tokenize a Parquet file of documents into shards under `folder`, one a source, and tokens.json over all.
+    """Tokenize a Parquet file of documents into shards under `folder`, one a source, and
+    tokens.json over all.
 
-    Returns {source: {"tokens", "documents", "bytes"}} (bytes of text); tokens count the closing ones.
+    Returns {source: {"tokens", "documents", "bytes"}} (bytes of text); tokens count the closing
+    ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     writers: dict[str, _Writer] = {}
@@ -64,7 +68,9 @@ def write_shards(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[st
             for document, start, end in zip(batch, offsets, offsets[1:]):
                 source = document["source"]
                 if source not in writers:
-                    writers[source] = _Writer(files.enter_context(open(folder / f"{source}.bin", "wb")))
+                    writers[source] = _Writer(
+                        files.enter_context(open(folder / f"{source}.bin", "wb"))
+                    )
                 closed = np.append(ids[start:end], np.uint32(tokenizer.endoftext_id))
                 writers[source].add(closed, len(document["text"].encode("utf-8")))
             bar.advance(len(batch))
@@ -82,29 +88,42 @@ def write_shards(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[st
 
 
 class TokenShard:
-    """A source's tokens, memory-mapped: `tokens` [tokens] uint32 and `offsets` [documents + 1] int64.
+    """A source's tokens, memory-mapped: `tokens` [tokens] uint32 and `offsets` [documents + 1]
+    int64.
 
-    The index is checked against the files' sizes on opening, and against their SHA-256 with verify=True.
+    The index is checked against the files' sizes on opening, and against their SHA-256 with
+    verify=True.
     """
 
     def __init__(self, folder: Path, source: str, verify: bool = False):
         self.source = source
         binary, offsets = folder / f"{source}.bin", folder / f"{source}.offsets.npy"
         index = read_json(folder / f"{source}.json")
-        if not isinstance(index, dict) or not {"tokens", "documents", "sha256", "offsets_sha256"} <= index.keys():
-            raise OpenQwenError("This is not the index of a token shard.", where=folder / f"{source}.json", do=_REMAKE)
+        if (
+            not isinstance(index, dict)
+            or not {"tokens", "documents", "sha256", "offsets_sha256"} <= index.keys()
+        ):
+            raise OpenQwenError(
+                "This is not the index of a token shard.",
+                where=folder / f"{source}.json",
+                do=_REMAKE,
+            )
         for path in (binary, offsets):
             if not path.is_file():
                 raise OpenQwenError("A token shard is missing.", where=path, do=_REMAKE)
         found = binary.stat().st_size
         if found != 4 * index["tokens"]:
-            what = f"A token shard has {found:,} bytes where its index says {4 * index['tokens']:,}."
+            what = (
+                f"A token shard has {found:,} bytes where its index says {4 * index['tokens']:,}."
+            )
             raise OpenQwenError(what, where=binary, do=_REMAKE)
         self.offsets = _load_offsets(offsets, index)
         if verify:
             for path, digest in ((binary, index["sha256"]), (offsets, index["offsets_sha256"])):
                 if sha256(path) != digest:
-                    raise OpenQwenError("A token shard does not have its checksum.", where=path, do=_REMAKE)
+                    raise OpenQwenError(
+                        "A token shard does not have its checksum.", where=path, do=_REMAKE
+                    )
         self.tokens = np.memmap(binary, dtype="<u4", mode="r")
 
     def __len__(self) -> int:
@@ -126,7 +145,9 @@ def _load_offsets(path: Path, index: dict[str, Any]) -> np.ndarray:
     try:
         offsets = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise OpenQwenError(f"A shard's offsets cannot be read: {error}", where=path, do=_REMAKE) from None
+        raise OpenQwenError(
+            f"A shard's offsets cannot be read: {error}", where=path, do=_REMAKE
+        ) from None
     sound = (
         offsets.shape == (index["documents"] + 1,)
         and offsets[0] == 0
@@ -140,7 +161,9 @@ def _load_offsets(path: Path, index: dict[str, Any]) -> np.ndarray:
 
 def run_tokens(run: StageRun) -> dict[str, float]:
     """The corpus's training documents → token shards."""
-    table = write_shards(run.inputs["corpus"] / "train.parquet", load_tokenizer(run.inputs["tokenizer"]), run.output)
+    table = write_shards(
+        run.inputs["corpus"] / "train.parquet", load_tokenizer(run.inputs["tokenizer"]), run.output
+    )
     return {what: sum(s[what] for s in table.values()) for what in ("tokens", "documents")}
 
 

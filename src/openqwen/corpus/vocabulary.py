@@ -1,4 +1,6 @@
-"""The `tokenizer` stage: a vocabulary learned from the corpus, and how well it compresses held-out text."""
+"""The `tokenizer` stage: a vocabulary learned from the corpus, and how well it compresses held-out
+text.
+"""
 
 from collections.abc import Collection
 from typing import Any

@@ -1,7 +1,8 @@
-"""LoRA adapters that requests choose for themselves: one network, and to some rows of a call an update of low rank.
+"""LoRA adapters that requests choose for themselves: one network, and to some rows of a call an
+update of low rank.
 
-The network is left as it is. While a call lasts, hooks on its linear layers add s·B·A·x to the rows of each adapter;
-beside packed weights row by row, so that a row's bits depend on no other.
+The network is left as it is. While a call lasts, hooks on its linear layers add s·B·A·x to the rows
+of each adapter; beside packed weights row by row, so that a row's bits depend on no other.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -50,13 +51,18 @@ class Adapters:
         return list(self._known)
 
     def add(self, name: str, folder: str | Path) -> None:
-        """Read an adapter in PEFT's format; one of the same name gives way. OpenQwenError where it does not fit."""
+        """Read an adapter in PEFT's format; one of the same name gives way.
+
+        OpenQwenError where it does not fit.
+        """
         places = dict(_places(self._model))
         shapes = {layer: shape for layer, (_, _, *shape) in places.items()}
         read = read_adapter(Path(folder), shapes)
         if any(update.magnitude is not None for update in read.values()):
             raise OpenQwenError(
-                "A DoRA adapter cannot be chosen by single requests.", where=folder, do="merge it into its model"
+                "A DoRA adapter cannot be chosen by single requests.",
+                where=folder,
+                do="merge it into its model",
             )
         updates = []
         for layer, update in read.items():
@@ -75,13 +81,17 @@ class Adapters:
         if name not in self._known:
             near = suggestion(name, self._known)
             raise OpenQwenError(
-                f"There is no adapter called '{name}'.{near}", where="adapter", do="add it to the engine first"
+                f"There is no adapter called '{name}'.{near}",
+                where="adapter",
+                do="add it to the engine first",
             )
         return self._known[name]
 
     @contextmanager
     def on(self, chosen: Sequence[Adapter | None], counts: Sequence[int]) -> Iterator[None]:
-        """While the block lasts, rows of the network's calls belong to these adapters: `counts` rows each, in order."""
+        """While the block lasts, rows of the network's calls belong to these adapters: `counts`
+        rows each, in order.
+        """
         rows: dict[Adapter, list[int]] = {}
         start = 0
         for adapter, count in zip(chosen, counts, strict=True):
@@ -93,7 +103,10 @@ class Adapters:
             rows_R = torch.tensor(mine, device=self._model.device)
             for update in adapter.updates:
                 parts.setdefault(update.module, []).append((rows_R, update))
-        hooks = [self._model.get_submodule(n).register_forward_hook(_adding(p, start)) for n, p in parts.items()]
+        hooks = [
+            self._model.get_submodule(n).register_forward_hook(_adding(p, start))
+            for n, p in parts.items()
+        ]
         try:
             yield
         finally:
@@ -102,8 +115,9 @@ class Adapters:
 
 
 def _places(model: Qwen2) -> Iterator[tuple[str, tuple[str, int, int, int]]]:
-    """Of each linear layer, by its name in the published checkpoints: the module that holds it, its first output there,
-    and its outputs and inputs. Not the head, nor experts: they see other rows."""
+    """Of each linear layer, by its name in the published checkpoints: the module that holds it, its
+    first output there, and its outputs and inputs. Not the head, nor experts: they see other
+    rows."""
     for name, module in model.named_modules():
         if name == "lm_head" or ".experts." in name:
             continue
@@ -112,13 +126,19 @@ def _places(model: Qwen2) -> Iterator[tuple[str, tuple[str, int, int, int]]]:
         elif isinstance(module, QuantizedLinear):
             start, parent = 0, name.rpartition(".")[0]
             for part, outputs in module.parts.items():
-                within = f"{parent}.self_attn" if part in ("q_proj", "k_proj", "v_proj", "o_proj") else parent
+                within = (
+                    f"{parent}.self_attn"
+                    if part in ("q_proj", "k_proj", "v_proj", "o_proj")
+                    else parent
+                )
                 yield f"{within}.{part}", (name, start, outputs, module.inputs)
                 start += outputs
 
 
 def _adding(parts: Sequence[tuple[Tensor, Update]], total: int) -> Callable[..., Tensor]:
-    """A hook that adds updates to their rows of the `total` that a module sees, in one call or in several."""
+    """A hook that adds updates to their rows of the `total` that a module sees, in one call or in
+    several.
+    """
     done = 0
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], out_TO: Tensor) -> Tensor:
@@ -128,7 +148,9 @@ def _adding(parts: Sequence[tuple[Tensor, Update]], total: int) -> Callable[...,
         for rows_R, (_, start, a, b) in parts:
             here_R = rows_R[(rows_R >= first) & (rows_R < first + len(x_TI))] - first
             x_RI = x_TI[here_R] if before is None else before(x_TI[here_R])
-            if isinstance(module, PackedMatrix):  # products of one row each: as if every row were alone
+            if isinstance(
+                module, PackedMatrix
+            ):  # products of one row each: as if every row were alone
                 many = (len(x_RI), -1, -1)
                 change_RO = (x_RI[:, None] @ a.T.expand(many) @ b.T.expand(many)).squeeze(1)
             else:

@@ -1,4 +1,6 @@
-"""Answers that must fit a JSON schema, a regular expression or a grammar: a mask a step, made by llguidance."""
+"""Answers that must fit a JSON schema, a regular expression or a grammar: a mask a step, made by
+llguidance.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,8 @@ try:
 except ImportError:  # an extra
     llguidance = None  # type: ignore[assignment]
 
-# JSON without blanks: a model that may write blanks can write nothing else until its tokens are spent.
+# JSON without blanks: a model that may write blanks can write nothing else until its tokens are
+# spent.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 _COMPACT |= LENIENT
 
@@ -62,7 +65,10 @@ class Structures:
         return llguidance.LLTokenizer(wrapper, eos_token=self._stops)
 
     def matcher(self, structure: Structure) -> "Matcher":
-        """A matcher at the start of its answer. OpenQwenError where the structure cannot be understood."""
+        """A matcher at the start of its answer.
+
+        OpenQwenError where the structure cannot be understood.
+        """
         vocabulary, make = self._vocabulary, llguidance.LLMatcher
         try:
             if structure.kind == "json_schema":
@@ -122,7 +128,9 @@ class Matcher:
         return list(drafts[: self._inner.validate_tokens(list(drafts))])
 
     def masks(self, drafts: Sequence[int], width: int) -> list[Tensor]:
-        """Which of `width` tokens may come next, and after each of the (fitting) drafts: bool [width] each."""
+        """Which of `width` tokens may come next, and after each of the (fitting) drafts: bool
+        [width] each.
+        """
         masks = [self._mask(width)]
         for number, token in enumerate(drafts):
             self._inner.consume_token(token)

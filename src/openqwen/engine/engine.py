@@ -1,7 +1,9 @@
-"""Weights + prompts → tokens. Rollouts, scoring, synthesis, evaluation, chat and the server all use this one engine.
+"""Weights + prompts → tokens. Rollouts, scoring, synthesis, evaluation, chat and the server all use
+this one engine.
 
-Requests are queued (`submit`) and advanced together, one forward call a `step`, until they end or are cancelled:
-continuous batching over a paged, shared cache. `generate` and `stream` are loops around that.
+Requests are queued (`submit`) and advanced together, one forward call a `step`, until they end or
+are cancelled: continuous batching over a paged, shared cache. `generate` and `stream` are loops
+around that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,19 +40,27 @@ _GREEDY, _DEFAULTS = Sampling(), EngineConfig()
 
 
 class Engine(Generator):
-    """Generates with a model that others (a trainer) may change between calls: it holds the module itself.
+    """Generates with a model that others (a trainer) may change between calls: it holds the module
+    itself.
 
-    draft: a smaller model of the same vocabulary, to guess for `speculate` in place of prompt lookup. adapters: what
-    requests may name. All methods are called from one thread, or one after the other.
+    draft: a smaller model of the same vocabulary, to guess for `speculate` in place of prompt
+    lookup. adapters: what requests may name. All methods are called from one thread, or one after
+    the other.
     """
 
     def __init__(
-        self, model: Qwen2, tokenizer: Tokenizer, config: EngineConfig = _DEFAULTS, draft: Qwen2 | None = None
+        self,
+        model: Qwen2,
+        tokenizer: Tokenizer,
+        config: EngineConfig = _DEFAULTS,
+        draft: Qwen2 | None = None,
     ):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.adapters = Adapters(model)
         self._stops = stop_ids(model.config, tokenizer)
-        self._budget = config.token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET)
+        self._budget = config.token_budget or (
+            _BUDGET_CPU if model.device.type == "cpu" else _BUDGET
+        )
         self._admission = Admission(model, tokenizer, config)
         self._schedule = Schedule(PagePool(self._admission.pages, config.page_size), config)
         cache = (self._admission.pages, config.page_size, config.cache)
@@ -79,17 +89,26 @@ class Engine(Generator):
         adapter: str | None = None,
         priority: int = 0,
     ) -> Request:
-        """Queue a prompt: text, token ids, or messages for the chat template. OpenQwenError says what is wrong with it.
+        """Queue a prompt: text, token ids, or messages for the chat template. OpenQwenError says
+        what is wrong with it.
 
-        seed: in place of `sampling.seed`. adapter: a name added to `adapters`. priority: the larger goes first.
+        seed: in place of `sampling.seed`. adapter: a name added to `adapters`. priority: the larger
+        goes first.
         """
         sampling = sampling if seed is None else replace(sampling, seed=seed)
         return self.submit_many(prompt, sampling, 1, adapter, priority)[0]
 
     def submit_many(
-        self, prompt: Prompt, sampling: Sampling, n: int, adapter: str | None = None, priority: int = 0
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        n: int,
+        adapter: str | None = None,
+        priority: int = 0,
     ) -> list[Request]:
-        """Queue n samples of one prompt, which is read once; seeds follow from `sampling.seed` and each one's index."""
+        """Queue n samples of one prompt, which is read once; seeds follow from `sampling.seed` and
+        each one's index.
+        """
         ids = self._admission.ids(prompt, self.longest - 1)
         limit, stages = self._admission.stages(sampling, len(ids))
         chosen = None if adapter is None else self.adapters.get(adapter)
@@ -103,7 +122,9 @@ class Engine(Generator):
                 seed=seed_of(sampling.seed, index),
                 limit=limit,
                 stream=TextStream(self.tokenizer, sampling.stop),
-                matcher=self._structures.matcher(sampling.structure) if sampling.structure else None,
+                matcher=self._structures.matcher(sampling.structure)
+                if sampling.structure
+                else None,
                 adapter=chosen,
                 stages=stages,
                 priority=priority,
@@ -111,21 +132,30 @@ class Engine(Generator):
             )
             for index, number in enumerate(numbers)
         ]
-        if not self._schedule.running and not self._schedule.waiting and self._fingerprint() != self._weights:
+        if (
+            not self._schedule.running
+            and not self._schedule.waiting
+            and self._fingerprint() != self._weights
+        ):
             self.refresh()  # somebody has trained the model
         for request in requests:
             self._schedule.add(request)
         return requests
 
     def cancel(self, request: Request) -> None:
-        """End a request wherever it is; its pages are free at once. One that has ended stays as it is."""
+        """End a request wherever it is; its pages are free at once.
+
+        One that has ended stays as it is.
+        """
         if request.finish_reason is None:
             self._schedule.end(request, "cancelled")
             self._pending.append(Event(request, [], "", [], [], "cancelled", self.version))
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Advance by one forward call at most; returns what was made, [] when there is nothing to do."""
+        """Advance by one forward call at most; returns what was made, [] when there is nothing to
+        do.
+        """
         events, self._pending = self._pending, []
         if self._paused:
             return events
@@ -172,7 +202,10 @@ class Engine(Generator):
         return self._schedule.stats()
 
     def pause(self) -> None:
-        """Hold everything where it is: steps do nothing until `resume`. Requests may still be queued and cancelled."""
+        """Hold everything where it is: steps do nothing until `resume`.
+
+        Requests may still be queued and cancelled.
+        """
         self._paused = True
 
     def resume(self) -> None:
@@ -180,9 +213,11 @@ class Engine(Generator):
         self._paused = False
 
     def refresh(self, version: int | None = None) -> None:
-        """The weights have changed (version: their new number): nothing that was cached of older ones is used again.
+        """The weights have changed (version: their new number): nothing that was cached of older
+        ones is used again.
 
-        Requests that run keep what they have written and read it anew, with the new weights, before they go on.
+        Requests that run keep what they have written and read it anew, with the new weights, before
+        they go on.
         """
         self._schedule.restart(self.version + 1 if version is None else version)
         self._runner.refresh()
@@ -221,24 +256,36 @@ class Engine(Generator):
             self._drop([request])
 
     def score(self, ids: Sequence[int]) -> list[float]:
-        """The log-probability of each token but the first, given those before it: len(ids) − 1 numbers."""
+        """The log-probability of each token but the first, given those before it: len(ids) − 1
+        numbers.
+        """
         return self.generate([ids], Sampling(max_tokens=1, prompt_logprobs=0))[0].prompt_logprobs
 
     def embed(self, prompts: Sequence[Prompt]) -> Tensor:
         """The hidden state of each prompt's last token, of length 1: [B, D], float32."""
-        return embeddings(self.model, [self._admission.ids(prompt, self._admission.context) for prompt in prompts])
+        return embeddings(
+            self.model, [self._admission.ids(prompt, self._admission.context) for prompt in prompts]
+        )
 
     def _rows(self, request: Request, guess: list[int]) -> Iterator[Row]:
-        """The places whose tokens are to be chosen: the next, and the one after each guessed token."""
-        masks = request.matcher.masks(guess, self.model.config.vocab_size) if request.matcher else None
+        """The places whose tokens are to be chosen: the next, and the one after each guessed
+        token.
+        """
+        masks = (
+            request.matcher.masks(guess, self.model.config.vocab_size) if request.matcher else None
+        )
         place = len(request.token_ids)
         for number in range(len(guess) + 1):
             answer = request.token_ids + guess[:number] if request.sampling.penalised else ()
             allowed = masks[number].to(self.model.device) if masks else None
-            yield Row(request.sampling, request.seed, place + number, request.prompt_ids, answer, allowed)
+            yield Row(
+                request.sampling, request.seed, place + number, request.prompt_ids, answer, allowed
+            )
 
     def _advance(self, request: Request, guess: list[int], choice: Choice, at: int) -> Event:
-        """Write the tokens chosen at row `at` and after it: as many as the guess was right, and one more."""
+        """Write the tokens chosen at row `at` and after it: as many as the guess was right, and one
+        more.
+        """
         request.first_token = request.first_token or monotonic()
         start, right, text, counts = len(request.token_ids), 0, "", self._schedule.counts
         while True:
@@ -263,7 +310,9 @@ class Engine(Generator):
         return Event(request, *new, reason, self.version)
 
     def _write(self, request: Request, choice: Choice, row: int) -> tuple[str, FinishReason | None]:
-        """Add one token; returns the text that it makes final, and why the answer ends, if it does."""
+        """Add one token; returns the text that it makes final, and why the answer ends, if it
+        does.
+        """
         token, sampling = choice.tokens[row], request.sampling
         if row in choice.broken:
             return "", "error"
@@ -287,7 +336,9 @@ class Engine(Generator):
         return text, "length" if request.total >= request.limit else None
 
     def _events_of(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Step until these requests have ended; what happens to others meanwhile is told at the next step."""
+        """Step until these requests have ended; what happens to others meanwhile is told at the
+        next step.
+        """
         ours, others = set(requests), list[Event]()
         try:
             while any(request.finish_reason is None for request in requests):

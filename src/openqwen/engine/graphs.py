@@ -1,7 +1,8 @@
-"""Decoding steps as CUDA graphs: one launch in place of a thousand, whose launching would take longer than they do.
+"""Decoding steps as CUDA graphs: one launch in place of a thousand, whose launching would take
+longer than they do.
 
-A graph holds a call of fixed sizes, so calls are padded to a power of two of requests; what is padded writes into a
-page of its own that nobody reads.
+A graph holds a call of fixed sizes, so calls are padded to a power of two of requests; what is
+padded writes into a page of its own that nobody reads.
 """
 
 from collections.abc import Sequence
@@ -39,11 +40,17 @@ class DecodeGraphs:
 
     @staticmethod
     def possible(model: Qwen2, cache: Cache) -> bool:
-        """Whether calls of this model can be captured: not where experts ask the GPU how many tokens they got."""
+        """Whether calls of this model can be captured: not where experts ask the GPU how many
+        tokens they got.
+        """
         return suits(cache) and not model.config.num_experts and model.config.dual_chunk is None
 
     def run(
-        self, tokens: Sequence[int], totals: Sequence[int], tables: Sequence[Sequence[int]], context: LongContext | None
+        self,
+        tokens: Sequence[int],
+        totals: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        context: LongContext | None,
     ) -> Tensor:
         """Read one new token of each sequence: scores [B, V], float32, valid until the next call.
 
@@ -108,7 +115,9 @@ class DecodeGraphs:
 
 
 def _views(x: Tensor, batch: int, pages: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B], totals [B] and pages [B, P], which lie in one tensor so that one copy brings them all."""
+    """Tokens [B], totals [B] and pages [B, P], which lie in one tensor so that one copy brings them
+    all.
+    """
     return x[:batch], x[batch : 2 * batch], x[2 * batch :].view(batch, pages)
 
 

@@ -1,8 +1,8 @@
 """The cache's pages: who holds them, and what they hold.
 
-A full page is known by the digest of its tokens, of all tokens before them and of how they were read (the profile), so
-that whoever starts alike finds it. A page that nobody holds keeps its digest until it is taken for something else: the
-free list, oldest first, is the cache's order of eviction.
+A full page is known by the digest of its tokens, of all tokens before them and of how they were
+read (the profile), so that whoever starts alike finds it. A page that nobody holds keeps its digest
+until it is taken for something else: the free list, oldest first, is the cache's order of eviction.
 """
 
 from array import array
@@ -12,12 +12,17 @@ from hashlib import blake2b
 
 
 def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """The digest of a page that follows `parent`; 128 bits of BLAKE2b, so equal digests mean equal tokens."""
+    """The digest of a page that follows `parent`; 128 bits of BLAKE2b, so equal digests mean equal
+    tokens.
+    """
     return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class PagePool:
-    """`count` pages of `page_size` tokens. Each is held (references > 0), cached (none, but known) or blank."""
+    """`count` pages of `page_size` tokens.
+
+    Each is held (references > 0), cached (none, but known) or blank.
+    """
 
     def __init__(self, count: int, page_size: int):
         self.count, self.page_size = count, page_size
@@ -51,7 +56,9 @@ class PagePool:
         return pages
 
     def take(self, count: int) -> list[int]:
-        """Hold pages for new content, blank ones first, then the oldest; the caller has seen that enough are free."""
+        """Hold pages for new content, blank ones first, then the oldest; the caller has seen that
+        enough are free.
+        """
         pages = []
         for _ in range(count):
             if self._blank:
@@ -64,9 +71,9 @@ class PagePool:
         return pages
 
     def own(self, pages: Sequence[int]) -> list[int]:
-        """Hold pages to fill with what these hold, which the caller holds, and to change: new ones where enough are
-        blank; else the same, unknown from now on, where nobody else holds them. So many as are shared must be free.
-        The caller lets go of those that it has copied.
+        """Hold pages to fill with what these hold, which the caller holds, and to change: new ones
+        where enough are blank; else the same, unknown from now on, where nobody else holds them. So
+        many as are shared must be free. The caller lets go of those that it has copied.
         """
         roomy = len(self._blank) >= len(pages)
         same = [not roomy and self.references[page] == 1 for page in pages]
@@ -83,13 +90,18 @@ class PagePool:
             self._cached.pop(page, None)
 
     def seal(self, page: int, digest: bytes) -> None:
-        """Make a full page known. Where its content is known already, by another page, that one stays the one found."""
+        """Make a full page known.
+
+        Where its content is known already, by another page, that one stays the one found.
+        """
         if digest not in self._page_of:
             self._page_of[digest] = page
             self._digest_of[page] = digest
 
     def release(self, pages: Sequence[int]) -> None:
-        """Let go of pages, the last first: of a chain, the end is evicted before the beginning that others share."""
+        """Let go of pages, the last first: of a chain, the end is evicted before the beginning that
+        others share.
+        """
         for page in reversed(pages):
             self.references[page] -= 1
             if not self.references[page]:

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, kw_only=True)
 class Request(Output):
-    """One sequence and how far it has come: `computed` of its `total` tokens have keys and values in its `pages`.
+    """One sequence and how far it has come: `computed` of its `total` tokens have keys and values
+    in its `pages`.
 
-    stages: how it is read as it grows, `stage` the one at work: while up to its `until` tokens are computed.
-    cached_tokens: prompt tokens found in the cache at the start. limit: tokens it may come to hold. Times are those of
-    `time.monotonic`. Of each output token: its log-probability under the model's own distribution (`logprobs`), under
-    the one that it was drawn from (`drawn_logprobs`: penalties, temperature and cuts applied), the likeliest tokens
-    there (`top`), and the weights that made it (`versions`). prompt_top: the likeliest at each place of
-    `prompt_logprobs`.
+    stages: how it is read as it grows, `stage` the one at work: while up to its `until` tokens are
+    computed.
+    cached_tokens: prompt tokens found in the cache at the start. limit: tokens it may come to hold.
+    Times are those of `time.monotonic`. Of each output token: its log-probability under the model's
+    own distribution (`logprobs`), under the one that it was drawn from (`drawn_logprobs`:
+    penalties, temperature and cuts applied), the likeliest tokens there (`top`), and the weights
+    that made it (`versions`). prompt_top: the likeliest at each place of `prompt_logprobs`.
     """
 
     id: int
@@ -39,7 +41,9 @@ class Request(Output):
     adapter: "Adapter | None" = None
     stages: Sequence[ContextStep] = (ContextStep(sys.maxsize, None),)
     priority: int = 0
-    profile: tuple[object, ...] = ()  # what else its keys depend on: requests of different profiles share no pages
+    profile: tuple[
+        object, ...
+    ] = ()  # what else its keys depend on: requests of different profiles share no pages
 
     drawn_logprobs: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
@@ -56,7 +60,9 @@ class Request(Output):
     stage: int = 0
     computed: int = 0
     sealed: int = 0  # pages that others may find
-    chains: list[list[bytes]] = field(default_factory=list)  # digests of the full pages of each stage, so far
+    chains: list[list[bytes]] = field(
+        default_factory=list
+    )  # digests of the full pages of each stage, so far
 
     @property
     def total(self) -> int:
@@ -80,7 +86,9 @@ class Request(Output):
 
     @property
     def untold(self) -> range:
-        """Prompt tokens whose log-probabilities are still to be told; what is cached cannot tell them."""
+        """Prompt tokens whose log-probabilities are still to be told; what is cached cannot tell
+        them.
+        """
         told = 1 + len(self.prompt_logprobs)
         return range(told, told if self.sampling.prompt_logprobs is None else len(self.prompt_ids))
 
@@ -101,7 +109,8 @@ class Request(Output):
 class Event:
     """What one step made of one request.
 
-    text: complete characters, which no stop text can take back. The token that ends an answer is not among token_ids.
+    text: complete characters, which no stop text can take back. The token that ends an answer is
+    not among token_ids.
     version: of the weights that made the tokens.
     """
 
@@ -118,8 +127,8 @@ class Event:
 class Stats:
     """Where the engine stands, and what it has done since its start.
 
-    tokens_in: of the prompts started; cache_hits: those of them found in the cache. drafted, accepted: guessed tokens,
-    and those that were right.
+    tokens_in: of the prompts started; cache_hits: those of them found in the cache. drafted,
+    accepted: guessed tokens, and those that were right.
     """
 
     waiting: int = 0

@@ -18,7 +18,9 @@ from openqwen.model.cache import Format
 
 @dataclass
 class Read:
-    """New tokens of a request, from position `request.computed` on; of the last `scored` the scores are wanted."""
+    """New tokens of a request, from position `request.computed` on; of the last `scored` the scores
+    are wanted.
+    """
 
     request: Request
     tokens: list[int]
@@ -44,15 +46,18 @@ class Runner:
         self._graphs = DecodeGraphs(model, self._cache, scratch=pages) if possible else None
 
     def turn(self, request: Request, done: int, pages: Sequence[int]) -> None:
-        """Fill a request's pages, but for the first `done`, with what these hold, which was read in the way before its
-        own, and turn the keys."""
+        """Fill a request's pages, but for the first `done`, with what these hold, which was read in
+        the way before its own, and turn the keys."""
         self._cache.copy(pages, request.pages[done : done + len(pages)])
-        span, before = range(done * self._cache.page_size, request.computed), request.stages[request.stage - 1].way
+        span, before = (
+            range(done * self._cache.page_size, request.computed),
+            request.stages[request.stage - 1].way,
+        )
         self._cache.rerotate(request.pages, span, before, request.long_context)
 
     def run(self, reads: Sequence[Read]) -> Tensor:
-        """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32. Requests that ask for
-        log-probabilities of their prompts are told them."""
+        """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32.
+        Requests that ask for log-probabilities of their prompts are told them."""
         if self._graphs and _decoding_alike(reads):
             requests = [read.request for read in reads]
             return self._graphs.run(
@@ -70,7 +75,9 @@ class Runner:
         for row, read in zip(table_BP, reads):
             row[: len(read.request.pages)] = read.request.pages
         tokens_T = torch.tensor([t for read in reads for t in read.tokens], device=device)
-        positions_T = torch.tensor([p for a, b in zip(starts, totals) for p in range(a, b)], device=device)
+        positions_T = torch.tensor(
+            [p for a, b in zip(starts, totals) for p in range(a, b)], device=device
+        )
         paged = Paged(
             self._cache,
             torch.from_numpy(table_BP).to(device),
@@ -95,15 +102,24 @@ class Runner:
 
     def _tell(self, request: Request, hidden_TD: Tensor) -> None:
         """Log-probabilities of the prompt's tokens after those that were read now."""
-        here = request.untold[: max(0, request.computed + len(hidden_TD) + 1 - request.untold.start)]
-        targets, before_TD = [request.prompt_ids[n] for n in here], hidden_TD[here.start - 1 - request.computed :]
-        found = tell(self._model, before_TD, targets, request.sampling.prompt_logprobs or 0, self._vocabulary)
+        here = request.untold[
+            : max(0, request.computed + len(hidden_TD) + 1 - request.untold.start)
+        ]
+        targets, before_TD = (
+            [request.prompt_ids[n] for n in here],
+            hidden_TD[here.start - 1 - request.computed :],
+        )
+        found = tell(
+            self._model, before_TD, targets, request.sampling.prompt_logprobs or 0, self._vocabulary
+        )
         request.prompt_logprobs += found[0]
         request.prompt_top += found[1]
 
 
 def _decoding_alike(reads: Sequence[Read]) -> bool:
-    """Whether each request reads one token that is scored, all in one way, none through an adapter."""
+    """Whether each request reads one token that is scored, all in one way, none through an
+    adapter.
+    """
     for read in reads:
         request = read.request
         if (len(read.tokens), read.scored) != (1, 1) or request.adapter or request.untold:

@@ -1,7 +1,7 @@
 """From scores to the next tokens, all rows in one pass.
 
-Randomness is counter-based: the draw of a token is a function of its request's seed and its place in the answer, so a
-sample depends neither on its neighbours nor on preemption nor on speculation.
+Randomness is counter-based: the draw of a token is a function of its request's seed and its place
+in the answer, so a sample depends neither on its neighbours nor on preemption nor on speculation.
 """
 
 import ctypes
@@ -19,12 +19,15 @@ from openqwen.engine.seeds import draws
 from openqwen.model import kernels
 
 _CANDIDATES = 64  # tokens that cuts look at first; where more would pass, all are sorted
-_BLOCK = 128  # scores are searched in blocks of this size (that of Qwen's vocabularies is a multiple)
+_BLOCK = (
+    128  # scores are searched in blocks of this size (that of Qwen's vocabularies is a multiple)
+)
 
 
 @dataclass
 class Row:
-    """One position whose token is to be chosen: of a request with this seed, the `place`-th of its answer.
+    """One position whose token is to be chosen: of a request with this seed, the `place`-th of its
+    answer.
 
     prompt, answer: the ids before it, for the penalties. allowed: [V], where a structure rules.
     """
@@ -39,8 +42,8 @@ class Row:
 
 @dataclass
 class Choice:
-    """Of each row: the token; its log-probability under the model, and under the distribution that it was drawn from;
-    and the likeliest tokens.
+    """Of each row: the token; its log-probability under the model, and under the distribution that
+    it was drawn from; and the likeliest tokens.
 
     broken: the rows whose scores are no numbers, so that nothing was chosen.
     """
@@ -59,7 +62,9 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
     """
     normalizer_R = normalizers(logits_RV)
     logits_RV[:, vocabulary:] = -torch.inf
-    asked = [(row.sampling.penalised, row.sampling.logit_bias, row.allowed is not None) for row in rows]
+    asked = [
+        (row.sampling.penalised, row.sampling.logit_bias, row.allowed is not None) for row in rows
+    ]
     changed = [r for r, changes in enumerate(asked) if any(changes)]
     scores_RV = logits_RV.clone() if changed else logits_RV
     for r in changed:
@@ -74,18 +79,25 @@ def choose(logits_RV: Tensor, rows: Sequence[Row], vocabulary: int) -> Choice:
     tokens_R = likeliest(scores_RV)
     drawn_R = torch.zeros_like(normalizer_R)
     for cut in (False, True):
-        if some := [r for r, row in enumerate(rows) if row.sampling.temperature > 0 and row.sampling.cut == cut]:
+        if some := [
+            r
+            for r, row in enumerate(rows)
+            if row.sampling.temperature > 0 and row.sampling.cut == cut
+        ]:
             _draw(scores_RV, rows, some, cut, (tokens_R, drawn_R))
     found_R = logits_RV.gather(1, tokens_R[:, None]).squeeze(1) - normalizer_R
     top = top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
     return Choice(tokens_R.tolist(), found_R.tolist(), drawn_R.tolist(), top, frozenset(broken))
 
 
-def penalise(scores_V: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> None:
-    """Change scores in place: repetition (prompt and answer), then frequency and presence (the answer), then biases.
+def penalise(
+    scores_V: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]
+) -> None:
+    """Change scores in place: repetition (prompt and answer), then frequency and presence (the
+    answer), then biases.
 
-    Repetition as in transformers: a positive score is divided by the penalty, a negative one multiplied. Frequency and
-    presence as in OpenAI's API.
+    Repetition as in transformers: a positive score is divided by the penalty, a negative one
+    multiplied. Frequency and presence as in OpenAI's API.
     """
     device = scores_V.device
     if sampling.repetition_penalty != 1:
@@ -100,18 +112,26 @@ def penalise(scores_V: Tensor, sampling: Sampling, prompt: Sequence[int], answer
     if sampling.logit_bias:
         ids, biases = zip(*sampling.logit_bias)
         # index_add, not +=: an id may be named twice.
-        scores_V.index_add_(0, torch.tensor(ids, device=device), torch.tensor(biases, device=device).to(scores_V))
+        scores_V.index_add_(
+            0, torch.tensor(ids, device=device), torch.tensor(biases, device=device).to(scores_V)
+        )
 
 
-def _draw(scores_RV: Tensor, rows: Sequence[Row], some: list[int], cut: bool, into: tuple[Tensor, Tensor]) -> None:
+def _draw(
+    scores_RV: Tensor, rows: Sequence[Row], some: list[int], cut: bool, into: tuple[Tensor, Tensor]
+) -> None:
     """Draw the tokens of some rows; writes tokens and log-probabilities into the rows of `into`."""
     chosen = [rows[r] for r in some]
     device = scores_RV.device
     temperature_R = torch.tensor([row.sampling.temperature for row in chosen], device=device)
     own_RV = scores_RV if len(some) == len(rows) else scores_RV[some]
-    draws_R = torch.from_numpy(draws([row.seed for row in chosen], [row.place for row in chosen])).to(device)
+    draws_R = torch.from_numpy(
+        draws([row.seed for row in chosen], [row.place for row in chosen])
+    ).to(device)
     if cut:
-        found = _among_candidates(own_RV, temperature_R, [row.sampling for row in chosen], draws_R, _CANDIDATES)
+        found = _among_candidates(
+            own_RV, temperature_R, [row.sampling for row in chosen], draws_R, _CANDIDATES
+        )
     else:
         found = _among_all(own_RV, temperature_R, draws_R)
     for whole, part in zip(into, found):
@@ -119,7 +139,8 @@ def _draw(scores_RV: Tensor, rows: Sequence[Row], some: list[int], cut: bool, in
 
 
 def _among_all(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token at which the cumulative probability exceeds the draw: first its block, then within it.
+    """The first token at which the cumulative probability exceeds the draw: first its block, then
+    within it.
 
     Returns tokens and their log-probabilities, each [R].
     """
@@ -139,22 +160,33 @@ def _among_all(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tup
 
 
 def _below(x: Tensor, bound: Tensor) -> Tensor:
-    """x, or the largest number below `bound` if that is less: a draw never lands beyond the last possible token."""
+    """x, or the largest number below `bound` if that is less: a draw never lands beyond the last
+    possible token.
+    """
     return torch.minimum(x, torch.nextafter(bound, torch.zeros_like(bound)))
 
 
 def _among_candidates(
-    scores_RV: Tensor, temperature_R: Tensor, samplings: list[Sampling], draws_R: Tensor, candidates: int
+    scores_RV: Tensor,
+    temperature_R: Tensor,
+    samplings: list[Sampling],
+    draws_R: Tensor,
+    candidates: int,
 ) -> tuple[Tensor, Tensor]:
     """Cut to the likeliest tokens, then draw: tokens and their log-probabilities, each [R].
 
-    Each row's cuts as in transformers: top_k, then top_p of what is left, then min_p. `candidates` likeliest tokens
-    are looked at; rows in which the last of them passes all cuts are done again over the whole vocabulary.
+    Each row's cuts as in transformers: top_k, then top_p of what is left, then min_p. `candidates`
+    likeliest tokens are looked at; rows in which the last of them passes all cuts are done again
+    over the whole vocabulary.
     """
     width, device = scores_RV.shape[1], scores_RV.device
     size = min(max(candidates, *(s.top_k + 1 for s in samplings)), width)
     values_RC, ids_RC = top_of(scores_RV, size)
-    probs_RC = (values_RC / temperature_R[:, None] - normalizers(scores_RV, temperature_R)[:, None]).double().exp()
+    probs_RC = (
+        (values_RC / temperature_R[:, None] - normalizers(scores_RV, temperature_R)[:, None])
+        .double()
+        .exp()
+    )
     rank_C = torch.arange(size, device=device)
     top_k, top_p, min_p = (
         torch.tensor(column, device=device)[:, None]
@@ -165,7 +197,8 @@ def _among_candidates(
     before_RC = probs_RC.cumsum(-1) - probs_RC
     keep_RC &= (before_RC < top_p * left_R1) & (probs_RC >= min_p * probs_RC[:, :1])
     keep_RC[:, 0] = True
-    # Drawn in the order of ids: similar scores then give similar samples, and a cut that cuts nothing the uncut one's.
+    # Drawn in the order of ids: similar scores then give similar samples, and a cut that cuts
+    # nothing the uncut one's.
     order_RC = ids_RC.argsort(-1)
     kept_RC = (probs_RC * keep_RC).gather(1, order_RC).cumsum(-1)
     total_R = kept_RC[:, -1]
@@ -183,7 +216,10 @@ def _among_candidates(
 
 
 def likeliest(scores_RV: Tensor) -> Tensor:
-    """argmax of each row, the first where several are largest. On a CPU by NumPy, ten times as fast as torch there."""
+    """argmax of each row, the first where several are largest.
+
+    On a CPU by NumPy, ten times as fast as torch there.
+    """
     if scores_RV.device.type == "cpu":
         return torch.from_numpy(scores_RV.numpy().argmax(-1))
     return scores_RV.argmax(-1)
@@ -197,7 +233,8 @@ def normalizers(scores_RV: Tensor, temperature_R: Tensor | None = None) -> Tenso
 
 
 def block_sums(scores_RV: Tensor, temperature_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's largest score [R], and Σ exp((score − largest) / temperature) over each block [R, blocks].
+    """Each row's largest score [R], and Σ exp((score − largest) / temperature) over each block [R,
+    blocks].
 
     In C++ where it can be, which writes nothing as wide as the vocabulary; float32 both.
     """
@@ -222,7 +259,8 @@ def _kernel() -> Callable[..., None] | None:
 
 
 def top_of(scores_RV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest scores of each row and their ids, in order, without sorting the vocabulary.
+    """The `count` largest scores of each row and their ids, in order, without sorting the
+    vocabulary.
 
     They lie in the `count` blocks whose largest scores are the largest, so only those are searched.
     """

@@ -1,8 +1,9 @@
 """Requests on their way: the queues, the pages that they hold, and what one step does.
 
-Decoding requests go first, one token each; what is left of the token budget reads prompts, a chunk at a time; what is
-left then may be drafted. Where no page is free for a decoding request, the youngest gives its pages back and waits
-again (preemption by recompute: what it has written stays written, and its pages can be found until they are reused).
+Decoding requests go first, one token each; what is left of the token budget reads prompts, a chunk
+at a time; what is left then may be drafted. Where no page is free for a decoding request, the
+youngest gives its pages back and waits again (preemption by recompute: what it has written stays
+written, and its pages can be found until they are reused).
 """
 
 from bisect import insort
@@ -27,8 +28,8 @@ class Work:
 
 
 class Schedule:
-    """Who waits and who runs, in their order, and the pool. A request is in one of the queues until it ends; every
-    request fits the pool when alone."""
+    """Who waits and who runs, in their order, and the pool. A request is in one of the queues until
+    it ends; every request fits the pool when alone."""
 
     def __init__(self, pool: PagePool, config: EngineConfig):
         self.pool, self._config = pool, config
@@ -42,16 +43,18 @@ class Schedule:
         insort(self.waiting, request, key=lambda r: r.order)
 
     def outgrown(self) -> Iterator[tuple[Request, int, list[int]]]:
-        """Take what runs and has come to the end of its way on to the next. Of each request: how many of its pages hold
-        turned keys already, since somebody else has turned the same, and the pages from which the caller fills those
-        that follow, before it asks for the next request."""
+        """Take what runs and has come to the end of its way on to the next. Of each request: how
+        many of its pages hold turned keys already, since somebody else has turned the same, and the
+        pages from which the caller fills those that follow, before it asks for the next request."""
         pool = self.pool
         for request in [r for r in self.running if r.computed >= r.until]:
             self._digest(request)
             held, full = request.pages, pool.needed(request.computed)
             known = pool.match(request.chains[request.stage + 1][:full])
             rest = held[len(known) : full]
-            need = sum(not pool.references[page] for page in known) + sum(pool.references[page] > 1 for page in rest)
+            need = sum(not pool.references[page] for page in known) + sum(
+                pool.references[page] > 1 for page in rest
+            )
             if need > pool.available:
                 self._requeue(request)
                 continue
@@ -66,7 +69,12 @@ class Schedule:
         """The next step: at most `budget` tokens to read, their pages held."""
         works, before = list[Work](), self.counts.preemptions
         for request in list(self.running):  # who was preempted meanwhile has no pages
-            if len(works) < budget and request.pages and request.left == 1 and self._make_room(request):
+            if (
+                len(works) < budget
+                and request.pages
+                and request.left == 1
+                and self._make_room(request)
+            ):
                 works.append(Work(request, 1))
         budget -= len(works)
         reading = (request for request in list(self.running) if request.left > 1)
@@ -77,7 +85,11 @@ class Schedule:
                 works.append(Work(reader, count))
                 budget -= count
         decoding = [work for work in works if work.request.left == work.count == 1]
-        if self._config.speculate and len(decoding) <= self._config.draft_below and not self.waiting:
+        if (
+            self._config.speculate
+            and len(decoding) <= self._config.draft_below
+            and not self.waiting
+        ):
             self._draft(decoding, budget)
         return works
 
@@ -113,7 +125,10 @@ class Schedule:
         self._let_go(request)
 
     def restart(self, version: int) -> None:
-        """All that is cached is void. What runs waits again, to be read anew; what it has written stays."""
+        """All that is cached is void.
+
+        What runs waits again, to be read anew; what it has written stays.
+        """
         self.counts.version = version
         self.pool.forget()
         for request in [*self.running, *self.waiting]:
@@ -124,7 +139,9 @@ class Schedule:
             self._digest(request)
 
     def _make_room(self, request: Request) -> bool:
-        """Hold a page for the next token of a decoding request; False where it was itself the youngest to give way."""
+        """Hold a page for the next token of a decoding request; False where it was itself the
+        youngest to give way.
+        """
         while self.pool.needed(request.total) - len(request.pages) > self.pool.available:
             victim = self.running[-1]
             self.counts.preemptions += 1
@@ -135,8 +152,13 @@ class Schedule:
         return True
 
     def _started(self) -> Iterator[Request]:
-        """Start waiting requests in order while pages for all of their tokens are free, and one for each that runs."""
-        pool, written = self.pool, set[bytes]()  # digests of the pages that running requests are about to fill
+        """Start waiting requests in order while pages for all of their tokens are free, and one for
+        each that runs.
+        """
+        pool, written = (
+            self.pool,
+            set[bytes](),
+        )  # digests of the pages that running requests are about to fill
         if self.waiting:
             written = {d for r in self.running if r.left > 1 for d in r.chains[r.stage][r.sealed :]}
         for request in list(self.waiting):
@@ -144,7 +166,8 @@ class Schedule:
                 return
             stage, digests, pages = self._known(request)
             if len(pages) < len(digests) and digests[len(pages)] in written:
-                continue  # somebody is reading the same prompt: wait a step or two, then share its pages
+                # somebody is reading the same prompt: wait a step or two, then share its pages
+                continue
             pool.share(pages)
             if pool.needed(request.total) - len(pages) + len(self.running) > pool.available:
                 pool.release(pages)
@@ -163,7 +186,9 @@ class Schedule:
             yield request
 
     def _known(self, request: Request) -> tuple[int, list[bytes], list[int]]:
-        """The furthest stage in which a request can start, the digests that it could find there, the pages found."""
+        """The furthest stage in which a request can start, the digests that it could find there,
+        the pages found.
+        """
         for stage in reversed(range(len(request.chains))):
             most = (request.total - 1) // self.pool.page_size  # the last token is always read
             digests = request.chains[stage][:most]
@@ -178,7 +203,9 @@ class Schedule:
         for number, work in enumerate(decoding):
             request, share = work.request, len(decoding) - number
             spare = len(request.pages) * pool.page_size - request.total
-            most = min(self._config.speculate, budget // share, spare + free // share * pool.page_size)
+            most = min(
+                self._config.speculate, budget // share, spare + free // share * pool.page_size
+            )
             work.drafts = max(0, min(most, min(request.limit - 1, request.until) - request.total))
             budget -= work.drafts
             free -= pool.needed(max(work.drafts - spare, 0))
@@ -193,7 +220,9 @@ class Schedule:
         request.pages, request.computed, request.sealed = [], 0, 0
 
     def _digest(self, request: Request) -> None:
-        """Digests of all full pages that the known tokens make; they stand for how the tokens are read, too."""
+        """Digests of all full pages that the known tokens make; they stand for how the tokens are
+        read, too.
+        """
         size = self.pool.page_size
         for number, stage in enumerate(request.stages):
             if number and request.total <= request.stages[number - 1].until:
@@ -201,7 +230,9 @@ class Schedule:
             if number == len(request.chains):
                 request.chains.append([])
             known, read = request.chains[number], (self.counts.version, request.profile, stage.way)
-            parent = known[-1] if known else chain(repr((*read, request.stages[:number])).encode(), [])
+            parent = (
+                known[-1] if known else chain(repr((*read, request.stages[:number])).encode(), [])
+            )
             for page in range(len(known), min(request.total, stage.until) // size):
                 parent = chain(parent, request.tokens(page * size, (page + 1) * size))
                 known.append(parent)

@@ -17,8 +17,8 @@ _PACKED = 8_192  # tokens embedded in one call, at most (one longer prompt alone
 def tell(
     model: Qwen2, hidden_TD: Tensor, targets: Sequence[int], count: int, vocabulary: int
 ) -> tuple[list[float], list[TopTokens]]:
-    """The log-probability of each target after its hidden state, and `count` of the likeliest tokens there, which are
-    among the first `vocabulary`."""
+    """The log-probability of each target after its hidden state, and `count` of the likeliest
+    tokens there, which are among the first `vocabulary`."""
     logprobs, top = list[float](), list[TopTokens]()
     for start in range(0, len(targets), _SCORED):
         targets_C1 = torch.tensor(targets[start : start + _SCORED], device=model.device)[:, None]

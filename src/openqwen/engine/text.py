@@ -1,4 +1,6 @@
-"""A request's text as it grows: whole characters only, and nothing that a stop text may still take back."""
+"""A request's text as it grows: whole characters only, and nothing that a stop text may still take
+back.
+"""
 
 from codecs import getincrementaldecoder
 from collections.abc import Sequence
@@ -7,10 +9,12 @@ from openqwen.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Turns ids into text. However the text is cut into tokens, what was given is always a beginning of the whole.
+    """Turns ids into text. However the text is cut into tokens, what was given is always a
+    beginning of the whole.
 
-    A character spread over tokens comes with its last byte. An end of the text that may be the beginning of a stop
-    text is held back until the next characters decide. `stopped`: a stop text has come; it is not part of the text.
+    A character spread over tokens comes with its last byte. An end of the text that may be the
+    beginning of a stop text is held back until the next characters decide. `stopped`: a stop text
+    has come; it is not part of the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -27,7 +31,10 @@ class TextStream:
         return self._rule(piece) if self._stops else piece
 
     def finish(self) -> str:
-        """What is left: held text, and U+FFFD for an incomplete character. None after a stop text."""
+        """What is left: held text, and U+FFFD for an incomplete character.
+
+        None after a stop text.
+        """
         if self.stopped:
             return ""
         piece = self._decoder.decode(b"", final=True)

@@ -14,7 +14,9 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
 
-_FORWARD_TOKENS = 8_192  # tokens packed into one forward, at most (a single longer window may exceed it)
+_FORWARD_TOKENS = (
+    8_192  # tokens packed into one forward, at most (a single longer window may exceed it)
+)
 _LOGIT_ELEMENTS = 2**24  # logits held at once: 64 MiB of float32
 
 
@@ -54,7 +56,9 @@ class BitsPerByte:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one document: input ids, and the targets of its last positions, which this window scores."""
+    """A stretch of one document: input ids, and the targets of its last positions, which this
+    window scores.
+    """
 
     inputs: list[int]
     targets: list[int]
@@ -69,10 +73,11 @@ def bits_per_byte(
     context: int,
     device: torch.device | str = "cpu",
 ) -> BitsPerByte:
-    """Score documents ({"text", "source", …}), each on its own, its first token predicted from `<|endoftext|>`.
+    """Score documents ({"text", "source", …}), each on its own, its first token predicted from
+    `<|endoftext|>`.
 
-    A document longer than `context` tokens is read in overlapping windows: every token is scored exactly once, and
-    from the second window on with at least half a window before it.
+    A document longer than `context` tokens is read in overlapping windows: every token is scored
+    exactly once, and from the second window on with at least half a window before it.
     """
     result = BitsPerByte()
     stretches: list[Window] = []
@@ -83,10 +88,15 @@ def bits_per_byte(
         result.bits.append(0.0)
         stretches += windows(tokenizer.encode(text), tokenizer.endoftext_id, context, number)
     if not stretches:
-        raise OpenQwenError("There is no held-out text to score.", do="give a corpus whose held-out split is not empty")
+        raise OpenQwenError(
+            "There is no held-out text to score.",
+            do="give a corpus whose held-out split is not empty",
+        )
     was_training = model.training
     model.eval()
-    with progress("bits per byte", sum(len(stretch.targets) for stretch in stretches), "tokens") as work:
+    with progress(
+        "bits per byte", sum(len(stretch.targets) for stretch in stretches), "tokens"
+    ) as work:
         for pack in _packs(stretches):
             for window, nats in zip(pack, _score(model, pack, device), strict=True):
                 result.bits[window.document] += nats / math.log(2)
@@ -97,7 +107,9 @@ def bits_per_byte(
 
 
 def windows(ids: Sequence[int], first: int, context: int, document: int = 0) -> Iterator[Window]:
-    """Cut one document, `first` standing before it, into windows of up to `context` inputs, half a window apart."""
+    """Cut one document, `first` standing before it, into windows of up to `context` inputs, half a
+    window apart.
+    """
     if context < 2:
         raise ValueError("a window needs at least two tokens")
     sequence = [first, *ids]  # position i predicts sequence[i + 1]
@@ -142,7 +154,9 @@ def _scored_rows(pack: Sequence[Window]) -> Tensor:
 
 
 def _target_nats(model: Qwen2, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
-    """−log p(target) of each row in float64, the vocabulary computed for a bounded number of rows at a time."""
+    """−log p(target) of each row in float64, the vocabulary computed for a bounded number of rows
+    at a time.
+    """
     rows = max(1, _LOGIT_ELEMENTS // model.config.vocab_size)
     parts = []
     for hidden, targets in zip(hidden_SD.split(rows), targets_S.split(rows), strict=True):
@@ -153,7 +167,8 @@ def _target_nats(model: Qwen2, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
 
 
 def within_budget(documents: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    """The leading documents of each source, up to an equal share of `budget` UTF-8 bytes each (at least one).
+    """The leading documents of each source, up to an equal share of `budget` UTF-8 bytes each (at
+    least one).
 
     The same documents come back for the same input, so every stage is measured on the same text.
     """

@@ -10,8 +10,8 @@ from openqwen.support.progress import Progress
 class Item(NamedTuple):
     """One task.
 
-    task: the name of its kind. prompt: messages, or plain text for a model that has not learned to chat. chance: the
-    accuracy (0 to 1) of the best blind guess. check: whether a text is right.
+    task: the name of its kind. prompt: messages, or plain text for a model that has not learned to
+    chat. chance: the accuracy (0 to 1) of the best blind guess. check: whether a text is right.
     """
 
     task: str
@@ -33,7 +33,9 @@ def sampled_right(
     sure a policy is. The draws are always the same, so two models differ by little chance.
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
-    outputs = engine.generate([item.prompt for item in items], sampling, seeds=range(len(items)), progress=progress)
+    outputs = engine.generate(
+        [item.prompt for item in items], sampling, seeds=range(len(items)), progress=progress
+    )
     return [item.check(output.text) for item, output in zip(items, outputs, strict=True)]
 
 
@@ -42,12 +44,15 @@ def checked_accuracy(
 ) -> dict[str, Any]:
     """Greedy answers to every item, checked.
 
-    Returns {"checked_accuracy", "chance", "checked_by_task": {task: {"accuracy", "chance", "n"}}, "answers"}, where
-    answers[i] is {"task", "prompt", "answer", "correct", "finish_reason"} for items[i].
+    Returns {"checked_accuracy", "chance", "checked_by_task": {task: {"accuracy", "chance", "n"}},
+    "answers"}, where answers[i] is {"task", "prompt", "answer", "correct", "finish_reason"} for
+    items[i].
     """
     if not items:
         raise ValueError("no items to check")
-    outputs = engine.generate([item.prompt for item in items], Sampling(max_tokens=max_tokens), progress=progress)
+    outputs = engine.generate(
+        [item.prompt for item in items], Sampling(max_tokens=max_tokens), progress=progress
+    )
     correct = [item.check(output.text) for item, output in zip(items, outputs, strict=True)]
     by_task: dict[str, dict[str, float]] = {}
     for item, right in zip(items, correct):

@@ -12,16 +12,20 @@ _Z = 1.959963984540054  # the normal distribution's 97.5 % point
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """The 95 % score interval of a share (Wilson 1927).
 
-    Half successes (ties) vary less than whole ones, so with them the interval is wider than it need be, never narrower.
+    Half successes (ties) vary less than whole ones, so with them the interval is wider than it need
+    be, never narrower.
     """
     share = successes / n
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # rounding never crosses the share
+    return min(share, max(0.0, centre - half)), max(
+        share, min(1.0, centre + half)
+    )  # rounding never crosses the share
 
 
 def grouped_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float]:
-    """The 95 % interval of the mean of values in [0, 1] that come in groups, by the spread between groups alone.
+    """The 95 % interval of the mean of values in [0, 1] that come in groups, by the spread between
+    groups alone.
 
     (The cluster-robust standard error: pairs of one prompt share what makes the prompt hard.)
     """
@@ -46,7 +50,9 @@ def paired_gain(
 
 
 def _half(values: Sequence[float], groups: Sequence[str]) -> float:
-    """Half the width of the mean's interval; infinite for one group, which says nothing of others."""
+    """Half the width of the mean's interval; infinite for one group, which says nothing of
+    others.
+    """
     mean = math.fsum(values) / len(values)
     totals: dict[str, float] = defaultdict(float)
     for value, group in zip(values, groups, strict=True):

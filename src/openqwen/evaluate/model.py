@@ -17,14 +17,21 @@ from openqwen.instruct.synthesize.rejection import plain_answer, plain_prompt
 from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.model import load_model, load_scorer
 from openqwen.support.device import best_device
-from openqwen.support.files import gzip_bits_per_byte, read_json, read_jsonl, write_json, write_jsonl
+from openqwen.support.files import (
+    gzip_bits_per_byte,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.support.stage import CONVERSATION, CORPUS, MODEL, Effort, Stage, StageRun
 from openqwen.tokenizer import load_tokenizer
 from openqwen.train.reward import score
 
-_SYNTHETIC = "tasks"  # multi-task data is not among the held-out text that bits per byte and gzip are measured on
+# multi-task data is not among the held-out text that bits per byte and gzip are measured on
+_SYNTHETIC = "tasks"
 # Scores of the test split -> the temperature, and the field of an answer in test.jsonl.
 # A model that is surer of itself scores as if it were sampled cooler, so stages are compared at
 # each of these; _COOLER tells what cooler sampling alone gains.
@@ -42,18 +49,27 @@ _HEADLINES = (  # what the line of a stage shows first
 
 
 def _item(task: Task, chats: bool) -> Item:
-    """A task as it is put: in the chat template, or as plain text to a model that has not learned the format yet."""
+    """A task as it is put: in the chat template, or as plain text to a model that has not learned
+    the format yet.
+    """
     if chats:
         return Item(task.task, task.prompt, task.chance, task.check)
-    return Item(task.task, plain_prompt(task.question), task.chance, lambda text: task.check(plain_answer(text)))
+    return Item(
+        task.task,
+        plain_prompt(task.question),
+        task.chance,
+        lambda text: task.check(plain_answer(text)),
+    )
 
 
 def evaluate_model(run: StageRun) -> dict[str, float]:
-    """Bits per byte, checked tasks, samples; retention, gains and win rate where there is something to compare with.
+    """Bits per byte, checked tasks, samples; retention, gains and win rate where there is something
+    to compare with.
 
-    base: the scores before SFT. start: those of the model that this one was trained from.
-    A model that comes before SFT (no `base` to compare with) is asked in plain text, a chat model in its template.
-    Scores whose names begin with `test_` are of tasks and documents that no setting was chosen by.
+    base: the scores before SFT. start: those of the model that this one was trained from. A model
+    that comes before SFT (no `base` to compare with) is asked in plain text, a chat model in its
+    template. Scores whose names begin with `test_` are of tasks and documents that no setting was
+    chosen by.
     """
     config: EvaluateConfig = run.config
     folder, device = run.inputs["model"], best_device()
@@ -61,7 +77,11 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
     engine = Engine(model, tokenizer)
     chats = "base" in run.inputs
 
-    held = [d for d in read_documents(run.inputs["corpus"] / "heldout.parquet") if d["source"] != _SYNTHETIC]
+    held = [
+        d
+        for d in read_documents(run.inputs["corpus"] / "heldout.parquet")
+        if d["source"] != _SYNTHETIC
+    ]
     development, test = (within_budget(half, config.heldout_bytes // 2) for half in halves(held))
     context = min(config.context, model.config.max_position_embeddings)
     result = bits_per_byte(model, tokenizer, development, context, device)
@@ -73,7 +93,9 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
         "context": context,
     }
     if test:  # a corpus may be too small to hold out two documents
-        scores |= bits_per_byte(model, tokenizer, test, context, device).scores("test_bits_per_byte")
+        scores |= bits_per_byte(model, tokenizer, test, context, device).scores(
+            "test_bits_per_byte"
+        )
         scores["test_gzip_bits_per_byte"] = gzip_bits_per_byte(d["text"] for d in test)
 
     # The same tasks for every stage and every run: their seed is not the run's.
@@ -85,7 +107,9 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
     write_jsonl(run.output / "answers.jsonl", checked.pop("answers"))
     scores |= checked
     if chats:
-        scores["retention"] = result.overall / read_json(run.inputs["base"] / "scores.json")["bits_per_byte"]
+        scores["retention"] = (
+            result.overall / read_json(run.inputs["base"] / "scores.json")["bits_per_byte"]
+        )
         scores |= _test(engine, config, run)
 
     write_json(run.output / "scores.json", scores)
@@ -149,11 +173,18 @@ def _gzip_by_source(documents: list[dict[str, Any]]) -> dict[str, float]:
 def _against(
     before: list[dict[str, Any]], reward: Path, tasks: list[Task], answers: list[dict[str, Any]]
 ) -> dict[str, float]:
-    """Win rates of these answers over those before to the same tasks: by the reward model, and by the checks."""
+    """Win rates of these answers over those before to the same tasks: by the reward model, and by
+    the checks.
+    """
     scorer, tokenizer = load_scorer(reward, device=best_device()), load_tokenizer(reward)
     rewards = [
         score(
-            scorer, tokenizer, [[*t.prompt, {"role": "assistant", "content": a["answer"]}] for t, a in zip(tasks, side)]
+            scorer,
+            tokenizer,
+            [
+                [*t.prompt, {"role": "assistant", "content": a["answer"]}]
+                for t, a in zip(tasks, side)
+            ],
         )
         for side in (answers, before)
     ]

@@ -7,7 +7,10 @@ from openqwen.engine import Generator, Sampling
 CONTINUATIONS = (
     "def read_lines(path):\n    ",
     "import os\nimport sys\n\n\ndef main():\n    ",
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n        ",
+    (
+        "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, "
+        "item):\n        "
+    ),
     "Return a list of ",
     "This module provides ",
     "If the file does not exist, ",
@@ -28,7 +31,9 @@ CHATS = (
 
 
 def sample_answers(engine: Generator, max_tokens: int) -> list[dict[str, Any]]:
-    """Greedy answers to the fixed prompts: [{"prompt", "answer", "kind": "continuation" | "chat"}]."""
+    """Greedy answers to the fixed prompts: [{"prompt", "answer", "kind": "continuation" |
+    "chat"}].
+    """
     chats = [[{"role": "user", "content": text}] for text in CHATS]
     outputs = engine.generate([*CONTINUATIONS, *chats], Sampling(max_tokens=max_tokens))
     kinds = ["continuation"] * len(CONTINUATIONS) + ["chat"] * len(CHATS)

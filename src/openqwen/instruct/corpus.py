@@ -17,9 +17,13 @@ _SPEED = 3e6  # bytes of raw text read, cleaned, filtered and deduplicated a sec
 
 
 class CorpusStageConfig(CorpusConfig):
-    """The corpus, and the multi-task instruction data that Qwen2 mixes into pre-training (Qwen2 report, 3.1)."""
+    """The corpus, and the multi-task instruction data that Qwen2 mixes into pre-training (Qwen2
+    report, 3.1).
+    """
 
-    task_documents: int = Field(1_000, ge=0, description="documents of solved tasks mixed in, as the source 'tasks'")
+    task_documents: int = Field(
+        1_000, ge=0, description="documents of solved tasks mixed in, as the source 'tasks'"
+    )
 
 
 def run_corpus(run: StageRun) -> dict[str, float]:

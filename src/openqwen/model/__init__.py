@@ -2,7 +2,13 @@
 
 from openqwen.model.attention import Attention, Packed
 from openqwen.model.cache import Cache
-from openqwen.model.checkpoint import load_model, load_scorer, save_checkpoint, save_weights, scorer_from
+from openqwen.model.checkpoint import (
+    load_model,
+    load_scorer,
+    save_checkpoint,
+    save_weights,
+    scorer_from,
+)
 from openqwen.model.config import ModelConfig
 from openqwen.model.decoder import Decoder, Qwen2, Scorer, initialize
 from openqwen.model.experts import Routing

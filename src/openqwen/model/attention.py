@@ -1,9 +1,10 @@
 """Who sees whom, and from where; an argument of the forward call.
 
-The network asks once a call how queries and keys are turned (`rotation`), then in every layer what each token takes
-from those that it sees (`attend`). `Packed` lays whole documents end to end (training, scoring); `Paged` (paged.py)
-continues sequences whose earlier keys and values lie in a cache (generation). Shapes: T tokens, H query heads, K
-key/value heads, d head width, B documents of one bucket, L their padded length.
+The network asks once a call how queries and keys are turned (`rotation`), then in every layer what
+each token takes from those that it sees (`attend`). `Packed` lays whole documents end to end
+(training, scoring); `Paged` (paged.py) continues sequences whose earlier keys and values lie in a
+cache (generation). Shapes: T tokens, H query heads, K key/value heads, d head width, B documents of
+one bucket, L their padded length.
 """
 
 import inspect
@@ -22,7 +23,9 @@ from openqwen.model.long_context import LongContext
 from openqwen.model.rope import Rotation, rotate, rotation_of
 
 HALF = (torch.bfloat16, torch.float16)
-LongContexts = LongContext | Sequence[LongContext | None] | None  # of all sequences, or of each; None: the model's own
+LongContexts = (
+    LongContext | Sequence[LongContext | None] | None
+)  # of all sequences, or of each; None: the model's own
 
 
 class Attention(Protocol):
@@ -32,13 +35,20 @@ class Attention(Protocol):
         """What one forward call of this model turns queries and keys by."""
         ...
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
-        """Causal attention of every token to what it may see, [T, H, d]; scale 1/√d. q and k come unturned."""
+    def attend(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int
+    ) -> Tensor:
+        """Causal attention of every token to what it may see, [T, H, d]; scale 1/√d. q and k come
+        unturned.
+        """
         ...
 
 
 def sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Grouped-query attention of B padded sequences; causal unless a mask says who is seen. Returns [B, L, H, d]."""
+    """Grouped-query attention of B padded sequences; causal unless a mask says who is seen.
+
+    Returns [B, L, H, d].
+    """
     out = F.scaled_dot_product_attention(
         q_BLHd.transpose(1, 2),
         k_BLKd.transpose(1, 2),
@@ -60,7 +70,8 @@ def packed_kernel(device: torch.device) -> Callable[..., Tensor] | None:
     """
     if device.type != "cuda":
         return None
-    # Imported here: it brings PyTorch's compiler along, more than a second that a CPU need not wait.
+    # Imported here: it brings PyTorch's compiler along, more than a second that a CPU need not
+    # wait.
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
@@ -70,8 +81,12 @@ def packed_kernel(device: torch.device) -> Callable[..., Tensor] | None:
     return kernel
 
 
-def divided(q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int]) -> dict[int, dual_chunk.Queries]:
-    """The three turns of the queries of each sequence that is divided into chunks; `near_THd` are turned already."""
+def divided(
+    q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int]
+) -> dict[int, dual_chunk.Queries]:
+    """The three turns of the queries of each sequence that is divided into chunks; `near_THd` are
+    turned already.
+    """
     if rotation.successive is None or rotation.inter is None:
         return {}
     split = (x.split(rows) for x in (near_THd, q_THd, *rotation.successive, *rotation.inter))
@@ -92,10 +107,11 @@ def for_each(long_context: LongContexts, count: int) -> list[LongContext | None]
 
 
 class _Buckets:
-    """Documents gathered by like length into padded rectangles; those that stand `apart` follow, one by one.
+    """Documents gathered by like length into padded rectangles; those that stand `apart` follow,
+    one by one.
 
-    gathers: [B, L] indices into the T rows, where padding repeats the document's last token. order: [T], where each
-    row's output lies when buckets and then documents apart are laid end to end.
+    gathers: [B, L] indices into the T rows, where padding repeats the document's last token. order:
+    [T], where each row's output lies when buckets and then documents apart are laid end to end.
     """
 
     WASTE = 1.25  # a bucket's padded size over its real size, at most
@@ -105,7 +121,9 @@ class _Buckets:
         order = torch.empty(starts[-1], dtype=torch.long)
         gathers = []
         lone = set(apart)
-        by_length = sorted((i for i in range(len(lengths)) if i not in lone), key=lambda i: lengths[i])
+        by_length = sorted(
+            (i for i in range(len(lengths)) if i not in lone), key=lambda i: lengths[i]
+        )
         done = 0
         bucket: list[int] = []
         real = 0
@@ -113,7 +131,9 @@ class _Buckets:
             bucket.append(i)
             real += lengths[i]
             follower = lengths[by_length[rank + 1]] if rank + 1 < len(by_length) else None
-            if follower is not None and follower * (len(bucket) + 1) <= self.WASTE * (real + follower):
+            if follower is not None and follower * (len(bucket) + 1) <= self.WASTE * (
+                real + follower
+            ):
                 continue
             width = lengths[i]
             steps = torch.arange(width)
@@ -133,9 +153,10 @@ class _Buckets:
 class Packed:
     """Documents laid end to end, each blind to the others, each from position 0.
 
-    Documents of like length are gathered into padded buckets, one fused causal call a bucket. Padding stands on the
-    right, so causality hides it from every real token: no mask is needed and the result is exact. Documents longer
-    than a chunk of Dual Chunk Attention are read one by one. A GPU in half precision needs no
+    Documents of like length are gathered into padded buckets, one fused causal call a bucket.
+    Padding stands on the right, so causality hides it from every real token: no mask is needed and
+    the result is exact. Documents longer than a chunk of Dual Chunk Attention are read one by one.
+    A GPU in half precision needs no
     buckets: one call of `packed_kernel` reads all documents.
     """
 
@@ -155,7 +176,8 @@ class Packed:
     def from_lengths(cls, lengths: Sequence[int], long_context: LongContexts = None) -> "Packed":
         """Documents of these token counts, in this order.
 
-        long_context: how all of them are read, or each; None means as the model's configuration says.
+        long_context: how all of them are read, or each; None means as the model's configuration
+        says.
         """
         return cls(lengths, long_context)
 
@@ -177,7 +199,9 @@ class Packed:
         """See `Attention.rotation`."""
         return rotation_of(positions_T, config, self._contexts, self.lengths, self.lengths)
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
+    def attend(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int
+    ) -> Tensor:
         """See `Attention.attend`."""
         near_THd = rotate(q_THd, *rotation.query)
         k_TKd = rotate(k_TKd, *rotation.key)
@@ -192,12 +216,16 @@ class Packed:
         outs = []
         for gather in layout.gathers:
             rows = gather.flatten()
-            parts = (x.index_select(0, rows).unflatten(0, gather.shape) for x in (near_THd, k_TKd, v_TKd))
+            parts = (
+                x.index_select(0, rows).unflatten(0, gather.shape) for x in (near_THd, k_TKd, v_TKd)
+            )
             outs.append(sdpa(*parts).flatten(0, 1))
         if apart:
             queries = divided(q_THd, near_THd, rotation, self.lengths)
             ks, vs = k_TKd.split(self.lengths), v_TKd.split(self.lengths)
-            outs += [dual_chunk.attend(queries[i], ks[i], vs[i], rotation.chunk_lens[i]) for i in apart]
+            outs += [
+                dual_chunk.attend(queries[i], ks[i], vs[i], rotation.chunk_lens[i]) for i in apart
+            ]
         return torch.cat(outs).index_select(0, layout.order) if layout.gathers else torch.cat(outs)
 
     def _layout(self, apart: tuple[int, ...]) -> _Buckets:

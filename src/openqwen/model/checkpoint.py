@@ -1,4 +1,7 @@
-"""Checkpoints: the Hugging Face folder in and out, a .gguf file in. The files decide, never a family name (law 6)."""
+"""Checkpoints: the Hugging Face folder in and out, a .gguf file in.
+
+The files decide, never a family name (law 6).
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -55,13 +58,14 @@ def load_model(
 ) -> Qwen2:
     """Read a language model.
 
-    source: a Hugging Face folder of safetensors files, a GGUF file (of a model in several files
-    the first), a folder that holds one GGUF model, or an id on the hub (`owner/name`,
-    `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and takes float32 for blocks
-    or where the files mix several. device: "meta" reads nothing, but remembers where all lies: `Qwen2.stored`.
-    Half-precision weights that need no cast are used from the file, not copied. advance: called with the number of
-    weights read since the last call. quantize: "int8" or "int4", on a CPU (`model.quantize`) or a CUDA GPU (torchao); a
-    folder that holds such weights already needs no word of it. Raises OpenQwenError.
+    source: a Hugging Face folder of safetensors files, a GGUF file (of a model in several files the
+    first), a folder that holds one GGUF model, or an id on the hub (`owner/name`,
+    `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and
+    takes float32 for blocks or where the files mix several. device: "meta" reads nothing, but
+    remembers where all lies: `Qwen2.stored`. Half-precision weights that need no cast are used from
+    the file, not copied. advance: called with the number of weights read since the last call.
+    quantize: "int8" or "int4", on a CPU (`model.quantize`) or a CUDA GPU (torchao); a folder that
+    holds such weights already needs no word of it. Raises OpenQwenError.
     """
     path = local(source)
     if (kept := _kept_quantized(path, quantize)) is not None:
@@ -78,8 +82,12 @@ def load_model(
     return model
 
 
-def load_scorer(source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu") -> Scorer:
-    """Read a reward model (`Qwen2ForSequenceClassification`, one label); otherwise as `load_model`."""
+def load_scorer(
+    source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu"
+) -> Scorer:
+    """Read a reward model (`Qwen2ForSequenceClassification`, one label); otherwise as
+    `load_model`.
+    """
     config, stored, where = _read(local(source))
     return fill(lambda: Scorer(config), stored, where, dtype, device)
 
@@ -91,7 +99,9 @@ def scorer_from(source: str | Path, generator: torch.Generator) -> Scorer:
         scorer = Scorer(language_model.config)
     scorer.model = language_model.model
     row = torch.empty(1, scorer.config.hidden_size)
-    scorer.score.weight = torch.nn.Parameter(row.normal_(0.0, scorer.config.initializer_range, generator=generator))
+    scorer.score.weight = torch.nn.Parameter(
+        row.normal_(0.0, scorer.config.initializer_range, generator=generator)
+    )
     return scorer
 
 
@@ -103,18 +113,21 @@ def save_checkpoint(
     chat: bool = False,
     advance: Callable[[int], None] = ignore,
 ) -> None:
-    """Write config.json, generation_config.json, the weights and the tokenizer's files, all consistent.
+    """Write config.json, generation_config.json, the weights and the tokenizer's files, all
+    consistent.
 
-    What a checkpoint said when it was read, it says again: its stop tokens and generation defaults too. A network that
-    came from none ends chat at `<|im_end|>`, and `<|endoftext|>` stops and pads too: with these out of step a model
-    never stops. chat: the network has learnt to end turns, so it stops in that way too, whatever it
-    said before. shard_bytes: the most bytes of one weights file. advance: called with the number of
-    weights written since.
+    What a checkpoint said when it was read, it says again: its stop tokens and generation defaults
+    too. A network that came from none ends chat at `<|im_end|>`, and `<|endoftext|>` stops and pads
+    too: with these out of step a model never stops. chat: the network has learnt to end turns, so
+    it stops in that way too, whatever it said before. shard_bytes: the most bytes of one weights
+    file. advance: called with the number of weights written since.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = model.config.to_json("ForCausalLM" if isinstance(model, Qwen2) else "ForSequenceClassification", dtype)
+    config = model.config.to_json(
+        "ForCausalLM" if isinstance(model, Qwen2) else "ForSequenceClassification", dtype
+    )
     if isinstance(model, QuantizedQwen2):
         config["quantization_config"] = _PACKED | {"kind": model.kind}
     stated = model.config.stops
@@ -135,7 +148,10 @@ def save_checkpoint(
 
 
 def _ends(tokenizer: Vocabulary, stated: Sequence[int], chat: bool) -> dict[str, Any]:
-    """Where generation stops, and what pads. For chat, or where nothing is stated, also Qwen2's two."""
+    """Where generation stops, and what pads.
+
+    For chat, or where nothing is stated, also Qwen2's two.
+    """
     both = [tokenizer.eos_id, tokenizer.endoftext_id] if chat or not stated else []
     eos = list(dict.fromkeys([*both, *stated]))
     return {
@@ -151,7 +167,10 @@ def _read(path: Path) -> tuple[ModelConfig, dict[str, Stored], Path]:
     config, stored = _read_folder(path) if file is None else read_gguf(file)
     if config.num_hidden_layers > len(stored):
         raise OpenQwenError(
-            f"The configuration has {config.num_hidden_layers} layers, the weights only {len(stored)} tensors.",
+            (
+                f"The configuration has {config.num_hidden_layers} layers, the weights only "
+                f"{len(stored)} tensors."
+            ),
             where=path,
         )
     _announce(config, path)
@@ -166,7 +185,9 @@ def _announce(config: ModelConfig, path: Path) -> None:
 
 
 def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
-    """The model of a folder that `save_checkpoint` wrote of quantised weights; of any other None."""
+    """The model of a folder that `save_checkpoint` wrote of quantised weights; of any other
+    None.
+    """
     if not (path / "config.json").is_file() or not has_weights(path):
         return None
     config = _folder_config(path)
@@ -175,16 +196,22 @@ def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
         return None
     if own.get("version") != _PACKED["version"] or asked not in (None, own["kind"]):
         raise OpenQwenError(
-            f"These weights are {own.get('kind')}, version {own.get('version')} of their form; asked for is"
+            f"These weights are {own.get('kind')}, version {own.get('version')} of their form; "
+            "asked for is"
             f" {asked or own.get('kind')}, version {_PACKED['version']}.",
             where=path,
-            do=f"quantise the source anew: {command('quantize', 'MODEL', 'OUTPUT', '--to', 'KIND')}",
+            do=(
+                "quantise the source anew: "
+                f"{command('quantize', 'MODEL', 'OUTPUT', '--to', 'KIND')}"
+            ),
         )
     model = QuantizedQwen2(config, own["kind"])
     try:
         for file in weight_files(path):
             refuse_pointer(file)
-        tensors = {name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()}
+        tensors = {
+            name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()
+        }
         model.allocate()  # memory of our own can lie in large pages, which a file's does not
         matrices = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
         for name, matrix in matrices.items():
@@ -213,7 +240,10 @@ def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
         raise OpenQwenError(
             "There is no checkpoint here: config.json is missing.",
             where=path,
-            do="give a Hugging Face folder with config.json and *.safetensors, a .gguf file, or a hub id (owner/name)",
+            do=(
+                "give a Hugging Face folder with config.json and *.safetensors, a .gguf file, or a "
+                "hub id (owner/name)"
+            ),
         )
     config = _folder_config(path)
     if packed := config.other.get("quantization_config"):

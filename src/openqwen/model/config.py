@@ -9,18 +9,23 @@ from openqwen.model.long_context import DualChunk, LongContext, Yarn
 from openqwen.support.errors import OpenQwenError, located, suggestion
 
 _MODEL_TYPES = ("qwen2", "qwen2_moe")
-_ONE_MILLION_NAMES = {"qwen2.5-7b-1m": "qwen2.5-7b-instruct-1m", "qwen2.5-14b-1m": "qwen2.5-14b-instruct-1m"}
+_ONE_MILLION_NAMES = {
+    "qwen2.5-7b-1m": "qwen2.5-7b-instruct-1m",
+    "qwen2.5-14b-1m": "qwen2.5-14b-instruct-1m",
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of one Qwen2 / Qwen2.5 model, dense or mixture of experts; field names are `config.json`'s own.
+    """Architecture of one Qwen2 / Qwen2.5 model, dense or mixture of experts; field names are
+    `config.json`'s own.
 
-    `vocab_size` counts embedding rows: the tokenizer's ids plus padding rows that are never targets. A model with
-    num_experts > 0 is `qwen2_moe`: there intermediate_size is the width of its dense layers, if it has any.
+    `vocab_size` counts embedding rows: the tokenizer's ids plus padding rows that are never
+    targets. A model with num_experts > 0 is `qwen2_moe`: there intermediate_size is the width of
+    its dense layers, if it has any.
 
-    other, generation: what else the checkpoint's config.json and its generation_config.json say. The network does not
-    use it, and saving gives it back.
+    other, generation: what else the checkpoint's config.json and its generation_config.json say.
+    The network does not use it, and saving gives it back.
     """
 
     vocab_size: int
@@ -56,21 +61,33 @@ class ModelConfig:
         if not self.rope_theta > 1:
             what = f"rope_theta is {self.rope_theta}, not above 1."
             raise OpenQwenError(what, where="model.rope_theta", do="give Qwen2's 10000 or 1000000")
-        if self.hidden_size % self.num_attention_heads or (self.hidden_size // self.num_attention_heads) % 2:
+        if (
+            self.hidden_size % self.num_attention_heads
+            or (self.hidden_size // self.num_attention_heads) % 2
+        ):
             raise OpenQwenError(
-                f"hidden_size {self.hidden_size} does not give {self.num_attention_heads} heads of an even size.",
+                (
+                    f"hidden_size {self.hidden_size} does not give {self.num_attention_heads} "
+                    "heads of an even size."
+                ),
                 where="model.hidden_size",
                 do="make hidden_size a multiple of 2 × num_attention_heads",
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise OpenQwenError(
-                f"{self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value heads.",
+                (
+                    f"{self.num_attention_heads} query heads cannot share "
+                    f"{self.num_key_value_heads} key/value heads."
+                ),
                 where="model.num_key_value_heads",
                 do="choose a divisor of num_attention_heads",
             )
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise OpenQwenError(
-                f"A token cannot pass through {self.num_experts_per_tok} of {self.num_experts} experts.",
+                (
+                    f"A token cannot pass through {self.num_experts_per_tok} of {self.num_experts} "
+                    "experts."
+                ),
                 where="model.num_experts_per_tok",
             )
 
@@ -96,26 +113,36 @@ class ModelConfig:
         return tuple(dict.fromkeys([*own, *token_ids(self.generation.get("eos_token_id"))]))
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether this layer, counted from 0, has experts; else it has a dense feed-forward network."""
+        """Whether this layer, counted from 0, has experts; else it has a dense feed-forward
+        network.
+        """
         return (
-            self.num_experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+            self.num_experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
         )
 
     @classmethod
     def named(cls, name: str) -> "ModelConfig":
-        """The configuration of a published model: `qwen2-7b`, `qwen2.5-0.5b-instruct`, `Qwen/Qwen2-57B-A14B` …"""
+        """The configuration of a published model: `qwen2-7b`, `qwen2.5-0.5b-instruct`,
+        `Qwen/Qwen2-57B-A14B` …
+        """
         key = name.lower().removeprefix("qwen/")
         key = _ONE_MILLION_NAMES.get(key, key)
         if key not in published.NAMES:
             near = suggestion(key, published.NAMES)
             raise OpenQwenError(
-                f"No published model is called '{name}'.{near}", do=f"known names: {', '.join(published.NAMES)}"
+                f"No published model is called '{name}'.{near}",
+                do=f"known names: {', '.join(published.NAMES)}",
             )
         return cls.from_json(published.config_json(key), where=name)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
-        """Read a `config.json`. OpenQwenError where it is no Qwen2, or asks for what no released Qwen2 does."""
+        """Read a `config.json`.
+
+        OpenQwenError where it is no Qwen2, or asks for what no released Qwen2 does.
+        """
         _check_kind(values, where)
         rope = _rope(values, where)
         chunks = values.get("dual_chunk_attention_config")
@@ -136,7 +163,9 @@ class ModelConfig:
         if missing := (_REQUIRED | (_EXPERTS_REQUIRED & names)) - chosen.keys():
             raise OpenQwenError(f"config.json lacks {', '.join(sorted(missing))}.", where=where)
         _check_types(chosen, where)
-        other = {k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")}
+        other = {
+            k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")
+        }
         length = chosen.get("max_position_embeddings", cls.max_position_embeddings)
         with located(where):
             return cls(
@@ -149,8 +178,9 @@ class ModelConfig:
     def to_json(self, head: str = "ForCausalLM", dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` that transformers, vLLM and llama.cpp's converter read.
 
-        head: what stands on the decoder, `ForCausalLM` or `ForSequenceClassification`. What was read and not used is
-        given back; RoPE keeps its spelling (`rope_scaling`, or transformers 5's `rope_parameters`).
+        head: what stands on the decoder, `ForCausalLM` or `ForSequenceClassification`. What was
+        read and not used is given back; RoPE keeps its spelling (`rope_scaling`, or transformers
+        5's `rope_parameters`).
         """
         skipped = _NOT_IN_FILE if self.num_experts else _NOT_IN_FILE | _EXPERT_FIELDS
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
@@ -177,17 +207,24 @@ class ModelConfig:
         """The RoPE entries, which replace those in `values`."""
         old = values.pop("rope_scaling", None) or {}
         if values.pop("rope_parameters", None) is not None:
-            plain = {"rope_theta": values.pop("rope_theta"), "rope_type": "yarn" if self.yarn else "default"}
+            plain = {
+                "rope_theta": values.pop("rope_theta"),
+                "rope_type": "yarn" if self.yarn else "default",
+            }
             return {"rope_parameters": plain | (self.yarn.to_json() if self.yarn else {})}
         key = "rope_type" if "rope_type" in old else "type"
         return {"rope_scaling": {key: "yarn", **self.yarn.to_json()}} if self.yarn else {}
 
     def with_rope(self, theta: float, positions: int) -> "ModelConfig":
-        """The same network with another RoPE base and context length, for the long-sequence phase."""
+        """The same network with another RoPE base and context length, for the long-sequence
+        phase.
+        """
         return replace(self, rope_theta=theta, max_position_embeddings=positions)
 
     def parameters(self, active: bool = False) -> int:
-        """Exact parameter count (qwen2-recipe facts, 1.4); `active`: of those, what one token passes through."""
+        """Exact parameter count (qwen2-recipe facts, 1.4); `active`: of those, what one token
+        passes through.
+        """
         layers = sum(self._layer_matrices(n, active) for n in range(self.num_hidden_layers))
         biases = self.hidden_size + 2 * self.num_key_value_heads * self.head_dim
         vectors = self.num_hidden_layers * (biases + 2 * self.hidden_size) + self.hidden_size
@@ -195,17 +232,24 @@ class ModelConfig:
         return layers + vectors + tables * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, context: float) -> float:
-        """Floating-point operations of one token, forward and backward, at a mean causal context of `context` tokens.
+        """Floating-point operations of one token, forward and backward, at a mean causal context of
+        `context` tokens.
 
-        6 per matrix parameter passed (the head counts, the table look-up does not) plus attention's two matmuls.
+        6 per matrix parameter passed (the head counts, the table look-up does not) plus attention's
+        two matmuls.
         """
         return self.flops(tokens=1, targets=1, seen=context)
 
     def flops(self, tokens: int, targets: int, seen: float) -> float:
-        """The same of a batch: `targets` of its tokens pass the head; `seen` sums how many keys each token attends."""
+        """The same of a batch: `targets` of its tokens pass the head; `seen` sums how many keys
+        each token attends.
+        """
         layers = sum(self._layer_matrices(n, active=True) for n in range(self.num_hidden_layers))
         head = self.vocab_size * self.hidden_size
-        return 6.0 * (tokens * layers + targets * head) + 12.0 * self.num_hidden_layers * self.hidden_size * seen
+        return (
+            6.0 * (tokens * layers + targets * head)
+            + 12.0 * self.num_hidden_layers * self.hidden_size * seen
+        )
 
     def _layer_matrices(self, layer: int, active: bool) -> int:
         """Matrix elements of one layer."""
@@ -215,10 +259,14 @@ class ModelConfig:
             return attention + 3 * h * self.intermediate_size
         experts = self.num_experts_per_tok if active else self.num_experts
         widths = experts * self.moe_intermediate_size + self.shared_expert_intermediate_size
-        return attention + 3 * h * widths + h * self.num_experts + h  # the router, the shared expert's gate
+        return (
+            attention + 3 * h * widths + h * self.num_experts + h
+        )  # the router, the shared expert's gate
 
 
-_REQUIRED = {f.name for f in fields(ModelConfig) if f.default is MISSING and f.default_factory is MISSING}
+_REQUIRED = {
+    f.name for f in fields(ModelConfig) if f.default is MISSING and f.default_factory is MISSING
+}
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -240,7 +288,12 @@ _EXPERT_FIELDS = _EXPERTS_REQUIRED | {
     "decoder_sparse_step",
     "mlp_only_layers",
 }
-_NOT_IN_FILE = {"yarn", "dual_chunk", "other", "generation"}  # in the file under other names, or in another file
+_NOT_IN_FILE = {
+    "yarn",
+    "dual_chunk",
+    "other",
+    "generation",
+}  # in the file under other names, or in another file
 _USUAL = {  # fields that other software expects, the same in every released Qwen2
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -301,12 +354,18 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
             raise OpenQwenError(f"{name} is {values[name]!r}, not an object.", where=where)
     kind = values.get("model_type", "qwen2")
     if kind not in _MODEL_TYPES:
-        raise OpenQwenError(f"model_type is '{kind}', not one of {', '.join(_MODEL_TYPES)}.", where=where)
+        raise OpenQwenError(
+            f"model_type is '{kind}', not one of {', '.join(_MODEL_TYPES)}.", where=where
+        )
     if values.get("use_sliding_window"):
-        raise OpenQwenError("use_sliding_window is true; no released Qwen2 uses a sliding window.", where=where)
+        raise OpenQwenError(
+            "use_sliding_window is true; no released Qwen2 uses a sliding window.", where=where
+        )
     layers = values.get("layer_types") or []
     layers = layers if isinstance(layers, list) else [layers]
     if odd := {str(kind) for kind in layers} - {"full_attention"}:
         raise OpenQwenError(f"layer_types holds {', '.join(sorted(odd))}.", where=where)
     if values.get("hidden_act", "silu") != "silu":
-        raise OpenQwenError(f"hidden_act is '{values['hidden_act']}'; Qwen2's is silu.", where=where)
+        raise OpenQwenError(
+            f"hidden_act is '{values['hidden_act']}'; Qwen2's is silu.", where=where
+        )

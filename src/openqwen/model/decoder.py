@@ -1,6 +1,8 @@
-"""The Qwen2 network, top-down: model, layer, attention, norm. Parameter names are the published checkpoints' own.
+"""The Qwen2 network, top-down: model, layer, attention, norm. Parameter names are the published
+checkpoints' own.
 
-Packed tokens are the only layout (law 1): `model(tokens[T], positions[T], attention) -> hidden[T, D]`.
+Packed tokens are the only layout (law 1): `model(tokens[T], positions[T], attention) -> hidden[T,
+D]`.
 """
 
 from collections.abc import Mapping
@@ -28,14 +30,22 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config)
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, routing: Routing | None = None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: Attention,
+        routing: Routing | None = None,
     ) -> Tensor:
-        """Token ids and their positions in their documents → hidden states [T, D]; `routing` is filled by experts."""
+        """Token ids and their positions in their documents → hidden states [T, D]; `routing` is
+        filled by experts.
+        """
         x_TD = self.embed_tokens(tokens_T)
         rotation = attention.rotation(positions_T, self.config)
         return self.norm(self.through_layers(x_TD, rotation, attention, routing))
 
-    def through_layers(self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None) -> Tensor:
+    def through_layers(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None
+    ) -> Tensor:
         """[T, D] → [T, D], every layer in its turn."""
         for layer in self.layers:
             x_TD = layer(x_TD, rotation, attention, routing)
@@ -43,7 +53,8 @@ class Decoder(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """The language model: a decoder and a head, which is the embedding table itself where `tie_word_embeddings`.
+    """The language model: a decoder and a head, which is the embedding table itself where
+    `tie_word_embeddings`.
 
     stored: where its weights lie in files, if it was loaded without memory.
     """
@@ -58,7 +69,11 @@ class Qwen2(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else head
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, routing: Routing | None = None
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        attention: Attention,
+        routing: Routing | None = None,
     ) -> Tensor:
         """Token ids [T], positions [T] → hidden states [T, D]. `routing` is filled by experts."""
         return self.model(tokens_T, positions_T, attention, routing)
@@ -97,7 +112,9 @@ class Scorer(nn.Module):
         self.model = Decoder(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, last_B: Tensor) -> Tensor:
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, last_B: Tensor
+    ) -> Tensor:
         """Scores [B] of the B documents whose last tokens stand at the rows `last_B`."""
         scores_B1 = self.score(self.model(tokens_T, positions_T, attention)[last_B])
         return scores_B1.squeeze(-1).clone()  # FSDP2 warns of a network that returns a view
@@ -122,7 +139,9 @@ class Layer(nn.Module):
             else FeedForward(config.hidden_size, config.intermediate_size)
         )
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None
+    ) -> Tensor:
         """[T, D] → [T, D]."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, attention)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD), routing)
@@ -150,7 +169,10 @@ class SelfAttention(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, times a learned weight. No mean is taken off, no bias added."""
+    """x / rms(x) in float32, cast back, times a learned weight.
+
+    No mean is taken off, no bias added.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -161,11 +183,15 @@ class RMSNorm(nn.Module):
         """[T, D] → [T, D]."""
         if x_TD.dtype == torch.float32:
             return F.rms_norm(x_TD, self.weight.shape, self.weight.to(x_TD.dtype), self.eps)
-        return self.weight * F.rms_norm(x_TD.float(), self.weight.shape, None, self.eps).to(x_TD.dtype)
+        return self.weight * F.rms_norm(x_TD.float(), self.weight.shape, None, self.eps).to(
+            x_TD.dtype
+        )
 
 
 def initialize(model: Qwen2 | Scorer, generator: torch.Generator) -> None:
-    """The reference code's start: every matrix ~ N(0, initializer_range), biases zero, norm weights one."""
+    """The reference code's start: every matrix ~ N(0, initializer_range), biases zero, norm weights
+    one.
+    """
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:

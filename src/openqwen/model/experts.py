@@ -1,9 +1,11 @@
-"""Mixture of experts: the feed-forward network of a sparse layer (Qwen2 report, 2.2.2; transformers' Qwen2-MoE).
+"""Mixture of experts: the feed-forward network of a sparse layer (Qwen2 report, 2.2.2;
+transformers' Qwen2-MoE).
 
-p = softmax(G x) over all experts; a token passes through the k likeliest, weighted by p as it is (renormalised only
-where `norm_topk_prob`), and through the shared expert, weighted by its own sigmoid gate. No capacity limit: no token is
-ever dropped. Parameter names and shapes are transformers' fused ones. Shapes: T tokens, D width, E experts, k experts
-of a token, N = T·k pairs of a token and an expert, I width of an expert, O output width.
+p = softmax(G x) over all experts; a token passes through the k likeliest, weighted by p as it is
+(renormalised only where `norm_topk_prob`), and through the shared expert, weighted by its own
+sigmoid gate. No capacity limit: no token is ever dropped. Parameter names and shapes are
+transformers' fused ones. Shapes: T tokens, D width, E experts, k experts of a token, N = T·k pairs
+of a token and an expert, I width of an expert, O output width.
 """
 
 from collections.abc import Sequence
@@ -19,23 +21,31 @@ from openqwen.model.feed_forward import FeedForward
 
 
 class Routing:
-    """Where tokens went: an argument of a forward call, which fills it, one entry a sparse layer from the bottom up.
+    """Where tokens went: an argument of a forward call, which fills it, one entry a sparse layer
+    from the bottom up.
 
-    probabilities: the router's softmax over all experts [T, E], differentiable. chosen: the experts of a token [T, k],
-    likeliest first. Without one, a forward call keeps nothing of this. No dataclass: FSDP2 hands copies of those on.
+    probabilities: the router's softmax over all experts [T, E], differentiable. chosen: the experts
+    of a token [T, k], likeliest first. Without one, a forward call keeps nothing of this. No
+    dataclass: FSDP2 hands copies of those on.
     """
 
     def __init__(self, probabilities: Sequence[Tensor] = (), chosen: Sequence[Tensor] = ()):
         self.probabilities, self.chosen = list(probabilities), list(chosen)
 
     def counts_LE(self) -> Tensor:
-        """Tokens that each expert of each sparse layer received, int64 [layers, E]; a layer's sum is T·k."""
+        """Tokens that each expert of each sparse layer received, int64 [layers, E]; a layer's sum
+        is T·k.
+        """
         experts = self.probabilities[0].shape[1]
         return torch.stack([torch.bincount(c.flatten(), minlength=experts) for c in self.chosen])
 
 
-def route(logits_TE: Tensor, active: int, renormalised: bool, routing: Routing | None = None) -> tuple[Tensor, Tensor]:
-    """The `active` likeliest experts of each token: their weights and numbers, [T, k]; both go into `routing`."""
+def route(
+    logits_TE: Tensor, active: int, renormalised: bool, routing: Routing | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `active` likeliest experts of each token: their weights and numbers, [T, k]; both go into
+    `routing`.
+    """
     p_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
     weights_Tk, chosen_Tk = p_TE.topk(active, dim=-1)
     if renormalised:
@@ -67,9 +77,11 @@ class SparseFeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks in two tensors: gate_up_proj [E, 2I, D], gate rows first, and down_proj [E, D, I].
+    """E SwiGLU networks in two tensors: gate_up_proj [E, 2I, D], gate rows first, and down_proj [E,
+    D, I].
 
-    Their values come from a checkpoint or from `initialize`; until then they are whatever memory held.
+    Their values come from a checkpoint or from `initialize`; until then they are whatever memory
+    held.
     """
 
     def __init__(self, experts: int, hidden_size: int, width: int):
@@ -82,7 +94,9 @@ class Experts(nn.Module):
         return mixture(x_TD, weights_Tk, self.gate_up_proj, self.down_proj, chosen_Tk)
 
 
-def mixture(x_TD: Tensor, weights_Tk: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, chosen_Tk: Tensor) -> Tensor:
+def mixture(
+    x_TD: Tensor, weights_Tk: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, chosen_Tk: Tensor
+) -> Tensor:
     """Each token through its chosen experts, the answers weighted and summed: [T, D]."""
     return _Mixture.apply(x_TD, weights_Tk, gate_up_EJD, down_EDI, chosen_Tk)
 
@@ -90,28 +104,40 @@ def mixture(x_TD: Tensor, weights_Tk: Tensor, gate_up_EJD: Tensor, down_EDI: Ten
 class _Mixture(torch.autograd.Function):
     """Σ_k w_k · down_e(silu(gate_e(x)) · up_e(x)), with its gradient written out.
 
-    The pairs of a token and an expert are sorted by expert, so that an expert sees its tokens as one matrix. Autograd
-    alone would keep every token k times over before and after the experts; here only gate and up are kept.
+    The pairs of a token and an expert are sorted by expert, so that an expert sees its tokens as
+    one matrix. Autograd alone would keep every token k times over before and after the experts;
+    here only gate and up are kept.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_Tk: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, chosen_Tk: Tensor
+        ctx: Any,
+        x_TD: Tensor,
+        weights_Tk: Tensor,
+        gate_up_EJD: Tensor,
+        down_EDI: Tensor,
+        chosen_Tk: Tensor,
     ) -> Tensor:
         order_N = chosen_Tk.flatten().argsort(stable=True)  # sorted place → pair
-        places_Tk = torch.empty_like(order_N).scatter_(0, order_N, _count_up(order_N)).view_as(chosen_Tk)
+        places_Tk = (
+            torch.empty_like(order_N).scatter_(0, order_N, _count_up(order_N)).view_as(chosen_Tk)
+        )
         groups = _Groups(torch.bincount(chosen_Tk.flatten(), minlength=len(down_EDI)))
         tokens_N = order_N // chosen_Tk.shape[1]
         gate_up_NJ = groups.rows(x_TD[tokens_N], gate_up_EJD.transpose(1, 2))
         gate_NI, up_NI = gate_up_NJ.chunk(2, dim=-1)
         y_ND = groups.rows(F.silu(gate_NI).mul_(up_NI), down_EDI.transpose(1, 2))
         ctx.groups = groups
-        ctx.save_for_backward(x_TD, weights_Tk, gate_up_EJD, down_EDI, gate_up_NJ, order_N, places_Tk)
+        ctx.save_for_backward(
+            x_TD, weights_Tk, gate_up_EJD, down_EDI, gate_up_NJ, order_N, places_Tk
+        )
         return F.embedding_bag(places_Tk, y_ND, per_sample_weights=weights_Tk, mode="sum")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, None]:
         x_TD, weights_Tk, gate_up_EJD, down_EDI, gate_up_NJ, order_N, places_Tk = ctx.saved_tensors
         tokens_N = order_N // places_Tk.shape[1]
         weights_N1 = weights_Tk.flatten()[order_N, None]
@@ -121,7 +147,9 @@ class _Mixture(torch.autograd.Function):
         h_NI = silu_NI * up_NI
 
         grad_y_ND = grads[0][tokens_N]
-        grad_h_NI = ctx.groups.rows(grad_y_ND, down_EDI)  # not yet weighted: ⟨dy, down h⟩ = ⟨downᵀ dy, h⟩ is dw
+        grad_h_NI = ctx.groups.rows(
+            grad_y_ND, down_EDI
+        )  # not yet weighted: ⟨dy, down h⟩ = ⟨downᵀ dy, h⟩ is dw
         grad_weights_Tk = (grad_h_NI * h_NI).sum(-1)[places_Tk]
         grad_h_NI *= weights_N1
         learned = ctx.needs_input_grad  # frozen experts cost no gradient
@@ -140,7 +168,9 @@ class _Mixture(torch.autograd.Function):
 
 
 class _Groups:
-    """Rows in E consecutive groups, each with a matrix of its own: one matmul a group, or one call for all of them."""
+    """Rows in E consecutive groups, each with a matrix of its own: one matmul a group, or one call
+    for all of them.
+    """
 
     def __init__(self, sizes_E: Tensor):
         self.ends_E = sizes_E.cumsum(0, dtype=torch.int32)
@@ -148,7 +178,10 @@ class _Groups:
 
     @property
     def bounds(self) -> list[tuple[int, int, int]]:
-        """Group, first row, row behind the last; the empty groups left out. Asking a GPU for them waits for it."""
+        """Group, first row, row behind the last; the empty groups left out.
+
+        Asking a GPU for them waits for it.
+        """
         if self._bounds is None:
             ends = self.ends_E.tolist()
             self._bounds = [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends)) if a < b]
@@ -174,31 +207,46 @@ class _Groups:
 
 
 def one_call(a: Tensor, b: Tensor) -> bool:
-    """Whether one grouped matmul does for all groups: on a GPU, in bfloat16, widths in multiples of 16 bytes.
+    """Whether one grouped matmul does for all groups: on a GPU, in bfloat16, widths in multiples of
+    16 bytes.
 
     On a CPU it is the same loop and no faster (benchmarks/experts.py).
     """
     wide = a.shape[1] % 8 == 0 and b.shape[-1] % 8 == 0
-    return a.is_cuda and a.dtype == torch.bfloat16 and wide and grouped_matmul_is_right(a.device, a.dtype)
+    return (
+        a.is_cuda
+        and a.dtype == torch.bfloat16
+        and wide
+        and grouped_matmul_is_right(a.device, a.dtype)
+    )
 
 
 @cache
 def grouped_matmul_is_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped matmul runs on this device and equals one matmul a group, an empty one among them."""
+    """Whether torch's grouped matmul runs on this device and equals one matmul a group, an empty
+    one among them.
+    """
     if not hasattr(F, "grouped_mm"):
         return False
     generator = torch.Generator().manual_seed(0)
-    a_NA, b_NB, w_EAB = (torch.randn(s, generator=generator).to(device, dtype) for s in ((24, 16), (24, 8), (3, 16, 8)))
+    a_NA, b_NB, w_EAB = (
+        torch.randn(s, generator=generator).to(device, dtype)
+        for s in ((24, 16), (24, 8), (3, 16, 8))
+    )
     ends_E = torch.tensor([8, 8, 24], dtype=torch.int32, device=device)
     rows_NB = torch.cat([a_NA[:8] @ w_EAB[0], a_NA[8:] @ w_EAB[2]])
-    outer_EAB = torch.stack([a_NA[:8].T @ b_NB[:8], torch.zeros_like(w_EAB[1]), a_NA[8:].T @ b_NB[8:]])
+    outer_EAB = torch.stack(
+        [a_NA[:8].T @ b_NB[:8], torch.zeros_like(w_EAB[1]), a_NA[8:].T @ b_NB[8:]]
+    )
     try:
         rows_too_NB = F.grouped_mm(a_NA, w_EAB, offs=ends_E)
         outer_too_EAB = F.grouped_mm(a_NA.T, b_NB, offs=ends_E)
     except RuntimeError:
         return False
     pairs = ((rows_too_NB, rows_NB), (outer_too_EAB, outer_EAB))
-    return all(torch.allclose(one.float(), many.float(), rtol=2e-2, atol=2e-2) for one, many in pairs)
+    return all(
+        torch.allclose(one.float(), many.float(), rtol=2e-2, atol=2e-2) for one, many in pairs
+    )
 
 
 def _count_up(like_N: Tensor) -> Tensor:

@@ -14,5 +14,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, routing: object = None) -> Tensor:
-        """[T, D] → [T, D]. routing: what experts fill; here all tokens go one way, and it is left alone."""
+        """[T, D] → [T, D]. routing: what experts fill; here all tokens go one way, and it is left
+        alone.
+        """
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))

@@ -1,7 +1,8 @@
 """Qwen2 in GGUF: llama.cpp's names of hyper-parameters and tensors, to and from the published ones.
 
-Qwen2's RoPE pairs dimension i with i + d/2 in both, so no row of a matrix moves. A tied head is the file's lack of
-`output.weight`. The experts of a layer are one tensor; the router of the shared expert has no first dimension.
+Qwen2's RoPE pairs dimension i with i + d/2 in both, so no row of a matrix moves. A tied head is the
+file's lack of `output.weight`. The experts of a layer are one tensor; the router of the shared
+expert has no first dimension.
 """
 
 import math
@@ -80,7 +81,10 @@ _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
-    """The configuration and where each tensor lies, by published name. Of a model in several files give the first."""
+    """The configuration and where each tensor lies, by published name.
+
+    Of a model in several files give the first.
+    """
     header = read_first_header(path)
     stored: dict[str, Stored] = {}
     for file in (header, *other_files(header)):
@@ -91,12 +95,16 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
                     where=file.path,
                     do=f"use a file of {', '.join(BLOCKS)}",
                 )
-            stored |= _published(name, Stored(file.path, place.shape, place.type, place.offset, place.size))
+            stored |= _published(
+                name, Stored(file.path, place.shape, place.type, place.offset, place.size)
+            )
     return _config(header, stored), stored
 
 
 def _published(name: str, stored: Stored) -> dict[str, Stored]:
-    """The tensor under its published name; the experts of a layer one by one; an unknown name stays as it is."""
+    """The tensor under its published name; the experts of a layer one by one; an unknown name stays
+    as it is.
+    """
     match = _LAYER.fullmatch(name)
     if match is None:
         return {_OUTSIDE.get(name, name): stored}
@@ -106,22 +114,33 @@ def _published(name: str, stored: Stored) -> dict[str, Stored]:
         experts = range(stored.shape[0])
         return {f"{stem}.mlp.experts.{e}.{_EXPERTS[own]}.{kind}": stored.part(e) for e in experts}
     if own == "ffn_gate_inp_shexp":
-        stored = Stored(stored.path, (1, *stored.shape[-1:]), stored.type, stored.offset, stored.size)
+        stored = Stored(
+            stored.path, (1, *stored.shape[-1:]), stored.type, stored.offset, stored.size
+        )
     return {f"{stem}.{_IN_LAYER[own]}.{kind}" if own in _IN_LAYER else name: stored}
 
 
 def _config(header: GgufHeader, stored: Mapping[str, Stored]) -> ModelConfig:
-    """The hyper-parameters, by their names in `config.json`. What files leave out can be seen in the tensors."""
+    """The hyper-parameters, by their names in `config.json`.
+
+    What files leave out can be seen in the tensors.
+    """
     metadata, where = header.metadata, str(header.path)
     kind = metadata.get("general.architecture")
     if kind not in _ARCHITECTURES:
         raise OpenQwenError(
-            f"This file holds a network of the kind '{kind}'.", where=where, do="give one of Qwen2 or Qwen2.5"
+            f"This file holds a network of the kind '{kind}'.",
+            where=where,
+            do="give one of Qwen2 or Qwen2.5",
         )
 
     def own(names: Mapping[str, str]) -> dict[str, Any]:
         values = {name: metadata.get(f"{kind}.{key}") for name, key in names.items()}
-        return {name: _shortest(v) if isinstance(v, float) else v for name, v in values.items() if v is not None}
+        return {
+            name: _shortest(v) if isinstance(v, float) else v
+            for name, v in values.items()
+            if v is not None
+        }
 
     def rows(name: str) -> int | None:
         return stored[name].shape[0] if name in stored else None
@@ -139,7 +158,9 @@ def _config(header: GgufHeader, stored: Mapping[str, Stored]) -> ModelConfig:
     if _ARCHITECTURES[kind]:
         widths = {
             "moe_intermediate_size": rows("model.layers.0.mlp.experts.0.up_proj.weight"),
-            "shared_expert_intermediate_size": rows("model.layers.0.mlp.shared_expert.up_proj.weight"),
+            "shared_expert_intermediate_size": rows(
+                "model.layers.0.mlp.shared_expert.up_proj.weight"
+            ),
         }
         values |= widths | own(_EXPERT_SIZES)
     scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
@@ -163,14 +184,22 @@ def _shortest(value: float) -> float:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A tensor that a file holds less exactly than the network. error: ‖written − real‖ / ‖real‖."""
+    """A tensor that a file holds less exactly than the network. error: ‖written − real‖ /
+    ‖real‖.
+    """
 
     name: str
     type: str
     error: float
 
 
-KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # what a file is made of, and llama.cpp's number for it
+KINDS = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q8_0": 7,
+    "BF16": 32,
+}  # what a file is made of, and llama.cpp's number for it
 
 
 def save_gguf(
@@ -183,9 +212,11 @@ def save_gguf(
 ) -> list[Rounded]:
     """Write a .gguf file that llama.cpp loads; returns the tensors that lost precision.
 
-    kind: one of `KINDS`, for the matrices. As in llama.cpp's own files, vectors and routers are F32, and a Q4_0 file
-    has its output matrix (the embedding, where they are tied) in Q8_0. Rows that no block divides are F16.
-    vocabulary: the `tokenizer.*` entries. advance: called with the number of weights written since the last call.
+    kind: one of `KINDS`, for the matrices. As in llama.cpp's own files, vectors and routers are
+    F32, and a Q4_0 file has its output matrix (the embedding, where they are tied) in Q8_0. Rows
+    that no block divides are F16.
+    vocabulary: the `tokenizer.*` entries. advance: called with the number of weights written since
+    the last call.
     """
     config = model.config
     metadata = {
@@ -200,11 +231,17 @@ def save_gguf(
     rounded: list[Rounded] = []
     tensors = []
     for own, parts in _grouped(model).items():
-        shape = (len(parts), *parts[0].shape) if own.split(".")[-2] in _EXPERTS else tuple(parts[0].shape)
+        shape = (
+            (len(parts), *parts[0].shape)
+            if own.split(".")[-2] in _EXPERTS
+            else tuple(parts[0].shape)
+        )
         if own.endswith("ffn_gate_inp_shexp.weight"):
             shape = shape[1:]
         written = _type(own, shape, kind, config.tie_word_embeddings)
-        tensors.append(NewTensor(own, shape, written, _packer(own, parts, written, rounded, advance)))
+        tensors.append(
+            NewTensor(own, shape, written, _packer(own, parts, written, rounded, advance))
+        )
     write_gguf(path, metadata, tensors)
     return rounded
 
@@ -213,13 +250,18 @@ def not_stored(config: ModelConfig) -> list[str]:
     """What a checkpoint says that a GGUF file has no place for, a sentence each."""
     lost = []
     if config.dual_chunk:
-        lost.append("dual chunk attention is not stored in GGUF: long sequences are read by plain RoPE")
+        lost.append(
+            "dual chunk attention is not stored in GGUF: long sequences are read by plain RoPE"
+        )
     if config.yarn and config.yarn.temperature != yarn_temperature(config.yarn.factor):
-        lost.append("YARN's own attention_factor is not stored in GGUF: llama.cpp takes 0.1 ln(factor) + 1")
+        lost.append(
+            "YARN's own attention_factor is not stored in GGUF: llama.cpp takes 0.1 ln(factor) + 1"
+        )
     if config.yarn and not config.yarn.truncate:
         lost.append("YARN's truncate is not stored in GGUF: llama.cpp takes whole dimensions")
     sampling = sorted(
-        config.generation.keys() - {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
+        config.generation.keys()
+        - {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
     )
     if sampling:
         lost.append(f"generation defaults are not stored in GGUF: {', '.join(sampling)}")
@@ -230,13 +272,18 @@ def _hyper_parameters(config: ModelConfig) -> dict[str, Any]:
     values: dict[str, Any] = {key: getattr(config, name) for name, key in _SIZES.items()}
     reals = ["rope.freq_base"]
     if config.yarn:
-        values |= {"rope.scaling.type": "yarn"} | {key: getattr(config.yarn, name) for name, key in _YARN.items()}
+        values |= {"rope.scaling.type": "yarn"} | {
+            key: getattr(config.yarn, name) for name, key in _YARN.items()
+        }
         reals += [_YARN["factor"], _YARN["beta_fast"], _YARN["beta_slow"]]
-    values |= {key: float(values[key]) for key in reals}  # a whole number may stand for one in a config.json
+    values |= {
+        key: float(values[key]) for key in reals
+    }  # a whole number may stand for one in a config.json
     if config.num_experts:
         if config.norm_topk_prob or not all(map(config.is_sparse, range(config.num_hidden_layers))):
             raise OpenQwenError(
-                "llama.cpp's Qwen2-MoE has experts in every layer and does not renormalise their weights; this network"
+                "llama.cpp's Qwen2-MoE has experts in every layer and does not renormalise their "
+                "weights; this network"
                 " differs (norm_topk_prob, decoder_sparse_step or mlp_only_layers).",
                 do="keep it as a Hugging Face folder",
             )
@@ -272,9 +319,15 @@ def _type(name: str, shape: tuple[int, ...], kind: str, tied: bool) -> str:
 
 
 def _packer(
-    name: str, parts: list[Tensor], kind: str, rounded: list[Rounded], advance: Callable[[int], None]
+    name: str,
+    parts: list[Tensor],
+    kind: str,
+    rounded: list[Rounded],
+    advance: Callable[[int], None],
 ) -> Callable[[], Iterator[memoryview]]:
-    """The tensor's bytes, piece by piece; at the end an entry of `rounded` if any weight changed."""
+    """The tensor's bytes, piece by piece; at the end an entry of `rounded` if any weight
+    changed.
+    """
 
     def pack() -> Iterator[memoryview]:
         wrong = total = 0.0

@@ -1,7 +1,8 @@
 """The network's compiled kernels: one library of all files in `native/`, with one pool of threads.
 
-Never required (law 7): where there is no compiler, `function` returns None and callers take their plain PyTorch path.
-Sums are rounded in the order in which they are written, so that every path gives the same bits.
+Never required (law 7): where there is no compiler, `function` returns None and callers take their
+plain PyTorch path. Sums are rounded in the order in which they are written, so that every path
+gives the same bits.
 """
 
 import ctypes
@@ -30,7 +31,9 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., Any] | None:
-    """A kernel by its C name, given the ctypes of its arguments (an address is a `c_void_p`, passed as an int)."""
+    """A kernel by its C name, given the ctypes of its arguments (an address is a `c_void_p`, passed
+    as an int).
+    """
     if (loaded := library()) is None:
         return None
     found = getattr(loaded, name)
@@ -39,7 +42,10 @@ def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., An
 
 
 def follow_torch() -> None:
-    """Give the pool as many threads as PyTorch has now. Cheap; called before kernels that share their work out."""
+    """Give the pool as many threads as PyTorch has now.
+
+    Cheap; called before kernels that share their work out.
+    """
     global _width
     count = _width if _alone else torch.get_num_threads()
     if count != _width and (setter := function("openqwen_set_threads", ctypes.c_int32)):
@@ -49,8 +55,9 @@ def follow_torch() -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """While the block lasts PyTorch works on one thread: after each of its operations the others would look for work on
-    the cores that the pool's threads need, for milliseconds (OpenMP's way)."""
+    """While the block lasts PyTorch works on one thread: after each of its operations the others
+    would look for work on the cores that the pool's threads need, for milliseconds (OpenMP's
+    way)."""
     global _alone
     if _alone or library() is None:
         yield
@@ -72,7 +79,9 @@ def address(tensor: torch.Tensor | None) -> int | None:
 
 
 def linear() -> Callable[..., Any] | None:
-    """`openqwen_linear` of native/linear.cpp, on as many threads as PyTorch has; None where there are no kernels."""
+    """`openqwen_linear` of native/linear.cpp, on as many threads as PyTorch has; None where there
+    are no kernels.
+    """
     follow_torch()
     return _linear()
 

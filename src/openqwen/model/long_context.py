@@ -1,5 +1,5 @@
-"""How a sequence longer than the training window is read: YARN and Dual Chunk Attention, as `config.json` states them,
-or as sequences of each length need them (`stages`).
+"""How a sequence longer than the training window is read: YARN and Dual Chunk Attention, as
+`config.json` states them, or as sequences of each length need them (`stages`).
 
 The numbers only; the arithmetic is in rope.py and dual_chunk.py.
 """
@@ -20,7 +20,8 @@ _UNITS = {"k": 1024, "m": 1024**2}
 
 @dataclass(frozen=True)
 class Yarn:
-    """Frequencies stretched by `factor` beyond `original_max_position_embeddings` (Peng et al. 2023, released form).
+    """Frequencies stretched by `factor` beyond `original_max_position_embeddings` (Peng et al.
+    2023, released form).
 
     attention_factor: what cos and sin are multiplied by, on queries and keys alike; None means
     0.1 ln(factor) + 1, or with both `mscale` and `mscale_all_dim` the ratio of
@@ -63,7 +64,9 @@ class Yarn:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], max_position_embeddings: int) -> "Yarn | None":
-        """Read `rope_scaling` or `rope_parameters`, old spelling (`type`) or new (`rope_type`); None where plain."""
+        """Read `rope_scaling` or `rope_parameters`, old spelling (`type`) or new (`rope_type`);
+        None where plain.
+        """
         kind = values.get("rope_type") or values.get("type") or "default"
         if kind == "default":
             return None
@@ -81,14 +84,23 @@ class Yarn:
         if wrong:
             raise OpenQwenError(
                 wrong,
-                do='use {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, or none',
+                do=(
+                    'use {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": '
+                    "32768}, or none"
+                ),
             )
         given.setdefault("original_max_position_embeddings", max_position_embeddings)
         return cls(**given, truncate=bool(values.get("truncate", True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The entries of `rope_scaling` without the key that names the kind; defaults are left out, as published."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        """The entries of `rope_scaling` without the key that names the kind; defaults are left out,
+        as published.
+        """
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != f.default
+        }
 
 
 def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
@@ -100,8 +112,9 @@ def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
 class DualChunk:
     """Dual Chunk Attention in the code form of ChunkLlama, vLLM and Qwen2.5-1M (An et al. 2024).
 
-    The names shift from the paper's: chunk_size is the paper's c, local_size its w, and `chunk_len` the real length of
-    a chunk. original_max_position_embeddings: queries of longer sequences are scaled by YARN's m²; 0 never scales.
+    The names shift from the paper's: chunk_size is the paper's c, local_size its w, and `chunk_len`
+    the real length of a chunk. original_max_position_embeddings: queries of longer sequences are
+    scaled by YARN's m²; 0 never scales.
     """
 
     chunk_size: int
@@ -111,7 +124,10 @@ class DualChunk:
     def __post_init__(self) -> None:
         if not 0 <= self.local_size < self.chunk_size:
             raise OpenQwenError(
-                f"Dual chunks of {self.chunk_size} tokens cannot have a local window of {self.local_size}.",
+                (
+                    f"Dual chunks of {self.chunk_size} tokens cannot have a local window of "
+                    f"{self.local_size}."
+                ),
                 where="dual_chunk_attention_config",
                 do="make local_size smaller than chunk_size (Qwen2.5-1M: 262144 and 8192)",
             )
@@ -129,7 +145,9 @@ class DualChunk:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DualChunk":
-        """Read `dual_chunk_attention_config`; what is missing is as in vLLM (8,192, 1,024, no scaling)."""
+        """Read `dual_chunk_attention_config`; what is missing is as in vLLM (8,192, 1,024, no
+        scaling).
+        """
         given = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
         for name, value in given.items():
             if type(value) is not int:
@@ -144,11 +162,13 @@ class DualChunk:
 
 @dataclass(frozen=True)
 class LongContext:
-    """How one sequence is read. The default is plain RoPE attention. Sequences of one batch may differ.
+    """How one sequence is read. The default is plain RoPE attention. Sequences of one batch may
+    differ.
 
-    tokens: the length that Dual Chunk Attention's query scale counts with. None takes the sequence's own at each call,
-    as vLLM does: then generating token by token scales a query by the length at its step, one pass scales all by the
-    final length, and the two differ. A number, settled at admission, makes them the same.
+    tokens: the length that Dual Chunk Attention's query scale counts with. None takes the
+    sequence's own at each call, as vLLM does: then generating token by token scales a query by the
+    length at its step, one pass scales all by the final length, and the two differ. A number,
+    settled at admission, makes them the same.
     """
 
     yarn: Yarn | None = None
@@ -157,18 +177,22 @@ class LongContext:
 
 
 class ContextStep(NamedTuple):
-    """Sequences of up to `until` tokens are read in this `way`; None: as the model's configuration says."""
+    """Sequences of up to `until` tokens are read in this `way`; None: as the model's configuration
+    says.
+    """
 
     until: int
     way: LongContext | None
 
 
 def stages(config: "ModelConfig", max_context: int | None = None) -> list[ContextStep]:
-    """The ways to read sequences of any length up to max_context (None: what the checkpoint states), shortest first:
-    stretched by 1, 2, 4 … At factor 1 every bit is that of a model that knows no longer context.
+    """The ways to read sequences of any length up to max_context (None: what the checkpoint
+    states), shortest first: stretched by 1, 2, 4 … At factor 1 every bit is that of a model that
+    knows no longer context.
 
-    YARN stretches up to four times the trained window. Dual Chunk Attention reads what is longer than the window where
-    the checkpoint's configuration has it, or where max_context is beyond that.
+    YARN stretches up to four times the trained window. Dual Chunk Attention reads what is longer
+    than the window where the checkpoint's configuration has it, or where max_context is beyond
+    that.
     """
     most, window = max_context or stated_context(config), trained_window(config)
     dual = config.dual_chunk or _chunks(window, most)
@@ -192,15 +216,26 @@ def describe(config: "ModelConfig", max_context: int | None = None) -> str:
         return plain
     if dual := config.dual_chunk or _chunks(window, most):
         return f"{plain}, longer ones by Dual Chunk Attention in chunks of {dual.chunk_len:,}"
-    factors = [f"{stage.way.yarn.factor:g}" for stage in stages(config, most) if stage.way and stage.way.yarn]
+    factors = [
+        f"{stage.way.yarn.factor:g}"
+        for stage in stages(config, most)
+        if stage.way and stage.way.yarn
+    ]
     return f"{plain}, longer ones by YARN × {' or '.join(factors)}, chosen for each request"
 
 
 def context_tokens(text: str) -> int:
-    """Tokens of "128k", "1m" (1,024 and 1,024² to the unit) or "40000". OpenQwenError for anything else."""
-    digits, unit = (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
+    """Tokens of "128k", "1m" (1,024 and 1,024² to the unit) or "40000".
+
+    OpenQwenError for anything else.
+    """
+    digits, unit = (
+        (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
+    )
     if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
-        raise OpenQwenError(f"'{text}' is no length of a context.", do="write 32k, 128k, 1m or a number of tokens")
+        raise OpenQwenError(
+            f"'{text}' is no length of a context.", do="write 32k, 128k, 1m or a number of tokens"
+        )
     return int(digits) * unit
 
 
@@ -210,14 +245,17 @@ def trained_window(config: "ModelConfig") -> int:
         return dual.original_max_position_embeddings or dual.chunk_size
     if config.yarn:
         return config.yarn.original_max_position_embeddings
-    # Base models of Qwen2 and Qwen2.5 state 131,072 but were trained on 32,768 (qwen2-recipe facts, 4.4).
+    # Base models of Qwen2 and Qwen2.5 state 131,072 but were trained on 32,768 (qwen2-recipe facts,
+    # 4.4).
     overstated = config.max_position_embeddings == 131_072 and config.rope_theta == 1_000_000.0
     return 32_768 if overstated else config.max_position_embeddings
 
 
 def stated_context(config: "ModelConfig") -> int:
     """The longest context that the checkpoint's configuration speaks of."""
-    stretched = int(config.yarn.factor * config.yarn.original_max_position_embeddings) if config.yarn else 0
+    stretched = (
+        int(config.yarn.factor * config.yarn.original_max_position_embeddings) if config.yarn else 0
+    )
     return max(config.max_position_embeddings, stretched)
 
 

@@ -1,7 +1,9 @@
-"""Low-rank adapters: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), in the file format of the PEFT library.
+"""Low-rank adapters: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), in the file format of the
+PEFT library.
 
-A frozen matrix W gets a learned update s·B·A of low rank, s = alpha / rank. DoRA learns the length of each row apart:
-W' = m · (W + s·B·A) / ‖W + s·B·A‖, rows taken one by one, the norm treated as a constant in the gradient (section 4.3).
+A frozen matrix W gets a learned update s·B·A of low rank, s = alpha / rank. DoRA learns the length
+of each row apart: W' = m · (W + s·B·A) / ‖W + s·B·A‖, rows taken one by one, the norm treated as a
+constant in the gradient (section 4.3).
 """
 
 import math
@@ -56,20 +58,32 @@ class LoraConfig(Settings):
 
     rank: int = Field(16, ge=0, description="rank of the update of each matrix")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    targets: list[str] = Field(_TARGETS, min_length=1, description="names of the linear layers that get an adapter")
-    dora: bool = Field(False, description="DoRA: learn the length of each row of a matrix apart from its direction")
+    targets: list[str] = Field(
+        _TARGETS, min_length=1, description="names of the linear layers that get an adapter"
+    )
+    dora: bool = Field(
+        False, description="DoRA: learn the length of each row of a matrix apart from its direction"
+    )
     base: Literal["none", "int8", "int4"] = Field(
         "none",
-        description="while adapters learn, the matrices under them are held in 8 or 4 bits (CPU); none: as loaded",
+        description=(
+            "while adapters learn, the matrices under them are held in 8 or 4 bits (CPU); none: as "
+            "loaded"
+        ),
     )
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and its update. At the start the update is zero: A is random, B is zero."""
+    """A frozen linear layer and its update.
+
+    At the start the update is zero: A is random, B is zero.
+    """
 
     def __init__(self, base: nn.Linear, config: LoraConfig, generator: torch.Generator):
         super().__init__()
-        self.base = base.requires_grad_(False) if config.base == "none" else _packed(base, config.base)
+        self.base = (
+            base.requires_grad_(False) if config.base == "none" else _packed(base, config.base)
+        )
         self.scale = config.alpha / config.rank
         weight = base.weight
         bound = base.in_features**-0.5  # as PEFT: kaiming uniform with a = √5
@@ -114,19 +128,25 @@ class LoraLinear(nn.Module):
 
 def _packed(linear: nn.Linear, kind: Kind) -> QuantizedLinear:
     check(kind, linear.weight.device)
-    matrix = QuantizedLinear(linear.in_features, {"": linear.out_features}, kind, bias=linear.bias is not None)
+    matrix = QuantizedLinear(
+        linear.in_features, {"": linear.out_features}, kind, bias=linear.bias is not None
+    )
     matrix.fill([linear.weight.detach()], [] if linear.bias is None else [linear.bias.detach()])
     return matrix
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> None:
-    """Freeze the network and give every linear layer named in `config.targets` an adapter, in place."""
+    """Freeze the network and give every linear layer named in `config.targets` an adapter, in
+    place.
+    """
     whole(model).requires_grad_(False)
     found = {name.rpartition(".")[2] for name in _linears(model)}
     for target in config.targets:
         if target not in found:
             near = suggestion(target, found)
-            raise OpenQwenError(f"The network has no linear layer called '{target}'.{near}", where="lora.targets")
+            raise OpenQwenError(
+                f"The network has no linear layer called '{target}'.{near}", where="lora.targets"
+            )
     for name, module in _linears(model).items():
         if name.rpartition(".")[2] in config.targets:
             _replace(model, name, LoraLinear(module, config, generator))

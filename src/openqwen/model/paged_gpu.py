@@ -1,8 +1,9 @@
-"""Attention to pages on a GPU: FlashAttention for prompts, a Triton kernel for requests that decode.
+"""Attention to pages on a GPU: FlashAttention for prompts, a Triton kernel for requests that
+decode.
 
-`GpuPaged` serves any mixture of both within a call. `PagedDecode` serves calls in which every sequence
-has one new token; all that it needs lies on the GPU, so a CUDA graph can hold the call. Shapes as in
-paged.py; N keys of all sequences that read, laid end to end.
+`GpuPaged` serves any mixture of both within a call. `PagedDecode` serves calls in which every
+sequence has one new token; all that it needs lies on the GPU, so a CUDA graph can hold the call.
+Shapes as in paged.py; N keys of all sequences that read, laid end to end.
 """
 
 import importlib
@@ -24,7 +25,9 @@ from openqwen.model.rope import Rotation, rotate, rotation_of
 def decode_kernel() -> Callable[..., Tensor] | None:
     """The Triton kernel, where Triton is installed."""
     try:
-        found: Callable[..., Tensor] = importlib.import_module("openqwen.model.paged_triton").paged_decode
+        found: Callable[..., Tensor] = importlib.import_module(
+            "openqwen.model.paged_triton"
+        ).paged_decode
     except ImportError:
         return None
     return found
@@ -60,7 +63,9 @@ class GpuPaged:
         self._slots_N = torch.cat(keys_N) % size if reading else None
 
     def attend(self, q_THd: Tensor, layer: int) -> Tensor:
-        """Attention of turned queries to the cache, which holds their own keys already: [T, H, d]."""
+        """Attention of turned queries to the cache, which holds their own keys already: [T, H,
+        d].
+        """
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         out_THd = torch.empty_like(q_THd)
         if len(self._decode_rows):
@@ -80,9 +85,13 @@ class GpuPaged:
 
 
 class PagedDecode:
-    """One new token of each of B sequences. totals_B: int64, tokens of each, the new one among them."""
+    """One new token of each of B sequences. totals_B: int64, tokens of each, the new one among
+    them.
+    """
 
-    def __init__(self, store: Cache, tables_BP: Tensor, totals_B: Tensor, context: LongContext | None):
+    def __init__(
+        self, store: Cache, tables_BP: Tensor, totals_B: Tensor, context: LongContext | None
+    ):
         self._cache, self._tables_BP, self._totals_B = store, tables_BP, totals_B
         self._context = context
         at_B, size = totals_B - 1, store.page_size
@@ -93,13 +102,17 @@ class PagedDecode:
         """See `Attention.rotation`."""
         return rotation_of(positions_T, config, [self._context], [len(positions_T)], [1])
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
+    def attend(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int
+    ) -> Tensor:
         """See `Attention.attend`."""
         store, decode = self._cache, decode_kernel()
         assert decode is not None
         store.write(layer, self._slots_B, rotate(k_TKd, *rotation.key), v_TKd)
         query = rotate(q_THd, *rotation.query)
-        return decode(query, store.keys[layer], store.values[layer], self._tables_BP, self._totals_B)
+        return decode(
+            query, store.keys[layer], store.values[layer], self._tables_BP, self._totals_B
+        )
 
 
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:

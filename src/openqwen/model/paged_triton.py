@@ -1,4 +1,5 @@
-"""Attention of one new token a sequence to pages, as a Triton kernel (FlashDecoding, Dao et al. 2023).
+"""Attention of one new token a sequence to pages, as a Triton kernel (FlashDecoding, Dao et al.
+2023).
 
 The keys of a sequence are cut into splits that run beside each other; each gives its output and its
 log-sum-exp, and `paged_decode` merges them. Shapes: B sequences, H query heads, K key/value heads,
@@ -51,8 +52,12 @@ def _decode(
         page = tl.load(tables + b * pages + at // S, mask=seen, other=0)
         slot = at % S
         base = (page * K + head) * D * S
-        k = tl.load(keys + base[None, :] + d[:, None] * S + slot[None, :], mask=seen[None, :], other=0.0)
-        v = tl.load(values + base[:, None] + slot[:, None] * D + d[None, :], mask=seen[:, None], other=0.0)
+        k = tl.load(
+            keys + base[None, :] + d[:, None] * S + slot[None, :], mask=seen[None, :], other=0.0
+        )
+        v = tl.load(
+            values + base[:, None] + slot[:, None] * D + d[None, :], mask=seen[:, None], other=0.0
+        )
         scores = tl.dot(query, k, input_precision="ieee") * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -61,7 +66,8 @@ def _decode(
         weight = weight * kept + tl.sum(p, 1)
         acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = higher
-    # A split beyond the sequence's end has weight 0: its log-sum-exp is −inf, and the merge leaves it out.
+    # A split beyond the sequence's end has weight 0: its log-sum-exp is −inf, and the merge leaves
+    # it out.
     empty = first >= end
     acc = acc / tl.where(empty, 1.0, weight)[:, None]
     row = ((b * K + head) * G + g) * SPLITS + split
@@ -69,11 +75,13 @@ def _decode(
     tl.store(lse + row, tl.where(empty, float("-inf"), top + tl.log(weight)), mask=g < G)
 
 
-def paged_decode(q_BHd: Tensor, keys: Tensor, values: Tensor, tables_BP: Tensor, totals_B: Tensor) -> Tensor:
+def paged_decode(
+    q_BHd: Tensor, keys: Tensor, values: Tensor, tables_BP: Tensor, totals_B: Tensor
+) -> Tensor:
     """Each query over all keys of its sequence, [B, H, d]; scale 1/√d. Nothing waits for the GPU.
 
-    keys: [pages, K, d, S]; values: [pages, K, S, d], as `Cache` keeps a layer's. tables_BP: int64, the
-    pages of each sequence in order. totals_B: int64, keys of each, at least 1.
+    keys: [pages, K, d, S]; values: [pages, K, S, d], as `Cache` keeps a layer's. tables_BP: int64,
+    the pages of each sequence in order. totals_B: int64, keys of each, at least 1.
     """
     batch, heads, width = q_BHd.shape
     kv_heads, size = values.shape[1:3]

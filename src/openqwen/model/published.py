@@ -5,12 +5,19 @@ from pathlib import Path
 from typing import Any
 
 _TABLE = tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
-_ONE_MILLION = {"chunk_size": 262_144, "local_size": 8_192, "original_max_position_embeddings": 262_144}
+_ONE_MILLION = {
+    "chunk_size": 262_144,
+    "local_size": 8_192,
+    "original_max_position_embeddings": 262_144,
+}
 NAMES = tuple(_TABLE["models"])
 
 
 def config_json(name: str) -> dict[str, Any]:
-    """The fields of the published `config.json` that make the network. KeyError for a name that is none of `NAMES`."""
+    """The fields of the published `config.json` that make the network.
+
+    KeyError for a name that is none of `NAMES`.
+    """
     own = dict(_TABLE["models"][name])
     values = {
         **_TABLE["shapes"][own.pop("shape")],

@@ -1,9 +1,11 @@
-"""A language model with weights of 8 or 4 bits: half or a quarter of bfloat16's bytes, multiplied as integers on a CPU.
+"""A language model with weights of 8 or 4 bits: half or a quarter of bfloat16's bytes, multiplied
+as integers on a CPU.
 
-Weights are signed numbers with a scale for each group of inputs (model/packed.py); activations become signed bytes on
-the way into each matrix. Every output row is a function of its input row and the weights alone, to the bit: what else
-is in the batch, and how many threads there are, never shows. Matrices that read the same input are one (q, k and v;
-gate and up). The network is frozen, but gradients flow through it to its input, so adapters can learn on top of it.
+Weights are signed numbers with a scale for each group of inputs (model/packed.py); activations
+become signed bytes on the way into each matrix. Every output row is a function of its input row and
+the weights alone, to the bit: what else is in the batch, and how many threads there are, never
+shows. Matrices that read the same input are one (q, k and v; gate and up). The network is frozen,
+but gradients flow through it to its input, so adapters can learn on top of it.
 """
 
 import struct
@@ -30,13 +32,16 @@ Kind = Literal["int8", "int4"]
 Network = TypeVar("Network", bound=nn.Module)
 Before = Callable[[Tensor], Tensor] | None  # an RMSNorm, `swiglu`, or nothing
 
-# What stays in 8 bits in a network of 4: the embedding, of which a token reads one row; q, k and v, whose inputs and
-# biases have outliers; and the feed-forward networks of the first sixth of the layers. In the 0.5B these last two cost
+# What stays in 8 bits in a network of 4: the embedding, of which a token reads one row; q, k and v,
+# whose inputs and biases have outliers; and the feed-forward networks of the first sixth of the
+# layers. In the 0.5B these last two cost
 # 0.6 bits a weight and take the loss of perplexity from 7.4 % to 3.3 % (docs/log.md).
 _CAREFUL: Kind = "int8"
 _FIRST = 6  # one of so many layers
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ROWS = 256  # that pass through a feed-forward network at once: what lies between its matrices stays in the cache
+# that pass through a feed-forward network at once: what lies between its matrices stays in the
+# cache
+_ROWS = 256
 
 
 def swiglu(x_TJ: Tensor) -> Tensor:
@@ -46,15 +51,24 @@ def swiglu(x_TJ: Tensor) -> Tensor:
 
 
 class PackedMatrix(nn.Module):
-    """[outputs, inputs] in packed form, with a bias perhaps. parts: names and outputs of what it was merged from."""
+    """[outputs, inputs] in packed form, with a bias perhaps. parts: names and outputs of what it
+    was merged from.
+    """
 
     packed: Tensor
     bias: Tensor | None
 
     def __init__(self, inputs: int, parts: Mapping[str, int], kind: Kind, bias: bool = False):
         super().__init__()
-        self.inputs, self.outputs, self.parts, self.form = inputs, sum(parts.values()), dict(parts), FORMATS[kind]
-        self.register_buffer("packed", torch.empty(self.form.shape(self.outputs, inputs), dtype=torch.uint8))
+        self.inputs, self.outputs, self.parts, self.form = (
+            inputs,
+            sum(parts.values()),
+            dict(parts),
+            FORMATS[kind],
+        )
+        self.register_buffer(
+            "packed", torch.empty(self.form.shape(self.outputs, inputs), dtype=torch.uint8)
+        )
         self.register_buffer("bias", torch.empty(self.outputs) if bias else None)
         self._call, self._called = torch.empty(0), (0, 0, cast(Before, None))
 
@@ -80,7 +94,9 @@ class PackedMatrix(nn.Module):
         else:
             self.packed.copy_(pack(*choose(weight, self.form), self.form))
 
-    def times(self, x_TK: Tensor, before: Before = None, residual_TN: Tensor | None = None) -> Tensor:
+    def times(
+        self, x_TK: Tensor, before: Before = None, residual_TN: Tensor | None = None
+    ) -> Tensor:
         """residual + W before(x) + bias: [T, outputs]. Differentiable by x and the residual."""
         if not (torch.is_grad_enabled() and x_TK.requires_grad):
             return self._times(x_TK, before, residual_TN)
@@ -109,12 +125,18 @@ class PackedMatrix(nn.Module):
         weight = 0 if norm is None else cast(Tensor, norm._parameters["weight"]).data_ptr()
         called = (cast(Tensor, self._buffers["packed"]).data_ptr(), weight, before)
         if called != self._called:
-            if {x.dtype for x in (self.bias, norm and norm.weight) if x is not None} - {torch.float32}:
-                raise OpenQwenError("A quantised model was cast.", do="leave it in float32, which it computes in")
+            if {x.dtype for x in (self.bias, norm and norm.weight) if x is not None} - {
+                torch.float32
+            }:
+                raise OpenQwenError(
+                    "A quantised model was cast.", do="leave it in float32, which it computes in"
+                )
             kind = 1 if norm is not None else 2 if before is swiglu else 0
             bias, eps = kernels.address(self.bias) or 0, 0.0 if norm is None else norm.eps
             values = (called[0], bias, weight, self.inputs, self.outputs, self.form.bits, kind, eps)
-            self._call = torch.frombuffer(bytearray(struct.pack("=7qd", *values)), dtype=torch.int64).clone()
+            self._call = torch.frombuffer(
+                bytearray(struct.pack("=7qd", *values)), dtype=torch.int64
+            ).clone()
             self._called = called
         return self._call.data_ptr()
 
@@ -135,7 +157,9 @@ class _Times(torch.autograd.Function):
 class QuantizedLinear(PackedMatrix):
     """A linear layer of packed weights; see `PackedMatrix.times`."""
 
-    def forward(self, x_TK: Tensor, before: Before = None, residual_TN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_TK: Tensor, before: Before = None, residual_TN: Tensor | None = None
+    ) -> Tensor:
         """[T, inputs] → [T, outputs]."""
         return self.times(x_TK, before, residual_TN)
 
@@ -145,7 +169,9 @@ class QuantizedEmbedding(PackedMatrix):
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """Token ids [T] → their rows [T, D], float32."""
-        kernel = kernels.function("openqwen_rows", c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p)
+        kernel = kernels.function(
+            "openqwen_rows", c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p
+        )
         if kernel is None:
             return rows_of(self.packed, self.form, tokens_T, self.inputs)
         kernels.follow_torch()
@@ -153,7 +179,12 @@ class QuantizedEmbedding(PackedMatrix):
             raise IndexError(f"token ids go from 0 to {self.outputs - 1}")
         tokens_T, out_TD = tokens_T.long().contiguous(), torch.empty(len(tokens_T), self.inputs)
         kernel(
-            self.packed.data_ptr(), self.form.bits, self.inputs, tokens_T.data_ptr(), len(tokens_T), out_TD.data_ptr()
+            self.packed.data_ptr(),
+            self.form.bits,
+            self.inputs,
+            tokens_T.data_ptr(),
+            len(tokens_T),
+            out_TD.data_ptr(),
         )
         return out_TD
 
@@ -163,12 +194,18 @@ class QuantizedFeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, width: int, kind: Kind):
         super().__init__()
-        self.gate_up_proj = QuantizedLinear(hidden_size, {"gate_proj": width, "up_proj": width}, kind)
+        self.gate_up_proj = QuantizedLinear(
+            hidden_size, {"gate_proj": width, "up_proj": width}, kind
+        )
         self.down_proj = QuantizedLinear(width, {"down_proj": hidden_size}, kind)
 
-    def forward(self, x_TD: Tensor, before: Before = None, residual_TD: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, before: Before = None, residual_TD: Tensor | None = None
+    ) -> Tensor:
         """residual + down(swiglu(gate_up(before(x)))): [T, D]."""
-        residuals = [None] * -(-len(x_TD) // _ROWS) if residual_TD is None else residual_TD.split(_ROWS)
+        residuals = (
+            [None] * -(-len(x_TD) // _ROWS) if residual_TD is None else residual_TD.split(_ROWS)
+        )
         parts = [
             self.down_proj(self.gate_up_proj(x, before), swiglu, residual)
             for x, residual in zip(x_TD.split(_ROWS), residuals)
@@ -187,12 +224,16 @@ class QuantizedSparseFeedForward(nn.Module):
             QuantizedFeedForward(config.hidden_size, width, kind) for _ in range(config.num_experts)
         )
         self.shared_expert = QuantizedFeedForward(config.hidden_size, shared, kind)
-        self.register_buffer("gates", torch.empty(config.num_experts + 1, config.hidden_size))  # the shared one's last
+        self.register_buffer(
+            "gates", torch.empty(config.num_experts + 1, config.hidden_size)
+        )  # the shared one's last
 
     def forward(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
         """[T, D] → [T, D]; what the router decided goes into `routing`."""
         gates = self.get_buffer("gates")
-        logits_TE = torch.stack([gates.mv(x_D) for x_D in x_TD])  # row by row: in a batch they would round otherwise
+        logits_TE = torch.stack(
+            [gates.mv(x_D) for x_D in x_TD]
+        )  # row by row: in a batch they would round otherwise
         weights_Tk, chosen_Tk = route(logits_TE[:, :-1], self.active, self.renormalised, routing)
         y_TkD = x_TD.new_zeros(*chosen_Tk.shape, x_TD.shape[1])
         for number in chosen_Tk.unique().tolist():
@@ -203,13 +244,19 @@ class QuantizedSparseFeedForward(nn.Module):
 
 
 class QuantizedLayer(nn.Module):
-    """As `decoder.Layer`, with norms, activations and residuals passed to the matrices that they stand beside."""
+    """As `decoder.Layer`, with norms, activations and residuals passed to the matrices that they
+    stand beside.
+    """
 
     def __init__(self, config: ModelConfig, number: int, kind: Kind):
         super().__init__()
         width, self.number, head = config.hidden_size, number, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        parts = {"q_proj": self.heads * head, "k_proj": self.kv_heads * head, "v_proj": self.kv_heads * head}
+        parts = {
+            "q_proj": self.heads * head,
+            "k_proj": self.kv_heads * head,
+            "v_proj": self.kv_heads * head,
+        }
         self.input_layernorm = RMSNorm(config)
         self.qkv_proj = QuantizedLinear(width, parts, _CAREFUL, bias=True)
         self.o_proj = QuantizedLinear(width, {"o_proj": width}, kind)
@@ -221,24 +268,37 @@ class QuantizedLayer(nn.Module):
             else QuantizedFeedForward(width, config.intermediate_size, within)
         )
 
-    def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None
+    ) -> Tensor:
         """[T, D] → [T, D]."""
-        heads_THd = self.qkv_proj(x_TD, self.input_layernorm).unflatten(1, (self.heads + 2 * self.kv_heads, -1))
+        heads_THd = self.qkv_proj(x_TD, self.input_layernorm).unflatten(
+            1, (self.heads + 2 * self.kv_heads, -1)
+        )
         q_THd, k_TKd, v_TKd = heads_THd.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        x_TD = self.o_proj(attention.attend(q_THd, k_TKd, v_TKd, rotation, self.number).flatten(1), None, x_TD)
+        x_TD = self.o_proj(
+            attention.attend(q_THd, k_TKd, v_TKd, rotation, self.number).flatten(1), None, x_TD
+        )
         if isinstance(self.mlp, QuantizedSparseFeedForward):
             return x_TD + self.mlp(self.post_attention_layernorm(x_TD), routing)
         return self.mlp(x_TD, self.post_attention_layernorm, x_TD)
 
 
 class QuantizedDecoder(Decoder):
-    """As `Decoder`. Over a compiled cache of pages, where no gradient is asked for, all layers are one compiled call:
-    the same kernels in the same order, and so the same bits, without Python between them."""
+    """As `Decoder`. Over a compiled cache of pages, where no gradient is asked for, all layers are
+    one compiled call: the same kernels in the same order, and so the same bits, without Python
+    between them."""
 
-    def through_layers(self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None) -> Tensor:
+    def through_layers(
+        self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None
+    ) -> Tensor:
         """See `Decoder.through_layers`."""
         kernel = kernels.function("openqwen_layers", c_void_p, c_void_p, c_int64, c_void_p)
-        plain = kernel is None or not isinstance(attention, Paged) or (torch.is_grad_enabled() and x_TD.requires_grad)
+        plain = (
+            kernel is None
+            or not isinstance(attention, Paged)
+            or (torch.is_grad_enabled() and x_TD.requires_grad)
+        )
         matrices = [] if plain else self._matrices()
         call = cast(Paged, attention).compiled(rotation, len(x_TD)) if matrices else None
         if kernel is None or call is None:
@@ -249,7 +309,9 @@ class QuantizedDecoder(Decoder):
         return x_TD
 
     def _matrices(self) -> list[int]:
-        """Each layer's `struct Layer` of native/layers.h; none where something else stands in a matrix's place."""
+        """Each layer's `struct Layer` of native/layers.h; none where something else stands in a
+        matrix's place.
+        """
         found = []
         for layer in self.layers:
             own: Any = layer._modules
@@ -278,19 +340,25 @@ class QuantizedQwen2(Qwen2):
         with without_memory():
             self.model = QuantizedDecoder(config)
             vocabulary = {"embed_tokens": config.vocab_size}
-            self.model.embed_tokens = cast(Any, QuantizedEmbedding(config.hidden_size, vocabulary, _CAREFUL))
-            self.model.layers = nn.ModuleList(QuantizedLayer(config, n, kind) for n in range(config.num_hidden_layers))
+            self.model.embed_tokens = cast(
+                Any, QuantizedEmbedding(config.hidden_size, vocabulary, _CAREFUL)
+            )
+            self.model.layers = nn.ModuleList(
+                QuantizedLayer(config, n, kind) for n in range(config.num_hidden_layers)
+            )
             shared = config.tie_word_embeddings and kind == _CAREFUL
             head = QuantizedLinear(config.hidden_size, {"lm_head": config.vocab_size}, kind)
         self.lm_head = cast(Any, None if shared else head)
         self.requires_grad_(False)
 
     def allocate(self) -> None:
-        """Memory for all matrices in one piece, in the order in which a token reads them: in long runs over large pages
-        a memory gives up to a third more bytes a second."""
+        """Memory for all matrices in one piece, in the order in which a token reads them: in long
+        runs over large pages a memory gives up to a third more bytes a second."""
         matrices = [module for module in self.modules() if isinstance(module, PackedMatrix)]
         memory = torch.empty(sum(matrix.packed.nbytes for matrix in matrices), dtype=torch.uint8)
-        for matrix, piece in zip(matrices, memory.split([matrix.packed.nbytes for matrix in matrices])):
+        for matrix, piece in zip(
+            matrices, memory.split([matrix.packed.nbytes for matrix in matrices])
+        ):
             matrix.packed = piece.view(matrix.packed.shape)
 
     @property
@@ -299,7 +367,9 @@ class QuantizedQwen2(Qwen2):
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix in float32, made anew: for training on top of it; `logits` reads the packed one."""
+        """The output matrix in float32, made anew: for training on top of it; `logits` reads the
+        packed one.
+        """
         return self._head.weight
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -318,7 +388,8 @@ class QuantizedQwen2(Qwen2):
 
 
 def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
-    """The same network with weights of 8 or 4 bits, in memory of its own: the source may be dropped.
+    """The same network with weights of 8 or 4 bits, in memory of its own: the source may be
+    dropped.
 
     Raises OpenQwenError where the model is not on a CPU, or the kind is unknown.
     """
@@ -333,7 +404,9 @@ def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
 def check(kind: str, device: torch.device) -> None:
     """Raise OpenQwenError where there is no such kind, or the device is not a CPU."""
     if kind not in FORMATS:
-        raise OpenQwenError(f"Weights cannot be quantised to '{kind}'.", do=f"choose one of {', '.join(FORMATS)}")
+        raise OpenQwenError(
+            f"Weights cannot be quantised to '{kind}'.", do=f"choose one of {', '.join(FORMATS)}"
+        )
     if device.type != "cpu":
         raise OpenQwenError(
             f"Packed weights run on the CPU, not on {device}.",
@@ -345,13 +418,16 @@ def whole(model: Network) -> Network:
     """The model, if its weights are not quantised yet; OpenQwenError otherwise."""
     if isinstance(model, QuantizedQwen2):
         raise OpenQwenError(
-            f"These weights are {model.kind} already; what they were is lost.", do="give the model they were made from"
+            f"These weights are {model.kind} already; what they were is lost.",
+            do="give the model they were made from",
         )
     return model
 
 
 def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:
-    """Quantise anew, in place, the weights of a source of the same shape, which a trainer has moved meanwhile."""
+    """Quantise anew, in place, the weights of a source of the same shape, which a trainer has moved
+    meanwhile.
+    """
     for matrix, parts in _matrices(quantized, source):
         weights = [part if isinstance(part, Tensor) else part.weight for part in parts]
         layers = [part for part in parts if not isinstance(part, Tensor)]
@@ -360,13 +436,19 @@ def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:
     modules = dict(quantized.named_modules())
     for name, module in source.named_modules():
         if isinstance(module, RMSNorm):
-            modules[name].weight = nn.Parameter(module.weight.detach().float().clone(), requires_grad=False)
+            modules[name].weight = nn.Parameter(
+                module.weight.detach().float().clone(), requires_grad=False
+            )
         if isinstance(module, SparseFeedForward):
-            gates = torch.cat([module.gate.weight, module.shared_expert_gate.weight]).detach().float()
+            gates = (
+                torch.cat([module.gate.weight, module.shared_expert_gate.weight]).detach().float()
+            )
             modules[name].register_buffer("gates", gates)
 
 
-def _matrices(quantized: QuantizedQwen2, source: Qwen2) -> Iterator[tuple[PackedMatrix, Sequence[nn.Linear | Tensor]]]:
+def _matrices(
+    quantized: QuantizedQwen2, source: Qwen2
+) -> Iterator[tuple[PackedMatrix, Sequence[nn.Linear | Tensor]]]:
     """Each packed matrix and the parts of the source that it is merged from."""
     yield cast(Any, quantized.model.embed_tokens), [source.model.embed_tokens.weight]
     if quantized.lm_head is not None:
@@ -379,7 +461,9 @@ def _matrices(quantized: QuantizedQwen2, source: Qwen2) -> Iterator[tuple[Packed
         if isinstance(plain.mlp, SparseFeedForward):
             networks = [(layer.mlp.shared_expert, plain.mlp.shared_expert)]
             experts = plain.mlp.experts
-            for expert, gate_up, down in zip(layer.mlp.experts, experts.gate_up_proj, experts.down_proj):
+            for expert, gate_up, down in zip(
+                layer.mlp.experts, experts.gate_up_proj, experts.down_proj
+            ):
                 yield expert.gate_up_proj, [gate_up]
                 yield expert.down_proj, [down]
         for mine, theirs in networks:
@@ -388,6 +472,10 @@ def _matrices(quantized: QuantizedQwen2, source: Qwen2) -> Iterator[tuple[Packed
 
 
 def bits_per_weight(quantized: QuantizedQwen2) -> float:
-    """Of what one decoded token reads: every matrix and scale, without the embedding table unless it is the output."""
-    matrices = [m for m in quantized.modules() if isinstance(m, QuantizedLinear) or m is quantized._head]
+    """Of what one decoded token reads: every matrix and scale, without the embedding table unless
+    it is the output.
+    """
+    matrices = [
+        m for m in quantized.modules() if isinstance(m, QuantizedLinear) or m is quantized._head
+    ]
     return 8 * sum(m.packed.nbytes for m in matrices) / sum(m.inputs * m.outputs for m in matrices)

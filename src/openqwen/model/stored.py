@@ -1,4 +1,6 @@
-"""Tensors at rest: where each lies in its file, and how its bytes become a torch tensor, lazily and in small pieces."""
+"""Tensors at rest: where each lies in its file, and how its bytes become a torch tensor, lazily and
+in small pieces.
+"""
 
 import json
 import math
@@ -22,7 +24,11 @@ from openqwen.support.progress import notice
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # the others are blocks
+PLAIN = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}  # the others are blocks
 _PIECE = 2**17  # weights that are unpacked at once: the working memory stays in the cache
 _WORK = 2**24  # bytes, more than unpacking a piece of any type needs
 
@@ -41,24 +47,37 @@ class Stored:
     size: int
 
     def part(self, first: int, rows: int | None = None) -> "Stored":
-        """`rows` entries along the first dimension from `first` on; with None that one entry, a dimension less."""
+        """`rows` entries along the first dimension from `first` on; with None that one entry, a
+        dimension less.
+        """
         row = self.size // self.shape[0]
         shape = self.shape[1:] if rows is None else (rows, *self.shape[1:])
-        return replace(self, shape=shape, offset=self.offset + first * row, size=row * (1 if rows is None else rows))
+        return replace(
+            self,
+            shape=shape,
+            offset=self.offset + first * row,
+            size=row * (1 if rows is None else rows),
+        )
 
 
 def usable_in_place(stored: Stored, dtype: torch.dtype) -> bool:
     """Whether the bytes in the file can be a network's memory as they are.
 
-    MKL's float32 matrix-vector product rounds differently where the matrix does not begin at a multiple of 64 bytes,
-    as most do in a file. Answers must depend on the weights alone, so such a matrix is copied. Half precision has no
-    such trait.
+    MKL's float32 matrix-vector product rounds differently where the matrix does not begin at a
+    multiple of 64 bytes, as most do in a file. Answers must depend on the weights alone, so such a
+    matrix is copied. Half precision has no such trait.
     """
-    return PLAIN.get(stored.type) == dtype and stored.offset % (64 if dtype == torch.float32 else dtype.itemsize) == 0
+    return (
+        PLAIN.get(stored.type) == dtype
+        and stored.offset % (64 if dtype == torch.float32 else dtype.itemsize) == 0
+    )
 
 
 class Reader:
-    """Reads stored tensors. The files stay open inside the `with`; a tensor that was mapped stays valid after it."""
+    """Reads stored tensors.
+
+    The files stay open inside the `with`; a tensor that was mapped stays valid after it.
+    """
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -72,21 +91,30 @@ class Reader:
         bytearray(_WORK)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def mapped(self, stored: Stored) -> Tensor:
-        """The file's own memory as a tensor: nothing is read before it is used, and writing to it leaves the file."""
+        """The file's own memory as a tensor: nothing is read before it is used, and writing to it
+        leaves the file.
+        """
         if stored.path not in self._maps:
             file = self._file(stored.path)
             self._maps[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         flat = torch.frombuffer(
-            self._maps[stored.path], dtype=PLAIN[stored.type], count=math.prod(stored.shape), offset=stored.offset
+            self._maps[stored.path],
+            dtype=PLAIN[stored.type],
+            count=math.prod(stored.shape),
+            offset=stored.offset,
         )
         return flat.view(stored.shape)
 
     def copy(self, stored: Stored, target: Tensor) -> None:
-        """Read the tensor into `target`, contiguous and of the same shape, unpacked and cast piece by piece."""
+        """Read the tensor into `target`, contiguous and of the same shape, unpacked and cast piece
+        by piece.
+        """
         weights, size = BLOCKS[stored.type]
         file, flat = self._file(stored.path), target.view(-1)
         file.seek(stored.offset)
@@ -95,7 +123,9 @@ class Reader:
             piece = flat[begin : begin + _PIECE]
             view = memoryview(buffer)[: piece.numel() // weights * size]
             if file.readinto(view) != len(view):
-                raise OpenQwenError("This file became shorter while it was read.", where=stored.path)
+                raise OpenQwenError(
+                    "This file became shorter while it was read.", where=stored.path
+                )
             if stored.type in PLAIN:
                 piece.copy_(torch.frombuffer(view, dtype=PLAIN[stored.type]))
             else:
@@ -127,7 +157,8 @@ def same_numbers(one: Stored, other: Stored) -> bool:
 def stored_in_folder(folder: Path) -> dict[str, Stored]:
     """The tensors of a Hugging Face folder, sharded or not, by the names in the files.
 
-    Experts that a file keeps fused (transformers 5 in memory) are named one by one, as in the published files.
+    Experts that a file keeps fused (transformers 5 in memory) are named one by one, as in the
+    published files.
     """
     found: dict[str, Stored] = {}
     for path in weight_files(folder):
@@ -154,9 +185,14 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         names = _indexed(folder / INDEX)
-        if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+        if missing := [
+            name for name in names if Path(name).name != name or not (folder / name).is_file()
+        ]:
             raise OpenQwenError(
-                f"{len(missing)} of {len(names)} files that the index names are missing, first '{missing[0]}'.",
+                (
+                    f"{len(missing)} of {len(names)} files that the index names are missing, first "
+                    f"'{missing[0]}'."
+                ),
                 where=folder / INDEX,
                 do="fetch the missing files",
             )
@@ -164,9 +200,13 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
     if pickles:
         raise OpenQwenError(
-            f"The weights are a pickle ({pickles[0].name}), which can run any code, and is never loaded.",
+            (
+                f"The weights are a pickle ({pickles[0].name}), which can run any code, and is "
+                "never loaded."
+            ),
             where=folder,
-            do="convert it where you trust it: in transformers, AutoModelForCausalLM.from_pretrained(folder)"
+            do="convert it where you trust it: in transformers, "
+            "AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder) writes safetensors",
         )
     raise OpenQwenError(f"There are no weights here: neither {WEIGHTS} nor {INDEX}.", where=folder)
@@ -177,19 +217,26 @@ def _indexed(path: Path) -> list[str]:
     index = read_json(path)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise OpenQwenError("This index has no 'weight_map' of tensors to files.", where=path, do="fetch it again")
+        raise OpenQwenError(
+            "This index has no 'weight_map' of tensors to files.", where=path, do="fetch it again"
+        )
     return sorted(set(places.values()))
 
 
 def _directory(path: Path) -> dict[str, Stored]:
-    """Where the tensors of a safetensors file lie. The library checks the header before its offsets are believed."""
+    """Where the tensors of a safetensors file lie.
+
+    The library checks the header before its offsets are believed.
+    """
     try:
         refuse_pointer(path)
         with safe_open(path, framework="pt"), open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
-        raise OpenQwenError(f"The weights cannot be read: {error}", where=path, do="fetch the file again") from None
+        raise OpenQwenError(
+            f"The weights cannot be read: {error}", where=path, do="fetch the file again"
+        ) from None
     header.pop("__metadata__", None)
     return {
         name: Stored(path, tuple(entry["shape"]), entry["dtype"], 8 + length + begin, end - begin)

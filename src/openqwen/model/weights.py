@@ -1,4 +1,6 @@
-"""Weights between a network and files: which tensors a checkpoint publishes, filling a network, writing shards."""
+"""Weights between a network and files: which tensors a checkpoint publishes, filling a network,
+writing shards.
+"""
 
 import json
 import math
@@ -33,14 +35,18 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def ignore(weights: int) -> None:
-    """The `advance` of those who do not look: called with the number of weights done since the last call."""
+    """The `advance` of those who do not look: called with the number of weights done since the last
+    call.
+    """
 
 
 def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint's files as (name, view of the network's memory), in the published order.
+    """The tensors of a checkpoint's files as (name, view of the network's memory), in the published
+    order.
 
-    A sparse layer keeps its experts fused, `experts.gate_up_proj` [E, 2i, h] (gate first) and `experts.down_proj`
-    [E, h, i]; the files name each: `experts.3.up_proj.weight`. All else has the same name and shape in both.
+    A sparse layer keeps its experts fused, `experts.gate_up_proj` [E, 2i, h] (gate first) and
+    `experts.down_proj` [E, h, i]; the files name each: `experts.3.up_proj.weight`. All else has the
+    same name and shape in both.
     """
     state = model.state_dict()
     for name in _norms_last(state):
@@ -59,7 +65,9 @@ def _norms_last(names: Iterable[str]) -> list[str]:
 
     def place(name: str) -> tuple[int, bool]:
         layer = _LAYER.match(name)
-        return groups.setdefault(layer[0] if layer else name, len(groups)), name.endswith("layernorm.weight")
+        return groups.setdefault(layer[0] if layer else name, len(groups)), name.endswith(
+            "layernorm.weight"
+        )
 
     return sorted(names, key=place)
 
@@ -89,10 +97,11 @@ def fill(
 ) -> Network:
     """Build a network without memory of its own and give it the stored tensors.
 
-    dtype: of the weights; None keeps the files' own where they agree on one, else takes float32, which holds them all.
-    device: with "meta" nothing is read.
-    On the CPU a tensor that is `usable_in_place` is not copied: the network uses the file's pages, private to it once
-    written. Raises OpenQwenError that counts and names missing, extra and mis-shaped tensors.
+    dtype: of the weights; None keeps the files' own where they agree on one, else takes float32,
+    which holds them all.
+    device: with "meta" nothing is read. On the CPU a tensor that is `usable_in_place` is not
+    copied: the network uses the file's pages, private to it once written. Raises OpenQwenError that
+    counts and names missing, extra and mis-shaped tensors.
     """
     with without_memory():
         model = build()
@@ -124,7 +133,8 @@ def read_block(
     offset: Sequence[int],
     block: Tensor,
 ) -> None:
-    """Read the part of a parameter of this shape that begins at `offset` into `block`, and nothing else of it.
+    """Read the part of a parameter of this shape that begins at `offset` into `block`, and nothing
+    else of it.
 
     Only the first and the last dimension may be cut.
     """
@@ -140,7 +150,9 @@ def read_block(
             some = whole.part(at - begin, min(step, end - at))
             buffer = torch.empty(some.shape, dtype=block.dtype)
             reader.copy(some, buffer)
-            flat[at - first : at - first + len(buffer)] = buffer[:, columns] if len(shape) > 1 else buffer
+            flat[at - first : at - first + len(buffer)] = (
+                buffer[:, columns] if len(shape) > 1 else buffer
+            )
         begin += whole.shape[0]
 
 
@@ -152,10 +164,17 @@ def without_memory() -> Iterator[None]:
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Random numbers that nobody will see are not drawn. On the meta device torch loads its compiler to draw them."""
+    """Random numbers that nobody will see are not drawn.
+
+    On the meta device torch loads its compiler to draw them.
+    """
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -163,8 +182,12 @@ class _NoInitialization(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _check(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: Path) -> None:
-    """Every tensor that the network needs is there with its shape, and no other that would change it."""
+def _check(
+    wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: Path
+) -> None:
+    """Every tensor that the network needs is there with its shape, and no other that would change
+    it.
+    """
     missing = [f"'{name}' {list(shape)}" for name, shape in wanted.items() if name not in stored]
     others = [name for name in stored if name not in wanted]
     inside = [name for name in others if not _UNUSED.fullmatch(name)]
@@ -184,9 +207,15 @@ def _check(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], 
     )
     if told := [f"{len(names)} {kind}: {_listing(names)}" for names, kind in kinds if names]:
         raise OpenQwenError(
-            f"These are not the weights of the network that the configuration describes. {'; '.join(told)}.",
+            (
+                "These are not the weights of the network that the configuration describes. "
+                f"{'; '.join(told)}."
+            ),
             where=where,
-            do="check that the configuration belongs to these weights, and that every file of them is there",
+            do=(
+                "check that the configuration belongs to these weights, and that every file of "
+                "them is there"
+            ),
         )
     if others:
         text = f"{len(others)} tensors are left out, which the network does not use"
@@ -203,18 +232,23 @@ def _dtype(name: str | None, types: set[str]) -> torch.dtype:
     known = {str(dtype).removeprefix("torch."): dtype for dtype in PLAIN.values()}
     if name not in known:
         raise OpenQwenError(
-            f"Weights cannot be of the dtype '{name}'.", do=f"choose one of {', '.join(known)}, or None"
+            f"Weights cannot be of the dtype '{name}'.",
+            do=f"choose one of {', '.join(known)}, or None",
         )
     return known[name]
 
 
 def save_weights(
-    model: nn.Module, folder: Path, shard_bytes: int = SHARD_BYTES, advance: Callable[[int], None] = ignore
+    model: nn.Module,
+    folder: Path,
+    shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int], None] = ignore,
 ) -> None:
-    """Write safetensors files of at most `shard_bytes` (a larger tensor has its own) and their index, as transformers.
+    """Write safetensors files of at most `shard_bytes` (a larger tensor has its own) and their
+    index, as transformers.
 
-    Each is written aside and renamed, weights of an earlier save that are not replaced are removed last: a network
-    may be saved into the folder whose files it uses.
+    Each is written aside and renamed, weights of an earlier save that are not replaced are removed
+    last: a network may be saved into the folder whose files it uses.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -230,7 +264,10 @@ def save_weights(
         _save({name: tensors[name] for name in names}, folder / file)
         advance(sum(tensors[name].numel() for name in names))
     if split.is_sharded:
-        counts = {"total_parameters": sum(tensor.numel() for tensor in tensors.values()), **split.metadata}
+        counts = {
+            "total_parameters": sum(tensor.numel() for tensor in tensors.values()),
+            **split.metadata,
+        }
         index = {"metadata": counts, "weight_map": split.tensor_to_filename}
         write_text(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     else:
@@ -243,5 +280,9 @@ def save_weights(
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     aside = path.with_name(f".{path.name}.aside")
     with disk_errors(path):
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, aside, metadata={"format": "pt"})
+        save_file(
+            {name: t.cpu().contiguous() for name, t in tensors.items()},
+            aside,
+            metadata={"format": "pt"},
+        )
         os.replace(aside, path)

@@ -1,4 +1,6 @@
-"""An artifact is a folder with a payload and a manifest that says what it is, from what, and how it came to be."""
+"""An artifact is a folder with a payload and a manifest that says what it is, from what, and how it
+came to be.
+"""
 
 import functools
 import hashlib
@@ -30,7 +32,8 @@ from openqwen.support.stage import StageRun
 
 MANIFEST = "manifest.json"
 
-# Their bytes hold the clock (tokens per second), so they are checked for damage but no later stage depends on them.
+# Their bytes hold the clock (tokens per second), so they are checked for damage but no later stage
+# depends on them.
 LOGS = frozenset({"metrics.jsonl"})
 
 _SOURCES = {".py", ".toml", ".json", ".jinja"}
@@ -45,7 +48,9 @@ class FileEntry(BaseModel):
 
 
 class InputEntry(BaseModel):
-    """What one input was: the stage that made it, or the path it came from, and the digest of its content."""
+    """What one input was: the stage that made it, or the path it came from, and the digest of its
+    content.
+    """
 
     stage: str
     digest: str
@@ -95,7 +100,9 @@ def artifact_key(node: Node, seed: int, digests: Mapping[str, str]) -> str:
         "inputs": dict(digests),
         "version": version(),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def open_artifact(folder: Path, do: str) -> Artifact:
@@ -106,7 +113,9 @@ def open_artifact(folder: Path, do: str) -> Artifact:
     except OpenQwenError as error:
         raise OpenQwenError(f"This artifact is damaged: {error.what}", where=path, do=do) from None
     except ValidationError as error:
-        raise OpenQwenError(f"This manifest is damaged: {error.errors()[0]['msg']}.", where=path, do=do) from None
+        raise OpenQwenError(
+            f"This manifest is damaged: {error.errors()[0]['msg']}.", where=path, do=do
+        ) from None
     return Artifact(folder, manifest)
 
 
@@ -116,7 +125,11 @@ def verify(artifact: Artifact, do: str, thorough: bool = False) -> None:
         path = artifact.folder / name
         fault = _fault(path, entry, thorough)
         if fault is not None:
-            raise OpenQwenError(f"The artifact of '{artifact.manifest.stage}' is damaged: {fault}.", where=path, do=do)
+            raise OpenQwenError(
+                f"The artifact of '{artifact.manifest.stage}' is damaged: {fault}.",
+                where=path,
+                do=do,
+            )
 
 
 def _fault(path: Path, entry: FileEntry, thorough: bool) -> str | None:
@@ -132,10 +145,14 @@ def _fault(path: Path, entry: FileEntry, thorough: bool) -> str | None:
     return None
 
 
-def make(node: Node, sources: Mapping[str, Source], seed: int, key: str, work: Path, target: Path) -> Artifact:
-    """Run a stage aside in `work`, then put its artifact at `target`, replacing what stands there only at the end.
+def make(
+    node: Node, sources: Mapping[str, Source], seed: int, key: str, work: Path, target: Path
+) -> Artifact:
+    """Run a stage aside in `work`, then put its artifact at `target`, replacing what stands there
+    only at the end.
 
-    A kill at any point leaves either the old `target` or the new one (see `recover`), and the scratch folder in `work`.
+    A kill at any point leaves either the old `target` or the new one (see `recover`), and the
+    scratch folder in `work`.
     """
     output = fresh_folder(work / "output")
     scratch = work / "scratch"
@@ -167,12 +184,19 @@ def make(node: Node, sources: Mapping[str, Source], seed: int, key: str, work: P
 
 
 def _entries(folder: Path) -> dict[str, FileEntry]:
-    return {name: FileEntry(bytes=path.stat().st_size, sha256=sha256(path)) for name, path in _payload(folder)}
+    return {
+        name: FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+        for name, path in _payload(folder)
+    }
 
 
 def _payload(folder: Path) -> list[tuple[str, Path]]:
     """Every file under a folder but its manifest, as (relative name, path), in one fixed order."""
-    files = {str(path.relative_to(folder).as_posix()): path for path in folder.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(folder).as_posix()): path
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     return [(name, files[name]) for name in sorted(files) if name != MANIFEST]
 
 
@@ -220,7 +244,9 @@ def recover(store: Path) -> None:
 
 
 def _start_clock(work: Path, scratch: Path) -> float:
-    """Seconds that killed attempts put into the saved state: each from its start to its last save."""
+    """Seconds that killed attempts put into the saved state: each from its start to its last
+    save.
+    """
     clock = work / "clock.json"
     before = 0.0
     saved = last_save(scratch)
@@ -232,8 +258,12 @@ def _start_clock(work: Path, scratch: Path) -> float:
 
 
 def last_save(scratch: Path) -> float | None:
-    """When a file under the scratch folder last changed (seconds of the epoch), None where there is no file."""
-    return max((path.stat().st_mtime for path in scratch.rglob("*") if path.is_file()), default=None)
+    """When a file under the scratch folder last changed (seconds of the epoch), None where there is
+    no file.
+    """
+    return max(
+        (path.stat().st_mtime for path in scratch.rglob("*") if path.is_file()), default=None
+    )
 
 
 @functools.cache
@@ -251,7 +281,10 @@ def code_digest() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """On what an artifact was made. A stage that never loaded torch is not charged with loading it here."""
+    """On what an artifact was made.
+
+    A stage that never loaded torch is not charged with loading it here.
+    """
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_available()
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,9 @@
-"""What a training step needs of each rank's memory and of time, by arithmetic: an estimate, before anyone pays for it.
+"""What a training step needs of each rank's memory and of time, by arithmetic: an estimate, before
+anyone pays for it.
 
-Memory is counted as this code allocates it (tests/recipe/test_capacity.py holds it to what it really takes). Speed is
-the network's operations at an assumed share of the device's peak, and bytes sent over the assumed speed of the links.
+Memory is counted as this code allocates it (tests/recipe/test_capacity.py holds it to what it
+really takes). Speed is the network's operations at an assumed share of the device's peak, and bytes
+sent over the assumed speed of the links.
 """
 
 import math
@@ -22,13 +24,18 @@ USABLE = 0.92  # of a device's memory: the rest is the driver's, and what lies b
 NETWORK = 50e9  # bytes a second of one device between machines
 MACHINE = 8  # devices of one machine
 _WORD = 4  # bytes: weights, gradients, moments and activations are float32
-_AGAIN: dict[Recompute, float] = {"nothing": 1.0, "cheap": 1.05, "layers": 4 / 3}  # operations, of the plain step's
+_AGAIN: dict[Recompute, float] = {
+    "nothing": 1.0,
+    "cheap": 1.05,
+    "layers": 4 / 3,
+}  # operations, of the plain step's
 
 
 @dataclass(frozen=True)
 class Device:
-    """memory: GiB. flops: operations a second of float32 matrices (TF32 on a GPU), as its maker says, dense. share: of
-    that, what training reaches. link: bytes a second to its neighbours, one way."""
+    """memory: GiB. flops: operations a second of float32 matrices (TF32 on a GPU), as its maker
+    says, dense. share: of that, what training reaches. link: bytes a second to its neighbours, one
+    way."""
 
     memory: float
     flops: float
@@ -50,8 +57,9 @@ DEVICES = {
 class Setting:
     """How a step is done.
 
-    micro_tokens: of the largest forward call, on all ranks that share it. longest: of the longest record, which is
-    never cut. trained: weights that learn, of all (adapters: few). moments: bytes of what the optimizer keeps of each.
+    micro_tokens: of the largest forward call, on all ranks that share it. longest: of the longest
+    record, which is never cut. trained: weights that learn, of all (adapters: few). moments: bytes
+    of what the optimizer keeps of each.
     frozen: bytes of a weight that does not learn. others: whole networks beside.
     """
 
@@ -96,18 +104,26 @@ def memory(config: ModelConfig, setting: Setting) -> Memory:
     table = config.vocab_size * config.hidden_size
     layer = max(_layer(config, sparse, parallel) for sparse in _kinds(config))
     buffers = 0.0
-    if ranks > 1:  # FSDP2: the tables whole, with their gradient; the layer at work, the next, and a gradient
+    if (
+        ranks > 1
+    ):  # FSDP2: the tables whole, with their gradient; the layer at work, the next, and a gradient
         tables = table * (1 if config.tie_word_embeddings else 2)
         buffers = tables * (1 + (setting.trained == 1)) + layer * (2 + setting.trained)
     kept, whole = _kept(config, setting), _kept(config, replace(setting, recompute="nothing"))
     rows = setting.tokens / parallel.tensor  # dealt to all ranks that hold the same
     scores = min(rows * config.vocab_size, BLOCK_BYTES / _WORD) + rows * config.hidden_size
-    scores += table if setting.trained == 1 else 0  # the head's gradient, before it is added to the table's
-    # Either the head's backward pass is the worst moment, or that of a layer, with what it computes again.
-    again = (whole - kept) / config.num_hidden_layers + setting.tokens * _passing(config, parallel.tensor)
+    scores += (
+        table if setting.trained == 1 else 0
+    )  # the head's gradient, before it is added to the table's
+    # Either the head's backward pass is the worst moment, or that of a layer, with what it computes
+    # again.
+    again = (whole - kept) / config.num_hidden_layers + setting.tokens * _passing(
+        config, parallel.tensor
+    )
     ends = 3 * setting.tokens * config.hidden_size
     return Memory(
-        weights=(learned * _WORD + (weights - learned) * setting.frozen) / ranks + setting.others * weights * _WORD,
+        weights=(learned * _WORD + (weights - learned) * setting.frozen) / ranks
+        + setting.others * weights * _WORD,
         gradients=learned / ranks * _WORD,
         optimizer=learned / ranks * setting.moments,
         activations=(kept + ends) * _WORD + max(0.0, again - scores) * _WORD,
@@ -124,7 +140,11 @@ def _kinds(config: ModelConfig) -> dict[bool, int]:
 
 def _kept(config: ModelConfig, setting: Setting) -> float:
     """Numbers that all layers keep for the backward pass."""
-    D, t, kv = config.hidden_size, setting.parallel.tensor, config.num_key_value_heads * config.head_dim
+    D, t, kv = (
+        config.hidden_size,
+        setting.parallel.tensor,
+        config.num_key_value_heads * config.head_dim,
+    )
     total = 0.0
     for sparse, layers in _kinds(config).items():
         width = config.shared_expert_intermediate_size if sparse else config.intermediate_size
@@ -141,8 +161,12 @@ def _kept(config: ModelConfig, setting: Setting) -> float:
 
 
 def _passing(config: ModelConfig, tensor: int) -> float:
-    """Numbers a token that one layer's backward pass holds beyond those kept, which it frees on the way."""
-    width = config.shared_expert_intermediate_size if config.num_experts else config.intermediate_size
+    """Numbers a token that one layer's backward pass holds beyond those kept, which it frees on the
+    way.
+    """
+    width = (
+        config.shared_expert_intermediate_size if config.num_experts else config.intermediate_size
+    )
     routed = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
     return config.hidden_size + max(width, routed) / tensor
 
@@ -154,21 +178,31 @@ def _layer(config: ModelConfig, sparse: bool, parallel: ParallelConfig) -> float
     if not sparse:
         return (cut + 3 * h * config.intermediate_size) / parallel.tensor
     experts = 3 * h * config.num_experts * config.moe_intermediate_size
-    return (cut + 3 * h * config.shared_expert_intermediate_size) / parallel.tensor + experts / parallel.expert
+    return (
+        cut + 3 * h * config.shared_expert_intermediate_size
+    ) / parallel.tensor + experts / parallel.expert
 
 
-def tokens_per_second(config: ModelConfig, setting: Setting, device: Device, context: float) -> float:
+def tokens_per_second(
+    config: ModelConfig, setting: Setting, device: Device, context: float
+) -> float:
     """Of all devices together; context: how many tokens a token sees, in the mean."""
     parallel, ranks, D = setting.parallel, setting.devices, config.hidden_size
     t, c, e, T = parallel.tensor, parallel.context, parallel.expert, setting.tokens
     operations = config.flops_per_token(context) * setting.micro_tokens * _AGAIN[setting.recompute]
     compute = operations / (c * t) / (device.flops * device.share)
     near = device.link if ranks <= MACHINE else NETWORK
-    layers = sum(layers * _layer(config, sparse, parallel) for sparse, layers in _kinds(config).items())
+    layers = sum(
+        layers * _layer(config, sparse, parallel) for sparse, layers in _kinds(config).items()
+    )
     gathered = layers + 2 * config.vocab_size * D
-    fsdp = 3 * _WORD * gathered * (1 - 1 / ranks) / near  # weights twice, gradients once; while others compute
+    fsdp = (
+        3 * _WORD * gathered * (1 - 1 / ranks) / near
+    )  # weights twice, gradients once; while others compute
     kv = config.num_key_value_heads * config.head_dim
-    sent = 8 * 2 * T * D * (1 - 1 / t)  # an all-reduce behind attention and one behind the feed-forward, each way
+    sent = (
+        8 * 2 * T * D * (1 - 1 / t)
+    )  # an all-reduce behind attention and one behind the feed-forward, each way
     sent += 2 * 2 * T * (D + kv) / t * (1 - 1 / c)  # queries, keys, values and answers
     sent += 4 * T * config.num_experts_per_tok * D / t * (1 - 1 / e) if config.num_experts else 0
     waited = config.num_hidden_layers * sent * _WORD / device.link
@@ -176,7 +210,9 @@ def tokens_per_second(config: ModelConfig, setting: Setting, device: Device, con
 
 
 def choices(config: ModelConfig, setting: Setting) -> Iterator[Setting]:
-    """This setting with every division, recomputation and smaller micro-batch that network and devices allow."""
+    """This setting with every division, recomputation and smaller micro-batch that network and
+    devices allow.
+    """
     powers = [2**n for n in range(int(math.log2(max(1, setting.devices))) + 1)]
     experts = powers if config.num_experts else [1]
     for tensor, expert, context in product([p for p in powers if p <= MACHINE], experts, powers):
@@ -189,6 +225,10 @@ def choices(config: ModelConfig, setting: Setting) -> Iterator[Setting]:
 
 def best(config: ModelConfig, setting: Setting, device: Device, context: float) -> Setting | None:
     """The fastest choice that fits a device's memory; of equals the one that divides least."""
-    fitting = [s for s in choices(config, setting) if memory(config, s).total <= USABLE * device.memory * GIB]
+    fitting = [
+        s
+        for s in choices(config, setting)
+        if memory(config, s).total <= USABLE * device.memory * GIB
+    ]
     speed = lambda s: (round(tokens_per_second(config, s, device, context), -1), -s.parallel.ranks)  # noqa: E731
     return max(fitting, key=speed, default=None)

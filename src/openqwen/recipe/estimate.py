@@ -1,4 +1,7 @@
-"""How long each stage should take, before it has ever run: arithmetic over measured speed. For `--dry-run`."""
+"""How long each stage should take, before it has ever run: arithmetic over measured speed.
+
+For `--dry-run`.
+"""
 
 from collections.abc import Collection
 from typing import Any
@@ -18,6 +21,8 @@ def seconds(stage: Stage, recipe: Any, roles: Collection[str]) -> float:
     spent = effort.seconds + effort.answers / _ANSWERS
     if effort.rows:
         network = network_config(recipe.pretrain, recipe.tokenizer.vocabulary)
-        operations = sum(n * network.flops_per_token(length / 2) for length, n in effort.rows.items())
+        operations = sum(
+            n * network.flops_per_token(length / 2) for length, n in effort.rows.items()
+        )
         spent += operations / (SHARE * peak_flops(best_device()))
     return spent

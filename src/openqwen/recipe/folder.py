@@ -1,4 +1,6 @@
-"""The run folder: finished artifacts in `.store`, work in progress in `.work`, a link a stage to its current one."""
+"""The run folder: finished artifacts in `.store`, work in progress in `.work`, a link a stage to
+its current one.
+"""
 
 import contextlib
 import os
@@ -12,7 +14,10 @@ from openqwen.support.errors import OpenQwenError
 
 
 class RunFolder:
-    """Paths and bookkeeping of one run folder. Reading makes nothing; only `prepare` makes folders."""
+    """Paths and bookkeeping of one run folder.
+
+    Reading makes nothing; only `prepare` makes folders.
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -27,18 +32,25 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
             raise OpenQwenError(
-                f"The run folder cannot be made: {error.strerror}.", where=self.root, do="choose another --output"
+                f"The run folder cannot be made: {error.strerror}.",
+                where=self.root,
+                do="choose another --output",
             ) from None
 
     def prepare(self) -> None:
-        """Make the folders, and clear away what killed runs left half-written. Only under the lock."""
+        """Make the folders, and clear away what killed runs left half-written.
+
+        Only under the lock.
+        """
         self.store.mkdir(exist_ok=True)
         self.work.mkdir(exist_ok=True)
         recover(self.store)
         for aside in self.work.glob(".*"):
             aside.unlink()
         for work in self.work.glob("*-*"):
-            finished = (self.store / work.name).exists() and work.name[: -len("-0123456789ab")] not in self.pending()
+            finished = (self.store / work.name).exists() and work.name[
+                : -len("-0123456789ab")
+            ] not in self.pending()
             shutil.rmtree(work if finished else work / "output", ignore_errors=True)
 
     def stored(self, stage: str, key: str) -> Path:
@@ -53,7 +65,11 @@ class RunFolder:
         """Point runs/x/<stage> at an artifact, in one step."""
         link = self.root / stage
         if link.exists() and not link.is_symlink():
-            raise OpenQwenError("Something that is not a link stands where a stage's link goes.", link, "move it away")
+            raise OpenQwenError(
+                "Something that is not a link stands where a stage's link goes.",
+                link,
+                "move it away",
+            )
         path = os.path.relpath(artifact, self.root)
         if link.is_symlink() and os.readlink(link) == path:
             return
@@ -69,7 +85,9 @@ class RunFolder:
     def former(self, stage: str) -> Artifact | None:
         """The current artifact of a stage, or the youngest finished one."""
         found = [_read(path) for path in sorted(self._of(self.store, stage))]
-        youngest = max((a for a in found if a is not None), key=lambda a: a.manifest.created, default=None)
+        youngest = max(
+            (a for a in found if a is not None), key=lambda a: a.manifest.created, default=None
+        )
         return self.current(stage) or youngest
 
     def pending(self) -> list[str]:
@@ -77,7 +95,9 @@ class RunFolder:
         return sorted(path.name for path in self._anew.glob("*"))
 
     def demand(self, stages: Iterable[str]) -> None:
-        """Have these stages made anew, from their beginning, by this run or the ones that continue it."""
+        """Have these stages made anew, from their beginning, by this run or the ones that continue
+        it.
+        """
         for stage in stages:
             self._anew.mkdir(exist_ok=True)
             for work in self._of(self.work, stage):

@@ -39,10 +39,18 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ),
     ("sweep", "openqwen.train.sweep", None),
     ("evaluate-pretrain", "openqwen.evaluate.model", {"model": "pretrain", "corpus": "corpus"}),
-    ("extend", "openqwen.train.extend", {"model": "pretrain", "tokens": "tokens", "corpus": "corpus"}),
+    (
+        "extend",
+        "openqwen.train.extend",
+        {"model": "pretrain", "tokens": "tokens", "corpus": "corpus"},
+    ),
     ("evaluate-extend", "openqwen.evaluate.model", {"model": "extend", "corpus": "corpus"}),
     ("upcycle", "openqwen.train.upcycle", None),
-    ("instruct", "openqwen.instruct.synthesize.demonstrations", {"corpus": "corpus", "model": "extend"}),
+    (
+        "instruct",
+        "openqwen.instruct.synthesize.demonstrations",
+        {"corpus": "corpus", "model": "extend"},
+    ),
     ("sft", "openqwen.train.sft", {"model": "extend", "demonstrations": "instruct"}),
     (
         "evaluate-sft",
@@ -54,8 +62,16 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ("evaluate-reward", "openqwen.evaluate.reward", {"reward": "reward", "preferences": "prefer"}),
     ("dpo", "openqwen.train.dpo", {"model": "sft", "preferences": "prefer"}),
     ("evaluate-dpo", "openqwen.evaluate.model", {"model": "dpo", "corpus": "corpus", **_ALIGNED}),
-    ("online-dpo", "openqwen.train.online_dpo", {"model": "sft", "reward": "reward", "prompts": "instruct"}),
-    ("evaluate-online-dpo", "openqwen.evaluate.model", {"model": "online-dpo", "corpus": "corpus", **_ALIGNED}),
+    (
+        "online-dpo",
+        "openqwen.train.online_dpo",
+        {"model": "sft", "reward": "reward", "prompts": "instruct"},
+    ),
+    (
+        "evaluate-online-dpo",
+        "openqwen.evaluate.model",
+        {"model": "online-dpo", "corpus": "corpus", **_ALIGNED},
+    ),
 ]
 
 MODELS = {"model", "reward"}  # inputs and settings that may be a hub id too
@@ -110,7 +126,9 @@ def _declared(file: str) -> tuple[str, str]:
     last = ast.parse(Path(source).read_text(encoding="utf-8")).body[-1]
     if not isinstance(last, ast.Assign) or not isinstance(last.value, ast.Call):
         raise ValueError(f"{source} does not end with STAGE = Stage(...)")
-    told = {k.arg: ast.literal_eval(k.value) for k in last.value.keywords if k.arg in ("name", "help")}
+    told = {
+        k.arg: ast.literal_eval(k.value) for k in last.value.keywords if k.arg in ("name", "help")
+    }
     return told["name"], told["help"]
 
 
@@ -137,7 +155,9 @@ def _class_of(sections: tuple[tuple[str, type[BaseModel], str], ...]) -> type[Se
     fields: dict[str, Any] = {"seed": (int, Field(1, ge=0, description="of every random draw"))}
     for name, config, text in sections:
         fields[name] = (config, Field(default_factory=config, description=text))
-    return create_model("Recipe", __base__=Settings, __doc__="Everything a run depends on.", **fields)
+    return create_model(
+        "Recipe", __base__=Settings, __doc__="Everything a run depends on.", **fields
+    )
 
 
 def nodes_of(recipe: Any) -> list[Node]:
@@ -150,7 +170,11 @@ def nodes_of(recipe: Any) -> list[Node]:
         if inputs is None:
             continue
         stage = _load(file)
-        config = getattr(recipe, section_of[stage.config]) if stage.config in section_of else stage.config()
+        config = (
+            getattr(recipe, section_of[stage.config])
+            if stage.config in section_of
+            else stage.config()
+        )
         estimate = functools.partial(seconds, stage, recipe, inputs) if stage.estimate else None
         nodes.append(Node(name, stage, config, inputs, outside_of(config), estimate))
     return nodes
@@ -170,7 +194,9 @@ def finish(run_folder: Path) -> list[str]:
     from openqwen.recipe.report import write_report
 
     lines = [f"report   {write_report(run_folder)}"]
-    made = [(name, _load(file)) for name, file, _ in reversed(GRAPH) if (run_folder / name).exists()]
+    made = [
+        (name, _load(file)) for name, file, _ in reversed(GRAPH) if (run_folder / name).exists()
+    ]
     chat = next((name for name, stage in made if CHAT in stage.outputs), None)
     return [*lines, f"chat     {command('chat', run_folder / chat)}"] if chat else lines
 
@@ -202,5 +228,7 @@ def check_graph(nodes: Sequence[Node]) -> None:
             raise ValueError(f"two stages are named '{node.name}'")
         for role, name in node.inputs.items():
             if name not in seen or role not in seen[name].stage.outputs:
-                raise ValueError(f"stage '{node.name}': no stage '{name}' before it makes its input '{role}'")
+                raise ValueError(
+                    f"stage '{node.name}': no stage '{name}' before it makes its input '{role}'"
+                )
         seen[node.name] = node

@@ -15,10 +15,12 @@ from openqwen.support.errors import OpenQwenError
 
 @contextmanager
 def hold(path: Path, command: str) -> Iterator[None]:
-    """Hold the lock file at `path` for the length of the block; if somebody else does, an error says who.
+    """Hold the lock file at `path` for the length of the block; if somebody else does, an error
+    says who.
 
-    A POSIX record lock: the kernel drops it with the process, however that ends, and forked workers that outlive
-    their parent do not keep it. What a dead process wrote into the file is therefore never believed.
+    A POSIX record lock: the kernel drops it with the process, however that ends, and forked workers
+    that outlive their parent do not keep it. What a dead process wrote into the file is therefore
+    never believed.
     """
     with open(path, "a+", encoding="utf-8") as file:
         try:
@@ -49,8 +51,14 @@ def _held(path: Path) -> OpenQwenError:
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         since = datetime.fromisoformat(note["started"])
-        holder = f"process {note['pid']} of {note['user']} on {note['host']}, since {since:%Y-%m-%d %H:%M:%S}"
-        do = f"wait for it, stop it (kill {note['pid']}), or choose another --output; it runs: {note['command']}"
+        holder = (
+            f"process {note['pid']} of {note['user']} on {note['host']}, since "
+            f"{since:%Y-%m-%d %H:%M:%S}"
+        )
+        do = (
+            f"wait for it, stop it (kill {note['pid']}), or choose another --output; it runs: "
+            f"{note['command']}"
+        )
     except (ValueError, KeyError, TypeError):  # the holder is writing its note right now
         holder, do = "another process", "wait for it, or choose another --output"
     return OpenQwenError(f"Another run works in this folder: {holder}.", where=path.parent, do=do)

@@ -26,8 +26,8 @@ _SHOW_CHANGES = 3
 class Decision:
     """What happens to one stage.
 
-    key: None while an input is still to be made. artifact: what is reused. seconds: how long it should take, None
-    where nobody can tell.
+    key: None while an input is still to be made. artifact: what is reused. seconds: how long it
+    should take, None where nobody can tell.
     """
 
     node: Node
@@ -41,12 +41,17 @@ class Decision:
 def make_plan(
     folder: RunFolder, nodes: Sequence[Node], seed: int, anew: Sequence[str], thorough: bool
 ) -> list[Decision]:
-    """The whole plan, changing nothing on the disk. A stage whose input will be made is assumed to follow."""
+    """The whole plan, changing nothing on the disk.
+
+    A stage whose input will be made is assumed to follow.
+    """
     steps: list[Decision] = []
     digests: dict[str, str | None] = {}
     for node in nodes:
         try:
-            step = decide(folder, node, seed, input_digests(node, digests), node.name in anew, thorough)
+            step = decide(
+                folder, node, seed, input_digests(node, digests), node.name in anew, thorough
+            )
         except OpenQwenError as error:
             step = Decision(node, "blocked", f"{error.what} {(error.do or '').capitalize()}.")
         steps.append(step)
@@ -55,15 +60,26 @@ def make_plan(
 
 
 def input_digests(node: Node, made: Mapping[str, str | None]) -> dict[str, str | None]:
-    """role -> digest of that input; made: stage name -> digest, None while it is still to be made."""
+    """role -> digest of that input; made: stage name -> digest, None while it is still to be
+    made.
+    """
     digests = {role: made[name] for role, name in node.inputs.items()}
-    return digests | {role: outside_source(path, role).entry.digest for role, path in node.outside.items()}
+    return digests | {
+        role: outside_source(path, role).entry.digest for role, path in node.outside.items()
+    }
 
 
 def decide(
-    folder: RunFolder, node: Node, seed: int, digests: Mapping[str, str | None], anew: bool, thorough: bool = False
+    folder: RunFolder,
+    node: Node,
+    seed: int,
+    digests: Mapping[str, str | None],
+    anew: bool,
+    thorough: bool = False,
 ) -> Decision:
-    """What to do with one stage; a stored artifact that would be reused but is damaged is an error."""
+    """What to do with one stage; a stored artifact that would be reused but is damaged is an
+    error.
+    """
     seconds = _estimate(folder, node)
     known = {role: digest for role, digest in digests.items() if digest is not None}
     if len(known) < len(digests):
@@ -95,7 +111,9 @@ def _estimate(folder: RunFolder, node: Node) -> float | None:
 
 
 def changes(manifest: Manifest, node: Node, seed: int, digests: Mapping[str, str]) -> list[str]:
-    """In what an artifact differs from what the stage would make now, in words: `train.steps 10 -> 20`."""
+    """In what an artifact differs from what the stage would make now, in words: `train.steps 10 ->
+    20`.
+    """
     told = _config_changes(_flat(manifest.config), _flat(node.config.model_dump(mode="json")))
     if manifest.seed != seed:
         told.append(f"seed {manifest.seed} -> {seed}")

@@ -1,4 +1,6 @@
-"""`openqwen plan RECIPE --gpus 8xH100`: what fits, how fast, and how long, for each stage that trains."""
+"""`openqwen plan RECIPE --gpus 8xH100`: what fits, how fast, and how long, for each stage that
+trains.
+"""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from openqwen.model import ModelConfig
-from openqwen.recipe.capacity import DEVICES, GIB, USABLE, Device, Setting, best, memory, tokens_per_second
+from openqwen.recipe.capacity import (
+    DEVICES,
+    GIB,
+    USABLE,
+    Device,
+    Setting,
+    best,
+    memory,
+    tokens_per_second,
+)
 from openqwen.recipe.estimate import SHARE
 from openqwen.recipe.graph import nodes_of, recipe_class
 from openqwen.recipe.settings import find_recipe, load_settings
@@ -25,13 +36,19 @@ from openqwen.train.preferences import COMPARED
 from openqwen.train.pretrain import network_config
 
 _MOST = 4_096  # devices
-_PACKED = {"none": 4.0, "int8": 1.06, "int4": 0.56}  # bytes of a matrix's number under adapters, scales included
+_PACKED = {
+    "none": 4.0,
+    "int8": 1.06,
+    "int4": 0.56,
+}  # bytes of a matrix's number under adapters, scales included
 _WIDTH = 150  # characters: a table cut off tells nothing
 
 
 @dataclass(frozen=True)
 class Training:
-    """A stage that trains, for the planner. tokens: that it trains on, 0 where the recipe does not say."""
+    """A stage that trains, for the planner. tokens: that it trains on, 0 where the recipe does not
+    say.
+    """
 
     name: str
     config: Any
@@ -50,15 +67,21 @@ def plan(
     gpus: str = "1xH100",
     model: str | None = None,
 ) -> None:
-    """Print, for each stage that trains: memory of a device by part, as the recipe says and at its fastest; time.
+    """Print, for each stage that trains: memory of a device by part, as the recipe says and at its
+    fastest; time.
 
     Args:
         recipe: A YAML file, or the name of a shipped one.
-        gpus: How many of which device: 8xH100, 4xA100-40, A100-80, H200, L40S, 4090; cpu is this machine.
+        gpus: Number and kind: 8xH100, 4xA100-40, A100-80, H200, L40S, 4090;
+            cpu is this machine.
         model: A published model in place of the recipe's network, such as qwen2.5-7b.
     """
     settings: Any = load_settings(find_recipe(recipe), recipe_class())
-    network = ModelConfig.named(model) if model else network_config(settings.pretrain, settings.tokenizer.vocabulary)
+    network = (
+        ModelConfig.named(model)
+        if model
+        else network_config(settings.pretrain, settings.tokenizer.vocabulary)
+    )
     count, name, device = _devices(gpus)
     table = _table()
     advice = []
@@ -72,16 +95,21 @@ def plan(
             ways = [f"  {way}" for way in _ways(stage, network, told, device, packed=name == "cpu")]
             head = "It would with" if ways else "Take devices with more memory."
             advice += [f"{stage.name} does not fit on {count} x {name}. {head}", *ways]
-    title = f"{_amount(network.parameters())} weights on {count} x {name}, {device.memory:.0f} GiB each"
+    title = (
+        f"{_amount(network.parameters())} weights on {count} x {name}, {device.memory:.0f} GiB each"
+    )
     console.print(f"{title}; {USABLE:.0%} of it can be used", markup=False)
     Console(width=max(console.width, _WIDTH)).print(table)
     for line in advice:
         console.print(line, markup=False)
     console.print(
-        f"An estimate. GiB of one device in float32: weights, gradients, optimizer states, activations, scores of the "
-        f"vocabulary, what is gathered to work on. Time: arithmetic at {device.share:.0%} of {device.flops / 1e12:.3g} "
+        "An estimate. GiB of one device in float32: weights, gradients, optimizer states, "
+        "activations, scores of the "
+        f"vocabulary, what is gathered to work on. Time: arithmetic at {device.share:.0%} of "
+        f"{device.flops / 1e12:.3g} "
         "TFLOPS, with the links at their makers' word; data and generation are not in it. "
-        f"Assumed: {CONVERSATION} tokens in a demonstration, {COMPARED} in a prompt with its answers. "
+        f"Assumed: {CONVERSATION} tokens in a demonstration, {COMPARED} in a prompt with its "
+        "answers. "
         "A rate alone: the recipe does not say how many tokens; divide those of your data by it.",
         markup=False,
     )
@@ -106,7 +134,9 @@ def trainings(recipe: Any) -> Iterator[Training]:
         if node.stage.trains_on_ranks and node.stage.estimate:
             effort = node.stage.estimate(recipe, node.inputs)
             known = effort.data_from is None or effort.data_from in recipe.model_fields_set
-            yield Training(node.name, node.config, effort, sum(effort.rows.values()) if known else 0.0)
+            yield Training(
+                node.name, node.config, effort, sum(effort.rows.values()) if known else 0.0
+            )
 
 
 def _setting(stage: Training, network: ModelConfig, count: int) -> Setting:
@@ -120,7 +150,15 @@ def _setting(stage: Training, network: ModelConfig, count: int) -> Setting:
     others = float(effort.beside + (effort.answers > 0 and count > 1))
     moments = BYTES if train.method == "adamw8bit" else 8.0
     return Setting(
-        count, train.parallel, train.recompute, effort.micro_tokens, effort.longest, trained, moments, frozen, others
+        count,
+        train.parallel,
+        train.recompute,
+        effort.micro_tokens,
+        effort.longest,
+        trained,
+        moments,
+        frozen,
+        others,
     )
 
 
@@ -132,12 +170,21 @@ def _adapters(network: ModelConfig, rank: int) -> float:
 
 
 def _frozen(network: ModelConfig, base: str) -> float:
-    """Bytes of a weight that does not learn, in the mean; the vocabulary's tables are never quantised."""
-    tables = (1 if network.tie_word_embeddings else 2) * network.vocab_size * network.hidden_size / network.parameters()
+    """Bytes of a weight that does not learn, in the mean; the vocabulary's tables are never
+    quantised.
+    """
+    tables = (
+        (1 if network.tie_word_embeddings else 2)
+        * network.vocab_size
+        * network.hidden_size
+        / network.parameters()
+    )
     return tables * 4.0 + (1 - tables) * _PACKED[base]
 
 
-def _row(table: Table, stage: Training, network: ModelConfig, setting: Setting, device: Device, what: str) -> None:
+def _row(
+    table: Table, stage: Training, network: ModelConfig, setting: Setting, device: Device, what: str
+) -> None:
     how = _how(setting)
     wrong = faults(setting.parallel, network, setting.devices)
     if wrong:
@@ -172,9 +219,12 @@ def _how(setting: Setting) -> str:
     return ", ".join([*degrees, *again, f"micro {setting.micro_tokens:,}"])
 
 
-def _ways(stage: Training, network: ModelConfig, setting: Setting, device: Device, packed: bool) -> Iterator[str]:
-    """What would make it fit, one lever at a time, and as much less to a row as it takes. With each, all divisions,
-    recomputations and micro-batches are tried, and the fastest is told. packed: whether a base may be quantised."""
+def _ways(
+    stage: Training, network: ModelConfig, setting: Setting, device: Device, packed: bool
+) -> Iterator[str]:
+    """What would make it fit, one lever at a time, and as much less to a row as it takes. With
+    each, all divisions, recomputations and micro-batches are tried, and the fastest is told.
+    packed: whether a base may be quantised."""
 
     levers = {"": setting, "method adamw8bit (moments in 8 bits)": replace(setting, moments=BYTES)}
     if hasattr(stage.config, "lora"):
@@ -182,12 +232,16 @@ def _ways(stage: Training, network: ModelConfig, setting: Setting, device: Devic
         levers["lora.rank 16 (adapters)"] = few
         if packed:
             levers["lora.rank 16, lora.base int4"] = replace(few, frozen=_frozen(network, "int4"))
-    counts = [setting.devices << n for n in range(1, _MOST.bit_length()) if setting.devices << n <= _MOST]
+    counts = [
+        setting.devices << n for n in range(1, _MOST.bit_length()) if setting.devices << n <= _MOST
+    ]
     levers |= {f"{count} of these devices": replace(setting, devices=count) for count in counts}
     reached = 0  # the longest rows that the devices tried so far take
     for lever, changed in levers.items():
         more = changed.devices > setting.devices
-        for rows in (n for n in (setting.longest, 4_096, 1_024) if reached * more < n <= setting.longest):
+        for rows in (
+            n for n in (setting.longest, 4_096, 1_024) if reached * more < n <= setting.longest
+        ):
             shorter = replace(changed, longest=rows, micro_tokens=min(rows, changed.micro_tokens))
             if fits := best(network, shorter, device, stage.context):
                 cut = f"rows of at most {rows:,} tokens" if rows < setting.longest else ""

@@ -46,21 +46,28 @@ def run_recipe(
 ) -> None:
     """Make or reuse the artifact of every stage, up to `until`.
 
-    start_from: make that stage and all later ones anew. dry_run: print the plan and change nothing. thorough: check the
-    content of files over 1 GB too. command: what the lock says of this run; continue_command: what to type after an
-    interruption. finish: called with the run folder after the last stage; its lines are printed.
-    Raises OpenQwenError (a damaged artifact, a held folder, a full disk, a stage's own), KeyboardInterrupt.
+    start_from: make that stage and all later ones anew. dry_run: print the plan and change nothing.
+    thorough: check the content of files over 1 GB too. command: what the lock says of this run;
+    continue_command: what to type after an interruption. finish: called with the run folder after
+    the last stage; its lines are printed. Raises OpenQwenError (a damaged artifact, a held folder,
+    a full disk, a stage's own), KeyboardInterrupt.
     """
     check_graph(nodes)
     chosen = select(nodes, until)
     demanded: list[str] = []
     if start_from is not None:
-        demanded = [node.name for node in nodes[position(nodes, start_from, "--from") : len(chosen)]]
+        demanded = [
+            node.name for node in nodes[position(nodes, start_from, "--from") : len(chosen)]
+        ]
         if not demanded:
-            raise OpenQwenError("Nothing is left to run.", f"--until {until} --from {start_from}", "swap the two")
+            raise OpenQwenError(
+                "Nothing is left to run.", f"--until {until} --from {start_from}", "swap the two"
+            )
     folder = RunFolder(run_folder)
     if dry_run:
-        display.plan_table(make_plan(folder, chosen, seed, [*demanded, *folder.pending()], thorough))
+        display.plan_table(
+            make_plan(folder, chosen, seed, [*demanded, *folder.pending()], thorough)
+        )
         return
     folder.prepare_root()
     with disk_errors(run_folder), hold(folder.lock, command):
@@ -74,7 +81,14 @@ def run_recipe(
 class _Run:
     """One run under the lock."""
 
-    def __init__(self, folder: RunFolder, nodes: Sequence[Node], seed: int, thorough: bool, continue_command: str):
+    def __init__(
+        self,
+        folder: RunFolder,
+        nodes: Sequence[Node],
+        seed: int,
+        thorough: bool,
+        continue_command: str,
+    ):
         self.folder, self.nodes, self.seed, self.thorough = folder, nodes, seed, thorough
         self.continue_command = continue_command
         self.made: dict[str, Artifact] = {}
@@ -98,7 +112,9 @@ class _Run:
         sources = {role: outside_source(path, role) for role, path in node.outside.items()}
         for role, name in node.inputs.items():
             artifact = self.made[name]
-            sources[role] = Source(artifact.folder, InputEntry(stage=name, digest=artifact.manifest.digest))
+            sources[role] = Source(
+                artifact.folder, InputEntry(stage=name, digest=artifact.manifest.digest)
+            )
         return sources
 
     def _make(self, step: Decision, sources: dict[str, Source]) -> Artifact:
@@ -106,7 +122,9 @@ class _Run:
         assert key is not None
         work, target = self.folder.working(name, key), self.folder.stored(name, key)
         with disk_errors(self.folder.root / name):
-            return _make(step, sources, self.seed, work, target, len(self.made), self.continue_command)
+            return _make(
+                step, sources, self.seed, work, target, len(self.made), self.continue_command
+            )
 
     def _close(self) -> None:
         # For the report, which otherwise knows the artifacts alone.
@@ -114,11 +132,14 @@ class _Run:
         display.results_table([(a.manifest, name in self.reused) for name, a in self.made.items()])
         other = [n for n, a in self.made.items() if a.manifest.code.get("digest") != code_digest()]
         if other:
-            display.note(f"Made by other code: {', '.join(other)} (--from {other[0]} makes them anew).")
+            display.note(
+                f"Made by other code: {', '.join(other)} (--from {other[0]} makes them anew)."
+            )
 
 
 def run_alone(node: Node, output: Path, seed: int, command: str) -> None:
-    """Make the stage's artifact at `output` from its outside inputs; the work in progress lies in `.<output>.work`.
+    """Make the stage's artifact at `output` from its outside inputs; the work in progress lies in
+    `.<output>.work`.
 
     An `output` that holds this very artifact is reused; one that holds anything else is refused.
     """
@@ -133,7 +154,9 @@ def run_alone(node: Node, output: Path, seed: int, command: str) -> None:
         try:
             work.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise OpenQwenError(f"The folder cannot be made: {error.strerror}.", output, "choose another") from None
+            raise OpenQwenError(
+                f"The folder cannot be made: {error.strerror}.", output, "choose another"
+            ) from None
         with hold(work / ".lock", command):
             # Another run may have finished between the look above and the lock.
             if not _reused(node, output, key, seed, digests):
@@ -148,17 +171,25 @@ def run_alone(node: Node, output: Path, seed: int, command: str) -> None:
 
 
 def _reused(node: Node, output: Path, key: str, seed: int, digests: dict[str, str]) -> bool:
-    """Whether `output` is what would be made; an error if it is something else, False if it is absent or empty."""
+    """Whether `output` is what would be made; an error if it is something else, False if it is
+    absent or empty.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     if not (output / MANIFEST).is_file():
-        raise OpenQwenError("The output holds something else.", where=output, do="choose another --output")
+        raise OpenQwenError(
+            "The output holds something else.", where=output, do="choose another --output"
+        )
     advice = "remove the folder and run the same command again"
     artifact = open_artifact(output, advice)
     if artifact.manifest.key != key:
-        told = changes(artifact.manifest, node, seed, digests) or [f"it is of stage '{artifact.manifest.stage}'"]
+        told = changes(artifact.manifest, node, seed, digests) or [
+            f"it is of stage '{artifact.manifest.stage}'"
+        ]
         raise OpenQwenError(
-            f"The output holds another artifact: {', '.join(told)}.", where=output, do="choose another --output"
+            f"The output holds another artifact: {', '.join(told)}.",
+            where=output,
+            do="choose another --output",
         )
     verify(artifact, advice)
     display.heading(1, 1, Decision(node, "reuse", "", key, artifact))
@@ -174,7 +205,9 @@ def _make(
     finished: int,
     continue_command: str,
 ) -> Artifact:
-    """Make a stage's artifact aside in `work`; where that stops, say what is kept and how to go on."""
+    """Make a stage's artifact aside in `work`; where that stops, say what is kept and how to go
+    on.
+    """
     node, key = step.node, step.key
     assert key is not None
     work.mkdir(exist_ok=True)
@@ -183,10 +216,14 @@ def _make(
     except BaseException as stop:
         kept = [f"{finished} finished stage{'s' * (finished != 1)}"] if finished else []
         if (saved := last_save(work / "scratch")) is not None:
-            kept.append(f"the state that {node.name} saved at {datetime.fromtimestamp(saved):%H:%M:%S}")
+            kept.append(
+                f"the state that {node.name} saved at {datetime.fromtimestamp(saved):%H:%M:%S}"
+            )
         interrupted = isinstance(stop, KeyboardInterrupt)
         what = "Interrupted" if interrupted else "Stopped"
-        console.print(f"\n{what} in {node.name}. Kept: {' and '.join(kept) or 'nothing yet'}.", markup=False)
+        console.print(
+            f"\n{what} in {node.name}. Kept: {' and '.join(kept) or 'nothing yet'}.", markup=False
+        )
         if interrupted and continue_command:
             console.print(f"Continue with: {continue_command}", markup=False)
         raise

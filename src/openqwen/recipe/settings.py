@@ -1,4 +1,6 @@
-"""A recipe's settings: YAML into one typed, documented object, with errors that name the file, the line and the key."""
+"""A recipe's settings: YAML into one typed, documented object, with errors that name the file, the
+line and the key.
+"""
 
 import re
 from collections.abc import Mapping
@@ -16,11 +18,15 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads 1e-3 as the number it is (YAML 1.1 reads a string)."""
+    """Safe YAML that refuses a key given twice, and reads 1e-3 as the number it is (YAML 1.1 reads
+    a string).
+    """
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
 )
 
 
@@ -30,7 +36,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
             continue
         if key.value in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' is given twice", key.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{key.value}' is given twice", key.start_mark
+            )
         seen.add(key.value)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
@@ -40,20 +48,32 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def find_recipe(name: str) -> Path:
-    """A path as it is; a bare name from `recipes/` here, or from the ones shipped beside the package."""
+    """A path as it is; a bare name from `recipes/` here, or from the ones shipped beside the
+    package.
+    """
     path = Path(name)
     if path.is_file():
         return path
     folders = [Path("recipes"), Path(str(openqwen.__file__)).parents[2] / "recipes"]
-    shipped = {found.stem: found for folder in reversed(folders) for found in sorted(folder.glob("*.yaml"))}
+    shipped = {
+        found.stem: found for folder in reversed(folders) for found in sorted(folder.glob("*.yaml"))
+    }
     if name in shipped:
         return shipped[name]
-    listed = f"name a YAML file, or one of: {', '.join(sorted(shipped))}" if shipped else "name a YAML file"
-    raise OpenQwenError(f"There is no recipe '{name}'.{suggestion(path.stem, shipped)}", where=path, do=listed)
+    listed = (
+        f"name a YAML file, or one of: {', '.join(sorted(shipped))}"
+        if shipped
+        else "name a YAML file"
+    )
+    raise OpenQwenError(
+        f"There is no recipe '{name}'.{suggestion(path.stem, shipped)}", where=path, do=listed
+    )
 
 
 def load_settings(path: Path, settings: type[Settings]) -> Settings:
-    """Read a YAML file into a settings class; every fault is an OpenQwenError with file, line and dotted key."""
+    """Read a YAML file into a settings class; every fault is an OpenQwenError with file, line and
+    dotted key.
+    """
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -61,9 +81,13 @@ def load_settings(path: Path, settings: type[Settings]) -> Settings:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise OpenQwenError(f"This is not valid YAML: {error.problem or error.context}.", where=where) from None
+        raise OpenQwenError(
+            f"This is not valid YAML: {error.problem or error.context}.", where=where
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OpenQwenError(f"This is not valid YAML: {' '.join(str(error).split())}", where=path) from None
+        raise OpenQwenError(
+            f"This is not valid YAML: {' '.join(str(error).split())}", where=path
+        ) from None
     if not isinstance(data, dict):
         raise OpenQwenError("A recipe is a mapping of keys to values.", where=path)
     lines: dict[str, int] = {}
@@ -82,7 +106,10 @@ def _find_lines(node: yaml.Node, prefix: str, lines: dict[str, int]) -> None:
 
 
 def validate(
-    settings: type[Settings], data: Mapping[str, Any], where: Path | str, lines: Mapping[str, int] | None = None
+    settings: type[Settings],
+    data: Mapping[str, Any],
+    where: Path | str,
+    lines: Mapping[str, int] | None = None,
 ) -> Settings:
     """Build the settings object; `where` and `lines` (dotted key -> line) place the errors."""
     try:
@@ -112,7 +139,11 @@ def _sentence(settings: type[BaseModel], error: ErrorDetails) -> str:
         return f"The key '{dotted}' is missing."
     message = error["msg"].removeprefix("Value error, ")
     if message.startswith("Input should be "):
-        expected = message.removeprefix("Input should be ").split(", unable to")[0].removeprefix("a valid ")
+        expected = (
+            message.removeprefix("Input should be ")
+            .split(", unable to")[0]
+            .removeprefix("a valid ")
+        )
         return f"{dotted} is {_brief(error['input'])}, but it should be {expected}."
     return f"{dotted}: {message}." if dotted else f"{message}."
 
@@ -126,7 +157,11 @@ def _nearest(settings: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     """The suggestion for an unknown key: the nearest of its own level, or all of them."""
     level: Any = settings
     for part in loc[:-1]:
-        level = _model_of(level.model_fields[part].annotation) if level and part in level.model_fields else None
+        level = (
+            _model_of(level.model_fields[part].annotation)
+            if level and part in level.model_fields
+            else None
+        )
     known = list(level.model_fields) if level else []
     key = str(loc[-1])
     near = suggestion(key.replace("-", "_"), known)

@@ -1,4 +1,5 @@
-"""A recipe or a stage under torchrun: rank 0 leads, the other ranks join it in every stage that trains.
+"""A recipe or a stage under torchrun: rank 0 leads, the other ranks join it in every stage that
+trains.
 
     torchrun --nproc-per-node 8 -m openqwen.cli run RECIPE
 
@@ -48,7 +49,9 @@ def lead_or_follow(lead: Callable[[], int]) -> int:
         number = 0
         while (told := _listen()) is not None:
             function, run = told
-            output = Path(name) / str(number)  # what a stage writes beside the checkpoint, rank 0 writes too
+            output = Path(name) / str(
+                number
+            )  # what a stage writes beside the checkpoint, rank 0 writes too
             output.mkdir()
             function(replace(run, output=output))
             number += 1

@@ -1,7 +1,8 @@
-"""`openqwen verify`: the proofs of training and generation on the user's own model and data (law 10).
+"""`openqwen verify`: the proofs of training and generation on the user's own model and data (law
+10).
 
-Each proof computes one thing in two ways and compares. Bounds are relative, for float32; bits are compared where bits
-are promised.
+Each proof computes one thing in two ways and compares. Bounds are relative, for float32; bits are
+compared where bits are promised.
 """
 
 import copy
@@ -36,7 +37,9 @@ _SPEAK = 32  # tokens of each answer that the engine writes
 
 @dataclass(frozen=True)
 class Proof:
-    """One statement, the largest difference that was seen, and the one allowed (0: the same bits)."""
+    """One statement, the largest difference that was seen, and the one allowed (0: the same
+    bits).
+    """
 
     statement: str
     seen: float
@@ -60,9 +63,14 @@ def verify(model: Path, data: Path, records: int = 16, seed: int = 0, ranks: int
     """
     tokenizer = load_tokenizer(model)
     network = load_model(model, device=best_device()).eval()
-    samples = [conversation(tokenizer, record, where) for where, record in islice(read_records(data), records)]
+    samples = [
+        conversation(tokenizer, record, where)
+        for where, record in islice(read_records(data), records)
+    ]
     if len(samples) < 2:
-        raise OpenQwenError("Packing needs at least two demonstrations.", where=data, do="give more, or --records 2")
+        raise OpenQwenError(
+            "Packing needs at least two demonstrations.", where=data, do="give more, or --records 2"
+        )
     proofs: list[Proof] = []
     with progress("verify", total=6 + (ranks > 0), unit="proofs") as bar:
         for proof in all_proofs(network, tokenizer, samples, seed):
@@ -73,11 +81,16 @@ def verify(model: Path, data: Path, records: int = 16, seed: int = 0, ranks: int
             proofs.append(ranks_do_not_matter(network, model, samples, ranks))
     console.print(_table(proofs))
     if short:
-        console.print(f"Not tried: {ranks} processes; they need {short / 2**30:.1f} GiB more memory than is free.")
+        console.print(
+            f"Not tried: {ranks} processes; they need {short / 2**30:.1f} GiB more memory than "
+            "is free."
+        )
     return all(proof.holds for proof in proofs)
 
 
-def all_proofs(model: Qwen2, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int) -> Iterator[Proof]:
+def all_proofs(
+    model: Qwen2, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int
+) -> Iterator[Proof]:
     """Yield each proof when it is done."""
     yield from packed_equals_unpacked(model, samples)
     yield cuts_do_not_matter(model, samples, seed)
@@ -89,12 +102,20 @@ def packed_equals_unpacked(model: Qwen2, samples: Sequence[Sample]) -> Iterator[
     """All documents in one row against each alone: the loss, then its gradient."""
     together = _gradient(model, [samples])
     alone = _gradient(model, [[sample] for sample in samples])
-    yield Proof("packed documents give the loss of each alone", _relative(together[0], alone[0]), _LOSS)
-    yield Proof("packed documents give the gradient of each alone", _relative(together[1], alone[1]), _GRADIENT)
+    yield Proof(
+        "packed documents give the loss of each alone", _relative(together[0], alone[0]), _LOSS
+    )
+    yield Proof(
+        "packed documents give the gradient of each alone",
+        _relative(together[1], alone[1]),
+        _GRADIENT,
+    )
 
 
 def cuts_do_not_matter(model: Qwen2, samples: Sequence[Sample], seed: int) -> Proof:
-    """Micro-batches of several sizes, in another order, dealt to three ranks and summed, against one batch."""
+    """Micro-batches of several sizes, in another order, dealt to three ranks and summed, against
+    one batch.
+    """
     whole = _gradient(model, [samples])[1]
     order = Generators(seed)["verify.cuts"].permutation(len(samples))
     shuffled = [samples[i] for i in order]
@@ -103,21 +124,33 @@ def cuts_do_not_matter(model: Qwen2, samples: Sequence[Sample], seed: int) -> Pr
     for budget in (max(sizes), 2 * max(sizes)):
         micros = [shuffled[cut] for cut in cut_to_budget(sizes, budget)]
         ranks = [micros[rank::3] for rank in range(3)]
-        worst = max(worst, _relative(_gradient(model, [m for rank in ranks for m in rank])[1], whole))
+        worst = max(
+            worst, _relative(_gradient(model, [m for rank in ranks for m in rank])[1], whole)
+        )
     return Proof("any cut into micro-batches and ranks: one gradient", worst, _GRADIENT)
 
 
-def ranks_do_not_matter(model: Qwen2, source: Path, samples: Sequence[Sample], ranks: int = 2) -> Proof:
-    """A micro-batch for each document, dealt to real processes that hold shards, against one batch in this one."""
+def ranks_do_not_matter(
+    model: Qwen2, source: Path, samples: Sequence[Sample], ranks: int = 2
+) -> Proof:
+    """A micro-batch for each document, dealt to real processes that hold shards, against one batch
+    in this one.
+    """
     found = gradient_over_ranks(source, [[sample] for sample in samples], ranks)
     whole = _gradient(model, [samples])[1]
     theirs = [found[name].to(model.device) for name, _ in model.named_parameters()]
     number = {2: "two"}.get(ranks, str(ranks))
-    return Proof(f"{number} processes that share the network: one gradient", _relative(theirs, whole), _GRADIENT)
+    return Proof(
+        f"{number} processes that share the network: one gradient",
+        _relative(theirs, whole),
+        _GRADIENT,
+    )
 
 
 def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: int) -> Proof:
-    """Four steps in one go against four steps with a kill after the second: the weights, bit by bit."""
+    """Four steps in one go against four steps with a kill after the second: the weights, bit by
+    bit.
+    """
 
     class Kill(Exception):
         pass
@@ -130,7 +163,9 @@ def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: 
                 raise Kill
             return [Rows.of(samples[step % len(samples) :][:2], network.device)]
 
-        config = TrainingConfig(train=OptimizerConfig(learning_rate=1e-5), save=SaveConfig(seconds=0))
+        config = TrainingConfig(
+            train=OptimizerConfig(learning_rate=1e-5), save=SaveConfig(seconds=0)
+        )
         place = Place(folder / "output", folder, seed, "verify")
         loss = lambda rows: next_token(network, rows)  # noqa: E731
         Trainer(place, config, network, batch, loss, steps=4, generators=Generators(seed)).run()
@@ -148,8 +183,12 @@ def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: 
     return Proof("a resumed run gives an uninterrupted one's weights", apart, 0.0)
 
 
-def trainer_equals_engine(model: Qwen2, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int) -> Iterator[Proof]:
-    """What the engine samples: its log-probabilities against the trainer's; its greedy tokens against no cache."""
+def trainer_equals_engine(
+    model: Qwen2, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int
+) -> Iterator[Proof]:
+    """What the engine samples: its log-probabilities against the trainer's; its greedy tokens
+    against no cache.
+    """
     prompts = [_prompt(sample) for sample in samples[:8]]
     engine = Engine(model, tokenizer)
     sampled = engine.generate(prompts, Sampling(max_tokens=_SPEAK, temperature=1.0, seed=seed))
@@ -175,7 +214,9 @@ def _gap(model: Qwen2, output: Output) -> float:
     if not output.token_ids:
         return 0.0
     ids = output.prompt_ids + output.token_ids
-    rows = Rows.of([(ids, [0] * len(output.prompt_ids) + [1] * len(output.token_ids))], model.device)
+    rows = Rows.of(
+        [(ids, [0] * len(output.prompt_ids) + [1] * len(output.token_ids))], model.device
+    )
     return float((token_log_probs(model, rows).cpu() - torch.tensor(output.logprobs)).abs().max())
 
 
@@ -188,11 +229,15 @@ def _surprises(model: Qwen2, output: Output, vocabulary: int) -> int:
     packed = Packed.from_lengths([len(ids)]).to(model.device)
     hidden = model(ids, packed.positions.to(model.device), packed)[len(output.prompt_ids) - 1 :]
     scores = model.logits(hidden)[:, :vocabulary].float()
-    chosen = scores.gather(1, torch.tensor(output.token_ids, device=model.device)[:, None]).squeeze(1)
+    chosen = scores.gather(1, torch.tensor(output.token_ids, device=model.device)[:, None]).squeeze(
+        1
+    )
     return int((scores.max(dim=1).values - chosen > _LOG_PROB).sum())
 
 
-def _gradient(model: Qwen2, micros: Sequence[Sequence[Sample]]) -> tuple[list[Tensor], list[Tensor]]:
+def _gradient(
+    model: Qwen2, micros: Sequence[Sequence[Sample]]
+) -> tuple[list[Tensor], list[Tensor]]:
     """([mean loss], mean gradient) of all targets, summed over micro-batches."""
     model.zero_grad()
     total, count = torch.zeros((), device=model.device), 0
@@ -202,7 +247,9 @@ def _gradient(model: Qwen2, micros: Sequence[Sequence[Sample]]) -> tuple[list[Te
         total += loss.sum.detach()
         count += loss.count
     if not count:
-        raise OpenQwenError("The demonstrations hold nothing to learn.", do="give some with an assistant turn")
+        raise OpenQwenError(
+            "The demonstrations hold nothing to learn.", do="give some with an assistant turn"
+        )
     gradients = [p.grad.clone() / count for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return [total / count], gradients
@@ -210,7 +257,9 @@ def _gradient(model: Qwen2, micros: Sequence[Sequence[Sample]]) -> tuple[list[Te
 
 def _relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """‖a − b‖ / ‖b‖ over all tensors."""
-    apart, size = map(torch.nn.utils.get_total_norm, ([x - y for x, y in zip(a, b, strict=True)], b))
+    apart, size = map(
+        torch.nn.utils.get_total_norm, ([x - y for x, y in zip(a, b, strict=True)], b)
+    )
     return float(apart) / max(float(size), 1e-30)
 
 

@@ -1,4 +1,6 @@
-"""The proof that ranks do not matter: two real processes on the user's model and data, against this one."""
+"""The proof that ranks do not matter: two real processes on the user's model and data, against this
+one.
+"""
 
 import os
 import tempfile
@@ -20,12 +22,19 @@ _BESIDE = 2**30  # bytes of two processes besides weights and gradients
 
 
 def missing_memory(config: ModelConfig) -> float:
-    """Bytes that the proof lacks here; 0 where there is room. Both processes hold halves, and rank 0 gathers."""
+    """Bytes that the proof lacks here; 0 where there is room.
+
+    Both processes hold halves, and rank 0 gathers.
+    """
     return max(0.0, 4 * 4 * config.parameters() + _BESIDE - free_memory())
 
 
-def gradient_over_ranks(source: Path, micros: Sequence[Sequence[Sample]], ranks: int = 2) -> dict[str, Tensor]:
-    """Mean gradient of all targets by name: gloo processes on the CPU, the network sharded, micro-batches dealt."""
+def gradient_over_ranks(
+    source: Path, micros: Sequence[Sequence[Sample]], ranks: int = 2
+) -> dict[str, Tensor]:
+    """Mean gradient of all targets by name: gloo processes on the CPU, the network sharded,
+    micro-batches dealt.
+    """
     with tempfile.TemporaryDirectory(prefix="openqwen-verify-") as folder:
         place = Path(folder) / "gradient.safetensors"
         arguments = (ranks, get_free_port(), source, micros, place)
@@ -33,8 +42,15 @@ def gradient_over_ranks(source: Path, micros: Sequence[Sequence[Sample]], ranks:
         return load_file(place)
 
 
-def _rank(rank: int, ranks: int, port: int, source: Path, micros: Sequence[Sequence[Sample]], place: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(
+    rank: int, ranks: int, port: int, source: Path, micros: Sequence[Sequence[Sample]], place: Path
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     model = load_for_training(source)

@@ -1,4 +1,6 @@
-"""The engine's events as OpenAI's objects: whole, or as a stream of chunks whose unchanging bytes are made once."""
+"""The engine's events as OpenAI's objects: whole, or as a stream of chunks whose unchanging bytes
+are made once.
+"""
 
 import time
 from collections.abc import AsyncIterator
@@ -38,18 +40,30 @@ class Choice:
         if self.machine is None:
             pieces: list[Piece] = [Text(event.text)] if event.text else []
         else:
-            pieces = self.machine.push(event.text) + (self.machine.finish() if event.finish_reason else [])
-        kept = [p for p in pieces if isinstance(p, Text) or self.most_calls is None or p.index < self.most_calls]
+            pieces = self.machine.push(event.text) + (
+                self.machine.finish() if event.finish_reason else []
+            )
+        kept = [
+            p
+            for p in pieces
+            if isinstance(p, Text) or self.most_calls is None or p.index < self.most_calls
+        ]
         for piece in kept:
             if isinstance(piece, Text):
                 self.text += piece.text
             elif isinstance(piece, Call):
                 function = {"name": piece.name, "arguments": ""}
-                self.calls.append({"id": identity("call"), "type": "function", "function": function})
+                self.calls.append(
+                    {"id": identity("call"), "type": "function", "function": function}
+                )
             else:
                 self.calls[piece.index]["function"]["arguments"] += piece.text
         if event.finish_reason:
-            self.reason = "tool_calls" if self.calls and event.finish_reason == "stop" else event.finish_reason
+            self.reason = (
+                "tool_calls"
+                if self.calls and event.finish_reason == "stop"
+                else event.finish_reason
+            )
         return kept
 
     def delta(self, piece: Piece) -> Json:
@@ -59,14 +73,30 @@ class Choice:
         if isinstance(piece, Arguments):
             return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
         begun = {"id": self.calls[piece.index]["id"], "type": "function"}
-        return {"tool_calls": [{"index": piece.index, **begun, "function": {"name": piece.name, "arguments": ""}}]}
+        return {
+            "tool_calls": [
+                {"index": piece.index, **begun, "function": {"name": piece.name, "arguments": ""}}
+            ]
+        }
 
 
 class Writing:
     """The answers to one request for text. told: the model and system_fingerprint."""
 
-    def __init__(self, request: Options, answers: Answers, prompts: list[list[int]], tokenizer: Tokenizer, told: Json):
-        self.request, self.answers, self._prompts, self._tokenizer = request, answers, prompts, tokenizer
+    def __init__(
+        self,
+        request: Options,
+        answers: Answers,
+        prompts: list[list[int]],
+        tokenizer: Tokenizer,
+        told: Json,
+    ):
+        self.request, self.answers, self._prompts, self._tokenizer = (
+            request,
+            answers,
+            prompts,
+            tokenizer,
+        )
         self.chat = isinstance(request, ChatRequest)
         chat = request if isinstance(request, ChatRequest) else None
         most = 1 if chat and chat.parallel_tool_calls is False else None
@@ -93,7 +123,12 @@ class Writing:
         answer = sum(choice.tokens for choice in self.choices)
         cached = sum(request.cached_tokens for request in self.answers.requests[:: self._n])
         details = {"prompt_tokens_details": {"cached_tokens": cached}}
-        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer, **details}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": answer,
+            "total_tokens": prompt + answer,
+            **details,
+        }
 
     async def whole(self) -> Json:
         """The answers when all are finished."""
@@ -123,7 +158,9 @@ class Writing:
         async for number, event in self.answers:
             if self._echo_alone:
                 reason: Any = event.finish_reason and "length"
-                event = replace(event, token_ids=[], text="", logprobs=[], top=[], finish_reason=reason)
+                event = replace(
+                    event, token_ids=[], text="", logprobs=[], top=[], finish_reason=reason
+                )
             yield number, event
 
     async def frames(self) -> AsyncIterator[bytes]:
@@ -136,7 +173,9 @@ class Writing:
                 yield self._chunk(number, {"role": "assistant", "content": None})
             async for number, event in self._events():
                 choice = self.choices[number]
-                if not offsets[number] and (echoed := self._echo(number)):  # only now is all known of the prompt
+                if not offsets[number] and (
+                    echoed := self._echo(number)
+                ):  # only now is all known of the prompt
                     offsets[number] = len(echoed)
                     yield self._chunk(number, echoed, self._told(self._before(number)))
                 pieces = choice.take(event)
@@ -156,20 +195,41 @@ class Writing:
                 if choice.reason:
                     yield self._chunk(number, {}, None, choice.reason)
             if self._usage_last:
-                yield b"data: " + dump_json({**head, "choices": [], "usage": self.usage()}) + b"\n\n"
+                yield (
+                    b"data: " + dump_json({**head, "choices": [], "usage": self.usage()}) + b"\n\n"
+                )
         except ApiError as error:
             yield b"data: " + dump_json(error.body()) + b"\n\n"
         yield DONE
 
     def _chunk(
-        self, number: int, said: Json | str, logprobs: Json | None = None, reason: str | None = None, **more: Any
+        self,
+        number: int,
+        said: Json | str,
+        logprobs: Json | None = None,
+        reason: str | None = None,
+        **more: Any,
     ) -> bytes:
         told = b"null" if logprobs is None else dump_json(logprobs)
-        parts = [self._front, b"%d" % number, b',"delta":' if self.chat else b',"text":', dump_json(said)]
-        parts += [b',"logprobs":', told, b',"finish_reason":', b"null" if reason is None else b'"%s"' % reason.encode()]
+        parts = [
+            self._front,
+            b"%d" % number,
+            b',"delta":' if self.chat else b',"text":',
+            dump_json(said),
+        ]
+        parts += [
+            b',"logprobs":',
+            told,
+            b',"finish_reason":',
+            b"null" if reason is None else b'"%s"' % reason.encode(),
+        ]
         if more:
             parts += [b",", dump_json(more)[1:-1]]
-        usage = [b'],"usage":', dump_json(self.usage()), b"}\n\n"] if self._usage_always else [b"]}\n\n"]
+        usage = (
+            [b'],"usage":', dump_json(self.usage()), b"}\n\n"]
+            if self._usage_always
+            else [b"]}\n\n"]
+        )
         return b"".join([*parts, b"}", *usage])
 
     def _echo(self, number: int) -> str:
@@ -181,7 +241,10 @@ class Writing:
         if not self.request.return_token_ids:
             return {}
         made = [(token, event.version) for event in events for token in event.token_ids]
-        return {"token_ids": [token for token, _ in made], "token_versions": [version for _, version in made]}
+        return {
+            "token_ids": [token for token, _ in made],
+            "token_versions": [version for _, version in made],
+        }
 
     def _ends(self, number: int) -> Json:
         """The token that ended an answer, and, as in vLLM, the ids of a completion's prompt."""
@@ -196,7 +259,11 @@ class Writing:
         request = self.answers.requests[number]
         told = request.sampling.prompt_logprobs is not None
         return (
-            list(zip(request.prompt_ids, [None, *request.prompt_logprobs], [[], *request.prompt_top])) if told else []
+            list(
+                zip(request.prompt_ids, [None, *request.prompt_logprobs], [[], *request.prompt_top])
+            )
+            if told
+            else []
         )
 
     def _told(self, rows: list[_Row], offset: int = 0) -> Json | None:
@@ -212,14 +279,21 @@ class Writing:
         texts, values = ([entry[key] for entry in entries] for key in ("token", "logprob"))
         tops = [None if value is None else self._ranked(*row) for row, value in zip(rows, values)]
         offsets = list(accumulate(map(len, texts), initial=offset))[:-1]
-        return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+        return {
+            "tokens": texts,
+            "token_logprobs": values,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
 
     def logprobs(self, event: Event) -> list[Json]:
         """Of a chat's tokens, where they were asked for."""
         return (self._told(_rows([event])) or {"content": []})["content"]
 
     def _ranked(self, token: int, logprob: float | None, top: TopTokens) -> dict[str, float]:
-        """By their texts; of tokens of the same text, such as parts of characters, the likeliest counts."""
+        """By their texts; of tokens of the same text, such as parts of characters, the likeliest
+        counts.
+        """
         pairs = sorted([(token, logprob), *top], key=itemgetter(1))
         return {entry["token"]: entry["logprob"] for entry in starmap(self._entry, pairs)}
 
@@ -230,4 +304,8 @@ class Writing:
 
 
 def _rows(events: list[Event]) -> list[_Row]:
-    return [row for e in events for row in zip(e.token_ids, e.logprobs, e.top or [[]] * len(e.token_ids))]
+    return [
+        row
+        for e in events
+        for row in zip(e.token_ids, e.logprobs, e.top or [[]] * len(e.token_ids))
+    ]

@@ -1,4 +1,6 @@
-"""What the server does with a request that has passed the gate, free of HTTP: batches use it too."""
+"""What the server does with a request that has passed the gate, free of HTTP: batches use it
+too.
+"""
 
 import asyncio
 import base64
@@ -38,20 +40,27 @@ from openqwen.tokenizer.fill_in_middle import MARKERS, code_ids, middle_prompt
 class Api:
     """One model behind names. scorer: a reward model, where there is one."""
 
-    def __init__(self, bridge: Bridge, config: ServeConfig, names: list[str], scorer: Scorer | None):
+    def __init__(
+        self, bridge: Bridge, config: ServeConfig, names: list[str], scorer: Scorer | None
+    ):
         self.bridge, self.config, self.names, self.scorer = bridge, config, names, scorer
         self.tokenizer, self.adapters = bridge.engine.tokenizer, bridge.engine.adapters.names
         self.max_context = bridge.engine.longest
         self._defaults = bridge.engine.model.config.generation
         self._started = int(time.time())
-        self._print = "b" + hashlib.sha256(repr((names, bridge.engine.model.config)).encode()).hexdigest()[:10]
+        self._print = (
+            "b"
+            + hashlib.sha256(repr((names, bridge.engine.model.config)).encode()).hexdigest()[:10]
+        )
 
     def named(self, name: str | None, adapters: Sequence[str] = ()) -> str:
         """The model under the name that a client used, or one of these adapters."""
         known = [*self.names, *adapters]
         if name is not None and name not in known:
             only = ", ".join(known)
-            raise ApiError(404, f"There is no model '{name}' here, only {only}.", "model", "model_not_found")
+            raise ApiError(
+                404, f"There is no model '{name}' here, only {only}.", "model", "model_not_found"
+            )
         return name or self.names[0]
 
     def model(self, name: str) -> Json:
@@ -87,7 +96,9 @@ class Api:
             # In OpenAI's words, by which clients know that they must shorten the conversation.
             message = f"This model's maximum context length is {self.max_context} tokens. "
             message += f"However, your {param} resulted in {len(ids)} tokens. "
-            message += f"Please reduce the length of the {param} so that there is room for an answer "
+            message += (
+                f"Please reduce the length of the {param} so that there is room for an answer "
+            )
             message += "(context_length_exceeded)."  # LangChain reads the text alone
             raise ApiError(400, message, param, "context_length_exceeded")
         if max(ids) >= self.tokenizer.vocab_size:
@@ -99,7 +110,9 @@ class Api:
         encode = partial(self._encode_chat, request.messages, request.offered, **request.ending)
         ids = await asyncio.to_thread(encode)
         asked = request.max_completion_tokens or request.max_tokens
-        return await self._begin(request, [self._fitting(ids, "messages")], asked, request.top_logprobs or 0, priority)
+        return await self._begin(
+            request, [self._fitting(ids, "messages")], asked, request.top_logprobs or 0, priority
+        )
 
     async def complete(self, request: CompletionRequest, priority: int = 0) -> Writing:
         """Begin to continue texts."""
@@ -120,15 +133,22 @@ class Api:
         """stops: ids that end these answers too."""
         model, vocabulary = self.named(request.model, self.adapters), self.tokenizer.vocab_size
         if beyond := [i for i in request.logit_bias or {} if int(i) >= vocabulary]:
-            message = f"logit_bias has {', '.join(beyond)}, out of vocabulary ({vocabulary} tokens)."
+            message = (
+                f"logit_bias has {', '.join(beyond)}, out of vocabulary ({vocabulary} tokens)."
+            )
             raise ApiError(400, message, "logit_bias")
         rooms = [self.max_context - len(ids) for ids in prompts]
         limits = [None if most is None else max(1, min(most, room)) for room in rooms]
         samplings = [request.sampling(self._defaults, limit, top) for limit in limits]
         samplings = [replace(one, stop_ids=one.stop_ids + stops) for one in samplings]
         asked = [(ids, sampling, request.n or 1) for ids, sampling in zip(prompts, samplings)]
-        answers = await self.bridge.submit(asked, priority, model if model in self.adapters else None)
-        names = {"model": model, "system_fingerprint": f"{self._print}-{self.bridge.engine.version}"}
+        answers = await self.bridge.submit(
+            asked, priority, model if model in self.adapters else None
+        )
+        names = {
+            "model": model,
+            "system_fingerprint": f"{self._print}-{self.bridge.engine.version}",
+        }
         return Writing(request, answers, prompts, self.tokenizer, names)
 
     async def embed(self, request: EmbeddingRequest) -> Json:
@@ -143,19 +163,25 @@ class Api:
             vector = made[0, : request.dimensions].float().cpu().numpy()
             vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
             packed = request.encoding_format == "base64"
-            values.append(base64.b64encode(vector.tobytes()).decode() if packed else vector.tolist())
+            values.append(
+                base64.b64encode(vector.tobytes()).decode() if packed else vector.tolist()
+            )
         return _listed("embedding", values, model, prompts)
 
     async def score(self, request: ScoreRequest) -> Json:
         """What the reward model thinks of conversations."""
         model, scorer = self.named(request.model), self.scorer
         if scorer is None:
-            raise ApiError(404, "No reward model is served here; start with --reward.", code="no_reward_model")
+            raise ApiError(
+                404, "No reward model is served here; start with --reward.", code="no_reward_model"
+            )
         rows = []
         for number, messages in enumerate(request.conversations):
             where = f"conversations[{number}]"
             if messages[-1]["role"] != "assistant":
-                raise ApiError(400, "A conversation to score ends with the assistant's answer.", where)
+                raise ApiError(
+                    400, "A conversation to score ends with the assistant's answer.", where
+                )
             ids, written = await asyncio.to_thread(self.tokenizer.encode_chat, plain(messages))
             # As in training: up to the end of the turn, without the newline behind it.
             end = max((n for n, own in enumerate(written, 1) if own), default=len(ids))
@@ -169,11 +195,17 @@ class Api:
         if (text is None) == (request.messages is None):
             raise ApiError(400, "Give one of prompt, content and messages.", "prompt")
         if text is None:
-            encode = partial(self._encode_chat, request.messages or [], request.tools, **request.ending)
+            encode = partial(
+                self._encode_chat, request.messages or [], request.tools, **request.ending
+            )
             ids = await asyncio.to_thread(encode)
         else:
             ids = await asyncio.to_thread(self.tokenizer.encode, text, request.parse_special)
-        pieces = [{"id": i, "piece": _piece(self.tokenizer.token_bytes(i))} for i in ids if request.with_pieces]
+        pieces = [
+            {"id": i, "piece": _piece(self.tokenizer.token_bytes(i))}
+            for i in ids
+            if request.with_pieces
+        ]
         return {"tokens": pieces or ids, "count": len(ids), "max_model_len": self.max_context}
 
     async def detokenize(self, request: DetokenizeRequest) -> Json:
@@ -184,7 +216,9 @@ class Api:
     async def template(self, request: TemplateRequest) -> Json:
         """A chat as the text that the model reads."""
         tools: Any = without_strict(request.tools)
-        render = partial(self.tokenizer.apply_chat_template, plain(request.messages), tools, **request.ending)
+        render = partial(
+            self.tokenizer.apply_chat_template, plain(request.messages), tools, **request.ending
+        )
         return {"prompt": await asyncio.to_thread(render)}
 
     async def update_weights(self, request: WeightsRequest) -> Json:
@@ -195,7 +229,9 @@ class Api:
             raise ApiError(404, f"There are no weights of version {version}.", "version")
         new, model = await asyncio.to_thread(load_model, folder), engine.model
         if new.config != model.config:
-            raise ApiError(409, f"The weights of version {version} are of another network.", "version")
+            raise ApiError(
+                409, f"The weights of version {version} are of another network.", "version"
+            )
 
         def change() -> None:
             if isinstance(model, QuantizedQwen2):
@@ -218,7 +254,12 @@ def _score(scorer: Scorer, ids: list[int]) -> float:
 def _listed(kind: str, values: list[Any], model: str, prompts: list[list[int]]) -> Json:
     count = sum(map(len, prompts))
     data = [{"object": kind, "index": index, kind: value} for index, value in enumerate(values)]
-    return {"object": "list", "data": data, "model": model, "usage": {"prompt_tokens": count, "total_tokens": count}}
+    return {
+        "object": "list",
+        "data": data,
+        "model": model,
+        "usage": {"prompt_tokens": count, "total_tokens": count},
+    }
 
 
 def _piece(raw: bytes) -> str | list[int]:

@@ -21,10 +21,16 @@ from openqwen.serve.metrics import CONTENT_TYPE
 from openqwen.serve.responses import Responding, Responses, ResponsesRequest
 
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src "
+    "'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_TYPES = {"html": "text/html; charset=utf-8", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "js": "text/javascript",
+    "css": "text/css",
+    "svg": "image/svg+xml",
+}
 _TEXT, _MAYBE = {"type": "string"}, {"type": ["string", "null"]}
 _FIELDS = {"message": _TEXT, "type": _TEXT, "param": _MAYBE, "code": _MAYBE}
 _ERROR = {
@@ -36,8 +42,14 @@ _FAILURES: dict[int | str, p.Json] = {
     code: {"description": "What was wrong.", "content": {"application/json": {"schema": _ERROR}}}
     for code in (400, 401, 403, 404, 405, 408, 409, 413, 429, 500, 503)
 }
-_STREAM: dict[int | str, p.Json] = {200: {"content": {"text/event-stream": {}, "application/json": {}}}}
-_UPLOAD = {"type": "object", "required": ["file", "purpose"], "properties": {"file": _TEXT, "purpose": _TEXT}}
+_STREAM: dict[int | str, p.Json] = {
+    200: {"content": {"text/event-stream": {}, "application/json": {}}}
+}
+_UPLOAD = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {"file": _TEXT, "purpose": _TEXT},
+}
 _FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}}
 
 
@@ -86,7 +98,9 @@ def _check_type(http: Request) -> None:
         raise ApiError(400, told, "Content-Type")
 
 
-async def answer(http: Request, start: Coroutine[Any, Any, Writing | Responding], api: Api) -> Response:
+async def answer(
+    http: Request, start: Coroutine[Any, Any, Writing | Responding], api: Api
+) -> Response:
     """Make answers whole or as a stream, and stop making them when the client leaves."""
     writing = await until_gone(http.receive, start)
     if writing is None:
@@ -113,7 +127,11 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
     responses = Responses(api)
 
     def route(method: str, path: str, function: Any, **options: Any) -> None:
-        options = {"responses": _FAILURES | options.pop("more", {}), "response_class": JSON, **options}
+        options = {
+            "responses": _FAILURES | options.pop("more", {}),
+            "response_class": JSON,
+            **options,
+        }
         app.add_api_route(path, function, methods=[method], **options)
         if path.startswith("/v1/"):  # llama.cpp serves these without the prefix too
             app.add_api_route(path[3:], function, methods=[method], include_in_schema=False)
@@ -122,7 +140,11 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
         """make: from the body to a coroutine of JSON, or of answers that it writes."""
 
         async def endpoint(body: kind, http: Request) -> Response:
-            return await answer(http, make(body), api) if writes else JSON(await until_gone(http.receive, make(body)))
+            return (
+                await answer(http, make(body), api)
+                if writes
+                else JSON(await until_gone(http.receive, make(body)))
+            )
 
         route("POST", path, endpoint, more=_STREAM if writes else {}, name=path)
 
@@ -140,7 +162,9 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
         route(method, path, endpoint, name=method + path)
 
     async def upload(http: Request) -> Response:
-        form = await asyncio.to_thread(read_upload, await http.body(), http.headers.get("content-type", ""))
+        form = await asyncio.to_thread(
+            read_upload, await http.body(), http.headers.get("content-type", "")
+        )
         return JSON(batches.add_file(*form))
 
     async def content(name: str) -> Response:
@@ -182,7 +206,9 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
     bare("GET", "/tokenizer_info", api.tokenizer.info)
     bare("POST", "/pause", lambda: api.bridge.pause(True))
     bare("POST", "/resume", lambda: api.bridge.pause(False))
-    with_name("GET", "/v1/models/{name:path}", lambda name: api.model(api.named(name, api.adapters)))
+    with_name(
+        "GET", "/v1/models/{name:path}", lambda name: api.model(api.named(name, api.adapters))
+    )
     with_name("GET", "/v1/responses/{name}", responses.get)
     with_name("DELETE", "/v1/responses/{name}", responses.delete)
     with_name("GET", "/v1/files/{name}", batches.file)
@@ -191,13 +217,20 @@ def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:
     with_name("POST", "/v1/batches/{name}/cancel", batches.cancel)
     route("GET", "/v1/responses/{name}/input_items", input_items)
     route("POST", "/v1/files", upload, openapi_extra=_FORM)
-    route("GET", "/v1/files/{name}/content", content, more={200: {"content": {"application/octet-stream": {}}}})
+    route(
+        "GET",
+        "/v1/files/{name}/content",
+        content,
+        more={200: {"content": {"application/octet-stream": {}}}},
+    )
     route("GET", "/metrics", metrics, more={200: {"content": {"text/plain": {}}}})
     route("GET", "/health", health)
     for path, (body, kind) in page().items():
         app.add_api_route(path, _file(body, kind), methods=["GET"], include_in_schema=False)
     errors.install(app)
-    for operation in (o for operations in app.openapi()["paths"].values() for o in operations.values()):
+    for operation in (
+        o for operations in app.openapi()["paths"].values() for o in operations.values()
+    ):
         operation["responses"].pop("422", None)  # ours are 400
     return app
 
@@ -207,7 +240,11 @@ def page() -> dict[str, tuple[bytes, str]]:
     folder = files("openqwen.serve") / "page"
     found = list(folder.iterdir()) if folder.is_dir() else []
     kinds = {entry: _TYPES.get(entry.name.rpartition(".")[2]) for entry in found}
-    return {"/" + e.name.replace("index.html", ""): (e.read_bytes(), kind) for e, kind in kinds.items() if kind}
+    return {
+        "/" + e.name.replace("index.html", ""): (e.read_bytes(), kind)
+        for e, kind in kinds.items()
+        if kind
+    }
 
 
 def _file(body: bytes, kind: str) -> Any:

@@ -1,4 +1,6 @@
-"""Files and batches: kept in a folder under names of our own; batches yield to everybody else and survive restarts."""
+"""Files and batches: kept in a folder under names of our own; batches yield to everybody else and
+survive restarts.
+"""
 
 import asyncio
 import email.policy
@@ -13,7 +15,13 @@ from typing import Any
 from openqwen.serve.api import Api
 from openqwen.serve.errors import ApiError, checked, identity, told
 from openqwen.serve.json_text import parse_json
-from openqwen.serve.protocol import BatchRequest, ChatRequest, CompletionRequest, EmbeddingRequest, Json
+from openqwen.serve.protocol import (
+    BatchRequest,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Json,
+)
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
 
@@ -34,8 +42,12 @@ class Batches:
         self._folder, self._most = folder, most_bytes
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         known = [entry for path in sorted(folder.glob("*.json")) for entry in _entries(path)]
-        self.files: dict[str, Json] = {entry["id"]: entry for entry in known if entry["object"] == "file"}
-        self.batches: dict[str, Json] = {entry["id"]: entry for entry in known if entry["object"] == "batch"}
+        self.files: dict[str, Json] = {
+            entry["id"]: entry for entry in known if entry["object"] == "file"
+        }
+        self.batches: dict[str, Json] = {
+            entry["id"]: entry for entry in known if entry["object"] == "batch"
+        }
         self._wake = asyncio.Event()
         self.fault: str | None = None  # why batches are no longer worked through
 
@@ -43,8 +55,15 @@ class Batches:
         """Keep a file."""
         kept = sum(entry["bytes"] for entry in self.files.values())
         if len(self.files) >= _MOST or kept + len(content) > self._most:
-            raise ApiError(413, "There is no room for this file; delete others first.", "file", "storage_full")
-        entry: Json = {"id": identity("file"), "object": "file", "bytes": len(content), "created_at": int(time.time())}
+            raise ApiError(
+                413, "There is no room for this file; delete others first.", "file", "storage_full"
+            )
+        entry: Json = {
+            "id": identity("file"),
+            "object": "file",
+            "bytes": len(content),
+            "created_at": int(time.time()),
+        }
         entry |= {"filename": name, "purpose": purpose, "status": "processed"}
         (self._folder / entry["id"]).write_bytes(content)
         self._keep(self.files, entry)
@@ -76,11 +95,30 @@ class Batches:
         """Queue a batch."""
         count = sum(1 for line in self.content(request.input_file_id).splitlines() if line.strip())
         if not 0 < count <= _MOST_LINES or len(self.batches) >= _MOST:
-            raise ApiError(400, f"A batch has 1 to {_MOST_LINES} lines; this file has {count}.", "input_file_id")
-        now, never = int(time.time()), ("errors", "output_file_id", "error_file_id", "expires_at", "completed_at")
-        batch: Json = {"id": identity("batch"), "object": "batch", **request.model_dump(exclude={"model"})}
-        batch |= {"status": "in_progress", "created_at": now, "in_progress_at": now, **dict.fromkeys(never)}
-        batch |= {"request_counts": {"total": count, "completed": 0, "failed": 0}, "cancelled_at": None}
+            raise ApiError(
+                400,
+                f"A batch has 1 to {_MOST_LINES} lines; this file has {count}.",
+                "input_file_id",
+            )
+        now, never = (
+            int(time.time()),
+            ("errors", "output_file_id", "error_file_id", "expires_at", "completed_at"),
+        )
+        batch: Json = {
+            "id": identity("batch"),
+            "object": "batch",
+            **request.model_dump(exclude={"model"}),
+        }
+        batch |= {
+            "status": "in_progress",
+            "created_at": now,
+            "in_progress_at": now,
+            **dict.fromkeys(never),
+        }
+        batch |= {
+            "request_counts": {"total": count, "completed": 0, "failed": 0},
+            "cancelled_at": None,
+        }
         self._keep(self.batches, batch)
         self._wake.set()
         return batch
@@ -152,10 +190,16 @@ class Batches:
                     group.create_task(worker())
         done.sort(key=lambda entry: entry["line"])
         for key, wanted in (("output", True), ("error", False)):
-            kept = [{k: v for k, v in entry.items() if k != "line"} for entry in done if _good(entry) == wanted]
+            kept = [
+                {k: v for k, v in entry.items() if k != "line"}
+                for entry in done
+                if _good(entry) == wanted
+            ]
             if kept:
                 content = "".join(json.dumps(entry) + "\n" for entry in kept).encode()
-                batch[f"{key}_file_id"] = self.add_file(f"{batch['id']}_{key}.jsonl", "batch_output", content)["id"]
+                batch[f"{key}_file_id"] = self.add_file(
+                    f"{batch['id']}_{key}.jsonl", "batch_output", content
+                )["id"]
         batch["status"] = "cancelled" if batch["status"] == "cancelling" else "completed"
         batch[f"{batch['status']}_at"] = int(time.time())
         self._keep(self.batches, batch)
@@ -195,14 +239,22 @@ async def _answer(api: Api, endpoint: str, line: bytes, number: int) -> Json:
         custom_id = record.get("custom_id")
         if record.get("url") != endpoint:
             raise ApiError(400, f"The url of line {number} is not the batch's, {endpoint}.", "url")
-        body, status = await _value(api, endpoint, record["body"] | {"stream": False, "stream_options": None}), 200
+        body, status = (
+            await _value(api, endpoint, record["body"] | {"stream": False, "stream_options": None}),
+            200,
+        )
     except Exception as error:
         fault = told(error)
         if fault.status >= 500:
             _log.exception("Line %d of a batch has failed.", number)
         body, status = fault.body(), fault.status
     response = {"status_code": status, "request_id": identity("req"), "body": body}
-    return {"id": identity("batch_req"), "custom_id": custom_id, "response": response, "error": None}
+    return {
+        "id": identity("batch_req"),
+        "custom_id": custom_id,
+        "response": response,
+        "error": None,
+    }
 
 
 async def _value(api: Api, endpoint: str, body: Json) -> Json:
@@ -243,7 +295,9 @@ def read_upload(body: bytes, content_type: str) -> tuple[str, str, bytes]:
     head = f"Content-Type: {content_type}\r\n\r\n".encode("latin-1")
     form = BytesParser(policy=email.policy.HTTP).parsebytes(head + body)
     parts = form.iter_parts() if form.is_multipart() else []
-    found: dict[str, Any] = {str(part.get_param("name", header="content-disposition")): part for part in parts}
+    found: dict[str, Any] = {
+        str(part.get_param("name", header="content-disposition")): part for part in parts
+    }
     for name in ("file", "purpose"):
         if name not in found:
             raise ApiError(400, "Send a multipart form with file and purpose.", name)

@@ -1,4 +1,6 @@
-"""The engine in a thread of its own: jobs go in by a queue, and what a step has made comes out in one hop."""
+"""The engine in a thread of its own: jobs go in by a queue, and what a step has made comes out in
+one hop.
+"""
 
 import asyncio
 import concurrent.futures
@@ -19,7 +21,9 @@ _Job = tuple[Callable[[], Any], "concurrent.futures.Future[Any]"]
 
 
 class Answers:
-    """The answers to one HTTP request, as events of any of them in the order in which they were made."""
+    """The answers to one HTTP request, as events of any of them in the order in which they were
+    made.
+    """
 
     def __init__(self, bridge: "Bridge", count: int, seconds: float):
         self._bridge, self.open = bridge, count
@@ -52,10 +56,26 @@ class Answers:
 
 
 class Bridge:
-    """Owns the engine's thread. Methods with a leading `_on` run on that thread, all others in the event loop."""
+    """Owns the engine's thread.
 
-    def __init__(self, engine: Engine, metrics: Metrics, limit: int, seconds: float, failed: Callable[[], None]):
-        self.engine, self.metrics, self.limit, self.seconds, self._failed = engine, metrics, limit, seconds, failed
+    Methods with a leading `_on` run on that thread, all others in the event loop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        limit: int,
+        seconds: float,
+        failed: Callable[[], None],
+    ):
+        self.engine, self.metrics, self.limit, self.seconds, self._failed = (
+            engine,
+            metrics,
+            limit,
+            seconds,
+            failed,
+        )
         self.loop = asyncio.get_running_loop()
         self.paused = False
         self.fault: str | None = None  # why the thread has ended
@@ -79,12 +99,20 @@ class Bridge:
         """The result of a function that uses the engine."""
         return await self._post(function)
 
-    async def submit(self, asked: Sequence[Asked], priority: int = 0, adapter: str | None = None) -> Answers:
-        """Have answers made. OpenQwenError where the engine refuses one, ApiError 429 where too many wait already."""
+    async def submit(
+        self, asked: Sequence[Asked], priority: int = 0, adapter: str | None = None
+    ) -> Answers:
+        """Have answers made.
+
+        OpenQwenError where the engine refuses one, ApiError 429 where too many wait already.
+        """
         count = sum(n for _, _, n in asked)
         if self.outstanding + count > self.limit:
             seconds = sum(self._recent) / len(self._recent) if self._recent else 1.0
-            message = f"{self.outstanding} answers are being made or waited for, and {self.limit} are the limit."
+            message = (
+                f"{self.outstanding} answers are being made or waited for, and {self.limit} are "
+                "the limit."
+            )
             raise ApiError(429, message, code="queue_full", retry=min(max(round(seconds), 1), 60))
         self.outstanding += count
         # What yields to others may have to wait for days.
@@ -92,8 +120,12 @@ class Bridge:
         future = self._post(lambda: self._on_submit(answers, asked, priority, adapter))
         try:
             await asyncio.shield(future)
-        except asyncio.CancelledError:  # the client left; the engine may take the requests all the same
-            future.add_done_callback(lambda done: self._release(count) if done.exception() else answers.close())
+        except (
+            asyncio.CancelledError
+        ):  # the client left; the engine may take the requests all the same
+            future.add_done_callback(
+                lambda done: self._release(count) if done.exception() else answers.close()
+            )
             raise
         except Exception:
             answers.close()
@@ -126,7 +158,9 @@ class Bridge:
         self._inbox.put(None)
         self._thread.join(timeout=60)
 
-    def _on_submit(self, answers: Answers, asked: Sequence[Asked], priority: int, adapter: str | None) -> None:
+    def _on_submit(
+        self, answers: Answers, asked: Sequence[Asked], priority: int, adapter: str | None
+    ) -> None:
         try:
             for prompt, sampling, n in asked:
                 for request in self.engine.submit_many(prompt, sampling, n, adapter, priority):

@@ -49,8 +49,12 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The JSON that says so."""
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        kind = TYPES.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        }
 
     def response(self) -> Response:
         """The whole answer."""
@@ -107,7 +111,9 @@ def _place(error: Any, body: Any) -> list[str | int]:
         return loc[1:]
     place: list[str | int] = []
     for part in loc:
-        known = body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()
+        known = (
+            body if isinstance(body, dict) else range(len(body)) if isinstance(body, list) else ()
+        )
         if part in known:
             body = body[part]
             place.append(part)
@@ -119,10 +125,15 @@ def _message(error: Any) -> str:
     if kind == "value_error":
         return str(context["error"])
     if kind == "union_tag_invalid":
-        return f"{context['discriminator']} cannot be '{context['tag']}', only {context['expected_tags']}"
+        return (
+            f"{context['discriminator']} cannot be '{context['tag']}', only "
+            f"{context['expected_tags']}"
+        )
     if kind == "union_tag_not_found":
         return f"{context['discriminator']} is missing"
-    said = error["msg"].replace("a valid dictionary or object to extract fields from", "a JSON object")
+    said = error["msg"].replace(
+        "a valid dictionary or object to extract fields from", "a JSON object"
+    )
     return said.replace("a valid dictionary", "a JSON object")
 
 
@@ -133,8 +144,14 @@ def install(app: FastAPI) -> None:
         if not isinstance(error, HTTPException):
             return told(error).response()
         response = ApiError(error.status_code, str(error.detail)).response()
-        if error.status_code == 405:  # the router names the methods of one of the path's routes alone
-            here = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(request.url.path)]
+        if (
+            error.status_code == 405
+        ):  # the router names the methods of one of the path's routes alone
+            here = [
+                r
+                for r in app.routes
+                if isinstance(r, Route) and r.path_regex.match(request.url.path)
+            ]
             methods = {method for r in here for method in r.methods or ()}
             methods |= {"HEAD"} if "GET" in methods else set()
             response.headers["Allow"] = ", ".join(sorted(methods))

@@ -1,4 +1,6 @@
-"""What a request passes before anything reads it: who asks, from where, how much, how slowly; and how it may leave."""
+"""What a request passes before anything reads it: who asks, from where, how much, how slowly; and
+how it may leave.
+"""
 
 import asyncio
 import hmac
@@ -20,13 +22,20 @@ _HEADERS = [
 
 
 class Gate:
-    """Checks the key, the Host (a page that rebinds its name to 127.0.0.1 is not us), the size and the pace of a body.
+    """Checks the key, the Host (a page that rebinds its name to 127.0.0.1 is not us), the size and
+    the pace of a body.
 
     open_paths: what anybody may read without a key.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: list[str], hosts: list[str], open_paths: frozenset[str], limit: int, idle: float
+        self,
+        app: ASGIApp,
+        keys: list[str],
+        hosts: list[str],
+        open_paths: frozenset[str],
+        limit: int,
+        idle: float,
     ):
         self._app, self._keys = app, [key.encode() for key in keys]
         self._hosts, self._open = [host.lower() for host in hosts], open_paths
@@ -37,7 +46,10 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
-        own = [*_HEADERS, (b"x-request-id", headers.get(b"x-request-id") or identity("req").encode())]
+        own = [
+            *_HEADERS,
+            (b"x-request-id", headers.get(b"x-request-id") or identity("req").encode()),
+        ]
         if scope["method"] == "HEAD":  # the protocol leaves the body out
             scope = {**scope, "method": "GET"}
 
@@ -52,7 +64,9 @@ class Gate:
             async with asyncio.timeout(self._idle):
                 body = await self._read(receive)
         except TimeoutError:
-            return await ApiError(408, "The body did not come in time.").response()(scope, receive, told)
+            return await ApiError(408, "The body did not come in time.").response()(
+                scope, receive, told
+            )
         except ApiError as error:
             return await error.response()(scope, receive, told)
         if body is None:  # gone
@@ -82,12 +96,17 @@ class Gate:
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         host = headers.get(b"host", b"").decode("latin-1").lower().rpartition(":")
-        if self._hosts and (host[0] if host[0] and host[2].isdigit() else "".join(host)) not in self._hosts:
+        if (
+            self._hosts
+            and (host[0] if host[0] and host[2].isdigit() else "".join(host)) not in self._hosts
+        ):
             raise ApiError(403, "This Host is not ours.", code="host_not_allowed")
         if self._keys and path not in self._open:
             word, _, given = headers.get(b"authorization", b"").partition(b" ")
             key = given.strip() if word.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-            if not sum(hmac.compare_digest(key, known) for known in self._keys):  # all, so that time tells nothing
+            if not sum(
+                hmac.compare_digest(key, known) for known in self._keys
+            ):  # all, so that time tells nothing
                 raise ApiError(401, "A valid API key is needed.", code="invalid_api_key")
         if int(headers.get(b"content-length", b"0")) > self._limit:
             raise self._too_large()
@@ -131,7 +150,9 @@ class TimedProtocol(H11Protocol):
 async def until_gone(
     receive: Receive, work: Coroutine[Any, Any, Result], seconds: float | None = None
 ) -> Result | None:
-    """The result of the work; None, and the work cancelled, when the client leaves first or the time is over."""
+    """The result of the work; None, and the work cancelled, when the client leaves first or the
+    time is over.
+    """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(receive))
     try:
@@ -149,7 +170,9 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events until they end or the client leaves; `closed` is then called, whatever happened."""
+    """Server-sent events until they end or the client leaves; `closed` is then called, whatever
+    happened.
+    """
 
     media_type = "text/event-stream"
 

@@ -56,13 +56,18 @@ def _readable(message: Any) -> Any:
     return message
 
 
-TextPart = TypedDict("TextPart", {"type": Literal["text", "input_text", "output_text"], "text": str})
+TextPart = TypedDict(
+    "TextPart", {"type": Literal["text", "input_text", "output_text"], "text": str}
+)
 Content = str | list[Annotated[TextPart, BeforeValidator(_text_alone)]]
 Function = TypedDict("Function", {"name": str, "arguments": NotRequired[str | Json | None]})
 ToolCall = TypedDict(
-    "ToolCall", {"id": NotRequired[str], "type": NotRequired[Literal["function"]], "function": Function}
+    "ToolCall",
+    {"id": NotRequired[str], "type": NotRequired[Literal["function"]], "function": Function},
 )
-Said = TypedDict("Said", {"role": Literal["system", "developer", "user", "tool"], "content": Content})
+Said = TypedDict(
+    "Said", {"role": Literal["system", "developer", "user", "tool"], "content": Content}
+)
 Answer = TypedDict(
     "Answer",
     {
@@ -91,7 +96,9 @@ Schema = TypedDict(
     {"name": NotRequired[str], "schema": Json, "strict": NotRequired[bool | None]},
 )
 PlainFormat = TypedDict("PlainFormat", {"type": Literal["text"]})
-JsonFormat = TypedDict("JsonFormat", {"type": Literal["json_object"], "schema": NotRequired[Json | None]})
+JsonFormat = TypedDict(
+    "JsonFormat", {"type": Literal["json_object"], "schema": NotRequired[Json | None]}
+)
 SchemaFormat = TypedDict("SchemaFormat", {"type": Literal["json_schema"], "json_schema": Schema})
 Choices = Annotated[list[str], Field(min_length=1)]
 Structured = TypedDict(
@@ -100,7 +107,9 @@ Structured = TypedDict(
     total=False,
 )
 StreamOptions = TypedDict(
-    "StreamOptions", {"include_usage": bool | None, "continuous_usage_stats": bool | None}, total=False
+    "StreamOptions",
+    {"include_usage": bool | None, "continuous_usage_stats": bool | None},
+    total=False,
 )
 
 
@@ -148,8 +157,12 @@ class Body(BaseModel):
 class Turns(Body):
     """How the end of a chat is read."""
 
-    add_generation_prompt: bool | None = Field(None, description="open a turn of the assistant; none: yes")
-    continue_final_message: bool | None = Field(None, description="leave the last message open, to go on with it")
+    add_generation_prompt: bool | None = Field(
+        None, description="open a turn of the assistant; none: yes"
+    )
+    continue_final_message: bool | None = Field(
+        None, description="leave the last message open, to go on with it"
+    )
 
     @property
     def continues(self) -> bool:
@@ -170,26 +183,35 @@ class Turns(Body):
 
 
 class Options(Body):
-    """How answers are made; shared by all requests for text. None: the checkpoint's own default, else no change."""
+    """How answers are made; shared by all requests for text.
+
+    None: the checkpoint's own default, else no change.
+    """
 
     refused = _REFUSED
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Annotated[int, Field(ge=-1, le=1 << 31), _INTEGRAL] | None = Field(None, description="-1 and 0: no cut")
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31), _INTEGRAL] | None = Field(
+        None, description="-1 and 0: no cut"
+    )
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), _INTEGRAL] | None = None
-    n: Annotated[int, Field(ge=1, le=128), _INTEGRAL] | None = Field(None, description="answers to each prompt")
+    n: Annotated[int, Field(ge=1, le=128), _INTEGRAL] | None = Field(
+        None, description="answers to each prompt"
+    )
     stop: Filled | Annotated[list[Filled], Field(max_length=16)] | None = None
     stop_token_ids: list[Id] | None = None
     ignore_eos: bool | None = Field(None, description="go on after the model's own end")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     structured_outputs: Structured | None = None
-    min_tokens: Annotated[int, Field(ge=0), _INTEGRAL] | None = Field(None, description="beside ignore_eos alone")
+    min_tokens: Annotated[int, Field(ge=0), _INTEGRAL] | None = Field(
+        None, description="beside ignore_eos alone"
+    )
     return_token_ids: bool | None = Field(
         None, description="tell the ids of prompt and answer, and which weights made each token"
     )
@@ -221,7 +243,9 @@ class Options(Body):
                 return Structure(kind, source if isinstance(source, str) else json.dumps(source))  # type: ignore[arg-type]
         return None
 
-    def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
+    def sampling(
+        self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int
+    ) -> Sampling:
         """As the engine wants it. defaults: the checkpoint's generation_config."""
 
         def of(name: str, otherwise: float) -> float:
@@ -230,8 +254,16 @@ class Options(Body):
 
         temperature = of("temperature", 1.0)
         # Scores divided by next to nothing are no numbers.
-        greedy = temperature < 1e-3 or (defaults.get("do_sample") is False and self.temperature is None)
-        own = {"top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+        greedy = temperature < 1e-3 or (
+            defaults.get("do_sample") is False and self.temperature is None
+        )
+        own = {
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
         numbers: Json = {name: of(name, otherwise) for name, otherwise in own.items()}
         return Sampling(
             max_tokens=max_tokens,
@@ -261,7 +293,9 @@ class ChatRequest(Options, Turns):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    response_format: PlainFormat | JsonFormat | SchemaFormat | None = Field(None, discriminator="type")
+    response_format: PlainFormat | JsonFormat | SchemaFormat | None = Field(
+        None, discriminator="type"
+    )
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None
 
@@ -343,17 +377,23 @@ def without_strict(tools: list[Any] | None) -> list[Json] | None:
 
 def plain(messages: list[Any]) -> list[Json]:
     """Messages as the chat template reads them; an assistant may say nothing."""
-    return as_messages([message | {"content": message.get("content") or ""} for message in messages])
+    return as_messages(
+        [message | {"content": message.get("content") or ""} for message in messages]
+    )
 
 
 class CompletionRequest(Options):
     """/v1/completions."""
 
     prompt: Prompts = Field(description="text in which control tokens are read, or ids")
-    suffix: str | None = Field(None, description="text that follows the answer (fill-in-the-middle)")
+    suffix: str | None = Field(
+        None, description="text that follows the answer (fill-in-the-middle)"
+    )
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31), _INTEGRAL] | None = 16
     logprobs: Top | None = None
-    echo: bool | None = Field(None, description="give the prompt back before the answer, with log-probabilities too")
+    echo: bool | None = Field(
+        None, description="give the prompt back before the answer, with log-probabilities too"
+    )
     best_of: Count | None = Field(None, description="as n: all that is written is given")
 
     @model_validator(mode="after")
@@ -366,13 +406,20 @@ class CompletionRequest(Options):
             raise _at("best_of", "it can only be n; send n, and choose among the answers")
         return self
 
-    def sampling(self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int) -> Sampling:
+    def sampling(
+        self, defaults: Mapping[str, Any], max_tokens: int | None, top_logprobs: int
+    ) -> Sampling:
         """See `Options.sampling`."""
         sampling = super().sampling(defaults, max_tokens, top_logprobs)
         if not self.echo or self.logprobs is None:
             return sampling
-        # Who scores a text (lm-eval) asks for one token more and leaves out the last: there must be one, be it the end.
-        return replace(sampling, prompt_logprobs=self.logprobs, ignore_eos=sampling.ignore_eos or max_tokens == 1)
+        # Who scores a text (lm-eval) asks for one token more and leaves out the last: there must be
+        # one, be it the end.
+        return replace(
+            sampling,
+            prompt_logprobs=self.logprobs,
+            ignore_eos=sampling.ignore_eos or max_tokens == 1,
+        )
 
 
 class EmbeddingRequest(Body):
@@ -380,13 +427,17 @@ class EmbeddingRequest(Body):
 
     input: Prompts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Count | None = Field(None, description="the first so many, scaled to length 1 again")
+    dimensions: Count | None = Field(
+        None, description="the first so many, scaled to length 1 again"
+    )
 
 
 class ScoreRequest(Body):
     """/score: what a reward model thinks of conversations that end with an answer."""
 
-    conversations: list[Annotated[list[Message], Field(min_length=2)]] = Field(min_length=1, max_length=64)
+    conversations: list[Annotated[list[Message], Field(min_length=2)]] = Field(
+        min_length=1, max_length=64
+    )
 
 
 class TokenizeRequest(Turns):

@@ -1,4 +1,6 @@
-"""/v1/responses: OpenAI's newer form of a chat, turned into the older one on the way in and back on the way out."""
+"""/v1/responses: OpenAI's newer form of a chat, turned into the older one on the way in and back on
+the way out.
+"""
 
 # ruff: noqa: UP013 (shapes of one line each)
 
@@ -37,7 +39,11 @@ _NAMES = {"message": "msg", "function_call": "fc", "function_call_output": "fco"
 
 def _kind(item: Any) -> Any:
     """Messages and references may leave their type out."""
-    bare = "item_reference" if isinstance(item, dict) and "id" in item and "role" not in item else "message"
+    bare = (
+        "item_reference"
+        if isinstance(item, dict) and "id" in item and "role" not in item
+        else "message"
+    )
     return (item.get("type") or bare) if isinstance(item, dict) else None
 
 
@@ -79,7 +85,9 @@ ResultItem = TypedDict(
     },
 )
 ReasoningItem = TypedDict("ReasoningItem", {"type": Literal["reasoning"]})
-Reference = TypedDict("Reference", {"type": NotRequired[Literal["item_reference"] | None], "id": str})
+Reference = TypedDict(
+    "Reference", {"type": NotRequired[Literal["item_reference"] | None], "id": str}
+)
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
@@ -93,7 +101,12 @@ FlatChoice = TypedDict("FlatChoice", {"type": Literal["function"], "name": str})
 FlatJson = TypedDict("FlatJson", {"type": Literal["json_object"]})
 FlatSchema = TypedDict(
     "FlatSchema",
-    {"type": Literal["json_schema"], "name": NotRequired[str], "schema": Json, "strict": NotRequired[bool | None]},
+    {
+        "type": Literal["json_schema"],
+        "name": NotRequired[str],
+        "schema": Json,
+        "strict": NotRequired[bool | None],
+    },
 )
 Format = Annotated[PlainFormat | FlatJson | FlatSchema, Field(discriminator="type")]
 TextConfig = TypedDict(
@@ -124,35 +137,53 @@ class ResponsesRequest(Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_logprobs: Top | None = None
-    include: list[str] | None = Field(None, description=f"what to tell besides; {_LOGPROBS} alone has an effect")
+    include: list[str] | None = Field(
+        None, description=f"what to tell besides; {_LOGPROBS} alone has an effect"
+    )
     tools: list[FlatTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     stream: bool | None = None
-    store: bool | None = Field(None, description="keep it in memory for a while, to go on from; false: do not")
-    previous_response_id: str | None = Field(None, description="the response whose conversation goes on")
+    store: bool | None = Field(
+        None, description="keep it in memory for a while, to go on from; false: do not"
+    )
+    previous_response_id: str | None = Field(
+        None, description="the response whose conversation goes on"
+    )
     metadata: dict[str, str] | None = None
 
     def items(self, find: Callable[[str], Json]) -> list[Json]:
         """The input as items that each have an id. find: the item that a reference names."""
-        given: Any = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        given: Any = (
+            [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
+        )
         items = [find(item["id"]) if _kind(item) == "item_reference" else item for item in given]
         # A model that does not reason has no use for the reasoning of another.
         return [_whole(item) for item in items if _kind(item) != "reasoning"]
 
     def chat(self, messages: list[Json]) -> ChatRequest:
-        """The whole request in the older form. messages: without this response's own instructions."""
-        start = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        """The whole request in the older form. messages: without this response's own
+        instructions.
+        """
+        start = (
+            [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        )
         values: Json = {
             "messages": [*start, *messages],
             "max_completion_tokens": self.max_output_tokens,
         }
-        values["tools"] = [{"type": "function", "function": _without_type(tool)} for tool in self.tools or []]
+        values["tools"] = [
+            {"type": "function", "function": _without_type(tool)} for tool in self.tools or []
+        ]
         choice, form = self.tool_choice, (self.text or {}).get("format")
         if form is not None:
-            values["response_format"] = form | ({"json_schema": form} if form["type"] == "json_schema" else {})
-        values["tool_choice"] = {"type": "function", "function": choice} if isinstance(choice, dict) else choice
+            values["response_format"] = form | (
+                {"json_schema": form} if form["type"] == "json_schema" else {}
+            )
+        values["tool_choice"] = (
+            {"type": "function", "function": choice} if isinstance(choice, dict) else choice
+        )
         values["logprobs"] = bool(self.top_logprobs) or _LOGPROBS in (self.include or [])
         for name in (
             "model",
@@ -176,13 +207,20 @@ def _whole(item: Json) -> Json:
         "id": item.get("id") or identity(_NAMES[kind]),
     }
     if isinstance(item.get("content"), str):
-        part = {"type": "input_text"} if item["role"] != "assistant" else {"type": "output_text", "annotations": []}
+        part = (
+            {"type": "input_text"}
+            if item["role"] != "assistant"
+            else {"type": "output_text", "annotations": []}
+        )
         item["content"] = [part | {"text": item["content"]}]
     return item
 
 
 def _messages(items: list[Json]) -> list[Json]:
-    """A conversation as messages. An assistant's calls and the messages beside them are one turn."""
+    """A conversation as messages.
+
+    An assistant's calls and the messages beside them are one turn.
+    """
     messages: list[Json] = []
     for item in items:
         if item["type"] == "function_call_output":
@@ -219,7 +257,9 @@ class Responses:
 
     def __init__(self, api: Api):
         self._api = api
-        self._kept: dict[str, tuple[Json, list[Json]]] = {}  # response and its input, by its id, oldest first
+        self._kept: dict[
+            str, tuple[Json, list[Json]]
+        ] = {}  # response and its input, by its id, oldest first
 
     async def begin(self, request: ResponsesRequest) -> "Responding":
         """Have the answer made."""
@@ -241,7 +281,9 @@ class Responses:
             if len(self._kept) > _MOST:
                 del self._kept[next(iter(self._kept))]
 
-        return Responding(request, writing, self._api.named(request.model, self._api.adapters), keep)
+        return Responding(
+            request, writing, self._api.named(request.model, self._api.adapters), keep
+        )
 
     def get(self, name: str) -> Json:
         """A response that is kept."""
@@ -283,7 +325,9 @@ class Responses:
 class Responding:
     """One response as it is made. keep: what to do with a whole one that is to be stored."""
 
-    def __init__(self, request: ResponsesRequest, writing: Writing, model: str, keep: Callable[[Json], None]):
+    def __init__(
+        self, request: ResponsesRequest, writing: Writing, model: str, keep: Callable[[Json], None]
+    ):
         self.request, self.answers = request, writing.answers
         self._writing, self._keep = writing, keep
         self._number = 0
@@ -342,12 +386,16 @@ class Responding:
                 for event in self._piece(piece):
                     yield event
         status = "incomplete" if choice.reason == "length" else "completed"
-        last = self._piece(Text("")) if not response["output"] else []  # without a character it is a message still
+        last = (
+            self._piece(Text("")) if not response["output"] else []
+        )  # without a character it is a message still
         for event in [*last, *self._close(status)]:
             yield event
         usage = self._writing.usage()
         response["status"] = status
-        response["incomplete_details"] = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        response["incomplete_details"] = (
+            {"reason": "max_output_tokens"} if status == "incomplete" else None
+        )
         response["usage"] = {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],
@@ -395,7 +443,9 @@ class Responding:
             item["content"] = [part]
         self._open["content"][0]["text"] += piece.text  # type: ignore[index]
         if piece.text:
-            events.append(self._of_item("output_text.delta", delta=piece.text, logprobs=self._take()))
+            events.append(
+                self._of_item("output_text.delta", delta=piece.text, logprobs=self._take())
+            )
         return events
 
     def _take(self) -> list[Json]:
@@ -420,7 +470,9 @@ class Responding:
         if item["type"] == "message":
             part = item["content"][0]
             self._take()
-            events = [self._of_item("output_text.done", text=part["text"], logprobs=part["logprobs"])]
+            events = [
+                self._of_item("output_text.done", text=part["text"], logprobs=part["logprobs"])
+            ]
             events.append(self._of_item("content_part.done", part=part))
         else:
             told = {"arguments": item["arguments"], "name": item["name"]}

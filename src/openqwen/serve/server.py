@@ -35,32 +35,47 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 from openqwen.tokenizer import load_tokenizer
 
-Begin = Callable[[Callable[[], None]], Api]  # starts the engine's thread, from within the event loop
+Begin = Callable[
+    [Callable[[], None]], Api
+]  # starts the engine's thread, from within the event loop
 _LOOPBACK = ["localhost", "127.0.0.1", "::1", "[::1]"]
 
 
 def serve(source: str, config: ServeConfig) -> None:
     """Serve a model until SIGTERM or SIGINT."""
-    listener = _listen(config.host, config.port)  # a port that is taken is found out before the model is loaded
+    listener = _listen(
+        config.host, config.port
+    )  # a port that is taken is found out before the model is loaded
     keys = [*config.api_key, *filter(None, os.environ.get("OPENQWEN_API_KEY", "").split(","))]
     if not keys and config.host not in _LOOPBACK:
         keys = [secrets.token_urlsafe(32)]
         console.print(f"No key was given, so one was made: {keys[0]}")
     names = config.name or [Path(source).name if Path(source).exists() else source]
     engine = _engine(source, config, names)
-    scorer = None if config.reward is None else load_scorer(config.reward, device=engine.model.device)
+    scorer = (
+        None if config.reward is None else load_scorer(config.reward, device=engine.model.device)
+    )
     _become(config.user, config.data)
 
     def begin(failed: Callable[[], None]) -> Api:
-        return Api(Bridge(engine, Metrics(names[0]), config.queue, config.timeout, failed), config, names, scorer)
+        return Api(
+            Bridge(engine, Metrics(names[0]), config.queue, config.timeout, failed),
+            config,
+            names,
+            scorer,
+        )
 
     with tempfile.TemporaryDirectory(prefix="openqwen-") as private, tf32(True):
         failed = asyncio.run(_run(begin, source, keys, listener, config.data or Path(private)))
     if failed:
-        raise OpenQwenError("The engine has failed.", do="report the traceback above with the request")
+        raise OpenQwenError(
+            "The engine has failed.", do="report the traceback above with the request"
+        )
 
 
-async def _run(begin: Begin, source: str, keys: list[str], listener: socket.socket, folder: Path) -> bool:
+async def _run(
+    begin: Begin, source: str, keys: list[str], listener: socket.socket, folder: Path
+) -> bool:
     """Serve; returns whether the engine failed."""
     server: uvicorn.Server
 
@@ -83,11 +98,22 @@ async def _run(begin: Begin, source: str, keys: list[str], listener: socket.sock
     hosts = [] if keys else [*_LOOPBACK, config.host]
     app = Gate(app, keys, hosts, frozenset({"/health", *page()}), config.max_body, config.idle)
     if config.origin:
-        app = CORSMiddleware(app, config.origin, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
+        app = CORSMiddleware(
+            app, config.origin, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+        )
     TimedProtocol.seconds = config.idle
-    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a client that left while it was written to is no news
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it has drained
-    settings: dict[str, Any] = {"http": TimedProtocol, "ws": "none", "log_level": "warning", "server_header": False}
+    logging.getLogger("asyncio").setLevel(
+        logging.ERROR
+    )  # a client that left while it was written to is no news
+    signal.signal(
+        signal.SIGTERM, lambda *_: None
+    )  # uvicorn raises it once more when it has drained
+    settings: dict[str, Any] = {
+        "http": TimedProtocol,
+        "ws": "none",
+        "log_level": "warning",
+        "server_header": False,
+    }
     settings["timeout_graceful_shutdown"] = max(round(config.drain), 1)
     settings["timeout_keep_alive"] = max(round(config.idle), 1)
     server = uvicorn.Server(uvicorn.Config(app, **settings))
@@ -102,12 +128,18 @@ def _engine(source: str, config: ServeConfig, names: list[str]) -> Engine:
     if config.max_context is not None:
         settings = settings.model_copy(update={"max_context": context_tokens(config.max_context)})
     device = config.device or best_device()
-    engine = Engine(load_model(source, device=device, quantize=config.quantize), load_tokenizer(source), settings)
+    engine = Engine(
+        load_model(source, device=device, quantize=config.quantize),
+        load_tokenizer(source),
+        settings,
+    )
     for entry in config.adapters:
         name, _, folder = entry.partition("=")
         if not name or not folder or name in [*names, *engine.adapters.names]:
             do = "give NAME=FOLDER, with a name that nothing else here has"
-            raise OpenQwenError(f"An adapter cannot be given as '{entry}'.", where="--adapters", do=do)
+            raise OpenQwenError(
+                f"An adapter cannot be given as '{entry}'.", where="--adapters", do=do
+            )
         engine.adapters.add(name, folder)
     return engine
 
@@ -120,7 +152,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         message = f"Cannot listen there: {error.strerror or error}."
-        raise OpenQwenError(message, where=f"{host}:{port}", do="give another --host or --port") from None
+        raise OpenQwenError(
+            message, where=f"{host}:{port}", do="give another --host or --port"
+        ) from None
     return listener
 
 
@@ -143,12 +177,16 @@ def _become(user: str | None, folder: Path | None) -> None:
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
     if not os.access(os.__file__, os.R_OK):
-        raise OpenQwenError(f"'{user}' may not read this Python.", where=os.__file__, do="install it for everybody")
+        raise OpenQwenError(
+            f"'{user}' may not read this Python.", where=os.__file__, do="install it for everybody"
+        )
 
 
 def _say(api: Api, keys: list[str], listener: socket.socket, source: str) -> None:
     (host, port), model = listener.getsockname()[:2], api.bridge.engine.model
-    form = model.kind if isinstance(model, QuantizedQwen2) else str(model.dtype).removeprefix("torch.")
+    form = (
+        model.kind if isinstance(model, QuantizedQwen2) else str(model.dtype).removeprefix("torch.")
+    )
     if form == "float32" and str(model.device).startswith("cuda"):
         form += " (products in TF32)"
     kernels = "compiled kernels" if kernels_library() else "plain PyTorch"

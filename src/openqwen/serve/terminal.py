@@ -1,4 +1,6 @@
-"""`openqwen chat MODEL`: a conversation in the terminal, streamed; from a pipe too, a message a line."""
+"""`openqwen chat MODEL`: a conversation in the terminal, streamed; from a pipe too, a message a
+line.
+"""
 
 import dataclasses
 import json
@@ -36,11 +38,14 @@ _COMMANDS = {
     "quit": ("", "end, as Ctrl-D does"),
 }
 _KEYS = (
-    'A line that ends in \\ goes on in the next; """ begins and ends a text of many lines; pasted lines are one '
+    'A line that ends in \\ goes on in the next; """ begins and ends a text of many lines; pasted '
+    "lines are one "
     "message. Ctrl-C stops an answer, Ctrl-D ends the chat."
 )
 _EXAMPLES = {int: "20", float: "0.7", bool: "true"}  # of what /set takes
-_UNSEEN = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}  # no steering of terminals
+_UNSEEN = {
+    code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"
+}  # no steering of terminals
 
 
 def chat(
@@ -49,15 +54,21 @@ def chat(
         tyro.conf.Positional,
         tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL"),
     ],
-    system: Annotated[str | None, tyro.conf.arg(help="System prompt; none: the checkpoint's own.")] = None,
+    system: Annotated[
+        str | None, tyro.conf.arg(help="System prompt; none: the checkpoint's own.")
+    ] = None,
     temperature: Annotated[float, tyro.conf.arg(help="0 takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, tyro.conf.arg(help="Longest answer, in tokens.")] = 1024,
     seed: Annotated[int, tyro.conf.arg(help="Of the sampling.")] = 0,
     quantize: Annotated[
-        Literal["int8", "int4"] | None, tyro.conf.arg(help="Weights in 8 or 4 bits, packed while loading.")
+        Literal["int8", "int4"] | None,
+        tyro.conf.arg(help="Weights in 8 or 4 bits, packed while loading."),
     ] = None,
     max_context: Annotated[
-        str | None, tyro.conf.arg(help="Tokens of the whole conversation, such as 128k; none: as the model says.")
+        str | None,
+        tyro.conf.arg(
+            help="Tokens of the whole conversation, such as 128k; none: as the model says."
+        ),
     ] = None,
 ) -> None:
     """Talk to a model."""
@@ -68,7 +79,9 @@ def chat(
     talk = Chat(engine, sampling, system)
     with _history():
         if sys.stdin.isatty():
-            console.print(f"{Path(model).name}. {_KEYS} /help lists commands.", style="dim", soft_wrap=False)
+            console.print(
+                f"{Path(model).name}. {_KEYS} /help lists commands.", style="dim", soft_wrap=False
+            )
         while talk.turn():
             pass
 
@@ -144,7 +157,9 @@ class Chat:
             return False
         if name not in _COMMANDS:
             near = suggestion(name, _COMMANDS)
-            raise OpenQwenError(f"There is no command /{name}.{near}", do="/help; a message may begin with a space")
+            raise OpenQwenError(
+                f"There is no command /{name}.{near}", do="/help; a message may begin with a space"
+            )
         act: Callable[[str], None] = getattr(self, f"_{name}")
         act(rest.strip())
         return True
@@ -161,7 +176,9 @@ class Chat:
         if text:
             self.system = text
         else:
-            console.print("The checkpoint's own." if self.system is None else self.system, markup=False)
+            console.print(
+                "The checkpoint's own." if self.system is None else self.system, markup=False
+            )
 
     def _set(self, text: str) -> None:
         names = [f.name for f in dataclasses.fields(Sampling) if type(f.default) in _EXAMPLES]
@@ -172,12 +189,16 @@ class Chat:
             return
         name, _, value = text.partition(" ")
         if name not in names:
-            raise OpenQwenError(f"There is no setting '{name}'.{suggestion(name, names)}", do="/set lists them")
+            raise OpenQwenError(
+                f"There is no setting '{name}'.{suggestion(name, names)}", do="/set lists them"
+            )
         kind = type(getattr(self.sampling, name))
         try:
             parsed = kind(json.loads(value))
         except (ValueError, TypeError):
-            raise OpenQwenError(f"{name} cannot be '{value}'.", do=f"give one like {_EXAMPLES[kind]}") from None
+            raise OpenQwenError(
+                f"{name} cannot be '{value}'.", do=f"give one like {_EXAMPLES[kind]}"
+            ) from None
         self.sampling = dataclasses.replace(self.sampling, **{name: parsed})
 
     def _undo(self, _: str) -> None:
@@ -236,7 +257,10 @@ def _facts(request: Request) -> str:
             parts.append(f"{(count - 1) / (end - request.first_token):.1f} tokens/s")
         parts.append(f"first after {request.first_token - request.arrived:.2f} s")
     if request.cached_tokens:
-        parts.append(f"{request.cached_tokens:,} of {len(request.prompt_ids):,} prompt tokens were in the cache")
+        parts.append(
+            f"{request.cached_tokens:,} of {len(request.prompt_ids):,} prompt tokens were in "
+            "the cache"
+        )
     ends = {"length": "the longest answer (/set max_tokens)", "cancelled": "stopped"}
     return " · ".join([*parts, *filter(None, [ends.get(request.finish_reason or "")])])
 
@@ -248,9 +272,13 @@ def _path(name: str) -> Path:
 
 
 def _read(typed: bool) -> str:
-    """A message: one line, several joined by backslashes or pasted at once, or a text between triple quotes."""
+    """A message: one line, several joined by backslashes or pasted at once, or a text between
+    triple quotes.
+    """
     line = input("you  › " if typed else "")
-    while typed and select.select([sys.stdin], [], [], 0.03)[0]:  # nobody types so fast: the rest of a paste
+    while (
+        typed and select.select([sys.stdin], [], [], 0.03)[0]
+    ):  # nobody types so fast: the rest of a paste
         line += "\n" + input()
     more = "…    › " if typed else ""
     if line.lstrip().startswith('"""'):
@@ -265,7 +293,10 @@ def _read(typed: bool) -> str:
 
 @contextmanager
 def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C breaks nothing off but is noted: the engine ends its step. A second one interrupts."""
+    """Within it Ctrl-C breaks nothing off but is noted: the engine ends its step.
+
+    A second one interrupts.
+    """
     times: list[float] = []
 
     def note(*_: object) -> None:
@@ -291,7 +322,11 @@ def _history() -> Iterator[None]:
     except ImportError:
         yield
         return
-    file = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "openqwen" / "chat_history"
+    file = (
+        Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+        / "openqwen"
+        / "chat_history"
+    )
     readline.set_history_length(1000)
     with suppress(OSError):
         readline.read_history_file(file)

@@ -1,7 +1,8 @@
-"""Qwen2.5's tool calls in a stream of text: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+"""Qwen2.5's tool calls in a stream of text: `<tool_call>{"name": ..., "arguments":
+{...}}</tool_call>`.
 
-A machine that reads one character at a time and never looks back, so that however the text was cut into pieces the same
-calls come out, and the arguments are the very characters that the model wrote.
+A machine that reads one character at a time and never looks back, so that however the text was cut
+into pieces the same calls come out, and the arguments are the very characters that the model wrote.
 """
 
 import json
@@ -48,8 +49,9 @@ Piece = Text | Call | Arguments
 class ToolCalls:
     """`push` text as it comes, `finish` at the end; both give what is certain by then.
 
-    White space before a call, and after the last one, belongs to the format and is dropped. What opens like a call but
-    is none (no JSON object with a name) is given back as text. A call that the answer's end cuts off keeps what it had.
+    White space before a call, and after the last one, belongs to the format and is dropped. What
+    opens like a call but is none (no JSON object with a name) is given back as text. A call that
+    the answer's end cuts off keeps what it had.
     names: of functions whose calls are known without a tag too, where the answer is nothing else:
     Qwen2.5-Coder writes them bare or in a fence. What may become such an answer is held back.
     """
@@ -111,7 +113,9 @@ class ToolCalls:
             if self._heads:  # what was held back is read anew
                 self._again()
                 return
-            keep = "<" if character == "<" else ""  # the tag may begin anew with this very character
+            keep = (
+                "<" if character == "<" else ""
+            )  # the tag may begin anew with this very character
             kept = self._held.removesuffix(keep)
             said = kept.rstrip(_SPACE)
             self._say(said)
@@ -146,7 +150,9 @@ class ToolCalls:
             self._state(character)
 
     def _begin(self, raw: str) -> None:
-        """A tag has opened a call: its characters, its number once its name is known, and the value being read."""
+        """A tag has opened a call: its characters, its number once its name is known, and the value
+        being read.
+        """
         self._raw, self._held, self._arguments = raw, "", ""
         self._index: int | None = None
         self._key: str | None = None  # None: a key is awaited
@@ -204,7 +210,9 @@ class ToolCalls:
         self._key, self._token = None, ""
 
     def _end(self) -> None:
-        """The object has ended, or is broken; without a name it was no call, and its characters are text."""
+        """The object has ended, or is broken; without a name it was no call, and its characters are
+        text.
+        """
         if self._index is None:
             self._held = "<" if self._raw.endswith("<") else ""
             self._say(self._raw.removesuffix(self._held))

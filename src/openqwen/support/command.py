@@ -10,9 +10,9 @@ from pathlib import Path
 def command(*words: str | Path) -> str:
     """`openqwen` with these words, quoted for a shell: what the user can type here and now.
 
-    It begins with `openqwen` where the shell finds this very program by that name, else with its path
-    (below the current folder a relative one: `.venv/bin/openqwen`), or with `PYTHON -m openqwen.cli`
-    where it was called so.
+    It begins with `openqwen` where the shell finds this very program by that name, else with its
+    path (below the current folder a relative one: `.venv/bin/openqwen`), or with `PYTHON -m
+    openqwen.cli` where it was called so.
     """
     return shlex.join([*_program(), *map(str, words)])
 
@@ -33,6 +33,8 @@ def _program() -> list[str]:
 
 
 def _near(path: Path) -> str:
-    """The path from the current folder where it lies below it; links stay, since they choose the environment."""
+    """The path from the current folder where it lies below it; links stay, since they choose the
+    environment.
+    """
     path = path.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

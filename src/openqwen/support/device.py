@@ -13,7 +13,10 @@ import torch
 
 
 def best_device() -> torch.device:
-    """CUDA, else the CPU. Apple's MPS is not chosen by itself: its float32 results are not reproducible bit by bit."""
+    """CUDA, else the CPU.
+
+    Apple's MPS is not chosen by itself: its float32 results are not reproducible bit by bit.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -30,19 +33,25 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that a program could still take; half of all where the system does not tell."""
+    """Bytes of main memory that a program could still take; half of all where the system does not
+    tell.
+    """
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            return next(
+                int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")
+            )
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Main memory that is freed in here stays with the process until the end, where the C library is glibc.
+    """Main memory that is freed in here stays with the process until the end, where the C library
+    is glibc.
 
-    Large tensors that come and go in every step of training would else be given back and fetched, page by zeroed page.
+    Large tensors that come and go in every step of training would else be given back and fetched,
+    page by zeroed page.
     """
     libc = ctypes.CDLL(None)
     if not (sys.platform == "linux" and hasattr(libc, "mallopt")):
@@ -69,9 +78,11 @@ def peak_memory(device: torch.device) -> int:
 
 @cache
 def peak_flops(device: torch.device) -> float:
-    """Operations a second of this device's best large matrix product, measured once: what a share of the peak is of.
+    """Operations a second of this device's best large matrix product, measured once: what a share
+    of the peak is of.
 
-    float32 on a CPU, bfloat16 on a GPU; the best of five products of 2,048 (8,192) rows and columns.
+    float32 on a CPU, bfloat16 on a GPU; the best of five products of 2,048 (8,192) rows and
+    columns.
     """
     size, dtype = (8_192, torch.bfloat16) if device.type == "cuda" else (2_048, torch.float32)
     a = torch.ones(size, size, dtype=dtype, device=device)

@@ -10,7 +10,8 @@ from pathlib import Path
 class OpenQwenError(Exception):
     """A problem that the user can mend. The command line prints it without a traceback.
 
-    what: one sentence that names the fault. where: the file, line, field or stage. do: the next step.
+    what: one sentence that names the fault. where: the file, line, field or stage. do: the next
+    step.
     """
 
     def __init__(self, what: str, where: str | Path | None = None, do: str | None = None):
@@ -53,7 +54,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         raise _full(path) from error
     except Exception as error:  # safetensors wraps the system's error in its own class, as text
-        if "os error" not in str(error) or not any(f"os error {code})" in str(error) for code in FULL):
+        if "os error" not in str(error) or not any(
+            f"os error {code})" in str(error) for code in FULL
+        ):
             raise
         raise _full(path) from error
 
@@ -62,5 +65,8 @@ def _full(path: Path) -> OpenQwenError:
     return OpenQwenError(
         "There is no space left to write.",
         where=path,
-        do="free some space and run the same command again: finished stages and the last saved state are intact",
+        do=(
+            "free some space and run the same command again: finished stages and the last saved "
+            "state are intact"
+        ),
     )

@@ -23,7 +23,8 @@ _DEEPEST = 100  # levels of JSON; what walks through a value later recurses a fe
 
 @contextmanager
 def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """A file (UTF-8, or "wb") to write aside, then flushed to the disk and renamed, or removed where something fails.
+    """A file (UTF-8, or "wb") to write aside, then flushed to the disk and renamed, or removed
+    where something fails.
 
     A reader sees the old file or the new one, never half.
     """
@@ -69,15 +70,18 @@ def refuse_pointer(path: Path) -> None:
 def parse_json(text: str | bytes) -> Any:
     """The value of strict JSON, which can be written again, rendered and encoded.
 
-    Raises ValueError, in plain words. Besides what Python refuses: NaN and infinite numbers, integers of thousands of
-    digits, more than 100 levels, and surrogates that stand alone, which are no text.
+    Raises ValueError, in plain words. Besides what Python refuses: NaN and infinite numbers,
+    integers of thousands of digits, more than 100 levels, and surrogates that stand alone, which
+    are no text.
     """
     try:
         value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError(f"it has more than {_DEEPEST} levels") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8") from None
+        raise ValueError(
+            f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(str(error)) from None
     except ValueError:  # of an integer
@@ -116,7 +120,9 @@ def read_json(path: Path) -> Any:
 
 
 def open_binary(path: Path) -> io.BufferedReader:
-    """Open for reading, unpacking .gz and .zst on the way; a truncated archive raises OSError when it is read."""
+    """Open for reading, unpacking .gz and .zst on the way; a truncated archive raises OSError when
+    it is read.
+    """
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     return io.BufferedReader(pa.input_stream(str(path), compression=compression), _CHUNK)
 
@@ -140,9 +146,13 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = parse_json(line)
     except ValueError as error:
-        raise OpenQwenError(f"This line is not JSON: {error}.", where, "write one object a line") from None
+        raise OpenQwenError(
+            f"This line is not JSON: {error}.", where, "write one object a line"
+        ) from None
     if not isinstance(record, dict):
-        raise OpenQwenError("This line is JSON but not an object.", where, "write one object a line")
+        raise OpenQwenError(
+            "This line is JSON but not an object.", where, "write one object a line"
+        )
     return record
 
 
@@ -163,7 +173,8 @@ def sha256(path: Path) -> str:
 
 
 def replace_folder(aside: Path, target: Path) -> None:
-    """Put a finished folder in the place of what stands there, if anything does, flushed to the disk first.
+    """Put a finished folder in the place of what stands there, if anything does, flushed to the
+    disk first.
 
     A kill on the way leaves what stood there as `.NAME.old`.
     """
@@ -193,11 +204,14 @@ def fresh_folder(path: Path) -> Path:
 
 
 def gzip_bits_per_byte(texts: Iterable[str]) -> float:
-    """Bits that `gzip -9` needs for a byte of the texts, packed as one stream: what a language model must beat.
+    """Bits that `gzip -9` needs for a byte of the texts, packed as one stream: what a language
+    model must beat.
 
     Raises OpenQwenError where there is no text.
     """
     raw = "".join(texts).encode()
     if not raw:
-        raise OpenQwenError("There is no held-out text.", do="give a corpus whose held-out split is not empty")
+        raise OpenQwenError(
+            "There is no held-out text.", do="give a corpus whose held-out split is not empty"
+        )
     return 8 * len(gzip.compress(raw, 9, mtime=0)) / len(raw)

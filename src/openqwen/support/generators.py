@@ -32,7 +32,10 @@ class Generators:
 
     def state(self) -> dict[str, Any]:
         """JSON-ready: the seed and each stream's position."""
-        return {"seed": self.seed, "streams": {n: _plain(g.bit_generator.state) for n, g in self._streams.items()}}
+        return {
+            "seed": self.seed,
+            "streams": {n: _plain(g.bit_generator.state) for n, g in self._streams.items()},
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state()` was taken."""

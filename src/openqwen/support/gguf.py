@@ -1,7 +1,8 @@
-"""The GGUF container, versions 2 and 3: a header of typed metadata, a directory of tensors, their bytes.
+"""The GGUF container, versions 2 and 3: a header of typed metadata, a directory of tensors, their
+bytes.
 
-The form is llama.cpp's (ggml/docs/gguf.md). What the metadata mean, and how the bytes of a tensor are to be read, is
-the business of those who ask: model/gguf.py and the tokenizer.
+The form is llama.cpp's (ggml/docs/gguf.md). What the metadata mean, and how the bytes of a tensor
+are to be read, is the business of those who ask: model/gguf.py and the tokenizer.
 """
 
 import math
@@ -21,7 +22,9 @@ from openqwen.support.files import refuse_pointer, whole_file
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, where the metadata give no general.alignment
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
-_MOST_ENTRIES = 1_000_000  # metadata keys, and tensors; a real file has some dozens and some thousands
+_MOST_ENTRIES = (
+    1_000_000  # metadata keys, and tensors; a real file has some dozens and some thousands
+)
 
 # ggml's number of each type that can be unpacked: its name, weights a block, bytes a block.
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -56,14 +59,26 @@ _UNREAD = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28:
 _NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 BLOCKS = {name: (weights, size) for name, weights, size in TYPES.values()}
 
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SPLIT = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")  # the name of one of a model's several files
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies. shape: outermost first, as in torch. offset, size: bytes, from the start of the file.
+    """Where one tensor lies. shape: outermost first, as in torch. offset, size: bytes, from the
+    start of the file.
 
     type: ggml's name such as "Q4_K", or "type 99" for a number without a name. Where it is none of
     `BLOCKS`, the tensor cannot be read, and its size is 0.
@@ -79,7 +94,8 @@ class GgufTensor:
 class GgufHeader:
     """All of a file but its weights.
 
-    metadata: integers, floats, booleans and text as Python's, arrays of text as lists, arrays of numbers as NumPy's.
+    metadata: integers, floats, booleans and text as Python's, arrays of text as lists, arrays of
+    numbers as NumPy's.
     """
 
     path: Path
@@ -167,15 +183,17 @@ def _files(header: GgufHeader) -> int:
 def read_header(path: str | Path) -> GgufHeader:
     """Read the metadata and the directory, and check that every tensor lies inside the file.
 
-    Nothing in the file is believed before it is checked: a count can ask for no more memory than the file has bytes.
-    Raises OpenQwenError.
+    Nothing in the file is believed before it is checked: a count can ask for no more memory than
+    the file has bytes. Raises OpenQwenError.
     """
     path = Path(path)
     try:
         refuse_pointer(path)
         with open(path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
-                raise OpenQwenError("This is no GGUF file.", where=path, do="give a .gguf file of a Qwen2 model")
+                raise OpenQwenError(
+                    "This is no GGUF file.", where=path, do="give a .gguf file of a Qwen2 model"
+                )
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _header(path, data)
     except FileNotFoundError:
@@ -193,7 +211,9 @@ def _header(path: Path, data: mmap.mmap) -> GgufHeader:
     version = cursor.number("<u4")
     if version not in (2, 3):
         kind = "is big-endian" if version >= 1 << 16 else f"has version {version}"
-        raise OpenQwenError(f"This GGUF file {kind}.", where=path, do="convert it to little-endian GGUF version 3")
+        raise OpenQwenError(
+            f"This GGUF file {kind}.", where=path, do="convert it to little-endian GGUF version 3"
+        )
     tensor_count, entry_count = cursor.number("<u8"), cursor.number("<u8")
     for count, what in ((entry_count, "metadata entries"), (tensor_count, "tensors")):
         if count > _MOST_ENTRIES:
@@ -214,12 +234,16 @@ def _header(path: Path, data: mmap.mmap) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise _DamagedError(f"its alignment is {alignment}, not a power of two")
     start = -(-cursor.at // alignment) * alignment
-    tensors = {name: _tensor(name, *place, alignment, start, len(data)) for name, place in places.items()}
+    tensors = {
+        name: _tensor(name, *place, alignment, start, len(data)) for name, place in places.items()
+    }
     return GgufHeader(path, metadata, tensors)
 
 
 def _place(cursor: "_Cursor", name: str) -> tuple[tuple[int, ...], int, int]:
-    """The (shape, type number, offset in the data) of the directory's next entry, whose name is read."""
+    """The (shape, type number, offset in the data) of the directory's next entry, whose name is
+    read.
+    """
     dimensions = cursor.number("<u4")
     if dimensions > _MOST_DIMENSIONS:
         raise _DamagedError(f"the tensor '{name}' has {dimensions} dimensions")
@@ -228,16 +252,28 @@ def _place(cursor: "_Cursor", name: str) -> tuple[tuple[int, ...], int, int]:
 
 
 def _tensor(
-    name: str, shape: tuple[int, ...], number: int, offset: int, alignment: int, start: int, end: int
+    name: str,
+    shape: tuple[int, ...],
+    number: int,
+    offset: int,
+    alignment: int,
+    start: int,
+    end: int,
 ) -> GgufTensor:
     if offset % alignment:
-        raise _DamagedError(f"the tensor '{name}' begins at byte {offset}, which is no multiple of {alignment}")
+        raise _DamagedError(
+            f"the tensor '{name}' begins at byte {offset}, which is no multiple of {alignment}"
+        )
     kind, block, size = TYPES.get(number, (_UNREAD.get(number, f"type {number}"), 1, 0))
     if 0 in shape or (shape and shape[-1] % block):
-        raise _DamagedError(f"the tensor '{name}' has the shape {list(shape)}, which {kind} cannot hold")
+        raise _DamagedError(
+            f"the tensor '{name}' has the shape {list(shape)}, which {kind} cannot hold"
+        )
     total = math.prod(shape) // block * size
     if start + offset + total > end:
-        raise _DamagedError(f"it ends at byte {end}, inside the tensor '{name}' (to byte {start + offset + total})")
+        raise _DamagedError(
+            f"it ends at byte {end}, inside the tensor '{name}' (to byte {start + offset + total})"
+        )
     return GgufTensor(shape, kind, start + offset, total)
 
 
@@ -258,7 +294,9 @@ class _Cursor:
 
     def number(self, form: str, what: str = "its header") -> int:
         size = int(form[2])
-        return int.from_bytes(self._data[self._take(size, what) : self.at], "little", signed=form[1] == "i")
+        return int.from_bytes(
+            self._data[self._take(size, what) : self.at], "little", signed=form[1] == "i"
+        )
 
     def text(self, what: str) -> str:
         length = self.number("<u8", what)
@@ -294,7 +332,9 @@ class _Cursor:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write. shape: outermost first. data: its bytes, made piece by piece when its turn comes."""
+    """A tensor to write. shape: outermost first. data: its bytes, made piece by piece when its turn
+    comes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -311,8 +351,9 @@ class NewTensor:
 def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> None:
     """Write a version 3 file, atomically.
 
-    metadata: text, booleans, integers, floats (stored as float32), lists of text, and NumPy arrays and scalars, which
-    keep their type. Integers are stored as uint32, as llama.cpp expects of every count and id.
+    metadata: text, booleans, integers, floats (stored as float32), lists of text, and NumPy arrays
+    and scalars, which keep their type. Integers are stored as uint32, as llama.cpp expects of every
+    count and id.
     """
     offsets, end = [], 0
     for tensor in tensors:
@@ -331,7 +372,9 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTen
             for piece in tensor.data():
                 file.write(piece)
             if file.tell() != start + offset + tensor.size:
-                raise ValueError(f"{tensor.name} gave {file.tell() - start - offset} bytes, not {tensor.size}")
+                raise ValueError(
+                    f"{tensor.name} gave {file.tell() - start - offset} bytes, not {tensor.size}"
+                )
             file.write(bytes(_aligned(tensor.size) - tensor.size))
 
 

@@ -1,4 +1,5 @@
-"""Where a model is: a path, or the id of a repository on the Hugging Face hub, fetched once and kept in its cache.
+"""Where a model is: a path, or the id of a repository on the Hugging Face hub, fetched once and
+kept in its cache.
 
 Data sets of the hub are found in the same way, under `hub:owner/name[@revision][:split]`.
 """
@@ -38,10 +39,11 @@ _SHARD = re.compile(r"data/(\w+)-\d{5}-of-\d{5}")
 
 
 def local(source: str | Path) -> Path:
-    """The path of a model. `owner/name` or `owner/name@revision` that is no path is fetched from the hub.
+    """The path of a model. `owner/name` or `owner/name@revision` that is no path is fetched from
+    the hub.
 
-    The environment decides as in all software that uses the hub: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE. Raises
-    OpenQwenError where the repository cannot be had.
+    The environment decides as in all software that uses the hub: HF_HOME, HF_TOKEN, HF_HUB_OFFLINE.
+    Raises OpenQwenError where the repository cannot be had.
     """
     match = _ID.fullmatch(str(source))
     if match is None or Path(source).exists():
@@ -50,7 +52,8 @@ def local(source: str | Path) -> Path:
 
 
 def dataset_files(source: str) -> list[Path]:
-    """The files of a split of `hub:owner/name[@revision][:split]`, in order; split: train, if not told.
+    """The files of a split of `hub:owner/name[@revision][:split]`, in order; split: train, if not
+    told.
 
     The card (README.md) says which files are of the split; else their names do, as for `datasets`.
     Raises OpenQwenError where the data set cannot be had or holds no such split.
@@ -60,12 +63,20 @@ def dataset_files(source: str) -> list[Path]:
     if found := splits.get(split):
         return found
     near = suggestion(split, splits)
-    do = f"give {HUB}{repository}:SPLIT" if splits else f"give a data set of {', '.join(DATA_SUFFIXES)} files"
-    raise OpenQwenError(f"There is no split '{split}', only: {', '.join(splits) or 'none'}.{near}", source, do)
+    do = (
+        f"give {HUB}{repository}:SPLIT"
+        if splits
+        else f"give a data set of {', '.join(DATA_SUFFIXES)} files"
+    )
+    raise OpenQwenError(
+        f"There is no split '{split}', only: {', '.join(splits) or 'none'}.{near}", source, do
+    )
 
 
 def pinned(source: str) -> str:
-    """The same data set at the commit that is its revision now, so that later reads give the same records."""
+    """The same data set at the commit that is its revision now, so that later reads give the same
+    records.
+    """
     folder, repository, split = _dataset(source)
     return f"{HUB}{repository}@{folder.name}:{split}"
 
@@ -85,7 +96,11 @@ def _splits(folder: Path, source: str) -> dict[str, list[Path]]:
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     if patterns := _of_card(folder / "README.md", source):
         return {
-            split: [path for name, path in names.items() if any(fnmatch(name, pattern) for pattern in of_split)]
+            split: [
+                path
+                for name, path in names.items()
+                if any(fnmatch(name, pattern) for pattern in of_split)
+            ]
             for split, of_split in patterns.items()
         }
     found: dict[str, list[Path]] = {}
@@ -103,14 +118,20 @@ def _of_card(card: Path, source: str) -> dict[str, list[str]]:
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     head = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
-        configs = [c for c in yaml.safe_load(head[1])["configs"] if "data_files" in c] if head else []
-        default = [c for c in configs if c.get("default") or c["config_name"] == "default"] or configs
+        configs = (
+            [c for c in yaml.safe_load(head[1])["configs"] if "data_files" in c] if head else []
+        )
+        default = [
+            c for c in configs if c.get("default") or c["config_name"] == "default"
+        ] or configs
         found = [(c["config_name"], _patterns(c["data_files"])) for c in default]
     except (yaml.YAMLError, TypeError, KeyError, AttributeError):
         return {}  # written for readers, not for programs
     if len(found) > 1:
         several = ", ".join(str(name) for name, _ in found)
-        raise OpenQwenError(f"This data set has several configurations: {several}.", source, "give one of its files")
+        raise OpenQwenError(
+            f"This data set has several configurations: {several}.", source, "give one of its files"
+        )
     return found[0][1] if found else {}
 
 
@@ -136,17 +157,36 @@ def _fetched(repository: str, revision: str | None, kind: str, patterns: Sequenc
     here = f"path '{name}'" if kind == "model" else f"data set '{name}' here"
     hub = "the Hugging Face hub"
     try:
-        return Path(snapshot_download(repository, repo_type=kind, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(
+                repository, repo_type=kind, revision=revision, allow_patterns=list(patterns)
+            )
+        )
     except GatedRepoError:
-        what, do = f"{hub} gives '{name}' only to those who accepted its terms.", "accept them there, and set HF_TOKEN"
+        what, do = (
+            f"{hub} gives '{name}' only to those who accepted its terms.",
+            "accept them there, and set HF_TOKEN",
+        )
     except RevisionNotFoundError:
-        what, do = f"'{repository}' has no revision '{revision}'.", "give a branch, a tag or a commit after the @"
+        what, do = (
+            f"'{repository}' has no revision '{revision}'.",
+            "give a branch, a tag or a commit after the @",
+        )
     except RepositoryNotFoundError:
         what = f"There is no {here}, and no such repository on {hub}, or it is private."
         do = "check the spelling; for a private repository set HF_TOKEN"
     except LocalEntryNotFoundError:
-        what = f"There is no {here}, {hub} cannot be reached, and its cache here does not hold all of '{name}'."
-        do = "check the path and the network, unset HF_HUB_OFFLINE, or copy it here and give its path"
+        what = (
+            f"There is no {here}, {hub} cannot be reached, and its cache here does not hold all of "
+            f"'{name}'."
+        )
+        do = (
+            "check the path and the network, unset HF_HUB_OFFLINE, or copy it here and give its "
+            "path"
+        )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        what, do = f"'{name}' cannot be fetched from {hub}: {error}", "try again later, or give a local path"
+        what, do = (
+            f"'{name}' cannot be fetched from {hub}: {error}",
+            "try again later, or give a local path",
+        )
     raise OpenQwenError(what, where=name, do=do) from None

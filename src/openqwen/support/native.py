@@ -1,7 +1,9 @@
-"""Our own C++, compiled on the machine that runs it: at set-up or on first use, once, into the user's cache.
+"""Our own C++, compiled on the machine that runs it: at set-up or on first use, once, into the
+user's cache.
 
-A plain shared library with a C ABI. It is never required: where there is no compiler, callers get None and take their
-Python path. OPENQWEN_NATIVE=0 turns it off, CXX names the compiler, OPENQWEN_CACHE moves the cache.
+A plain shared library with a C ABI. It is never required: where there is no compiler, callers get
+None and take their Python path. OPENQWEN_NATIVE=0 turns it off, CXX names the compiler,
+OPENQWEN_CACHE moves the cache.
 """
 
 import ctypes
@@ -25,12 +27,17 @@ _TIMEOUT = 600  # seconds
 
 
 def load(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ctypes.CDLL | None:
-    """The library built of `sources` (headers too: a change of any builds anew), or None where that cannot be.
+    """The library built of `sources` (headers too: a change of any builds anew), or None where that
+    cannot be.
 
-    name: of the library's file. flags: for the compiler, after ours. The reason for None is logged once, as a warning.
-    Functions called through it run without Python's lock.
+    name: of the library's file. flags: for the compiler, after ours. The reason for None is logged
+    once, as a warning. Functions called through it run without Python's lock.
     """
-    return _load(name, tuple(sources), tuple(flags)) if os.environ.get("OPENQWEN_NATIVE", "1") != "0" else None
+    return (
+        _load(name, tuple(sources), tuple(flags))
+        if os.environ.get("OPENQWEN_NATIVE", "1") != "0"
+        else None
+    )
 
 
 @cache
@@ -50,12 +57,17 @@ class _UnavailableError(Exception):
 
 
 def _built(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Path:
-    """The path of the library; built first if it is not there. Two processes do not build it twice."""
+    """The path of the library; built first if it is not there.
+
+    Two processes do not build it twice.
+    """
     stem = f"{name}-{_key(sources, flags)}"
     try:
         compiler = _compiler()
     except _UnavailableError:
-        if earlier := sorted(_cache().glob(f"{stem}-*.so")):  # the compiler went after it had done its work
+        if earlier := sorted(
+            _cache().glob(f"{stem}-*.so")
+        ):  # the compiler went after it had done its work
             return earlier[0]
         raise
     library = _cache() / f"{stem}-{_identity(compiler)}.so"
@@ -71,7 +83,9 @@ def _built(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Path
     return library
 
 
-def _compile(compiler: list[str], sources: tuple[Path, ...], flags: tuple[str, ...], output: Path) -> None:
+def _compile(
+    compiler: list[str], sources: tuple[Path, ...], flags: tuple[str, ...], output: Path
+) -> None:
     units = [str(path) for path in sources if path.suffix == ".cpp"]
     for tuned in (_TUNED, ()):
         command = [*compiler, *_FLAGS, *tuned, *flags, *units, "-o", str(output)]
@@ -95,7 +109,9 @@ def _compiler() -> list[str]:
             return [path]
     if importlib.util.find_spec("ziglang"):
         return [sys.executable, "-m", "ziglang", "c++"]
-    raise _UnavailableError("there is no C++ compiler (install g++ or clang, or the Python package ziglang)")
+    raise _UnavailableError(
+        "there is no C++ compiler (install g++ or clang, or the Python package ziglang)"
+    )
 
 
 def _key(sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
@@ -122,7 +138,10 @@ def _processor() -> list[str]:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return [*known, platform.processor()]
-    return known + [next((line for line in lines if line.startswith(name)), "") for name in ("model name", "flags")]
+    return known + [
+        next((line for line in lines if line.startswith(name)), "")
+        for name in ("model name", "flags")
+    ]
 
 
 def _cache() -> Path:

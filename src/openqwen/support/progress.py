@@ -1,4 +1,6 @@
-"""How far, how fast, and how long still (law 8): a live line on a terminal, a line now and then in a log."""
+"""How far, how fast, and how long still (law 8): a live line on a terminal, a line now and then in
+a log.
+"""
 
 import sys
 import time
@@ -33,7 +35,9 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """One piece of work: `total` units (None where it cannot be known), advanced as they are done."""
+    """One piece of work: `total` units (None where it cannot be known), advanced as they are
+    done.
+    """
 
     def __init__(self, label: str, total: float | None, unit: str, done: float = 0):
         self.label, self.total, self.unit = label, total, unit
@@ -73,13 +77,17 @@ class Progress:
 
 
 @contextmanager
-def progress(label: str, total: float | None = None, unit: str = "steps", done: float = 0) -> Iterator[Progress]:
+def progress(
+    label: str, total: float | None = None, unit: str = "steps", done: float = 0
+) -> Iterator[Progress]:
     """Show the progress of the block it encloses; nothing stays on a terminal afterwards."""
     work = Progress(label, total, unit, done)
     if not sys.stdout.isatty():
         yield work
         return
-    with Live(work._line(time.monotonic()), console=console, transient=True, auto_refresh=False) as live:
+    with Live(
+        work._line(time.monotonic()), console=console, transient=True, auto_refresh=False
+    ) as live:
         work._live = live
         yield work
         work._live = None

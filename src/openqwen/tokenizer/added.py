@@ -32,7 +32,9 @@ class AddedTokens:
         self._raw = _Finder(raw, self.protected)
         self._normalized = _Finder(normalized, self.protected)
 
-    def cut(self, text: str, as_text: Callable[[int], bool]) -> Iterator[tuple[str, int | None, int]]:
+    def cut(
+        self, text: str, as_text: Callable[[int], bool]
+    ) -> Iterator[tuple[str, int | None, int]]:
         """Pieces of `text` in order: (text, id of the added token or None, where the piece ends).
 
         as_text: whether a protected token that begins at this character of `text` stays text.

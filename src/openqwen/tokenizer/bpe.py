@@ -18,7 +18,9 @@ Merge = tuple[int, int, int]
 
 
 class _WordCache(dict[str, list[int]]):
-    """Words already merged; emptied when full, which costs less than keeping track of what was used when."""
+    """Words already merged; emptied when full, which costs less than keeping track of what was used
+    when.
+    """
 
     def __init__(self, encoder: "BytePairEncoder"):
         self._encoder = encoder
@@ -35,7 +37,8 @@ class _WordCache(dict[str, list[int]]):
 class BytePairEncoder:
     """Applies merges to words.
 
-    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), best rank first.
+    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), best rank
+    first.
     """
 
     path: Literal["python"] = "python"
@@ -52,7 +55,9 @@ class BytePairEncoder:
         self._cache = _WordCache(self)
 
     def add(self, left: int, right: int, merged: int) -> None:
-        """One more merge, after all others; for building merges one by one, before anything is encoded."""
+        """One more merge, after all others; for building merges one by one, before anything is
+        encoded.
+        """
         self._ranks[left, right] = len(self._merged)
         self._merged.append(merged)
 
@@ -60,8 +65,11 @@ class BytePairEncoder:
         """Ids of normalised text."""
         return list(chain.from_iterable(map(self._cache.__getitem__, split_words(text))))
 
-    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32 and int64.
+    def encode_batch(
+        self, texts: Iterable[str], threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32
+        and int64.
 
         Python's lock lets one thread work at a time, so there is only one.
         """
@@ -70,7 +78,10 @@ class BytePairEncoder:
         return np.concatenate([np.empty(0, np.uint32), *encoded]), offsets
 
     def merge(self, word: bytes) -> list[int]:
-        """Ids of one word of n bytes: the lowest rank first, the leftmost among equals. O(n log n)."""
+        """Ids of one word of n bytes: the lowest rank first, the leftmost among equals.
+
+        O(n log n).
+        """
         ids = [self._byte_ids[byte] for byte in word]
         ranks, end = self._ranks, len(ids)
         following = list(range(1, end + 1))

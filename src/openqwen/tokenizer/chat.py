@@ -172,4 +172,6 @@ def _strings(value: Any) -> Iterator[str]:
 def _unused_character(value: Any) -> str:
     """A private-use character that no string inside `value` holds."""
     used = set().union(*_strings(value))
-    return next(character for character in map(chr, range(0xE000, 0x110000)) if character not in used)
+    return next(
+        character for character in map(chr, range(0xE000, 0x110000)) if character not in used
+    )

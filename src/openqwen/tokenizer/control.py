@@ -23,12 +23,15 @@ class ControlToken:
     normalized: bool = False
 
 
-# Qwen2.5's 22, in the order of their ids (Qwen2.5 technical report, section 2, and the published tokenizer files).
+# Qwen2.5's 22, in the order of their ids (Qwen2.5 technical report, section 2, and the published
+# tokenizer files).
 _SPECIAL = """
-    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
-    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"""
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
+    <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
+    <|image_pad|> <|video_pad|>"""
 _VISIBLE = """
-    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"""
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|>
+    <|file_sep|>"""
 CONTROL_TOKENS = (
     *(ControlToken(content, special=True) for content in _SPECIAL.split()),
     *(ControlToken(content, special=False) for content in _VISIBLE.split()),

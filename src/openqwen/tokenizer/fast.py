@@ -18,7 +18,8 @@ from openqwen.tokenizer.unicode import mask_newer_letters
 
 _FOLDER = Path(__file__).parent / "native"
 _SOURCES = [_FOLDER / name for name in ("scan.h", "encode.cpp", "train.cpp")]
-_CLASSIFIED = 0x40000  # the scanner's kClassified: code points behind it are neither letters, numbers nor spaces
+# the scanner's kClassified: code points behind it are neither letters, numbers nor spaces
+_CLASSIFIED = 0x40000
 _CLASSES = ((r"\p{L}+", 1), (r"\p{N}+", 2), (r"[^\S\r\n]+", 3), (r"[\r\n]+", 4))
 _SLACK = 8  # ids that the encoder may write beyond the last one
 _MOST_IDS, _MOST_MERGES = 2**21 - 1, 2**22  # what a pair and its rank have room for
@@ -28,11 +29,15 @@ _KEPT = 1 << 22  # bytes of text, a place for whose ids is kept between calls
 Ids = np.ndarray  # uint32 [T]
 
 
-def best_encoder(vocabulary: Sequence[bytes], merges: Sequence[Merge]) -> "BytePairEncoder | NativeEncoder":
+def best_encoder(
+    vocabulary: Sequence[bytes], merges: Sequence[Merge]
+) -> "BytePairEncoder | NativeEncoder":
     """The compiled encoder where it can be had, else the one in Python. Arguments as theirs."""
     small = len(vocabulary) < _MOST_IDS and len(merges) < _MOST_MERGES
     loaded = library() if small else None
-    return NativeEncoder(loaded, vocabulary, merges) if loaded else BytePairEncoder(vocabulary, merges)
+    return (
+        NativeEncoder(loaded, vocabulary, merges) if loaded else BytePairEncoder(vocabulary, merges)
+    )
 
 
 @lru_cache(maxsize=1)
@@ -45,11 +50,24 @@ def library() -> ctypes.CDLL | None:
         _declare(loaded.openqwen_merges_free, None, pointer)
         _declare(loaded.openqwen_context_new, pointer, pointer, pointer)
         _declare(loaded.openqwen_context_free, None, pointer)
-        _declare(loaded.openqwen_encode, ctypes.c_int64, pointer, ctypes.c_char_p, pointer, size, pointer, pointer)
-        _declare(loaded.openqwen_encode_text, ctypes.c_int64, pointer, ctypes.c_char_p, size, pointer)
+        _declare(
+            loaded.openqwen_encode,
+            ctypes.c_int64,
+            pointer,
+            ctypes.c_char_p,
+            pointer,
+            size,
+            pointer,
+            pointer,
+        )
+        _declare(
+            loaded.openqwen_encode_text, ctypes.c_int64, pointer, ctypes.c_char_p, size, pointer
+        )
         _declare(loaded.openqwen_counts_new, pointer, pointer)
         _declare(loaded.openqwen_counts_free, None, pointer)
-        _declare(loaded.openqwen_counts_add, ctypes.c_int64, pointer, ctypes.c_char_p, pointer, size)
+        _declare(
+            loaded.openqwen_counts_add, ctypes.c_int64, pointer, ctypes.c_char_p, pointer, size
+        )
         _declare(loaded.openqwen_counts_add_all, ctypes.c_int64, pointer, pointer)
         _declare(loaded.openqwen_trainer_new, pointer, pointer, pointer, ctypes.c_int64)
         _declare(loaded.openqwen_trainer_free, None, pointer)
@@ -63,7 +81,9 @@ def _declare(function: Any, result: Any, *arguments: Any) -> None:
 
 @lru_cache(maxsize=1)
 def classes() -> np.ndarray:
-    """The class of each code point for the scanner, uint8 [0x40000], read off the expressions of the Python path."""
+    """The class of each code point for the scanner, uint8 [0x40000], read off the expressions of
+    the Python path.
+    """
     text = mask_newer_letters("".join(map(chr, range(0xD800))) + "\ufffd" * 0x800)
     text += mask_newer_letters("".join(map(chr, range(0xE000, _CLASSIFIED))))
     table = np.zeros(_CLASSIFIED, np.uint8)
@@ -74,9 +94,11 @@ def classes() -> np.ndarray:
 
 
 class NativeEncoder:
-    """Applies merges to words, in compiled code that runs without Python's lock; any number of threads may call it.
+    """Applies merges to words, in compiled code that runs without Python's lock; any number of
+    threads may call it.
 
-    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), best rank first.
+    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), best rank
+    first.
     """
 
     path: Literal["native"] = "native"
@@ -87,7 +109,11 @@ class NativeEncoder:
         offsets = np.array([0, *map(len, vocabulary)], np.int64).cumsum()
         self._merges = checked(
             loaded.openqwen_merges_new(
-                b"".join(vocabulary), offsets.ctypes.data, len(vocabulary), table.ctypes.data, len(table)
+                b"".join(vocabulary),
+                offsets.ctypes.data,
+                len(vocabulary),
+                table.ctypes.data,
+                len(table),
             )
         )
         weakref.finalize(self, loaded.openqwen_merges_free, self._merges)
@@ -103,8 +129,12 @@ class NativeEncoder:
         self._idle.append(context)
         return found
 
-    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[Ids, np.ndarray]:
-        """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32 and int64."""
+    def encode_batch(
+        self, texts: Iterable[str], threads: int | None = None
+    ) -> tuple[Ids, np.ndarray]:
+        """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32
+        and int64.
+        """
         threads = threads or cores()
         if threads == 1:
             parts = list(map(self._encode_task, tasks(texts)))
@@ -129,7 +159,9 @@ class NativeEncoder:
         return found, np.diff(offsets)
 
     def _take(self) -> "_Context":
-        """A context that no other thread uses; there are as many as there ever were calls at one time."""
+        """A context that no other thread uses; there are as many as there ever were calls at one
+        time.
+        """
         try:
             return self._idle.pop()
         except IndexError:
@@ -152,7 +184,10 @@ class _Context:
         self._address = 0
 
     def room(self, size: int) -> tuple[Ids, int]:
-        """A place for the ids of `size` bytes, and where in memory it begins. It is kept unless it is very large."""
+        """A place for the ids of `size` bytes, and where in memory it begins.
+
+        It is kept unless it is very large.
+        """
         if len(self._ids) >= size + _SLACK:
             return self._ids, self._address
         ids = np.empty(2 * size + _SLACK, np.uint32)
@@ -169,7 +204,9 @@ def checked(result: int | None) -> int:
 
 
 def packed(texts: Sequence[str]) -> tuple[bytes, np.ndarray]:
-    """(texts one after the other, where each begins and the last one ends): UTF-8 and int64 [texts + 1]."""
+    """(texts one after the other, where each begins and the last one ends): UTF-8 and int64 [texts
+    + 1].
+    """
     encoded = [text.encode() for text in texts]
     return b"".join(encoded), np.array([0, *map(len, encoded)], np.int64).cumsum()
 

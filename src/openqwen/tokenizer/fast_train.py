@@ -50,7 +50,11 @@ class WordCounter:
 
 
 def learn_merges(
-    library: ctypes.CDLL, texts: Iterable[str], vocabulary: int, min_frequency: int, threads: int | None = None
+    library: ctypes.CDLL,
+    texts: Iterable[str],
+    vocabulary: int,
+    min_frequency: int,
+    threads: int | None = None,
 ) -> tuple[int, list[tuple[int, int]]]:
     """(different words in the normalised texts, merges as `train_bpe` gives them)."""
     with WordCounter(library) as counter:
@@ -84,7 +88,9 @@ def _merge(library: ctypes.CDLL, trainer: int, most: int) -> list[tuple[int, int
     with progress("merge pairs", total=most, unit="merges") as work:
         while len(merges) < most:
             wanted = min(_MERGES_AT_ONCE, most - len(merges))
-            found = checked(library.openqwen_trainer_merge(trainer, wanted, pairs.ctypes.data) + 1) - 1
+            found = (
+                checked(library.openqwen_trainer_merge(trainer, wanted, pairs.ctypes.data) + 1) - 1
+            )
             merges += map(tuple, pairs[:found].tolist())
             work.advance(found)
             if found < wanted:

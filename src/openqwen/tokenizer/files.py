@@ -1,4 +1,6 @@
-"""The tokenizer as files: Hugging Face's layout, which transformers, vLLM and llama.cpp's converter read."""
+"""The tokenizer as files: Hugging Face's layout, which transformers, vLLM and llama.cpp's converter
+read.
+"""
 
 import json
 import re
@@ -13,7 +15,13 @@ from pydantic import BaseModel, Field, ValidationError
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, refuse_pointer, write_json, write_text
-from openqwen.tokenizer.control import DOCUMENT_END, QWEN2_CONTROL_TOKENS, TURN_END, TURN_START, ControlToken
+from openqwen.tokenizer.control import (
+    DOCUMENT_END,
+    QWEN2_CONTROL_TOKENS,
+    TURN_END,
+    TURN_START,
+    ControlToken,
+)
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER, PATTERN, to_bytes, to_characters
 
 Pair = tuple[int, int]
@@ -21,12 +29,23 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"  # those that are not the default, by name
 _FILE_NAME = re.compile(r"[^/\\]+")
-_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
-# What is the same in every Qwen2 tokenizer's files. Text goes through NFC, Qwen2's split and bytes as characters; the
-# ByteLevel parts bring their own defaults, which Qwen2 does not use, hence the flags.
-_LAYOUT: dict[str, Any] = json.loads((Path(__file__).parent / "layout.json").read_text(encoding="utf-8"))
+# What is the same in every Qwen2 tokenizer's files. Text goes through NFC, Qwen2's split and bytes
+# as characters; the ByteLevel parts bring their own defaults, which Qwen2 does not use, hence the
+# flags.
+_LAYOUT: dict[str, Any] = json.loads(
+    (Path(__file__).parent / "layout.json").read_text(encoding="utf-8")
+)
 _LAYOUT["tokenizer"]["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = PATTERN
 
 
@@ -48,7 +67,9 @@ class Parts(NamedTuple):
 
 
 def write_tokenizer(folder: Path, parts: Parts) -> None:
-    """Write the files into `folder`: tokenizer.json, tokenizer_config.json, vocab.json and merges.txt."""
+    """Write the files into `folder`: tokenizer.json, tokenizer_config.json, vocab.json and
+    merges.txt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = [to_characters(token) for token in parts.vocabulary]
     ids = {name: i for i, name in enumerate(names)}
@@ -56,7 +77,10 @@ def write_tokenizer(folder: Path, parts: Parts) -> None:
     write_json(folder / "tokenizer.json", _tokenizer_json(ids, pairs, _added(parts)))
     write_json(folder / "tokenizer_config.json", tokenizer_config(parts))
     write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False) + "\n")
-    write_text(folder / "merges.txt", "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in pairs)]))
+    write_text(
+        folder / "merges.txt",
+        "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in pairs)]),
+    )
     apart = _by_name(parts.template) if parts.template_apart else {}
     for path in (folder / TEMPLATE_FILE, *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
         path.unlink(missing_ok=True)  # an earlier save's would win over tokenizer_config.json
@@ -72,10 +96,15 @@ def _by_name(template: str | Mapping[str, str] | None) -> Mapping[str, str]:
     return {"default": template} if isinstance(template, str) else template or {}
 
 
-def _tokenizer_json(ids: dict[str, int], pairs: list[tuple[str, str]], added: dict[int, Any]) -> dict[str, Any]:
+def _tokenizer_json(
+    ids: dict[str, int], pairs: list[tuple[str, str]], added: dict[int, Any]
+) -> dict[str, Any]:
     layout = _LAYOUT["tokenizer"]
     tokens = [{"id": i, **token} for i, token in added.items()]
-    return layout | {"added_tokens": tokens, "model": layout["model"] | {"vocab": ids, "merges": pairs}}
+    return layout | {
+        "added_tokens": tokens,
+        "model": layout["model"] | {"vocab": ids, "merges": pairs},
+    }
 
 
 def _added(parts: Parts) -> dict[int, Any]:
@@ -98,13 +127,17 @@ def tokenizer_config(parts: Parts) -> dict[str, Any]:
 
 def tokenizer_settings(parts: Parts) -> dict[str, Any]:
     """The entries of tokenizer_config.json that `parts.settings` give or leave to Qwen2's own."""
-    hidden = [token.content for token in parts.control if token.special and token.content != DOCUMENT_END]
+    hidden = [
+        token.content for token in parts.control if token.special and token.content != DOCUMENT_END
+    ]
     defaults = _LAYOUT["tokenizer_config"] | {
         "additional_special_tokens": hidden,
         "eos_token": TURN_END if parts.template else DOCUMENT_END,
         "pad_token": DOCUMENT_END,
     }
-    if "extra_special_tokens" in parts.settings:  # the newer name: both in one file would contradict each other
+    if (
+        "extra_special_tokens" in parts.settings
+    ):  # the newer name: both in one file would contradict each other
         del defaults["additional_special_tokens"]
     return defaults | dict(parts.settings)
 
@@ -124,7 +157,9 @@ def _contents(tokens: Iterable[Any]) -> list[Any]:
 
 
 def added_ids(vocabulary: Sequence[bytes], contents: Iterable[str]) -> dict[str, int]:
-    """The id of each added token: the vocabulary's where its name is there, else the next free one."""
+    """The id of each added token: the vocabulary's where its name is there, else the next free
+    one.
+    """
     names = {to_characters(token): i for i, token in enumerate(vocabulary)}
     free = count(len(vocabulary))
     return {content: names[content] if content in names else next(free) for content in contents}
@@ -179,9 +214,16 @@ def read_tokenizer_json(path: Path) -> Parts:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise OpenQwenError(f"This tokenizer is damaged or of another kind: {name}: {first['msg']}", path) from None
-    if file.normalizer != _LAYOUT["tokenizer"]["normalizer"] or _split_expression(file.pre_tokenizer) != PATTERN:
-        raise OpenQwenError("This tokenizer cuts text by other rules than Qwen2's.", path, do="use a Qwen2 model")
+        raise OpenQwenError(
+            f"This tokenizer is damaged or of another kind: {name}: {first['msg']}", path
+        ) from None
+    if (
+        file.normalizer != _LAYOUT["tokenizer"]["normalizer"]
+        or _split_expression(file.pre_tokenizer) != PATTERN
+    ):
+        raise OpenQwenError(
+            "This tokenizer cuts text by other rules than Qwen2's.", path, do="use a Qwen2 model"
+        )
     with naming(path):
         vocab = without_added(file.model.vocab, file.added_tokens, file.model.merges)
         vocabulary, merges = checked_vocabulary(vocab, file.model.merges)
@@ -190,13 +232,17 @@ def read_tokenizer_json(path: Path) -> Parts:
 
 
 def read_vocabulary_and_merges(folder: Path) -> Parts:
-    """vocab.json and merges.txt; the control tokens are those of tokenizer_config.json, else Qwen2's three."""
+    """vocab.json and merges.txt; the control tokens are those of tokenizer_config.json, else
+    Qwen2's three.
+    """
     vocab, lines = read_json(folder / "vocab.json"), read_lines(folder / "merges.txt")
     with naming(folder / "vocab.json"):
         if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab.values()):
             raise DamagedError("it does not map tokens to ids")
         listed = read_added_tokens(folder)
-        merges: list[tuple[str, str] | str] = [line for line in lines if line and not line.startswith("#version")]
+        merges: list[tuple[str, str] | str] = [
+            line for line in lines if line and not line.startswith("#version")
+        ]
         regular = without_added(vocab, listed or (), merges)
     with naming(folder / "merges.txt"):
         vocabulary, pairs = checked_vocabulary(regular, merges)
@@ -206,7 +252,9 @@ def read_vocabulary_and_merges(folder: Path) -> Parts:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, cut at newlines alone: str.splitlines() would also cut inside a token."""
+    """The lines of a text file, cut at newlines alone: str.splitlines() would also cut inside a
+    token.
+    """
     try:
         refuse_pointer(path)
         return path.read_bytes().decode().split("\n")
@@ -236,8 +284,12 @@ def _split_expression(pre_tokenizer: dict[str, Any]) -> str | None:
         return None
 
 
-def checked_vocabulary(vocab: Mapping[str, int], pairs: Iterable[Sequence[str]]) -> tuple[list[bytes], list[Pair]]:
-    """(vocabulary, merges) from names of tokens in byte characters; a pair may be one string with a space inside."""
+def checked_vocabulary(
+    vocab: Mapping[str, int], pairs: Iterable[Sequence[str]]
+) -> tuple[list[bytes], list[Pair]]:
+    """(vocabulary, merges) from names of tokens in byte characters; a pair may be one string with a
+    space inside.
+    """
     names = sorted(vocab, key=vocab.__getitem__)
     if [vocab[name] for name in names] != list(range(len(names))):
         raise DamagedError("the ids of the vocabulary are not 0, 1, 2, ... without a gap")
@@ -252,8 +304,15 @@ def checked_vocabulary(vocab: Mapping[str, int], pairs: Iterable[Sequence[str]])
     merges = []
     for number, merge in enumerate(pairs):
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if len(parts) != 2 or parts[0] not in vocab or parts[1] not in vocab or parts[0] + parts[1] not in vocab:
-            raise DamagedError(f"merge {number}, {merge!r}, does not make a token of two tokens of the vocabulary")
+        if (
+            len(parts) != 2
+            or parts[0] not in vocab
+            or parts[1] not in vocab
+            or parts[0] + parts[1] not in vocab
+        ):
+            raise DamagedError(
+                f"merge {number}, {merge!r}, does not make a token of two tokens of the vocabulary"
+            )
         merges.append((vocab[parts[0]], vocab[parts[1]]))
     return vocabulary, merges
 
@@ -278,7 +337,9 @@ def checked_control(
         raise DamagedError("a control token occurs twice")
     if [token.id for token in added] != list(added_ids(vocabulary, contents).values()):
         first = len(vocabulary)
-        raise DamagedError(f"the ids of the added tokens do not follow the vocabulary, from {first} on")
+        raise DamagedError(
+            f"the ids of the added tokens do not follow the vocabulary, from {first} on"
+        )
     for name in (DOCUMENT_END, TURN_START, TURN_END):
         if name not in contents:
             raise DamagedError(f"the control token {name} is missing")
@@ -286,7 +347,9 @@ def checked_control(
 
 
 def read_added_tokens(folder: Path) -> list[AddedToken] | None:
-    """The control tokens that tokenizer_config.json lists; None where it lists none or is not there."""
+    """The control tokens that tokenizer_config.json lists; None where it lists none or is not
+    there.
+    """
     listed = _read_config(folder).get("added_tokens_decoder")
     if listed is None:
         return None
@@ -294,7 +357,9 @@ def read_added_tokens(folder: Path) -> list[AddedToken] | None:
     try:
         return [AddedToken.model_validate({"id": int(i), **token}) for i, token in listed.items()]
     except (ValidationError, ValueError, TypeError, AttributeError):
-        raise OpenQwenError("This file's added_tokens_decoder does not map ids to tokens.", where=path) from None
+        raise OpenQwenError(
+            "This file's added_tokens_decoder does not map ids to tokens.", where=path
+        ) from None
 
 
 def with_settings(
@@ -317,7 +382,9 @@ def with_settings(
 
 
 def read_settings(folder: Path) -> tuple[str | dict[str, str] | None, dict[str, Any], bool]:
-    """(template or templates, entries of tokenizer_config.json to keep, whether templates lie apart)."""
+    """(template or templates, entries of tokenizer_config.json to keep, whether templates lie
+    apart).
+    """
     config = _read_config(folder)
     template = config.pop("chat_template", None)
     config.pop("added_tokens_decoder", None)

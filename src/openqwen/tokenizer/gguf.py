@@ -17,11 +17,15 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama_token_type
 def gguf_metadata(tokenizer: Tokenizer, rows: int, eos_id: int) -> dict[str, Any]:
     """The `tokenizer.*` entries of a model with this many embedding rows that stops at `eos_id`.
 
-    Every row has a token: those beyond the tokenizer's are padding that llama.cpp never chooses for a text.
+    Every row has a token: those beyond the tokenizer's are padding that llama.cpp never chooses for
+    a text.
     """
     if rows < tokenizer.vocab_size:
         raise OpenQwenError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the network only {rows} embedding rows.",
+            (
+                f"The tokenizer has {tokenizer.vocab_size} tokens, the network only {rows} "
+                "embedding rows."
+            ),
             do="take the tokenizer that belongs to these weights",
         )
     names = [to_characters(token) for token in tokenizer.vocabulary]
@@ -37,7 +41,9 @@ def gguf_metadata(tokenizer: Tokenizer, rows: int, eos_id: int) -> dict[str, Any
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": names + added + [f"[PAD{i}]" for i in padding],
         "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": [f"{names[left]} {names[right]}" for left, right in tokenizer.merges],
+        "tokenizer.ggml.merges": [
+            f"{names[left]} {names[right]}" for left, right in tokenizer.merges
+        ],
         "tokenizer.ggml.padding_token_id": tokenizer.endoftext_id,
         "tokenizer.ggml.bos_token_id": tokenizer.endoftext_id,
         "tokenizer.ggml.add_bos_token": False,

@@ -1,12 +1,16 @@
-"""Text to words: the units inside which byte pairs merge (Qwen2's expression), and bytes as characters."""
+"""Text to words: the units inside which byte pairs merge (Qwen2's expression), and bytes as
+characters.
+"""
 
 import regex
 
 from openqwen.tokenizer.unicode import mask_newer_letters
 
-# Qwen2's expression: contractions, words with one leading symbol or space, single digits, symbols, line ends, spaces.
+# Qwen2's expression: contractions, words with one leading symbol or space, single digits, symbols,
+# line ends, spaces.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLIT = regex.compile(PATTERN)
 
@@ -24,7 +28,11 @@ def _byte_characters() -> list[str]:
 
     Printable Latin-1 bytes stand for themselves; the other 68 take the characters from U+0100 on.
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     spare = iter(range(256, 512))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
@@ -32,7 +40,9 @@ def _byte_characters() -> list[str]:
 BYTE_TO_CHARACTER = _byte_characters()
 CHARACTER_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_CHARACTER)}
 # The first 256 ids, in the order of those characters, as in every byte-level vocabulary.
-BYTES_IN_ID_ORDER = [bytes([CHARACTER_TO_BYTE[character]]) for character in sorted(BYTE_TO_CHARACTER)]
+BYTES_IN_ID_ORDER = [
+    bytes([CHARACTER_TO_BYTE[character]]) for character in sorted(BYTE_TO_CHARACTER)
+]
 
 
 def to_characters(token: bytes) -> str:

@@ -1,4 +1,6 @@
-"""Where a tokenizer may come from: a model's folder, or one file of any of the kinds that Qwen models come in."""
+"""Where a tokenizer may come from: a model's folder, or one file of any of the kinds that Qwen
+models come in.
+"""
 
 import base64
 import binascii
@@ -41,11 +43,16 @@ _KINDS = "tokenizer.json, vocab.json with merges.txt, or one .tiktoken or .gguf 
 
 
 def read_source(path: Path) -> Parts:
-    """The tokenizer in a model's folder or in one file of it. OpenQwenError says what is missing or damaged."""
+    """The tokenizer in a model's folder or in one file of it.
+
+    OpenQwenError says what is missing or damaged.
+    """
     if path.is_dir():
         path = _in_folder(path)
     if not path.is_file():
-        raise OpenQwenError("There is no tokenizer: this path is missing.", where=path, do="check the path")
+        raise OpenQwenError(
+            "There is no tokenizer: this path is missing.", where=path, do="check the path"
+        )
     if find_gguf(path):
         return parts_from_gguf(read_first_header(path).metadata, path)
     if path.suffix == ".tiktoken":
@@ -54,7 +61,9 @@ def read_source(path: Path) -> Parts:
         return read_vocabulary_and_merges(path.parent)
     if path.suffix == ".json":
         return read_tokenizer_json(path)
-    raise OpenQwenError("This is no tokenizer file.", where=path, do=f"give a model's folder, {_KINDS}")
+    raise OpenQwenError(
+        "This is no tokenizer file.", where=path, do=f"give a model's folder, {_KINDS}"
+    )
 
 
 def _in_folder(folder: Path) -> Path:
@@ -68,13 +77,16 @@ def _in_folder(folder: Path) -> Path:
         raise OpenQwenError(what, where=folder, do="name one of them")
     if file := next(iter(found), None) or find_gguf(folder):
         return file
-    raise OpenQwenError("There is no tokenizer in this folder.", where=folder, do=f"it needs {_KINDS}")
+    raise OpenQwenError(
+        "There is no tokenizer in this folder.", where=folder, do=f"it needs {_KINDS}"
+    )
 
 
 def read_tiktoken(path: Path) -> Parts:
     """Qwen1's form: a line a token, its bytes in base64 and its rank, which is its id.
 
-    The file has neither control tokens nor template: both come from the files beside it, else Qwen2's three and none.
+    The file has neither control tokens nor template: both come from the files beside it, else
+    Qwen2's three and none.
     """
     vocabulary: list[bytes] = []
     with naming(path):
@@ -100,7 +112,8 @@ def read_tiktoken(path: Path) -> Parts:
 def merges_of_ranks(vocabulary: list[bytes]) -> list[Pair]:
     """The merges behind a vocabulary that is in the order of training.
 
-    The merge that made a token joined the two pieces into which the merges before it cut that token.
+    The merge that made a token joined the two pieces into which the merges before it cut that
+    token.
     """
     encoder = BytePairEncoder(vocabulary, [])
     merges = []
@@ -118,21 +131,29 @@ def merges_of_ranks(vocabulary: list[bytes]) -> list[Pair]:
 def parts_from_gguf(metadata: Mapping[str, Any], where: str | Path) -> Parts:
     """The tokenizer in the metadata of a GGUF file.
 
-    GGUF names a token for every row of the embedding; padding rows are no tokens. It calls Qwen2.5's code tokens
-    control tokens, which decoding would hide: of a known token, the published files decide whether it shows.
+    GGUF names a token for every row of the embedding; padding rows are no tokens. It calls
+    Qwen2.5's code tokens control tokens, which decoding would hide: of a known token, the published
+    files decide whether it shows.
     """
     with naming(where):
-        kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "qwen2")
+        kind, split = (
+            metadata.get("tokenizer.ggml.model"),
+            metadata.get("tokenizer.ggml.pre", "qwen2"),
+        )
         if kind != "gpt2" or split != "qwen2":
             raise OpenQwenError(
-                f"This tokenizer is of another kind: {kind}, {split}.", where=where, do="use a Qwen2 model"
+                f"This tokenizer is of another kind: {kind}, {split}.",
+                where=where,
+                do="use a Qwen2 model",
             )
         tokens, types = _list(metadata, "tokens"), _list(metadata, "token_type")
         if len(tokens) != len(types):
             raise DamagedError(f"it has {len(tokens)} tokens and {len(types)} token types")
         special = {token.content: token.special for token in CONTROL_TOKENS}
         added = [
-            AddedToken(id=i, content=token, special=special.get(token, kind == _CONTROL), normalized=False)
+            AddedToken(
+                id=i, content=token, special=special.get(token, kind == _CONTROL), normalized=False
+            )
             for i, (token, kind) in enumerate(zip(tokens, types))
             if kind in (_CONTROL, _USER_DEFINED) and not _PADDING_ROW.fullmatch(token)
         ]
@@ -141,7 +162,11 @@ def parts_from_gguf(metadata: Mapping[str, Any], where: str | Path) -> Parts:
         merges = _list(metadata, "merges")
         vocabulary, pairs = checked_vocabulary(without_added(names, added, merges), merges)
         control = checked_control(added, vocabulary)
-        settings = {name: _token(tokens, metadata[key]) for name, key in TOKENS_BY_NAME.items() if key in metadata}
+        settings = {
+            name: _token(tokens, metadata[key])
+            for name, key in TOKENS_BY_NAME.items()
+            if key in metadata
+        }
         if settings.get("bos_token") == DOCUMENT_END:  # converters take it from Qwen's config.json;
             del settings["bos_token"]  # the tokenizer has none
     return Parts(vocabulary, pairs, control, _templates(metadata), settings)

@@ -16,8 +16,8 @@ def tokenizer_statistics(
 ) -> dict[str, Any]:
     """The payload of statistics.json.
 
-    sources: texts by source, best the held-out ones; the first 200 of each are looked at. training_bytes: how much
-    text the vocabulary was learned from.
+    sources: texts by source, best the held-out ones; the first 200 of each are looked at.
+    training_bytes: how much text the vocabulary was learned from.
     """
     bytes_per_token: dict[str, float] = {}
     examples: list[dict[str, Any]] = []
@@ -25,10 +25,16 @@ def tokenizer_statistics(
         sample = list(islice(texts, _SAMPLE))
         tokens = sum(len(tokenizer.encode(text)) for text in sample)
         if tokens:
-            bytes_per_token[source] = sum(len(text.encode(errors="replace")) for text in sample) / tokens
+            bytes_per_token[source] = (
+                sum(len(text.encode(errors="replace")) for text in sample) / tokens
+            )
             text = next(text for text in sample if text)[:_EXAMPLE]
-            examples.append({"text": text, "tokens": [_show(tokenizer, i) for i in tokenizer.encode(text)]})
-    longest = sorted(range(len(tokenizer.vocabulary)), key=lambda i: (-len(tokenizer.vocabulary[i]), i))[:_LONGEST]
+            examples.append(
+                {"text": text, "tokens": [_show(tokenizer, i) for i in tokenizer.encode(text)]}
+            )
+    longest = sorted(
+        range(len(tokenizer.vocabulary)), key=lambda i: (-len(tokenizer.vocabulary[i]), i)
+    )[:_LONGEST]
     return {
         "vocabulary": tokenizer.vocab_size,
         "merges": len(tokenizer.merges),

@@ -1,7 +1,8 @@
 """The chat template of Qwen2.5 (ChatML with tools), and how a template is rendered.
 
-Templates come with checkpoints and are code that nobody has read: they run in Jinja's sandbox, with the settings and
-the helpers that transformers gives them, so one template renders to one text everywhere.
+Templates come with checkpoints and are code that nobody has read: they run in Jinja's sandbox, with
+the settings and the helpers that transformers gives them, so one template renders to one text
+everywhere.
 """
 
 import json
@@ -24,13 +25,16 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
-# One turn is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. Tools are listed in the system turn; a call is a
-# JSON object between <tool_call> tags; the results of consecutive calls share one turn of the user.
+# One turn is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. Tools are listed in the
+# system turn; a call is a JSON object between <tool_call> tags; the results of consecutive calls
+# share one turn of the user.
 _CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
 
 
 def chatml_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
-    """The template's source; `system_prompt` stands where a chat does not begin with a system message."""
+    """The template's source; `system_prompt` stands where a chat does not begin with a system
+    message.
+    """
     return _CHATML.strip().replace("SYSTEM_PROMPT", json.dumps(system_prompt, ensure_ascii=False))
 
 
@@ -87,7 +91,9 @@ def render(
     try:
         pieces.extend(_compile(template).generate(variables))
     except Exception as error:  # a template is a program: it may raise anything
-        raise OpenQwenError(f"The chat template failed on this chat: {error}", where="chat template") from error
+        raise OpenQwenError(
+            f"The chat template failed on this chat: {error}", where="chat template"
+        ) from error
     text = "".join(pieces)
     return (_until_tag(text, messages[-1]["content"]) if continue_final_message else text), marks
 
@@ -130,7 +136,9 @@ def _until_tag(text: str, tagged: str) -> str:
 
 
 def check_messages(messages: list[Message]) -> None:
-    """Each message has a known role and a text; only an assistant that calls tools may leave the text out."""
+    """Each message has a known role and a text; only an assistant that calls tools may leave the
+    text out.
+    """
     if not messages:
         raise OpenQwenError("This chat has no messages.", do="begin it with a user message")
     for number, message in enumerate(messages):
@@ -176,10 +184,16 @@ def _compile(template: str) -> Template:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes <, > and & for HTML; a chat wants them as they are."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -11,7 +11,13 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.hub import local
 from openqwen.tokenizer.added import AddedTokens
 from openqwen.tokenizer.chat import ChatEncoder
-from openqwen.tokenizer.control import CONTROL_TOKENS, DOCUMENT_END, TURN_END, TURN_START, ControlToken
+from openqwen.tokenizer.control import (
+    CONTROL_TOKENS,
+    DOCUMENT_END,
+    TURN_END,
+    TURN_START,
+    ControlToken,
+)
 from openqwen.tokenizer.fast import best_encoder
 from openqwen.tokenizer.files import (
     Parts,
@@ -47,10 +53,16 @@ class Tokenizer:
         template_apart: bool = False,
     ):
         self.vocabulary, self.merges, self.control = list(vocabulary), list(merges), tuple(control)
-        self.template, self._settings, self._template_apart = template, dict(settings or {}), template_apart
+        self.template, self._settings, self._template_apart = (
+            template,
+            dict(settings or {}),
+            template_apart,
+        )
         ids = {token: i for i, token in enumerate(self.vocabulary)}
         if missing := set(BYTES_IN_ID_ORDER) - ids.keys():
-            raise OpenQwenError(f"This vocabulary lacks {len(missing)} of the 256 bytes.", do="add them as tokens")
+            raise OpenQwenError(
+                f"This vocabulary lacks {len(missing)} of the 256 bytes.", do="add them as tokens"
+            )
         triples = [(a, b, ids[self.vocabulary[a] + self.vocabulary[b]]) for a, b in self.merges]
         self._encoder = best_encoder(self.vocabulary, triples)
         self.control_ids = added_ids(self.vocabulary, [token.content for token in self.control])
@@ -68,7 +80,9 @@ class Tokenizer:
 
     @property
     def path(self) -> Literal["native", "python"]:
-        """Which encoder is at work: the compiled one, or the one in Python where it could not be had."""
+        """Which encoder is at work: the compiled one, or the one in Python where it could not be
+        had.
+        """
         return self._encoder.path
 
     @property
@@ -124,10 +138,14 @@ class Tokenizer:
         """Ids of `text` by byte pairs alone."""
         return self._encoder.encode(normalize(text))
 
-    def encode_batch(self, texts: Iterable[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, offsets) of many texts: text i is ids[offsets[i]:offsets[i + 1]]; uint32 [T] and int64 [texts + 1].
+    def encode_batch(
+        self, texts: Iterable[str], threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, offsets) of many texts: text i is ids[offsets[i]:offsets[i + 1]]; uint32 [T] and
+        int64 [texts + 1].
 
-        As `encode` would, with special tokens kept as text. threads: all cores unless told otherwise.
+        As `encode` would, with special tokens kept as text. threads: all cores unless told
+        otherwise.
         """
         found: list[list[int | None]] = []  # for each text: the ids of added tokens, None between
 
@@ -152,11 +170,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD, ids without a token nothing.
 
-        skip_control leaves out the special control tokens; those of tool calls and code stay, as in transformers.
+        skip_control leaves out the special control tokens; those of tool calls and code stay, as in
+        transformers.
         """
         hidden = self._hidden if skip_control else ()
         table, size = self._bytes, len(self._bytes)
-        return b"".join([table[i] for i in ids if 0 <= i < size and i not in hidden]).decode(errors="replace")
+        return b"".join([table[i] for i in ids if 0 <= i < size and i not in hidden]).decode(
+            errors="replace"
+        )
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one token; none for an id without a token (a model's padding rows)."""
@@ -173,13 +194,16 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
     ) -> str:
-        """The chat as one text. To encode it use `encode_chat`: this text does not tell who wrote what.
+        """The chat as one text. To encode it use `encode_chat`: this text does not tell who wrote
+        what.
 
         continue_final_message: the text ends where the content of the final message ends, for a
         model that writes on from there; not together with `add_generation_prompt`.
         """
         template, special = self._chat_template(tools), self.special_tokens
-        text, _ = render(template, messages, tools, add_generation_prompt, special, continue_final_message)
+        text, _ = render(
+            template, messages, tools, add_generation_prompt, special, continue_final_message
+        )
         return text
 
     def encode_chat(
@@ -189,7 +213,8 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         continue_final_message: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """(ids, mask): the rendered chat; 1 for each token that an assistant wrote, its end token included.
+        """(ids, mask): the rendered chat; 1 for each token that an assistant wrote, its end token
+        included.
 
         Special tokens come from the template alone: in a message's content they stay text. Where
         no message holds one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
@@ -204,14 +229,22 @@ class Tokenizer:
         return tokenizer_config(self._parts()) | {"chat_template": self.template}
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which transformers loads.
+        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which
+        transformers loads.
 
         What was loaded keeps its settings, and its template the file that it came in.
         """
         write_tokenizer(Path(folder), self._parts())
 
     def _parts(self) -> Parts:
-        return Parts(self.vocabulary, self.merges, self.control, self.template, self._settings, self._template_apart)
+        return Parts(
+            self.vocabulary,
+            self.merges,
+            self.control,
+            self.template,
+            self._settings,
+            self._template_apart,
+        )
 
     def _chat_template(self, tools: Any) -> str:
         if self.template is None:
@@ -225,7 +258,7 @@ class Tokenizer:
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """The tokenizer in a model's folder, in one file of it, or of an id on the hub (`owner/name`).
 
-    Kinds: tokenizer.json; vocab.json with merges.txt; a .tiktoken file of ranks; a .gguf file. OpenQwenError says what
-    is missing or damaged.
+    Kinds: tokenizer.json; vocab.json with merges.txt; a .tiktoken file of ranks; a .gguf file.
+    OpenQwenError says what is missing or damaged.
     """
     return Tokenizer(*read_source(local(source)))

@@ -1,7 +1,8 @@
-"""Byte-pair encoding learned from text: merge the most frequent pair of neighbours, again and again.
+"""Byte-pair encoding learned from text: merge the most frequent pair of neighbours, again and
+again.
 
-Sennrich et al. 2016, section 3.2, on bytes instead of characters as in GPT-2.
-Equal counts are settled by the smaller pair of ids, as in Hugging Face's `tokenizers`, so the merges are the same.
+Sennrich et al. 2016, section 3.2, on bytes instead of characters as in GPT-2. Equal counts are
+settled by the smaller pair of ids, as in Hugging Face's `tokenizers`, so the merges are the same.
 """
 
 from collections import Counter, defaultdict
@@ -29,23 +30,35 @@ class TokenizerConfig(Settings):
     """How a vocabulary is trained."""
 
     vocabulary: int = Field(
-        4096, ge=256, description="regular tokens, the 256 bytes included; control tokens come on top"
+        4096,
+        ge=256,
+        description="regular tokens, the 256 bytes included; control tokens come on top",
     )
     max_bytes: int = Field(
-        20_000_000, ge=1, description="bytes of text to learn from, drawn by the weights of the mixture"
+        20_000_000,
+        ge=1,
+        description="bytes of text to learn from, drawn by the weights of the mixture",
     )
     weights: dict[str, float] = Field(
         default_factory=dict,
-        description="what a source's weight in the mixture is multiplied by, 0 to learn nothing from it; 1 by default",
+        description=(
+            "what a source's weight in the mixture is multiplied by, 0 to learn nothing from it; 1 "
+            "by default"
+        ),
     )
-    min_frequency: int = Field(2, ge=1, description="a pair seen less often than this is not merged")
+    min_frequency: int = Field(
+        2, ge=1, description="a pair seen less often than this is not merged"
+    )
     system_prompt: str = Field(
-        DEFAULT_SYSTEM_PROMPT, description="system message of the chat template where a chat does not begin with one"
+        DEFAULT_SYSTEM_PROMPT,
+        description="system message of the chat template where a chat does not begin with one",
     )
 
 
 def take_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The first `limit` bytes (UTF-8) of `texts`, normalised; the last text is cut at a character."""
+    """The first `limit` bytes (UTF-8) of `texts`, normalised; the last text is cut at a
+    character.
+    """
     for text in texts:
         text = normalize(text)
         size = len(text) if text.isascii() else len(text.encode())
@@ -86,7 +99,9 @@ def train_bpe(word_counts: Mapping[str, int], vocabulary: int, min_frequency: in
     with progress("merge pairs", total=vocabulary - 256, unit="merges") as work:
         while heap and len(merges) < vocabulary - 256:
             negative, pair = heappop(heap)
-            if -negative != pair_counts[pair]:  # counts only fall after a pair is pushed: put it back in its place
+            if (
+                -negative != pair_counts[pair]
+            ):  # counts only fall after a pair is pushed: put it back in its place
                 heappush(heap, (-pair_counts[pair], pair))
                 continue
             if -negative < min_frequency:
@@ -108,7 +123,9 @@ def train_bpe(word_counts: Mapping[str, int], vocabulary: int, min_frequency: in
 
 
 def _merge(word: list[int], pair: Pair, new: int) -> tuple[list[int], list[tuple[Pair, int]]]:
-    """`word` with each `pair`, from the left, replaced by `new`; and how the counts of its other pairs change."""
+    """`word` with each `pair`, from the left, replaced by `new`; and how the counts of its other
+    pairs change.
+    """
     left, right = pair
     merged: list[int] = []
     changes: list[tuple[Pair, int]] = []
@@ -128,9 +145,11 @@ def _merge(word: list[int], pair: Pair, new: int) -> tuple[list[int], list[tuple
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """A vocabulary learned from the first `config.max_bytes` bytes of `texts`; control tokens and ChatML of Qwen2.5.
+    """A vocabulary learned from the first `config.max_bytes` bytes of `texts`; control tokens and
+    ChatML of Qwen2.5.
 
-    It is smaller than asked for where the text has too few pairs. OpenQwenError where there is no text at all.
+    It is smaller than asked for where the text has too few pairs. OpenQwenError where there is no
+    text at all.
     """
     taken, compiled = take_bytes(texts, config.max_bytes), library()
     if compiled:
@@ -139,7 +158,9 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         counts = count_words(taken)
         words, merges = len(counts), train_bpe(counts, config.vocabulary, config.min_frequency)
     if not words:
-        raise OpenQwenError("There is no text to train a tokenizer on.", do="check what the corpus holds")
+        raise OpenQwenError(
+            "There is no text to train a tokenizer on.", do="check what the corpus holds"
+        )
     vocabulary = list(BYTES_IN_ID_ORDER)
     for left, right in merges:
         vocabulary.append(vocabulary[left] + vocabulary[right])

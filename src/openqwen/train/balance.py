@@ -1,8 +1,8 @@
 """Experts kept in even use: the two load-balancing losses, and what of a router is worth a curve.
 
-Both are E · Σ_i f_i p̄_i: f_i, the share of the tokens that chose expert i, carries no gradient; p̄_i is the mean of its
-probability. An even load gives k, since the f_i sum to k. Shapes: T tokens, E experts, k experts of a token, L sparse
-layers.
+Both are E · Σ_i f_i p̄_i: f_i, the share of the tokens that chose expert i, carries no gradient;
+p̄_i is the mean of its probability. An even load gives k, since the f_i sum to k. Shapes: T tokens,
+E experts, k experts of a token, L sparse layers.
 """
 
 import math
@@ -24,7 +24,8 @@ Balance = Literal["global", "micro", "off"]
 
 @dataclass(frozen=True)
 class Load:
-    """Tokens that each expert of each sparse layer received, of how many tokens: a micro-batch, or a whole step.
+    """Tokens that each expert of each sparse layer received, of how many tokens: a micro-batch, or
+    a whole step.
 
     Loads of the parts of a batch, on whichever rank, add up to the batch's.
     """
@@ -43,8 +44,9 @@ class Load:
     def statistics(self) -> dict[str, float]:
         """A few numbers of a load.
 
-        dead_experts: share of all layers' experts that got no token. largest_load: the busiest expert's tokens over an
-        even share, the worst layer's. load_entropy: entropy of the load over that of an even one, mean over layers.
+        dead_experts: share of all layers' experts that got no token. largest_load: the busiest
+        expert's tokens over an even share, the worst layer's. load_entropy: entropy of the load
+        over that of an even one, mean over layers.
         """
         share_LE = self.counts_LE.double() / self.counts_LE.sum(1, keepdim=True)
         entropy_L = torch.special.entr(share_LE).sum(1)
@@ -57,10 +59,11 @@ class Load:
 
 
 def micro_balance(routing: Routing) -> Loss:
-    """The reference code's balance of one forward call (transformers' `load_balancing_loss_func`), times its tokens.
+    """The reference code's balance of one forward call (transformers' `load_balancing_loss_func`),
+    times its tokens.
 
-    All layers' tokens are one pile there: expert 3 of every layer counts as one expert. It is not linear in the
-    tokens, so cutting a batch otherwise changes it.
+    All layers' tokens are one pile there: expert 3 of every layer counts as one expert. It is not
+    linear in the tokens, so cutting a batch otherwise changes it.
     """
     load = Load.of(routing)
     layers, experts = load.counts_LE.shape
@@ -70,10 +73,11 @@ def micro_balance(routing: Routing) -> Loss:
 
 
 def global_balance(routing: Routing, load: Load) -> Loss:
-    """The balance under the load of a whole optimizer batch, summed over this call's tokens (Qwen's post of 2025-01).
+    """The balance under the load of a whole optimizer batch, summed over this call's tokens (Qwen's
+    post of 2025-01).
 
-    Layer by layer, and the mean over layers. With the load given it is a sum over tokens: however the batch is cut,
-    the sums over its parts are the same, gradient included (law 2).
+    Layer by layer, and the mean over layers. With the load given it is a sum over tokens: however
+    the batch is cut, the sums over its parts are the same, gradient included (law 2).
     """
     layers, experts = load.counts_LE.shape
     f_LE = load.counts_LE / load.tokens
@@ -83,7 +87,9 @@ def global_balance(routing: Routing, load: Load) -> Loss:
 
 @dataclass(frozen=True)
 class Balanced:
-    """A micro-batch, and the load of the step that it belongs to, where that must be known beforehand."""
+    """A micro-batch, and the load of the step that it belongs to, where that must be known
+    beforehand.
+    """
 
     rows: Rows
     load: Load | None = None
@@ -97,8 +103,9 @@ def with_loads(
 ) -> list[Balanced]:
     """Micro-batches with the load of all of them together, as the global balance needs it.
 
-    The load depends on the weights, so a step of several micro-batches is read once more without gradient, which costs
-    about a third of the step; a step of one finds its load on the way and costs nothing.
+    The load depends on the weights, so a step of several micro-batches is read once more without
+    gradient, which costs about a third of the step; a step of one finds its load on the way and
+    costs nothing.
     """
     if balance != "global" or len(parts) == 1:
         return [Balanced(rows) for rows in parts]
@@ -124,19 +131,26 @@ def measure_load(model: Qwen2, parts: Sequence[Rows], precision: Precision = "au
     return Load(whole.to(found.counts_LE.device), round(tokens))
 
 
-def balanced(loss: Callable[[Rows, Routing], Loss], micro: Balanced, balance: Balance, coefficient: float) -> Loss:
+def balanced(
+    loss: Callable[[Rows, Routing], Loss], micro: Balanced, balance: Balance, coefficient: float
+) -> Loss:
     """A loss over tokens plus coefficient times the balance, and the router's numbers beside it.
 
-    `loss` makes the one forward call with the routing that it is given, and counts every token, as pre-training does.
+    `loss` makes the one forward call with the routing that it is given, and counts every token, as
+    pre-training does.
     """
     routing = Routing()
     plain = loss(micro.rows, routing)
     load = micro.load or Load.of(routing)
     share = micro_balance(routing) if balance == "micro" else global_balance(routing, load)
     if plain.count != share.count:
-        raise ValueError(f"the balance is a mean over all {share.count} tokens, this loss one over {plain.count}")
+        raise ValueError(
+            f"the balance is a mean over all {share.count} tokens, this loss one over {plain.count}"
+        )
     total = plain.sum + coefficient * share.sum if balance != "off" else plain.sum
-    chosen = sum(float(p.detach().gather(1, c).sum()) for p, c in zip(routing.probabilities, routing.chosen))
+    chosen = sum(
+        float(p.detach().gather(1, c).sum()) for p, c in zip(routing.probabilities, routing.chosen)
+    )
     extras = {
         "next_token_loss": float(plain.sum.detach()),
         "balance": float(share.sum.detach()),
@@ -147,7 +161,9 @@ def balanced(loss: Callable[[Rows, Routing], Loss], micro: Balanced, balance: Ba
 
 
 def load_record(model: Qwen2, load: Load) -> dict[str, Any]:
-    """What `experts.json` says: the load of each expert, 1 for an even share, a row for each sparse layer."""
+    """What `experts.json` says: the load of each expert, 1 for an even share, a row for each sparse
+    layer.
+    """
     config = model.config
     even = load.tokens * config.num_experts_per_tok / config.num_experts
     layers = [n for n in range(config.num_hidden_layers) if config.is_sparse(n)]

@@ -1,7 +1,8 @@
-"""Several answers to one prompt in one row: the prompt is read once, each answer sees it and itself alone.
+"""Several answers to one prompt in one row: the prompt is read once, each answer sees it and itself
+alone.
 
-An answer of five tokens behind a prompt of thirty-five costs a tenth of what it costs with a prompt of its own; the
-log-probabilities and their gradients are the same.
+An answer of five tokens behind a prompt of thirty-five costs a tenth of what it costs with a prompt
+of its own; the log-probabilities and their gradients are the same.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,16 @@ from openqwen.model.rope import Rotation, rotate, rotation_of
 from openqwen.support.errors import OpenQwenError
 from openqwen.train.rows import Rows
 
-Branching = tuple[Sequence[int], Sequence[Sequence[int]]]  # token ids of a prompt, and of each answer to it
+Branching = tuple[
+    Sequence[int], Sequence[Sequence[int]]
+]  # token ids of a prompt, and of each answer to it
 
 
 class Branched:
-    """Attention over groups laid end to end, each a prompt and then its answers. Shapes as in `model.attention`."""
+    """Attention over groups laid end to end, each a prompt and then its answers.
+
+    Shapes as in `model.attention`.
+    """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]):
         """groups: (tokens of the prompt, tokens of each answer) of each."""
@@ -33,7 +39,9 @@ class Branched:
         # Padding repeats a group's last token; no real token sees it, as it stands to the right.
         self._rows_BL = starts_B1 + torch.minimum(steps_L, totals[:, None] - 1)
         self._real_BL = steps_L < totals[:, None]
-        owner_BL = torch.zeros(len(groups), width, dtype=torch.long)  # 0 the prompt, 1 the first answer …
+        owner_BL = torch.zeros(
+            len(groups), width, dtype=torch.long
+        )  # 0 the prompt, 1 the first answer …
         for row, (prompt, answers) in zip(owner_BL, groups):
             ends = accumulate(answers, initial=prompt)
             for number, (start, length) in enumerate(zip(ends, answers), 1):
@@ -48,14 +56,22 @@ class Branched:
         return self
 
     def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
-        """See `model.Attention.rotation`; a group's length is that of its prompt and longest answer."""
-        rotation = rotation_of(positions_T, config, [None] * len(self._totals), self._totals, self._lengths)
+        """See `model.Attention.rotation`; a group's length is that of its prompt and longest
+        answer.
+        """
+        rotation = rotation_of(
+            positions_T, config, [None] * len(self._totals), self._totals, self._lengths
+        )
         if any(rotation.chunk_lens):
             longest = max(self._lengths)
-            raise OpenQwenError(f"Answers that share a prompt must fit in one chunk; here are {longest} tokens.")
+            raise OpenQwenError(
+                f"Answers that share a prompt must fit in one chunk; here are {longest} tokens."
+            )
         return rotation
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
+    def attend(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int
+    ) -> Tensor:
         """Attention of every token to what it may see, [T, H, d]; scale 1/√d."""
         turned = (rotate(q_THd, *rotation.query), rotate(k_TKd, *rotation.key), v_TKd)
         q, k, v = (x[self._rows_BL].transpose(1, 2) for x in turned)
@@ -66,7 +82,10 @@ class Branched:
 
 
 def branches(groups: Sequence[Branching], device: torch.device | str = "cpu") -> Rows:
-    """Rows whose documents are the answers, in order. The last token of an answer predicts nothing and is not fed."""
+    """Rows whose documents are the answers, in order.
+
+    The last token of an answer predicts nothing and is not fed.
+    """
     tokens: list[int] = []
     positions: list[int] = []
     learned: list[int] = []

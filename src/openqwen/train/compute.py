@@ -1,9 +1,11 @@
-"""In which numbers the network computes, whether it is compiled, and what to do when memory runs out.
+"""In which numbers the network computes, whether it is compiled, and what to do when memory runs
+out.
 
-Weights, gradients and optimizer states are float32 always. With bfloat16, matrix products and attention take rounded
-copies of weights and activations (autocast); norms, softmax, the residual stream and losses stay float32. Over several
-processes FSDP2 gathers the layers' weights rounded: half is sent, and no rounded copy of the whole network outlives the
-forward pass, as autocast's would.
+Weights, gradients and optimizer states are float32 always. With bfloat16, matrix products and
+attention take rounded copies of weights and activations (autocast); norms, softmax, the residual
+stream and losses stay float32. Over several processes FSDP2 gathers the layers' weights rounded:
+half is sent, and no rounded copy of the whole network outlives the forward pass, as autocast's
+would.
 """
 
 from typing import Literal
@@ -33,7 +35,8 @@ def computing(precision: Precision, device: torch.device) -> torch.autocast:
 
 def compile_layers(model: nn.Module) -> None:
     """Compile each layer, in place, for any number of tokens. Names of parameters stay."""
-    # Without this each layer's number would be a constant, and the layers beyond the eighth not compiled.
+    # Without this each layer's number would be a constant, and the layers beyond the eighth not
+    # compiled.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     for layer in model.modules():
         if isinstance(layer, Layer):
@@ -41,6 +44,8 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left: a GPU's, PyTorch's on a CPU, or Python's own."""
+    """Whether an error says that there is no memory left: a GPU's, PyTorch's on a CPU, or Python's
+    own.
+    """
     told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)

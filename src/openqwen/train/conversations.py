@@ -1,4 +1,6 @@
-"""Conversations to token ids and targets: only what the assistant wrote is learned, its `<|im_end|>` included."""
+"""Conversations to token ids and targets: only what the assistant wrote is learned, its
+`<|im_end|>` included.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +12,14 @@ from torch import Tensor
 
 from openqwen.support.errors import OpenQwenError, located
 from openqwen.tokenizer import Tokenizer
-from openqwen.tokenizer.messages import Message, Tools, demonstration, is_learned, preference, prompt
+from openqwen.tokenizer.messages import (
+    Message,
+    Tools,
+    demonstration,
+    is_learned,
+    preference,
+    prompt,
+)
 from openqwen.train.rows import Sample
 
 Messages = list[dict[str, Any]]
@@ -30,7 +39,9 @@ def conversation(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> Sa
         mask = _without_unlearned(messages, mask)
         end = _ending(ids, mask)
         if end == 0:
-            raise OpenQwenError("No assistant turn to learn from.", do="give messages with an assistant turn")
+            raise OpenQwenError(
+                "No assistant turn to learn from.", do="give messages with an assistant turn"
+            )
         return ids[:end], mask[:end]
 
 
@@ -42,16 +53,23 @@ def _without_unlearned(messages: Messages, mask: list[int]) -> list[int]:
     runs = [(learned, len(list(run))) for learned, run in groupby(mask)]
     if sum(learned for learned, _ in runs) != len(wanted):
         raise OpenQwenError(
-            "This chat template does not give each assistant message a turn, so that one cannot be left out.",
+            (
+                "This chat template does not give each assistant message a turn, so that one "
+                "cannot be left out."
+            ),
             do="leave out weight, loss and train",
         )
     turns = iter(wanted)
-    return [value for learned, count in runs for value in [int(bool(learned) and next(turns))] * count]
+    return [
+        value for learned, count in runs for value in [int(bool(learned) and next(turns))] * count
+    ]
 
 
 def says_nothing(record: dict[str, Any]) -> bool:
     """Whether an assistant's turn is blank and calls no tool: it teaches to stop at once."""
-    said = (m for m in demonstration(record)[0] if m["role"] == "assistant" and not m.get("tool_calls"))
+    said = (
+        m for m in demonstration(record)[0] if m["role"] == "assistant" and not m.get("tool_calls")
+    )
     return any(not m["content"].strip() for m in said)
 
 
@@ -71,7 +89,8 @@ def answer(
 ) -> Sample:
     """A prompt and one answer to it: only the answer is learned.
 
-    The prompt is encoded as the engine encodes it, so that the answer's log-probability is the one it was sampled at.
+    The prompt is encoded as the engine encodes it, so that the answer's log-probability is the one
+    it was sampled at.
     sampled: the ids that the answer was sampled as, its end token among them; they count where they
     say the same text.
     """
@@ -83,8 +102,11 @@ def answer(
     end = _ending(ids, mask)
     if ids[: len(start)] == start:
         return ids[:end], [0] * len(start) + mask[len(start) : end]
-    # A newline that opens the answer can merge with the template's own; the engine would never see that token.
-    end_token = [i for i in ids[end - 1 : end] if tokenizer.is_hidden(i)]  # that the template writes
+    # A newline that opens the answer can merge with the template's own; the engine would never see
+    # that token.
+    end_token = [
+        i for i in ids[end - 1 : end] if tokenizer.is_hidden(i)
+    ]  # that the template writes
     written = tokenizer.encode(reply["content"]) + end_token
     return start + written, [0] * len(start) + [1] * len(written)
 
@@ -113,7 +135,9 @@ def origin(record: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Compared:
-    """A prompt and different answers to it, as token ids. pairs: numbers of a chosen and a rejected answer."""
+    """A prompt and different answers to it, as token ids. pairs: numbers of a chosen and a rejected
+    answer.
+    """
 
     prompt: list[int]
     answers: list[list[int]] = field(default_factory=list)
@@ -142,18 +166,24 @@ class Compared:
     def to_first_difference(self) -> "Compared":
         """The same pairs, each answer cut behind the first token at which the two differ.
 
-        Rafailov's loss on "begins like this" in place of "is this". As in Step-DPO (Lai et al. 2024) the common
-        beginning cancels, and what a wrong answer holds behind its first error is neither praised nor blamed.
+        Rafailov's loss on "begins like this" in place of "is this". As in Step-DPO (Lai et al.
+        2024) the common beginning cancels, and what a wrong answer holds behind its first error is
+        neither praised nor blamed.
         """
         cut = Compared(self.prompt)
         for chosen, rejected in ((self.answers[c], self.answers[r]) for c, r in self.pairs):
-            end = next((n for n, (a, b) in enumerate(zip(chosen, rejected), 1) if a != b), len(chosen) + len(rejected))
+            end = next(
+                (n for n, (a, b) in enumerate(zip(chosen, rejected), 1) if a != b),
+                len(chosen) + len(rejected),
+            )
             cut.add(chosen[:end], rejected[:end])
         return cut
 
 
 def compared(pairs: Iterable[tuple[Sample, Sample]]) -> list[Compared]:
-    """Pairs of (prompt with chosen answer, prompt with rejected answer), gathered by prompt, in order."""
+    """Pairs of (prompt with chosen answer, prompt with rejected answer), gathered by prompt, in
+    order.
+    """
     groups: dict[tuple[int, ...], Compared] = {}
     for (chosen, mask), (rejected, _) in pairs:
         start = list(mask).index(1)
@@ -163,15 +193,21 @@ def compared(pairs: Iterable[tuple[Sample, Sample]]) -> list[Compared]:
 
 
 def pair_numbers(groups: Sequence[Compared]) -> Tensor:
-    """Numbers of the chosen and the rejected answer of every pair, counted over all groups: [pairs, 2]."""
+    """Numbers of the chosen and the rejected answer of every pair, counted over all groups: [pairs,
+    2].
+    """
     starts = accumulate((len(group.answers) for group in groups), initial=0)
-    return torch.tensor([(start + c, start + r) for start, group in zip(starts, groups) for c, r in group.pairs])
+    return torch.tensor(
+        [(start + c, start + r) for start, group in zip(starts, groups) for c, r in group.pairs]
+    )
 
 
 def fit(sample: Sample, limit: int, too_long: TooLong, where: str) -> Sample | None:
-    """The sample where it has at most `limit` tokens; else what is chosen: None, its first turns that fit, an error.
+    """The sample where it has at most `limit` tokens; else what is chosen: None, its first turns
+    that fit, an error.
 
-    A truncated conversation ends with an assistant's turn; where not even the first fits, it is left out.
+    A truncated conversation ends with an assistant's turn; where not even the first fits, it is
+    left out.
     """
     ids, mask = sample
     if len(ids) <= limit or too_long == "leave out":
@@ -193,7 +229,10 @@ def fitting(samples: list[Any], lengths: list[int], limit: int, where: str) -> l
     kept = [s for s, n in zip(samples, lengths) if n <= limit]
     if not kept:
         raise OpenQwenError(
-            f"None of the {len(samples)} records fits in {limit} tokens (the shortest has {min(lengths)}).",
+            (
+                f"None of the {len(samples)} records fits in {limit} tokens (the shortest has "
+                f"{min(lengths)})."
+            ),
             where=where,
             do="raise max_length",
         )

@@ -1,4 +1,6 @@
-"""`openqwen convert SOURCE TARGET`: a checkpoint in another form, and what that form cannot hold."""
+"""`openqwen convert SOURCE TARGET`: a checkpoint in another form, and what that form cannot
+hold.
+"""
 
 import math
 import shutil
@@ -24,26 +26,39 @@ _GGUF_OF = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 def convert(
     source: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(help="A folder, a .gguf file or a hub id.", metavar="SOURCE")
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="A folder, a .gguf file or a hub id.", metavar="SOURCE"),
     ],
     target: Annotated[
-        Path, tyro.conf.Positional, tyro.conf.arg(help="A folder, or a name that ends in .gguf.", metavar="TARGET")
+        Path,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="A folder, or a name that ends in .gguf.", metavar="TARGET"),
     ],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        tyro.conf.arg(help="Of a folder's weights; none: as the source, float32 where it has blocks."),
+        tyro.conf.arg(
+            help="Of a folder's weights; none: as the source, float32 where it has blocks."
+        ),
     ] = None,
     type: Annotated[
         Literal["f32", "bf16", "f16", "q8_0", "q4_0"] | None,
         tyro.conf.arg(help="Of a .gguf file's matrices; none: the source's own precision."),
     ] = None,
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace what is there.")
+    ] = False,
 ) -> None:
-    """Turn a checkpoint into another form, and say what was lost. The target is whole or not there."""
+    """Turn a checkpoint into another form, and say what was lost.
+
+    The target is whole or not there.
+    """
     to_gguf = target.suffix == ".gguf"
     if (dtype if to_gguf else type) is not None:
         flag, other = (
-            ("--dtype", "a .gguf file, which takes --type") if to_gguf else ("--type", "a folder, which takes --dtype")
+            ("--dtype", "a .gguf file, which takes --type")
+            if to_gguf
+            else ("--type", "a folder, which takes --dtype")
         )
         raise OpenQwenError(f"{flag} does not go with {other}.", where=target)
     refuse(target, overwrite)
@@ -63,7 +78,9 @@ def convert(
             rounded = _cast(model, getattr(torch, kind))
             write_folder(model, tokenizer, target, work.advance)
             lost = (
-                [] if model.config.generation else ["the source has no generation defaults: only stop tokens are set"]
+                []
+                if model.config.generation
+                else ["the source has no generation defaults: only stop tokens are set"]
             )
     console.print(f"{target}: {model.config.parameters():,} weights, {kind}", markup=False)
     for line in [*_roundings(rounded, before, kind, len(list(model.parameters()))), *lost]:
@@ -75,10 +92,14 @@ def refuse(target: Path, overwrite: bool) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
-        raise OpenQwenError("The target exists.", where=target, do="choose another, or add --overwrite")
+        raise OpenQwenError(
+            "The target exists.", where=target, do="choose another, or add --overwrite"
+        )
     wanted = target.is_file() if target.suffix == ".gguf" else (target / "config.json").is_file()
     if not wanted:
-        raise OpenQwenError("The target is no checkpoint, and is not replaced.", where=target, do="choose another")
+        raise OpenQwenError(
+            "The target is no checkpoint, and is not replaced.", where=target, do="choose another"
+        )
 
 
 def _write_gguf(
@@ -92,7 +113,9 @@ def _write_gguf(
     return save_gguf(model, target, kind, target.stem, vocabulary, advance)
 
 
-def write_folder(model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Callable[[int], None]) -> None:
+def write_folder(
+    model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Callable[[int], None]
+) -> None:
     """Save a checkpoint aside, then put it in its place."""
     aside = target.with_name(f".{target.name}.aside")
     try:
@@ -103,7 +126,9 @@ def write_folder(model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Call
 
 
 def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
-    """Change the weights' dtype in place, one tensor at a time; returns those that lost precision."""
+    """Change the weights' dtype in place, one tensor at a time; returns those that lost
+    precision.
+    """
     rounded = []
     for name, parameter in model.named_parameters():
         if parameter.dtype == dtype:
@@ -115,9 +140,13 @@ def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
             wrong += float((after.double() - before.double()).square().sum())
             total += float(before.double().square().sum())
         if not math.isfinite(wrong):
-            raise OpenQwenError(f"'{name}' has weights that {dtype} cannot hold.", do="choose float32 or bfloat16")
+            raise OpenQwenError(
+                f"'{name}' has weights that {dtype} cannot hold.", do="choose float32 or bfloat16"
+            )
         if wrong:
-            rounded.append(Rounded(name, str(dtype).removeprefix("torch."), math.sqrt(wrong / total)))
+            rounded.append(
+                Rounded(name, str(dtype).removeprefix("torch."), math.sqrt(wrong / total))
+            )
     return rounded
 
 

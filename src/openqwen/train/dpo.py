@@ -1,4 +1,6 @@
-"""Direct preference optimisation on preferences P (Rafailov et al. 2023; Qwen2 report, 4.3, the offline stage)."""
+"""Direct preference optimisation on preferences P (Rafailov et al. 2023; Qwen2 report, 4.3, the
+offline stage).
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -34,23 +36,34 @@ class DpoConfig(PreferencesConfig):
     """One epoch at 7e-7 as Qwen2.5's offline stage; β 0.1 is the Online Merging paper's."""
 
     first_difference: bool = Field(
-        False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
+        False,
+        description=(
+            "compare answers only as far as the first token at which they differ (Step-DPO)"
+        ),
     )
     hottest: float | None = Field(
         None, gt=0, description="pairs with an answer sampled at a higher temperature are left out"
     )
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     chosen_nll: float = Field(
-        0.0, ge=0, description="weight of the chosen answer's mean token NLL beside the DPO loss (Pang et al. 2024)"
+        0.0,
+        ge=0,
+        description=(
+            "weight of the chosen answer's mean token NLL beside the DPO loss (Pang et al. 2024)"
+        ),
     )
-    train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
+    train: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer"
+    )
 
 
 @dataclass
 class Pairs:
-    """Answers laid end to end behind their prompts, which of them are compared, and what the reference thinks of each.
+    """Answers laid end to end behind their prompts, which of them are compared, and what the
+    reference thinks of each.
 
-    pairs: numbers of the chosen and the rejected answer [pairs, 2]. reference: log-probabilities [answers].
+    pairs: numbers of the chosen and the rejected answer [pairs, 2]. reference: log-probabilities
+    [answers].
     """
 
     rows: Rows
@@ -58,13 +71,17 @@ class Pairs:
     reference: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu") -> Self:
+    def of(
+        cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu"
+    ) -> Self:
         """Lay out groups; `reference` holds the log-probabilities of all their answers."""
         rows = branches([(group.prompt, group.answers) for group in groups], device)
         return cls(rows, pair_numbers(groups).to(device), reference.to(device))
 
     def loss(self, model: Qwen2, beta: float, chosen_nll: float = 0.0) -> Loss:
-        """The DPO loss of these pairs; `chosen_nll` times the chosen answers' mean token NLL is added to it."""
+        """The DPO loss of these pairs; `chosen_nll` times the chosen answers' mean token NLL is
+        added to it.
+        """
         policy = document_log_probs(model, self.rows)
         loss = dpo_loss(policy[self.pairs], self.reference[self.pairs], beta)
         if chosen_nll:
@@ -89,7 +106,9 @@ def reference_log_probs(
     found = torch.zeros(ends[-1])
     world = world_of(model)
     with progress(label, len(groups), "prompts") as bar:
-        for cut, counts in world.share(list(cut_to_budget([group.size for group in groups], micro_tokens))):
+        for cut, counts in world.share(
+            list(cut_to_budget([group.size for group in groups], micro_tokens))
+        ):
             rows = branches([(group.prompt, group.answers) for group in groups[cut]], model.device)
             with computing(precision, model.device):
                 values = document_log_probs(model, rows).cpu()
@@ -98,14 +117,20 @@ def reference_log_probs(
     return found if world.alone else torch.tensor(world.total(found.tolist()), dtype=torch.float32)
 
 
-def dpo(config: DpoConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place) -> dict[str, float]:
-    """Optimise the model at `start`, which is the reference too, on preferences; save to the output.
+def dpo(
+    config: DpoConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place
+) -> dict[str, float]:
+    """Optimise the model at `start`, which is the reference too, on preferences; save to the
+    output.
 
-    The reference's log-probabilities are computed once, before the first step, and kept beside the training states.
+    The reference's log-probabilities are computed once, before the first step, and kept beside the
+    training states.
     """
     generators = Generators(place.seed)
     model = load_for_training(start)
-    data = Preferences.read(preferences, tokenizer, config, model.config.max_position_embeddings, config.hottest)
+    data = Preferences.read(
+        preferences, tokenizer, config, model.config.max_position_embeddings, config.hottest
+    )
     if config.first_difference:
         data.groups = [group.to_first_difference() for group in data.groups]
     groups = data.groups
@@ -113,18 +138,25 @@ def dpo(config: DpoConfig, start: Path, preferences: Path, tokenizer: Tokenizer,
 
     def batch(step: int) -> list[Pairs]:
         cuts = data.cut(order.batch(step), config.micro_tokens)
-        return [Pairs.of([groups[i] for i in c], torch.cat([reference[i] for i in c]), model.device) for c in cuts]
+        return [
+            Pairs.of([groups[i] for i in c], torch.cat([reference[i] for i in c]), model.device)
+            for c in cuts
+        ]
 
     loss = lambda pairs: pairs.loss(model, config.beta, config.chosen_nll)  # noqa: E731
     trainer = Trainer(place, config, model, batch, loss, order.steps, generators)
     trainer.shard()
-    reference = _cached_reference(model, groups, config, place).split([len(group.answers) for group in groups])
+    reference = _cached_reference(model, groups, config, place).split(
+        [len(group.answers) for group in groups]
+    )
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics | data.counts
 
 
-def _cached_reference(model: Qwen2, groups: Sequence[Compared], config: DpoConfig, place: Place) -> Tensor:
+def _cached_reference(
+    model: Qwen2, groups: Sequence[Compared], config: DpoConfig, place: Place
+) -> Tensor:
     path, world = place.scratch / "reference.safetensors", join()
     if not world.agree(path.exists()):
         place.scratch.mkdir(parents=True, exist_ok=True)

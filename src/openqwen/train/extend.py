@@ -1,4 +1,6 @@
-"""The `extend` stage: pre-training goes on with longer rows and a raised RoPE base (Qwen2 report, 2.3)."""
+"""The `extend` stage: pre-training goes on with longer rows and a raised RoPE base (Qwen2 report,
+2.3).
+"""
 
 from openqwen.support.stage import CORPUS, MODEL, TOKENS, Stage, StageRun
 from openqwen.tokenizer import load_tokenizer

@@ -1,10 +1,11 @@
 """The one `log_probs` of SFT, DPO, online DPO and every later stage (law 3): chunked over tokens.
 
-The head is applied only to the hidden states handed in, so tokens that no loss looks at cost nothing. While the
-scores of all tokens fit a small budget they are kept for the backward pass; beyond it they are computed again there,
-so that memory never grows with tokens × vocabulary. Where all that a loss wants is their sum, `cross_entropy` makes the
-gradient in the forward pass, a block of scores at a time (the way of Liger-Kernel), and no score is kept or made twice.
-On a GPU where Liger-Kernel is installed, its own kernel does that.
+The head is applied only to the hidden states handed in, so tokens that no loss looks at cost
+nothing. While the scores of all tokens fit a small budget they are kept for the backward pass;
+beyond it they are computed again there, so that memory never grows with tokens × vocabulary. Where
+all that a loss wants is their sum, `cross_entropy` makes the gradient in the forward pass, a block
+of scores at a time (the way of Liger-Kernel), and no score is kept or made twice. On a GPU where
+Liger-Kernel is installed, its own kernel does that.
 """
 
 import importlib
@@ -57,11 +58,17 @@ class _LogProbs(torch.autograd.Function):
                 grad_hidden_ND[rows] = slope_CV @ head_VD
             if grad_head_VD is not None:
                 _add_product(grad_head_VD, slope_CV, hidden_ND[rows])
-        return grad_hidden_ND, None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype), None
+        return (
+            grad_hidden_ND,
+            None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype),
+            None,
+        )
 
 
 def log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log p(target) of each of N tokens given the hidden state that predicts it, float32 [N]; differentiable."""
+    """log p(target) of each of N tokens given the hidden state that predicts it, float32 [N];
+    differentiable.
+    """
     return _LogProbs.apply(*_lowered(hidden_ND, head_VD), targets_N)
 
 
@@ -77,7 +84,8 @@ class _CrossEntropy(torch.autograd.Function):
         size = -(-tokens // max(1, round(tokens * head_VD.shape[0] * 4 / most)))
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
-            # In place, as a block is large: logits, then logits − max, then exponentials, then the slope.
+            # In place, as a block is large: logits, then logits − max, then exponentials, then the
+            # slope.
             slope_CV = (hidden_ND[rows] @ head_VD.T).float()
             slope_CV -= slope_CV.amax(dim=1, keepdim=True)
             total -= slope_CV.gather(1, targets_N[rows, None]).sum()
@@ -99,7 +107,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden_ND, grad_head_VD = ctx.grads
         del ctx.grads
-        if (scale := grads[0].item()) != 1.0:  # in place: they belong to nobody else, and this graph is walked once
+        if (
+            scale := grads[0].item()
+        ) != 1.0:  # in place: they belong to nobody else, and this graph is walked once
             torch._foreach_mul_([g for g in (grad_hidden_ND, grad_head_VD) if g is not None], scale)
         return grad_hidden_ND, grad_head_VD, None
 
@@ -120,11 +130,15 @@ def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
     except ImportError:
         return None
     console.print("  cross-entropy by Liger-Kernel", markup=False)
-    return partial(library.liger_fused_linear_cross_entropy, reduction="sum", accum_dtype=torch.float32)
+    return partial(
+        library.liger_fused_linear_cross_entropy, reduction="sum", accum_dtype=torch.float32
+    )
 
 
 def _lowered(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the numbers that products are computed in, rounded once, not by every product under autocast."""
+    """Both in the numbers that products are computed in, rounded once, not by every product under
+    autocast.
+    """
     kind = hidden_ND.device.type
     if not torch.is_autocast_enabled(kind):
         return hidden_ND, head_VD

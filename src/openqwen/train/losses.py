@@ -15,7 +15,9 @@ from openqwen.train.rows import Rows
 
 @dataclass
 class Loss:
-    """A loss summed over `count` things (tokens, pairs), and sums of whatever else is worth a curve."""
+    """A loss summed over `count` things (tokens, pairs), and sums of whatever else is worth a
+    curve.
+    """
 
     sum: Tensor
     count: int
@@ -28,13 +30,20 @@ def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) ->
 
 
 def _scored(
-    model: Qwen2, rows: Rows, routing: Routing | None, score: Callable[[Tensor, Tensor, Tensor], Tensor]
+    model: Qwen2,
+    rows: Rows,
+    routing: Routing | None,
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """What `score` makes of the hidden states [N, D] that predict, the head, and the targets [N]; ranks share it."""
+    """What `score` makes of the hidden states [N, D] that predict, the head, and the targets [N];
+    ranks share it.
+    """
     hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
     # Where every token predicts one (pre-training), copying the rows would be waste.
     picked_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
-    shared = world_of(model).dealt(lambda hidden_ND, targets_N: score(hidden_ND, model.head_VD, targets_N))
+    shared = world_of(model).dealt(
+        lambda hidden_ND, targets_N: score(hidden_ND, model.head_VD, targets_N)
+    )
     return shared(picked_ND, rows.targets)
 
 
@@ -51,7 +60,9 @@ def next_token(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Loss
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:
-    """−log σ(r⁺ − r⁻), summed over pairs: the reward model's loss, and DPO's with what the policy gained as r."""
+    """−log σ(r⁺ − r⁻), summed over pairs: the reward model's loss, and DPO's with what the policy
+    gained as r.
+    """
     margin_B = chosen_B - rejected_B
     extras = {"accuracy": float((margin_B > 0).sum()), "margin": float(margin_B.detach().sum())}
     return Loss(-F.logsigmoid(margin_B).sum(), len(margin_B), extras)
@@ -60,7 +71,8 @@ def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:
 def dpo(policy_B2: Tensor, reference_B2: Tensor, beta: float) -> Loss:
     """Direct preference optimisation (Rafailov et al. 2023), summed over pairs.
 
-    policy, reference: log-probabilities of the chosen (column 0) and the rejected (column 1) answer, each summed over
-    the answer's tokens. −log σ(β · [(log π⁺ − log ref⁺) − (log π⁻ − log ref⁻)]).
+    policy, reference: log-probabilities of the chosen (column 0) and the rejected (column 1)
+    answer, each summed over the answer's tokens. −log σ(β · [(log π⁺ − log ref⁺) − (log π⁻ − log
+    ref⁻)]).
     """
     return bradley_terry(*(beta * (policy_B2 - reference_B2)).unbind(1))

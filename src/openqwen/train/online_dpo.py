@@ -1,8 +1,9 @@
 """Online DPO with the reward model in the loop (Qwen2 report, 4.3, the online stage).
 
-Each step the current policy answers a few prompts several times; the reward model picks the most and the least
-preferred answer of each prompt; the DPO loss learns from that pair. The engine holds the very module that trains; over
-several processes, where that is sharded, each holds a whole copy that is refreshed every step.
+Each step the current policy answers a few prompts several times; the reward model picks the most
+and the least preferred answer of each prompt; the DPO loss learns from that pair. The engine holds
+the very module that trains; over several processes, where that is sharded, each holds a whole copy
+that is refreshed every step.
 """
 
 import copy
@@ -21,7 +22,16 @@ from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.records import read_records
-from openqwen.support.stage import CHAT, CONVERSATION, MODEL, PROMPTS, REWARD, Effort, Stage, StageRun
+from openqwen.support.stage import (
+    CHAT,
+    CONVERSATION,
+    MODEL,
+    PROMPTS,
+    REWARD,
+    Effort,
+    Stage,
+    StageRun,
+)
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import Compared, question
 from openqwen.train.dpo import Pairs
@@ -36,7 +46,10 @@ from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
 class OnlineDpoConfig(TrainingConfig):
-    """Best against worst of several samples by the reward model. The reports give no numbers but the scheme."""
+    """Best against worst of several samples by the reward model.
+
+    The reports give no numbers but the scheme.
+    """
 
     steps: int = Field(100, gt=0, description="optimizer steps, each with fresh samples")
     batch: int = Field(32, gt=0, description="prompts of one step")
@@ -44,19 +57,32 @@ class OnlineDpoConfig(TrainingConfig):
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
     max_tokens: int = Field(512, gt=0, description="longest answer")
     vote: bool = Field(
-        False, description="prefer by weighted majority: an answer's weight is the sum of σ(reward) over equal ones"
+        False,
+        description=(
+            "prefer by weighted majority: an answer's weight is the sum of σ(reward) over equal "
+            "ones"
+        ),
     )
     first_difference: bool = Field(
-        False, description="compare answers only as far as the first token at which they differ (Step-DPO)"
+        False,
+        description=(
+            "compare answers only as far as the first token at which they differ (Step-DPO)"
+        ),
     )
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
-    micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
-    train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer")
+    micro_tokens: int = Field(
+        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
+    )
+    train: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer"
+    )
 
 
 @dataclass
 class Episode(Pairs):
-    """Pairs made in this step; `rewards` and `lengths` are sums over the pairs of their prompts' sample means."""
+    """Pairs made in this step; `rewards` and `lengths` are sums over the pairs of their prompts'
+    sample means.
+    """
 
     rewards: float = 0.0
     lengths: float = 0.0
@@ -77,7 +103,9 @@ def online_dpo(
     reference = copy.deepcopy(model).requires_grad_(False)
     scorer = load_scorer(reward_model, device=device)
     world = join()
-    actor = model if world.alone else copy.deepcopy(model).requires_grad_(False)  # whole where the other is sharded
+    actor = (
+        model if world.alone else copy.deepcopy(model).requires_grad_(False)
+    )  # whole where the other is sharded
     engine = Engine(actor, tokenizer)
     pool = [question(tokenizer, record, where) for where, record in read_records(prompts)]
     if not pool:
@@ -87,19 +115,26 @@ def online_dpo(
 
     def batch(step: int) -> list[Episode]:
         asked = [pool[i] for i in order.batch(step) for _ in range(config.samples)]
-        # Seeds are a function of the step: a resumed run draws what the uninterrupted run would have drawn.
+        # Seeds are a function of the step: a resumed run draws what the uninterrupted run would
+        # have drawn.
         seeds = Generators(place.seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
         if actor is not model:
             copy_weights(model, actor)
         engine.refresh(step)
-        mine = slice(world.rank, None, world.size)  # prompts are dealt to the ranks, and their answers told to all
+        mine = slice(
+            world.rank, None, world.size
+        )  # prompts are dealt to the ranks, and their answers told to all
         outputs = engine.generate(asked[mine], sampling, seeds=[int(s) for s in seeds[mine]])
         rewards = score_sequences(scorer, [_ids(o) for o in outputs], config.micro_tokens)
         outputs, rewards = world.told(outputs), world.told(rewards)
         sequences = [_ids(o) for o in outputs]
         slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
-        ranks = [v for g in slices for v in votes(sequences[g], rewards[g])] if config.vote else rewards
-        found = [pair for pair in (_best_and_worst(outputs, ranks, group) for group in slices) if pair]
+        ranks = (
+            [v for g in slices for v in votes(sequences[g], rewards[g])] if config.vote else rewards
+        )
+        found = [
+            pair for pair in (_best_and_worst(outputs, ranks, group) for group in slices) if pair
+        ]
         groups = []
         for best, worst in found:
             prompt = outputs[best].prompt_ids
@@ -131,7 +166,9 @@ def online_dpo(
 
 
 def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[float]:
-    """Each answer's share of the vote: σ(reward), summed over the answers equal to it (weighted majority)."""
+    """Each answer's share of the vote: σ(reward), summed over the answers equal to it (weighted
+    majority).
+    """
     total: dict[tuple[int, ...], float] = {}
     for answer, reward in zip(answers, rewards, strict=True):
         total[tuple(answer)] = total.get(tuple(answer), 0.0) + 1 / (1 + math.exp(-reward))
@@ -143,10 +180,13 @@ def _ids(output: Output) -> list[int]:
     return output.prompt_ids + output.written_ids
 
 
-def _best_and_worst(outputs: list[Output], rewards: list[float], group: slice) -> tuple[int, int] | None:
+def _best_and_worst(
+    outputs: list[Output], rewards: list[float], group: slice
+) -> tuple[int, int] | None:
     """Numbers of a prompt's most and least preferred answers; None where the samples do not differ.
 
-    An answer that never ended is not preferred, whatever its score: nothing else teaches a policy to stop.
+    An answer that never ended is not preferred, whatever its score: nothing else teaches a policy
+    to stop.
     """
     numbers = range(group.start, group.stop)
     ended = [n for n in numbers if outputs[n].finish_reason == "stop"]
@@ -161,7 +201,12 @@ def run_online_dpo(run: StageRun) -> dict[str, float]:
     """A chat model, its own answers to prompts and a reward model → an aligned one."""
     start = run.inputs["model"]
     return online_dpo(
-        run.config, start, run.data("prompts"), load_tokenizer(start), Place.of(run), run.inputs["reward"]
+        run.config,
+        start,
+        run.data("prompts"),
+        load_tokenizer(start),
+        Place.of(run),
+        run.inputs["reward"],
     )
 
 

@@ -1,4 +1,6 @@
-"""AdamW (in 8 bits too, or Muon) with weight decay on matrices alone, and learning rates over time."""
+"""AdamW (in 8 bits too, or Muon) with weight decay on matrices alone, and learning rates over
+time.
+"""
 
 import math
 from collections.abc import Callable
@@ -18,13 +20,23 @@ from openqwen.train.track import Tracker
 
 
 class BadStepConfig(Settings):
-    """What to do with a step whose loss or gradient is not a number, or whose gradient is far above the usual."""
+    """What to do with a step whose loss or gradient is not a number, or whose gradient is far above
+    the usual.
+    """
 
-    action: Literal["stop", "skip"] = Field("stop", description="stop training, or leave the step out and log it")
-    spike: float = Field(
-        0.0, ge=0, description="a gradient norm over so many times the median of the last 100 is bad too; 0: never"
+    action: Literal["stop", "skip"] = Field(
+        "stop", description="stop training, or leave the step out and log it"
     )
-    patience: int = Field(10, ge=1, description="skip: so many bad steps in a row stop training after all")
+    spike: float = Field(
+        0.0,
+        ge=0,
+        description=(
+            "a gradient norm over so many times the median of the last 100 is bad too; 0: never"
+        ),
+    )
+    patience: int = Field(
+        10, ge=1, description="skip: so many bad steps in a row stop training after all"
+    )
 
 
 class OptimizerConfig(Settings):
@@ -36,27 +48,49 @@ class OptimizerConfig(Settings):
         "muon: momentum made orthogonal on the layers' matrices, AdamW on the rest",
     )
     learning_rate: float = Field(7e-6, gt=0, description="peak learning rate")
-    final_share: float = Field(0.1, ge=0, le=1, description="share of the peak left at the last step")
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        "cosine", description="shape of the fall from the peak; wsd: stays at the peak, then falls linearly"
+    final_share: float = Field(
+        0.1, ge=0, le=1, description="share of the peak left at the last step"
     )
-    decay_share: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps in which the rate falls")
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps that rise to the peak, linearly")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="shape of the fall from the peak; wsd: stays at the peak, then falls linearly",
+    )
+    decay_share: float = Field(
+        0.2, gt=0, le=1, description="wsd: share of the steps in which the rate falls"
+    )
+    warmup_share: float = Field(
+        0.05, ge=0, lt=1, description="share of the steps that rise to the peak, linearly"
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
     epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the denominator")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms and biases are spared")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled decay of matrices; norms and biases are spared"
+    )
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
-    bad: BadStepConfig = Field(default_factory=BadStepConfig, description="steps that must not move the weights")
+    bad: BadStepConfig = Field(
+        default_factory=BadStepConfig, description="steps that must not move the weights"
+    )
     recompute: Recompute = Field(
-        "nothing", description="activations computed again, not kept: cheap ones or whole layers; saves memory alone"
+        "nothing",
+        description=(
+            "activations computed again, not kept: cheap ones or whole layers; saves memory alone"
+        ),
     )
     precision: Precision = Field(
-        "auto", description="of matrix products; weights and losses are float32. auto: bfloat16 on a GPU, else float32"
+        "auto",
+        description=(
+            "of matrix products; weights and losses are float32. auto: bfloat16 on a GPU, else "
+            "float32"
+        ),
     )
     compile: bool = Field(False, description="compile the layers with torch.compile")
-    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="how the processes divide the work")
-    track: list[Tracker] = Field(default_factory=list, description="where the curves go, beside metrics.jsonl")
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="how the processes divide the work"
+    )
+    track: list[Tracker] = Field(
+        default_factory=list, description="where the curves go, beside metrics.jsonl"
+    )
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -81,20 +115,27 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """What moves a model's parameters: decayed matrices, undecayed vectors; in 8 bits or by Muon, its matrices apart.
+    """What moves a model's parameters: decayed matrices, undecayed vectors; in 8 bits or by Muon,
+    its matrices apart.
 
-    Muon's rate is scaled to move a matrix as far as AdamW would (Liu et al. 2025), so one learning rate serves both.
-    An embedding table that is no output matrix too and is not sharded goes to `TableAdamW`, where not in 8 bits.
+    Muon's rate is scaled to move a matrix as far as AdamW would (Liu et al. 2025), so one learning
+    rate serves both. An embedding table that is no output matrix too and is not sharded goes to
+    `TableAdamW`, where not in 8 bits.
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     by_muon = [p for n, p in named if config.method == "muon" and _is_hidden(n, p)]
     small = [p for _, p in named if config.method == "adamw8bit" and in_blocks(p)]
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and config.method != "adamw8bit"]
+    embeddings = [
+        m for m in model.modules() if isinstance(m, nn.Embedding) and config.method != "adamw8bit"
+    ]
     tables = [m.weight for m in embeddings if _is_table(m, model)]
     taken = {id(p) for p in by_muon + small + tables}
     matrices = [p for _, p in named if p.dim() > 1 and id(p) not in taken]
     vectors = [p for _, p in named if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
@@ -106,7 +147,9 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Op
     if tables:
         found.append(TableAdamW(tables, settings | {"weight_decay": config.weight_decay}))
     if small:
-        found.append(adamw8bit([{"params": small, "weight_decay": config.weight_decay}], **settings))
+        found.append(
+            adamw8bit([{"params": small, "weight_decay": config.weight_decay}], **settings)
+        )
     if by_muon:
         rate, decay = config.learning_rate, config.weight_decay
         found.append(Muon(by_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
@@ -120,7 +163,9 @@ def _is_hidden(name: str, parameter: Tensor) -> bool:
 
 
 def _is_table(embedding: nn.Embedding, model: nn.Module) -> bool:
-    """Whether a table learns, is whole here, and is only ever looked up in, so that its gradient can be sparse."""
+    """Whether a table learns, is whole here, and is only ever looked up in, so that its gradient
+    can be sparse.
+    """
     tied = getattr(model, "lm_head", embedding) is None
     weight = embedding.weight
     embedding.sparse = weight.requires_grad and not tied and not isinstance(weight, DTensor)
@@ -158,11 +203,13 @@ class Muon(torch.optim.Muon):
 
 
 class TableAdamW(torch.optim.Optimizer):
-    """AdamW on tables with sparse gradients, to the bit that of `torch.optim.AdamW(fused=True)` on dense ones.
+    """AdamW on tables with sparse gradients, to the bit that of `torch.optim.AdamW(fused=True)` on
+    dense ones.
 
-    A row's moments are zero until it is looked up for the first time, so they are kept for rows seen so far alone:
-    `rows` [R] says whose the first R of `exp_avg` and `exp_avg_sq` are; the rest is room. Of the other rows only the
-    decay is left. Fine-tuning with a vocabulary of 150,000 looks up few of them.
+    A row's moments are zero until it is looked up for the first time, so they are kept for rows
+    seen so far alone: `rows` [R] says whose the first R of `exp_avg` and `exp_avg_sq` are; the rest
+    is room. Of the other rows only the decay is left. Fine-tuning with a vocabulary of 150,000
+    looks up few of them.
     """
 
     @torch.no_grad()

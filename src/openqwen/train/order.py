@@ -6,7 +6,9 @@ from openqwen.support.generators import Generators
 
 
 class Epochs:
-    """Record numbers in a fresh shuffle each epoch, cut into batches; `epochs` may be a fraction."""
+    """Record numbers in a fresh shuffle each epoch, cut into batches; `epochs` may be a
+    fraction.
+    """
 
     def __init__(self, records: int, epochs: float, batch: int, generators: Generators):
         total = max(1, round(records * epochs))

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 
 def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Numbers of the items in each row: the longest item first, into the row that it fills best (best-fit decreasing).
+    """Numbers of the items in each row: the longest item first, into the row that it fills best
+    (best-fit decreasing).
 
-    sizes: tokens of each item. No row exceeds `budget`; an item that does stands alone. Rows come in the order in which
-    they were opened, and the same sizes always give the same rows. O(n log n).
+    sizes: tokens of each item. No row exceeds `budget`; an item that does stands alone. Rows come
+    in the order in which they were opened, and the same sizes always give the same rows. O(n log
+    n).
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted

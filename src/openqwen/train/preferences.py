@@ -1,4 +1,6 @@
-"""Preferences P as DPO and the reward model read them: gathered by prompt, the too long ones left out and counted."""
+"""Preferences P as DPO and the reward model read them: gathered by prompt, the too long ones left
+out and counted.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from openqwen.train.conversations import Compared, compared, fitting, origin, pa
 from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import TrainingConfig
 
-# For estimates: tokens of a prompt with its compared answers; not every prompt has a right and a wrong one.
+# For estimates: tokens of a prompt with its compared answers; not every prompt has a right and a
+# wrong one.
 COMPARED = 40
 
 
@@ -23,9 +26,15 @@ class PreferencesConfig(TrainingConfig):
     """How preferences are read."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the preferences")
-    batch: int = Field(64, gt=0, description="prompts of one optimizer step, each with all its pairs")
-    max_length: int = Field(8_192, gt=1, description="prompts with a longer answer are left out and counted")
-    micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
+    batch: int = Field(
+        64, gt=0, description="prompts of one optimizer step, each with all its pairs"
+    )
+    max_length: int = Field(
+        8_192, gt=1, description="prompts with a longer answer are left out and counted"
+    )
+    micro_tokens: int = Field(
+        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
+    )
 
 
 @dataclass
@@ -38,9 +47,15 @@ class Preferences:
 
     @classmethod
     def read(
-        cls, path: Path, tokenizer: Tokenizer, config: PreferencesConfig, window: int, hottest: float | None = None
+        cls,
+        path: Path,
+        tokenizer: Tokenizer,
+        config: PreferencesConfig,
+        window: int,
+        hottest: float | None = None,
     ) -> "Preferences":
-        """Those of a source (see `read_records`) whose answers fit both the configured length and the network's window.
+        """Those of a source (see `read_records`) whose answers fit both the configured length and
+        the network's window.
 
         hottest: pairs with an answer that was sampled at a higher temperature are left out.
         """
@@ -80,4 +95,9 @@ def preferences_effort(recipe: Any, config: PreferencesConfig, passes: float) ->
     """To train so many times on the preferences that a recipe makes."""
     rows = {CONVERSATION: recipe.prefer.prompts * COMPARED * passes}
     longest = config.max_length
-    return Effort(rows=rows, micro_tokens=max(config.micro_tokens, longest), longest=longest, data_from="prefer")
+    return Effort(
+        rows=rows,
+        micro_tokens=max(config.micro_tokens, longest),
+        longest=longest,
+        data_from="prefer",
+    )

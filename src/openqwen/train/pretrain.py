@@ -1,4 +1,6 @@
-"""Pre-training by next-token prediction, and its long-sequence phase with a raised RoPE base (Qwen2 report, 2.3)."""
+"""Pre-training by next-token prediction, and its long-sequence phase with a raised RoPE base (Qwen2
+report, 2.3).
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,40 +39,64 @@ class NetworkConfig(Settings):
     """The size of a new network; the vocabulary comes from the tokenizer."""
 
     hidden_size: int = Field(256, gt=0, description="width of the residual stream, D")
-    intermediate_size: int = Field(704, gt=0, description="width of the SwiGLU feed-forward network")
+    intermediate_size: int = Field(
+        704, gt=0, description="width of the SwiGLU feed-forward network"
+    )
     layers: int = Field(4, gt=0, description="number of layers")
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int = Field(2, gt=0, description="key/value heads")
-    tie_word_embeddings: bool = Field(True, description="use the embedding table as the output matrix")
+    tie_word_embeddings: bool = Field(
+        True, description="use the embedding table as the output matrix"
+    )
     rms_norm_eps: float = Field(1e-6, gt=0, description="added under the root of RMSNorm")
     experts: int = Field(0, ge=0, description="routed experts of each layer; 0: a dense network")
-    experts_per_token: int = Field(8, gt=0, description="routed experts that a token passes through")
+    experts_per_token: int = Field(
+        8, gt=0, description="routed experts that a token passes through"
+    )
     expert_width: int = Field(96, gt=0, description="width of one routed expert")
-    shared_width: int = Field(768, gt=0, description="width of the expert that every token passes through")
-    balance_weight: float = Field(0.001, ge=0, description="the load-balancing loss's share of the loss")
+    shared_width: int = Field(
+        768, gt=0, description="width of the expert that every token passes through"
+    )
+    balance_weight: float = Field(
+        0.001, ge=0, description="the load-balancing loss's share of the loss"
+    )
 
 
 class PretrainConfig(StagedConfig):
-    """Pre-training from random weights, or on from a checkpoint: context 4,096 at RoPE base 10,000, as Qwen2."""
+    """Pre-training from random weights, or on from a checkpoint: context 4,096 at RoPE base 10,000,
+    as Qwen2.
+    """
 
-    network: NetworkConfig = Field(default_factory=NetworkConfig, description="the size of a new network")
+    network: NetworkConfig = Field(
+        default_factory=NetworkConfig, description="the size of a new network"
+    )
     model: Path | None = Field(
-        None, description="the checkpoint to go on from (a folder, a .gguf file or a hub id); none: random weights"
+        None,
+        description=(
+            "the checkpoint to go on from (a folder, a .gguf file or a hub id); none: random "
+            "weights"
+        ),
     )
 
     @model_validator(mode="after")
     def _one_network(self) -> "PretrainConfig":
         if self.model is not None and self.network != NetworkConfig():
-            raise ValueError("the network is the checkpoint's where `model` is given: leave `network` out")
+            raise ValueError(
+                "the network is the checkpoint's where `model` is given: leave `network` out"
+            )
         return self
 
 
 class ExtendConfig(StagedConfig):
     """The long-sequence phase: context 32,768 and RoPE base 1,000,000 in Qwen2 and Qwen2.5."""
 
-    data: DataConfig = Field(default_factory=lambda: DataConfig(context=32_768), description="what it reads")
+    data: DataConfig = Field(
+        default_factory=lambda: DataConfig(context=32_768), description="what it reads"
+    )
     rope_theta: float = Field(1_000_000.0, gt=1, description="RoPE base")
-    train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=3e-5), description="optimizer")
+    train: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-5), description="optimizer"
+    )
 
 
 def pretrain(
@@ -82,9 +108,11 @@ def pretrain(
     place: Place,
     held_out: Sequence[Sample] = (),
 ) -> dict[str, float]:
-    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save to the output.
+    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save
+    to the output.
 
-    held_out: nothing is learned from these; their loss, without that of the balance, is measured on the way.
+    held_out: nothing is learned from these; their loss, without that of the balance, is measured on
+    the way.
     """
     generators = Generators(place.seed)
     model = _network(config, vocabulary, start, generators)
@@ -109,7 +137,9 @@ def pretrain(
         if not sparse or not model.training:
             return next_token(model, micro.rows)
         weight = model.config.router_aux_loss_coef
-        return balanced(lambda rows, routing: next_token(model, rows, routing), micro, balance, weight)
+        return balanced(
+            lambda rows, routing: next_token(model, rows, routing), micro, balance, weight
+        )
 
     def name(step: int) -> str:
         _, stretch = trainer.at(step)
@@ -147,16 +177,19 @@ def pretrain(
 
 
 def check_ids(sources: Mapping[str, TokenSource], vocabulary: int) -> None:
-    """Every token must have its row in the embedding table; an error names the source and the document.
+    """Every token must have its row in the embedding table; an error names the source and the
+    document.
 
-    Reading all shards once, before the first step, costs a small part of one pass of training over them.
+    Reading all shards once, before the first step, costs a small part of one pass of training over
+    them.
     """
     for name, source in sources.items():
         for document in range(len(source.lengths)):
             largest = source.document(document).max()
             if largest >= vocabulary:
                 raise OpenQwenError(
-                    f"Document {document} of the source '{name}' holds the token id {largest}, but the vocabulary "
+                    f"Document {document} of the source '{name}' holds the token id {largest}, but "
+                    "the vocabulary "
                     f"of the network ends at {vocabulary - 1}.",
                     where=f"token shard {name}, document {document}",
                     do="make the token shards with this network's tokenizer: "
@@ -179,7 +212,9 @@ def stretches_of(
         except OpenQwenError as error:
             if not stage.name:
                 raise
-            raise OpenQwenError(error.what, f"stages.{stage.name}, {error.where}", error.do) from None
+            raise OpenQwenError(
+                error.what, f"stages.{stage.name}, {error.where}", error.do
+            ) from None
         found.append(Stretch(stage, pieces, first))
         first += pieces.steps
     return found
@@ -236,7 +271,10 @@ def network_config(config: PretrainConfig, vocabulary: int) -> ModelConfig:
 
 
 def _network(
-    config: PretrainConfig | ExtendConfig, vocabulary: int, start: Path | None, generators: Generators
+    config: PretrainConfig | ExtendConfig,
+    vocabulary: int,
+    start: Path | None,
+    generators: Generators,
 ) -> Qwen2:
     if start is not None:
         return load_for_training(start)
@@ -258,7 +296,9 @@ def pretrain_on_shards(run: StageRun, start: Path | None, tokenizer: Tokenizer) 
     """Pre-train on a run's token shards, in the corpus's mixture where none is named."""
     config: PretrainConfig | ExtendConfig = run.config
     sources = token_sources(run.inputs["tokens"])
-    config = config.model_copy(update={"data": weighted(config.data, run.inputs["corpus"], sources)})
+    config = config.model_copy(
+        update={"data": weighted(config.data, run.inputs["corpus"], sources)}
+    )
     held, tokens = list[Sample](), config.validation.tokens
     if tokens:
         context = min(stage.data.row for stage in config.resolved())
@@ -268,13 +308,24 @@ def pretrain_on_shards(run: StageRun, start: Path | None, tokenizer: Tokenizer) 
 
 
 def _checked_tokenizer(given: Tokenizer, start: Path, where: Path) -> Tokenizer:
-    """The checkpoint's own tokenizer, which is saved with the model; that of the shards must be a part of it."""
+    """The checkpoint's own tokenizer, which is saved with the model; that of the shards must be a
+    part of it.
+    """
     own = load_tokenizer(start)
-    if given.vocabulary != own.vocabulary or not given.control_ids.items() <= own.control_ids.items():
+    if (
+        given.vocabulary != own.vocabulary
+        or not given.control_ids.items() <= own.control_ids.items()
+    ):
         raise OpenQwenError(
-            f"The tokenizer of the shards is not that of {start}: the same ids would mean other text.",
+            (
+                f"The tokenizer of the shards is not that of {start}: the same ids would mean "
+                "other text."
+            ),
             where=where,
-            do=f"make the shards with the checkpoint's: {command('tokens', '--tokenizer', local(start), '...')}",
+            do=(
+                "make the shards with the checkpoint's: "
+                f"{command('tokens', '--tokenizer', local(start), '...')}"
+            ),
         )
     return own
 
@@ -292,7 +343,10 @@ def staged_effort(config: StagedConfig) -> Effort:
 
 STAGE = Stage(
     name="pretrain",
-    help="Train a network on token shards, from scratch or from --model; with --sweep, see the verb sweep.",
+    help=(
+        "Train a network on token shards, from scratch or from --model; with --sweep, see the verb "
+        "sweep."
+    ),
     config=PretrainConfig,
     inputs={"tokens": TOKENS, "tokenizer": TOKENIZER, "corpus": CORPUS},
     outputs=["model"],

@@ -1,4 +1,6 @@
-"""`openqwen preview`: what SFT would learn from a file of demonstrations, token by token, before it starts."""
+"""`openqwen preview`: what SFT would learn from a file of demonstrations, token by token, before it
+starts.
+"""
 
 from codecs import getincrementaldecoder
 from pathlib import Path
@@ -13,12 +15,16 @@ from openqwen.train.conversations import conversation
 from openqwen.train.packing import waste
 from openqwen.train.rows import Sample
 
-_LEARNED = ("black on green", "black on bright_green")  # neighbours differ, so that tokens can be told apart
+_LEARNED = (
+    "black on green",
+    "black on bright_green",
+)  # neighbours differ, so that tokens can be told apart
 _READ = ("default", "bright_black")
 
 
 def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 32_768) -> None:
-    """Show what would be learned: learned tokens in green, the rest plain; then counts over the whole file.
+    """Show what would be learned: learned tokens in green, the rest plain; then counts over the
+    whole file.
 
     Args:
         model: The model's folder, for its tokenizer and chat template.
@@ -33,7 +39,9 @@ def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 
         for number, (where, record) in enumerate(read_records(demonstrations), 1):
             ids, mask = conversation(tokenizer, record, where)
             if number <= show:
-                console.rule(f"record {number}: {len(ids)} tokens, {sum(mask)} learned", align="left")
+                console.rule(
+                    f"record {number}: {len(ids)} tokens, {sum(mask)} learned", align="left"
+                )
                 console.print(colored(tokenizer, (ids, mask)))
             lengths.append(len(ids))
             learned.append(sum(mask))
@@ -44,14 +52,24 @@ def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 
     console.rule(f"{len(lengths):,} demonstrations", align="left")
     low, middle, high = np.percentile(lengths, [5, 50, 95]).astype(int)
     fitting = [n for n in lengths if n <= max_length]
-    console.print(f"tokens     {sum(lengths):,}, of which {sum(learned):,} learned ({sum(learned) / sum(lengths):.0%})")
-    console.print(f"lengths    {low:,} to {high:,} for nine of ten, half below {middle:,}, longest {max(lengths):,}")
+    console.print(
+        f"tokens     {sum(lengths):,}, of which {sum(learned):,} learned "
+        f"({sum(learned) / sum(lengths):.0%})"
+    )
+    console.print(
+        f"lengths    {low:,} to {high:,} for nine of ten, half below {middle:,}, longest "
+        f"{max(lengths):,}"
+    )
     console.print(f"too long   {len(lengths) - len(fitting):,} over {max_length:,} tokens")
-    console.print(f"packing    {waste(fitting, max_length):.2%} of rows of {max_length:,} tokens would stand empty")
+    console.print(
+        f"packing    {waste(fitting, max_length):.2%} of rows of {max_length:,} tokens would "
+        "stand empty"
+    )
 
 
 def colored(tokenizer: Tokenizer, sample: Sample) -> Text:
-    """The conversation as it is read; learned tokens stand on green, and neighbouring tokens differ in shade.
+    """The conversation as it is read; learned tokens stand on green, and neighbouring tokens differ
+    in shade.
 
     A character spread over tokens takes the colour of its last one.
     """

@@ -1,4 +1,6 @@
-"""`openqwen quantize SOURCE TARGET --to int8`: a folder of quantised weights, which loads as fast as it is read."""
+"""`openqwen quantize SOURCE TARGET --to int8`: a folder of quantised weights, which loads as fast
+as it is read.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,11 +18,17 @@ from openqwen.train.convert import refuse, write_folder
 
 def quantize(
     source: Annotated[
-        str, tyro.conf.Positional, tyro.conf.arg(help="A folder, a .gguf file or a hub id.", metavar="SOURCE")
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(help="A folder, a .gguf file or a hub id.", metavar="SOURCE"),
     ],
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(help="The folder to make.", metavar="TARGET")],
+    target: Annotated[
+        Path, tyro.conf.Positional, tyro.conf.arg(help="The folder to make.", metavar="TARGET")
+    ],
     to: Annotated[Literal["int8", "int4"], tyro.conf.arg(help="Of the weights.")] = "int8",
-    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace what is there.")] = False,
+    overwrite: Annotated[
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace what is there.")
+    ] = False,
 ) -> None:
     """Write a model with weights of 8 or 4 bits. The target is whole or not there."""
     refuse(target, overwrite)
@@ -33,4 +41,6 @@ def quantize(
     with progress("writing", unit="tensors") as work:
         write_folder(made, tokenizer, target, work.advance)
     bits = bits_per_weight(made)
-    console.print(f"{target}: {model.config.parameters():,} weights, {to}, {bits:.2f} bits each", markup=False)
+    console.print(
+        f"{target}: {model.config.parameters():,} weights, {to}, {bits:.2f} bits each", markup=False
+    )

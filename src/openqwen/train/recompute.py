@@ -1,17 +1,24 @@
-"""Activations computed again in the backward pass, not kept: less memory for more arithmetic, the same gradient."""
+"""Activations computed again in the backward pass, not kept: less memory for more arithmetic, the
+same gradient.
+"""
 
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from openqwen.model.decoder import Layer
 
 Recompute = Literal["nothing", "cheap", "layers"]
 _aten = torch.ops.aten
-# What costs arithmetic is kept: products of matrices and attention. Norms, rotations and SwiGLU are computed again.
+# What costs arithmetic is kept: products of matrices and attention. Norms, rotations and SwiGLU are
+# computed again.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -26,8 +33,9 @@ _KEPT = {
 def recompute(model: nn.Module, what: Recompute) -> None:
     """Choose, in place and before training, what the layers compute again.
 
-    `cheap`: all but matrix products and attention (selective recomputation, Korthikanti et al. 2022). `layers`: all of
-    each layer; only its input is kept (Chen et al. 2016). Names of parameters stay.
+    `cheap`: all but matrix products and attention (selective recomputation, Korthikanti et al.
+    2022). `layers`: all of each layer; only its input is kept (Chen et al. 2016). Names of
+    parameters stay.
     """
     if what == "nothing":
         return

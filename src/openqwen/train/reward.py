@@ -1,4 +1,6 @@
-"""The reward model: a decoder with one linear output, trained on preferences P with the pairwise logistic loss."""
+"""The reward model: a decoder with one linear output, trained on preferences P with the pairwise
+logistic loss.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -27,12 +29,16 @@ from openqwen.train.trainer import Place, Trainer
 class RewardConfig(PreferencesConfig):
     """One epoch at 3e-6 and batches of 64, Qwen's (2023) values; the later reports give none."""
 
-    train: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(learning_rate=3e-6), description="optimizer")
+    train: OptimizerConfig = Field(
+        default_factory=lambda: OptimizerConfig(learning_rate=3e-6), description="optimizer"
+    )
 
 
 @dataclass
 class ScoredAnswers:
-    """Answers behind their prompts, scored at their last tokens and compared. last: [answers]. pairs: [pairs, 2]."""
+    """Answers behind their prompts, scored at their last tokens and compared. last: [answers].
+    pairs: [pairs, 2].
+    """
 
     rows: Rows
     last: Tensor
@@ -42,7 +48,9 @@ class ScoredAnswers:
     def of(cls, groups: Sequence[Compared], device: torch.device) -> "ScoredAnswers":
         """Lay out groups."""
         # An answer's last token is fed only where another stands behind it: any one will do.
-        fed = [(group.prompt, [[*answer, answer[-1]] for answer in group.answers]) for group in groups]
+        fed = [
+            (group.prompt, [[*answer, answer[-1]] for answer in group.answers]) for group in groups
+        ]
         rows = branches(fed, device)
         ends = torch.tensor(rows.counts, device=device).cumsum(0) - 1
         return cls(rows, rows.learned[ends], pair_numbers(groups).to(device))
@@ -54,7 +62,9 @@ class ScoredAnswers:
 
 
 @torch.inference_mode()
-def score_sequences(scorer: Scorer, sequences: Sequence[Sequence[int]], micro_tokens: int = 8_192) -> list[float]:
+def score_sequences(
+    scorer: Scorer, sequences: Sequence[Sequence[int]], micro_tokens: int = 8_192
+) -> list[float]:
     """Scores of token sequences that end where the answer ends."""
     scores: list[float] = []
     for part in cut_to_budget([len(s) for s in sequences], micro_tokens):
@@ -75,7 +85,9 @@ def score(scorer: Scorer, tokenizer: Tokenizer, conversations: Sequence[Messages
 def reward(
     config: RewardConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place
 ) -> dict[str, float]:
-    """Train a reward model from the language model at `start` on preferences; save to the output."""
+    """Train a reward model from the language model at `start` on preferences; save to the
+    output.
+    """
     generators = Generators(place.seed)
     scorer = scorer_from(start, generators.torch("weights")).to(best_device())
     data = Preferences.read(preferences, tokenizer, config, scorer.config.max_position_embeddings)
@@ -83,7 +95,9 @@ def reward(
 
     def batch(step: int) -> list[ScoredAnswers]:
         cuts = data.cut(order.batch(step), config.micro_tokens)
-        return [ScoredAnswers.of([data.groups[i] for i in numbers], scorer.device) for numbers in cuts]
+        return [
+            ScoredAnswers.of([data.groups[i] for i in numbers], scorer.device) for numbers in cuts
+        ]
 
     loss = lambda answers: answers.loss(scorer)  # noqa: E731
     trainer = Trainer(place, config, scorer, batch, loss, order.steps, generators)

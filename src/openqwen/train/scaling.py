@@ -1,9 +1,10 @@
 """A scaling law for learning rate and batch size, fitted to many small trainings.
 
-Qwen2.5 sets both from such a law, lr*(N, D) and B*(N, D), whose constants it does not give (its report, section 3.2).
-The form here is that of the published ones (DeepSeek LLM 2024, section 3.1; Step Law, Li et al. 2025): at each size N
-and data D the loss is a bowl in (ln lr, ln B); its bottoms follow a power law in N and D. N counts parameters that a
-token passes, without the vocabulary's tables; D and B count tokens.
+Qwen2.5 sets both from such a law, lr*(N, D) and B*(N, D), whose constants it does not give (its
+report, section 3.2). The form here is that of the published ones (DeepSeek LLM 2024, section 3.1;
+Step Law, Li et al. 2025): at each size N and data D the loss is a bowl in (ln lr, ln B); its
+bottoms follow a power law in N and D. N counts parameters that a token passes, without the
+vocabulary's tables; D and B count tokens.
 """
 
 import math
@@ -30,7 +31,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The bottom of one bowl. rate_fault, batch_fault: why a coordinate is not known; empty where it is."""
+    """The bottom of one bowl. rate_fault, batch_fault: why a coordinate is not known; empty where
+    it is.
+    """
 
     parameters: float
     tokens: float
@@ -42,10 +45,12 @@ class Optimum:
 
 
 class Bowl:
-    """loss ≈ quadratic in (ln lr, ln B), fitted to the cells of one size; far from the bottom it bends otherwise.
+    """loss ≈ quadratic in (ln lr, ln B), fitted to the cells of one size; far from the bottom it
+    bends otherwise.
 
-    So a cell counts the less the further its loss is above the best: by 1 / (1 + excess/τ)², τ the lower quartile of
-    the excess. A curvature needs three values along its axis; without it the bottom is on the edge.
+    So a cell counts the less the further its loss is above the best: by 1 / (1 + excess/τ)², τ the
+    lower quartile of the excess. A curvature needs three values along its axis; without it the
+    bottom is on the edge.
     """
 
     def __init__(self, cells: Sequence[Cell]):
@@ -57,24 +62,39 @@ class Bowl:
         excess = self.losses - self.losses.min()
         self._weights = 1 / (1 + excess / max(float(np.quantile(excess, 0.25)), 1e-9))
         self._terms = self._of(points)
-        self.spare = len(self.cells) - self._terms.shape[1]  # cells beyond what the bowl itself needs
+        self.spare = (
+            len(self.cells) - self._terms.shape[1]
+        )  # cells beyond what the bowl itself needs
 
     def _of(self, points: np.ndarray) -> np.ndarray:
         """The quadratic's terms at points [..., 2]."""
         middle, half = (self._high + self._low) / 2, (self._high - self._low) / 2
         x, y = np.moveaxis((points - middle) / np.where(half > 0, half, 1.0), -1, 0)
         terms = [np.ones_like(x), x, y, x * y, x * x, y * y]
-        known = [True, *(n > 1 for n in self._steps), min(self._steps) > 1, *(n > 2 for n in self._steps)]
+        known = [
+            True,
+            *(n > 1 for n in self._steps),
+            min(self._steps) > 1,
+            *(n > 2 for n in self._steps),
+        ]
         return np.stack([term for term, fits in zip(terms, known, strict=True) if fits], axis=-1)
 
     def fit(self, losses: np.ndarray) -> np.ndarray:
         """Coefficients of the terms."""
-        return np.linalg.lstsq(self._terms * self._weights[:, None], losses * self._weights, rcond=None)[0]
+        return np.linalg.lstsq(
+            self._terms * self._weights[:, None], losses * self._weights, rcond=None
+        )[0]
 
     def resampled(self, generator: np.random.Generator) -> np.ndarray:
-        """Losses as another draw of the noise might have given them: fitted values and shuffled residuals."""
+        """Losses as another draw of the noise might have given them: fitted values and shuffled
+        residuals.
+        """
         fitted = self._terms @ self.fit(self.losses)
-        noise = (self.losses - fitted) * self._weights * math.sqrt(len(self.losses) / max(self.spare, 1))
+        noise = (
+            (self.losses - fitted)
+            * self._weights
+            * math.sqrt(len(self.losses) / max(self.spare, 1))
+        )
         return fitted + generator.choice(noise, len(noise)) / self._weights
 
     def curve(self, batch_tokens: float) -> list[list[float]]:
@@ -84,20 +104,29 @@ class Bowl:
         return np.stack([np.exp(rates), self._of(points) @ self.fit(self.losses)], axis=1).tolist()
 
     def bottom(self, losses: np.ndarray) -> Optimum:
-        """The lowest point within the grid; on its edge it is not known, since it may lie beyond."""
+        """The lowest point within the grid; on its edge it is not known, since it may lie
+        beyond.
+        """
         points, terms = self._surface
         surface = terms @ self.fit(losses)
         at = np.unravel_index(int(surface.argmin()), surface.shape)
         names = ("learning rate", "batch size")
-        faults = [self._fault(*axis) for axis in zip(names, map(int, at), surface.shape, strict=True)]
+        faults = [
+            self._fault(*axis) for axis in zip(names, map(int, at), surface.shape, strict=True)
+        ]
         rate, batch = np.exp(points[at])
         one = self.cells[0]
-        return Optimum(one.parameters, one.tokens, float(rate), float(batch), float(surface[at]), *faults)
+        return Optimum(
+            one.parameters, one.tokens, float(rate), float(batch), float(surface[at]), *faults
+        )
 
     @cached_property
     def _surface(self) -> tuple[np.ndarray, np.ndarray]:
         """Places all over the grid, and the terms there."""
-        axes = [np.linspace(a, b, _PLACES) if b > a else np.array([a]) for a, b in zip(self._low, self._high)]
+        axes = [
+            np.linspace(a, b, _PLACES) if b > a else np.array([a])
+            for a, b in zip(self._low, self._high)
+        ]
         points = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
         return points, self._of(points)
 
@@ -112,7 +141,10 @@ class Bowl:
 
 @dataclass(frozen=True)
 class Law:
-    """value = exp(constant) · N^of_parameters · D^of_tokens. An exponent of NaN could not be found: one size only."""
+    """value = exp(constant) · N^of_parameters · D^of_tokens.
+
+    An exponent of NaN could not be found: one size only.
+    """
 
     constant: float
     of_parameters: float
@@ -130,7 +162,9 @@ class Law:
 
     @classmethod
     def through(cls, places: Sequence[tuple[float, float, float]]) -> "Law | None":
-        """Least squares in logarithms through (N, D, value); None where the points are too few or lie in line."""
+        """Least squares in logarithms through (N, D, value); None where the points are too few or
+        lie in line.
+        """
         if not places:
             return None
         logs = np.log(np.array(places))
@@ -145,26 +179,36 @@ class Law:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law for one quantity. resamples: the laws of the bootstrap. held: share of its draws that gave a law."""
+    """A law for one quantity. resamples: the laws of the bootstrap. held: share of its draws that
+    gave a law.
+    """
 
     law: Law | None
     resamples: list[Law]
     held: float
 
     def interval(self, parameters: float, tokens: float) -> tuple[float, float]:
-        """The 5th and 95th percentile of what the resampled laws predict; NaN where there are none."""
+        """The 5th and 95th percentile of the resampled laws' predictions; NaN without any."""
+        if not self.resamples:
+            return math.nan, math.nan
         values = [law.at(parameters, tokens) for law in self.resamples]
-        return tuple(map(float, np.percentile(values, [_LOW, _HIGH]))) if values else (math.nan, math.nan)  # type: ignore[return-value]
+        low, high = np.percentile(values, [_LOW, _HIGH])
+        return float(low), float(high)
 
 
 def fit_laws(
     cells: Sequence[Cell], draws: int, generator: np.random.Generator
 ) -> tuple[list[Bowl], list[Optimum], Fit, Fit]:
-    """The bowl of each size, its bottom, and the laws of learning rate and batch size through the bottoms known."""
+    """The bowl of each size, its bottom, and the laws of learning rate and batch size through the
+    bottoms known.
+    """
     sizes = sorted({(c.parameters, c.tokens) for c in cells if math.isfinite(c.loss)})
     bowls = [Bowl([c for c in cells if (c.parameters, c.tokens) == size]) for size in sizes]
     optima = [bowl.bottom(bowl.losses) for bowl in bowls]
-    drawn = [_laws([bowl.bottom(bowl.resampled(generator)) for bowl in bowls if bowl.spare > 0]) for _ in range(draws)]
+    drawn = [
+        _laws([bowl.bottom(bowl.resampled(generator)) for bowl in bowls if bowl.spare > 0])
+        for _ in range(draws)
+    ]
     rate, batch = _laws(optima)
     return bowls, optima, _fit(rate, [r for r, _ in drawn]), _fit(batch, [b for _, b in drawn])
 

@@ -14,7 +14,15 @@ from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.records import read_records
-from openqwen.support.stage import CHAT, CONVERSATION, DEMONSTRATIONS, MODEL, Effort, Stage, StageRun
+from openqwen.support.stage import (
+    CHAT,
+    CONVERSATION,
+    DEMONSTRATIONS,
+    MODEL,
+    Effort,
+    Stage,
+    StageRun,
+)
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import TooLong, conversation, fit, fitting, says_nothing
 from openqwen.train.losses import next_token
@@ -31,37 +39,56 @@ ADAPTER = "adapter"  # beside the merged network, in PEFT's format
 class SftValidationConfig(ValidationConfig):
     """Demonstrations that nothing is learned from, on which the loss is measured."""
 
-    share: float = Field(0.0, ge=0, lt=1, description="share of the demonstrations held out, drawn at random")
-    file: Path | None = Field(None, description="a file of held-out demonstrations, in place of a share")
+    share: float = Field(
+        0.0, ge=0, lt=1, description="share of the demonstrations held out, drawn at random"
+    )
+    file: Path | None = Field(
+        None, description="a file of held-out demonstrations, in place of a share"
+    )
 
 
 class SftConfig(TrainingConfig):
-    """The report's settings: 2 epochs, 32,768 tokens, 7e-6 falling to 7e-7, weight decay 0.1, clip 1.0."""
+    """The report's settings: 2 epochs, 32,768 tokens, 7e-6 falling to 7e-7, weight decay 0.1, clip
+    1.0.
+    """
 
     epochs: float = Field(2.0, gt=0, description="passes over the demonstrations")
     batch: int = Field(128, gt=0, description="conversations of one optimizer step")
     max_length: int = Field(32_768, gt=1, description="the most tokens of a conversation")
     too_long: TooLong = Field(
-        "leave out", description="what becomes of longer ones: they are counted either way, but for refuse, which stops"
+        "leave out",
+        description=(
+            "what becomes of longer ones: they are counted either way, but for refuse, which stops"
+        ),
     )
     lora: LoraConfig = Field(
         default_factory=lambda: LoraConfig(rank=0),
         description="adapters (LoRA, DoRA) in place of all weights; rank 0: none",
     )
-    micro_tokens: int = Field(8_192, gt=0, description="tokens of one forward call; changes memory and speed alone")
+    micro_tokens: int = Field(
+        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
+    )
     validation: SftValidationConfig = Field(
-        default_factory=SftValidationConfig, description="held-out demonstrations, and what their loss decides"
+        default_factory=SftValidationConfig,
+        description="held-out demonstrations, and what their loss decides",
     )
 
 
-def sft(config: SftConfig, start: Path, demonstrations: Path, tokenizer: Tokenizer, place: Place) -> dict[str, float]:
+def sft(
+    config: SftConfig, start: Path, demonstrations: Path, tokenizer: Tokenizer, place: Place
+) -> dict[str, float]:
     """Fine-tune the model at `start` on demonstrations; save to the place's output."""
     generators = Generators(place.seed)
     # Adapters are drawn for a network that is there.
-    model = load_model(start, device=best_device()) if config.lora.rank else load_for_training(start)
+    model = (
+        load_model(start, device=best_device()) if config.lora.rank else load_for_training(start)
+    )
     if tokenizer.vocab_size > model.config.vocab_size:
         raise OpenQwenError(
-            f"The tokenizer has {tokenizer.vocab_size} ids, the network only {model.config.vocab_size} rows for them.",
+            (
+                f"The tokenizer has {tokenizer.vocab_size} ids, the network only "
+                f"{model.config.vocab_size} rows for them."
+            ),
             where=start,
             do="give the tokenizer that the model was trained with",
         )
@@ -75,12 +102,16 @@ def sft(config: SftConfig, start: Path, demonstrations: Path, tokenizer: Tokeniz
     order = Epochs(len(data.samples), config.epochs, config.batch, generators)
     if config.lora.rank:
         if config.lora.base != "none" and not join().alone:
-            raise OpenQwenError("Packed matrices are not sharded.", where="lora.base", do="train in one process")
+            raise OpenQwenError(
+                "Packed matrices are not sharded.", where="lora.base", do="train in one process"
+            )
         add_adapters(model, config.lora, generators.torch("lora"))
 
     def rows(chosen: Sequence[Sample]) -> list[Rows]:
         packs = pack([len(ids) for ids, _ in chosen], config.micro_tokens)
-        return [Rows.of([chosen[i] for i in numbers], model.device, share=True) for numbers in packs]
+        return [
+            Rows.of([chosen[i] for i in numbers], model.device, share=True) for numbers in packs
+        ]
 
     trainer = Trainer(
         place,
@@ -106,7 +137,10 @@ def sft(config: SftConfig, start: Path, demonstrations: Path, tokenizer: Tokeniz
 
 @dataclass
 class Demonstrations:
-    """Demonstrations as token ids. numbers: which records of the file they are, from 1. The rest are counts."""
+    """Demonstrations as token ids. numbers: which records of the file they are, from 1.
+
+    The rest are counts.
+    """
 
     samples: list[Sample]
     numbers: list[int]
@@ -115,30 +149,49 @@ class Demonstrations:
     empty: int
 
     @classmethod
-    def read(cls, path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong) -> "Demonstrations":
-        """Those of a source (see `read_records`) of at most `limit` tokens; of the others `too_long` decides."""
+    def read(
+        cls, path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong
+    ) -> "Demonstrations":
+        """Those of a source (see `read_records`) of at most `limit` tokens; of the others
+        `too_long` decides.
+        """
         whole, places, empty = list[Sample](), list[str](), 0
         for where, record in read_records(path):
             whole.append(conversation(tokenizer, record, where))
             places.append(where)
             empty += says_nothing(record)
-        fitted = [(n, fit(s, limit, too_long, where)) for n, (s, where) in enumerate(zip(whole, places), 1)]
+        fitted = [
+            (n, fit(s, limit, too_long, where))
+            for n, (s, where) in enumerate(zip(whole, places), 1)
+        ]
         kept = [(n, sample) for n, sample in fitted if sample is not None]
         if not kept:
             fitting(whole, [len(ids) for ids, _ in whole], limit, str(path))
         cut = sum(len(sample[0]) < len(whole[n - 1][0]) for n, sample in kept)
-        return cls([sample for _, sample in kept], [n for n, _ in kept], len(whole) - len(kept), cut, empty)
+        return cls(
+            [sample for _, sample in kept], [n for n, _ in kept], len(whole) - len(kept), cut, empty
+        )
 
-    def part(self, share: float, generator: np.random.Generator) -> tuple["Demonstrations", "Demonstrations"]:
-        """Two parts, in the file's order: the rest, and a random share of at least one; neither is empty."""
+    def part(
+        self, share: float, generator: np.random.Generator
+    ) -> tuple["Demonstrations", "Demonstrations"]:
+        """Two parts, in the file's order: the rest, and a random share of at least one; neither is
+        empty.
+        """
         if len(self.samples) < 2:
-            raise OpenQwenError("One demonstration cannot be learned from and held out.", where="validation.share")
+            raise OpenQwenError(
+                "One demonstration cannot be learned from and held out.", where="validation.share"
+            )
         count = min(max(1, round(share * len(self.samples))), len(self.samples) - 1)
         held = set(generator.permutation(len(self.samples))[:count].tolist())
-        parts = ([i for i in range(len(self.samples)) if (i in held) == wanted] for wanted in (False, True))
+        parts = (
+            [i for i in range(len(self.samples)) if (i in held) == wanted]
+            for wanted in (False, True)
+        )
         rest, out = ([(self.samples[i], self.numbers[i]) for i in part] for part in parts)
         return tuple(  # type: ignore[return-value]
-            replace(self, samples=[s for s, _ in part], numbers=[n for _, n in part]) for part in (rest, out)
+            replace(self, samples=[s for s, _ in part], numbers=[n for _, n in part])
+            for part in (rest, out)
         )
 
 
@@ -147,7 +200,9 @@ def _merged(trainer: Trainer[Rows], config: SftConfig, start: Path) -> Callable[
     whole, folder = trainer.whole(), trainer.output / ADAPTER
     if trainer.world.main:
         save_adapter(whole, config.lora, folder, base=str(start))
-        if config.lora.base != "none":  # what was learned over rounded matrices goes into those that were rounded
+        if (
+            config.lora.base != "none"
+        ):  # what was learned over rounded matrices goes into those that were rounded
             whole = load_model(start)
             load_adapter(whole, folder)
         merge_adapters(whole)
@@ -164,7 +219,12 @@ def _effort(recipe: Any, roles: Collection[str]) -> Effort:
     config, made = recipe.sft, recipe.instruct.demonstrations + recipe.instruct.repurposed
     longest = config.max_length
     rows = {CONVERSATION: made * config.epochs * CONVERSATION}
-    return Effort(rows=rows, micro_tokens=max(config.micro_tokens, longest), longest=longest, data_from="instruct")
+    return Effort(
+        rows=rows,
+        micro_tokens=max(config.micro_tokens, longest),
+        longest=longest,
+        data_from="instruct",
+    )
 
 
 STAGE = Stage(

@@ -15,7 +15,9 @@ from openqwen.train.pieces import DataConfig
 from openqwen.train.rows import Sample
 
 
-def held_out(corpus: Path, tokenizer: Tokenizer, context: int, tokens: int, order: np.random.Generator) -> list[Sample]:
+def held_out(
+    corpus: Path, tokenizer: Tokenizer, context: int, tokens: int, order: np.random.Generator
+) -> list[Sample]:
     """So many tokens of a corpus's held-out documents, shuffled, in pieces of the context.
 
     Only of their half for development: what is chosen by them is still to be judged by the other.
@@ -32,13 +34,21 @@ def held_out(corpus: Path, tokenizer: Tokenizer, context: int, tokens: int, orde
             if tokens <= 0:
                 return samples
     if not samples:
-        raise OpenQwenError("There is no held-out text to score.", path, "give a corpus with a held-out split")
+        raise OpenQwenError(
+            "There is no held-out text to score.", path, "give a corpus with a held-out split"
+        )
     return samples
 
 
 def token_sources(folder: Path) -> dict[str, TokenShard]:
-    """The shards of a folder. Their checksums are proved first: next to training on a token, reading it is nothing."""
-    return {name: TokenShard(folder, name, verify=join().main) for name in read_json(folder / "tokens.json")}
+    """The shards of a folder.
+
+    Their checksums are proved first: next to training on a token, reading it is nothing.
+    """
+    return {
+        name: TokenShard(folder, name, verify=join().main)
+        for name in read_json(folder / "tokens.json")
+    }
 
 
 def weighted(data: DataConfig, corpus: Path, sources: Mapping[str, TokenShard]) -> DataConfig:

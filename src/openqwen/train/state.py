@@ -1,8 +1,10 @@
-"""Training states: weights that learn, optimizer, step and generators. A resumed run gives an uninterrupted run's bits.
+"""Training states: weights that learn, optimizer, step and generators. A resumed run gives an
+uninterrupted run's bits.
 
-A state is a folder `state-<step>` that is written aside and renamed: whole or absent. Tensors go through
-torch.distributed.checkpoint into safetensors files, each rank its own shards, and come back on any number of ranks;
-no pickle. They are copied first and written by a thread while training goes on, where memory has room for the copy.
+A state is a folder `state-<step>` that is written aside and renamed: whole or absent. Tensors go
+through torch.distributed.checkpoint into safetensors files, each rank its own shards, and come back
+on any number of ranks; no pickle. They are copied first and written by a thread while training goes
+on, where memory has room for the copy.
 """
 
 import logging
@@ -59,19 +61,30 @@ class StateWriter:
             self._thread.join()
 
     def save(
-        self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], generators: Generators
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        generators: Generators,
     ) -> None:
-        """Save the state before step `step`. A full disk is a warning: training goes on and the next save may fit."""
+        """Save the state before step `step`.
+
+        A full disk is a warning: training goes on and the next save may fit.
+        """
         self.wait()
         tensors = _tensors(model, optimizers)
         values = {"step": step, "generators": generators.state()}
         if self.world.main:
             fresh_folder(self.scratch / _ASIDE)
         self.world.wait()
-        aside = self.world.agree(sum(t.nbytes for t in tensors.values()) <= _COPY_SHARE * free_memory())
+        aside = self.world.agree(
+            sum(t.nbytes for t in tensors.values()) <= _COPY_SHARE * free_memory()
+        )
         if aside:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        self._thread = threading.Thread(target=self._write, args=(values, tensors), name="training state")
+        self._thread = threading.Thread(
+            target=self._write, args=(values, tensors), name="training state"
+        )
         self._thread.start()
         if not aside:
             self.wait()
@@ -90,7 +103,10 @@ class StateWriter:
             replace_folder(self.scratch / _ASIDE, self.scratch / _BEST.format(step))
 
     def wait(self) -> None:
-        """Until what is being written is on the disk. Errors of the writing thread come out here."""
+        """Until what is being written is on the disk.
+
+        Errors of the writing thread come out here.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -104,14 +120,25 @@ class StateWriter:
                 self._write_state(values, tensors)
         except OpenQwenError as error:
             shutil.rmtree(self.scratch / _ASIDE, ignore_errors=True)
-            console.print(f"  The state before step {values['step']} was not saved. {error.what}", markup=False)
+            console.print(
+                f"  The state before step {values['step']} was not saved. {error.what}",
+                markup=False,
+            )
         except BaseException as error:  # raised again by wait(), in the thread that trains
             self._error = error
 
     def _write_tensors(self, tensors: dict[str, Tensor]) -> None:
-        writer = dcp.HuggingFaceStorageWriter(str(self.scratch / _ASIDE), _files(tensors), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(
+            str(self.scratch / _ASIDE), _files(tensors), save_distributed=True
+        )
         try:
-            _quiet(dcp.save, tensors, storage_writer=writer, process_group=self.world.files, no_dist=self.world.alone)
+            _quiet(
+                dcp.save,
+                tensors,
+                storage_writer=writer,
+                process_group=self.world.files,
+                no_dist=self.world.alone,
+            )
         except dcp.CheckpointException as error:  # holds what went wrong on each rank
             raise next(iter(error.failures.values()))[0] from None
 
@@ -132,12 +159,16 @@ def load_state(
     generators: Generators,
     world: World | None = None,
 ) -> int:
-    """Restore the newest state, made on any number of ranks, and return its step; 0 where there is none."""
+    """Restore the newest state, made on any number of ranks, and return its step; 0 where there is
+    none.
+    """
     world = world or join()
     states = _states(scratch)
     if not states:
         return 0
-    with _named_if_damaged(states[-1], "delete that folder; training goes on from the one before it, or the start"):
+    with _named_if_damaged(
+        states[-1], "delete that folder; training goes on from the one before it, or the start"
+    ):
         _read_tensors(states[-1], model, optimizers, world)
         values = read_json(states[-1] / "state.json")
     for optimizer in optimizers:
@@ -150,11 +181,15 @@ def load_state(
 def load_best(scratch: Path, step: int, model: nn.Module, world: World) -> None:
     """Give the model the weights that were kept as the best, behind step `step`."""
     folder = scratch / _BEST.format(step)
-    with _named_if_damaged(folder, "set validation.outcome to last, or delete the folder above it and train again"):
+    with _named_if_damaged(
+        folder, "set validation.outcome to last, or delete the folder above it and train again"
+    ):
         _read_tensors(folder, model, [], world)
 
 
-def _read_tensors(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World) -> None:
+def _read_tensors(
+    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World
+) -> None:
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = _places(model, optimizers, reader.read_metadata().state_dict_metadata)
     _quiet(dcp.load, tensors, storage_reader=reader, process_group=world.files, no_dist=world.alone)
@@ -166,7 +201,9 @@ def _named_if_damaged(folder: Path, do: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error).strip().split("\n")[-1]
-        raise OpenQwenError(f"A saved training state cannot be read: {reason}", where=folder, do=do) from None
+        raise OpenQwenError(
+            f"A saved training state cannot be read: {reason}", where=folder, do=do
+        ) from None
 
 
 def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
@@ -177,14 +214,19 @@ def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> d
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 halves = {f"{key}-{part}": half for part, half in parts(value).items()}
-                tensors |= {f"{k}.{names[id(parameter)]}": v.detach() for k, v in (halves or {key: value}).items()}
+                tensors |= {
+                    f"{k}.{names[id(parameter)]}": v.detach()
+                    for k, v in (halves or {key: value}).items()
+                }
     return tensors
 
 
 def _places(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Where each saved tensor belongs: the weights themselves, and new tensors in the optimizers' states."""
+    """Where each saved tensor belongs: the weights themselves, and new tensors in the optimizers'
+    states.
+    """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
     places = {f"weights.{n}": p.detach() for n, p in parameters.items()}
@@ -201,7 +243,8 @@ def _places(
             places[name] = parts(state[moment])[part]
             continue
         like_it = shape == tuple(parameter.shape) and shape != () and dtype == parameter.dtype
-        # AdamW keeps its step count beside the parameter; fused and plain alike read it as a float tensor.
+        # AdamW keeps its step count beside the parameter; fused and plain alike read it as a float
+        # tensor.
         other = torch.zeros(shape, dtype=dtype, device=parameter.device)
         place = torch.zeros_like(parameter) if like_it else other
         state[key] = places[name] = place.detach()
@@ -233,7 +276,9 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _quiet(act: Any, *arguments: Any, **options: Any) -> None:
-    """Call without PyTorch's warnings that one process alone is saving or loading, which is what is meant."""
+    """Call without PyTorch's warnings that one process alone is saving or loading, which is what is
+    meant.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         act(*arguments, **options)

@@ -1,4 +1,6 @@
-"""The `sweep` stage: many small trainings → a scaling law for learning rate and batch size, and its picture."""
+"""The `sweep` stage: many small trainings → a scaling law for learning rate and batch size, and its
+picture.
+"""
 
 import hashlib
 import itertools
@@ -37,31 +39,52 @@ _WIDE = 10  # upper over lower end of an interval that says nothing
 
 
 def _size(width: int, layers: int) -> NetworkConfig:
-    return NetworkConfig(hidden_size=width, intermediate_size=8 * width // 3, layers=layers, heads=2, kv_heads=1)
+    return NetworkConfig(
+        hidden_size=width, intermediate_size=8 * width // 3, layers=layers, heads=2, kv_heads=1
+    )
 
 
 class SweepConfig(Settings):
     """Small trainings that tell the learning rate and the batch size of a large one."""
 
     networks: dict[str, NetworkConfig] = Field(
-        default_factory=lambda: {"small": _size(36, 2), "middle": _size(60, 3), "large": _size(84, 3)},
+        default_factory=lambda: {
+            "small": _size(36, 2),
+            "middle": _size(60, 3),
+            "large": _size(84, 3),
+        },
         description="the sizes, dense or with experts",
     )
-    amounts: list[int] = Field([30_000, 90_000], min_length=1, description="amounts of data, in tokens")
-    learning_rates: list[float] = Field(
-        [1e-3, 2.5e-3, 6e-3, 1.5e-2], min_length=1, description="peak learning rates, evenly apart in logarithm"
+    amounts: list[int] = Field(
+        [30_000, 90_000], min_length=1, description="amounts of data, in tokens"
     )
-    batch_tokens: list[int] = Field([128, 384, 1_152], min_length=1, description="tokens of one optimizer step")
+    learning_rates: list[float] = Field(
+        [1e-3, 2.5e-3, 6e-3, 1.5e-2],
+        min_length=1,
+        description="peak learning rates, evenly apart in logarithm",
+    )
+    batch_tokens: list[int] = Field(
+        [128, 384, 1_152], min_length=1, description="tokens of one optimizer step"
+    )
     data: DataConfig = Field(
-        default_factory=lambda: DataConfig(context=128), description="what is read; its tokens and batch_tokens vary"
+        default_factory=lambda: DataConfig(context=128),
+        description="what is read; its tokens and batch_tokens vary",
     )
     rope_theta: float = Field(10_000.0, gt=1, description="RoPE base")
-    train: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer; its learning rate varies")
-    heldout_tokens: int = Field(20_000, gt=0, description="held-out tokens that each cell is scored on")
+    train: OptimizerConfig = Field(
+        default_factory=OptimizerConfig, description="optimizer; its learning rate varies"
+    )
+    heldout_tokens: int = Field(
+        20_000, gt=0, description="held-out tokens that each cell is scored on"
+    )
     draws: int = Field(200, ge=1, description="bootstrap draws behind each interval")
-    target_parameters: float = Field(3.6e8, gt=0, description="size to predict for, without the vocabulary's tables")
+    target_parameters: float = Field(
+        3.6e8, gt=0, description="size to predict for, without the vocabulary's tables"
+    )
     target_tokens: float = Field(1e10, gt=0, description="tokens to predict for")
-    earlier: Path | None = Field(None, description="a finished sweep's folder: its cells are not trained again")
+    earlier: Path | None = Field(
+        None, description="a finished sweep's folder: its cells are not trained again"
+    )
 
 
 def run_cells(
@@ -73,13 +96,23 @@ def run_cells(
     scratch: Path,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Train and score every cell that is not there yet; a killed one goes on. The records, in the grid's order.
+    """Train and score every cell that is not there yet; a killed one goes on. The records, in the
+    grid's order.
 
-    data_digest: of the shards and the held-out text, so that a cell of other data is not taken for this one's.
+    data_digest: of the shards and the held-out text, so that a cell of other data is not taken for
+    this one's.
     """
     (scratch / "cells").mkdir(parents=True, exist_ok=True)
-    known = {cell["key"]: cell for cell in read_json(config.earlier / "sweep.json")["cells"]} if config.earlier else {}
-    grid = list(itertools.product(config.networks, config.amounts, config.batch_tokens, config.learning_rates))
+    known = (
+        {cell["key"]: cell for cell in read_json(config.earlier / "sweep.json")["cells"]}
+        if config.earlier
+        else {}
+    )
+    grid = list(
+        itertools.product(
+            config.networks, config.amounts, config.batch_tokens, config.learning_rates
+        )
+    )
     cells = []
     for number, (name, tokens, batch, rate) in enumerate(grid, 1):
         settings = _settings(config, config.networks[name], tokens, batch, rate)
@@ -89,22 +122,38 @@ def run_cells(
         if key not in known and not done.exists():
             work = scratch / f"cell-{key[:12]}"
             place = Place(work / "model", work, seed, f"cell {number}/{len(grid)}")
-            metrics = pretrain(settings, sources, tokenizer, tokenizer.vocab_size, None, place, heldout)
+            metrics = pretrain(
+                settings, sources, tokenizer, tokenizer.vocab_size, None, place, heldout
+            )
             record = {
-                "key": key, "network": name, "tokens": tokens, "batch_tokens": batch, "learning_rate": rate,
+                "key": key,
+                "network": name,
+                "tokens": tokens,
+                "batch_tokens": batch,
+                "learning_rate": rate,
                 "parameters": body_parameters(network_config(settings, tokenizer.vocab_size)),
                 "loss": metrics[HELD_OUT],
-            }  # fmt: skip
+            }
             write_json(done, record)
             shutil.rmtree(work)
         cells.append({**(known.get(key) or read_json(done)), "network": name})
-        told = f"{name}, {tokens:,} tokens, batch {batch:,}, learning rate {rate:.2g}: loss {cells[-1]['loss']:.3f}"
-        console.print(f"  cell {number}/{len(grid)}  {told}{' (known)' if key in known else ''}", markup=False)
+        told = (
+            f"{name}, {tokens:,} tokens, batch {batch:,}, learning rate {rate:.2g}: loss "
+            f"{cells[-1]['loss']:.3f}"
+        )
+        console.print(
+            f"  cell {number}/{len(grid)}  {told}{' (known)' if key in known else ''}", markup=False
+        )
     return cells
 
 
-def _settings(config: SweepConfig, network: NetworkConfig, tokens: int, batch: int, rate: float) -> PretrainConfig:
-    """One cell as a pre-training. A rate at which it breaks up is to be seen as a high loss, not to end the sweep."""
+def _settings(
+    config: SweepConfig, network: NetworkConfig, tokens: int, batch: int, rate: float
+) -> PretrainConfig:
+    """One cell as a pre-training.
+
+    A rate at which it breaks up is to be seen as a high loss, not to end the sweep.
+    """
     bad = BadStepConfig(action="skip", patience=10**9)
     return PretrainConfig(
         network=network,
@@ -121,10 +170,14 @@ def body_parameters(config: ModelConfig) -> int:
 
 
 def run_sweep(run: StageRun) -> dict[str, float]:
-    """Token shards → sweep.json and sweep.html: the cells, the laws, and what they predict for the size asked about."""
+    """Token shards → sweep.json and sweep.html: the cells, the laws, and what they predict for the
+    size asked about.
+    """
     if not join().alone:  # many small networks
         raise OpenQwenError(
-            "'sweep' trains in one process only.", where=run.label, do="run the same command without torchrun"
+            "'sweep' trains in one process only.",
+            where=run.label,
+            do="run the same command without torchrun",
         )
     config: SweepConfig = run.config
     folder, corpus = run.inputs["tokens"], run.inputs["corpus"]
@@ -137,16 +190,22 @@ def run_sweep(run: StageRun) -> dict[str, float]:
     cells = run_cells(settings, sources, tokenizer, heldout, digest, run.scratch, run.seed)
     result = judge(cells, config, run.seed)
     write_json(run.output / "sweep.json", result)
-    page = _PAGE.read_text(encoding="utf-8").replace("DATA", json.dumps(result).replace("<", "\\u003c"))
+    page = _PAGE.read_text(encoding="utf-8").replace(
+        "DATA", json.dumps(result).replace("<", "\\u003c")
+    )
     write_text(run.output / "sweep.html", page)
     for line in result["notes"]:
         console.print(f"  {line}", markup=False)
     laws = {name: result[name] for name in ("learning_rate", "batch_tokens")}
-    return {name: law["predicted"] if law else math.nan for name, law in laws.items()} | {"cells": len(cells)}
+    return {name: law["predicted"] if law else math.nan for name, law in laws.items()} | {
+        "cells": len(cells)
+    }
 
 
 def judge(records: Sequence[dict[str, Any]], config: SweepConfig, seed: int) -> dict[str, Any]:
-    """What sweep.json says: cells, bowls, optima, laws, and in `notes` every reason to doubt them."""
+    """What sweep.json says: cells, bowls, optima, laws, and in `notes` every reason to doubt
+    them.
+    """
     names = ("parameters", "tokens", "learning_rate", "batch_tokens", "loss")
     cells = [Cell(*(record[name] for name in names)) for record in records]
     bowls, optima, *fits = fit_laws(cells, config.draws, Generators(seed)["sweep.bootstrap"])
@@ -157,13 +216,15 @@ def judge(records: Sequence[dict[str, Any]], config: SweepConfig, seed: int) -> 
         notes += _notes(name, fit, fault, optima, target)
     if conditional := sum(not rate and bool(batch) for rate, batch in zip(*faults, strict=True)):
         notes.append(
-            f"{conditional} of the learning rates hold at a batch size on the edge of the grid, not at the best."
+            f"{conditional} of the learning rates hold at a batch size on the edge of the "
+            "grid, not at the best."
         )
     sizes, amounts = max(c.parameters for c in cells), max(c.tokens for c in cells)
     if target[0] > 10 * sizes or target[1] > 10 * amounts:
         notes.append(
             f"This is far beyond the cells: {target[0] / sizes:,.0f} times the largest network and "
-            f"{target[1] / amounts:,.0f} times the data. The interval holds their noise, not that the law may bend."
+            f"{target[1] / amounts:,.0f} times the data. The interval holds their noise, not that "
+            "the law may bend."
         )
     low = min(c.parameters for c in cells)
     return {
@@ -177,24 +238,40 @@ def judge(records: Sequence[dict[str, Any]], config: SweepConfig, seed: int) -> 
     }
 
 
-def _notes(name: str, fit: Fit, faults: list[str], optima: list[Optimum], target: tuple[float, float]) -> list[str]:
+def _notes(
+    name: str, fit: Fit, faults: list[str], optima: list[Optimum], target: tuple[float, float]
+) -> list[str]:
     if fit.law is None:
-        lines = [f"No law for the {name}: {faults.count('')} of {len(faults)} optima are known, and it needs more."]
+        lines = [
+            (
+                f"No law for the {name}: {faults.count('')} of {len(faults)} optima are known, and "
+                "it needs more."
+            )
+        ]
     else:
         low, high = fit.interval(*target)
         lines = [
             f"{name.capitalize()} for {target[0]:.3g} parameters and {target[1]:.3g} tokens: "
-            f"{fit.law.at(*target):.3g} (90 % of the resamples: {low:.3g} to {high:.3g}); law: {fit.law}."
+            f"{fit.law.at(*target):.3g} (90 % of the resamples: {low:.3g} to {high:.3g}); law: "
+            f"{fit.law}."
         ]
         if fit.held < _SHAKY:
-            lines.append(f"That is doubtful: only {fit.held:.0%} of the resamples gave a law for the {name}.")
+            lines.append(
+                f"That is doubtful: only {fit.held:.0%} of the resamples gave a law for the {name}."
+            )
         if high >= _WIDE * low:
             lines.append(
-                f"That is not identified: the interval spans a factor of {high / low:,.0f}. It needs more cells."
+                f"That is not identified: the interval spans a factor of {high / low:,.0f}. It "
+                "needs more cells."
             )
-        for what, exponent in (("size", fit.law.of_parameters), ("amount of data", fit.law.of_tokens)):
+        for what, exponent in (
+            ("size", fit.law.of_parameters),
+            ("amount of data", fit.law.of_tokens),
+        ):
             if math.isnan(exponent):
-                lines.append(f"Optima are known at one {what} only: how the {name} depends on it is not.")
+                lines.append(
+                    f"Optima are known at one {what} only: how the {name} depends on it is not."
+                )
     at = (f"At {o.parameters:,.0f} parameters and {o.tokens:,.0f} tokens" for o in optima)
     return lines + [f"{place} {fault}." for place, fault in zip(at, faults, strict=True) if fault]
 
@@ -210,19 +287,29 @@ def _law(fit: Fit, target: tuple[float, float], smallest: float) -> dict[str, An
         **{name: value if math.isfinite(value) else None for name, value in values.items()},
         "predicted": fit.law.at(*target),
         "resamples_held": fit.held,
-        "band": [[size, *(v if math.isfinite(v) else None for v in fit.interval(size, target[1]))] for size in sizes],
+        "band": [
+            [size, *(v if math.isfinite(v) else None for v in fit.interval(size, target[1]))]
+            for size in sizes
+        ],
     }
 
 
 def _curves(bowl: Bowl) -> dict[str, Any]:
     batches = sorted({c.batch_tokens for c in bowl.cells})
     curves = [{"batch_tokens": b, "points": bowl.curve(b)} for b in batches]
-    return {"parameters": bowl.cells[0].parameters, "tokens": bowl.cells[0].tokens, "curves": curves}
+    return {
+        "parameters": bowl.cells[0].parameters,
+        "tokens": bowl.cells[0].tokens,
+        "curves": curves,
+    }
 
 
 STAGE = Stage(
     name="sweep",
-    help="Fit a scaling law for learning rate and batch size to many small trainings (pretrain --sweep).",
+    help=(
+        "Fit a scaling law for learning rate and batch size to many small trainings (pretrain "
+        "--sweep)."
+    ),
     config=SweepConfig,
     inputs={"tokens": TOKENS, "tokenizer": TOKENIZER, "corpus": CORPUS},
     outputs=[],

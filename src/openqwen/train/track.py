@@ -18,22 +18,34 @@ _PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb":
 
 @contextmanager
 def tracking(names: Sequence[Tracker], folder: Path, label: str, first: int) -> Iterator[Log]:
-    """Gives what sends a step's metrics, `step` among them, to the trackers asked for; their files lie in `folder`.
+    """Gives what sends a step's metrics, `step` among them, to the trackers asked for; their files
+    lie in `folder`.
 
-    label: the name of the run. first: the step it goes on from; what a killed run wrote beyond is replaced.
+    label: the name of the run. first: the step it goes on from; what a killed run wrote beyond is
+    replaced.
     """
     with ExitStack() as open_ones:
-        logs = [(_tensorboard if n == "tensorboard" else _wandb)(open_ones, folder / n, label, first) for n in names]
+        logs = [
+            (_tensorboard if n == "tensorboard" else _wandb)(open_ones, folder / n, label, first)
+            for n in names
+        ]
 
         def log(entry: dict[str, float]) -> None:
             for send in logs:
-                send({name: value for name, value in entry.items() if name != "step"}, int(entry["step"]))
+                send(
+                    {name: value for name, value in entry.items() if name != "step"},
+                    int(entry["step"]),
+                )
 
         yield log
 
 
-def _tensorboard(open_ones: ExitStack, folder: Path, label: str, first: int) -> Callable[[dict[str, float], int], None]:
-    writer = open_ones.enter_context(_library("tensorboard").SummaryWriter(str(folder), purge_step=first or None))
+def _tensorboard(
+    open_ones: ExitStack, folder: Path, label: str, first: int
+) -> Callable[[dict[str, float], int], None]:
+    writer = open_ones.enter_context(
+        _library("tensorboard").SummaryWriter(str(folder), purge_step=first or None)
+    )
 
     def send(curves: dict[str, float], step: int) -> None:
         for name, value in curves.items():
@@ -42,7 +54,9 @@ def _tensorboard(open_ones: ExitStack, folder: Path, label: str, first: int) -> 
     return send
 
 
-def _wandb(open_ones: ExitStack, folder: Path, label: str, first: int) -> Callable[[dict[str, float], int], None]:
+def _wandb(
+    open_ones: ExitStack, folder: Path, label: str, first: int
+) -> Callable[[dict[str, float], int], None]:
     library = _library("wandb")
     folder.mkdir(parents=True, exist_ok=True)
     known = folder / "id"
@@ -62,5 +76,8 @@ def _library(tracker: Tracker) -> Any:
         raise OpenQwenError(
             f"The package '{package}' is not installed.",
             where="train.track",
-            do=f"{pip_install(package)}, or leave it out: metrics.jsonl and the report hold the same curves",
+            do=(
+                f"{pip_install(package)}, or leave it out: metrics.jsonl and the report hold the "
+                "same curves"
+            ),
         ) from None

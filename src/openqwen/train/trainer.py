@@ -1,8 +1,9 @@
-"""The loop that every stage runs: micro-batches in, gradients summed, divided once, clipped, stepped, saved.
+"""The loop that every stage runs: micro-batches in, gradients summed, divided once, clipped,
+stepped, saved.
 
-A stage gives two functions: `batch(step)`, the micro-batches of a step as a pure function of the step and the
-weights, and `loss(micro)`, a sum and a count. Killed at any moment, the next run goes on from the last state and
-writes the bits that the uninterrupted run would have written.
+A stage gives two functions: `batch(step)`, the micro-batches of a step as a pure function of the
+step and the weights, and `loss(micro)`, a sum and a count. Killed at any moment, the next run goes
+on from the last state and writes the bits that the uninterrupted run would have written.
 """
 
 import json
@@ -47,7 +48,9 @@ _USUAL = 100  # steps whose gradient norms say what is usual
 class SaveConfig(Settings):
     """When training states are written."""
 
-    seconds: float = Field(30.0, ge=0, description="seconds between saved states; a killed run loses at most this much")
+    seconds: float = Field(
+        30.0, ge=0, description="seconds between saved states; a killed run loses at most this much"
+    )
     keep: int = Field(2, ge=1, description="how many states are kept, the newest")
 
 
@@ -60,8 +63,9 @@ class TrainingConfig(Settings):
 
 @dataclass(frozen=True)
 class Place:
-    """Where one training runs. output: for what it makes, metrics.jsonl among it. scratch: holds the states and the
-    metrics while it goes on, and outlives a kill. seed: of all its draws. label: its name on the live line."""
+    """Where one training runs. output: for what it makes, metrics.jsonl among it. scratch: holds
+    the states and the metrics while it goes on, and outlives a kill. seed: of all its draws. label:
+    its name on the live line."""
 
     output: Path
     scratch: Path
@@ -79,12 +83,14 @@ Micro = TypeVar("Micro")  # Rows, or what has them as `rows`
 
 @dataclass
 class Trainer(Generic[Micro]):
-    """What training needs, whatever the stage. Under torchrun every rank holds one, and they train together.
+    """What training needs, whatever the stage. Under torchrun every rank holds one, and they train
+    together.
 
-    generators: every one that `batch` or `loss` draws from; they are saved. timed: whether a step's operations over its
-    seconds are a share of the machine's peak: not where it does other work too. name: says which records a step is made
-    of, for the message about a bad one. held_out: micro-batches that nothing is learned from; their loss is measured as
-    often as `validation` says.
+    generators: every one that `batch` or `loss` draws from; they are saved. timed: whether a step's
+    operations over its seconds are a share of the machine's peak: not where it does other work too.
+    name: says which records a step is made of, for the message about a bad one. held_out:
+    micro-batches that nothing is learned from; their loss is measured as often as `validation`
+    says.
     """
 
     place: Place
@@ -103,7 +109,9 @@ class Trainer(Generic[Micro]):
     def __post_init__(self) -> None:
         self.optimizer, self.label = self.config.train, self.place.label
         self.output, self.scratch = self.place.output, self.place.scratch
-        self.whole: Callable[[], Qwen2 | Scorer] = lambda: self.model  # after `run`: all of it, to be saved
+        self.whole: Callable[[], Qwen2 | Scorer] = lambda: (
+            self.model
+        )  # after `run`: all of it, to be saved
         self._sharded = False
 
     def shard(self) -> None:
@@ -113,11 +121,15 @@ class Trainer(Generic[Micro]):
             if self.optimizer.compile:
                 compile_layers(self.model)
             self.world = self.world.arranged(self.optimizer.parallel, self.model)
-            self.whole = self.world.shard(self.model, low=is_low(self.optimizer.precision, best_device()))
+            self.whole = self.world.shard(
+                self.model, low=is_low(self.optimizer.precision, best_device())
+            )
             self._sharded = True
 
     def run(self) -> dict[str, float]:
-        """Train to the end; returns the last values of the metrics, smoothed over the last twentieth of the steps."""
+        """Train to the end; returns the last values of the metrics, smoothed over the last
+        twentieth of the steps.
+        """
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.shard()
         movers = optimizers(self.model, self.optimizer)
@@ -134,7 +146,12 @@ class Trainer(Generic[Micro]):
             # What autocast leaves in float32 need not be exact where bfloat16 is meant.
             tf32(is_low(self.optimizer.precision, best_device())),
             tracking(trackers, self.scratch, self.label, first) as track,
-            open(self.scratch / METRICS if self.world.main else os.devnull, "a", encoding="utf-8", buffering=1) as log,
+            open(
+                self.scratch / METRICS if self.world.main else os.devnull,
+                "a",
+                encoding="utf-8",
+                buffering=1,
+            ) as log,
             StateWriter(self.scratch, self.config.save.keep, self.world) as writer,
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
@@ -148,7 +165,10 @@ class Trainer(Generic[Micro]):
                 if self.validation.outcome == "best" and best_step(metrics) == step:
                     writer.save_best(step, self.model)
                 bar.advance(1, **_notes(entry))
-                due = step + 1 < self.steps and time.monotonic() - last_save >= self.config.save.seconds
+                due = (
+                    step + 1 < self.steps
+                    and time.monotonic() - last_save >= self.config.save.seconds
+                )
                 if self.world.agree(due):
                     if self.world.main:
                         os.fsync(log.fileno())  # the log is never behind the state
@@ -171,13 +191,19 @@ class Trainer(Generic[Micro]):
         return _summary(metrics)
 
     def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
-        """Write the trained network to `output`, whole, by rank 0; all ranks must call this. See `model`'s own."""
+        """Write the trained network to `output`, whole, by rank 0; all ranks must call this.
+
+        See `model`'s own.
+        """
         whole = self.whole()
         if self.world.main:
             save_checkpoint(whole, tokenizer, self.output, chat=chat)
 
     def _step(
-        self, step: int, movers: Sequence[torch.optim.Optimizer], earlier: Sequence[dict[str, float]]
+        self,
+        step: int,
+        movers: Sequence[torch.optim.Optimizer],
+        earlier: Sequence[dict[str, float]],
     ) -> dict[str, float]:
         start = time.perf_counter()
         micros = self.batch(step)
@@ -266,7 +292,9 @@ class Trainer(Generic[Micro]):
             return f"the gradient norm is {norm:.3g}, and {statistics.median(usual):.3g} is usual"
         return ""
 
-    def _stop_or_skip(self, step: int, rate: float, why: str, earlier: Sequence[dict[str, float]]) -> None:
+    def _stop_or_skip(
+        self, step: int, rate: float, why: str, earlier: Sequence[dict[str, float]]
+    ) -> None:
         where = f"step {step} of {self.label}{self._named(step)}"
         before = list(islice(filter(_learned, reversed(earlier)), self.optimizer.bad.patience - 1))
         endless = len(before) == self.optimizer.bad.patience - 1
@@ -283,7 +311,8 @@ class Trainer(Generic[Micro]):
     def _too_large(self, step: int, micro: Micro) -> OpenQwenError:
         peak = peak_memory(self._device) / 2**30
         return OpenQwenError(
-            f"Memory ran out in step {step} of {self.label}{self._named(step)}, in a micro-batch of "
+            f"Memory ran out in step {step} of {self.label}{self._named(step)}, in a micro-batch "
+            "of "
             f"{len(_fed(micro).tokens):,} tokens; the most held was {peak:.1f} GiB.",
             where=self.scratch,
             do=f"{LEVERS}. The last saved state is whole, and training goes on from it",
@@ -300,7 +329,9 @@ class Trainer(Generic[Micro]):
         return f" ({self.name(step)})" if self.name else ""
 
     def _norm_and_scale(self, count: int) -> tuple[float, float]:
-        """The norm of the mean gradient over `count` targets, and what makes the summed one the mean, clipped."""
+        """The norm of the mean gradient over `count` targets, and what makes the summed one the
+        mean, clipped.
+        """
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.coalesce()
@@ -308,7 +339,9 @@ class Trainer(Generic[Micro]):
         return norm, min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
 
     def _move(self, mover: torch.optim.Optimizer, scale: float) -> None:
-        """Step by the gradients times `scale`, which the fused AdamW multiplies itself, while it reads them."""
+        """Step by the gradients times `scale`, which the fused AdamW multiplies itself, while it
+        reads them.
+        """
         parameters = [p for group in mover.param_groups for p in group["params"]]
         if isinstance(mover, torch.optim.AdamW) and self.world.alone:
             mover.grad_scale = torch.tensor(1.0 / scale, device=parameters[0].device)  # type: ignore[attr-defined]
@@ -346,7 +379,9 @@ def _read_metrics(path: Path, before: int) -> list[dict[str, float]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:before]
-    return [{k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines]
+    return [
+        {k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines
+    ]
 
 
 def _learned(entry: dict[str, float]) -> bool:
@@ -376,7 +411,11 @@ def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
     }
     summary |= {name: count for name, count in counts.items() if count}
     tokens, seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
-    summary |= {"tokens_per_second": tokens / max(seconds, 1e-9), "tokens": tokens, "steps": len(metrics)}
+    summary |= {
+        "tokens_per_second": tokens / max(seconds, 1e-9),
+        "tokens": tokens,
+        "steps": len(metrics),
+    }
     last = metrics[-1]
     if HELD_OUT in last:
         best = min(m.get(HELD_OUT, math.inf) for m in metrics)

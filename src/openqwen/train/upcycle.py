@@ -13,22 +13,40 @@ from openqwen.tokenizer import load_tokenizer
 
 
 class UpcycleConfig(Settings):
-    """The experts; the defaults are the 57B-A14B's, in proportion to the dense network's width F."""
+    """The experts; the defaults are the 57B-A14B's, in proportion to the dense network's width
+    F.
+    """
 
     experts: int = Field(64, gt=0, description="routed experts of each layer")
-    experts_per_token: int = Field(8, gt=0, description="routed experts that a token passes through")
+    experts_per_token: int = Field(
+        8, gt=0, description="routed experts that a token passes through"
+    )
     expert_width: int | None = Field(
-        None, gt=0, description="width of one routed expert; none: F × 2,560 / 18,944, a multiple of 16"
+        None,
+        gt=0,
+        description="width of one routed expert; none: F × 2,560 / 18,944, a multiple of 16",
     )
     shared_width: int | None = Field(
-        None, gt=0, description="width of the shared expert; none: eight such widths, and at least F"
+        None,
+        gt=0,
+        description="width of the shared expert; none: eight such widths, and at least F",
     )
-    reinit: float = Field(0.5, ge=0, le=1, description="share of each routed expert's channels drawn anew")
-    keep_output: bool = Field(True, description="scale the shared expert so that it starts as the dense network")
+    reinit: float = Field(
+        0.5, ge=0, le=1, description="share of each routed expert's channels drawn anew"
+    )
+    keep_output: bool = Field(
+        True, description="scale the shared expert so that it starts as the dense network"
+    )
     vocabulary_rows: int | None = Field(
-        None, gt=0, description="embedding rows to keep, the rest is padding; none: all (57B-A14B: 151,936 of 152,064)"
+        None,
+        gt=0,
+        description=(
+            "embedding rows to keep, the rest is padding; none: all (57B-A14B: 151,936 of 152,064)"
+        ),
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="precision to load, work in and save")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="precision to load, work in and save"
+    )
 
 
 def run_upcycle(run: StageRun) -> dict[str, float]:
@@ -38,7 +56,10 @@ def run_upcycle(run: StageRun) -> dict[str, float]:
     tokenizer = load_tokenizer(source)
     if config.vocabulary_rows is not None and config.vocabulary_rows < tokenizer.vocab_size:
         raise OpenQwenError(
-            f"{config.vocabulary_rows} embedding rows are fewer than the tokenizer's {tokenizer.vocab_size} tokens.",
+            (
+                f"{config.vocabulary_rows} embedding rows are fewer than the tokenizer's "
+                f"{tokenizer.vocab_size} tokens."
+            ),
             where="--vocabulary-rows",
             do="give at least as many rows, or leave the flag out to keep all",
         )

@@ -1,4 +1,6 @@
-"""Held-out loss during training, and which weights are the outcome: the last, or those with the lowest loss."""
+"""Held-out loss during training, and which weights are the outcome: the last, or those with the
+lowest loss.
+"""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +16,16 @@ HELD_OUT = "validation_loss"  # its name in the metrics
 class ValidationConfig(Settings):
     """When the held-out loss is measured, and what it decides."""
 
-    every: int = Field(0, ge=0, description="steps between measurements of the held-out loss; 0: after the last alone")
+    every: int = Field(
+        0,
+        ge=0,
+        description="steps between measurements of the held-out loss; 0: after the last alone",
+    )
     outcome: Literal["last", "best"] = Field(
-        "last", description="the weights that become the output: the last, or those with the lowest held-out loss"
+        "last",
+        description=(
+            "the weights that become the output: the last, or those with the lowest held-out loss"
+        ),
     )
 
     def due(self, step: int, steps: int) -> bool:
@@ -25,6 +34,8 @@ class ValidationConfig(Settings):
 
 
 def best_step(metrics: Sequence[dict[str, float]]) -> int | None:
-    """The step of the lowest held-out loss, the earliest of equals; None where none was measured."""
+    """The step of the lowest held-out loss, the earliest of equals; None where none was
+    measured.
+    """
     measured = [m for m in metrics if math.isfinite(m.get(HELD_OUT, math.nan))]
     return round(min(measured, key=lambda m: m[HELD_OUT])["step"]) if measured else None

@@ -1,4 +1,6 @@
-"""Data made without people and without another model: checkable tasks, rejection sampling, repurposing."""
+"""Data made without people and without another model: checkable tasks, rejection sampling,
+repurposing.
+"""
 
 from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_demonstrations
 from openqwen.instruct.synthesize.preferences import PreferConfig, build_preferences

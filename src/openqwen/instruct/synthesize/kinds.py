@@ -10,7 +10,9 @@ from numpy.random import Generator
 from openqwen.instruct.synthesize.words import WORDS
 
 # kind -> the ways to put its question
-FORMS: dict[str, list[str]] = tomllib.loads((Path(__file__).parent / "forms.toml").read_text(encoding="utf-8"))
+FORMS: dict[str, list[str]] = tomllib.loads(
+    (Path(__file__).parent / "forms.toml").read_text(encoding="utf-8")
+)
 LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -22,8 +24,9 @@ class Draft:
     where their order changes nothing (`problem_of`). It decides the split, so that no held-out
     problem is a trained one in other words.
 
-    `chance` is the accuracy of the best blind guess: one constant answer, or a pick among the answers that the
-    question itself names ("yes or no", "12 or 40", the words of a list, an order of the given words).
+    `chance` is the accuracy of the best blind guess: one constant answer, or a pick among the
+    answers that the question itself names ("yes or no", "12 or 40", the words of a list, an order
+    of the given words).
     """
 
     problem: str

@@ -1,4 +1,6 @@
-"""Checkable tasks on small numbers (arithmetic) and on how many there are of something (counting)."""
+"""Checkable tasks on small numbers (arithmetic) and on how many there are of something
+(counting).
+"""
 
 from math import factorial
 

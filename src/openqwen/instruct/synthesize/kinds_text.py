@@ -22,7 +22,12 @@ from openqwen.instruct.synthesize.words import WORDS
 _TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
 _PLACES = ("first", "second", "third", "last")
 _JOINTS = {"hyphens": "-", "underscores": "_", "commas": ", ", "slashes": "/", "plus signs": "+"}
-_QUOTES = {"double quotes": '""', "single quotes": "''", "parentheses": "()", "square brackets": "[]"}
+_QUOTES = {
+    "double quotes": '""',
+    "single quotes": "''",
+    "parentheses": "()",
+    "square brackets": "[]",
+}
 _INITIAL_SHARE = max(Counter(word[0] for word in WORDS).values()) / len(WORDS)
 
 
@@ -53,7 +58,11 @@ def join(rng: Generator) -> Draft:
     name = pick(rng, *_JOINTS)
     form = pick(rng, *FORMS["join"])
     answer = _JOINTS[name].join(items)
-    wrong = (" ".join(items), *(sign.join(items) for sign in _JOINTS.values()), _JOINTS[name].join(items[:-1]))
+    wrong = (
+        " ".join(items),
+        *(sign.join(items) for sign in _JOINTS.values()),
+        _JOINTS[name].join(items[:-1]),
+    )
     problem = problem_of("join", name, *items)
     return Draft(problem, form.format(s=name, x=" ".join(items)), answer, wrong, 0.0)
 
@@ -70,11 +79,18 @@ def reverse(rng: Generator) -> Draft:
 
 
 def initials(rng: Generator) -> Draft:
-    """The first letters of two or three words. A constant answer needs every letter right for one length."""
+    """The first letters of two or three words.
+
+    A constant answer needs every letter right for one length.
+    """
     items = words(rng, number(rng, 2, 3))
     form = pick(rng, *FORMS["initials"])
     letters = [word[0] for word in items]
-    wrong = (" ".join(letters[::-1]), " ".join(letters[:-1]), " ".join([*letters[:-1], items[-1][1]]))
+    wrong = (
+        " ".join(letters[::-1]),
+        " ".join(letters[:-1]),
+        " ".join([*letters[:-1], items[-1][1]]),
+    )
     question, chance = form.format(" ".join(items)), _INITIAL_SHARE**2 / 2
     return Draft(problem_of("initials", *items), question, " ".join(letters), wrong, chance)
 
@@ -111,7 +127,12 @@ def json_object(rng: Generator) -> Draft:
     value = word if rng.integers(2) else number(rng, 0, 99)
     form = pick(rng, *FORMS["json"])
     wanted = {key: value}
-    wrong = (f"{{{key}: {value}}}", f'"{key}": {json.dumps(value)}', json.dumps({str(value): key}), f"{key} = {value}")
+    wrong = (
+        f"{{{key}: {value}}}",
+        f'"{key}": {json.dumps(value)}',
+        json.dumps({str(value): key}),
+        f"{key} = {value}",
+    )
     problem, question = problem_of("json", key, value), form.format(k=key, v=value)
     answer = json.dumps(wanted)
     return Draft(problem, question, answer, wrong, 0.0, lambda text: _is_object(text, wanted))
@@ -122,13 +143,20 @@ def bullets(rng: Generator) -> Draft:
     items = words(rng, number(rng, 2, 3))
     form = pick(rng, *FORMS["bullets"])
     listed = ["\n".join(f"{sign} {item}" for item in items) for sign in "-*"]
-    wrong = ("\n".join(items), ", ".join(items), "\n".join(f"- {item}" for item in items[::-1]), f"- {items[0]}")
+    wrong = (
+        "\n".join(items),
+        ", ".join(items),
+        "\n".join(f"- {item}" for item in items[::-1]),
+        f"- {items[0]}",
+    )
     problem, question = problem_of("bullets", *items), form.format(", ".join(items))
     return Draft(problem, question, listed[0], wrong, 0.0, lambda text: text in listed)
 
 
 def exact_words(rng: Generator) -> Draft:
-    """Exactly three to five words of plain lower-case letters, the outer two given; the rest is free."""
+    """Exactly three to five words of plain lower-case letters, the outer two given; the rest is
+    free.
+    """
     n = number(rng, 3, 5)
     first, *middle, last = words(rng, n)
     form = pick(rng, *FORMS["exact_words"])
@@ -139,7 +167,12 @@ def exact_words(rng: Generator) -> Draft:
         return plain and len(found) == n and found[0] == first and found[-1] == last
 
     more = words(rng, 1)
-    lists = ([first, *middle, *more, last], [first, *middle[1:], last], [last, *middle, first], [first, *middle, *more])
+    lists = (
+        [first, *middle, *more, last],
+        [first, *middle[1:], last],
+        [last, *middle, first],
+        [first, *middle, *more],
+    )
     wrong = tuple(" ".join(found) for found in lists)
     question, answer = form.format(n=n, a=first, b=last), " ".join([first, *middle, last])
     return Draft(problem_of("exact_words", n, first, last), question, answer, wrong, 0.0, accepts)

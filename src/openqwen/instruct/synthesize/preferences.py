@@ -1,7 +1,7 @@
 """The `prefer` stage: preferences P from the aligned model's own right and wrong answers.
 
-Qwen2.5 report, section 4.2: the SFT model answers fresh queries; answers that pass the check are positives, those
-that fail are negatives.
+Qwen2.5 report, section 4.2: the SFT model answers fresh queries; answers that pass the check are
+positives, those that fail are negatives.
 """
 
 from collections import Counter
@@ -24,29 +24,45 @@ from openqwen.tokenizer import load_tokenizer
 
 
 class PreferConfig(Settings):
-    """How many preferences to make, and what stands in where the model gives no right or no wrong answer."""
+    """How many preferences to make, and what stands in where the model gives no right or no wrong
+    answer.
+    """
 
     prompts: int = Field(2_000, ge=1, description="prompts that the SFT model answers")
     heldout_prompts: int = Field(
-        400, ge=1, description="prompts of the development split, and as many of the test split, for pair accuracy"
+        400,
+        ge=1,
+        description=(
+            "prompts of the development split, and as many of the test split, for pair accuracy"
+        ),
     )
     samples: int = Field(4, ge=1, description="answers sampled for each prompt")
     temperatures: list[float] = Field(
-        [1.0], min_length=1, description="sampling temperatures, one answer's after the other's: errors of every size"
+        [1.0],
+        min_length=1,
+        description="sampling temperatures, one answer's after the other's: errors of every size",
     )
     max_tokens: int = Field(24, ge=1, description="longest answer, in tokens")
-    pairs_per_prompt: int = Field(2, ge=1, description="pairs made of one prompt's answers, at most")
-    program_chosen: bool = Field(True, description="where no answer is right, prefer the program's own")
-    program_rejected: bool = Field(True, description="where no answer is wrong, reject a wrong one of the program's")
+    pairs_per_prompt: int = Field(
+        2, ge=1, description="pairs made of one prompt's answers, at most"
+    )
+    program_chosen: bool = Field(
+        True, description="where no answer is right, prefer the program's own"
+    )
+    program_rejected: bool = Field(
+        True, description="where no answer is wrong, reject a wrong one of the program's"
+    )
 
 
 def build_preferences(
     config: PreferConfig, engine: Generator, seed: int, folder: Path, model: str | None = None
 ) -> dict[str, float]:
-    """Write preferences.jsonl, heldout.jsonl, test.jsonl and prefer.json into `folder`; returns flat metrics.
+    """Write preferences.jsonl, heldout.jsonl, test.jsonl and prefer.json into `folder`; returns
+    flat metrics.
 
-    engine: the SFT model. model: its name. Prompts are of the train split, all kinds equally often. Most are new to the
-    model; of the kinds with few questions it has seen most in SFT, and without them it would unlearn those kinds.
+    engine: the SFT model. model: its name. Prompts are of the train split, all kinds equally often.
+    Most are new to the model; of the kinds with few questions it has seen most in SFT, and without
+    them it would unlearn those kinds.
     """
     rng = Generators(seed)["prefer-tasks"]
     groups = {
@@ -56,7 +72,9 @@ def build_preferences(
     }
     tasks = [task for group in groups.values() for task in group]
     prompts = [task.prompt for task in tasks]
-    answers = sample_answers(engine, prompts, config.samples, config.temperatures, config.max_tokens, seed, "prefer")
+    answers = sample_answers(
+        engine, prompts, config.samples, config.temperatures, config.max_tokens, seed, "prefer"
+    )
     right = [t.check(output.text) for t, outputs in zip(tasks, answers) for output in outputs]
     accuracy = sum(right) / len(right)
 
@@ -69,7 +87,11 @@ def build_preferences(
         write_jsonl(folder / f"{name}.jsonl", records)
     train = pairs["preferences"]
     authors = Counter(f"{pair['origin']['chosen']}/{pair['origin']['rejected']}" for pair in train)
-    summary = {"by_author": dict(sorted(authors.items())), "samples": len(right), "sampled_accuracy": accuracy}
+    summary = {
+        "by_author": dict(sorted(authors.items())),
+        "samples": len(right),
+        "sampled_accuracy": accuracy,
+    }
     write_json(folder / "prefer.json", summary)
     return {
         "pairs": len(train),
@@ -110,7 +132,9 @@ def make_pairs(
         temperature = config.temperatures[n % len(config.temperatures)]
         drawn[output.text.strip()] = min(temperature, drawn.get(output.text.strip(), temperature))
     ids: dict[str, list[int]] = {}
-    for output in sorted(outputs, key=lambda o: o.finish_reason != "stop"):  # those that ended go first
+    for output in sorted(
+        outputs, key=lambda o: o.finish_reason != "stop"
+    ):  # those that ended go first
         ids.setdefault(output.text.strip(), output.written_ids)
     pairs = []
     for text in _spread(wrong, count):
@@ -125,16 +149,22 @@ def make_pairs(
 
 
 def _nearest(wrong: str, right: Sequence[str]) -> str:
-    """The right answer that shares the longest beginning with a wrong one: there the error stands out."""
+    """The right answer that shares the longest beginning with a wrong one: there the error stands
+    out.
+    """
 
     def shared(text: str) -> int:
-        return next((n for n, (a, b) in enumerate(zip(text, wrong)) if a != b), min(len(text), len(wrong)))
+        return next(
+            (n for n, (a, b) in enumerate(zip(text, wrong)) if a != b), min(len(text), len(wrong))
+        )
 
     return max(right, key=shared)
 
 
 def _spread(texts: list[str], count: int) -> list[str]:
-    """`count` of the texts, evenly from first to last: the coolest sample's error and the hottest one's."""
+    """`count` of the texts, evenly from first to last: the coolest sample's error and the hottest
+    one's.
+    """
     if len(texts) <= count or count == 1:
         return texts[:count]
     return [texts[round(i * (len(texts) - 1) / (count - 1))] for i in range(count)]

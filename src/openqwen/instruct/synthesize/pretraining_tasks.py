@@ -1,6 +1,8 @@
-"""The multi-task instruction data that Qwen2 mixes into pre-training, as plain text (report, section 3.1).
+"""The multi-task instruction data that Qwen2 mixes into pre-training, as plain text (report,
+section 3.1).
 
-A document holds several solved tasks in one of a few plain formats. No chat format and no held-out prompt is in it.
+A document holds several solved tasks in one of a few plain formats. No chat format and no held-out
+prompt is in it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,10 +26,14 @@ _DOCSTRING_SHARE = 0.15  # of the items, where there are documents to draw docst
 _ITEMS = (4, 10)  # solved tasks a document
 
 
-def task_documents(seed: int, count: int, documents: Iterable[dict[str, Any]] = ()) -> Iterator[dict[str, Any]]:
-    """`count` documents of source "tasks": solved train-split tasks, and questions about the docstrings of `documents`.
+def task_documents(
+    seed: int, count: int, documents: Iterable[dict[str, Any]] = ()
+) -> Iterator[dict[str, Any]]:
+    """`count` documents of source "tasks": solved train-split tasks, and questions about the
+    docstrings of `documents`.
 
-    documents: training documents only. Each docstring is used once; the same seed gives the same text.
+    documents: training documents only. Each docstring is used once; the same seed gives the same
+    text.
     """
     generators = Generators(seed)
     rng = generators["task-documents"]

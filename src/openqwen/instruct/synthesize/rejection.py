@@ -17,7 +17,9 @@ from openqwen.support.progress import progress
 
 @dataclass(frozen=True)
 class Rejection:
-    """What rejection sampling gave. acceptance: {"samples", "correct", "rate", "by_task": {task: the first three}}."""
+    """What rejection sampling gave. acceptance: {"samples", "correct", "rate", "by_task": {task:
+    the first three}}.
+    """
 
     demonstrations: list[dict[str, Any]]
     acceptance: dict[str, Any]
@@ -34,14 +36,19 @@ def sample_answers(
 ) -> list[list[Output]]:
     """`samples` outputs for each prompt (texts, ids or messages), each with a seed of its own.
 
-    The n-th answer to a prompt is drawn at the n-th temperature, which start over when they run out.
+    The n-th answer to a prompt is drawn at the n-th temperature, which start over when they run
+    out.
     """
     seeds = Generators(seed)[label].integers(2**31, size=(len(prompts), samples))
     answers: list[list[Output]] = [[] for _ in prompts]
     with progress(label, len(prompts) * samples, "answers") as work:
         for n in range(samples):
-            sampling = Sampling(max_tokens=max_tokens, temperature=temperatures[n % len(temperatures)])
-            outputs = engine.generate(prompts, sampling, seeds=[int(s) for s in seeds[:, n]], progress=work)
+            sampling = Sampling(
+                max_tokens=max_tokens, temperature=temperatures[n % len(temperatures)]
+            )
+            outputs = engine.generate(
+                prompts, sampling, seeds=[int(s) for s in seeds[:, n]], progress=work
+            )
             for answer, output in zip(answers, outputs, strict=True):
                 answer.append(output)
     return answers
@@ -56,25 +63,33 @@ def rejection_sample(
     seed: int,
     model: str | None = None,
 ) -> Rejection:
-    """Demonstrations from a pre-trained model's own right answers; several for a task where they differ.
+    """Demonstrations from a pre-trained model's own right answers; several for a task where they
+    differ.
 
-    The model has not seen the chat format yet, so it is asked in the plain one that its pre-training data holds.
+    The model has not seen the chat format yet, so it is asked in the plain one that its
+    pre-training data holds.
     """
     prompts = [plain_prompt(task.question) for task in tasks]
     answers = sample_answers(engine, prompts, samples, [temperature], max_tokens, seed, "rejection")
-    origin = {"method": "rejection", "seed": seed, "parents": []} | ({"model": model} if model else {})
+    origin = {"method": "rejection", "seed": seed, "parents": []} | (
+        {"model": model} if model else {}
+    )
     demonstrations: list[dict[str, Any]] = []
     drawn: Counter[str] = Counter()
     correct: Counter[str] = Counter()
     for task, outputs in zip(tasks, answers, strict=True):
-        right = [text for text in (plain_answer(output.text) for output in outputs) if task.check(text)]
+        right = [
+            text for text in (plain_answer(output.text) for output in outputs) if task.check(text)
+        ]
         drawn[task.task] += len(outputs)
         correct[task.task] += len(right)
         for text in dict.fromkeys(right):
             messages = [*task.prompt, {"role": "assistant", "content": text}]
             demonstrations.append({"messages": messages, "origin": origin | {"tasks": [task.task]}})
     by_task = {name: _counted(drawn[name], correct[name]) for name in sorted(drawn)}
-    return Rejection(demonstrations, _counted(drawn.total(), correct.total()) | {"by_task": by_task})
+    return Rejection(
+        demonstrations, _counted(drawn.total(), correct.total()) | {"by_task": by_task}
+    )
 
 
 def _counted(samples: int, correct: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Data repurposing: text that people wrote becomes the answer to an instruction written for it.
 
-Qwen2 does this with literary works (report, section 4.1, "Data Repurposing"); here docstrings are the works, and
-the questions are "what does this do" and "write its docstring".
+Qwen2 does this with literary works (report, section 4.1, "Data Repurposing"); here docstrings are
+the works, and the questions are "what does this do" and "write its docstring".
 """
 
 import ast
@@ -28,7 +28,9 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Described:
-    """A public function with the first sentence of its docstring. name: dotted, as far as the document tells."""
+    """A public function with the first sentence of its docstring. name: dotted, as far as the
+    document tells.
+    """
 
     name: str
     signature: str
@@ -36,8 +38,11 @@ class Described:
     document: str
 
 
-def demonstrations_from_docstrings(documents: Iterable[dict[str, Any]], rng: Generator, seed: int) -> Iterator[dict]:
-    """One demonstration per described function, of a form drawn from `rng`; no question and no answer comes twice.
+def demonstrations_from_docstrings(
+    documents: Iterable[dict[str, Any]], rng: Generator, seed: int
+) -> Iterator[dict]:
+    """One demonstration per described function, of a form drawn from `rng`; no question and no
+    answer comes twice.
 
     documents: those with source "code" are read, others passed over.
     """
@@ -52,7 +57,12 @@ def demonstrations_from_docstrings(documents: Iterable[dict[str, Any]], rng: Gen
                 {"role": "user", "content": question},
                 {"role": "assistant", "content": function.sentence},
             ],
-            "origin": {"method": "repurpose", "seed": seed, "parents": [function.document], "tasks": ["docstring"]},
+            "origin": {
+                "method": "repurpose",
+                "seed": seed,
+                "parents": [function.document],
+                "tasks": ["docstring"],
+            },
         }
 
 
@@ -75,7 +85,9 @@ def described_functions(documents: Iterable[dict[str, Any]]) -> Iterator[Describ
 
 
 def module_name(identifier: str) -> list[str]:
-    """The last two parts of the module that a document's path names: `…/lib/python3.11/json/tool.py` → json, tool."""
+    """The last two parts of the module that a document's path names:
+    `…/lib/python3.11/json/tool.py` → json, tool.
+    """
     path = PurePosixPath(_LIBRARY_ROOT.sub("", identifier))
     if path.suffix != ".py":
         return []
@@ -116,7 +128,9 @@ def _signature(node: Function) -> str:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph on one line; the whole paragraph where no sentence ends."""
+    """The first sentence of the first paragraph on one line; the whole paragraph where no sentence
+    ends.
+    """
     paragraph = inspect.cleandoc(docstring).split("\n\n")[0]
     text = " ".join(paragraph.split())
     for end in re.finditer(r"\.(?=\s|$)", text):
@@ -126,7 +140,9 @@ def first_sentence(docstring: str) -> str:
 
 
 def good_sentence(text: str) -> bool:
-    """The quality gate: one plain English sentence of 20 to 120 ASCII characters, no markup or example in it."""
+    """The quality gate: one plain English sentence of 20 to 120 ASCII characters, no markup or
+    example in it.
+    """
     return (
         SHORTEST <= len(text) <= LONGEST
         and text.isascii()

@@ -1,7 +1,8 @@
-"""Tasks whose answers a program can check: the questions, their gold answers, and the split of train and held out.
+"""Tasks whose answers a program can check: the questions, their gold answers, and the split of
+train and held out.
 
-They stand for Qwen2's tasks with definite answers and its constraint following by execution (report, section 4.1):
-rejection sampling, preferences and evaluation all rest on `Task.check`.
+They stand for Qwen2's tasks with definite answers and its constraint following by execution
+(report, section 4.1): rejection sampling, preferences and evaluation all rest on `Task.check`.
 """
 
 import hashlib
@@ -49,7 +50,10 @@ class Task:
         return self.prompt[-1]["content"]
 
     def check(self, text: str) -> bool:
-        """Whether an answer is right. White space around it is forgiven, nothing else; any text is safe to pass."""
+        """Whether an answer is right.
+
+        White space around it is forgiven, nothing else; any text is safe to pass.
+        """
         return _judge(text, self.accepts)
 
 
@@ -63,7 +67,8 @@ def _judge(text: str, accepts: Callable[[str], bool]) -> bool:
 def split_of(problem: str) -> str:
     """The split of a problem, by a hash: "train", or one of two tenths that are never trained on.
 
-    "heldout" is for development: settings are chosen by it. "test" is for the last word: nothing is chosen by it.
+    "heldout" is for development: settings are chosen by it. "test" is for the last word: nothing is
+    chosen by it.
     """
     digest = hashlib.sha256(problem.encode()).digest()
     return {0: "heldout", 1: "test"}.get(int.from_bytes(digest[:8], "big") % 10, "train")
@@ -94,9 +99,11 @@ def generate_tasks(
     split: str = "train",
     kinds: Collection[str] | None = None,
 ) -> list[Task]:
-    """`n` tasks of one split with different prompts, all kinds (or those named) equally often, in random order.
+    """`n` tasks of one split with different prompts, all kinds (or those named) equally often, in
+    random order.
 
-    A kind with no new prompts left leaves its share to the others; OpenQwenError when all are used up.
+    A kind with no new prompts left leaves its share to the others; OpenQwenError when all are used
+    up.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")

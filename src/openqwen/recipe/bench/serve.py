@@ -1,7 +1,8 @@
-"""`openqwen bench serve`: a running server under load from clients that leave, err and come back; names as in vLLM's.
+"""`openqwen bench serve`: a running server under load from clients that leave, err and come back;
+names as in vLLM's.
 
-A few prompts of random lengths are first answered alone, greedily; under load every whole answer must be the same.
-Where two tokens are equally likely to within rounding, either is right.
+A few prompts of random lengths are first answered alone, greedily; under load every whole answer
+must be the same. Where two tokens are equally likely to within rounding, either is right.
 """
 
 import asyncio
@@ -26,7 +27,10 @@ _MALFORMED: list[tuple[str, Any]] = [
     ("/v1/completions", {"prompt": {"x": 1}}),
     ("/v1/completions", [1, 2]),
     ("/v1/chat/completions", {"messages": [{"role": "user"}]}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "sound"}}),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "sound"}},
+    ),
     ("/v1/embeddings", {"input": []}),
 ]
 
@@ -34,7 +38,9 @@ _MALFORMED: list[tuple[str, Any]] = [
 @dataclass
 class _Tally:
     counts: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in ("ttft", "tpot", "itl", "e2el")})
+    seconds: dict[str, list[float]] = field(
+        default_factory=lambda: {n: [] for n in ("ttft", "tpot", "itl", "e2el")}
+    )
     faults: list[str] = field(default_factory=list)
 
     def fault(self, text: str) -> None:
@@ -68,24 +74,36 @@ def bench(
     seed: int = 0,
     output: Path | None = None,
 ) -> None:
-    """Load a server for so many seconds; an error where an answer was wrong, missing or a 5xx, or pages leaked.
+    """Load a server for so many seconds; an error where an answer was wrong, missing or a 5xx, or
+    pages leaked.
 
-    prompt_words, tokens: longest prompt and answer, lengths are random up to it. cancelled, malformed: shares.
-    A server that is killed and comes back is waited for. output: a JSON file for the figures.
+    prompt_words, tokens: longest prompt and answer, lengths are random up to it. cancelled,
+    malformed: shares. A server that is killed and comes back is waited for. output: a JSON file for
+    the figures.
     """
     load = _Load(url, connections, tokens, (cancelled, malformed), key, seed)
     result = asyncio.run(load.run(seconds, prompts, prompt_words))
     for name, value in result.items():
-        console.print(f"{name:<24}{value:,.2f}" if isinstance(value, float) else f"{name:<24}{value}")
+        console.print(
+            f"{name:<24}{value:,.2f}" if isinstance(value, float) else f"{name:<24}{value}"
+        )
     if output:
         write_json(output, result)
     if result["failed"] or result["pages_held_at_end"]:
-        raise OpenQwenError("The server did not stand the load.", where=url, do="see the figures above")
+        raise OpenQwenError(
+            "The server did not stand the load.", where=url, do="see the figures above"
+        )
 
 
 class _Load:
     def __init__(
-        self, url: str, connections: int, tokens: int, shares: tuple[float, float], key: str | None, seed: int
+        self,
+        url: str,
+        connections: int,
+        tokens: int,
+        shares: tuple[float, float],
+        key: str | None,
+        seed: int,
     ):
         import httpx
 
@@ -100,7 +118,9 @@ class _Load:
         draw = random.Random(self.seed)
         self.asked: list[dict[str, Any]] = [
             {
-                "prompt": " ".join(str(draw.randrange(10_000)) for _ in range(draw.randint(1, words))),
+                "prompt": " ".join(
+                    str(draw.randrange(10_000)) for _ in range(draw.randint(1, words))
+                ),
                 "max_tokens": draw.randint(1, self.tokens),
                 "temperature": 0,
                 "logprobs": 0,
@@ -113,14 +133,22 @@ class _Load:
             self.alone = [await self._answer(body, None) for body in self.asked]
         except self.lost as error:
             do = f"start it first: {command('serve', 'MODEL')}"
-            raise OpenQwenError(f"No server answers there ({error}).", where=str(self.http.base_url), do=do) from None
+            raise OpenQwenError(
+                f"No server answers there ({error}).", where=str(self.http.base_url), do=do
+            ) from None
         self.tally, before = _Tally(), await self._metrics()
         with progress("load", seconds, "s") as work:
             start = time.monotonic()
-            clients = [asyncio.create_task(self._client(n, start + seconds)) for n in range(self.connections)]
+            clients = [
+                asyncio.create_task(self._client(n, start + seconds))
+                for n in range(self.connections)
+            ]
             while any(not client.done() for client in clients):
                 await asyncio.wait(clients, timeout=1)
-                work.advance(min(time.monotonic() - start, seconds) - work.done, done=self.tally.counts["completed"])
+                work.advance(
+                    min(time.monotonic() - start, seconds) - work.done,
+                    done=self.tally.counts["completed"],
+                )
         await asyncio.gather(*clients)
         return self._figures(time.monotonic() - start) | await self._leaks(before)
 
@@ -128,7 +156,9 @@ class _Load:
         draw = random.Random(f"{self.seed} {number}")
         while time.monotonic() < end:
             lot, which = draw.random(), draw.randrange(len(self.asked))
-            leave = draw.randint(0, self.asked[which]["max_tokens"]) if lot < self.shares[0] else None
+            leave = (
+                draw.randint(0, self.asked[which]["max_tokens"]) if lot < self.shares[0] else None
+            )
             try:
                 if self.shares[0] <= lot < sum(self.shares):
                     path, body = draw.choice(_MALFORMED)
@@ -192,19 +222,36 @@ class _Load:
                 break
             await asyncio.sleep(0.1)
             after = await self._metrics()
-        memory = [values.get("process_resident_memory_bytes", 0.0) / 2**20 for values in (before, after)]
+        memory = [
+            values.get("process_resident_memory_bytes", 0.0) / 2**20 for values in (before, after)
+        ]
         held = int(after["openqwen:pages_held"])
-        return {"pages_held_at_end": held, "memory_before_mib": memory[0], "memory_after_mib": memory[1]}
+        return {
+            "pages_held_at_end": held,
+            "memory_before_mib": memory[0],
+            "memory_after_mib": memory[1],
+        }
 
     def _figures(self, seconds: float) -> dict[str, Any]:
         tally, counts = self.tally, self.tally.counts
-        names = ("completed", "cancelled", "malformed", "told_to_wait", "retried", "failed", "total_output_tokens")
+        names = (
+            "completed",
+            "cancelled",
+            "malformed",
+            "told_to_wait",
+            "retried",
+            "failed",
+            "total_output_tokens",
+        )
         out: dict[str, Any] = {"duration": seconds, **{name: counts[name] for name in names}}
         out["request_throughput"] = counts["completed"] / seconds
         out["output_throughput"] = counts["total_output_tokens"] / seconds
         for name, values in tally.seconds.items():
             if len(values) > 1:
                 milliseconds = [value * 1e3 for value in values]
-                out[f"mean_{name}_ms"], out[f"median_{name}_ms"] = fmean(milliseconds), median(milliseconds)
+                out[f"mean_{name}_ms"], out[f"median_{name}_ms"] = (
+                    fmean(milliseconds),
+                    median(milliseconds),
+                )
                 out[f"p99_{name}_ms"] = quantiles(milliseconds, n=100)[-1]
         return out | ({"faults": tally.faults[:5]} if tally.faults else {})

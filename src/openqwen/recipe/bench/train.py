@@ -1,8 +1,9 @@
-"""`openqwen bench train`: fine-tuning against TRL's SFTTrainer, pre-training against transformers' Trainer.
+"""`openqwen bench train`: fine-tuning against TRL's SFTTrainer, pre-training against transformers'
+Trainer.
 
-Both sides see the same examples in the same batches, move all weights in float32 with AdamW and clipping, and run in
-processes of their own, in turn. A useful token is one of an example, padding apart. The peer's side is a script that
-imports nothing of ours and runs under the peer's Python.
+Both sides see the same examples in the same batches, move all weights in float32 with AdamW and
+clipping, and run in processes of their own, in turn. A useful token is one of an example, padding
+apart. The peer's side is a script that imports nothing of ours and runs under the peer's Python.
 """
 
 import json
@@ -38,7 +39,10 @@ from openqwen.train.trainer import METRICS, Place, SaveConfig, Trainer, Training
 Kind = Literal["sft", "pretrain"]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 _PEER = Path(__file__).parents[4] / "benchmarks" / "peer_training.py"
-_GOALS = {"sft": (2.0, 3.5, 0.8), "pretrain": (1.5, 2.5, math.inf)}  # least speed, hoped-for speed, most memory
+_GOALS = {
+    "sft": (2.0, 3.5, 0.8),
+    "pretrain": (1.5, 2.5, math.inf),
+}  # least speed, hoped-for speed, most memory
 _CONTEXT, _RATE = 1_024, 1e-5
 _SMALL = {  # 31 million parameters with a vocabulary of 16,384
     "hidden_size": 512,
@@ -61,23 +65,34 @@ def bench(
     repeats: int = 1,
     recompute: Recompute = "nothing",
 ) -> None:
-    """Measure training and print tokens/s, the share of this machine's matrix peak, and the most memory held.
+    """Measure training and print tokens/s, the share of this machine's matrix peak, and the most
+    memory held.
 
     Args:
-        kind: sft: fine-tuning `model` on demonstrations; pretrain: a new network of 31 million parameters on documents.
+        kind: sft: fine-tune `model` on demonstrations; pretrain: a new network.
         data: sft: demonstrations, such as GSM8K's; pretrain: of documents' `text`.
         model: sft: the folder of a float32 checkpoint.
-        peer: The Python that has TRL (sft) or transformers and accelerate (pretrain); without it we run alone.
+        peer: The Python that has TRL (sft) or transformers and accelerate (pretrain);
+            none: we run alone.
         batch: Examples of a step; 4 for sft, 16 for pretrain.
         steps: Steps of a run; the first is not counted.
         repeats: Runs of each side, in turn; medians are printed.
         recompute: Activations that our side computes again.
     """
     if kind == "sft" and model is None:
-        raise OpenQwenError("Which model shall be fine-tuned?", where="--model", do="give the folder of a checkpoint")
+        raise OpenQwenError(
+            "Which model shall be fine-tuned?",
+            where="--model",
+            do="give the folder of a checkpoint",
+        )
     runs: dict[str, list[dict[str, float]]] = {"OpenQwen": [], "peer": []}
     with tempfile.TemporaryDirectory(prefix="openqwen-bench-") as name:
-        job = {"kind": kind, "model": str(model), "batch": batch or {"sft": 4, "pretrain": 16}[kind], "steps": steps}
+        job = {
+            "kind": kind,
+            "model": str(model),
+            "batch": batch or {"sft": 4, "pretrain": 16}[kind],
+            "steps": steps,
+        }
         job |= {"folder": name, "rate": _RATE, "context": _CONTEXT, "recompute": recompute}
         _prepare(job, data)
         write_json(Path(name) / "job.json", job)
@@ -85,25 +100,37 @@ def bench(
             runs["OpenQwen"].append(_run([sys.executable, "-m", __name__], name, dict(os.environ)))
             if peer:
                 without = {"PYTHONPATH", HUGE_PAGES}  # importing us sets the latter
-                environment = {key: value for key, value in os.environ.items() if key not in without}
+                environment = {
+                    key: value for key, value in os.environ.items() if key not in without
+                }
                 runs["peer"].append(_run([peer, str(_PEER)], name, environment))
     console.print(_table(kind, runs, job))
 
 
 def _prepare(job: dict[str, Any], data: Path) -> None:
-    """Write what both sides read into the job's folder: conversations, or token ids and a network's configuration."""
+    """Write what both sides read into the job's folder: conversations, or token ids and a network's
+    configuration.
+    """
     folder, count = Path(job["folder"]), job["batch"] * job["steps"]
     if job["kind"] == "sft":
         rows = [{"messages": demonstration(row)[0]} for _, row in islice(read_records(data), count)]
-        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+        (folder / "rows.jsonl").write_text(
+            "\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8"
+        )
         return
     texts = [row["text"] for row in islice(read_jsonl(data), 50 * count) if row["text"].strip()]
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocabulary=16_384, max_bytes=20_000_000))
     ids = list(islice(_pieces(tokenizer, texts), count))
     if len(ids) < count:
-        raise OpenQwenError(f"{count} examples are needed; there are {len(ids)}.", where=data, do="give fewer --steps")
+        raise OpenQwenError(
+            f"{count} examples are needed; there are {len(ids)}.",
+            where=data,
+            do="give fewer --steps",
+        )
     write_json(folder / "rows.json", ids)
-    write_json(folder / "config.json", _SMALL | {"vocab_size": -(-tokenizer.vocab_size // 128) * 128})
+    write_json(
+        folder / "config.json", _SMALL | {"vocab_size": -(-tokenizer.vocab_size // 128) * 128}
+    )
 
 
 def _pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
@@ -115,35 +142,58 @@ def _pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
 
 
 def _run(command: list[str], folder: str, environment: dict[str, str]) -> dict[str, float]:
-    done = subprocess.run([*command, f"{folder}/job.json"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, f"{folder}/job.json"], capture_output=True, text=True, env=environment
+    )
     if done.returncode:
-        raise OpenQwenError(f"{command[0]} failed: {(done.stdout + done.stderr)[-2_000:]}", where=" ".join(command))
+        raise OpenQwenError(
+            f"{command[0]} failed: {(done.stdout + done.stderr)[-2_000:]}", where=" ".join(command)
+        )
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
 def _table(kind: Kind, runs: dict[str, list[dict[str, float]]], job: dict[str, Any]) -> Table:
     counted = f"medians of {len(runs['OpenQwen'])} × {job['steps'] - 1} steps"
     what = f"{kind}, float32, {job['batch']} examples a step, {counted}"
-    table = Table("", "useful tokens/s", "of matrix peak", "peak memory", title=what, box=None, title_justify="left")
+    table = Table(
+        "",
+        "useful tokens/s",
+        "of matrix peak",
+        "peak memory",
+        title=what,
+        box=None,
+        title_justify="left",
+    )
     middle: dict[str, dict[str, float]] = {}
     for side, found in runs.items():
         if found:
             middle[side] = {key: statistics.median(run[key] for run in found) for key in found[0]}
             share = f"{middle[side]['share']:.0%}" if "share" in middle[side] else "not measured"
-            table.add_row(side, f"{middle[side]['speed']:,.1f}", share, f"{middle[side]['memory'] / 2**30:.2f} GiB")
+            table.add_row(
+                side,
+                f"{middle[side]['speed']:,.1f}",
+                share,
+                f"{middle[side]['memory'] / 2**30:.2f} GiB",
+            )
     if "peer" in middle:
         pairs = list(zip(runs["OpenQwen"], runs["peer"], strict=True))
-        speed, memory = (statistics.median(a[key] / b[key] for a, b in pairs) for key in ("speed", "memory"))
+        speed, memory = (
+            statistics.median(a[key] / b[key] for a, b in pairs) for key in ("speed", "memory")
+        )
         floor, aim, most = _GOALS[kind]
         table.add_row("ratio", f"{speed:.2f}×", "", f"{memory:.2f}×")
-        table.add_row("wanted", f"{floor} to {aim}×", "", "" if math.isinf(most) else f"at most {most}×")
+        table.add_row(
+            "wanted", f"{floor} to {aim}×", "", "" if math.isinf(most) else f"at most {most}×"
+        )
     return table
 
 
 def ours(job: dict[str, Any]) -> dict[str, float]:
     """Our side of a job, in this process."""
     folder = Path(job["folder"])
-    optimizer = OptimizerConfig(learning_rate=job["rate"], recompute=job["recompute"], precision="float32")
+    optimizer = OptimizerConfig(
+        learning_rate=job["rate"], recompute=job["recompute"], precision="float32"
+    )
     common: dict[str, Any] = {"train": optimizer, "save": SaveConfig(seconds=1e9)}
     with tempfile.TemporaryDirectory(dir=folder) as name:
         place = Place(Path(name) / "output", Path(name) / "scratch", 0, job["kind"])
@@ -155,7 +205,9 @@ def ours(job: dict[str, Any]) -> dict[str, float]:
             _pretrain(job, TrainingConfig(**common), place)
         log = list(read_jsonl(place.output / METRICS))
     found = {"speed": "tokens_per_second", "share": "peak_share"}
-    medians = {key: statistics.median(entry[name] for entry in log[1:]) for key, name in found.items()}
+    medians = {
+        key: statistics.median(entry[name] for entry in log[1:]) for key, name in found.items()
+    }
     return medians | {"memory": log[-1]["peak_memory"]}
 
 
@@ -168,7 +220,10 @@ def _pretrain(job: dict[str, Any], settings: TrainingConfig, place: Place) -> No
 
     def batch(step: int) -> list[Rows]:
         chosen = [(row, [1] * len(row)) for row in ids[step * size : (step + 1) * size]]
-        return [Rows.of(chosen[cut], model.device) for cut in cut_to_budget([len(r) for r, _ in chosen], 8_192)]
+        return [
+            Rows.of(chosen[cut], model.device)
+            for cut in cut_to_budget([len(r) for r, _ in chosen], 8_192)
+        ]
 
     loss = lambda rows: next_token(model, rows)  # noqa: E731
     Trainer(place, settings, model, batch, loss, job["steps"], generators, timed=True).run()

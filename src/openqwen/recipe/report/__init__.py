@@ -1,4 +1,6 @@
-"""The report: one self-contained HTML file that shows what a run did, drawn from its artifacts alone."""
+"""The report: one self-contained HTML file that shows what a run did, drawn from its artifacts
+alone.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,26 @@ from markupsafe import Markup
 from openqwen.recipe.report import data, scores, training
 from openqwen.recipe.report.lineage import draw_lineage
 from openqwen.recipe.report.run import Run, load_run
-from openqwen.recipe.report.text import count, duration, number, percent, shortened, signed, size, visible, yaml_text
+from openqwen.recipe.report.text import (
+    count,
+    duration,
+    number,
+    percent,
+    shortened,
+    signed,
+    size,
+    visible,
+    yaml_text,
+)
 from openqwen.support.files import write_text
 
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run folder, atomically, and return its path.
 
-    The page holds what the folder holds: stages that have not run are left out. It depends on the artifacts
-    alone (no clock, no network), so the same artifacts give the same bytes. Raises OpenQwenError where the folder
-    is missing or an artifact's JSON is damaged.
+    The page holds what the folder holds: stages that have not run are left out. It depends on the
+    artifacts alone (no clock, no network), so the same artifacts give the same bytes. Raises
+    OpenQwenError where the folder is missing or an artifact's JSON is damaged.
     """
     run = load_run(Path(run_folder))
     page = environment().get_template("page.html.j2").render(_contents(run))
@@ -28,7 +40,9 @@ def write_report(run_folder: Path) -> Path:
 
 
 def _contents(run: Run) -> dict[str, Any]:
-    """Everything the page shows, section by section; a section without artifacts is None or empty."""
+    """Everything the page shows, section by section; a section without artifacts is None or
+    empty.
+    """
     return {
         "run": run,
         "told": scores.headlines(run),

@@ -1,7 +1,7 @@
 """Charts in numbers: scales, ticks and points. `templates/charts.html.j2` draws them as SVG.
 
-Every chart is drawn at about the width at which it is shown (340 px), so that its text stays readable on a phone.
-Colours come from the page's style sheet, so that they follow light and dark.
+Every chart is drawn at about the width at which it is shown (340 px), so that its text stays
+readable on a phone. Colours come from the page's style sheet, so that they follow light and dark.
 """
 
 import math
@@ -13,7 +13,12 @@ import numpy as np
 from openqwen.recipe.report.text import count, number, scientific
 
 POINTS = 400  # of one curve at most
-WIDTH, LEFT, RIGHT, TOP = 340, 46, 328, 10  # of the picture, and the sides of the part with the curves
+WIDTH, LEFT, RIGHT, TOP = (
+    340,
+    46,
+    328,
+    10,
+)  # of the picture, and the sides of the part with the curves
 
 Point = tuple[float, float]
 
@@ -22,8 +27,9 @@ Point = tuple[float, float]
 class LineChart:
     """Curves over training steps, as places in the picture.
 
-    bottom: where the steps' axis lies. y_ticks: (place, text). x_rows: what stands under the axis, (name, (place,
-    text) of each tick). reference: the place of a level and its name. curves: class of the style sheet and points.
+    bottom: where the steps' axis lies. y_ticks: (place, text). x_rows: what stands under the axis,
+    (name, (place, text) of each tick). reference: the place of a level and its name. curves: class
+    of the style sheet and points.
     """
 
     title: str
@@ -44,10 +50,11 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     height: int = 180,
 ) -> LineChart | None:
-    """Curves by the class that they have in the style sheet ("raw", "smooth"); None where nothing is finite.
+    """Curves by the class that they have in the style sheet ("raw", "smooth"); None where nothing
+    is finite.
 
-    tokens: seen by each step, written under the steps. reference: a level and its name, such as chance. y_range: fixed
-    bounds; otherwise the curves' own.
+    tokens: seen by each step, written under the steps. reference: a level and its name, such as
+    chance. y_range: fixed bounds; otherwise the curves' own.
     """
     points = {style: downsampled(steps, values) for style, values in curves.items()}
     xs, ys = ([point[i] for drawn in points.values() for point in drawn] for i in (0, 1))
@@ -59,11 +66,19 @@ def line_chart(
     marks = ticks(y_low, y_high)
     apart = marks[1] - marks[0] if len(marks) > 1 else abs(marks[0]) or 1.0
     # A mark in the corner would meet the row's name.
-    along = [x for x in ticks(min(xs), max(xs)) if across(x) > LEFT + 24 and x == int(x)] or [max(xs)]
+    along = [x for x in ticks(min(xs), max(xs)) if across(x) > LEFT + 24 and x == int(x)] or [
+        max(xs)
+    ]
     rows = [("step", [(across(x), count(x)) for x in along])]
     if tokens is not None:
         rows.append(
-            ("tokens", [(across(x), count(n)) for x, n in zip(along, np.interp(along, steps, tokens).tolist())])
+            (
+                "tokens",
+                [
+                    (across(x), count(n))
+                    for x, n in zip(along, np.interp(along, steps, tokens).tolist())
+                ],
+            )
         )
     return LineChart(
         title,
@@ -72,13 +87,19 @@ def line_chart(
         [(up(value), _tick(value, apart)) for value in marks],
         rows,
         (up(reference[0]), reference[1]) if reference else None,
-        [(style, [(across(x), up(y)) for x, y in drawn]) for style, drawn in points.items() if drawn],
+        [
+            (style, [(across(x), up(y)) for x, y in drawn])
+            for style, drawn in points.items()
+            if drawn
+        ],
     )
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """From values in [low, high] to places in [start, end]."""
-    return lambda value: start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
+    return lambda value: (
+        start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
+    )
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -90,25 +111,37 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 def smoothed(values: Sequence[float] | np.ndarray, share: float = 1 / 40) -> np.ndarray:
     """The mean over `share` of the curve (two values at least) before and after each place.
 
-    At the start the window is as short after a place as before it, so that a steep beginning is not flattened. Values
-    that are not finite are left out; where a window has no other, the mean is NaN.
+    At the start the window is as short after a place as before it, so that a steep beginning is not
+    flattened. Values that are not finite are left out; where a window has no other, the mean is
+    NaN.
     """
     n = len(values)
     reach, place, finite = max(2, round(n * share)), np.arange(n), np.isfinite(values)
     sums = np.cumsum([0.0, *np.where(finite, values, 0.0)])
     counts = np.cumsum([0, *finite])
-    low, high = np.maximum(place - reach, 0), np.minimum(place + np.minimum(reach, place), n - 1) + 1
+    low, high = (
+        np.maximum(place - reach, 0),
+        np.minimum(place + np.minimum(reach, place), n - 1) + 1,
+    )
     with np.errstate(invalid="ignore"):
         return (sums[high] - sums[low]) / (counts[high] - counts[low])
 
 
-def downsampled(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, points: int = POINTS) -> list[Point]:
-    """At most `points` finite points: the lowest and the highest of each stretch, so that spikes survive."""
+def downsampled(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, points: int = POINTS
+) -> list[Point]:
+    """At most `points` finite points: the lowest and the highest of each stretch, so that spikes
+    survive.
+    """
     pairs = np.array([x, y], float).T
     pairs = pairs[np.isfinite(pairs).all(axis=1)]
     if len(pairs) > points:
         stretches = np.array_split(np.arange(len(pairs)), points // 2)
-        ends = {i for part in stretches for i in (part[pairs[part, 1].argmin()], part[pairs[part, 1].argmax()])}
+        ends = {
+            i
+            for part in stretches
+            for i in (part[pairs[part, 1].argmin()], part[pairs[part, 1].argmax()])
+        }
         pairs = pairs[sorted(ends)]
     return [(a, b) for a, b in pairs.tolist()]
 
@@ -120,7 +153,9 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def _tick(value: float, step: float) -> str:

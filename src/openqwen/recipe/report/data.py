@@ -20,19 +20,31 @@ def corpus_total(report: dict[str, Any]) -> tuple[int, int]:
 
 
 def corpus(run: Run) -> dict[str, Any] | None:
-    """The funnel of documents and bytes, the reasons of each step, skipped inputs, sources and the mixture."""
+    """The funnel of documents and bytes, the reasons of each step, skipped inputs, sources and the
+    mixture.
+    """
     report = run.json("corpus", "corpus.json")
     if report is None:
         return None
     skipped = [
-        {"reason": reason, "count": found["count"], "examples": found["examples"][:SKIPPED_EXAMPLES]}
-        for reason, found in sorted(report["skipped"].items(), key=lambda item: (-item[1]["count"], item[0]))
+        {
+            "reason": reason,
+            "count": found["count"],
+            "examples": found["examples"][:SKIPPED_EXAMPLES],
+        }
+        for reason, found in sorted(
+            report["skipped"].items(), key=lambda item: (-item[1]["count"], item[0])
+        )
     ]
     return {
         "read": report["read"],
         "total": corpus_total(report),
         "funnel": _funnel(report),
-        "steps": [{**step, "reasons": _reasons(step["reasons"])} for step in report["steps"] if step["reasons"]],
+        "steps": [
+            {**step, "reasons": _reasons(step["reasons"])}
+            for step in report["steps"]
+            if step["reasons"]
+        ],
         "skipped": skipped,
         "sources": _sources(run, report["sources"]),
     }
@@ -41,18 +53,23 @@ def corpus(run: Run) -> dict[str, Any] | None:
 def _funnel(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What was read, what each step kept, and the finished corpus, as shares of the bytes read.
 
-    joined: documents that a step had beyond what the one before it kept, such as instruction data, which meets
-    only some of the steps; negative where documents pass by it.
+    joined: documents that a step had beyond what the one before it kept, such as instruction data,
+    which meets only some of the steps; negative where documents pass by it.
     """
     read, (documents, size) = report["read"], corpus_total(report)
-    rows = [{"name": "read", "kept": read["documents"], "kept_bytes": read["bytes"]}, *report["steps"]]
+    rows = [
+        {"name": "read", "kept": read["documents"], "kept_bytes": read["bytes"]},
+        *report["steps"],
+    ]
     rows.append({"name": "corpus", "kept": documents, "kept_bytes": size})
     whole = read["bytes"] or 1
     before = read["documents"]
     funnel = []
     for row in rows:
         joined = row["kept"] + row.get("dropped", 0) - before
-        funnel.append({"dropped": None, **row, "share": row["kept_bytes"] / whole, "joined": joined})
+        funnel.append(
+            {"dropped": None, **row, "share": row["kept_bytes"] / whole, "joined": joined}
+        )
         before = row["kept"]
     return funnel
 
@@ -60,7 +77,9 @@ def _funnel(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _reasons(reasons: dict[str, Any]) -> list[dict[str, Any]]:
     """Most frequent first."""
     ordered = sorted(reasons.items(), key=lambda item: (-item[1]["documents"], item[0]))[:REASONS]
-    return [{**found, "name": name, "examples": found["examples"][:EXAMPLES]} for name, found in ordered]
+    return [
+        {**found, "name": name, "examples": found["examples"][:EXAMPLES]} for name, found in ordered
+    ]
 
 
 def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
@@ -81,7 +100,9 @@ def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def demonstrations(run: Run) -> dict[str, Any] | None:
-    """Counts by task and method, how many sampled answers were right, and one example of each kind."""
+    """Counts by task and method, how many sampled answers were right, and one example of each
+    kind.
+    """
     stage = run.stage("instruct")
     if stage is None:
         return None
@@ -143,17 +164,27 @@ def _one_each(records: Iterable[dict[str, Any]]) -> list[tuple[str, dict[str, An
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for record in records:
         first.setdefault(_kind(record), record)
-    return [(" · ".join(part for part in kind if part != _TASKLESS), r) for kind, r in list(first.items())[:KINDS]]
+    return [
+        (" · ".join(part for part in kind if part != _TASKLESS), r)
+        for kind, r in list(first.items())[:KINDS]
+    ]
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
-    """For each kind of prompt, the prompts, and for each prompt what each evaluated stage answered."""
+    """For each kind of prompt, the prompts, and for each prompt what each evaluated stage
+    answered.
+    """
     kinds: dict[str, dict[str, dict[str, str]]] = {}
     for name in run.evaluated:
         for sample in run.json(EVALUATE + name, "samples.json") or []:
             prompts = kinds.setdefault(sample["kind"], {})
             prompts.setdefault(sample["prompt"], {})[name] = sample["answer"]
     return [
-        {"kind": kind, "prompts": [{"prompt": p, "answers": answers} for p, answers in list(prompts.items())[:PROMPTS]]}
+        {
+            "kind": kind,
+            "prompts": [
+                {"prompt": p, "answers": answers} for p, answers in list(prompts.items())[:PROMPTS]
+            ],
+        }
         for kind, prompts in kinds.items()
     ]

@@ -13,7 +13,9 @@ _DATA, _MODEL, _EVALUATION = 0, 1, 2
 
 @dataclass(frozen=True)
 class Box:
-    """A stage's place in the grid: data, models and evaluations are columns, rows follow the inputs."""
+    """A stage's place in the grid: data, models and evaluations are columns, rows follow the
+    inputs.
+    """
 
     stage: FinishedStage
     column: int
@@ -34,7 +36,9 @@ class Box:
 
 @dataclass(frozen=True)
 class Picture:
-    """Boxes, the columns' headings with their places, and arrows: an SVG path, and whether it is faint."""
+    """Boxes, the columns' headings with their places, and arrows: an SVG path, and whether it is
+    faint.
+    """
 
     width: int
     height: int
@@ -46,24 +50,34 @@ class Picture:
 def draw_lineage(run: Run) -> Picture | None:
     """Stages as boxes, arrows from inputs; None where there are none.
 
-    An arrow that longer ways already imply is faint. At an evaluation only the models end in arrows: each reads the
-    corpus, the tokenizer and so on as well, and the page's table of inputs has them all.
+    An arrow that longer ways already imply is faint. At an evaluation only the models end in
+    arrows: each reads the corpus, the tokenizer and so on as well, and the page's table of inputs
+    has them all.
     """
     boxes = _places(run)
     if not boxes:
         return None
-    arrows = [(_arrow(boxes[name], box), faint) for box in boxes.values() for name, faint in _inputs(boxes, run, box)]
+    arrows = [
+        (_arrow(boxes[name], box), faint)
+        for box in boxes.values()
+        for name, faint in _inputs(boxes, run, box)
+    ]
     return Picture(
         width=_EDGE + 2 * _ACROSS + _BOX + 4,
         height=max(box.y for box in boxes.values()) + _HIGH + 6,
-        headings=[(name, _EDGE + i * _ACROSS) for i, name in enumerate(("data", "models", "evaluation"))],
+        headings=[
+            (name, _EDGE + i * _ACROSS) for i, name in enumerate(("data", "models", "evaluation"))
+        ],
         boxes=list(boxes.values()),
-        arrows=sorted(arrows, key=lambda arrow: not arrow[1]),  # faint ones first, so that they lie below
+        arrows=sorted(
+            arrows, key=lambda arrow: not arrow[1]
+        ),  # faint ones first, so that they lie below
     )
 
 
 def _places(run: Run) -> dict[str, Box]:
-    """A stage stands below its inputs, or right of them in the same row where its column is further right.
+    """A stage stands below its inputs, or right of them in the same row where its column is further
+    right.
 
     An evaluation stands beside the stage that it looks at.
     """
@@ -86,13 +100,19 @@ def _inputs(boxes: dict[str, Box], run: Run, box: Box) -> list[tuple[str, bool]]
     inputs = [name for name in box.stage.inputs if name in boxes]
     implied = set().union(*(_ancestors(run, name) for name in inputs))
     if box.column == _EVALUATION:
-        return [(name, False) for name in inputs if boxes[name].column == _MODEL and name not in implied]
+        return [
+            (name, False) for name in inputs if boxes[name].column == _MODEL and name not in implied
+        ]
     return [(name, name in implied) for name in inputs]
 
 
 def _ancestors(run: Run, name: str) -> set[str]:
     stage = run.stage(name)
-    return set().union(*({given, *_ancestors(run, given)} for given in stage.inputs)) if stage else set()
+    return (
+        set().union(*({given, *_ancestors(run, given)} for given in stage.inputs))
+        if stage
+        else set()
+    )
 
 
 def _arrow(source: Box, target: Box) -> str:

@@ -1,4 +1,6 @@
-"""Reading a run folder: its stages in the order of the recipe, and the JSON that each left behind."""
+"""Reading a run folder: its stages in the order of the recipe, and the JSON that each left
+behind.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +39,19 @@ class FinishedStage:
     @property
     def facts(self) -> dict[str, Any]:
         """What identifies the artifact, for showing."""
-        names = {"kind": "kind", "seed": "seed", "key": "key", "digest": "digest", "made": "created", "code": "code"}
-        return {name: self.manifest[key] for name, key in names.items() if self.manifest.get(key) is not None}
+        names = {
+            "kind": "kind",
+            "seed": "seed",
+            "key": "key",
+            "digest": "digest",
+            "made": "created",
+            "code": "code",
+        }
+        return {
+            name: self.manifest[key]
+            for name, key in names.items()
+            if self.manifest.get(key) is not None
+        }
 
     @property
     def inputs(self) -> list[str]:
@@ -136,7 +149,9 @@ def _in_order(stages: list[FinishedStage]) -> list[FinishedStage]:
     while waiting:
         missing = {stage.name for stage in waiting}
         # Manifests that name each other in a circle cannot be ordered: take the first and go on.
-        ready = next((stage for stage in waiting if not missing.intersection(stage.inputs)), waiting[0])
+        ready = next(
+            (stage for stage in waiting if not missing.intersection(stage.inputs)), waiting[0]
+        )
         ordered.append(ready)
         waiting.remove(ready)
     return ordered
@@ -150,7 +165,11 @@ def _mark(stages: list[FinishedStage], reused: list[str] | None) -> None:
         stage.reused = None if reused is None else stage.name in reused
         given = (stage.manifest.get("inputs") or {}).values()
         stage.stale = sorted(
-            {i["stage"] for i in given if digests.get(i["stage"], i["digest"]) != i["digest"] or i["stage"] in changed}
+            {
+                i["stage"]
+                for i in given
+                if digests.get(i["stage"], i["digest"]) != i["digest"] or i["stage"] in changed
+            }
         )
         if stage.stale:
             changed.add(stage.name)

@@ -14,7 +14,9 @@ REWARD_TARGET = 0.65  # the pair accuracy that the recipe promises
 
 @dataclass(frozen=True)
 class Score:
-    """A column of the table. lower: whether less is better. scale: what a difference is multiplied by for showing."""
+    """A column of the table. lower: whether less is better. scale: what a difference is multiplied
+    by for showing.
+    """
 
     key: str
     title: str
@@ -67,7 +69,8 @@ SCORES = (
 
 
 def score_table(run: Run) -> dict[str, Any]:
-    """Rows for every stage that is not itself an evaluation, a row of reference levels, and the sums of time.
+    """Rows for every stage that is not itself an evaluation, a row of reference levels, and the
+    sums of time.
 
     A score that no stage has yet gets no column.
     """
@@ -77,21 +80,30 @@ def score_table(run: Run) -> dict[str, Any]:
         "checked_accuracy": run.first("chance"),
         "retention": 1.0,
     }
-    levels |= dict.fromkeys(("test_pair_accuracy", "test_near_accuracy", "win_rate", "win_rate_checked"), 0.5)
-    levels |= {"test_accuracy": run.first("chance"), "test_bits_per_byte": run.first("test_gzip_bits_per_byte")}
+    levels |= dict.fromkeys(
+        ("test_pair_accuracy", "test_near_accuracy", "win_rate", "win_rate_checked"), 0.5
+    )
+    levels |= {
+        "test_accuracy": run.first("chance"),
+        "test_bits_per_byte": run.first("test_gzip_bits_per_byte"),
+    }
     before: dict[str, float] = {}
     rows = [_row(run, stage, present, before) for stage in run.stages if not stage.is_evaluation]
     return {
         "scores": present,
         "rows": rows,
-        "reference": [score.show(levels[score.key]) if score.key in levels else "" for score in present],
+        "reference": [
+            score.show(levels[score.key]) if score.key in levels else "" for score in present
+        ],
         "stages_seconds": sum(row.stage.seconds for row in rows),
         "evaluations_seconds": sum(row.evaluation.seconds for row in rows if row.evaluation),
         "tokens": sum(row.tokens or 0 for row in rows),
     }
 
 
-def _row(run: Run, stage: FinishedStage, present: list[Score], before: dict[str, float]) -> ScoreRow:
+def _row(
+    run: Run, stage: FinishedStage, present: list[Score], before: dict[str, float]
+) -> ScoreRow:
     """The row of a stage; `before` holds the last value of each score and is brought up to date.
 
     A change is against the score of the stage's own start where it names one, else the last value.
@@ -111,7 +123,10 @@ def _row(run: Run, stage: FinishedStage, present: list[Score], before: dict[str,
         if score.key in start:
             change = value - start[score.key]
             if abs(change) * score.scale >= 0.5 * 10**-score.digits:
-                cell.change, cell.better = signed(change * score.scale, score.digits), (change < 0) == score.lower
+                cell.change, cell.better = (
+                    signed(change * score.scale, score.digits),
+                    (change < 0) == score.lower,
+                )
             else:
                 cell.change = "±0"
         before[score.key] = value
@@ -145,15 +160,22 @@ def _points(scores: dict[str, Any], key: str) -> tuple[float, float, float] | No
 
 
 def task_table(run: Run) -> dict[str, Any] | None:
-    """Accuracy of each task at each evaluated stage, with how far it is from chance to perfect (`share`)."""
+    """Accuracy of each task at each evaluated stage, with how far it is from chance to perfect
+    (`share`).
+    """
     stages, by_task = _by_name(run, "checked_by_task")
     if not by_task:
         return None
     rows = []
     for task, results in by_task.items():
         known = next(result for result in results if result)
-        cells = [_heat(result["accuracy"], result.get("chance", 0.0)) if result else None for result in results]
-        rows.append({"name": task, "chance": known.get("chance"), "n": known.get("n"), "cells": cells})
+        cells = [
+            _heat(result["accuracy"], result.get("chance", 0.0)) if result else None
+            for result in results
+        ]
+        rows.append(
+            {"name": task, "chance": known.get("chance"), "n": known.get("n"), "cells": cells}
+        )
     chance = run.first("chance")
     total = [run.scores(name).get("checked_accuracy") for name in stages]
     cells = [_heat(value, chance or 0.0) if value is not None else None for value in total]
@@ -162,33 +184,46 @@ def task_table(run: Run) -> dict[str, Any] | None:
 
 def _heat(accuracy: float, chance: float) -> dict[str, Any]:
     share = (accuracy - chance) / (1 - chance) if chance < 1 else 0.0
-    return {"text": percent(accuracy, 0), "share": round(min(max(share, 0.0), 1.0) * 100), "below": accuracy < chance}
+    return {
+        "text": percent(accuracy, 0),
+        "share": round(min(max(share, 0.0), 1.0) * 100),
+        "below": accuracy < chance,
+    }
 
 
 def source_table(run: Run) -> dict[str, Any] | None:
     """Bits per byte of each source at each evaluated stage."""
     stages, by_source = _by_name(run, "bits_per_byte_by_source")
     gzip = run.first("gzip_bits_per_byte_by_source") or {}
-    rows = [{"name": name, "gzip": gzip.get(name), "cells": cells} for name, cells in by_source.items()]
+    rows = [
+        {"name": name, "gzip": gzip.get(name), "cells": cells} for name, cells in by_source.items()
+    ]
     return {"stages": stages, "rows": rows} if rows else None
 
 
 def _by_name(run: Run, key: str) -> tuple[list[str], dict[str, list[Any]]]:
-    """(stages that have this score, for each name in it its value at each of them, None where it has none)."""
+    """(stages that have this score, for each name in it its value at each of them, None where it
+    has none).
+    """
     scored = run.scored(key)
     names = sorted({name for values in scored.values() for name in values})
     return list(scored), {name: [values.get(name) for values in scored.values()] for name in names}
 
 
 def headlines(run: Run) -> dict[str, Any]:
-    """What the cards and the summary tell, most fundamental first; what was not measured is empty or None.
+    """What the cards and the summary tell, most fundamental first; what was not measured is empty
+    or None.
 
-    base: bits per byte of the stages before alignment. win, retention: of the last stage that has them, and the ratios
-    of all. Each list holds (stage, value) pairs.
+    base: bits per byte of the stages before alignment. win, retention: of the last stage that has
+    them, and the ratios of all. Each list holds (stage, value) pairs.
     """
     wins, retention = run.scored("win_rate"), run.scored("retention")
     return {
-        "base": [(name, v) for name, v in run.scored("bits_per_byte").items() if name in ("pretrain", "extend")],
+        "base": [
+            (name, v)
+            for name, v in run.scored("bits_per_byte").items()
+            if name in ("pretrain", "extend")
+        ],
         "gzip": run.first("gzip_bits_per_byte"),
         "chance": run.first("chance"),
         "solved": _solved(run),
@@ -201,7 +236,8 @@ def headlines(run: Run) -> dict[str, Any]:
 
 
 def _solved(run: Run) -> dict[str, Any] | None:
-    """Tasks solved on the test split: how accuracy rose, and what the last stage gained on its start.
+    """Tasks solved on the test split: how accuracy rose, and what the last stage gained on its
+    start.
 
     above: whether SFT's interval lies above chance and the base model; None before SFT. moved:
     whether all is as it should be: that, and a gain whose interval lies above zero; at 1.0 it must
@@ -218,7 +254,9 @@ def _solved(run: Run) -> dict[str, Any] | None:
     control = 100 * run.scores(scores.get("start", "")).get("test_cooler_gain", 0.0)
     above = moved = None
     if "sft" in results:
-        above = run.scores("sft").get("test_accuracy_low", 0.0) > max(v for _, v in floors if v is not None)
+        above = run.scores("sft").get("test_accuracy_low", 0.0) > max(
+            v for _, v in floors if v is not None
+        )
         bars = {"test_sampled": control}
         beyond = any(gain[1] > bars.get(key, 0.0) for _, key, gain in found if gain)
         moved = above and (not gains or beyond)

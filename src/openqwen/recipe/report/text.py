@@ -18,8 +18,8 @@ THIN = "\u202f"  # a narrow space that does not break: between a number and its 
 def visible(text: str) -> str:
     """Control, format and surrogate characters as something that can be seen; newline and tab stay.
 
-    A model may write a right-to-left override, a zero-width space or half a surrogate pair: the first would rearrange
-    the page, the second hide, the third cannot be written as UTF-8 at all.
+    A model may write a right-to-left override, a zero-width space or half a surrogate pair: the
+    first would rearrange the page, the second hide, the third cannot be written as UTF-8 at all.
     """
     if text.isprintable():
         return text
@@ -55,7 +55,9 @@ def _finite(value: object) -> float | None:
 
 
 def number(value: object, digits: int = 3) -> str:
-    """A fixed number of decimals; scientific where those would show nothing; a dash where there is no number."""
+    """A fixed number of decimals; scientific where those would show nothing; a dash where there is
+    no number.
+    """
     finite = _finite(value)
     if finite is None:
         return _MISSING if value is None else str(value)
@@ -114,4 +116,8 @@ def duration(value: object) -> str:
 
 def yaml_text(value: Any) -> str:
     """A configuration as the YAML that a recipe would hold; the order of its fields is kept."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000) if value else "(empty)\n"
+    return (
+        yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=10_000)
+        if value
+        else "(empty)\n"
+    )

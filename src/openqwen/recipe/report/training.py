@@ -23,8 +23,9 @@ class Curve:
 class StageCurves:
     """The charts of one stage.
 
-    empty: steps that found nothing to learn from, which an online stage may have. experts: {"layers", "load"}, the
-    load of each expert of each sparse layer over an even share; None for a dense network.
+    empty: steps that found nothing to learn from, which an online stage may have. experts:
+    {"layers", "load"}, the load of each expert of each sparse layer over an even share; None for a
+    dense network.
     """
 
     stage: FinishedStage
@@ -62,7 +63,10 @@ def curves(run: Run) -> list[StageCurves]:
 
 
 def _stage_curves(stage: FinishedStage, records: list[dict[str, Any]]) -> StageCurves:
-    steps, tokens = column(records, "step") + 1, column(records, "tokens")  # the log counts from zero
+    steps, tokens = (
+        column(records, "step") + 1,
+        column(records, "tokens"),
+    )  # the log counts from zero
     learnt = tokens > 0
     loss = np.where(learnt, column(records, "loss"), np.nan)
     charts = [_curve("Loss", steps, loss, None, None, np.nancumsum(tokens))]
@@ -89,7 +93,9 @@ def _curve(
 ) -> Curve:
     final = f"final {number(tail_mean(values))}"
     drawn = {"raw": values, "smooth": smoothed(values)}
-    return Curve(title, final, line_chart(steps, drawn, f"{title}: {final}", tokens, reference, bounds))
+    return Curve(
+        title, final, line_chart(steps, drawn, f"{title}: {final}", tokens, reference, bounds)
+    )
 
 
 def tail_mean(values: np.ndarray) -> float:
@@ -102,7 +108,10 @@ def tail_mean(values: np.ndarray) -> float:
 def column(records: list[dict[str, Any]], field: str) -> np.ndarray:
     """One field of every record; NaN where it is missing or no finite number."""
     values = (record.get(field) for record in records)
-    numbers = [float(v) if isinstance(v, int | float) and not isinstance(v, bool) else np.nan for v in values]
+    numbers = [
+        float(v) if isinstance(v, int | float) and not isinstance(v, bool) else np.nan
+        for v in values
+    ]
     return np.where(np.isfinite(numbers), numbers, np.nan)
 
 

@@ -1,4 +1,6 @@
-"""Training over many processes: how many share what, and the same loss and gradient as one process computes."""
+"""Training over many processes: how many share what, and the same loss and gradient as one process
+computes.
+"""
 
 from openqwen.train.parallel.degrees import ParallelConfig
 from openqwen.train.parallel.world import (

@@ -1,4 +1,6 @@
-"""How many ranks share a network's matrices, its experts and its tokens; the rest share the micro-batches."""
+"""How many ranks share a network's matrices, its experts and its tokens; the rest share the
+micro-batches.
+"""
 
 from pydantic import Field
 
@@ -10,15 +12,22 @@ PLACE = "train.parallel"
 
 
 class ParallelConfig(Settings):
-    """How the processes of torchrun divide the work. Memory and speed alone: loss and gradient stay.
+    """How the processes of torchrun divide the work. Memory and speed alone: loss and gradient
+    stay.
 
-    All of them shard weights, gradients and optimizer states (FSDP2); that many times fewer get micro-batches of
-    their own. The processes must be a multiple of tensor x expert x context.
+    All of them shard weights, gradients and optimizer states (FSDP2); that many times fewer get
+    micro-batches of their own. The processes must be a multiple of tensor x expert x context.
     """
 
-    tensor: int = Field(1, ge=1, description="ranks that share each layer's heads and widths; divides the KV heads")
-    expert: int = Field(1, ge=1, description="ranks that share the experts of a layer; divides the experts")
-    context: int = Field(1, ge=1, description="ranks that share the tokens of each row; divides the heads of a rank")
+    tensor: int = Field(
+        1, ge=1, description="ranks that share each layer's heads and widths; divides the KV heads"
+    )
+    expert: int = Field(
+        1, ge=1, description="ranks that share the experts of a layer; divides the experts"
+    )
+    context: int = Field(
+        1, ge=1, description="ranks that share the tokens of each row; divides the heads of a rank"
+    )
 
     @property
     def ranks(self) -> int:
@@ -26,8 +35,12 @@ class ParallelConfig(Settings):
         return self.tensor * self.expert * self.context
 
 
-def faults(parallel: ParallelConfig, config: ModelConfig, size: int | None = None) -> list[tuple[str, str, str]]:
-    """What of these degrees does not fit a network, on `size` processes if given: (what, key, what to do) of each."""
+def faults(
+    parallel: ParallelConfig, config: ModelConfig, size: int | None = None
+) -> list[tuple[str, str, str]]:
+    """What of these degrees does not fit a network, on `size` processes if given: (what, key, what
+    to do) of each.
+    """
     tensor, expert, context = parallel.tensor, parallel.expert, parallel.context
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     sparse = [config.is_sparse(n) for n in range(config.num_hidden_layers)]
@@ -37,10 +50,25 @@ def faults(parallel: ParallelConfig, config: ModelConfig, size: int | None = Non
     if size is not None and size % parallel.ranks:
         processes = "1 process is" if size == 1 else f"{size} processes are"
         what = f"{processes} no multiple of tensor x expert x context = {parallel.ranks}."
-        found.append((what, "", f"start torchrun with a multiple of {parallel.ranks} processes, or lower the degrees"))
+        found.append(
+            (
+                what,
+                "",
+                (
+                    f"start torchrun with a multiple of {parallel.ranks} processes, or lower the "
+                    "degrees"
+                ),
+            )
+        )
     if kv_heads % tensor:
         what = f"{kv_heads} key/value heads cannot be dealt to {tensor} ranks."
-        found.append((what, "tensor", f"choose a divisor of {kv_heads}; `context` divides the query heads further"))
+        found.append(
+            (
+                what,
+                "tensor",
+                f"choose a divisor of {kv_heads}; `context` divides the query heads further",
+            )
+        )
     if odd := [w for w in widths if w % tensor]:
         what = f"A feed-forward width of {odd[0]} cannot be dealt to {tensor} ranks."
         found.append((what, "tensor", "choose a divisor of it"))
@@ -56,6 +84,8 @@ def faults(parallel: ParallelConfig, config: ModelConfig, size: int | None = Non
 
 
 def check(parallel: ParallelConfig, config: ModelConfig, size: int) -> None:
-    """OpenQwenError where the degrees do not fit the network or the processes, naming which and what to do."""
+    """OpenQwenError where the degrees do not fit the network or the processes, naming which and
+    what to do.
+    """
     for what, key, do in faults(parallel, config, size):
         raise OpenQwenError(what, where=f"{PLACE}.{key}".rstrip("."), do=do)

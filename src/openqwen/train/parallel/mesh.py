@@ -8,9 +8,10 @@ from openqwen.train.parallel.degrees import ParallelConfig
 class Mesh:
     """The ranks by `data`, `context`, `tensor` and `expert`; neighbours differ in the last.
 
-    Ranks that differ in `data` or `expert` alone have micro-batches of their own; those that differ in `context` share
-    the tokens of one, those in `tensor` the matrices. The others are unions of these, over which FSDP2 shards: `dense`
-    what a layer's matrices are made of (all but `tensor`), `sparse` the experts (all but `expert`), `world` the rest.
+    Ranks that differ in `data` or `expert` alone have micro-batches of their own; those that differ
+    in `context` share the tokens of one, those in `tensor` the matrices. The others are unions of
+    these, over which FSDP2 shards: `dense` what a layer's matrices are made of (all but `tensor`),
+    `sparse` the experts (all but `expert`), `world` the rest.
     """
 
     def __init__(self, parallel: ParallelConfig, size: int, device_type: str):

@@ -1,13 +1,17 @@
-"""A network divided over ranks: tensor, expert and context parallel, and FSDP2 over what they leave whole.
+"""A network divided over ranks: tensor, expert and context parallel, and FSDP2 over what they leave
+whole.
 
-- tensor: q, k, v, gate and up are cut by columns, o and down by rows (Megatron, Shoeybi et al. 2019).
-- context: a rank holds a run of each row's tokens; attention swaps tokens for heads and back (Ulysses, Jacobs et al.
-  2023), so that each rank reads whole documents with its share of the heads. Every attention works as it is, packed
-  and in dual chunks, and the ranks' work is even.
+- tensor: q, k, v, gate and up are cut by columns, o and down by rows (Megatron, Shoeybi et al.
+2019).
+- context: a rank holds a run of each row's tokens; attention swaps tokens for heads and back
+(Ulysses, Jacobs et al.
+  2023), so that each rank reads whole documents with its share of the heads. Every attention works
+  as it is, packed and in dual chunks, and the ranks' work is even.
 - expert: a rank holds a share of each layer's experts; tokens travel to their experts and back.
-- The rest (embedding, head, norms, router) is whole everywhere, but tokens are dealt to the ranks that hold the same
-  ones (`dealt`), and FSDP2 shards it over all ranks. So the one `log_probs` scores the whole vocabulary on every rank,
-  and no softmax over a cut vocabulary is needed.
+- The rest (embedding, head, norms, router) is whole everywhere, but tokens are dealt to the ranks
+that hold the same
+  ones (`dealt`), and FSDP2 shards it over all ranks. So the one `log_probs` scores the whole
+  vocabulary on every rank, and no softmax over a cut vocabulary is needed.
 
 Gradients are summed, not averaged, since the parts of a gradient on all ranks are parts of one sum.
 """
@@ -22,7 +26,14 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -47,13 +58,16 @@ Rows = TypeVar("Rows", bound=Callable[..., Tensor])
 def shard(model: Qwen2 | Scorer, mesh: Mesh, low: bool = False) -> None:
     """Divide the network over the ranks of a mesh, in place. Every rank holds all of it before.
 
-    low: the layers' weights are gathered in bfloat16, but for the experts, whose gradient is computed in float32.
+    low: the layers' weights are gathered in bfloat16, but for the experts, whose gradient is
+    computed in float32.
     """
     layers = [m for m in model.modules() if isinstance(m, Layer)]
     if mesh.tensor.size() > 1:
         if any(isinstance(m, LoraLinear) for m in model.modules()):
             raise OpenQwenError(
-                "Adapters are small; their matrices are not cut.", where="train.parallel.tensor", do="set it to 1"
+                "Adapters are small; their matrices are not cut.",
+                where="train.parallel.tensor",
+                do="set it to 1",
             )
         for layer in layers:
             _cut_matrices(layer, mesh.tensor)
@@ -77,7 +91,9 @@ def shard(model: Qwen2 | Scorer, mesh: Mesh, low: bool = False) -> None:
 
 
 def _fsdp(module: nn.Module, mesh: DeviceMesh, gathered: torch.dtype | None = None) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
@@ -90,41 +106,56 @@ def _read_own(model: nn.Module, stored: Mapping[str, Stored], device: torch.devi
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
             local = parameter.to_local().detach()
-            place = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+            place = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
             if local.numel():
                 read_block(reader, stored, name, parameter.shape, place[1], local)
 
 
 def dealt(function: Rows, mesh: DeviceMesh | None) -> Rows:
-    """A function of rows, where the ranks of a mesh hold the same: each works on its share, all get the whole result.
+    """A function of rows, where the ranks of a mesh hold the same: each works on its share, all get
+    the whole result.
 
-    It gives a row for each of its rows, or one number that is a sum over them. In the backward pass the rows get their
-    whole gradient, and parameters inside the part of it from this rank's rows.
+    It gives a row for each of its rows, or one number that is a sum over them. In the backward pass
+    the rows get their whole gradient, and parameters inside the part of it from this rank's rows.
     """
     if mesh is None or mesh.size() == 1:
         return function
 
     def shared(*rows: Tensor) -> Tensor:
         found = function(*(part(x, mesh) for x in rows))
-        return whole(found, mesh, len(rows[0])) if found.dim() else _sharded(found, mesh, Partial(), ()).full_tensor()
+        return (
+            whole(found, mesh, len(rows[0]))
+            if found.dim()
+            else _sharded(found, mesh, Partial(), ()).full_tensor()
+        )
 
     return shared  # type: ignore[return-value]
 
 
 def part(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """This rank's run of rows that all ranks of a mesh hold; the gradient is gathered."""
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).redistribute(placements=[Shard(0)]).to_local()
+    return (
+        DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+        .redistribute(placements=[Shard(0)])
+        .to_local()
+    )
 
 
 def whole(x: Tensor, mesh: DeviceMesh, rows: int) -> Tensor:
-    """All ranks' runs of `rows` rows in order, on each of them; of the gradient, which all hold, each keeps its run."""
+    """All ranks' runs of `rows` rows in order, on each of them; of the gradient, which all hold,
+    each keeps its run.
+    """
     gathered = _sharded(x, mesh, Shard(0), (rows, *x.shape[1:])).full_tensor()
     return gathered.clone()  # FSDP2 warns of a network that returns a view
 
 
 def _sharded(x: Tensor, mesh: DeviceMesh, placement: Placement, shape: tuple[int, ...]) -> DTensor:
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(x, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(
+        x, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def _deal(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -137,10 +168,14 @@ def _cut_matrices(layer: Layer, mesh: DeviceMesh) -> None:
     others = () if isinstance(layer.mlp, SparseFeedForward) else (None,)
     copied = Replicate()
     plan = {
-        "self_attn": PrepareModuleInput(input_layouts=(copied, None, None), desired_input_layouts=(copied, None, None)),
+        "self_attn": PrepareModuleInput(
+            input_layouts=(copied, None, None), desired_input_layouts=(copied, None, None)
+        ),
         **{f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
         "self_attn.o_proj": RowwiseParallel(),
-        network: PrepareModuleInput(input_layouts=(copied, *others), desired_input_layouts=(copied, *others)),
+        network: PrepareModuleInput(
+            input_layouts=(copied, *others), desired_input_layouts=(copied, *others)
+        ),
         **{f"{network}.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
         f"{network}.down_proj": RowwiseParallel(),
     }
@@ -148,7 +183,9 @@ def _cut_matrices(layer: Layer, mesh: DeviceMesh) -> None:
 
 
 class _Spread:
-    """Attention whose tokens stand on the ranks of a mesh in runs: the ranks swap them for heads, and back."""
+    """Attention whose tokens stand on the ranks of a mesh in runs: the ranks swap them for heads,
+    and back.
+    """
 
     def __init__(self, rows: Attention, mesh: DeviceMesh, total: int):
         self._rows, self._mesh, self._total = rows, mesh, total
@@ -157,11 +194,15 @@ class _Spread:
         """Of all tokens: see `Attention.rotation`."""
         return self._rows.rotation(positions_T, config)
 
-    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int) -> Tensor:
+    def attend(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int
+    ) -> Tensor:
         """See `Attention.attend`; T counts this rank's tokens."""
         # Fewer key/value heads than ranks: some ranks get the same.
         repeats = self._mesh.size() // gcd(self._mesh.size(), k_TKd.shape[1])
-        k_TKd, v_TKd = (x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (k_TKd, v_TKd))
+        k_TKd, v_TKd = (
+            x.repeat_interleave(repeats, 1) if repeats > 1 else x for x in (k_TKd, v_TKd)
+        )
         q_THd, k_TKd, v_TKd = (self._swapped(x, Shard(0), Shard(1)) for x in (q_THd, k_TKd, v_TKd))
         out_THd = self._rows.attend(q_THd, k_TKd, v_TKd, rotation, layer)
         return self._swapped(out_THd, Shard(1), Shard(0))
@@ -173,10 +214,14 @@ class _Spread:
 
 
 def _spread(decoder: nn.Module, mesh: DeviceMesh) -> None:
-    """Give each rank a run of every row's tokens below the head; hidden states and routing come out whole."""
+    """Give each rank a run of every row's tokens below the head; hidden states and routing come out
+    whole.
+    """
     forward = decoder.forward
 
-    def spread(tokens_T: Tensor, positions_T: Tensor, attention: Attention, routing: Routing | None = None) -> Tensor:
+    def spread(
+        tokens_T: Tensor, positions_T: Tensor, attention: Attention, routing: Routing | None = None
+    ) -> Tensor:
         total = len(tokens_T)
         own = None if routing is None else Routing()
         x_TD = forward(part(tokens_T, mesh), positions_T, _Spread(attention, mesh, total), own)
@@ -189,7 +234,9 @@ def _spread(decoder: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _send_tokens(experts: Experts, mesh: DeviceMesh) -> None:
-    """Deal the experts of a layer to the ranks; tokens are sent to them, and their answers come back."""
+    """Deal the experts of a layer to the ranks; tokens are sent to them, and their answers come
+    back.
+    """
     if mesh.size() == 1:
         return
     for name, parameter in list(experts.named_parameters()):
@@ -198,17 +245,29 @@ def _send_tokens(experts: Experts, mesh: DeviceMesh) -> None:
     group, ranks = mesh.get_group(), mesh.size()
 
     def forward(x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        gate_up, down = (cast(DTensor, p).to_local() for p in (experts.gate_up_proj, experts.down_proj))
-        order_N = chosen_Tk.flatten().argsort(stable=True)  # pairs of a token and an expert, by expert
+        gate_up, down = (
+            cast(DTensor, p).to_local() for p in (experts.gate_up_proj, experts.down_proj)
+        )
+        order_N = chosen_Tk.flatten().argsort(
+            stable=True
+        )  # pairs of a token and an expert, by expert
         counts_E = torch.bincount(chosen_Tk.flatten(), minlength=ranks * len(down))
         theirs_E = torch.empty_like(counts_E)
         torch.distributed.all_to_all_single(theirs_E, counts_E, group=group)
         sent, received = (c.view(ranks, -1).sum(1).tolist() for c in (counts_E, theirs_E))
-        x_MD = all_to_all_single_autograd(x_TD[order_N // chosen_Tk.shape[1]], received, sent, group)
-        local_M = torch.arange(len(down), device=x_TD.device).repeat(ranks).repeat_interleave(theirs_E)
+        x_MD = all_to_all_single_autograd(
+            x_TD[order_N // chosen_Tk.shape[1]], received, sent, group
+        )
+        local_M = (
+            torch.arange(len(down), device=x_TD.device).repeat(ranks).repeat_interleave(theirs_E)
+        )
         y_MD = mixture(x_MD, x_MD.new_ones(len(x_MD), 1), gate_up, down, local_M[:, None])
         y_ND = all_to_all_single_autograd(y_MD, sent, received, group)
-        places_Tk = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=x_TD.device))
-        return F.embedding_bag(places_Tk.view_as(chosen_Tk), y_ND, per_sample_weights=weights_Tk, mode="sum")
+        places_Tk = torch.empty_like(order_N).scatter_(
+            0, order_N, torch.arange(len(order_N), device=x_TD.device)
+        )
+        return F.embedding_bag(
+            places_Tk.view_as(chosen_Tk), y_ND, per_sample_weights=weights_Tk, mode="sum"
+        )
 
     experts.forward = forward  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
 """The processes that train together: torch.distributed under torchrun, or this process alone.
 
-They stand on a mesh of four dimensions (see `Mesh`). Micro-batches are dealt over two of them, the other two share one
-micro-batch; sums and counts are added up, gradients summed, and only then is anything divided: so the gradient is the
-one that a single process computes, up to rounding (law 2).
+They stand on a mesh of four dimensions (see `Mesh`). Micro-batches are dealt over two of them, the
+other two share one micro-batch; sums and counts are added up, gradients summed, and only then is
+anything divided: so the gradient is the one that a single process computes, up to rounding (law 2).
 """
 
 import copy
@@ -32,17 +32,22 @@ from openqwen.train.parallel.shard import dealt, shard
 Micro = TypeVar("Micro")
 Network = TypeVar("Network", bound=Qwen2 | Scorer)
 Rows = TypeVar("Rows", bound=Callable[..., Tensor])
-for _module in ("_redistribute", "_collective_utils"):  # which collective was not the fastest is no news to a user
+for _module in (
+    "_redistribute",
+    "_collective_utils",
+):  # which collective was not the fastest is no news to a user
     logging.getLogger(f"torch.distributed.tensor.{_module}").setLevel(logging.ERROR)
-_PATIENCE = timedelta(days=2)  # a rank may wait long for another that reads a corpus or writes a checkpoint
+_PATIENCE = timedelta(
+    days=2
+)  # a rank may wait long for another that reads a corpus or writes a checkpoint
 
 
 @dataclass(frozen=True)
 class World:
     """This process among those that train together. Rank 0 writes the files and speaks to the user.
 
-    mesh: over which a network is sharded, once it is. files: the group in which training states are written, by another
-    thread than the one that trains.
+    mesh: over which a network is sharded, once it is. files: the group in which training states are
+    written, by another thread than the one that trains.
     """
 
     rank: int = 0
@@ -68,17 +73,25 @@ class World:
     def arranged(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
         """These processes on a mesh of the given degrees. OpenQwenError where they do not fit."""
         check(parallel, model.config, self.size)
-        return self if self.alone else replace(self, mesh=Mesh(parallel, self.size, best_device().type))
+        return (
+            self
+            if self.alone
+            else replace(self, mesh=Mesh(parallel, self.size, best_device().type))
+        )
 
     def shard(self, model: Network, low: bool = False) -> Callable[[], Network]:
-        """Shard the network over the ranks, in place; nothing where this process is alone. low: see `shard.shard`.
+        """Shard the network over the ranks, in place; nothing where this process is alone. low: see
+        `shard.shard`.
 
         Returns what gives the whole network back to rank 0, on the CPU, to be saved, and to the
         others a network without memory. Every rank must call it, as it gathers.
         """
         if self.mesh is None:
             return lambda: model
-        shapes = {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
+        shapes = {
+            id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+            for p in model.parameters()
+        }
         blueprint = copy.deepcopy(model, shapes)
         shard(model, self.mesh, low)
         _WORLDS[model] = self
@@ -93,18 +106,22 @@ class World:
     def share(self, micros: Sequence[Micro]) -> list[tuple[Micro, bool]]:
         """This rank's micro-batches of a step, each with whether it counts.
 
-        Every rank gets equally many, since a forward pass of a sharded network is a common act: what is missing is
-        filled up with micro-batches that do not count.
+        Every rank gets equally many, since a forward pass of a sharded network is a common act:
+        what is missing is filled up with micro-batches that do not count.
         """
         if not micros:
             return []
-        number, numbers = (self.mesh.share, self.mesh.shares) if self.mesh else (self.rank, self.size)
+        number, numbers = (
+            (self.mesh.share, self.mesh.shares) if self.mesh else (self.rank, self.size)
+        )
         rounds = -(-len(micros) // numbers)
         mine = list(micros[number::numbers])
         return [(m, True) for m in mine] + [(micros[0], False)] * (rounds - len(mine))
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the micro-batches of all ranks; those that share one hold the same value."""
+        """Each value summed over the micro-batches of all ranks; those that share one hold the same
+        value.
+        """
         if self.alone:
             return list(values)
         summed = torch.tensor(list(values), dtype=torch.float64, device=best_device())
@@ -112,12 +129,18 @@ class World:
         return (summed / self.copies).tolist()
 
     def norm(self, tensors: Sequence[Tensor]) -> float:
-        """The 2-norm of all elements of tensors, each sharded over as many ranks as its mesh has, and no two alike."""
+        """The 2-norm of all elements of tensors, each sharded over as many ranks as its mesh has,
+        and no two alike.
+        """
         groups: dict[int, list[Tensor]] = {}
         for tensor in tensors:
             ranks = tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
-            groups.setdefault(ranks, []).append(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
-        norms = {ranks: float(torch.nn.utils.get_total_norm(group)) for ranks, group in groups.items()}
+            groups.setdefault(ranks, []).append(
+                tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            )
+        norms = {
+            ranks: float(torch.nn.utils.get_total_norm(group)) for ranks, group in groups.items()
+        }
         if self.alone:
             return norms.get(1, 0.0)
         # A tensor on fewer ranks than there are is on all of them, several times.
@@ -125,11 +148,16 @@ class World:
         return math.sqrt(self.total([squares])[0] * self.copies)
 
     def dealt(self, function: Rows) -> Rows:
-        """A function of rows whose work is shared by the ranks that hold the same rows. See `shard.dealt`."""
+        """A function of rows whose work is shared by the ranks that hold the same rows.
+
+        See `shard.dealt`.
+        """
         return dealt(function, self.mesh.same_rows if self.mesh else None)
 
     def told(self, mine: Sequence[Micro]) -> list[Micro]:
-        """A list that was dealt to the ranks one by one, in its order, from what each made of its own."""
+        """A list that was dealt to the ranks one by one, in its order, from what each made of its
+        own.
+        """
         if self.alone:
             return list(mine)
         parts: list[list[Micro]] = [[] for _ in range(self.size)]
@@ -164,14 +192,19 @@ _WORLDS: WeakKeyDictionary[nn.Module, World] = WeakKeyDictionary()
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, copied: nn.Module) -> None:
-    """A sharded network's weights into a whole one of the same names. Every rank must call it, as it gathers."""
+    """A sharded network's weights into a whole one of the same names.
+
+    Every rank must call it, as it gathers.
+    """
     places = dict(copied.named_parameters())
     for name, parameter in model.named_parameters():
         places[name].copy_(whole_tensor(parameter))
 
 
 def load_for_training(source: str | Path) -> Qwen2:
-    """A language model where it will be trained; one that is to be sharded is not read before, but each rank's part."""
+    """A language model where it will be trained; one that is to be sharded is not read before, but
+    each rank's part.
+    """
     return load_model(source, device=best_device() if join().alone else "meta")
 
 
