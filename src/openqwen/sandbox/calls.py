@@ -17,8 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 _LARGEST = 1 << 26  # bytes of a message
-_EXACT = {bool: bool, str: str, float: float, bytes: bytes, bytearray: bytearray, complex: complex}
-_LISTS = (list, tuple, set, frozenset, deque)
+_LISTS: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
 
 
 class RemoteError(Exception):
@@ -136,24 +135,24 @@ class Peer:
         return _ACTIONS[what](target, *args)
 
     def _encode(self, value: Any) -> Any:
-        kind = type(value)
-        if value is None or kind in (bool, str, float):
+        exact = type(value)
+        if value is None or exact in (bool, str, float):
             return value
         if isinstance(value, int):
-            return value if kind is int and -(2**53) < value < 2**53 else ["int", hex(int(value))]
+            return value if exact is int and -(2**53) < value < 2**53 else ["int", hex(int(value))]
         for base in (str, float, bytes, bytearray, complex):
             if isinstance(value, base):
                 return _encode_scalar(base, value)
-        for base in _LISTS:
-            if isinstance(value, base):
-                return [base.__name__, [self._encode(item) for item in base.__iter__(value)]]
+        for kind in _LISTS:
+            if isinstance(value, kind):
+                return [kind.__name__, [self._encode(item) for item in kind.__iter__(value)]]
         if isinstance(value, dict):
             pairs = dict.items(value)
             return ["dict", [[self._encode(key), self._encode(item)] for key, item in pairs]]
         if isinstance(value, range | slice):
-            return [kind.__name__, [value.start, value.stop, value.step]]
+            return [exact.__name__, [value.start, value.stop, value.step]]
         if isinstance(value, Decimal | Fraction):
-            return [kind.__name__, str(value)]
+            return [exact.__name__, str(value)]
         if isinstance(value, Handle) and value._peer is self:
             return ["back", value._number]
         if hasattr(value, "tolist") and hasattr(value, "dtype"):  # NumPy's numbers and arrays
@@ -209,7 +208,10 @@ class Peer:
     def _read(self, size: int) -> bytes:
         parts = []
         while size:
-            part = os.read(self._descriptor, min(size, 1 << 20))
+            try:
+                part = os.read(self._descriptor, min(size, 1 << 20))
+            except OSError:
+                part = b""
             if not part:
                 raise RemoteError("the program ended while its functions were called")
             parts.append(part)
@@ -237,9 +239,7 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
     "Decimal": Decimal,
     "Fraction": Fraction,
 }
-_CONTAINERS: dict[str, Callable[[Iterator[Any]], Any]] = {
-    kind.__name__: kind for kind in _LISTS
-}
+_CONTAINERS: dict[str, Callable[[Iterator[Any]], Any]] = {kind.__name__: kind for kind in _LISTS}
 _ACTIONS: dict[str, Callable[..., Any]] = {
     "getattr": getattr,
     "setattr": setattr,

@@ -6,6 +6,7 @@ is a fresh tmpfs of a fixed size with /work and /tmp. Both tiers: user 65534, no
 new privileges, Landlock, a seccomp filter, resource limits.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -72,22 +73,22 @@ class Shell:
         kernel.mount("box", BOX, "tmpfs", flags, f"size={megabytes}m,nr_inodes={files},mode=755")
         for name in ("work", "tmp", "shm"):
             os.mkdir(f"{BOX}/{name}", 0o700)
-        try:  # refused where the outer /proc is partly hidden, as in a container: then there is none
+        with contextlib.suppress(OSError):
             kernel.mount("proc", "/proc", "proc", flags | kernel.NO_EXEC)
-        except OSError:
-            return
-        be_killed_first()
-        kernel.read_only("/proc")
+            be_killed_first()
+            kernel.read_only("/proc")
 
     def files_of(self, work: str, programs: bool) -> tuple[list[str], list[str], list[str]]:
-        """What Landlock lets a program write, read, and start."""
-        write = [BOX] if self.strict else [work]
+        """What Landlock lets a program write, read, and start; the checker has no folder."""
+        write = [BOX if self.strict else work] if work else []
         devices = [f"/dev/{name}" for name in DEVICES]
         extra = [_EXTRA] if self.strict else self.packages
-        proc = ["/proc"] if self.strict else []
+        proc = ["/proc"] if self.strict and work else []
         read = [LIBRARY, *SYSTEM_FILES, *devices, *extra, *proc]
-        return [*write, "/dev/null"], read if programs else [*read, *SYSTEM], (
-            [*SYSTEM, *write] if programs else []
+        return (
+            [*write, "/dev/null"],
+            read if programs else [*read, *SYSTEM],
+            ([*SYSTEM, *write] if programs else []),
         )
 
     def packages_path(self) -> list[str]:
@@ -99,10 +100,8 @@ class Shell:
 
 def be_killed_first() -> None:
     """Where memory runs out, the kernel ends this process before the zygote."""
-    try:
+    with contextlib.suppress(OSError):
         _write("/proc/self/oom_score_adj", "1000")
-    except OSError:
-        return
 
 
 def give_up(shell: Shell, limits: dict[str, float], work: str, programs: bool) -> None:
@@ -111,26 +110,32 @@ def give_up(shell: Shell, limits: dict[str, float], work: str, programs: bool) -
     Only descriptors 0, 1, 2 and those that the caller keeps on purpose may be open.
     """
     if not shell.strict and os.geteuid() == 0:
-        _become_nobody()
+        # The interpreter may lie in the superuser's home: Python's file user stays, and Landlock
+        # guards the files. Other programs lose it when they start.
+        kernel.become(NOBODY, NOBODY if programs else 0)
+    tasks = 3 if shell.strict else _tasks()
     kernel.drop_privileges()
     if kernel.landlock_abi():
         kernel.restrict_files(*shell.files_of(work, programs))
     elif not shell.strict:
         raise OSError("Landlock is missing, and there are no namespaces")
-    set_limits(limits)
+    set_limits(limits, tasks)
     kernel.filter_calls(shell.filter)
 
 
-def set_limits(limits: dict[str, float]) -> None:
-    """Resource limits of this process and its children; `limits` holds the fields of `Limits`."""
+def set_limits(limits: dict[str, float], tasks: int) -> None:
+    """Resource limits of this process and its children; `limits` holds the fields of `Limits`.
+
+    tasks: processes and threads that the user has already: the zygote, the first process and the
+    checker in a user namespace, all of the user's without one.
+    """
     seconds = max(1, int(-(-limits["seconds"] // 1)))
     memory, disk = int(limits["memory_mb"]) << 20, int(limits["disk_mb"]) << 20
     values = {
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_AS: memory + _own_size(),
         resource.RLIMIT_FSIZE: disk,
-        # The zygote, the first process and the checker count too.
-        resource.RLIMIT_NPROC: int(limits["processes"]) + 3,
+        resource.RLIMIT_NPROC: int(limits["processes"]) + tasks,
         resource.RLIMIT_NOFILE: 256,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MSGQUEUE: 0,
@@ -151,20 +156,18 @@ def put_files(payload: dict[str, object], folder: str) -> None:
             file.write(text.encode("latin-1"))
 
 
+def hand_over(folder: str) -> None:
+    """Give a run's folder to user 65534."""
+    for path, _, names in os.walk(folder):
+        for name in (path, *(f"{path}/{name}" for name in names)):
+            os.chown(name, NOBODY, NOBODY)
+
+
 def read_payload(descriptor: int) -> dict[str, object]:
     """A run's JSON from a memory file."""
     with os.fdopen(descriptor, "rb") as file:
         loaded: dict[str, object] = json.loads(file.read())
         return loaded
-
-
-def _become_nobody() -> None:
-    # The file user stays: the interpreter may lie in the superuser's home. Landlock guards files.
-    kernel.keep_capabilities()
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
-    kernel.set_file_user(0)
 
 
 def _own_size() -> int:
@@ -174,6 +177,18 @@ def _own_size() -> int:
             return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return 64 << 20
+
+
+def _tasks() -> int:
+    """Processes and threads of this user on the whole machine."""
+    user, count = os.getuid(), 3
+    for entry in os.scandir("/proc"):
+        try:
+            if entry.name.isdigit() and entry.stat().st_uid == user:
+                count += len(os.listdir(f"/proc/{entry.name}/task"))
+        except OSError:
+            continue  # it has just ended
+    return count
 
 
 def _write(path: str, text: str) -> None:
@@ -217,6 +232,10 @@ def _build_root(sources: Sequence[tuple[str, int]]) -> None:
         os.symlink(f"{BOX}/{name}", root + target)
     for folder in _package_folders(root):
         kernel.mount("none", folder, "tmpfs", 0, "size=4k,mode=755")
+    # A run may mount its own /proc only where one can be seen. In a container it may be partly
+    # hidden from us too: runs have none there.
+    with contextlib.suppress(OSError):
+        kernel.mount("proc", root + "/proc", "proc", kernel.NO_SUID | kernel.NO_EXEC)
     kernel.read_only(root)
     kernel.pivot(root)
 

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 import uuid
 from pathlib import Path
 
@@ -14,7 +15,7 @@ _OWN_PROCESSES = 8
 
 @functools.cache
 def kind() -> str | None:
-    """"v1", "v2", or None where no group can be made with a limit of memory."""
+    """ "v1", "v2", or None where no group can be made with a limit of memory."""
     for version, folders in (("v1", _V1), ("v2", (_V2,))):
         try:
             group = Group(version, folders)
@@ -32,7 +33,7 @@ class Group:
     def __init__(self, version: str, folders: tuple[Path, ...] | None = None):
         self.version = version
         folders = folders or (_V1 if version == "v1" else (_V2,))
-        name = _PREFIX + uuid.uuid4().hex[:12]
+        name = f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self.folders = [folder / name for folder in folders]
         self._kills = 0
         for folder in self.folders:
@@ -59,12 +60,14 @@ class Group:
         return self._killed() > self._kills
 
     def close(self) -> None:
-        """Remove the groups; their processes have ended."""
+        """Remove the groups. Their processes have ended; the kernel takes a moment to let go."""
         for folder in self.folders:
-            try:
-                folder.rmdir()
-            except OSError:
-                continue  # the kernel has not let the last process go yet: an empty group stays
+            for _ in range(20):
+                try:
+                    folder.rmdir()
+                    break
+                except OSError:
+                    time.sleep(0.01)
 
     def _killed(self) -> int:
         name = "memory.events" if self.version == "v2" else "memory.oom_control"
@@ -76,10 +79,15 @@ class Group:
 
 
 def sweep() -> None:
-    """Remove groups that an earlier process left behind empty."""
+    """Remove groups of callers that have ended without closing theirs."""
     for folder in (*_V1, _V2):
         for group in folder.glob(_PREFIX + "*"):
             try:
-                os.rmdir(group)
-            except OSError:
+                os.kill(int(group.name.split("-")[1]), 0)
+            except ProcessLookupError:
+                try:
+                    group.rmdir()
+                except OSError:
+                    continue
+            except (ValueError, PermissionError):
                 continue

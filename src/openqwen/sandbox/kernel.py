@@ -80,14 +80,19 @@ def set_dumpable(value: bool) -> None:
     _checked(_LIBC.prctl(_DUMPABLE, int(value), 0, 0, 0), "prctl")
 
 
-def keep_capabilities() -> None:
-    """Keep capabilities when the user id changes."""
+def become(user: int, file_user: int) -> None:
+    """Change the user and group for good, as the superuser; `file_user` is asked of files."""
+    os.setgroups([])
+    os.setresgid(user, user, user)
     _checked(_LIBC.prctl(_KEEP_CAPABILITIES, 1, 0, 0, 0), "prctl")
-
-
-def set_file_user(user: int) -> None:
-    """Set the user id by which files are accessed."""
-    _LIBC.setfsuid(user)
+    os.setresuid(user, user, user)
+    # Of the capabilities that were kept, none is in effect until this says so.
+    header, data = struct.pack("Ii", _CAPABILITIES_V3, 0), ctypes.create_string_buffer(24)
+    _checked(_LIBC.capget(header, data), "capget")
+    low = struct.unpack("6I", data.raw)
+    data.raw = struct.pack("6I", low[1], low[1], low[2], low[4], low[4], low[5])
+    _checked(_LIBC.capset(header, data), "capset")
+    _LIBC.setfsuid(file_user)
 
 
 def drop_privileges() -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any
 
 from openqwen.sandbox import groups, languages
 from openqwen.sandbox.limits import Limits, Status, Verdict
+from openqwen.sandbox.processes import end_descendants
 from openqwen.sandbox.tiers import Tier, interpreter, protections, required
 from openqwen.support.errors import OpenQwenError
 
@@ -52,7 +52,7 @@ class Program:
     language: str = "python"
     tests: str | None = None
     entry: str | None = None
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
 
 def run(
@@ -99,7 +99,7 @@ class Pool:
         self._lock = threading.Lock()
 
     def run(self, programs: Iterable[Program]) -> list[Verdict]:
-        """Run programs; their verdicts in the same order. Runs whose sandbox failed are repeated."""
+        """Run programs; their verdicts in that order. A run whose sandbox failed is repeated."""
         return list(self._threads.map(self._one, programs))
 
     def close(self) -> None:
@@ -150,20 +150,20 @@ class _Worker:
                 self._start()
             if self.group:
                 self.group.limit(program.limits.memory_mb, program.limits.processes)
-            if work and os.geteuid() == 0:
-                os.chown(work, 65534, 65534)
             return self._run(program, payload, work)
         except (OSError, ValueError, EOFError) as error:
             return Verdict("infra", reason=f"{type(error).__name__}: {error} {self.stop()}".strip())
         finally:
-            if work:  # by descriptors: a link that the program left is removed, never followed
-                shutil.rmtree(work, ignore_errors=True)
+            if work:  # rm follows no link, and goes as deep as folders do; rmtree recurses
+                subprocess.run(["rm", "-rf", "--", work], stderr=subprocess.DEVNULL)
 
     def stop(self) -> str:
         """End the zygote, and its namespaces with it; returns what it said of an error."""
         said = b""
         if self.process is not None:
             self.host.close()
+            if not self.strict:
+                end_descendants(self.process.pid, reap=False)
             self.process.kill()
             said = self.process.communicate()[1]
             self.process = None
@@ -189,6 +189,7 @@ class _Worker:
                 cwd="/",
             )
         if version := protections().groups:
+            groups.sweep()
             self.group = groups.Group(version)
             self.group.add(self.process.pid)
             self.group.limit(4096, 64)
@@ -297,7 +298,7 @@ def _verdict(
     elif status in ("passed", "failed") and program.tests is not None:
         status = "passed" if judged and result["passed"] is True else "failed"
         reason = str(result.get("reason", "")) if judged else "the tests did not end"
-        if not report.get("status") == 0 and stderr.strip():
+        if report.get("status") != 0 and stderr.strip():
             reason = stderr.strip().splitlines()[-1][:500]
     return Verdict(status, stdout, stderr, float(report.get("seconds", 0.0)), wall, reason)
 
@@ -327,7 +328,8 @@ def _ending(
     last = stderr.strip().splitlines()[-1] if stderr.strip() else ""
     if code and (last.startswith("MemoryError") or "std::bad_alloc" in stderr):
         return "memory", f"more than {limits.memory_mb} MiB"
-    if code in (-signal.SIGXCPU, -signal.SIGKILL) and report["seconds"] >= limits.seconds:
+    spent = report["seconds"] >= 0.9 * limits.seconds  # the kernel counts CPU time in two ways
+    if code == -signal.SIGXCPU or (code == -signal.SIGKILL and spent):
         return "timeout", f"more than {limits.seconds:g} seconds of CPU time"
     if code < 0:
         return "crashed", f"killed by {signal.Signals(-code).name}"
@@ -370,7 +372,7 @@ def _package_paths(name: str) -> list[str]:
     """The folders or the file of an installed module, and the libraries that its wheel brought."""
     spec = find_spec(name)
     if spec is None or spec.origin is None or not name.isidentifier():
-        raise OpenQwenError(f"There is no installed module '{name}'.", do="install it, or leave it out")
+        raise OpenQwenError(f"No module '{name}' is installed.", do="install it, or leave it out")
     path = Path(spec.origin)
     path = path.parent if spec.submodule_search_locations else path
     libraries = path.parent / f"{name}.libs"

@@ -36,7 +36,11 @@ def first_process(shell: confine.Shell, header: dict[str, Any], given: dict[str,
     os.chdir(work)
     os.umask(0o077)
     confine.put_files(payload, work)
-    kept = {given[name] for name in ("stdin", "stdout", "stderr", "report", "calls") if name in given}
+    if not shell.strict and os.geteuid() == 0 and payload["commands"] != [None]:
+        confine.hand_over(work)
+    kept = {
+        given[name] for name in ("stdin", "stdout", "stderr", "report", "calls") if name in given
+    }
     _close_others(kept)
     report: dict[str, Any] = {}
     for command in payload["commands"]:  # type: ignore[attr-defined]
@@ -93,6 +97,9 @@ def run_python(source: str, work: str, calls: int) -> None:
         del sys.modules[name]
     sys.argv, sys.path[0] = ["main.py"], work
     linecache.cache["main.py"] = (len(source), None, source.splitlines(keepends=True), "main.py")
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as in every interpreter
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 0
     try:
         exec(compile(source, "main.py", "exec", dont_inherit=True), module.__dict__)

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from typing import Any
 
 from openqwen.sandbox import checker, confine, kernel, program
+from openqwen.sandbox.processes import end_descendants
 
-_MODULES = (
-    "abc argparse array ast base64 bisect calendar cmath collections contextlib copy csv dataclasses "
-    "datetime decimal enum fractions functools hashlib heapq inspect io itertools json keyword "
-    "linecache math numbers operator os pprint queue random re statistics string struct sys "
-    "textwrap threading time traceback types typing unicodedata uuid warnings zlib"
-).split()
+# What programs import most; imported once, not in every run.
+_MODULES = [
+    "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "enum", "fractions",
+    "functools", "hashlib", "heapq", "itertools", "json", "math", "operator", "queue", "random",
+    "re", "statistics", "string", "threading", "time", "traceback", "typing", "unicodedata",
+]  # fmt: skip
 
 
 def main(descriptor: int, strict: bool, packages: list[str]) -> None:
@@ -34,6 +35,7 @@ def main(descriptor: int, strict: bool, packages: list[str]) -> None:
     if strict:
         shell.separate(lambda: _ask_for_map(host))
     kernel.die_with_parent()
+    kernel.set_dumpable(False)
     sys.path.extend(shell.packages_path())
     confine.warm_up([*_MODULES, *(os.path.basename(path) for path in packages if "." not in path)])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -72,7 +74,8 @@ def _serve(
         os.close(handle)
     for child in children:
         os.waitpid(child, 0)
-    _end_orphans()
+    if not shell.strict:  # with namespaces nothing outlives its first process
+        end_descendants(os.getpid(), reap=True)
     host.send(b"done")
 
 
@@ -90,17 +93,3 @@ def _fork(shell: confine.Shell, body: Callable[[], None], report: int) -> int:
         os.write(report, json.dumps({"infra": f"{type(error).__name__}: {error}"}).encode())
     finally:
         os._exit(70)
-
-
-def _end_orphans() -> None:
-    """Kill what outlived its first process; with namespaces nothing can."""
-    while True:
-        try:
-            if os.waitpid(-1, os.WNOHANG) != (0, 0):
-                continue
-        except ChildProcessError:
-            return
-        task = f"/proc/self/task/{os.getpid()}/children"
-        with open(task) as file:
-            for child in file.read().split():
-                os.kill(int(child), signal.SIGKILL)
