@@ -28,7 +28,7 @@ def test_run_alone():
 
 
 @pytest.mark.parametrize(
-    "source, status, said",
+    ("source", "status", "said"),
     [
         ("print(1)", "passed", ""),
         ("import sys; sys.exit(0)", "passed", ""),
