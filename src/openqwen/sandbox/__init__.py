@@ -1,0 +1,35 @@
+"""Runs programs that nobody trusts: model-written code, tests, checkers.
+
+    from openqwen.sandbox import Limits, run
+    run("print(input()[::-1])", stdin="abc", limits=Limits(seconds=2)).stdout      # "cba\n"
+
+A pool keeps one prepared Python process a worker (zygote.py), which forks once a program. The fork
+confines itself (confine.py) before it reads the program. The names are loaded when they are first
+used: the processes inside of the sandbox have the standard library alone.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openqwen.sandbox.limits import Limits, Verdict
+    from openqwen.sandbox.pool import Pool, Program, run
+    from openqwen.sandbox.tiers import Tier, best_tier
+
+__all__ = ["Limits", "Pool", "Program", "Tier", "Verdict", "best_tier", "run"]
+
+_FILES = {
+    "Limits": "limits",
+    "Verdict": "limits",
+    "Pool": "pool",
+    "Program": "pool",
+    "run": "pool",
+    "Tier": "tiers",
+    "best_tier": "tiers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module 'openqwen.sandbox' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"openqwen.sandbox.{_FILES[name]}"), name)

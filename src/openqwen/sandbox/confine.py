@@ -1,0 +1,257 @@
+"""How a forked process gives up what it has, before it reads a program. Standard library alone.
+
+The tier "strict": namespaces for users, processes, mounts, network, IPC, names and control groups.
+The root is a small read-only tmpfs with the system's libraries and Python's standard library; /box
+is a fresh tmpfs of a fixed size with /work and /tmp. Both tiers: user 65534, no capabilities, no
+new privileges, Landlock, a seccomp filter, resource limits.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import stat
+import sys
+from collections.abc import Callable, Sequence
+
+from openqwen.sandbox import kernel
+
+NOBODY = 65534
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/etc/alternatives")
+SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("null", "zero", "full", "random", "urandom")
+BOX = "/box"
+# The longest path of an interpreter's own library: what every Python program may read.
+LIBRARY = os.path.dirname(os.__file__)
+_PACKAGES = ("site-packages", "dist-packages")
+_EXTRA = "/packages"  # modules of the caller that a pool lets in by name
+
+
+class Shell:
+    """What a zygote prepares once for all its runs: the root and the filter.
+
+    strict: whether namespaces are used. packages: folders of modules to let in. root: whether the
+    caller is the superuser, who writes the user map from outside.
+    """
+
+    def __init__(self, strict: bool, packages: Sequence[str]):
+        self.strict, self.packages = strict, list(packages)
+        self.filter = kernel.seccomp_program()
+        self.processes = -1
+
+    def separate(self, ask_for_map: Callable[[], None]) -> None:
+        """Go on in a child that is the first process of new namespaces, as user 65534.
+
+        ask_for_map: has the caller write the user map, which takes the superuser's rights.
+        """
+        superuser, user, group = os.geteuid() == 0, os.geteuid(), os.getegid()
+        if superuser:
+            os.setgroups([])
+        spaces = kernel.NEWNS | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS | kernel.NEWCGROUP
+        kernel.unshare(kernel.NEWUSER | kernel.NEWPID | spaces)
+        sources = _open_sources(self.packages)  # by the caller's rights, which end here
+        if superuser:
+            ask_for_map()
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            kernel.set_dumpable(True)
+        else:
+            _write("/proc/self/setgroups", "deny")
+            _write("/proc/self/uid_map", f"{NOBODY} {user} 1")
+            _write("/proc/self/gid_map", f"{NOBODY} {group} 1")
+        if child := os.fork():
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
+        self.processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        _build_root(sources)
+
+    def enter_box(self, megabytes: int, files: int) -> None:
+        """Mount this run's own folders and processes; the caller is the first process of its
+        namespace.
+        """
+        kernel.unshare(kernel.NEWNS | kernel.NEWIPC)
+        flags = kernel.NO_SUID | kernel.NO_DEVICES
+        kernel.mount("box", BOX, "tmpfs", flags, f"size={megabytes}m,nr_inodes={files},mode=755")
+        for name in ("work", "tmp", "shm"):
+            os.mkdir(f"{BOX}/{name}", 0o700)
+        with contextlib.suppress(OSError):
+            kernel.mount("proc", "/proc", "proc", flags | kernel.NO_EXEC)
+            be_killed_first()
+            kernel.read_only("/proc")
+
+    def files_of(self, work: str, programs: bool) -> tuple[list[str], list[str], list[str]]:
+        """What Landlock lets a program write, read, and start; the checker has no folder."""
+        write = [BOX if self.strict else work] if work else []
+        devices = [f"/dev/{name}" for name in DEVICES]
+        extra = [_EXTRA] if self.strict else self.packages
+        proc = ["/proc"] if self.strict and work else []
+        read = [LIBRARY, *SYSTEM_FILES, *devices, *extra, *proc]
+        return (
+            [*write, "/dev/null"],
+            read if programs else [*read, *SYSTEM],
+            ([*SYSTEM, *write] if programs else []),
+        )
+
+    def packages_path(self) -> list[str]:
+        """Entries of `sys.path` for the packages that are let in."""
+        if self.strict:
+            return [_EXTRA] if self.packages else []
+        return list(dict.fromkeys(os.path.dirname(path) for path in self.packages))
+
+
+def be_killed_first() -> None:
+    """Where memory runs out, the kernel ends this process before the zygote."""
+    with contextlib.suppress(OSError):
+        _write("/proc/self/oom_score_adj", "1000")
+
+
+def give_up(shell: Shell, limits: dict[str, float], work: str, programs: bool) -> None:
+    """Confine this process for good: privileges, files, resources, system calls.
+
+    Only descriptors 0, 1, 2 and those that the caller keeps on purpose may be open.
+    """
+    if not shell.strict and os.geteuid() == 0:
+        # The interpreter may lie in the superuser's home: Python's file user stays, and Landlock
+        # guards the files. Other programs lose it when they start.
+        kernel.become(NOBODY, NOBODY if programs else 0)
+    tasks = 3 if shell.strict else _tasks()
+    kernel.drop_privileges()
+    if kernel.landlock_abi():
+        kernel.restrict_files(*shell.files_of(work, programs))
+    elif not shell.strict:
+        raise OSError("Landlock is missing, and there are no namespaces")
+    set_limits(limits, tasks)
+    kernel.filter_calls(shell.filter)
+
+
+def set_limits(limits: dict[str, float], tasks: int) -> None:
+    """Resource limits of this process and its children; `limits` holds the fields of `Limits`.
+
+    tasks: processes and threads that the user has already: the zygote, the first process and the
+    checker in a user namespace, all of the user's without one.
+    """
+    seconds = max(1, int(-(-limits["seconds"] // 1)))
+    memory, disk = int(limits["memory_mb"]) << 20, int(limits["disk_mb"]) << 20
+    values = {
+        resource.RLIMIT_CPU: seconds,
+        resource.RLIMIT_AS: memory + _own_size(),
+        resource.RLIMIT_FSIZE: disk,
+        resource.RLIMIT_NPROC: int(limits["processes"]) + tasks,
+        resource.RLIMIT_NOFILE: 256,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_MEMLOCK: 1 << 16,
+    }
+    for kind, value in values.items():
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value + 1 if kind == resource.RLIMIT_CPU else value))
+
+
+def put_files(payload: dict[str, object], folder: str) -> None:
+    """Write a program's files below `folder`. Their names were checked by the pool."""
+    for name, text in payload["files"].items():  # type: ignore[attr-defined]
+        path = f"{folder}/{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(text.encode("latin-1"))
+
+
+def hand_over(folder: str) -> None:
+    """Give a run's folder to user 65534."""
+    for path, _, names in os.walk(folder):
+        for name in (path, *(f"{path}/{name}" for name in names)):
+            os.chown(name, NOBODY, NOBODY)
+
+
+def read_payload(descriptor: int) -> dict[str, object]:
+    """A run's JSON from a memory file."""
+    with os.fdopen(descriptor, "rb") as file:
+        loaded: dict[str, object] = json.loads(file.read())
+        return loaded
+
+
+def _own_size() -> int:
+    # Address space that the interpreter had before the program: it is not the program's.
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 64 << 20
+
+
+def _tasks() -> int:
+    """Processes and threads of this user on the whole machine."""
+    user, count = os.getuid(), 3
+    for entry in os.scandir("/proc"):
+        try:
+            if entry.name.isdigit() and entry.stat().st_uid == user:
+                count += len(os.listdir(f"/proc/{entry.name}/task"))
+        except OSError:
+            continue  # it has just ended
+    return count
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _open_sources(packages: Sequence[str]) -> list[tuple[str, int]]:
+    """(place in the new root, descriptor of what is bound there)."""
+    places = {path: path for path in (*SYSTEM, *SYSTEM_FILES) if _is_real(path)}
+    if not any(LIBRARY.startswith(path + "/") for path in places):
+        places[LIBRARY] = LIBRARY
+    places |= {f"/dev/{name}": f"/dev/{name}" for name in DEVICES}
+    places |= {f"{_EXTRA}/{os.path.basename(path)}": path for path in packages}
+    return [(place, os.open(path, os.O_PATH)) for place, path in places.items()]
+
+
+def _is_real(path: str) -> bool:
+    return os.path.exists(path) and not os.path.islink(path)
+
+
+def _build_root(sources: Sequence[tuple[str, int]]) -> None:
+    links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
+    kernel.mount("none", "/", flags=kernel.RECURSIVE | kernel.PRIVATE)
+    root = "/tmp"
+    kernel.mount("root", root, "tmpfs", kernel.NO_SUID, "size=1m,mode=755")
+    for place, descriptor in sources:
+        target = root + place
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            os.mkdir(target)
+        else:
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
+        kernel.mount(f"/proc/self/fd/{descriptor}", target, flags=kernel.BIND | kernel.RECURSIVE)
+        os.close(descriptor)
+    for path, target in links.items():
+        os.symlink(target, root + path)
+    for folder in (BOX, "/proc", "/dev", _EXTRA):
+        os.makedirs(root + folder, exist_ok=True)
+    for name, target in (("work", "/work"), ("tmp", "/tmp"), ("shm", "/dev/shm")):
+        os.symlink(f"{BOX}/{name}", root + target)
+    for folder in _package_folders(root):
+        kernel.mount("none", folder, "tmpfs", 0, "size=4k,mode=755")
+    # A run may mount its own /proc only where one can be seen. In a container it may be partly
+    # hidden from us too: runs have none there.
+    with contextlib.suppress(OSError):
+        kernel.mount("proc", root + "/proc", "proc", kernel.NO_SUID | kernel.NO_EXEC)
+    kernel.read_only(root)
+    kernel.pivot(root)
+
+
+def _package_folders(root: str) -> list[str]:
+    """Folders of installed packages, which an empty one hides."""
+    version = os.path.basename(LIBRARY)
+    bases = {LIBRARY, f"/usr/lib/{version}", f"/usr/local/lib/{version}", "/usr/lib/python3"}
+    found = {root + f"{base}/{name}" for base in bases for name in _PACKAGES}
+    return sorted(path for path in found if os.path.isdir(path))
+
+
+def warm_up(modules: Sequence[str]) -> None:
+    """Import what programs use most, once for all runs; a module that is not here is left out."""
+    for name in modules:
+        try:
+            __import__(name)
+        except ImportError:
+            print(f"sandbox: no module {name}", file=sys.stderr)

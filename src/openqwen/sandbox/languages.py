@@ -1,0 +1,50 @@
+"""Languages beside Python: the file that a program is written to, and the commands that run it."""
+
+import shutil
+from dataclasses import dataclass
+
+from openqwen.support.errors import OpenQwenError, suggestion
+
+
+@dataclass(frozen=True)
+class Language:
+    """file: where the program is written. commands: run one after another; the last one is the
+    program, those before it compile. tool: what must be installed below /usr.
+    """
+
+    file: str
+    commands: tuple[tuple[str, ...], ...]
+    tool: str
+
+
+TABLE = {
+    "c": Language("main.c", (("cc", "-O2", "-o", "main", "main.c", "-lm"), ("./main",)), "cc"),
+    "cpp": Language("main.cpp", (("c++", "-O2", "-o", "main", "main.cpp"), ("./main",)), "c++"),
+    "javascript": Language("main.js", (("node", "main.js"),), "node"),
+    "bash": Language("main.sh", (("bash", "main.sh"),), "bash"),
+}
+
+
+def available() -> list[str]:
+    """Python, and the languages whose tools are installed where the sandbox sees them."""
+    return ["python", *(name for name, language in TABLE.items() if _installed(language))]
+
+
+def language_of(name: str) -> Language:
+    """An entry of the table. Raises OpenQwenError where it is unknown or not installed."""
+    if name not in TABLE:
+        known = ["python", *TABLE]
+        raise OpenQwenError(
+            f"The sandbox has no language '{name}'.{suggestion(name, known)}",
+            do=f"take one of {', '.join(known)}",
+        )
+    if not _installed(TABLE[name]):
+        raise OpenQwenError(
+            f"'{TABLE[name].tool}' is not installed below /usr: there is no {name} here.",
+            do="install it by the system's packages",
+        )
+    return TABLE[name]
+
+
+def _installed(language: Language) -> bool:
+    return shutil.which(language.tool, path="/usr/local/bin:/usr/bin:/bin") is not None
