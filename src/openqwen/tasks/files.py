@@ -1,0 +1,73 @@
+"""Files of tasks: JSON Lines, one task a line, each checked when it is read and written."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from openqwen.support.errors import OpenQwenError, suggestion
+from openqwen.support.files import numbered_jsonl, write_jsonl
+from openqwen.tasks.graders import grader_named
+from openqwen.tasks.task import Task
+
+_TYPES = {"id": str, "prompt": list, "grader": str, "reference": dict, "origin": dict}
+_SAID = {str: "a text", list: "a list of messages", dict: "an object"}
+
+
+def read_tasks(path: Path) -> list[Task]:
+    """Read a file of tasks.
+
+    Raises:
+        OpenQwenError: a line is no task, or two tasks have one id; names the file and the line.
+    """
+    return list(_checked(numbered_jsonl(path)))
+
+
+def write_tasks(path: Path, tasks: Iterable[Task]) -> int:
+    """Write tasks atomically, one a line; returns how many.
+
+    Raises:
+        OpenQwenError: `read_tasks` would refuse a line; no file is written.
+    """
+    lines = ((f"{path}:{number}", asdict(task)) for number, task in enumerate(tasks, 1))
+    return write_jsonl(path, (asdict(task) for task in _checked(lines)))
+
+
+def _checked(records: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Task]:
+    seen: set[str] = set()
+    for where, record in records:
+        task = _task(record, where)
+        if task.id in seen:
+            raise OpenQwenError(
+                f"The id '{task.id}' stands twice.", where, "give each task an id of its own"
+            )
+        seen.add(task.id)
+        yield task
+
+
+def _task(record: dict[str, Any], where: str) -> Task:
+    for key in record:
+        if key not in _TYPES:
+            what = f"A task has no field '{key}'.{suggestion(key, _TYPES)}"
+            raise OpenQwenError(what, where, f"use these fields: {', '.join(_TYPES)}")
+    record = {"reference": {}, "origin": {}} | record
+    for key, kind in _TYPES.items():
+        needed = key in ("id", "prompt", "grader")
+        if not isinstance(record.get(key), kind) or (needed and not record[key]):
+            what = f"The field '{key}' is missing, empty or not {_SAID[kind]}."
+            raise OpenQwenError(what, where, f"give '{key}' as {_SAID[kind]}")
+    for number, message in enumerate(record["prompt"]):
+        if not _is_message(message):
+            what = f"prompt[{number}] is not a message."
+            raise OpenQwenError(what, where, 'give {"role": "user", "content": "..."}')
+    task = Task(**record)
+    if fault := grader_named(task.grader, where).fault(task.reference):
+        what = f"The reference does not fit the grader '{task.grader}': {fault}."
+        raise OpenQwenError(what, where, "correct the reference or the grader")
+    return task
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict):
+        return False
+    return all(isinstance(message.get(key), str) for key in ("role", "content"))
