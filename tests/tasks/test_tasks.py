@@ -121,6 +121,15 @@ def test_as_many_answers_as_tasks():
         grade([task(answer="4")], [])
 
 
+def test_a_reference_that_does_not_fit_is_named():
+    with pytest.raises(OpenQwenError, match="'exact': 'answer' must be a text") as caught:
+        grade([task(answer="4"), task()], ["4", "4"])
+    assert "task t" in str(caught.value)
+    huge = task("regex", answer="a", pattern="a{99999999999}")
+    with pytest.raises(OpenQwenError, match="must be a regular expression"):
+        grade([huge], ["a"])
+
+
 def test_an_unknown_grader_is_named():
     with pytest.raises(OpenQwenError, match=r"no grader 'exat'\. Did you mean 'exact'") as caught:
         grade([task("exat")], ["4"])

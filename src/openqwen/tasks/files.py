@@ -7,7 +7,7 @@ from typing import Any
 
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.files import numbered_jsonl, write_jsonl
-from openqwen.tasks.graders import grader_named
+from openqwen.tasks.graders import check_task
 from openqwen.tasks.task import Task
 
 _TYPES = {"id": str, "prompt": list, "grader": str, "reference": dict, "origin": dict}
@@ -61,9 +61,7 @@ def _task(record: dict[str, Any], where: str) -> Task:
             what = f"prompt[{number}] is not a message."
             raise OpenQwenError(what, where, 'give {"role": "user", "content": "..."}')
     task = Task(**record)
-    if fault := grader_named(task.grader, where).fault(task.reference):
-        what = f"The reference does not fit the grader '{task.grader}': {fault}."
-        raise OpenQwenError(what, where, "correct the reference or the grader")
+    check_task(task, where)
     return task
 
 

@@ -33,26 +33,28 @@ def grade(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
     """Grade one answer to each task, in order. Each grader is called once, with all its answers.
 
     Raises:
-        OpenQwenError: a task names an unknown grader.
+        OpenQwenError: a task's grader is unknown, or its reference does not fit the grader.
         ValueError: there are not as many answers as tasks.
     """
     indices_of: dict[str, list[int]] = {}
     for index, (task, _) in enumerate(zip(tasks, answers, strict=True)):
+        check_task(task, f"task {task.id}")
         indices_of.setdefault(task.grader, []).append(index)
     grades: dict[int, Grade] = {}
     for name, indices in indices_of.items():
-        judge = grader_named(name, f"task {tasks[indices[0]].id}").judge
-        batch = judge([tasks[i] for i in indices], [answers[i] for i in indices])
+        batch = GRADERS[name].judge([tasks[i] for i in indices], [answers[i] for i in indices])
         grades.update(zip(indices, batch, strict=True))
     return [grades[index] for index in range(len(tasks))]
 
 
-def grader_named(name: str, where: str) -> Grader:
-    """The grader of that name. OpenQwenError, which names the nearest, where there is none."""
-    if name not in GRADERS:
-        what = f"There is no grader '{name}'.{suggestion(name, GRADERS)}"
+def check_task(task: Task, where: str) -> None:
+    """Raise OpenQwenError where a task's grader is unknown, or its reference does not fit it."""
+    if task.grader not in GRADERS:
+        what = f"There is no grader '{task.grader}'.{suggestion(task.grader, GRADERS)}"
         raise OpenQwenError(what, where, f"use one of: {', '.join(GRADERS)}")
-    return GRADERS[name]
+    if fault := GRADERS[task.grader].fault(task.reference):
+        what = f"The reference does not fit the grader '{task.grader}': {fault}."
+        raise OpenQwenError(what, where, "correct the reference or the grader")
 
 
 def _short(fault: Callable[[dict[str, Any], str], str]) -> Callable[..., list[Grade]]:
@@ -124,7 +126,7 @@ def _regex_fault(reference: dict[str, Any]) -> str:
         return "'pattern' must be a text"
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         return f"'pattern' must be a regular expression: {error}"
     return _answer_fault(reference)
 

@@ -8,7 +8,7 @@ from openqwen.tasks.checkable.draft import FORMS, Draft, number, pick, problem_o
 
 
 def _near(value: int, *others: int) -> tuple[str, ...]:
-    """Plausible wrong values: one off, and what else the task suggests."""
+    """Plausible wrong values: one more, one less, and others that suit the task."""
     return tuple(str(v) for v in (value + 1, value - 1, *others) if v >= 0)
 
 
