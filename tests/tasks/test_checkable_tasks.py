@@ -69,9 +69,9 @@ def test_tasks_are_short_and_varied(kind):
 
 
 def solve(kind: str, question: str) -> str:
-    """The right answer by means of our own, from the question's text alone."""
+    """The right answer, computed from the question's text alone."""
     numbers = [int(n) for n in re.findall(r"\d+", question)]
-    found = [w for w in re.findall(r"[a-z]+", question.split(":")[-1]) if w in WORDS]
+    listed = [w for w in re.findall(r"[a-z]+", question.split(":")[-1]) if w in WORDS]
     match kind:
         case "add":
             return str(sum(numbers))
@@ -82,10 +82,10 @@ def solve(kind: str, question: str) -> str:
         case "sort":
             return " ".join(map(str, sorted(numbers)))
         case "count":
-            return str(len(found))
+            return str(len(listed))
         case "occurrences":
             target = next(w for w in re.findall(r"[a-z]+", question.split(":")[0]) if w in WORDS)
-            return str(found.count(target))
+            return str(listed.count(target))
         case "contains":
             target, *items = [w for w in re.findall(r"[a-z]+", question) if w in WORDS]
             return "yes" if target in items else "no"
@@ -94,12 +94,16 @@ def solve(kind: str, question: str) -> str:
             n = numbers[0] if numbers else next(n for word, n in times.items() if word in question)
             return " ".join([next(w for w in re.findall(r"[a-z]+", question) if w in WORDS)] * n)
         case "place":
-            ask = re.search("first|second|third|last", question.split(":")[0])[0]
-            return found[-1] if ask == "last" else found[["first", "second", "third"].index(ask)]
+            ordinal = re.search("first|second|third|last", question.split(":")[0])[0]
+            return (
+                listed[-1]
+                if ordinal == "last"
+                else listed[["first", "second", "third"].index(ordinal)]
+            )
         case "reverse":
-            return " ".join(reversed(found))
+            return " ".join(reversed(listed))
         case "initials":
-            return " ".join(word[0] for word in found)
+            return " ".join(word[0] for word in listed)
         case "equation":
             a, sign, b = re.search(r"(\d+) ([+-]) (\d+)", question).groups()
             return f"{a} {sign} {b} = {int(a) + int(b) if sign == '+' else int(a) - int(b)}"
@@ -140,8 +144,7 @@ NAMED = {
 def test_chance_is_the_best_blind_guess(kind):
     tasks = many(kind, 2000)
     chance = math.fsum(task.reference["chance"] for task in tasks) / len(tasks)
-    # One constant answer: try every gold answer on half of the tasks, score the best on the other
-    # half.
+    # One constant answer: the commonest of one half of the tasks, scored on the other half.
     best, _ = Counter(task.reference["answer"] for task in tasks[:1000]).most_common(1)[0]
     graded = grade(tasks[1000:], [best] * 1000)
     constant = sum(one.passed for one in graded) / 1000
@@ -169,10 +172,8 @@ def test_splits_never_cross_and_prompts_never_repeat():
         questions = [task.question for task in tasks]
         assert len(set(questions)) == len(questions)
         assert {split_of(task.origin["problem"]) for task in tasks} == {split}
-    assert (
-        max(Counter(t.kind for t in train).values()) - min(Counter(t.kind for t in train).values())
-        <= 1
-    )
+    counts = Counter(task.kind for task in train).values()
+    assert max(counts) - min(counts) <= 1
     stream = stream_tasks(rng("c"))
     assert all(split_of(next(stream).origin["problem"]) == "train" for _ in range(500))
 
@@ -183,19 +184,19 @@ def test_a_problem_is_what_its_question_asks(kind):
 
 
 def test_no_problem_is_in_two_splits_however_it_is_put():
-    """Every sum, difference, list ... as its question's text tells it; 4 + 7 is 7 + 4, in whatever
-    kind of task.
-    """
+    """Read from the questions' texts; 4 + 7 and 7 + 4 are one problem in every kind of task."""
     splits = {
         split: generate_tasks(rng(split), 3000 if split == "train" else 1200, split=split)
         for split in SPLITS
     }
-    found = {split: {problem(task.question) for task in tasks} for split, tasks in splits.items()}
+    problems = {
+        split: {problem(task.question) for task in tasks} for split, tasks in splits.items()
+    }
     for one, other in (("train", "heldout"), ("train", "test"), ("heldout", "test")):
-        assert not found[one] & found[other]
+        assert not problems[one] & problems[other]
     sums = {
-        split: {p for p in problems if p.startswith(("add", "subtract"))}
-        for split, problems in found.items()
+        split: {p for p in group if p.startswith(("add", "subtract"))}
+        for split, group in problems.items()
     }
     assert min(map(len, sums.values())) > 30
     assert "add 4 7" in {problem(f"{a} + {b} = ?") for a, b in ((4, 7), (7, 4))}
