@@ -52,15 +52,15 @@ BAD = [
     ("[]", "not an object"),
     ({"answer": "4"}, "no field 'answer'"),
     ({"refrence": {}}, "Did you mean 'reference'"),
-    ({"id": ""}, "'id' is missing, empty"),
-    ({"id": 7}, "'id' is missing, empty or not a text"),
-    ({"prompt": "2 + 2?"}, "not a list of messages"),
-    ({"prompt": []}, "'prompt' is missing, empty"),
+    ({"id": ""}, "'id' must be a text that is not empty"),
+    ({"id": 7}, "'id' must be a text"),
+    ({"prompt": "2 + 2?"}, "'prompt' must be a list"),
+    ({"prompt": []}, "'prompt' must be a list of one or more"),
     ({"prompt": [{"role": "user"}]}, r"prompt\[0\] is not a message"),
     ({"prompt": [*GOOD["prompt"], "and?"]}, r"prompt\[1\] is not a message"),
     ({"grader": "exactly"}, "no grader 'exactly'. Did you mean 'exact'"),
-    ({"grader": None}, "'grader' is missing"),
-    ({"reference": "4"}, "'reference' is missing, empty or not an object"),
+    ({"grader": None}, "'grader' must be the name of a grader"),
+    ({"reference": "4"}, "'reference' must be an object"),
     ({"reference": {"answer": 4}}, "'answer' must be a text"),
     ({"grader": "json", "reference": {"answer": "{a: 1}"}}, "'answer' must be JSON"),
     ({"grader": "regex", "reference": {"answer": "4"}}, "'pattern' must be a text"),
@@ -68,7 +68,7 @@ BAD = [
         {"grader": "regex", "reference": {"answer": "4", "pattern": "(4"}},
         "'pattern' must be a regular expression",
     ),
-    ({"origin": []}, "'origin' is missing, empty or not an object"),
+    ({"origin": []}, "'origin' must be an object"),
 ]
 
 
@@ -91,7 +91,7 @@ def test_a_bad_line_is_named(tmp_path, change, said):
 def test_an_id_stands_once(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text((json.dumps(GOOD) + "\n") * 2)
-    with pytest.raises(OpenQwenError, match="'a' stands twice"):
+    with pytest.raises(OpenQwenError, match="Another task has the id 'a'"):
         read_tasks(path)
 
 

@@ -10,8 +10,13 @@ from openqwen.support.files import numbered_jsonl, write_jsonl
 from openqwen.tasks.graders import check_task
 from openqwen.tasks.task import Task
 
-_TYPES = {"id": str, "prompt": list, "grader": str, "reference": dict, "origin": dict}
-_SAID = {str: "a text", list: "a list of messages", dict: "an object"}
+_FIELDS = {
+    "id": (str, "a text that is not empty"),
+    "prompt": (list, "a list of one or more messages"),
+    "grader": (str, "the name of a grader"),
+    "reference": (dict, "an object"),
+    "origin": (dict, "an object"),
+}
 
 
 def read_tasks(path: Path) -> list[Task]:
@@ -38,24 +43,22 @@ def _checked(records: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Task]:
     for where, record in records:
         task = _task(record, where)
         if task.id in seen:
-            raise OpenQwenError(
-                f"The id '{task.id}' stands twice.", where, "give each task an id of its own"
-            )
+            what = f"Another task has the id '{task.id}' too."
+            raise OpenQwenError(what, where, "give each task a different id")
         seen.add(task.id)
         yield task
 
 
 def _task(record: dict[str, Any], where: str) -> Task:
     for key in record:
-        if key not in _TYPES:
-            what = f"A task has no field '{key}'.{suggestion(key, _TYPES)}"
-            raise OpenQwenError(what, where, f"use these fields: {', '.join(_TYPES)}")
-    record = {"reference": {}, "origin": {}} | record
-    for key, kind in _TYPES.items():
-        needed = key in ("id", "prompt", "grader")
-        if not isinstance(record.get(key), kind) or (needed and not record[key]):
-            what = f"The field '{key}' is missing, empty or not {_SAID[kind]}."
-            raise OpenQwenError(what, where, f"give '{key}' as {_SAID[kind]}")
+        if key not in _FIELDS:
+            what = f"A task has no field '{key}'.{suggestion(key, _FIELDS)}"
+            raise OpenQwenError(what, where, f"use these fields: {', '.join(_FIELDS)}")
+    optional: dict[str, Any] = {"reference": {}, "origin": {}}
+    record = optional | record
+    for key, (kind, said) in _FIELDS.items():
+        if not isinstance(record.get(key), kind) or not (record[key] or key in optional):
+            raise OpenQwenError(f"The field '{key}' must be {said}.", where, "correct the task")
     for number, message in enumerate(record["prompt"]):
         if not _is_message(message):
             what = f"prompt[{number}] is not a message."
