@@ -101,25 +101,24 @@ def test_rejection_sampling_keeps_what_the_program_accepts():
         )
 
     engine = FakeEngine(answer)
-    result = rejection_sample(engine, tasks, 4, 1.0, 16, seed=5, model="extend")
+    demonstrations, acceptance = rejection_sample(engine, tasks, 4, 1.0, 16, seed=5, model="extend")
     assert [len(prompts) for prompts, _, _ in engine.calls] == [34] * 4
     asked = [(p, seed) for prompts, _, seeds in engine.calls for p, seed in zip(prompts, seeds)]
     assert len({seed for _, seed in asked}) > 130
     assert all((s.temperature, s.max_tokens) == (1.0, 16) for _, s, _ in engine.calls)
     right = Counter(p for p, seed in asked if seed % 2)
-    assert result.acceptance["correct"] == sum(right.values())
-    assert result.acceptance["samples"] == 34 * 4
-    assert len(result.demonstrations) == len(right), "equal answers to one prompt count once"
+    assert acceptance["correct"] == sum(right.values())
+    assert acceptance["samples"] == 34 * 4
+    assert len(demonstrations) == len(right), "equal answers to one prompt count once"
     by_question = {t.question: t for t in tasks}
-    for record in result.demonstrations:
+    for record in demonstrations:
         question, reply = record["messages"]
         assert by_question[question["content"]].reference["answer"] == reply["content"]
         assert record["origin"]["method"] == "rejection"
         assert record["origin"]["model"] == "extend"
-    assert sum(row["samples"] for row in result.acceptance["by_task"].values()) == 34 * 4
+    assert sum(row["samples"] for row in acceptance["by_task"].values()) == 34 * 4
     assert all(
-        row["rate"] == row["correct"] / row["samples"]
-        for row in result.acceptance["by_task"].values()
+        row["rate"] == row["correct"] / row["samples"] for row in acceptance["by_task"].values()
     )
 
 
@@ -135,10 +134,10 @@ def test_rejection_sampling_keeps_different_right_answers():
     (task,) = generate_tasks(Generators(0)["tasks"], 1, kinds=["exact_words"])
     first, *middle, last = task.reference["answer"].split()
     fill = [" ".join([first, *[letter] * len(middle), last]) for letter in "ab"]
-    result = rejection_sample(
+    demonstrations, _ = rejection_sample(
         FakeEngine(lambda p, seed: output(fill[seed % 2])), [task], 8, 1.0, 16, seed=0
     )
-    assert sorted(r["messages"][-1]["content"] for r in result.demonstrations) == fill
+    assert sorted(r["messages"][-1]["content"] for r in demonstrations) == fill
 
 
 CONFIG = InstructConfig(

@@ -68,7 +68,7 @@ def build_demonstrations(
     answered = generate_tasks(generators["rejection-tasks"], config.rejection_prompts)
     kept = generate_tasks(generators["prompt-tasks"], config.prompts)
 
-    rejection = rejection_sample(
+    sampled, acceptance = rejection_sample(
         generator,
         answered,
         config.rejection_samples,
@@ -79,19 +79,19 @@ def build_demonstrations(
     )
     docstrings = _repurposed(documents, generators, seed, config.repurposed)
     records = _conversations(gold, config.turns, generators, seed)
-    records += rejection.demonstrations + docstrings
+    records += sampled + docstrings
     records = [records[i] for i in generators["order"].permutation(len(records))]
 
     write_jsonl(folder / "demonstrations.jsonl", records)
     write_jsonl(folder / "prompts.jsonl", (_prompt(task, seed) for task in kept))
-    write_json(folder / "instruct.json", {"acceptance": rejection.acceptance})
+    write_json(folder / "instruct.json", {"acceptance": acceptance})
     return {
         "demonstrations": len(records),
         "gold": len(gold),
-        "rejection": len(rejection.demonstrations),
+        "rejection": len(sampled),
         "repurpose": len(docstrings),
         "prompts": len(kept),
-        "acceptance": rejection.acceptance["rate"],
+        "acceptance": acceptance["rate"],
     }
 
 

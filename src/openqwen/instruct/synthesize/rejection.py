@@ -5,24 +5,12 @@ Qwen2 report, section 4.1 ("Rejection Sampling"); de-duplication as in RFT (Yuan
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from openqwen.engine import Generator, Sampling
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.tasks import GradedAnswer, Task, answer_tasks
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """The result of rejection sampling.
-
-    acceptance: {"samples", "correct", "rate", "by_task": {kind: the first three}}.
-    """
-
-    demonstrations: list[dict[str, Any]]
-    acceptance: dict[str, Any]
 
 
 def sample_answers(
@@ -60,11 +48,14 @@ def rejection_sample(
     max_tokens: int,
     seed: int,
     model: str | None = None,
-) -> Rejection:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Make demonstrations of a pre-trained model's right answers, all different ones to each task.
 
     The model has not learned the chat format yet: it is asked in the plain format of its
     pre-training data.
+
+    Returns:
+        The demonstrations, and {"samples", "correct", "rate", "by_task": {kind: the first three}}.
     """
     answers = sample_answers(
         generator, tasks, samples, [temperature], max_tokens, seed, "rejection", plain=True
@@ -84,7 +75,7 @@ def rejection_sample(
             demonstrations.append({"messages": messages, "origin": origin | {"tasks": [task.kind]}})
     by_task = {kind: _counted(sampled[kind], correct[kind]) for kind in sorted(sampled)}
     acceptance = _counted(sampled.total(), correct.total()) | {"by_task": by_task}
-    return Rejection(demonstrations, acceptance)
+    return demonstrations, acceptance
 
 
 def _counted(samples: int, correct: int) -> dict[str, Any]:
