@@ -4,11 +4,12 @@ from dataclasses import dataclass
 import pytest
 
 from openqwen.engine import Output
-from openqwen.evaluate import CHATS, CONTINUATIONS, EvaluateConfig, checked_accuracy, sample_answers
+from openqwen.evaluate import CHATS, CONTINUATIONS, EvaluateConfig, answer_samples, checked_accuracy
 from openqwen.evaluate.checked import sampled_right
-from openqwen.instruct.synthesize.tasks import KINDS, generate_tasks, split_of
 from openqwen.support.generators import Generators
 from openqwen.support.progress import Progress
+from openqwen.tasks.checkable import KINDS, generate_tasks, split_of
+from openqwen.tasks.plain import plain_prompt
 
 
 @dataclass
@@ -26,7 +27,9 @@ class FakeEngine:
 def test_accuracy_chance_and_answers_by_task():
     items = generate_tasks(Generators(0)["items"], 170, split="heldout")
     right = {
-        t.question: t.answer for t in items if t.task in ("add", "json") or t.question.endswith("?")
+        t.question: t.reference["answer"]
+        for t in items
+        if t.kind in ("add", "json") or t.question.endswith("?")
     }
     engine = FakeEngine(right)
     work = Progress("checked", len(items), "tasks")
@@ -34,7 +37,7 @@ def test_accuracy_chance_and_answers_by_task():
     assert work.done == 170
     assert (engine.sampling.temperature, engine.sampling.max_tokens) == (0.0, 16)
     assert result["checked_accuracy"] == len(right) / 170
-    assert result["chance"] == pytest.approx(sum(t.chance for t in items) / 170)
+    assert result["chance"] == pytest.approx(sum(t.reference["chance"] for t in items) / 170)
     assert set(result["checked_by_task"]) == set(KINDS)
     assert result["checked_by_task"]["add"] == {
         "accuracy": 1.0,
@@ -49,18 +52,29 @@ def test_accuracy_chance_and_answers_by_task():
 
 def test_sampled_answers_are_drawn_once_each_at_temperature_1():
     items = generate_tasks(Generators(0)["items"], 34, split="test")
-    engine = FakeEngine({t.question: t.answer for t in items[:10]})
+    engine = FakeEngine({t.question: t.reference["answer"] for t in items[:10]})
     assert sampled_right(engine, items, 16) == [True] * 10 + [False] * 24
     assert engine.sampling.temperature == 1.0
 
 
-def test_no_items_is_refused():
-    with pytest.raises(ValueError, match="no items"):
+def test_a_model_before_sft_is_asked_in_plain_text():
+    tasks = generate_tasks(Generators(0)["items"], 17, split="test")
+    answers = {plain_prompt(t.question): f" {t.reference['answer']}\n\nQ: more" for t in tasks}
+    result = checked_accuracy(FakeEngine(answers), tasks, 16, plain=True)
+    assert result["checked_accuracy"] == 1.0
+    assert result["answers"][0]["prompt"] == plain_prompt(tasks[0].question)
+    assert result["answers"][0]["answer"] == answers[plain_prompt(tasks[0].question)]
+    assert sampled_right(FakeEngine(answers), tasks, 16, plain=True) == [True] * 17
+    assert sampled_right(FakeEngine(answers), tasks, 16) == [False] * 17
+
+
+def test_no_tasks_are_refused():
+    with pytest.raises(ValueError, match="no tasks"):
         checked_accuracy(FakeEngine({}), [], 16)
 
 
 def test_samples_have_both_kinds():
-    samples = sample_answers(FakeEngine({CHATS[0]: "23", CONTINUATIONS[0]: "pass"}), 8)
+    samples = answer_samples(FakeEngine({CHATS[0]: "23", CONTINUATIONS[0]: "pass"}), 8)
     assert len(samples) == len(CHATS) + len(CONTINUATIONS)
     assert samples[0] == {"prompt": CONTINUATIONS[0], "answer": "pass", "kind": "continuation"}
     assert {"prompt": CHATS[0], "answer": "23", "kind": "chat"} in samples

@@ -48,13 +48,13 @@ def document(text, identifier="code/lib/python3.11/posix/paths.py", source="code
 
 
 def test_public_functions_and_methods_are_found():
-    found = list(described_functions([document(SOURCE)]))
-    assert [(f.name, f.sentence) for f in found] == [
+    functions = list(described_functions([document(SOURCE)]))
+    assert [(f.name, f.sentence) for f in functions] == [
         ("posix.paths.join", "Join two or more path components, e.g. folders, into one."),
         ("posix.paths.Stack.push", "Put an item on top of the stack."),
     ]
-    assert found[0].signature == "def join(a, *paths, sep='/'):"
-    assert found[0].document == "code/lib/python3.11/posix/paths.py"
+    assert functions[0].signature == "def join(a, *paths, sep='/'):"
+    assert functions[0].document == "code/lib/python3.11/posix/paths.py"
 
 
 @pytest.mark.parametrize(
@@ -133,13 +133,13 @@ def test_module_name(identifier, module):
 
 def test_demonstrations_are_deduplicated_and_traceable():
     twice = [document(SOURCE), document(SOURCE, "other.py")]
-    found = list(demonstrations_from_docstrings(twice, Generators(3)["d"], 3))
-    assert len(found) == 2
-    for record in found:
+    records = list(demonstrations_from_docstrings(twice, Generators(3)["d"], 3))
+    assert len(records) == 2
+    for record in records:
         assert [m["role"] for m in record["messages"]] == ["user", "assistant"]
         assert record["origin"]["method"] == "repurpose"
         assert record["origin"]["parents"] == ["code/lib/python3.11/posix/paths.py"]
         assert (
             "join" in record["messages"][0]["content"] or "push" in record["messages"][0]["content"]
         )
-    assert found == list(demonstrations_from_docstrings(twice, Generators(3)["d"], 3))
+    assert records == list(demonstrations_from_docstrings(twice, Generators(3)["d"], 3))

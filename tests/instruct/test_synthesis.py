@@ -2,23 +2,20 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
-from problems import problem
 from pydantic import ValidationError
 
 from openqwen.engine import Output, Sampling
-from openqwen.instruct import synthesize as s
-from openqwen.instruct.synthesize.preferences import make_pairs
-from openqwen.instruct.synthesize.pretraining_tasks import FORMATS
-from openqwen.instruct.synthesize.rejection import (
-    plain_answer,
-    plain_prompt,
-    rejection_sample,
-    sample_answers,
-)
-from openqwen.instruct.synthesize.tasks import generate_tasks
+from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_demonstrations
+from openqwen.instruct.synthesize.preferences import PreferConfig, build_preferences, make_pairs
+from openqwen.instruct.synthesize.pretraining_tasks import task_documents
+from openqwen.instruct.synthesize.rejection import rejection_sample, sample_answers
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.support.generators import Generators
+from openqwen.tasks import GradedAnswer, grade
+from openqwen.tasks.checkable import KINDS, generate_tasks, split_of
+from openqwen.tasks.plain import PLAIN_FORMATS, plain_answer, plain_prompt
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
+from problems import problem
 
 
 def output(text, reason="stop"):
@@ -50,12 +47,12 @@ DOCUMENTS = [{"id": "shapes.py", "text": FUNCTION, "source": "code", "language":
 
 
 def test_task_documents_hold_solved_train_tasks_only():
-    documents = list(s.task_documents(7, 60, DOCUMENTS))
+    documents = list(task_documents(7, 60))
     assert len({d["id"] for d in documents}) == 60
     assert {d["source"] for d in documents} == {"tasks"}
-    assert documents == list(s.task_documents(7, 60, DOCUMENTS))
-    assert [d["text"] for d in documents] != [d["text"] for d in s.task_documents(8, 60, DOCUMENTS)]
-    heads = [form.split("{question}") for form in FORMATS]
+    assert documents == list(task_documents(7, 60))
+    assert [d["text"] for d in documents] != [d["text"] for d in task_documents(8, 60)]
+    heads = [form.split("{question}") for form in PLAIN_FORMATS]
     questions = set()
     for document in documents:
         items = document["text"].rstrip("\n").split("\n\n")
@@ -63,27 +60,25 @@ def test_task_documents_hold_solved_train_tasks_only():
         assert len(items) == len(document["meta"]["tasks"])
         before = max((h[0] for h in heads if document["text"].startswith(h[0])), key=len)
         questions |= {item.split("\n")[0].removeprefix(before) for item in items}
-    assert all(s.split_of(problem(q)) == "train" for q in questions if "area" not in q)
-    described = [d for d in documents if "docstring" in d["meta"]["tasks"]]
-    assert len(described) == 1
-    assert described[0]["meta"]["parents"] == ["shapes.py"]
-    assert "Return the area of a rectangle with these sides." in described[0]["text"]
+    assert all(split_of(problem(q)) == "train" for q in questions)
 
 
 def test_every_plain_format_comes_up():
-    text = "".join(d["text"] for d in s.task_documents(1, 100))
-    assert all(form.split("{question}")[0] in text for form in FORMATS)
+    text = "".join(d["text"] for d in task_documents(1, 100))
+    assert all(form.split("{question}")[0] in text for form in PLAIN_FORMATS)
 
 
 def test_a_plain_prompt_is_asked_as_it_is_learned():
     """Its ids are the beginning of the learned text's: the colon and the newline are one token."""
-    texts = [document["text"] for document in s.task_documents(1, 200)]
+    texts = [document["text"] for document in task_documents(1, 200)]
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocabulary=1000))
     for task in generate_tasks(Generators(0)["plain"], 100):
-        learned = tokenizer.encode(FORMATS[0].format(question=task.question, answer=task.answer))
+        learned = tokenizer.encode(
+            PLAIN_FORMATS[0].format(question=task.question, answer=task.reference["answer"])
+        )
         asked = tokenizer.encode(plain_prompt(task.question))
         assert learned[: len(asked)] == asked
-        assert tokenizer.decode(learned[len(asked) :]) == task.answer
+        assert tokenizer.decode(learned[len(asked) :]) == task.reference["answer"]
 
 
 def test_plain_answers_end_at_the_blank_line():
@@ -99,58 +94,62 @@ def test_rejection_sampling_keeps_what_the_program_accepts():
 
     def answer(prompt, seed):
         task = answers[prompt]
-        return output(f" {task.answer}\n\nQuestion: more" if seed % 2 else f" {task.wrong[0]}\n\n")
+        return output(
+            f" {task.reference['answer']}\n\nQuestion: more"
+            if seed % 2
+            else f" {task.reference['wrong'][0]}\n\n"
+        )
 
     engine = FakeEngine(answer)
-    result = rejection_sample(engine, tasks, 4, 1.0, 16, seed=5, model="extend")
+    demonstrations, acceptance = rejection_sample(engine, tasks, 4, 1.0, 16, seed=5, model="extend")
     assert [len(prompts) for prompts, _, _ in engine.calls] == [34] * 4
     asked = [(p, seed) for prompts, _, seeds in engine.calls for p, seed in zip(prompts, seeds)]
     assert len({seed for _, seed in asked}) > 130
     assert all((s.temperature, s.max_tokens) == (1.0, 16) for _, s, _ in engine.calls)
     right = Counter(p for p, seed in asked if seed % 2)
-    assert result.acceptance["correct"] == sum(right.values())
-    assert result.acceptance["samples"] == 34 * 4
-    assert len(result.demonstrations) == len(right), "equal answers to one prompt count once"
+    assert acceptance["correct"] == sum(right.values())
+    assert acceptance["samples"] == 34 * 4
+    assert len(demonstrations) == len(right), "equal answers to one prompt count once"
     by_question = {t.question: t for t in tasks}
-    for record in result.demonstrations:
+    for record in demonstrations:
         question, reply = record["messages"]
-        assert by_question[question["content"]].answer == reply["content"]
+        assert by_question[question["content"]].reference["answer"] == reply["content"]
         assert record["origin"]["method"] == "rejection"
         assert record["origin"]["model"] == "extend"
-    assert sum(row["samples"] for row in result.acceptance["by_task"].values()) == 34 * 4
+    assert sum(row["samples"] for row in acceptance["by_task"].values()) == 34 * 4
     assert all(
-        row["rate"] == row["correct"] / row["samples"]
-        for row in result.acceptance["by_task"].values()
+        row["rate"] == row["correct"] / row["samples"] for row in acceptance["by_task"].values()
     )
 
 
 def test_answers_are_drawn_at_their_temperatures():
     engine = FakeEngine(lambda p, seed: output(str(seed)))
-    answers = sample_answers(engine, ["a", "b"], 3, [0.5, 1.5], 8, 0, "x")
+    answers = sample_answers(engine, [TASK, TASK], 3, [0.5, 1.5], 8, 0, "x")
     assert [sampling.temperature for _, sampling, _ in engine.calls] == [0.5, 1.5, 0.5]
-    assert len({o.text for group in answers for o in group}) == 6
+    assert [[a.temperature for a in group] for group in answers] == [[0.5, 1.5, 0.5]] * 2
+    assert len({a.text for group in answers for a in group}) == 6
 
 
 def test_rejection_sampling_keeps_different_right_answers():
     (task,) = generate_tasks(Generators(0)["tasks"], 1, kinds=["exact_words"])
-    first, *middle, last = task.answer.split()
+    first, *middle, last = task.reference["answer"].split()
     fill = [" ".join([first, *[letter] * len(middle), last]) for letter in "ab"]
-    result = rejection_sample(
+    demonstrations, _ = rejection_sample(
         FakeEngine(lambda p, seed: output(fill[seed % 2])), [task], 8, 1.0, 16, seed=0
     )
-    assert sorted(r["messages"][-1]["content"] for r in result.demonstrations) == fill
+    assert sorted(r["messages"][-1]["content"] for r in demonstrations) == fill
 
 
-CONFIG = s.InstructConfig(
+CONFIG = InstructConfig(
     demonstrations=150, repurposed=5, rejection_prompts=34, rejection_samples=2, prompts=60
 )
 
 
 def build(folder, seed=0, config=CONFIG):
     folder.mkdir()
-    answers = {plain_prompt(q): t.answer for q, t in oracle(seed).items()}
+    answers = {plain_prompt(q): t.reference["answer"] for q, t in oracle(seed).items()}
     engine = FakeEngine(lambda prompt, seed: output(" " + answers[prompt] if seed % 3 else "wrong"))
-    return s.build_demonstrations(config, DOCUMENTS, engine, seed, folder, model="extend")
+    return build_demonstrations(config, DOCUMENTS, engine, seed, folder, model="extend")
 
 
 def test_instruct_payload(tmp_path):
@@ -167,12 +166,12 @@ def test_instruct_payload(tmp_path):
     for record in records:
         question, answer = (m["content"] for m in record["messages"])
         if record["origin"]["method"] != "repurpose":
-            assert s.split_of(problem(question)) == "train"
-            assert tasks[question].check(answer)
-            assert [tasks[question].task] == record["origin"]["tasks"]
+            assert split_of(problem(question)) == "train"
+            assert grade([tasks[question]], [answer])[0].passed
+            assert [tasks[question].kind] == record["origin"]["tasks"]
     kept = {p["prompt"][0]["content"] for p in prompts}
     assert len(kept) == 60 == len(prompts)
-    assert all(s.split_of(problem(question)) == "train" for question in kept)
+    assert all(split_of(problem(question)) == "train" for question in kept)
 
 
 def test_instruct_is_deterministic(tmp_path):
@@ -185,7 +184,7 @@ def test_instruct_is_deterministic(tmp_path):
 
 
 def test_prefer_payload(tmp_path):
-    config = s.PreferConfig(prompts=80, heldout_prompts=40, samples=3)
+    config = PreferConfig(prompts=80, heldout_prompts=40, samples=3)
     seen = {}
 
     def answer(prompt, seed):
@@ -195,7 +194,7 @@ def test_prefer_payload(tmp_path):
     def run(name, seed=0):
         (tmp_path / name).mkdir()
         engine = FakeEngine(answer)
-        metrics = s.build_preferences(config, engine, seed, tmp_path / name, model="sft")
+        metrics = build_preferences(config, engine, seed, tmp_path / name, model="sft")
         return metrics, (tmp_path / name / "preferences.jsonl").read_bytes()
 
     metrics, data = run("a")
@@ -207,11 +206,11 @@ def test_prefer_payload(tmp_path):
     summary = read_json(tmp_path / "a" / "prefer.json")
     assert metrics["pairs"] == len(train) == sum(summary["by_author"].values())
     assert (metrics["heldout_pairs"], metrics["test_pairs"]) == (len(held), len(test))
-    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "train" for p in train)
-    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "heldout" for p in held)
-    assert all(s.split_of(problem(p["prompt"][0]["content"])) == "test" for p in test)
+    assert all(split_of(problem(p["prompt"][0]["content"])) == "train" for p in train)
+    assert all(split_of(problem(p["prompt"][0]["content"])) == "heldout" for p in held)
+    assert all(split_of(problem(p["prompt"][0]["content"])) == "test" for p in test)
     assert max(Counter(p["prompt"][0]["content"] for p in train).values()) <= 2
-    assert {p["origin"]["task"] for p in train} == set(s.KINDS), "every kind has its share"
+    assert {p["origin"]["task"] for p in train} == set(KINDS), "every kind has its share"
     for pair in train + held + test:
         assert pair["chosen"][0]["role"] == pair["rejected"][0]["role"] == "assistant"
         assert pair["chosen"] != pair["rejected"]
@@ -220,35 +219,47 @@ def test_prefer_payload(tmp_path):
 
 
 TASK = generate_tasks(Generators(0)["tasks"], 1, kinds=["add"])[0]
-WRONG = TASK.wrong[0]
+WRONG = TASK.reference["wrong"][0]
 
 
-def pairs(*outputs, **options):
-    made = make_pairs(TASK, outputs, s.PreferConfig(**options), seed=0)
+def pairs(*outputs, temperatures=(1.0,), **options):
+    grades = grade([TASK] * len(outputs), [one.text for one in outputs])
+    answers = [
+        GradedAnswer(
+            TASK.prompt, one.text.strip(), one, verdict, temperatures[n % len(temperatures)]
+        )
+        for n, (one, verdict) in enumerate(zip(outputs, grades))
+    ]
+    made = make_pairs(TASK, answers, PreferConfig(**options), seed=0)
     return [(p["chosen"][0]["content"], p["rejected"][0]["content"], p["origin"]) for p in made]
 
 
 def test_pairs_contrast_right_with_wrong_samples():
     ((chosen, rejected, origin),) = pairs(
-        output(WRONG), output(f" {TASK.answer} "), output(WRONG + " ")
+        output(WRONG), output(f" {TASK.reference['answer']} "), output(WRONG + " ")
     )
-    assert (chosen, rejected) == (TASK.answer, WRONG)
+    assert (chosen, rejected) == (TASK.reference["answer"], WRONG)
     assert (origin["chosen"], origin["rejected"], origin["task"]) == ("model", "model", "add")
 
 
 def test_pairs_tell_the_temperature_of_each_answer_that_the_model_gave():
-    outputs = [output(TASK.answer), output("wrong"), output("wrong"), output(TASK.answer)]
+    outputs = [
+        output(TASK.reference["answer"]),
+        output("wrong"),
+        output("wrong"),
+        output(TASK.reference["answer"]),
+    ]
     ((_, _, origin),) = pairs(*outputs, temperatures=[1.5, 0.5])
     assert (origin["temperature"], origin["chosen_temperature"]) == (0.5, 0.5)
     ((_, _, origin),) = pairs(
-        output("wrong"), output(TASK.answer, "length"), temperatures=[1.5, 0.5]
+        output("wrong"), output(TASK.reference["answer"], "length"), temperatures=[1.5, 0.5]
     )
     assert origin["temperature"] == 1.5
     assert "chosen_temperature" not in origin, "the program's"
 
 
 def test_no_more_pairs_than_allowed():
-    outputs = [output(TASK.answer), *(output(f"wrong {n}") for n in range(5))]
+    outputs = [output(TASK.reference["answer"]), *(output(f"wrong {n}") for n in range(5))]
     assert [rejected for _, rejected, _ in pairs(*outputs, pairs_per_prompt=2)] == [
         "wrong 0",
         "wrong 4",
@@ -258,30 +269,30 @@ def test_no_more_pairs_than_allowed():
 def test_program_stands_in_where_the_model_gives_none():
     ((chosen, rejected, origin),) = pairs(output("wrong"))
     assert (chosen, rejected, origin["chosen"], origin["rejected"]) == (
-        TASK.answer,
+        TASK.reference["answer"],
         "wrong",
         "program",
         "model",
     )
-    ((chosen, rejected, origin),) = pairs(output(TASK.answer))
+    ((chosen, rejected, origin),) = pairs(output(TASK.reference["answer"]))
     assert (chosen, rejected, origin["chosen"], origin["rejected"]) == (
-        TASK.answer,
+        TASK.reference["answer"],
         WRONG,
         "model",
         "program",
     )
     assert pairs(output("wrong"), program_chosen=False) == []
-    assert pairs(output(TASK.answer), program_rejected=False) == []
+    assert pairs(output(TASK.reference["answer"]), program_rejected=False) == []
 
 
 def test_an_answer_that_never_ended_is_no_positive_and_the_last_negative():
-    ((chosen, _, origin),) = pairs(output(TASK.answer, "length"), output("wrong"))
-    assert (chosen, origin["chosen"]) == (TASK.answer, "program")
-    made = pairs(output("endless", "length"), output("wrong"), output(TASK.answer))
+    ((chosen, _, origin),) = pairs(output(TASK.reference["answer"], "length"), output("wrong"))
+    assert (chosen, origin["chosen"]) == (TASK.reference["answer"], "program")
+    made = pairs(output("endless", "length"), output("wrong"), output(TASK.reference["answer"]))
     assert [rejected for _, rejected, _ in made] == ["wrong", "endless"]
 
 
-@pytest.mark.parametrize("config", [s.InstructConfig, s.PreferConfig])
+@pytest.mark.parametrize("config", [InstructConfig, PreferConfig])
 def test_configurations_are_closed_and_documented(config):
     with pytest.raises(ValidationError):
         config(unknown=1)
@@ -289,10 +300,10 @@ def test_configurations_are_closed_and_documented(config):
 
 
 def test_tasks_share_conversations(tmp_path):
-    config = s.InstructConfig(
+    config = InstructConfig(
         demonstrations=90, turns=3, repurposed=0, rejection_prompts=0, prompts=0
     )
-    s.build_demonstrations(config, [], FakeEngine(None), 1, tmp_path)
+    build_demonstrations(config, [], FakeEngine(None), 1, tmp_path)
     records = list(read_jsonl(tmp_path / "demonstrations.jsonl"))
     sizes = Counter(len(r["origin"]["tasks"]) for r in records)
     assert set(sizes) == {1, 2, 3}

@@ -9,12 +9,12 @@ from openqwen.corpus.vocabulary import run_tokenizer
 from openqwen.engine import Output
 from openqwen.evaluate import EvaluateConfig
 from openqwen.evaluate import model as evaluation
-from openqwen.instruct.synthesize.tasks import generate_tasks
 from openqwen.recipe.graph import nodes_of, recipe_class
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
 from openqwen.support.stage import StageRun
+from openqwen.tasks.checkable import generate_tasks
 from openqwen.tokenizer import TokenizerConfig, load_tokenizer
 
 
@@ -32,7 +32,7 @@ class Scripted:
 
     def __init__(self, right: dict[float, int]):
         tasks = generate_tasks(Generators(0)["test"], 40, split="test")
-        self.right, self.answers = right, [task.answer for task in tasks]
+        self.right, self.answers = right, [task.reference["answer"] for task in tasks]
 
     def generate(self, prompts, sampling, seeds=None, progress=None):
         assert seeds is None or list(seeds) == list(range(40))  # the same draws for every model
@@ -42,7 +42,7 @@ class Scripted:
 
 
 def test_gains_are_on_the_own_start_at_equal_temperature(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "_against", lambda *_: {})
+    monkeypatch.setattr(evaluation, "_win_rates", lambda *_: {})
     config = EvaluateConfig(test=40)
     models = {
         "evaluate-sft": {0.0: 20, 0.7: 16, 0.9: 13, 1.0: 10},
@@ -58,7 +58,7 @@ def test_gains_are_on_the_own_start_at_equal_temperature(tmp_path, monkeypatch):
             else {"start": tmp_path / "evaluate-sft", "reward": tmp_path}
         )
         work = StageRun(config, start, tmp_path / name, tmp_path, 1, name)
-        found[name] = evaluation._test(Scripted(right), config, work)
+        found[name] = evaluation._test_scores(Scripted(right), config, work)
     sft, dpo = found.values()
     assert sft["test_cooler_gain"] == pytest.approx(3 / 40)  # at 0.9 on itself at 1.0
     assert "test_cooler_gain" not in dpo

@@ -4,10 +4,11 @@ import pytest
 
 from openqwen.engine import Endpoint, Engine, Sampling, Structure
 from openqwen.engine import endpoint as endpoint_file
-from openqwen.evaluate import samples as checks
+from openqwen.evaluate import answer_samples
 from openqwen.instruct.synthesize.rejection import sample_answers
 from openqwen.model import load_model
 from openqwen.support.errors import OpenQwenError
+from openqwen.tasks import Task
 from openqwen.tokenizer import load_tokenizer
 
 PROMPTS = [
@@ -156,7 +157,8 @@ def test_a_failure_ends_what_runs_at_the_server(server, endpoint, engine, monkey
 
 
 def test_rooms_above_take_an_endpoint_as_they_take_the_engine(engine, endpoint):
-    assert checks.sample_answers(endpoint, 8) == checks.sample_answers(engine, 8)
-    asked = [["Name a number.", PROMPTS[1]], 2, [0.5, 1.0], 8, 0, "test"]
+    assert answer_samples(endpoint, 8) == answer_samples(engine, 8)
+    task = Task("greeting", PROMPTS[1], "exact", {"answer": "A model."})
+    asked = [[task, task], 2, [0.5, 1.0], 8, 0, "test"]
     for theirs, ours in zip(sample_answers(endpoint, *asked), sample_answers(engine, *asked)):
-        assert_same(theirs, ours)
+        assert_same([a.output for a in theirs], [a.output for a in ours])

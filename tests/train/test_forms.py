@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from openqwen.instruct.synthesize.preferences import PreferConfig, make_pairs
 from openqwen.model import ModelConfig, Qwen2, Scorer, initialize, save_checkpoint
 from openqwen.serve.protocol import plain
 from openqwen.support.errors import OpenQwenError
+from openqwen.tasks import Grade, GradedAnswer, Task
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from openqwen.train.conversations import conversation, fitting, pair, question
 from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
@@ -176,10 +176,13 @@ def sampled_pairs(engine, tokenizer):
         outputs += engine.generate([[ASKED]], sampling, seeds=[n + 7])
     half = len(outputs) // 2
     right = {o.text.strip() for o in outputs[:half] if o.finish_reason == "stop"}
-    task = SimpleNamespace(
-        task="t", prompt=[ASKED], answer="4", wrong=["5"], check=lambda text: text.strip() in right
-    )
-    return outputs, make_pairs(task, outputs, PreferConfig(pairs_per_prompt=40, samples=40), seed=0)
+    task = Task("t", [ASKED], "exact", {"answer": "4", "wrong": ["5"]})
+    answers = []
+    for output in outputs:
+        passed = output.text.strip() in right
+        grade = Grade(passed, float(passed), "")
+        answers.append(GradedAnswer([ASKED], output.text.strip(), output, grade, 1.0))
+    return outputs, make_pairs(task, answers, PreferConfig(pairs_per_prompt=40, samples=40), seed=0)
 
 
 def test_the_tokens_that_were_sampled_are_learned(engine, tokenizer):

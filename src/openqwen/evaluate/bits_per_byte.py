@@ -1,4 +1,4 @@
-"""Bits per byte: a language model's loss in a unit that no tokenizer can flatter."""
+"""Bits per byte: a language model's loss in a unit that does not depend on the tokenizer."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,17 +14,15 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
 
-_FORWARD_TOKENS = (
-    8_192  # tokens packed into one forward, at most (a single longer window may exceed it)
-)
+_FORWARD_TOKENS = 8_192  # most tokens of one forward, except for a single longer window
 _LOGIT_ELEMENTS = 2**24  # logits held at once: 64 MiB of float32
 
 
 @dataclass
 class BitsPerByte:
-    """Total negative log-likelihood (bits) over total UTF-8 bytes, by source and over all of them.
+    """Total negative log-likelihood (bits) over total UTF-8 bytes, of all documents and by source.
 
-    sources, bytes, bits: of each document, in order. tokens: scored in all.
+    sources, bytes, bits: one for each document, in order. tokens: how many were scored.
     """
 
     sources: list[str] = field(default_factory=list)
@@ -34,7 +32,7 @@ class BitsPerByte:
 
     @property
     def overall(self) -> float:
-        """Bits per byte of everything scored."""
+        """Bits per byte of all documents."""
         return math.fsum(self.bits) / sum(self.bytes)
 
     @property
@@ -42,12 +40,12 @@ class BitsPerByte:
         """{source: bits per byte}."""
         totals: dict[str, tuple[float, int]] = {}
         for source, bits, size in zip(self.sources, self.bits, self.bytes, strict=True):
-            before = totals.get(source, (0.0, 0))
-            totals[source] = before[0] + bits, before[1] + size
+            total_bits, total_size = totals.get(source, (0.0, 0))
+            totals[source] = total_bits + bits, total_size + size
         return {source: bits / size for source, (bits, size) in sorted(totals.items()) if size}
 
     def scores(self, name: str) -> dict[str, float]:
-        """{name: overall, name_low, name_high}: a 95 % interval over documents, if two or more."""
+        """{name: overall}; with two documents or more also {name_low, name_high}, 95 %."""
         if len(self.bits) < 2:
             return {name: self.overall}
         low, high = ratio_interval(self.bits, self.bytes)
@@ -56,8 +54,9 @@ class BitsPerByte:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one document: input ids, and the targets of its last positions, which this
-    window scores.
+    """A part of one document: input ids, and the targets of its last positions, which it scores.
+
+    document: the document's index.
     """
 
     inputs: list[int]
@@ -73,31 +72,33 @@ def bits_per_byte(
     context: int,
     device: torch.device | str = "cpu",
 ) -> BitsPerByte:
-    """Score documents ({"text", "source", …}), each on its own, its first token predicted from
-    `<|endoftext|>`.
+    """Score documents ({"text", "source", …}) one by one.
 
-    A document longer than `context` tokens is read in overlapping windows: every token is scored
-    exactly once, and from the second window on with at least half a window before it.
+    A document's first token is predicted from `<|endoftext|>`. A document longer than `context`
+    tokens is read in overlapping windows: every token is scored exactly once, and from the second
+    window on with at least half a window before it.
+
+    Raises:
+        OpenQwenError: the documents have no text.
     """
     result = BitsPerByte()
-    stretches: list[Window] = []
+    all_windows: list[Window] = []
     for number, document in enumerate(documents):
         text = document["text"]
         result.sources.append(document["source"])
         result.bytes.append(len(text.encode()))
         result.bits.append(0.0)
-        stretches += windows(tokenizer.encode(text), tokenizer.endoftext_id, context, number)
-    if not stretches:
+        all_windows += windows(tokenizer.encode(text), tokenizer.endoftext_id, context, number)
+    if not all_windows:
         raise OpenQwenError(
             "There is no held-out text to score.",
             do="give a corpus whose held-out split is not empty",
         )
     was_training = model.training
     model.eval()
-    with progress(
-        "bits per byte", sum(len(stretch.targets) for stretch in stretches), "tokens"
-    ) as work:
-        for pack in _packs(stretches):
+    tokens = sum(len(window.targets) for window in all_windows)
+    with progress("bits per byte", tokens, "tokens") as work:
+        for pack in _packs(all_windows):
             for window, nats in zip(pack, _score(model, pack, device), strict=True):
                 result.bits[window.document] += nats / math.log(2)
                 result.tokens += len(window.targets)
@@ -107,9 +108,7 @@ def bits_per_byte(
 
 
 def windows(ids: Sequence[int], first: int, context: int, document: int = 0) -> Iterator[Window]:
-    """Cut one document, `first` standing before it, into windows of up to `context` inputs, half a
-    window apart.
-    """
+    """Cut `first` and one document into windows of up to `context` inputs, half a window apart."""
     if context < 2:
         raise ValueError("a window needs at least two tokens")
     sequence = [first, *ids]  # position i predicts sequence[i + 1]
@@ -120,11 +119,11 @@ def windows(ids: Sequence[int], first: int, context: int, document: int = 0) -> 
         scored, start = end, start + context // 2
 
 
-def _packs(stream: Iterable[Window]) -> Iterator[list[Window]]:
+def _packs(all_windows: Iterable[Window]) -> Iterator[list[Window]]:
     """Group windows into forwards of at most `_FORWARD_TOKENS` inputs."""
     pack: list[Window] = []
     total = 0
-    for window in stream:
+    for window in all_windows:
         if pack and total + len(window.inputs) > _FORWARD_TOKENS:
             yield pack
             pack, total = [], 0
@@ -167,10 +166,10 @@ def _target_nats(model: Qwen2, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
 
 
 def within_budget(documents: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    """The leading documents of each source, up to an equal share of `budget` UTF-8 bytes each (at
-    least one).
+    """The first documents of each source, up to its equal share of `budget` UTF-8 bytes.
 
-    The same documents come back for the same input, so every stage is measured on the same text.
+    Each source gets at least one document. The same input gives the same documents, so that every
+    stage is measured on the same text.
     """
     by_source: dict[str, list[dict[str, Any]]] = {}
     for document in documents:

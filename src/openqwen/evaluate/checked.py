@@ -1,80 +1,71 @@
-"""Accuracy on tasks that a program checks, against the best blind guess."""
+"""Accuracy on graded tasks, beside the accuracy of the best blind guess."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from openqwen.engine import Generator, Sampling
 from openqwen.support.progress import Progress
-
-
-class Item(NamedTuple):
-    """One task.
-
-    task: the name of its kind. prompt: messages, or plain text for a model that has not learned to
-    chat. chance: the accuracy (0 to 1) of the best blind guess. check: whether a text is right.
-    """
-
-    task: str
-    prompt: str | list[dict[str, str]]
-    chance: float
-    check: Callable[[str], bool]
+from openqwen.tasks import Task, answer_tasks
 
 
 def sampled_right(
-    engine: Generator,
-    items: Sequence[Item],
+    generator: Generator,
+    tasks: Sequence[Task],
     max_tokens: int,
     progress: Progress | None = None,
     temperature: float = 1.0,
+    plain: bool = False,
 ) -> list[bool]:
-    """Which answers are right when each is drawn once.
+    """Sample one answer to each task; returns which are right.
 
-    At temperature 1 their share is the score that the policy expects; greedy decoding hides how
-    sure a policy is. The draws are always the same, so two models differ by little chance.
+    At temperature 1 their share is the expected score of the policy; greedy decoding hides how sure
+    a policy is. The seeds are always the same, so that chance changes little between two models.
+    plain: ask in plain text, for a model that has not learned the chat format.
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
-    outputs = engine.generate(
-        [item.prompt for item in items], sampling, seeds=range(len(items)), progress=progress
-    )
-    return [item.check(output.text) for item, output in zip(items, outputs, strict=True)]
+    answers = answer_tasks(generator, tasks, sampling, range(len(tasks)), plain, progress)
+    return [answer.grade.passed for answer in answers]
 
 
 def checked_accuracy(
-    engine: Generator, items: Sequence[Item], max_tokens: int, progress: Progress | None = None
+    generator: Generator,
+    tasks: Sequence[Task],
+    max_tokens: int,
+    progress: Progress | None = None,
+    plain: bool = False,
 ) -> dict[str, Any]:
-    """Greedy answers to every item, checked.
+    """Answer every task greedily; returns accuracies and the graded answers.
 
-    Returns {"checked_accuracy", "chance", "checked_by_task": {task: {"accuracy", "chance", "n"}},
-    "answers"}, where answers[i] is {"task", "prompt", "answer", "correct", "finish_reason"} for
-    items[i].
+    Returns:
+        {"checked_accuracy", "chance", "checked_by_task": {kind: {"accuracy", "chance", "n"}},
+        "answers"}, where answers[i] is {"task", "prompt", "answer", "correct", "finish_reason"} of
+        tasks[i], "task" its kind.
     """
-    if not items:
-        raise ValueError("no items to check")
-    outputs = engine.generate(
-        [item.prompt for item in items], Sampling(max_tokens=max_tokens), progress=progress
-    )
-    correct = [item.check(output.text) for item, output in zip(items, outputs, strict=True)]
-    by_task: dict[str, dict[str, float]] = {}
-    for item, right in zip(items, correct):
-        row = by_task.setdefault(item.task, {"accuracy": 0.0, "chance": 0.0, "n": 0})
-        row["accuracy"] += right
-        row["chance"] += item.chance
+    if not tasks:
+        raise ValueError("there are no tasks to answer")
+    sampling = Sampling(max_tokens=max_tokens)
+    answers = answer_tasks(generator, tasks, sampling, plain=plain, progress=progress)
+    by_kind: dict[str, dict[str, float]] = {}
+    for task, answer in zip(tasks, answers, strict=True):
+        row = by_kind.setdefault(task.kind, {"accuracy": 0.0, "chance": 0.0, "n": 0})
+        row["accuracy"] += answer.grade.passed
+        row["chance"] += task.reference.get("chance", 0.0)
         row["n"] += 1
-    for row in by_task.values():
+    for row in by_kind.values():
         row["accuracy"] /= row["n"]
         row["chance"] /= row["n"]
     return {
-        "checked_accuracy": sum(correct) / len(items),
-        "chance": sum(item.chance for item in items) / len(items),
-        "checked_by_task": dict(sorted(by_task.items())),
+        "checked_accuracy": sum(answer.grade.passed for answer in answers) / len(tasks),
+        "chance": sum(task.reference.get("chance", 0.0) for task in tasks) / len(tasks),
+        "checked_by_task": dict(sorted(by_kind.items())),
         "answers": [
             {
-                "task": item.task,
-                "prompt": item.prompt,
-                "answer": output.text,
-                "correct": right,
-                "finish_reason": output.finish_reason,
+                "task": task.kind,
+                "prompt": answer.prompt,
+                "answer": answer.output.text,
+                "correct": answer.grade.passed,
+                "finish_reason": answer.output.finish_reason,
             }
-            for item, output, right in zip(items, outputs, correct)
+            for task, answer in zip(tasks, answers)
         ],
     }

@@ -1,4 +1,4 @@
-"""How much of each measure to take."""
+"""The sizes of an evaluation."""
 
 from pydantic import Field
 
@@ -6,11 +6,13 @@ from openqwen.support.settings import Settings
 
 
 class EvaluateConfig(Settings):
-    """Sizes of the evaluation; every stage of a recipe is measured on the same items."""
+    """Sizes of the evaluation; every stage of a recipe is measured on the same tasks and texts."""
 
     context: int = Field(512, ge=2, description="window for bits per byte, in tokens")
     heldout_bytes: int = Field(
-        400_000, ge=1, description="held-out text scored, in UTF-8 bytes, shared by the sources"
+        400_000,
+        ge=1,
+        description="held-out text to score, in UTF-8 bytes; sources get equal shares",
     )
     checked: int = Field(
         680, ge=1, description="checkable tasks of the development split, all kinds equally often"

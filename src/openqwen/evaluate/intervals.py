@@ -1,4 +1,4 @@
-"""How far a share, or the difference of two, may be from the truth: 95 % intervals."""
+"""95 % intervals of shares, of differences between two models, and of ratios."""
 
 import math
 from collections import defaultdict
@@ -12,47 +12,41 @@ _Z = 1.959963984540054  # the normal distribution's 97.5 % point
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """The 95 % score interval of a share (Wilson 1927).
 
-    Half successes (ties) vary less than whole ones, so with them the interval is wider than it need
-    be, never narrower.
+    Half successes (ties) vary less than full ones: with them the interval is too wide, never too
+    narrow.
     """
     share = successes / n
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return min(share, max(0.0, centre - half)), max(
-        share, min(1.0, centre + half)
-    )  # rounding never crosses the share
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return min(share, low), max(share, high)  # rounding must not put the share outside
 
 
 def grouped_interval(values: Sequence[float], groups: Sequence[str]) -> tuple[float, float]:
-    """The 95 % interval of the mean of values in [0, 1] that come in groups, by the spread between
-    groups alone.
+    """The 95 % interval of the mean of values in [0, 1] that come in groups.
 
-    (The cluster-robust standard error: pairs of one prompt share what makes the prompt hard.)
+    It uses the cluster-robust standard error: values of one group, such as pairs of one prompt, are
+    not independent.
     """
-    mean = math.fsum(values) / len(values)
-    half = _half(values, groups)
+    mean, half = math.fsum(values) / len(values), _half_width(values, groups)
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def paired_gain(
-    before: Sequence[float],
-    after: Sequence[float],
-    groups: Sequence[str],
+    before: Sequence[float], after: Sequence[float], groups: Sequence[str]
 ) -> tuple[float, float, float]:
     """(gain, low, high): the mean of after − before on the same items, with its 95 % interval.
 
-    For right and wrong answers in groups of one this is McNemar's comparison: only the items that
-    changed sides count.
+    groups: one for each item; items of one group are not independent. For right and wrong answers
+    in groups of one this is McNemar's comparison: only the items that changed count.
     """
     changes = [b - a for a, b in zip(before, after, strict=True)]
-    gain, half = math.fsum(changes) / len(changes), _half(changes, groups)
+    gain, half = math.fsum(changes) / len(changes), _half_width(changes, groups)
     return gain, gain - half, gain + half
 
 
-def _half(values: Sequence[float], groups: Sequence[str]) -> float:
-    """Half the width of the mean's interval; infinite for one group, which says nothing of
-    others.
-    """
+def _half_width(values: Sequence[float], groups: Sequence[str]) -> float:
+    """Half the width of the mean's 95 % interval; infinite where there is only one group."""
     mean = math.fsum(values) / len(values)
     totals: dict[str, float] = defaultdict(float)
     for value, group in zip(values, groups, strict=True):
@@ -63,15 +57,15 @@ def _half(values: Sequence[float], groups: Sequence[str]) -> float:
     return _Z * math.sqrt(spread) / len(values)
 
 
-def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of Σ parts / Σ wholes over items such as documents.
+def ratio_interval(parts: Sequence[float], totals: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of Σ parts / Σ totals over items such as documents.
 
-    The percentile bootstrap (Efron 1979) of 2,000 resamples, the same at every call.
+    The percentile bootstrap (Efron 1979) with 2,000 resamples, which are the same at every call.
     """
-    rng, pairs = np.random.default_rng(0), np.array([parts, wholes])
-    draws = []
+    rng, pairs = np.random.default_rng(0), np.array([parts, totals])
+    ratios = []
     for _ in range(2_000):
-        part, whole = pairs[:, rng.integers(len(parts), size=len(parts))].sum(axis=1)
-        draws.append(part / whole)
-    low, high = np.quantile(draws, [0.025, 0.975])
+        part, total = pairs[:, rng.integers(len(parts), size=len(parts))].sum(axis=1)
+        ratios.append(part / total)
+    low, high = np.quantile(ratios, [0.025, 0.975])
     return float(low), float(high)

@@ -1,33 +1,30 @@
-"""Preferences: how often a scorer agrees with given pairs, and how often one set of answers beats
-another.
-"""
+"""Accuracy of a scorer on preference pairs, and the win rate of one set of answers."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from openqwen.evaluate.intervals import grouped_interval, wilson_interval
 
-Message = dict[str, str]
-Score = Callable[
-    [list[list[Message]]], list[float]
-]  # conversations → one number each, higher is better
+# Conversations (lists of messages) → one score each; higher is better.
+ScoreFunction = Callable[[list[list[dict[str, str]]]], list[float]]
 
-NEAR = 1.0  # a wrong answer drawn at no more than this temperature is a near miss
+_NEAR = 1.0  # a wrong answer sampled at this temperature or below is a near miss
 
 
 def near_misses(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The hard ones: the wrong answer is the model's own, drawn at a temperature of `NEAR` at
-    most.
-    """
-    return [pair for pair in pairs if pair["origin"].get("temperature", NEAR + 1) <= NEAR]
+    """The hard pairs, whose wrong answer was sampled from the model at temperature 1 or below."""
+    return [pair for pair in pairs if pair["origin"].get("temperature", math.inf) <= _NEAR]
 
 
-def pair_accuracy(score: Score, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def pair_accuracy(score: ScoreFunction, pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How often `score` puts the chosen answer above the rejected one; a tie counts half.
 
-    pairs: preferences P. Returns {"pair_accuracy", "pair_accuracy_low", "pair_accuracy_high" (95
-    %), "n", "pair_accuracy_by_task": {task: {"accuracy", "n"}}}. Pairs of one prompt are not
-    independent: the interval knows it.
+    pairs: preferences P.
+
+    Returns:
+        {"pair_accuracy", "pair_accuracy_low", "pair_accuracy_high", "n", "pair_accuracy_by_task":
+        {task: {"accuracy", "n"}}}. The 95 % interval takes account of pairs that share a prompt.
     """
     if not pairs:
         raise ValueError("no pairs to score")
@@ -53,10 +50,12 @@ def pair_accuracy(score: Score, pairs: Sequence[dict[str, Any]]) -> dict[str, An
 
 
 def win_rate(scores_a: Sequence[float], scores_b: Sequence[float]) -> dict[str, float]:
-    """Share of places where A's score is above B's, ties counting half, with a 95 % interval.
+    """How often A's score is above B's, with a 95 % interval; a tie counts half.
 
-    The scores may be a reward model's, or 1 and 0 of a check. Returns {"win_rate", "low", "high",
-    "ties", "n"}.
+    The scores may be a reward model's, or 1 and 0 of a grader.
+
+    Returns:
+        {"win_rate", "low", "high", "ties", "n"}.
     """
     if not scores_a:
         raise ValueError("no answers to compare")

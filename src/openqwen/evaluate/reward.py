@@ -15,26 +15,20 @@ from openqwen.train.reward import score
 
 
 def evaluate_reward(run: StageRun) -> dict[str, float]:
-    """How often the reward model puts the better answer first: held-out pairs and test pairs, all
-    and near misses.
-    """
+    """Pair accuracy of a reward model on heldout and test pairs, on all and on near misses."""
     folder = run.inputs["reward"]
     scorer, tokenizer = load_scorer(folder, device=best_device()), load_tokenizer(folder)
     scores: dict[str, Any] = {}
     for split, prefix in (("test", "test_"), ("heldout", "")):
         pairs = list(read_jsonl(run.inputs["preferences"] / f"{split}.jsonl"))
-        for name, chosen in (
-            (f"{prefix}pair_accuracy", pairs),
-            (f"{prefix}near_accuracy", near_misses(pairs)),
-        ):
+        for kind, chosen in (("pair", pairs), ("near", near_misses(pairs))):
             if chosen:
-                found = pair_accuracy(partial(score, scorer, tokenizer), chosen)
-                scores |= {
-                    key.replace("pair_accuracy", name): value
-                    for key, value in found.items()
-                    if key != "n"
-                }
-                scores[f"{name}_n"] = len(chosen)
+                name = f"{prefix}{kind}_accuracy"
+                result = pair_accuracy(partial(score, scorer, tokenizer), chosen)
+                count = result.pop("n")
+                for key, value in result.items():
+                    scores[key.replace("pair_accuracy", name)] = value
+                scores[f"{name}_n"] = count
     write_json(run.output / "scores.json", scores)
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 

@@ -1,4 +1,4 @@
-"""The same few prompts after every stage, so that a reader sees what each stage changed."""
+"""Answers to a few fixed prompts after every stage, which show what each stage changed."""
 
 from typing import Any
 
@@ -7,15 +7,13 @@ from openqwen.engine import Generator, Sampling
 CONTINUATIONS = (
     "def read_lines(path):\n    ",
     "import os\nimport sys\n\n\ndef main():\n    ",
-    (
-        "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, "
-        "item):\n        "
-    ),
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n"
+    "    def push(self, item):\n        ",
     "Return a list of ",
     "This module provides ",
     "If the file does not exist, ",
 )
-# The checkable ones are of the held-out split: no stage has trained on them.
+# The checkable ones are of the heldout split: no stage has trained on them.
 CHATS = (
     "Give the sum of 5 and 18.",
     "What is the larger number, 67 or 57?",
@@ -30,12 +28,14 @@ CHATS = (
 )
 
 
-def sample_answers(engine: Generator, max_tokens: int) -> list[dict[str, Any]]:
-    """Greedy answers to the fixed prompts: [{"prompt", "answer", "kind": "continuation" |
-    "chat"}].
+def answer_samples(generator: Generator, max_tokens: int) -> list[dict[str, Any]]:
+    """Answer the fixed prompts greedily.
+
+    Returns:
+        One {"prompt", "answer", "kind": "continuation" | "chat"} for each prompt.
     """
     chats = [[{"role": "user", "content": text}] for text in CHATS]
-    outputs = engine.generate([*CONTINUATIONS, *chats], Sampling(max_tokens=max_tokens))
+    outputs = generator.generate([*CONTINUATIONS, *chats], Sampling(max_tokens=max_tokens))
     kinds = ["continuation"] * len(CONTINUATIONS) + ["chat"] * len(CHATS)
     return [
         {"prompt": prompt, "answer": output.text, "kind": kind}

@@ -1,6 +1,6 @@
-"""The `corpus` stage: raw documents, and the tasks that Qwen2 mixes into pre-training.
+"""The `corpus` stage: raw documents, with the solved tasks that Qwen2 mixes into pre-training.
 
-It stands in this room, and not in `corpus/`, because the tasks are made here (Qwen2 report, 3.1).
+It stands in this room, and not in `corpus/`, because the documents of tasks are made here.
 """
 
 from collections.abc import Collection
@@ -13,21 +13,19 @@ from openqwen.corpus.config import text_bytes
 from openqwen.instruct.synthesize.pretraining_tasks import task_documents
 from openqwen.support.stage import Effort, Stage, StageRun
 
-_SPEED = 3e6  # bytes of raw text read, cleaned, filtered and deduplicated a second
+_SPEED = 3e6  # bytes of raw text that are read, filtered and deduplicated in a second
 
 
 class CorpusStageConfig(CorpusConfig):
-    """The corpus, and the multi-task instruction data that Qwen2 mixes into pre-training (Qwen2
-    report, 3.1).
-    """
+    """The corpus, with the multi-task instruction data that is mixed in (Qwen2 report, 3.1)."""
 
     task_documents: int = Field(
-        1_000, ge=0, description="documents of solved tasks mixed in, as the source 'tasks'"
+        1_000, ge=0, description="documents of solved tasks, mixed in as the source 'tasks'"
     )
 
 
 def run_corpus(run: StageRun) -> dict[str, float]:
-    """Raw documents → train.parquet, heldout.parquet, corpus.json."""
+    """Raw documents → train.parquet, heldout.parquet and corpus.json."""
     tasks = task_documents(run.seed, run.config.task_documents)
     return build_corpus(run.config, tasks, run.output, run.seed)
 

@@ -132,12 +132,19 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
     str.splitlines() would also cut at U+2028 and U+0085 inside a string.
     """
+    for _, record in numbered_jsonl(path):
+        yield record
+
+
+def numbered_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSONL file, each with its place ("FILE:LINE")."""
     try:
         refuse_pointer(path)
         with open_binary(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _object(line, f"{path}:{number}")
+                    where = f"{path}:{number}"
+                    yield where, _object(line, where)
     except OSError as error:
         raise OpenQwenError(f"This file cannot be read: {error}", where=path) from None
 

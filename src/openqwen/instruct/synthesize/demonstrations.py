@@ -1,8 +1,8 @@
-"""The `instruct` stage: demonstrations D from programs, the model itself and docstrings, and
-prompts for later.
+"""The `instruct` stage: demonstrations D from programs, the model itself and docstrings.
+
+It also keeps prompts for online DPO.
 """
 
-from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from openqwen.corpus.documents import read_documents
 from openqwen.engine import Engine, Generator
 from openqwen.instruct.synthesize.rejection import rejection_sample
 from openqwen.instruct.synthesize.repurpose import demonstrations_from_docstrings
-from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.model import load_model
 from openqwen.support.device import best_device
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.settings import Settings
 from openqwen.support.stage import CORPUS, MODEL, Effort, Stage, StageRun
+from openqwen.tasks import Task
+from openqwen.tasks.checkable import generate_tasks
 from openqwen.tokenizer import load_tokenizer
 
 
@@ -27,12 +28,10 @@ class InstructConfig(Settings):
     """How many demonstrations to make, and how."""
 
     demonstrations: int = Field(
-        20_000, ge=0, description="checkable tasks with the program's own answer"
+        20_000, ge=0, description="checkable tasks with the program's answer"
     )
-    turns: int = Field(
-        1, ge=1, description="tasks in one conversation, at most; each has one to so many"
-    )
-    repurposed: int = Field(2_000, ge=0, description="demonstrations made from docstrings, at most")
+    turns: int = Field(1, ge=1, description="most tasks in one conversation, drawn from 1 up")
+    repurposed: int = Field(2_000, ge=0, description="most demonstrations made from docstrings")
     rejection_prompts: int = Field(
         1_000, ge=0, description="tasks that the pre-trained model answers itself"
     )
@@ -45,27 +44,33 @@ class InstructConfig(Settings):
 def build_demonstrations(
     config: InstructConfig,
     documents: Iterable[dict[str, Any]],
-    engine: Generator,
+    generator: Generator,
     seed: int,
     folder: Path,
     model: str | None = None,
 ) -> dict[str, float]:
-    """Write demonstrations.jsonl, prompts.jsonl and instruct.json into `folder`; returns flat
-    metrics.
+    """Write demonstrations.jsonl, prompts.jsonl and instruct.json into `folder`.
 
-    documents: the corpus's training documents. engine: the pre-trained model. model: its name, for
-    `origin`. Gold, sampled and later prompts are drawn from the train split one set after the
-    other, each with all kinds equally often: a kind with few questions comes up in all three, and
-    most others' questions in one.
+    The tasks with the program's answer, those that the model answers, and the prompts for later are
+    three draws from the train split, each with all kinds equally often. Kinds with few questions
+    come up in all three; most other questions in one.
+
+    Args:
+        documents: the corpus's training documents.
+        generator: the pre-trained model.
+        model: its name, for `origin`.
+
+    Returns:
+        Counts of records by method, and the share of the model's answers that are right.
     """
     generators = Generators(seed)
     gold = generate_tasks(generators["instruct-tasks"], config.demonstrations)
-    asked = generate_tasks(generators["rejection-tasks"], config.rejection_prompts)
+    answered = generate_tasks(generators["rejection-tasks"], config.rejection_prompts)
     kept = generate_tasks(generators["prompt-tasks"], config.prompts)
 
-    rejection = rejection_sample(
-        engine,
-        asked,
+    sampled, acceptance = rejection_sample(
+        generator,
+        answered,
         config.rejection_samples,
         config.rejection_temperature,
         config.max_tokens,
@@ -73,77 +78,60 @@ def build_demonstrations(
         model,
     )
     docstrings = _repurposed(documents, generators, seed, config.repurposed)
-    records = (
-        _conversations(gold, config.turns, generators, seed) + rejection.demonstrations + docstrings
-    )
+    records = _conversations(gold, config.turns, generators, seed)
+    records += sampled + docstrings
     records = [records[i] for i in generators["order"].permutation(len(records))]
 
     write_jsonl(folder / "demonstrations.jsonl", records)
     write_jsonl(folder / "prompts.jsonl", (_prompt(task, seed) for task in kept))
-    write_json(folder / "instruct.json", {"acceptance": rejection.acceptance})
+    write_json(folder / "instruct.json", {"acceptance": acceptance})
     return {
         "demonstrations": len(records),
         "gold": len(gold),
-        "rejection": len(rejection.demonstrations),
+        "rejection": len(sampled),
         "repurpose": len(docstrings),
         "prompts": len(kept),
-        "acceptance": rejection.acceptance["rate"],
+        "acceptance": acceptance["rate"],
     }
 
 
 def _conversations(
     tasks: Sequence[Task], turns: int, generators: Generators, seed: int
 ) -> list[dict[str, Any]]:
-    """The tasks with the program's answers, in their order, one to `turns` of them in a
-    conversation.
-    """
+    """The tasks with the program's answers, in order, one to `turns` of them a conversation."""
     records = []
-    left = deque(tasks)
-    while left:
-        group = [
-            left.popleft()
-            for _ in range(min(len(left), int(generators["turns"].integers(1, turns + 1))))
-        ]
-        messages = [
-            m
-            for task in group
-            for m in (*task.prompt, {"role": "assistant", "content": task.answer})
-        ]
-        origin = {
-            "method": "program",
-            "seed": seed,
-            "parents": [],
-            "tasks": [task.task for task in group],
-        }
+    start = 0
+    while start < len(tasks):
+        group = tasks[start : start + int(generators["turns"].integers(1, turns + 1))]
+        start += len(group)
+        messages = []
+        for task in group:
+            messages += [*task.prompt, {"role": "assistant", "content": task.reference["answer"]}]
+        kinds = [task.kind for task in group]
+        origin = {"method": "program", "seed": seed, "parents": [], "tasks": kinds}
         records.append({"messages": messages, "origin": origin})
     return records
 
 
 def _prompt(task: Task, seed: int) -> dict[str, Any]:
-    return {
-        "prompt": task.prompt,
-        "origin": {"method": "program", "seed": seed, "parents": [], "task": task.task},
-    }
+    origin = {"method": "program", "seed": seed, "parents": [], "task": task.kind}
+    return {"prompt": task.prompt, "origin": origin}
 
 
 def _repurposed(
     documents: Iterable[dict[str, Any]], generators: Generators, seed: int, count: int
 ) -> list[dict[str, Any]]:
     """A uniform sample of all docstring demonstrations, in the order of the documents."""
-    found = (
-        list(demonstrations_from_docstrings(documents, generators["docstrings"], seed))
-        if count
-        else []
-    )
-    chosen = generators["repurpose"].permutation(len(found))[:count]
-    return [found[i] for i in sorted(chosen)]
+    if not count:
+        return []
+    records = list(demonstrations_from_docstrings(documents, generators["docstrings"], seed))
+    chosen = generators["repurpose"].permutation(len(records))[:count]
+    return [records[i] for i in sorted(chosen)]
 
 
 def run_instruct(run: StageRun) -> dict[str, float]:
-    """Documents and the base model's own samples → demonstrations D."""
-    documents = (
-        d for d in read_documents(run.inputs["corpus"] / "train.parquet") if d["source"] != "tasks"
-    )
+    """Documents and the base model's samples → demonstrations D."""
+    documents = read_documents(run.inputs["corpus"] / "train.parquet")
     model = run.inputs["model"]
     engine = Engine(load_model(model, device=best_device()), load_tokenizer(model))
     return build_demonstrations(run.config, documents, engine, run.seed, run.output, model.name)

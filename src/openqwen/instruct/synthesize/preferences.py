@@ -1,68 +1,70 @@
-"""The `prefer` stage: preferences P from the aligned model's own right and wrong answers.
+"""The `prefer` stage: preferences P from the aligned model's right and wrong answers.
 
 Qwen2.5 report, section 4.2: the SFT model answers fresh queries; answers that pass the check are
 positives, those that fail are negatives.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from openqwen.engine import Engine, Generator, Output
+from openqwen.engine import Engine, Generator
 from openqwen.instruct.synthesize.rejection import sample_answers
-from openqwen.instruct.synthesize.tasks import Task, generate_tasks
 from openqwen.model import load_model
 from openqwen.support.device import best_device
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.settings import Settings
 from openqwen.support.stage import MODEL, Effort, Stage, StageRun
+from openqwen.tasks import GradedAnswer, Task
+from openqwen.tasks.checkable import generate_tasks
 from openqwen.tokenizer import load_tokenizer
 
 
 class PreferConfig(Settings):
-    """How many preferences to make, and what stands in where the model gives no right or no wrong
-    answer.
-    """
+    """How many preferences to make, and what to do where no answer is right, or none is wrong."""
 
     prompts: int = Field(2_000, ge=1, description="prompts that the SFT model answers")
     heldout_prompts: int = Field(
         400,
         ge=1,
-        description=(
-            "prompts of the development split, and as many of the test split, for pair accuracy"
-        ),
+        description="prompts of the development split, and as many of the test split, that measure "
+        "pair accuracy",
     )
     samples: int = Field(4, ge=1, description="answers sampled for each prompt")
     temperatures: list[float] = Field(
         [1.0],
         min_length=1,
-        description="sampling temperatures, one answer's after the other's: errors of every size",
+        description="sampling temperatures; the answers to a prompt take them in turn",
     )
     max_tokens: int = Field(24, ge=1, description="longest answer, in tokens")
-    pairs_per_prompt: int = Field(
-        2, ge=1, description="pairs made of one prompt's answers, at most"
-    )
+    pairs_per_prompt: int = Field(2, ge=1, description="most pairs made of one prompt's answers")
     program_chosen: bool = Field(
-        True, description="where no answer is right, prefer the program's own"
+        True, description="where no answer is right, take the program's answer as the chosen one"
     )
     program_rejected: bool = Field(
-        True, description="where no answer is wrong, reject a wrong one of the program's"
+        True, description="where no answer is wrong, take a wrong one of the program's"
     )
 
 
 def build_preferences(
-    config: PreferConfig, engine: Generator, seed: int, folder: Path, model: str | None = None
+    config: PreferConfig, generator: Generator, seed: int, folder: Path, model: str | None = None
 ) -> dict[str, float]:
-    """Write preferences.jsonl, heldout.jsonl, test.jsonl and prefer.json into `folder`; returns
-    flat metrics.
+    """Write preferences.jsonl, heldout.jsonl, test.jsonl and prefer.json into `folder`.
 
-    engine: the SFT model. model: its name. Prompts are of the train split, all kinds equally often.
-    Most are new to the model; of the kinds with few questions it has seen most in SFT, and without
-    them it would unlearn those kinds.
+    Prompts are of the train split, all kinds equally often. Most are new to the model. Of the kinds
+    with few questions it has seen most in SFT; without them it would unlearn those kinds.
+
+    Args:
+        generator: the SFT model.
+        model: its name, for `origin`.
+
+    Returns:
+        Counts of pairs, the share of answers that are right, and the share of pairs in which the
+        model wrote both sides ("own_share").
     """
     rng = Generators(seed)["prefer-tasks"]
     groups = {
@@ -71,20 +73,19 @@ def build_preferences(
         "test": generate_tasks(rng, config.heldout_prompts, split="test"),
     }
     tasks = [task for group in groups.values() for task in group]
-    prompts = [task.prompt for task in tasks]
     answers = sample_answers(
-        engine, prompts, config.samples, config.temperatures, config.max_tokens, seed, "prefer"
+        generator, tasks, config.samples, config.temperatures, config.max_tokens, seed, "prefer"
     )
-    right = [t.check(output.text) for t, outputs in zip(tasks, answers) for output in outputs]
+    right = [answer.grade.passed for group in answers for answer in group]
     accuracy = sum(right) / len(right)
 
-    left = iter(answers)
-    pairs = {
-        name: [pair for task in group for pair in make_pairs(task, next(left), config, seed, model)]
-        for name, group in groups.items()
-    }
-    for name, records in pairs.items():
-        write_jsonl(folder / f"{name}.jsonl", records)
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    remaining = iter(answers)
+    for name, group in groups.items():
+        pairs[name] = []
+        for task in group:
+            pairs[name] += make_pairs(task, next(remaining), config, seed, model)
+        write_jsonl(folder / f"{name}.jsonl", pairs[name])
     train = pairs["preferences"]
     authors = Counter(f"{pair['origin']['chosen']}/{pair['origin']['rejected']}" for pair in train)
     summary = {
@@ -103,79 +104,89 @@ def build_preferences(
 
 
 def make_pairs(
-    task: Task, outputs: Sequence[Output], config: PreferConfig, seed: int, model: str | None = None
+    task: Task,
+    answers: Sequence[GradedAnswer],
+    config: PreferConfig,
+    seed: int,
+    model: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Up to `pairs_per_prompt` pairs from the sampled answers to one task.
+    """Make up to `pairs_per_prompt` pairs of the sampled answers to one task.
 
-    An answer that never ended is no positive (it would teach not to stop) and the last choice of a
-    negative. Of the model's own answers, origin["temperature"] (the wrong one's) and
-    origin["chosen_temperature"] are the lowest that each was drawn at; origin["chosen_ids"] and
-    origin["rejected_ids"] are the tokens that were sampled, the end among them: the text encoded
-    anew would often be others.
+    An answer that did not end is never chosen (it would teach not to stop), and is rejected last.
+
+    Returns:
+        Preference records. For a side that the model wrote, the origin holds the token ids that
+        were sampled, with the one that ended it ("chosen_ids", "rejected_ids"; encoding the text
+        again would often give others), and the lowest temperature at which that text was sampled
+        ("chosen_temperature"; "temperature" for the rejected side).
     """
-    right = _distinct(o.text for o in outputs if o.finish_reason == "stop" and task.check(o.text))
-    ended = [o.text for o in outputs if o.finish_reason == "stop" and not task.check(o.text)]
-    unended = [o.text for o in outputs if o.finish_reason != "stop" and not task.check(o.text)]
-    wrong = _distinct(ended + unended)
+    # Answers that ended come first: the ids of a text are those of its first answer.
+    ordered = sorted(answers, key=lambda answer: not _ended(answer))
+    right = list(dict.fromkeys(a.text for a in ordered if a.grade.passed and _ended(a)))
+    wrong = list(dict.fromkeys(a.text for a in ordered if not a.grade.passed))
     chosen_by = rejected_by = "model"
     if not right and config.program_chosen:
-        right, chosen_by = [task.answer], "program"
+        right, chosen_by = [task.reference["answer"]], "program"
     if not wrong and config.program_rejected:
-        wrong, rejected_by = list(task.wrong), "program"
+        wrong, rejected_by = task.reference["wrong"], "program"
     if not right or not wrong:
         return []
-    origin: dict[str, Any] = {"method": "rejection", "seed": seed, "parents": [], "task": task.task}
+    origin: dict[str, Any] = {"method": "rejection", "seed": seed, "parents": [], "task": task.kind}
     origin |= {"chosen": chosen_by, "rejected": rejected_by} | ({"model": model} if model else {})
     count = 1 if rejected_by == "program" else config.pairs_per_prompt
-    drawn: dict[str, float] = {}
-    for n, output in enumerate(outputs):
-        temperature = config.temperatures[n % len(config.temperatures)]
-        drawn[output.text.strip()] = min(temperature, drawn.get(output.text.strip(), temperature))
-    ids: dict[str, list[int]] = {}
-    for output in sorted(
-        outputs, key=lambda o: o.finish_reason != "stop"
-    ):  # those that ended go first
-        ids.setdefault(output.text.strip(), output.written_ids)
     pairs = []
-    for text in _spread(wrong, count):
-        sides = {"chosen": _nearest(text, right), "rejected": text}
-        own: dict[str, Any] = {}
-        for side, name in (("chosen", "chosen_temperature"), ("rejected", "temperature")):
-            if origin[side] == "model":
-                own |= {f"{side}_ids": ids[sides[side]], name: drawn[sides[side]]}
-        answers = {side: [{"role": "assistant", "content": said}] for side, said in sides.items()}
-        pairs.append({"prompt": task.prompt, **answers, "origin": origin | own})
+    for rejected in _spread(wrong, count):
+        chosen = _nearest(rejected, right)
+        pair_origin = dict(origin)
+        if chosen_by == "model":
+            pair_origin |= _sampling(chosen, ordered, "chosen_ids", "chosen_temperature")
+        if rejected_by == "model":
+            pair_origin |= _sampling(rejected, ordered, "rejected_ids", "temperature")
+        pairs.append(
+            {
+                "prompt": task.prompt,
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+                "origin": pair_origin,
+            }
+        )
     return pairs
 
 
+def _ended(answer: GradedAnswer) -> bool:
+    return answer.output.finish_reason == "stop"
+
+
+def _sampling(
+    text: str, answers: Sequence[GradedAnswer], ids: str, temperature: str
+) -> dict[str, Any]:
+    """The first answer's token ids and the lowest temperature among the answers of this text."""
+    same = [answer for answer in answers if answer.text == text]
+    return {ids: same[0].output.written_ids, temperature: min(a.temperature for a in same)}
+
+
 def _nearest(wrong: str, right: Sequence[str]) -> str:
-    """The right answer that shares the longest beginning with a wrong one: there the error stands
-    out.
+    """The right answer that shares the longest beginning with a wrong one.
+
+    The pair then differs in the error alone.
     """
 
     def shared(text: str) -> int:
-        return next(
-            (n for n, (a, b) in enumerate(zip(text, wrong)) if a != b), min(len(text), len(wrong))
-        )
+        differences = [n for n, (a, b) in enumerate(zip(text, wrong)) if a != b]
+        return differences[0] if differences else min(len(text), len(wrong))
 
     return max(right, key=shared)
 
 
 def _spread(texts: list[str], count: int) -> list[str]:
-    """`count` of the texts, evenly from first to last: the coolest sample's error and the hottest
-    one's.
-    """
+    """`count` of the texts, evenly from first to last, and so over the temperatures."""
     if len(texts) <= count or count == 1:
         return texts[:count]
     return [texts[round(i * (len(texts) - 1) / (count - 1))] for i in range(count)]
 
 
-def _distinct(texts: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(text.strip() for text in texts))
-
-
 def run_prefer(run: StageRun) -> dict[str, float]:
-    """The chat model's checked samples → preferences P."""
+    """The chat model's graded answers → preferences P."""
     model = run.inputs["model"]
     engine = Engine(load_model(model, device=best_device()), load_tokenizer(model))
     return build_preferences(run.config, engine, run.seed, run.output, model.name)

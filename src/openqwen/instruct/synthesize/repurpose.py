@@ -15,11 +15,15 @@ from typing import Any
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import FORMS, pick
-
 SHORTEST, LONGEST = 20, 120  # characters of an answer
+_QUESTIONS = (
+    "What does `{name}` do?",
+    "Describe `{name}` in one sentence.",
+    "Write a docstring for: {signature}",
+    "What is this function for? {signature}",
+)
 _LONGEST_SIGNATURE = 72  # characters
-_LARGEST_SOURCE = 1_000_000  # characters; beyond lie generated tables
+_LARGEST_SOURCE = 1_000_000  # characters; larger files are generated tables
 _ABBREVIATIONS = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|resp|no)|\b[A-Z])\.$", re.IGNORECASE)
 _LIBRARY_ROOT = re.compile(r"^(?:.*/)?(?:site-packages|python\d[\d.]*|lib)/", re.IGNORECASE)
 
@@ -28,8 +32,9 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Described:
-    """A public function with the first sentence of its docstring. name: dotted, as far as the
-    document tells.
+    """A public function with the first sentence of its docstring.
+
+    name: dotted, with as many modules as the document's path shows. document: its id.
     """
 
     name: str
@@ -41,14 +46,14 @@ class Described:
 def demonstrations_from_docstrings(
     documents: Iterable[dict[str, Any]], rng: Generator, seed: int
 ) -> Iterator[dict]:
-    """One demonstration per described function, of a form drawn from `rng`; no question and no
-    answer comes twice.
+    """One demonstration a described function; no question and no answer comes twice.
 
-    documents: those with source "code" are read, others passed over.
+    documents: those with the source "code" are used. rng: chooses each question's form.
     """
     seen: set[str] = set()
     for function in described_functions(documents):
-        question = _question(function, rng)
+        form = _QUESTIONS[int(rng.integers(len(_QUESTIONS)))]
+        question = form.format(name=function.name, signature=function.signature)
         if question in seen or function.sentence.casefold() in seen:
             continue
         seen |= {question, function.sentence.casefold()}
@@ -66,11 +71,6 @@ def demonstrations_from_docstrings(
         }
 
 
-def _question(function: Described, rng: Generator) -> str:
-    form = pick(rng, *FORMS["docstring"])
-    return form.format(name=function.name, signature=function.signature)
-
-
 def described_functions(documents: Iterable[dict[str, Any]]) -> Iterator[Described]:
     """Public functions and methods of code documents whose docstring passes the quality gate."""
     for document in documents:
@@ -85,9 +85,7 @@ def described_functions(documents: Iterable[dict[str, Any]]) -> Iterator[Describ
 
 
 def module_name(identifier: str) -> list[str]:
-    """The last two parts of the module that a document's path names:
-    `…/lib/python3.11/json/tool.py` → json, tool.
-    """
+    """The last two parts of a path's module: `…/lib/python3.11/json/tool.py` → json, tool."""
     path = PurePosixPath(_LIBRARY_ROOT.sub("", identifier))
     if path.suffix != ".py":
         return []
@@ -96,7 +94,7 @@ def module_name(identifier: str) -> list[str]:
 
 
 def _parse(text: str) -> ast.Module:
-    """The syntax tree, empty where the text is not Python that this interpreter reads."""
+    """The syntax tree; empty where this interpreter cannot parse the text."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,9 +126,7 @@ def _signature(node: Function) -> str:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph on one line; the whole paragraph where no sentence
-    ends.
-    """
+    """The first sentence of the first paragraph, on one line; without a full stop, all of it."""
     paragraph = inspect.cleandoc(docstring).split("\n\n")[0]
     text = " ".join(paragraph.split())
     for end in re.finditer(r"\.(?=\s|$)", text):
@@ -140,9 +136,7 @@ def first_sentence(docstring: str) -> str:
 
 
 def good_sentence(text: str) -> bool:
-    """The quality gate: one plain English sentence of 20 to 120 ASCII characters, no markup or
-    example in it.
-    """
+    """Whether a text is one plain English sentence of 20 to 120 characters, without markup."""
     return (
         SHORTEST <= len(text) <= LONGEST
         and text.isascii()

@@ -2,7 +2,7 @@
 
 import re
 
-from openqwen.instruct.synthesize.kinds import FORMS
+from openqwen.tasks.checkable.draft import FORMS
 
 PLACES = ["first", "second", "third"]
 TIMES = {"twice": 2, "three times": 3, "four times": 4, "five times": 5}
@@ -10,14 +10,14 @@ TIMES = {"twice": 2, "three times": 3, "four times": 4, "five times": 5}
 
 def parse(question: str) -> tuple[str, dict[str, str], list[str]]:
     """(kind, its operands by name, and those without a name)."""
-    found = []
+    matches = []
     for kind, forms in FORMS.items():
         for form in forms:
             pattern = re.sub(r"\\\{\w*\\\}", "(.+?)", re.escape(form))
             if match := re.fullmatch(pattern, question):
-                own = len(re.sub(r"\{\w*\}", "", form))
-                found.append((own, kind, re.findall(r"\{(\w*)\}", form), match.groups()))
-    _, kind, names, values = max(found)  # the form that says most itself
+                fixed = len(re.sub(r"\{\w*\}", "", form))
+                matches.append((fixed, kind, re.findall(r"\{(\w*)\}", form), match.groups()))
+    _, kind, names, values = max(matches)  # the form with the most text of its own
     named = {name: value for name, value in zip(names, values) if name}
     return kind, named, " ".join(v for n, v in zip(names, values) if not n).replace(",", "").split()
 

@@ -1,16 +1,14 @@
-"""Checkable tasks on small numbers (arithmetic) and on how many there are of something
-(counting).
-"""
+"""Checkable tasks on small numbers, and on counting."""
 
 from math import factorial
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import FORMS, Draft, Kind, number, pick, problem_of, words
+from openqwen.tasks.checkable.draft import FORMS, Draft, number, pick, problem_of, words
 
 
 def _near(value: int, *others: int) -> tuple[str, ...]:
-    """Plausible wrong values: one off, and what else the task suggests."""
+    """Plausible wrong values: one more, one less, and others that suit the task."""
     return tuple(str(v) for v in (value + 1, value - 1, *others) if v >= 0)
 
 
@@ -38,11 +36,11 @@ def compare(rng: Generator) -> Draft:
     """The larger or the smaller of two different numbers below 100; both stand in the question."""
     a = number(rng, 0, 99)
     b = (a + number(rng, 1, 99)) % 100
-    ask = pick(rng, "larger", "smaller")
+    which = pick(rng, "larger", "smaller")
     form = pick(rng, *FORMS["compare"])
-    answer, other = (max(a, b), min(a, b)) if ask == "larger" else (min(a, b), max(a, b))
+    answer, other = (max(a, b), min(a, b)) if which == "larger" else (min(a, b), max(a, b))
     problem = problem_of("compare", *sorted((a, b)))  # to know the larger one is to know the other
-    return Draft(problem, form.format(ask=ask, a=a, b=b), str(answer), (str(other),), 0.5)
+    return Draft(problem, form.format(which=which, a=a, b=b), str(answer), (str(other),), 0.5)
 
 
 def sort(rng: Generator) -> Draft:
@@ -97,12 +95,12 @@ def contains(rng: Generator) -> Draft:
     return Draft(problem, form.format(w=target, x=", ".join(items)), answer, (other,), 0.5)
 
 
-NUMBER_KINDS = (
-    Kind("add", "arithmetic", add),
-    Kind("subtract", "arithmetic", subtract),
-    Kind("compare", "arithmetic", compare),
-    Kind("sort", "arithmetic", sort),
-    Kind("count", "counting", count),
-    Kind("occurrences", "counting", occurrences),
-    Kind("contains", "counting", contains),
-)
+NUMBER_KINDS = {
+    "add": add,
+    "subtract": subtract,
+    "compare": compare,
+    "sort": sort,
+    "count": count,
+    "occurrences": occurrences,
+    "contains": contains,
+}

@@ -1,32 +1,34 @@
-"""What every kind of checkable task shares: its pieces, and the helpers that draw them."""
+"""What every kind of checkable task shares: its drafts, and the helpers that draw them."""
 
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.words import WORDS
+from openqwen.tasks.checkable.words import WORDS
 
 # kind -> the ways to put its question
 FORMS: dict[str, list[str]] = tomllib.loads(
     (Path(__file__).parent / "forms.toml").read_text(encoding="utf-8")
 )
-LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz")
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One drawn question. `accepts` is None where only the exact answer is right.
+    """One drawn question.
 
-    `problem` is what the question asks, however it is put: the operation and its operands, sorted
-    where their order changes nothing (`problem_of`). It decides the split, so that no held-out
-    problem is a trained one in other words.
-
-    `chance` is the accuracy of the best blind guess: one constant answer, or a pick among the
-    answers that the question itself names ("yes or no", "12 or 40", the words of a list, an order
-    of the given words).
+    Args:
+        problem: what is asked, whatever its wording: the operation and its operands, sorted where
+            their order changes nothing. It decides the split, so that no held-out problem is a
+            trained one in other words.
+        question: the user's message.
+        answer: one right answer.
+        wrong: plausible answers; those that happen to be right are removed later.
+        chance: accuracy of the best blind guess: one constant answer, or a pick among the answers
+            that the question itself names ("yes or no", "12 or 40", an order of the given words).
+        grader: how answers are judged.
+        pattern: for the grader "regex".
     """
 
     problem: str
@@ -34,16 +36,8 @@ class Draft:
     answer: str
     wrong: tuple[str, ...]
     chance: float
-    accepts: Callable[[str], bool] | None = None
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A family member such as `add`: a name and a function that draws one question."""
-
-    name: str
-    family: str
-    draw: Callable[[Generator], Draft]
+    grader: str = "exact"
+    pattern: str | None = None
 
 
 def problem_of(operation: str, *operands: object) -> str:

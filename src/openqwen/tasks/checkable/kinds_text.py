@@ -1,23 +1,13 @@
-"""Checkable tasks on words (strings) and on the form of the answer (format)."""
+"""Checkable tasks on words, and on the format of the answer."""
 
 import json
 from collections import Counter
 from math import factorial
-from typing import Any
 
 from numpy.random import Generator
 
-from openqwen.instruct.synthesize.kinds import (
-    FORMS,
-    LETTERS,
-    Draft,
-    Kind,
-    number,
-    pick,
-    problem_of,
-    words,
-)
-from openqwen.instruct.synthesize.words import WORDS
+from openqwen.tasks.checkable.draft import FORMS, Draft, number, pick, problem_of, words
+from openqwen.tasks.checkable.words import WORDS
 
 _TIMES = {2: "twice", 3: "three times", 4: "four times", 5: "five times"}
 _PLACES = ("first", "second", "third", "last")
@@ -44,12 +34,12 @@ def repeat(rng: Generator) -> Draft:
 def place(rng: Generator) -> Draft:
     """The first, second, third or last of three or four words."""
     items = words(rng, number(rng, 3, 4))
-    ask = pick(rng, *_PLACES)
-    at = len(items) - 1 if ask == "last" else _PLACES.index(ask)
+    ordinal = pick(rng, *_PLACES)
+    at = len(items) - 1 if ordinal == "last" else _PLACES.index(ordinal)
     answer, others = items[at], (*items[:at], *items[at + 1 :])
     form = pick(rng, *FORMS["place"])
     problem = problem_of("place", at, *items)  # the last of three is the third
-    return Draft(problem, form.format(p=ask, x=" ".join(items)), answer, others, 1 / len(items))
+    return Draft(problem, form.format(p=ordinal, x=" ".join(items)), answer, others, 1 / len(items))
 
 
 def join(rng: Generator) -> Draft:
@@ -106,27 +96,11 @@ def quote(rng: Generator) -> Draft:
     return Draft(problem_of("quote", name, text), question, quoted[name], wrong, 0.0)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key stands twice")
-    return dict(pairs)
-
-
-def _is_object(text: str, wanted: dict[str, Any]) -> bool:
-    """Whether the text is JSON for exactly `wanted`, down to the types, no key standing twice."""
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError):
-        return False
-    return value == wanted and all(type(value[key]) is type(wanted[key]) for key in wanted)
-
-
 def json_object(rng: Generator) -> Draft:
     """A JSON object with one given key and a word or a number as its value."""
     key, word = words(rng, 2)
     value = word if rng.integers(2) else number(rng, 0, 99)
     form = pick(rng, *FORMS["json"])
-    wanted = {key: value}
     wrong = (
         f"{{{key}: {value}}}",
         f'"{key}": {json.dumps(value)}',
@@ -134,38 +108,30 @@ def json_object(rng: Generator) -> Draft:
         f"{key} = {value}",
     )
     problem, question = problem_of("json", key, value), form.format(k=key, v=value)
-    answer = json.dumps(wanted)
-    return Draft(problem, question, answer, wrong, 0.0, lambda text: _is_object(text, wanted))
+    return Draft(problem, question, json.dumps({key: value}), wrong, 0.0, grader="json")
 
 
 def bullets(rng: Generator) -> Draft:
-    """Two or three items as a list, one a line, each behind "- " or "* "."""
+    """Two or three items as a list, one a line, all behind "- " or all behind "* "."""
     items = words(rng, number(rng, 2, 3))
     form = pick(rng, *FORMS["bullets"])
-    listed = ["\n".join(f"{sign} {item}" for item in items) for sign in "-*"]
+    answer = "\n".join(f"- {item}" for item in items)
     wrong = (
         "\n".join(items),
         ", ".join(items),
         "\n".join(f"- {item}" for item in items[::-1]),
         f"- {items[0]}",
     )
+    pattern = "([-*]) " + r"\n\1 ".join(items)
     problem, question = problem_of("bullets", *items), form.format(", ".join(items))
-    return Draft(problem, question, listed[0], wrong, 0.0, lambda text: text in listed)
+    return Draft(problem, question, answer, wrong, 0.0, grader="regex", pattern=pattern)
 
 
 def exact_words(rng: Generator) -> Draft:
-    """Exactly three to five words of plain lower-case letters, the outer two given; the rest is
-    free.
-    """
+    """Three to five words of lower-case letters, the first and the last given; the rest is free."""
     n = number(rng, 3, 5)
     first, *middle, last = words(rng, n)
     form = pick(rng, *FORMS["exact_words"])
-
-    def accepts(text: str) -> bool:
-        found = text.split(" ")
-        plain = all(word and LETTERS.issuperset(word) for word in found)
-        return plain and len(found) == n and found[0] == first and found[-1] == last
-
     more = words(rng, 1)
     lists = (
         [first, *middle, *more, last],
@@ -173,9 +139,11 @@ def exact_words(rng: Generator) -> Draft:
         [last, *middle, first],
         [first, *middle, *more],
     )
-    wrong = tuple(" ".join(found) for found in lists)
+    wrong = tuple(" ".join(items) for items in lists)
     question, answer = form.format(n=n, a=first, b=last), " ".join([first, *middle, last])
-    return Draft(problem_of("exact_words", n, first, last), question, answer, wrong, 0.0, accepts)
+    problem = problem_of("exact_words", n, first, last)
+    pattern = f"{first} ([a-z]+ ){{{n - 2}}}{last}"
+    return Draft(problem, question, answer, wrong, 0.0, grader="regex", pattern=pattern)
 
 
 def equation(rng: Generator) -> Draft:
@@ -192,15 +160,15 @@ def equation(rng: Generator) -> Draft:
     return Draft(problem, form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 169)
 
 
-TEXT_KINDS = (
-    Kind("repeat", "strings", repeat),
-    Kind("place", "strings", place),
-    Kind("join", "strings", join),
-    Kind("reverse", "strings", reverse),
-    Kind("initials", "strings", initials),
-    Kind("quote", "format", quote),
-    Kind("json", "format", json_object),
-    Kind("bullets", "format", bullets),
-    Kind("exact_words", "format", exact_words),
-    Kind("equation", "format", equation),
-)
+TEXT_KINDS = {
+    "repeat": repeat,
+    "place": place,
+    "join": join,
+    "reverse": reverse,
+    "initials": initials,
+    "quote": quote,
+    "json": json_object,
+    "bullets": bullets,
+    "exact_words": exact_words,
+    "equation": equation,
+}

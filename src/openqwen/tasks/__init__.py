@@ -1,0 +1,17 @@
+"""What can be asked and graded: tasks as data, and graders that judge batches of answers."""
+
+from openqwen.tasks.answers import GradedAnswer, answer_tasks
+from openqwen.tasks.files import read_tasks, write_tasks
+from openqwen.tasks.graders import GRADERS, grade
+from openqwen.tasks.task import Grade, Task
+
+__all__ = [
+    "GRADERS",
+    "Grade",
+    "GradedAnswer",
+    "Task",
+    "answer_tasks",
+    "grade",
+    "read_tasks",
+    "write_tasks",
+]

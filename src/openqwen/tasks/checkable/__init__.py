@@ -1,0 +1,12 @@
+"""Small tasks that a program makes and checks: 17 kinds on numbers, words and formats."""
+
+from openqwen.tasks.checkable.generate import (
+    KINDS,
+    SPLITS,
+    draw_task,
+    generate_tasks,
+    split_of,
+    stream_tasks,
+)
+
+__all__ = ["KINDS", "SPLITS", "draw_task", "generate_tasks", "split_of", "stream_tasks"]
