@@ -13,6 +13,7 @@ import resource
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from openqwen.sandbox import kernel
 
@@ -38,6 +39,8 @@ class Shell:
         self.strict, self.packages = strict, list(packages)
         self.filter = kernel.seccomp_program()
         self.processes = -1
+        self._rules: dict[bool, int] = {}
+        self.size = 0  # address space of the zygote, which is not the program's
 
     def separate(self, ask_for_map: Callable[[], None]) -> None:
         """Go on in a child that is the first process of new namespaces, as user 65534.
@@ -63,6 +66,9 @@ class Shell:
             os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
         self.processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         _build_root(sources)
+        if kernel.landlock_abi():
+            everything = kernel.ruleset(["/"], [], [])
+            self._rules = {False: everything, True: kernel.ruleset(["/"], [], ["/"])}
 
     def enter_box(self, megabytes: int, files: int) -> None:
         """Mount this run's own folders and processes; the caller is the first process of its
@@ -78,18 +84,20 @@ class Shell:
             be_killed_first()
             kernel.read_only("/proc")
 
-    def files_of(self, work: str, programs: bool) -> tuple[list[str], list[str], list[str]]:
-        """What Landlock lets a program write, read, and start; the checker has no folder."""
-        write = [BOX if self.strict else work] if work else []
+    def rules(self, work: str, programs: bool) -> int:
+        """The Landlock rules of a run, a descriptor.
+
+        With namespaces the root holds nothing but what may be read, and /box alone can be written:
+        the rules are the same for every run, and keep Python programs from starting others.
+        """
+        if self.strict:
+            return self._rules[programs]
         devices = [f"/dev/{name}" for name in DEVICES]
-        extra = [_EXTRA] if self.strict else self.packages
-        proc = ["/proc"] if self.strict and work else []
-        read = [LIBRARY, *SYSTEM_FILES, *devices, *extra, *proc]
-        return (
-            [*write, "/dev/null"],
-            read if programs else [*read, *SYSTEM],
-            ([*SYSTEM, *write] if programs else []),
-        )
+        read = [LIBRARY, *SYSTEM_FILES, *devices, *self.packages]
+        write = [work, "/dev/null"] if work else ["/dev/null"]  # the checker has no folder
+        if programs:
+            return kernel.ruleset(write, read, [*SYSTEM, work])
+        return kernel.ruleset(write, [*read, *SYSTEM], [])
 
     def packages_path(self) -> list[str]:
         """Entries of `sys.path` for the packages that are let in."""
@@ -114,26 +122,27 @@ def give_up(shell: Shell, limits: dict[str, float], work: str, programs: bool) -
         # guards the files. Other programs lose it when they start.
         kernel.become(NOBODY, NOBODY if programs else 0)
     tasks = 3 if shell.strict else _tasks()
-    kernel.drop_privileges()
+    kernel.drop_capabilities()
     if kernel.landlock_abi():
-        kernel.restrict_files(*shell.files_of(work, programs))
+        kernel.restrict(shell.rules(work, programs))
     elif not shell.strict:
         raise OSError("Landlock is missing, and there are no namespaces")
-    set_limits(limits, tasks)
+    set_limits(limits, tasks, shell.size)
     kernel.filter_calls(shell.filter)
 
 
-def set_limits(limits: dict[str, float], tasks: int) -> None:
+def set_limits(limits: dict[str, float], tasks: int, size: int) -> None:
     """Resource limits of this process and its children; `limits` holds the fields of `Limits`.
 
     tasks: processes and threads that the user has already: the zygote, the first process and the
-    checker in a user namespace, all of the user's without one.
+    checker in a user namespace, all of the user's without one. size: address space, bytes, that is
+    not the program's.
     """
     seconds = max(1, int(-(-limits["seconds"] // 1)))
     memory, disk = int(limits["memory_mb"]) << 20, int(limits["disk_mb"]) << 20
     values = {
         resource.RLIMIT_CPU: seconds,
-        resource.RLIMIT_AS: memory + _own_size(),
+        resource.RLIMIT_AS: memory + size,
         resource.RLIMIT_FSIZE: disk,
         resource.RLIMIT_NPROC: int(limits["processes"]) + tasks,
         resource.RLIMIT_NOFILE: 256,
@@ -144,12 +153,12 @@ def set_limits(limits: dict[str, float], tasks: int) -> None:
     for kind, value in values.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value + 1 if kind == resource.RLIMIT_CPU else value))
+        resource.setrlimit(kind, (value, value))
 
 
-def put_files(payload: dict[str, object], folder: str) -> None:
+def put_files(payload: dict[str, Any], folder: str) -> None:
     """Write a program's files below `folder`. Their names were checked by the pool."""
-    for name, text in payload["files"].items():  # type: ignore[attr-defined]
+    for name, text in payload["files"].items():
         path = f"{folder}/{name}"
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "wb") as file:
@@ -163,15 +172,15 @@ def hand_over(folder: str) -> None:
             os.chown(name, NOBODY, NOBODY)
 
 
-def read_payload(descriptor: int) -> dict[str, object]:
+def read_payload(descriptor: int) -> dict[str, Any]:
     """A run's JSON from a memory file."""
     with os.fdopen(descriptor, "rb") as file:
-        loaded: dict[str, object] = json.loads(file.read())
+        loaded: dict[str, Any] = json.loads(file.read())
         return loaded
 
 
-def _own_size() -> int:
-    # Address space that the interpreter had before the program: it is not the program's.
+def own_size() -> int:
+    """Address space of this process, bytes."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * resource.getpagesize()

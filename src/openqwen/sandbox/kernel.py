@@ -95,13 +95,17 @@ def become(user: int, file_user: int) -> None:
     _LIBC.setfsuid(file_user)
 
 
-def drop_privileges() -> None:
-    """Drop every capability for good; set-uid programs give none back."""
+def forbid_privileges() -> None:
+    """No program that this process or its children start gets privileges."""
     _checked(_LIBC.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0), "prctl")
     _LIBC.prctl(_AMBIENT, _CLEAR_AMBIENT, 0, 0, 0)
     for capability in range(64):
         if _LIBC.prctl(_DROP_BOUNDING, capability, 0, 0, 0) < 0:
             break  # the kernel has no more of them, or they may not be dropped
+
+
+def drop_capabilities() -> None:
+    """Give up every capability for good."""
     header = struct.pack("Ii", _CAPABILITIES_V3, 0)
     _checked(_LIBC.capset(header, bytes(24)), "capset")
 
@@ -183,28 +187,28 @@ def landlock_abi() -> int:
         return 0
 
 
-def restrict_files(
-    writable: Iterable[str], readable: Iterable[str], programs: Iterable[str]
-) -> None:
-    """Allow everything below `writable`, reading below `readable`, and reading and starting what
-    lies below `programs`; refuse every other file, TCP, and signals and abstract sockets to
-    processes outside.
+def ruleset(writable: Iterable[str], readable: Iterable[str], programs: Iterable[str]) -> int:
+    """Rules that allow everything but starting programs below `writable`, reading below
+    `readable`, and reading and starting what lies below `programs`; they refuse every other file,
+    TCP, and signals and abstract sockets to processes outside. Returns a descriptor.
     """
     abi = landlock_abi()
     rights = (1 << _FILE_RIGHTS.get(abi, 16)) - 1
     attributes = struct.pack("QQQ", rights, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
-    ruleset = syscall(_CREATE, attributes, ctypes.c_size_t(len(attributes)), 0)
-    try:
-        groups = ((writable, rights & ~_EXECUTE), (readable, _READ), (programs, _READ | _EXECUTE))
-        for paths, allowed in groups:
-            for path in paths:
-                _allow(ruleset, path, allowed)
-        syscall(_RESTRICT, ruleset, 0)
-    finally:
-        os.close(ruleset)
+    rules = syscall(_CREATE, attributes, ctypes.c_size_t(len(attributes)), 0)
+    groups = ((writable, rights & ~_EXECUTE), (readable, _READ), (programs, _READ | _EXECUTE))
+    for paths, allowed in groups:
+        for path in paths:
+            _allow(rules, path, allowed)
+    return rules
 
 
-def _allow(ruleset: int, path: str, allowed: int) -> None:
+def restrict(rules: int) -> None:
+    """Apply a ruleset to this process and all that come of it, for good."""
+    syscall(_RESTRICT, rules, 0)
+
+
+def _allow(rules: int, path: str, allowed: int) -> None:
     try:
         opened = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
@@ -212,6 +216,6 @@ def _allow(ruleset: int, path: str, allowed: int) -> None:
     try:
         folder = stat.S_ISDIR(os.fstat(opened).st_mode)
         rule = struct.pack("=Qi", allowed if folder else allowed & _FOR_FILES, opened)
-        syscall(_ADD, ruleset, 1, rule, 0)
+        syscall(_ADD, rules, 1, rule, 0)
     finally:
         os.close(opened)

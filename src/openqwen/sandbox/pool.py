@@ -25,6 +25,14 @@ from openqwen.sandbox.tiers import Tier, interpreter, protections, required
 from openqwen.support.errors import OpenQwenError
 
 _SOURCES = str(Path(__file__).parents[2])
+_ENVIRONMENT = {
+    "HOME": "/work",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "PYTHONHASHSEED": "0",
+}
 _START = 30.0  # seconds for a zygote to come up
 _TRIES = 3  # of a run whose sandbox failed
 _GRACE = 5.0  # seconds for the last processes of a killed run to go
@@ -185,7 +193,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
-                env={"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env=_ENVIRONMENT,
                 cwd="/",
             )
         if version := protections().groups:
@@ -267,8 +275,9 @@ def _follow(
             if name == "result":  # the program has nothing left to do but to end
                 deadline = min(deadline, time.monotonic() + _GRACE)
         if len(ready) == 1 and ready[0][0] == host.fileno():
-            if host.recv(16) != b"done":
+            if not (message := host.recv(1 << 12)):
                 raise EOFError("the sandbox ended")
+            read["ended"] = bytearray(message)
             return ending, read
         flood = any(len(text) > most for text in read.values())
         if not ending and (flood or not ready):
@@ -288,7 +297,7 @@ def _verdict(
     wall: float,
     group: groups.Group | None,
 ) -> Verdict:
-    report = json.loads(read["report"] or b"{}")
+    report = json.loads(read["report"] or b"{}") | json.loads(read["ended"])
     result = json.loads(read.get("result") or b"{}")
     judged = result.get("nonce") == nonce
     stdout, stderr = (read[name].decode("utf-8", "replace") for name in ("stdout", "stderr"))
@@ -320,10 +329,8 @@ def _ending(
         return "timeout", f"more than {limits.wall:g} seconds by the clock"
     if ending == "output":
         return "output", f"more than {limits.output_kb} KiB of output"
-    if "status" not in report:
-        return "infra", "the first process of the run was killed"
     code = os.waitstatus_to_exitcode(report["status"])
-    if report["compiling"] and code:
+    if report.get("compiled") is False:
         return "failed", "it does not compile"
     last = stderr.strip().splitlines()[-1] if stderr.strip() else ""
     if code and (last.startswith("MemoryError") or "std::bad_alloc" in stderr):
@@ -339,7 +346,7 @@ def _ending(
 def _payload(program: Program) -> bytes:
     """What the run reads. Raises OpenQwenError for a program that cannot be run."""
     files = {_checked_name(name): _latin(text) for name, text in program.files.items()}
-    commands: list[list[str] | None] = [None]
+    commands: list[list[str]] = []  # Python runs in the fork itself
     if program.language != "python":
         if program.tests is not None:
             raise OpenQwenError(

@@ -1,11 +1,10 @@
-"""Inside of a run: the first process, and the program itself. Standard library alone."""
+"""Inside of a run: a forked process becomes the program. Standard library alone."""
 
 import atexit
 import builtins
 import json
 import linecache
 import os
-import resource
 import signal
 import sys
 import threading
@@ -13,79 +12,62 @@ import traceback
 import types
 from typing import Any
 
-from openqwen.sandbox import confine, kernel
+from openqwen.sandbox import confine
 from openqwen.sandbox.calls import Peer
 
 _COMPILE_SECONDS = 30
+_MOST_DESCRIPTORS = 1 << 20
 
 
-def first_process(shell: confine.Shell, header: dict[str, Any], given: dict[str, int]) -> None:
-    """Set up the run's folder, start the program, wait, report.
+def become_program(shell: confine.Shell, header: dict[str, Any], given: dict[str, int]) -> None:
+    """Set up the run's folder, compile where that is needed, and become the program.
 
-    It is the first of its namespace: when it ends, the kernel kills all others. It stays apart from
-    the program, which cannot look into it, so the report is true.
+    With namespaces it is the first of its own: when it ends, the kernel kills all others.
     """
-    limits, work = header["limits"], header["work"] or f"{confine.BOX}/work"
-    kernel.set_dumpable(False)
-    for number in range(1, 32):
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            signal.signal(number, signal.SIG_DFL)
+    work = header["work"] or f"{confine.BOX}/work"
     if shell.strict:
-        shell.enter_box(limits["disk_mb"], limits["files"])
+        shell.enter_box(header["limits"]["disk_mb"], header["limits"]["files"])
     payload = confine.read_payload(given.pop("payload"))
     os.chdir(work)
-    os.umask(0o077)
     confine.put_files(payload, work)
-    if not shell.strict and os.geteuid() == 0 and payload["commands"] != [None]:
+    commands, calls = payload["commands"], given.get("calls", -1)
+    if commands and not shell.strict and os.geteuid() == 0:
         confine.hand_over(work)
-    kept = {
-        given[name] for name in ("stdin", "stdout", "stderr", "report", "calls") if name in given
-    }
-    _close_others(kept)
-    report: dict[str, Any] = {}
-    for command in payload["commands"]:  # type: ignore[attr-defined]
-        last = command is payload["commands"][-1]  # type: ignore[index]
-        if not last:
-            limits = header["limits"] | {"seconds": _COMPILE_SECONDS}
-        else:
-            limits = header["limits"]
-        child = os.fork()
-        if not child:
-            _program(shell, header | {"limits": limits}, payload, command, given, work)
-        _, status, used = os.wait4(child, 0)
-        report = {"status": status, "seconds": used.ru_utime + used.ru_stime, "compiling": not last}
-        if status:
-            break
-    os.write(given["report"], json.dumps(report).encode())
-    os._exit(0)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        os.dup2(given[name], number)
+    for command in commands[:-1]:
+        _compile(shell, header["limits"], command, work, given["report"])
+    os.setsid()
+    confine.give_up(shell, header["limits"], work, programs=bool(commands))
+    if commands:
+        os.set_inheritable(given["report"], False)
+        _close_others({0, 1, 2, given["report"]})
+        _start(commands[-1], work)
+    _close_others({0, 1, 2, calls})
+    run_python(payload["source"], work, calls)
 
 
-def _program(
-    shell: confine.Shell,
-    header: dict[str, Any],
-    payload: dict[str, Any],
-    command: list[str] | None,
-    given: dict[str, int],
-    work: str,
+def _compile(
+    shell: confine.Shell, limits: dict[str, Any], command: list[str], work: str, report: int
 ) -> None:
-    """Become the program. Never returns."""
-    try:
-        kernel.set_dumpable(True)
-        os.setsid()
-        for number, name in enumerate(("stdin", "stdout", "stderr")):
-            os.dup2(given[name], number)
-        calls = given.get("calls", -1)
-        _close_others({0, 1, 2, calls})
-        os.environ.clear()
-        os.environ.update(HOME=work, PATH="/usr/local/bin:/usr/bin:/bin", LANG="C.UTF-8")
-        os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", TMPDIR=work)
-        confine.give_up(shell, header["limits"], work, programs=command is not None)
-        if command is not None:
-            os.execvpe(command[0], command, os.environ)
-        run_python(payload["source"], work, calls)
-    except BaseException as error:
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    """Run a compiler; where it fails, report that and end."""
+    child = os.fork()
+    if not child:
+        try:
+            confine.give_up(shell, limits | {"seconds": _COMPILE_SECONDS}, work, programs=True)
+            _start(command, work)
+        finally:
+            os._exit(127)
+    if os.waitpid(child, 0)[1]:
+        os.write(report, json.dumps({"compiled": False}).encode())
         os._exit(1)
+
+
+def _start(command: list[str], work: str) -> None:
+    """Become another program. Its signals are as a shell sets them."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    os.execvpe(command[0], command, {**os.environ, "HOME": work, "TMPDIR": work})
 
 
 def run_python(source: str, work: str, calls: int) -> None:
@@ -97,8 +79,6 @@ def run_python(source: str, work: str, calls: int) -> None:
         del sys.modules[name]
     sys.argv, sys.path[0] = ["main.py"], work
     linecache.cache["main.py"] = (len(source), None, source.splitlines(keepends=True), "main.py")
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as in every interpreter
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 0
     try:
@@ -145,4 +125,4 @@ def _close_others(kept: set[int]) -> None:
         if first < number:  # an empty range closes everything in Python 3.11
             os.closerange(first, number)
         first = number + 1
-    os.closerange(first, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    os.closerange(first, _MOST_DESCRIPTORS)

@@ -3,8 +3,8 @@
 It never reads a program, its input or its tests: they come as descriptors of memory files, which
 only the fork that needs them opens. So nothing of one run is in the memory of the next.
 
-    pool ── header, descriptors ──▶ zygote ──fork──▶ first process ──fork──▶ program
-                                       └────fork──▶ checker ◀── calls, JSON ──▶ program
+    pool ── header, descriptors ──▶ zygote ──fork──▶ program ◀── calls, JSON ──▶ checker
+                                       └────fork─────────────────────────────▶ checker
 """
 
 import gc
@@ -39,6 +39,8 @@ def main(descriptor: int, strict: bool, packages: list[str]) -> None:
     sys.path.extend(shell.packages_path())
     confine.warm_up([*_MODULES, *(os.path.basename(path) for path in packages if "." not in path)])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    shell.size = confine.own_size()
+    kernel.forbid_privileges()
     gc.collect()
     gc.freeze()  # forks then share these pages
     host.send(b"ready")
@@ -57,10 +59,12 @@ def _ask_for_map(host: socket.socket) -> None:
 def _serve(
     shell: confine.Shell, host: socket.socket, header: dict[str, Any], descriptors: list[int]
 ) -> None:
-    """One run: fork, tell the pool whom it may kill, wait until nothing of it is left."""
+    """One run: fork, tell the pool whom it may kill, wait until nothing of it is left, and say how
+    the program ended.
+    """
     given = dict(zip(header["names"], descriptors))
     try:
-        run = lambda: program.first_process(shell, header, given)  # noqa: E731
+        run = lambda: program.become_program(shell, header, given)  # noqa: E731
         children = [_fork(shell, run, given["report"])]
         if "tests" in given:
             judge = lambda: checker.check(shell, header, given)  # noqa: E731
@@ -72,11 +76,13 @@ def _serve(
     socket.send_fds(host, [b"started"], handles)
     for handle in handles:
         os.close(handle)
-    for child in children:
+    _, status, used = os.wait4(children[0], 0)
+    for child in children[1:]:
         os.waitpid(child, 0)
     if not shell.strict:  # with namespaces nothing outlives its first process
         end_descendants(os.getpid(), reap=True)
-    host.send(b"done")
+    seconds = used.ru_utime + used.ru_stime
+    host.send(json.dumps({"status": status, "seconds": seconds}).encode())
 
 
 def _fork(shell: confine.Shell, body: Callable[[], None], report: int) -> int:
