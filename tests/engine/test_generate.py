@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import add_up, model, plain_greedy, prompts, scores, tokenizer
+from tiny import model, plain_greedy, prompts, scores, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import DualChunk, LongContext, Yarn
@@ -32,7 +32,7 @@ def network(request):
 def answers(network, asked, sampling, seeds=None, **config):
     engine = Engine(network, WORDS, EngineConfig(**config))
     outputs = engine.generate(asked, sampling, seeds)
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
     return outputs, engine.stats()
 
 
@@ -148,7 +148,7 @@ def test_cold_equals_warm(network, past):
     same([engine.generate([prompt], sampling)[0] for prompt in asked], cold)
     same(engine.generate(asked, sampling), cold)
     assert engine.stats().cache_hits > 0
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
 
 
 def test_answers_continue_from_their_own_pages(network):
@@ -192,7 +192,7 @@ def test_a_cancelled_request_ends_at_once_wherever_it_is(network):
             told += [(e.request.id, e.finish_reason) for e in engine.step() if e.finish_reason]
         assert len(told) == 6
         assert {i for i, reason in told if reason == "cancelled"} == {r.id for r in requests[::2]}
-        add_up(engine._schedule.pool, [])
+        engine.check_integrity()
         expected, _ = answers(network, asked[1::2], Sampling(max_tokens=20))
         assert [r.token_ids for r in requests[1::2]] == [o.token_ids for o in expected]
 
@@ -380,7 +380,7 @@ def test_scores_that_are_no_numbers_end_that_answer_alone(temperature):
         engine.step()
     assert (bad.finish_reason, bad.token_ids) == ("error", [])
     assert fine.token_ids == alone.token_ids
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
     with torch.no_grad():
         network.model.norm.weight.fill_(torch.nan)
     broken = Engine(network, WORDS).generate(
@@ -413,7 +413,7 @@ def test_log_probabilities_of_the_prompt_are_the_models(network, config):
                 values, found = row[: WORDS.vocab_size].topk(count)
                 assert [i for i, _ in top] == found.tolist()
                 assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
     samples = engine.submit_many(
         asked[0], Sampling(max_tokens=8, temperature=1.0, prompt_logprobs=1), 3
     )

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import add_up, model, plain_greedy, prompts, tokenizer
+from tiny import model, plain_greedy, prompts, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import Cache, DualChunk, Paged
@@ -39,7 +39,7 @@ def start(network, **config):
 def run(engine, *requests):
     while engine.busy:
         engine.step()
-        add_up(engine._schedule.pool, [r.pages for r in engine._schedule.running])
+        engine.check_integrity()
     return requests[0]
 
 
@@ -51,7 +51,7 @@ def turning_a_whole_cache(network, ids, page_size=16):
     """Log-probabilities of all tokens but the first: stage by stage, the keys of the whole cache
     turned in between.
     """
-    stages, pages = start(network)._admission._stages, -(-len(ids) // page_size)
+    stages, pages = start(network)._admission.scalings, -(-len(ids) // page_size)
     cache, logits, read = Cache.of(network, pages, page_size), [], 0
     for number, stage in enumerate(stages):
         if number:
@@ -102,8 +102,8 @@ def test_a_prompt_beyond_the_window_is_read_in_its_own_way_unless_it_grows(netwo
         )
         assert one.logprobs != two.logprobs
         endless = direct.submit(text(length), ENDLESS)
-        assert endless.stages[0].way == (
-            one.long_context if length > WINDOW else grown._admission._stages[0].way
+        assert endless.scalings[0].way == (
+            one.long_context if length > WINDOW else grown._admission.scalings[0].way
         )
         direct.cancel(endless)
 
@@ -138,7 +138,7 @@ def test_a_conversation_is_the_same_bits_cold_and_warm(network, grow, form):
         assert (warm.token_ids, warm.logprobs) == (cold.token_ids, cold.logprobs)
         found.append((warm.cached_tokens, max(0, len(ids) - 11) // 16 * 16))
         ids = ids + warm.token_ids + text(10, len(ids))
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
     read_once = [cached == known for cached, known in found]
     assert all(read_once) if grow else read_once.count(False) == 2  # at 48 and at 96 tokens
 
@@ -159,7 +159,7 @@ def test_neighbours_preemption_guesses_and_samples_change_no_bit_of_what_grows(n
     for config in ({}, tight, {"speculate": 5, "draft_below": 99, "token_budget": 30}):
         engine = start(network, grow=grow, **config)
         assert answers(engine, range(4)) == alone
-        add_up(engine._schedule.pool, [])
+        engine.check_integrity()
         assert (engine.stats().preemptions > 0) == (config is tight)
     for config in ({"prefix_cache": False}, tight):
         engine = start(network, grow=grow, **config)
@@ -181,7 +181,7 @@ def test_what_grows_shares_the_pages_that_were_turned(network):
     while engine.busy:
         engine.step()
         most = max(most, engine.stats().pages_used)
-    assert all(r.stage == 1 for r in requests)
+    assert all(r.scaling == 1 for r in requests)
     assert most <= 2 + 4 * 3
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import add_up, model, plain_greedy, prompts, scores, tokenizer
+from tiny import model, plain_greedy, prompts, scores, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
-from openqwen.engine.drafter import Pace
+from openqwen.engine.drafter import DraftLength, PromptLookup
 from openqwen.model import Packed
 
 WORDS = tokenizer()
@@ -46,7 +46,7 @@ def test_speculative_equals_plain(sampling, draft):
         assert [o.finish_reason for o in fast] == [o.finish_reason for o in plain]
         for one, other in zip(fast, plain):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    add_up(guessing._schedule.pool, [])
+    guessing.check_integrity()
     stats = guessing.stats()
     assert stats.drafted > 0 or (draft is None and sampling.temperature > 0)
     if draft is CLOSE:
@@ -104,10 +104,10 @@ def test_guessed_tokens_follow_the_models_distribution():
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 20))
 @settings(deadline=None)
 def test_lookup_finds_what_followed_the_latest_same_three_tokens(ids, most, step):
-    pace = Pace(8)
+    lookup = PromptLookup()
     for end in [*range(1, len(ids), step), len(ids)]:
         known = ids[:end]
-        guess = pace.lookup(known, most)
+        guess = lookup.draft(known, most)
         starts = (
             [n for n in range(len(known) - 3) if known[n : n + 3] == known[-3:]]
             if len(known) >= 3
@@ -116,14 +116,14 @@ def test_lookup_finds_what_followed_the_latest_same_three_tokens(ids, most, step
         assert guess == (known[starts[-1] + 3 :][:most] if starts else [])
 
 
-def test_the_pace_adapts():
-    pace = Pace(16)
+def test_the_draft_length_adapts():
+    length = DraftLength(16)
     lengths = []
     for right in (4, 8, 16, 0, 0, 0, 0, 0):
-        lengths.append(pace.length(99))
-        pace.learn(lengths[-1], min(right, lengths[-1]))
+        lengths.append(length.next(99))
+        length.update(lengths[-1], min(right, lengths[-1]))
     assert lengths == [4, 8, 16, 16, 8, 4, 2, 1]
-    waits = [pace.length(99) for _ in range(40)]
+    waits = [length.next(99) for _ in range(40)]
     assert waits[0] == 0
     assert waits[-1] == 1
 
