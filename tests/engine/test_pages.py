@@ -144,42 +144,24 @@ def test_the_free_list_is_the_cache_and_evicts_the_oldest_ends_first():
     pool.check_integrity([])
 
 
-def faults():
-    """Each of them breaks one invariant of a pool with a free, a cached and two referenced pages."""
-
-    def leak(pool, pages):
-        pages.pop()
-
-    def share_without_reference(pool, pages):
-        pages.append(pages[0])
-
-    def free_twice(pool, pages):
-        pool._free.append(pool._free[-1])
-
-    def lose(pool, pages):
-        pool._free.clear()
-
-    def free_what_is_used(pool, pages):
-        pool._free.append(pages[0])
-
-    def cache_without_hash(pool, pages):
-        pool.clear_prefixes()
-        pool._cached[pool._free.pop()] = None
-
-    def two_pages_of_a_hash(pool, pages):
-        pool._hash_of[pages[0]] = next(iter(pool._page_of))
-
-    def free_page_with_hash(pool, pages):
-        pool.register_prefix(pool._free[-1], b"other")
-
-    return [fault for name, fault in locals().items() if callable(fault)]
+FAULTS = {
+    "a page leaks": lambda pool, pages: pages.pop(),
+    "a page is shared without a reference": lambda pool, pages: pages.append(pages[0]),
+    "a page is free twice": lambda pool, pages: pool._free.append(pool._free[-1]),
+    "a page is lost": lambda pool, pages: pool._free.clear(),
+    "a referenced page is free": lambda pool, pages: pool._free.append(pages[0]),
+    "a cached page has no hash": lambda pool, pages: pool._cached.update({pool._free.pop(): None}),
+    "a free page has a hash": lambda pool, pages: pool.register_prefix(pool._free[-1], b"other"),
+    "two pages have one hash": lambda pool, pages: pool._hash_of.update({pages[0]: HASH}),
+}
+HASH = prefix_hash(b"", [1, 2])
 
 
-@pytest.mark.parametrize("fault", faults())
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_integrity_is_checked(fault):
     pool = PagePool(4, 2)
     cached, *pages = pool.allocate(3)
-    pool.register_prefix(cached, prefix_hash(b"", [1, 2]))
+    pool.register_prefix(cached, HASH)
     pool.release([cached])
     pool.check_integrity([pages])
     fault(pool, pages)

@@ -47,9 +47,7 @@ def processed(scores_RV, sampling):
 def test_every_cut_gives_the_distribution_of_transformers(
     width, temperature, top_k, top_p, min_p, spread
 ):
-    """64 evenly spaced draws of one row: each token's probability, and the set of those
-    possible.
-    """
+    """64 draws of one row: each token's probability, and the set of possible tokens."""
     scores_RV = random_scores(2, width, spread)
     sampling = Sampling(temperature=temperature, top_k=min(top_k, width), top_p=top_p, min_p=min_p)
     truth_RV = processed(scores_RV.clone(), sampling)
@@ -66,9 +64,7 @@ def test_every_cut_gives_the_distribution_of_transformers(
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 30, "min_p": 0.02}], ids=str)
 def test_draws_follow_the_distribution(options):
-    """Chi-square over 20,000 seeds: within five standard deviations of its mean, which is its
-    degrees of freedom.
-    """
+    """Chi-square over 20,000 seeds is within five standard deviations of its mean."""
     scores_RV, sampling = random_scores(1, 256, 2.0), Sampling(temperature=0.8, **options)
     truth_V = processed(scores_RV.clone(), sampling)[0].double().numpy()
     count = 20_000
@@ -88,9 +84,7 @@ def test_draws_follow_the_distribution(options):
 
 
 def test_draws_are_those_of_split_mix():
-    """The published outputs for the seed 1234567: the first is the key, whose own stream the places
-    count through.
-    """
+    """The published outputs for the seed 1234567; the first one is the key of the second stream."""
     keys = seeds._split_mix(np.uint64(1234567) + seeds._GAMMA * np.arange(3, dtype=np.uint64))
     assert keys.tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     words = seeds._split_mix(keys[:1] + seeds._GAMMA * np.arange(3, dtype=np.uint64))
@@ -119,14 +113,10 @@ def test_no_single_cell_is_special():
 
 @pytest.mark.parametrize("axis", ["seeds", "places", "prompts", "samples"])
 def test_draws_are_independent_along_every_axis(axis):
-    """A table of 256 × 256 draws: uniform in every row, column and pair of neighbours, near ones
-    and far ones.
-    """
+    """256 × 256 draws are uniform in every row, column and pair of rows or columns."""
     size = 256
-    first, second = (
-        np.repeat(np.arange(size), size).tolist(),
-        np.tile(np.arange(size), size).tolist(),
-    )
+    first = np.repeat(np.arange(size), size).tolist()
+    second = np.tile(np.arange(size), size).tolist()
     seeds = {
         "seeds": first,
         "places": [0] * len(first),

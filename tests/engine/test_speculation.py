@@ -1,6 +1,4 @@
-"""Answers with guesses are the answers without, token by token, whatever guesses and however it
-samples.
-"""
+"""Answers with draft tokens are those without, token by token, for every drafter and sampling."""
 
 import numpy as np
 import pytest
@@ -53,7 +51,7 @@ def test_speculative_equals_plain(sampling, draft):
         assert stats.accepted > 0.4 * stats.drafted > 40
 
 
-def test_guesses_save_calls_where_they_are_right():
+def test_accepted_drafts_save_calls():
     asked = [[5, 6, 7, 8] * 6]
 
     def steps(machine):
@@ -68,17 +66,15 @@ def test_guesses_save_calls_where_they_are_right():
     assert steps(engine(8, CLOSE)) < 30
 
 
-def test_under_load_nothing_is_guessed():
+def test_under_load_nothing_is_drafted():
     busy = engine(6, CLOSE, draft_below=2)
     busy.generate(prompts(4, seed=3), Sampling(max_tokens=20, ignore_eos=True))
     assert busy.stats().drafted == 0
 
 
 @torch.no_grad()
-def test_guessed_tokens_follow_the_models_distribution():
-    """Chi-square over 4,000 seeds of the second token, which the draft model guesses, against its
-    exact probability.
-    """
+def test_drafted_tokens_follow_the_models_distribution():
+    """Chi-square over 4,000 seeds: the second token, which is drafted, has its exact distribution."""
     prompt, count, width = [9, 3, 4, 5], 4000, WORDS.vocab_size
     machine = engine(1, CLOSE, draft_below=999, token_budget=512)
     sampling = Sampling(max_tokens=3, temperature=1.0, ignore_eos=True)
@@ -128,7 +124,7 @@ def test_the_draft_length_adapts():
     assert waits[-1] == 1
 
 
-def test_a_stop_within_a_guess_ends_the_answer_there():
+def test_a_stop_within_a_draft_ends_the_answer_there():
     plain = plain_greedy(NETWORK, WORDS, [5, 6, 7, 8] * 6, 40)[0]
     stop = plain[20]
     sampling = Sampling(max_tokens=40, stop_ids=(stop,))

@@ -36,16 +36,14 @@ class Admission:
         # than the running requests can fill.
         sequence = -(-self.context // config.page_size)
         size = Cache.bytes_per_page(model.config, config.page_size, config.cache, model.dtype)
+        count = max(sequence, _CACHE_BYTES // size)
         if config.cache_bytes:
             count = config.cache_bytes // size
-        else:
-            count = max(sequence, _CACHE_BYTES // size)
         self.pages = max(1, min(count, config.max_running * sequence))
         self.longest = min(self.context, self.pages * config.page_size)
+        self.scalings = [ContextStep(self.context, None)]
         if config.max_context is not None or model.config.dual_chunk is not None:
             self.scalings = stages(model.config, self.context)
-        else:
-            self.scalings = [ContextStep(self.context, None)]
 
     def token_ids(self, prompt: Prompt, most: int) -> list[int]:
         """The token ids of a prompt.

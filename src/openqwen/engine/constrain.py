@@ -74,7 +74,10 @@ class Structures:
         vocabulary, make = self._vocabulary, llguidance.LLMatcher
         try:
             if structure.kind == "json_schema":
-                schema = _schema(structure.source)
+                schema = json.loads(structure.source)
+                if not isinstance(schema, dict):
+                    raise ValueError("A JSON schema is an object.")
+                schema = ready(schema)
                 grammar = make.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
             elif structure.kind == "regex":
                 grammar = make.grammar_from_regex(structure.source)
@@ -92,13 +95,6 @@ class Structures:
                 where="sampling, structure",
             )
         return Matcher(inner, self._tokenizer.vocab_size)
-
-
-def _schema(source: str) -> dict[str, Any]:
-    schema = json.loads(source)
-    if not isinstance(schema, dict):
-        raise ValueError("A JSON schema is an object.")
-    return ready(schema)
 
 
 class Matcher:

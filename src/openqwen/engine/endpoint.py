@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from anyio.from_thread import start_blocking_portal
@@ -49,14 +49,6 @@ _WHAT_TO_DO = {
 }
 
 
-class _PromptCalls(NamedTuple):
-    """The calls for one prompt. ids: its token ids, if they are known here."""
-
-    answer: ApiCall
-    score: ApiCall | None
-    ids: list[int]
-
-
 class _AttemptError(Exception):
     """An attempt failed.
 
@@ -64,11 +56,7 @@ class _AttemptError(Exception):
     """
 
     def __init__(
-        self,
-        what: str,
-        retry: bool = True,
-        wait: float | None = None,
-        do: str | None = None,
+        self, what: str, retry: bool = True, wait: float | None = None, do: str | None = None
     ):
         super().__init__(what)
         self.retry, self.wait, self.do = retry, wait, do
@@ -141,26 +129,19 @@ class Endpoint(Generator):
         for number, prompt in enumerate(prompts):
             seed = seed_of(sampling.seed, number) if seeds is None else seeds[number]
             with located(f"prompt {number}"):
-                calls.append(self._calls(prompt, sampling, seed))
+                answer = answer_call(prompt, sampling, seed, self.model)
+                scored = sampling.prompt_logprobs is not None
+                calls.append((answer, score_call(prompt, self.model) if scored else None))
         # In another thread, since the thread of a notebook has an event loop already. An exception
         # that leaves the block cancels what runs there.
         with start_blocking_portal() as portal:
             return portal.call(self._answer_all, calls, progress)
 
-    def _calls(self, prompt: Prompt, sampling: Sampling, seed: int) -> _PromptCalls:
-        answer = answer_call(prompt, sampling, seed, self.model)
-        scored = sampling.prompt_logprobs is not None
-        score = score_call(prompt, self.model) if scored else None
-        given = answer.body.get("prompt")
-        return _PromptCalls(answer, score, given if isinstance(given, list) else [])
-
     async def _answer_all(
-        self,
-        prompts: list[_PromptCalls],
-        progress: Progress | None,
+        self, calls: list[tuple[ApiCall, ApiCall | None]], progress: Progress | None
     ) -> list[Output]:
-        outputs = [Output() for _ in prompts]
-        queue = iter(enumerate(prompts))  # all workers take from this one
+        outputs = [Output() for _ in calls]
+        queue = iter(enumerate(calls))  # all workers take from this one
         limits = httpx.Limits(max_connections=self.concurrency)
         # `_attempt` limits the time of an attempt; only connecting has a limit here.
         timeout = httpx.Timeout(None, connect=min(_CONNECT, self.timeout))
@@ -169,14 +150,14 @@ class Endpoint(Generator):
             headers["Authorization"] = f"Bearer {self._key}"
 
         async def work() -> None:
-            for number, calls in queue:
+            for number, (answer, score) in queue:
                 with located(f"prompt {number}"):
-                    outputs[number] = await self._answer(client, calls)
+                    outputs[number] = await self._answer(client, answer, score)
                 if progress:
                     progress.advance(1)
 
         async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
-            count = min(self.concurrency, len(prompts))
+            count = min(self.concurrency, len(calls))
             workers = [asyncio.create_task(work()) for _ in range(count)]
             try:
                 await asyncio.gather(*workers)
@@ -186,18 +167,19 @@ class Endpoint(Generator):
                 await asyncio.gather(*workers, return_exceptions=True)
         return outputs
 
-    async def _answer(self, client: httpx.AsyncClient, calls: _PromptCalls) -> Output:
-        output = await self._fetch(client, calls.answer, read_answer)
-        output.prompt_ids = output.prompt_ids or list(calls.ids)
-        if calls.score:
-            output.prompt_logprobs = await self._fetch(client, calls.score, read_score)
+    async def _answer(
+        self, client: httpx.AsyncClient, answer: ApiCall, score: ApiCall | None
+    ) -> Output:
+        output = await self._fetch(client, answer, read_answer)
+        prompt = answer.body.get("prompt")
+        if isinstance(prompt, list) and not output.prompt_ids:
+            output.prompt_ids = list(prompt)
+        if score:
+            output.prompt_logprobs = await self._fetch(client, score, read_score)
         return output
 
     async def _fetch(
-        self,
-        client: httpx.AsyncClient,
-        call: ApiCall,
-        read: Callable[[Json], Result],
+        self, client: httpx.AsyncClient, call: ApiCall, read: Callable[[Json], Result]
     ) -> Result:
         """The response, from the cache if it is there, as `read` converts it."""
         path = self.cache and self.cache / self._file_name(call)
@@ -254,10 +236,7 @@ class Endpoint(Generator):
                 raise _failure(response, message)
 
     async def _post(
-        self,
-        client: httpx.AsyncClient,
-        call: ApiCall,
-        body: Json,
+        self, client: httpx.AsyncClient, call: ApiCall, body: Json
     ) -> tuple[httpx.Response, bytes]:
         content = json.dumps(body).encode()
         raw = bytearray()
@@ -296,22 +275,19 @@ class Endpoint(Generator):
 
 def _checked_url(url: str) -> str:
     """The base URL without a slash at its end. Errors do not repeat it, as it may hold a key."""
-    do = "give one such as http://127.0.0.1:8000/v1"
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError):
-        raise OpenQwenError("This is not a URL.", where="Endpoint, url", do=do) from None
-    path = parsed.path.rstrip("/")
-    for fault, what in (
-        (parsed.scheme not in ("http", "https"), "A base URL begins with http:// or https://."),
-        (not parsed.host, "The base URL names no host."),
-        (re.search(r"\s", url), "The base URL holds white space."),
-        (parsed.userinfo, "The base URL holds a user or password; give the key as api_key."),
-        (parsed.query or parsed.fragment, "The base URL has a query or fragment."),
-        (path.endswith("completions"), "This is the URL of a route, not the base URL."),
-    ):
-        if fault:
-            raise OpenQwenError(what, where="Endpoint, url", do=do)
+        parsed = httpx.URL()
+    extra = parsed.userinfo or parsed.query or parsed.fragment or re.search(r"\s", str(url))
+    route = parsed.path.rstrip("/").endswith("completions")
+    if parsed.scheme not in ("http", "https") or not parsed.host or extra or route:
+        raise OpenQwenError(
+            "This is not the base URL of a server.",
+            where="Endpoint, url",
+            do="give one such as http://127.0.0.1:8000/v1, without a route, a query, white space "
+            "or a key (give it as api_key)",
+        )
     return str(parsed).rstrip("/")
 
 

@@ -23,11 +23,7 @@ class Request(Output):
 
     Args:
         id: number of the request, in order of arrival.
-        seed: of its random draws.
         max_length: most tokens of prompt and answer.
-        stream: turns the answer's tokens into text.
-        matcher: follows the answer's structure.
-        adapter: the LoRA adapter that its tokens are computed with.
         scalings: how the sequence is read as it grows, in order of length.
         priority: requests of a larger priority go first.
         cache_key: what else the keys depend on; requests share pages only if theirs are equal.
@@ -37,7 +33,7 @@ class Request(Output):
         top: of each answer token, the likeliest tokens at its position.
         prompt_top: the likeliest tokens at each position of `prompt_logprobs`.
         versions: of each answer token, the version of the weights that computed it.
-        arrived, started, first_token, finished: times of `time.monotonic`.
+        arrived, started, first_token, finished: seconds of `time.monotonic`.
         cached_tokens: prompt tokens that the prefix cache held when the request first started.
         pages: the cache pages that it references, in order.
         scaling: index of the scaling in use.

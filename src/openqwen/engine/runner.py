@@ -58,18 +58,15 @@ class Runner:
                 [request.pages for request in requests],
                 requests[0].long_context,
             )
-        tokens, positions, rows, counts = list[int](), list[int](), list[int](), list[int]()
-        for item in scheduled:
-            new, start = item.tokens, item.request.computed
-            tokens += new
-            positions += range(start, start + len(new))
-            rows += range(len(tokens) - item.scored, len(tokens))
-            counts.append(len(new))
-        hidden_TD = self._hidden(scheduled, tokens, positions, counts)
+        counts = [item.count + len(item.drafts) for item in scheduled]
+        hidden_TD = self._hidden(scheduled, counts)
+        rows, end = list[int](), 0
         for item, part_TD in zip(scheduled, hidden_TD.split(counts)):
+            end += len(part_TD)
+            rows += range(end - item.scored, end)
             if item.request.unscored:
                 self._score_prompt(item.request, part_TD)
-        if len(rows) < len(tokens):
+        if len(rows) < end:
             hidden_TD = hidden_TD[torch.tensor(rows, dtype=torch.long, device=hidden_TD.device)]
         return self._model.logits(hidden_TD).float()
 
@@ -78,25 +75,23 @@ class Runner:
         if self._graphs:
             self._graphs.refresh()
 
-    def _hidden(
-        self,
-        scheduled: Sequence[ScheduledRequest],
-        tokens: list[int],
-        positions: list[int],
-        counts: list[int],
-    ) -> Tensor:
-        """The hidden states of the new tokens, [T, D]; their keys and values go into the cache."""
+    def _hidden(self, scheduled: Sequence[ScheduledRequest], counts: list[int]) -> Tensor:
+        """The hidden states of the new tokens, [T, D]; their keys and values go into the cache.
+
+        counts: the number of new tokens of each request.
+        """
         requests, device = [item.request for item in scheduled], self._model.device
-        table_BP = np.zeros((len(requests), max(len(r.pages) for r in requests)), np.int64)
-        for row, request in zip(table_BP, requests):
+        tokens, positions, totals = list[int](), list[int](), list[int]()
+        pages_BP = np.zeros((len(requests), max(len(r.pages) for r in requests)), np.int64)
+        for item, count, row in zip(scheduled, counts, pages_BP):
+            request = item.request
+            tokens += item.tokens
+            totals.append(request.computed + count)
+            positions += range(request.computed, totals[-1])
             row[: len(request.pages)] = request.pages
-        paged = Paged(
-            self._cache,
-            torch.from_numpy(table_BP).to(device),
-            [request.computed + count for request, count in zip(requests, counts)],
-            counts,
-            [request.long_context for request in requests],
-        )
+        table_BP = torch.from_numpy(pages_BP).to(device)
+        contexts = [request.long_context for request in requests]
+        paged = Paged(self._cache, table_BP, totals, counts, contexts)
         tokens_T = torch.tensor(tokens, device=device)
         positions_T = torch.tensor(positions, device=device)
         with self._adapters.applied([request.adapter for request in requests], counts):

@@ -1,8 +1,8 @@
 """What the network computes for given texts: log-probabilities of their tokens, and embeddings.
 
-`score_tokens` is the one function for log-probabilities without a gradient. Only DPO's reference
-model does not use it: its log-probabilities must be rounded exactly as the policy's are, so it runs
-the trainer's function (train/log_probs.py).
+`score_tokens` is the one function for log-probabilities without a gradient. What must be rounded
+exactly as in training uses the trainer's functions (train/log_probs.py): the log-probabilities of
+DPO's reference model, the held-out loss, and `verify`, which compares the two.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,7 @@ _PACKED = 8_192  # most tokens embedded in one call; a longer prompt goes alone
 
 
 def score_tokens(
-    model: Qwen2,
-    hidden_ND: Tensor,
-    targets_N: Tensor,
-    top: int = 0,
-    vocabulary: int | None = None,
+    model: Qwen2, hidden_ND: Tensor, targets_N: Tensor, top: int = 0, vocabulary: int | None = None
 ) -> tuple[Tensor, list[TopTokens]]:
     """Compute log-probabilities of tokens, without a gradient.
 
