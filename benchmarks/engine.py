@@ -4,7 +4,7 @@ guesses.
     python benchmarks/engine.py MODEL [--quantize int8] [--threads 1] [--cache int8]
 
 Wall seconds count for tokens/s, processor seconds of the calling thread for the parts of a step:
-`model` is the forward call with the head, `choose` the sampler, `rest` all else (planning, pages,
+`model` is the forward call with the head, `sample` the sampler, `rest` all else (planning, pages,
 text).
 """
 
@@ -25,7 +25,7 @@ KINDS = {
         max_tokens=64, ignore_eos=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1
     ),
 }
-spent = {"model": 0.0, "choose": 0.0}
+spent = {"model": 0.0, "sample": 0.0}
 
 
 def timed(function, name):
@@ -55,7 +55,7 @@ def decode(model, tokenizer, config, sampling, batch):
     ]
     while any(len(request.token_ids) < 3 for request in requests):
         machine.step()
-    spent.update(model=0.0, choose=0.0)
+    spent.update(model=0.0, sample=0.0)
     before, steps = machine.stats().tokens_out, 0
     wall, busy = time.perf_counter(), time.thread_time()
     while machine.busy:
@@ -93,7 +93,7 @@ def main():
         oq.load_tokenizer(options.model),
     )
     config = EngineConfig(cache=options.cache, prefix_cache=False)
-    engine.choose = timed(engine.choose, "choose")
+    engine.sample = timed(engine.sample, "sample")
     for batch in (1, 4, 16):
         for name, sampling in KINDS.items():
             print(

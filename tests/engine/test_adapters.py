@@ -1,6 +1,4 @@
-"""Requests with adapters of their own, against PEFT and against a network that has the adapter
-built in.
-"""
+"""Requests that choose adapters, against PEFT and against a network with the adapter loaded."""
 
 import copy
 
@@ -156,10 +154,8 @@ def test_packed_weights_speak_as_peft_on_what_they_stand_for(kind, tmp_path):
     engine = Engine(packed, WORDS, EngineConfig(token_budget=400))
     engine.adapters.add("peft", tmp_path / "adapter")
     prompt, sampling = [(7 * n) % 250 for n in range(110)], Sampling(max_tokens=10, ignore_eos=True)
-    request, plain = (
-        engine.submit(prompt, sampling, adapter="peft"),
-        engine.submit(prompt, sampling),
-    )
+    request = engine.submit(prompt, sampling, adapter="peft")
+    plain = engine.submit(prompt, sampling)
     others = [
         engine.submit([5, *prompt], sampling, adapter=name) for name in (None, "peft", "peft")
     ]
@@ -178,14 +174,12 @@ def test_packed_weights_speak_as_peft_on_what_they_stand_for(kind, tmp_path):
             .gather(1, ids[0, 1:, None])
             .squeeze(1)[109:]
         )
-    off = (
-        (torch.tensor(request.logprobs) - truth).abs().max()
-    )  # activations become bytes, which moves a little
+    # Activations are rounded to bytes, which changes the result a little.
+    off = (torch.tensor(request.logprobs) - truth).abs().max()
     assert off < 0.05 * (without - truth).abs().max()
     assert plain.logprobs != request.logprobs
-    for one, name in zip(
-        [request, plain, *others], ["peft", None, None, "peft", "peft"]
-    ):  # alone: the same bits
+    names = ["peft", None, None, "peft", "peft"]
+    for one, name in zip([request, plain, *others], names):  # alone: the same bits
         alone = Engine(packed, WORDS, EngineConfig(token_budget=13))
         alone.adapters.add("peft", tmp_path / "adapter")
         again = alone.submit(one.prompt_ids, sampling, adapter=name)

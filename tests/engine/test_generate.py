@@ -1,12 +1,10 @@
-"""What a request may depend on: not on a cache, its neighbours, the budget, preemption or
-drafts.
-"""
+"""An answer does not depend on the cache, other requests, the budget, preemption or drafts."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import add_up, model, plain_greedy, prompts, scores, tokenizer
+from tiny import model, plain_greedy, prompts, scores, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import DualChunk, LongContext, Yarn
@@ -22,9 +20,8 @@ def network(request):
     options = {
         "plain": {},
         "yarn": {"yarn": Yarn(4.0, 16)},
-        "chunks": {
-            "dual_chunk": DualChunk(16, 5)
-        },  # of 11 tokens: prompts cross borders, which are no page borders
+        # Chunks of 11 tokens: prompts cross their borders, which are not those of pages.
+        "chunks": {"dual_chunk": DualChunk(16, 5)},
     }
     return model(**options[request.param])
 
@@ -32,7 +29,7 @@ def network(request):
 def answers(network, asked, sampling, seeds=None, **config):
     engine = Engine(network, WORDS, EngineConfig(**config))
     outputs = engine.generate(asked, sampling, seeds)
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
     return outputs, engine.stats()
 
 
@@ -93,9 +90,7 @@ def test_prompts_without_seeds_are_drawn_apart_and_again_the_same(network):
 
 @pytest.mark.parametrize(("kind", "cache"), [("int8", "float"), ("int4", "int8")])
 def test_where_rows_are_apart_neighbours_guesses_and_the_cache_change_no_bit(kind, cache):
-    """Packed weights and the compiled attention give a row the same bits whatever shares the
-    call.
-    """
+    """Packed weights and the compiled attention give a row the same bits in every call."""
     network = quantize(model(width=64), kind)
     asked, seeds = [*prompts(10, seed=5), [5, 6, 7, 8] * 6], list(range(11))
     for sampling in (Sampling(max_tokens=30), Sampling(max_tokens=30, temperature=1.0, top_p=0.9)):
@@ -115,11 +110,8 @@ def test_where_rows_are_apart_neighbours_guesses_and_the_cache_change_no_bit(kin
 
 
 def test_preempted_equals_undisturbed_and_nothing_streamed_is_retracted(network):
-    asked, sampling, seeds = (
-        prompts(10, seed=2),
-        Sampling(max_tokens=40, temperature=1.0),
-        list(range(10)),
-    )
+    asked, seeds = prompts(10, seed=2), list(range(10))
+    sampling = Sampling(max_tokens=40, temperature=1.0)
     undisturbed, _ = answers(network, asked, sampling, seeds)
     engine = Engine(network, WORDS, EngineConfig(cache_bytes=10 * 4096, token_budget=64))
     requests = [engine.submit(prompt, sampling, seed) for prompt, seed in zip(asked, seeds)]
@@ -129,6 +121,7 @@ def test_preempted_equals_undisturbed_and_nothing_streamed_is_retracted(network)
             ids, text = told[event.request.id]
             told[event.request.id] = ids + event.token_ids, text + event.text
             assert event.request.token_ids == told[event.request.id][0]
+        engine.check_integrity()
     assert engine.stats().preemptions > 0
     for request, output in zip(requests, undisturbed):
         assert (
@@ -148,7 +141,7 @@ def test_cold_equals_warm(network, past):
     same([engine.generate([prompt], sampling)[0] for prompt in asked], cold)
     same(engine.generate(asked, sampling), cold)
     assert engine.stats().cache_hits > 0
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
 
 
 def test_answers_continue_from_their_own_pages(network):
@@ -192,7 +185,7 @@ def test_a_cancelled_request_ends_at_once_wherever_it_is(network):
             told += [(e.request.id, e.finish_reason) for e in engine.step() if e.finish_reason]
         assert len(told) == 6
         assert {i for i, reason in told if reason == "cancelled"} == {r.id for r in requests[::2]}
-        add_up(engine._schedule.pool, [])
+        engine.check_integrity()
         expected, _ = answers(network, asked[1::2], Sampling(max_tokens=20))
         assert [r.token_ids for r in requests[1::2]] == [o.token_ids for o in expected]
 
@@ -380,7 +373,7 @@ def test_scores_that_are_no_numbers_end_that_answer_alone(temperature):
         engine.step()
     assert (bad.finish_reason, bad.token_ids) == ("error", [])
     assert fine.token_ids == alone.token_ids
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
     with torch.no_grad():
         network.model.norm.weight.fill_(torch.nan)
     broken = Engine(network, WORDS).generate(
@@ -395,9 +388,8 @@ def test_scores_that_are_no_numbers_end_that_answer_alone(temperature):
 def test_log_probabilities_of_the_prompt_are_the_models(network, config):
     asked = [*prompts(5, seed=6, longest=90), [4], [1, 2, 3] * 9]
     engine = Engine(network, WORDS, EngineConfig(**config))
-    plain = engine.generate(
-        asked, Sampling(max_tokens=8)
-    )  # what it leaves in the cache tells nothing
+    # Leaves the prompts in the prefix cache, from which no log-probabilities can be read.
+    plain = engine.generate(asked, Sampling(max_tokens=8))
     for count in (0, 2):
         outputs = engine.generate(asked, Sampling(max_tokens=8, prompt_logprobs=count))
         same(outputs, plain)
@@ -413,7 +405,7 @@ def test_log_probabilities_of_the_prompt_are_the_models(network, config):
                 values, found = row[: WORDS.vocab_size].topk(count)
                 assert [i for i, _ in top] == found.tolist()
                 assert [value for _, value in top] == pytest.approx(values.tolist(), abs=1e-4)
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
     samples = engine.submit_many(
         asked[0], Sampling(max_tokens=8, temperature=1.0, prompt_logprobs=1), 3
     )

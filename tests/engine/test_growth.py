@@ -1,12 +1,10 @@
-"""Sequences that outgrow the way in which they are read: pages kept, keys turned anew, and nobody
-else notices.
-"""
+"""Sequences that outgrow their RoPE scaling: their cached keys are rotated to the next one."""
 
 from functools import cache
 
 import pytest
 import torch
-from tiny import add_up, model, plain_greedy, prompts, tokenizer
+from tiny import model, plain_greedy, prompts, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
 from openqwen.model import Cache, DualChunk, Paged
@@ -39,7 +37,7 @@ def start(network, **config):
 def run(engine, *requests):
     while engine.busy:
         engine.step()
-        add_up(engine._schedule.pool, [r.pages for r in engine._schedule.running])
+        engine.check_integrity()
     return requests[0]
 
 
@@ -47,11 +45,9 @@ def text(length, seed=0):
     return torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def turning_a_whole_cache(network, ids, page_size=16):
-    """Log-probabilities of all tokens but the first: stage by stage, the keys of the whole cache
-    turned in between.
-    """
-    stages, pages = start(network)._admission._stages, -(-len(ids) // page_size)
+def rotating_a_whole_cache(network, ids, page_size=16):
+    """Log-probabilities of all tokens but the first; the whole cache is rotated between scalings."""
+    stages, pages = start(network)._admission.scalings, -(-len(ids) // page_size)
     cache, logits, read = Cache.of(network, pages, page_size), [], 0
     for number, stage in enumerate(stages):
         if number:
@@ -70,7 +66,7 @@ def turning_a_whole_cache(network, ids, page_size=16):
 
 @pytest.mark.parametrize(("page_size", "budget"), [(16, None), (16, 7), (11, 7)])
 @pytest.mark.parametrize("kind", ["yarn", "configured", "chunks"])
-def test_an_answer_without_limit_grows_as_a_whole_cache_that_is_turned(kind, page_size, budget):
+def test_an_answer_without_limit_is_as_with_a_whole_cache_that_is_rotated(kind, page_size, budget):
     network = make(kind)
     for grow in (False, True):
         engine = start(network, page_size=page_size, token_budget=budget, grow=grow)
@@ -78,11 +74,10 @@ def test_an_answer_without_limit_grows_as_a_whole_cache_that_is_turned(kind, pag
         assert request.total == network.context
         assert request.finish_reason == "length"
         ids = request.prompt_ids + request.token_ids
-        # Pages of 11 and chunks of 47 are read by plain PyTorch, whose rounding depends on what
-        # shares the call.
+        # Plain PyTorch reads pages of 11 tokens and chunks of 47, and rounds by the size of a call.
         close = 1e-4 if page_size == 16 and kind != "chunks" else 0.03
         assert request.logprobs == pytest.approx(
-            turning_a_whole_cache(network, ids)[19:], abs=close
+            rotating_a_whole_cache(network, ids)[19:], abs=close
         )
 
 
@@ -98,22 +93,20 @@ def test_a_prompt_beyond_the_window_is_read_in_its_own_way_unless_it_grows(netwo
         assert one.logprobs == pytest.approx(direct.score(ids)[length - 1 :], abs=1e-4)
         ids = two.prompt_ids + two.token_ids
         assert two.logprobs == pytest.approx(
-            turning_a_whole_cache(network, ids)[length - 1 :], abs=1e-4
+            rotating_a_whole_cache(network, ids)[length - 1 :], abs=1e-4
         )
         assert one.logprobs != two.logprobs
         endless = direct.submit(text(length), ENDLESS)
-        assert endless.stages[0].way == (
-            one.long_context if length > WINDOW else grown._admission._stages[0].way
+        assert endless.scalings[0].way == (
+            one.long_context if length > WINDOW else grown._admission.scalings[0].way
         )
         direct.cancel(endless)
 
 
 @pytest.mark.parametrize("form", ["float", "int8"])
 def test_short_requests_keep_every_bit(network, form):
-    asked, sampling = (
-        prompts(5, seed=7, longest=WINDOW - 20),
-        Sampling(max_tokens=20, ignore_eos=True),
-    )
+    asked = prompts(5, seed=7, longest=WINDOW - 20)
+    sampling = Sampling(max_tokens=20, ignore_eos=True)
     plain = Engine(network, WORDS, EngineConfig(cache=form)).generate(asked, sampling)
     engine = start(network, grow=True, cache=form)
     long = [engine.submit(text(n), ENDLESS) for n in (WINDOW - 2, 2 * WINDOW + 1)]
@@ -138,7 +131,7 @@ def test_a_conversation_is_the_same_bits_cold_and_warm(network, grow, form):
         assert (warm.token_ids, warm.logprobs) == (cold.token_ids, cold.logprobs)
         found.append((warm.cached_tokens, max(0, len(ids) - 11) // 16 * 16))
         ids = ids + warm.token_ids + text(10, len(ids))
-    add_up(engine._schedule.pool, [])
+    engine.check_integrity()
     read_once = [cached == known for cached, known in found]
     assert all(read_once) if grow else read_once.count(False) == 2  # at 48 and at 96 tokens
 
@@ -159,7 +152,7 @@ def test_neighbours_preemption_guesses_and_samples_change_no_bit_of_what_grows(n
     for config in ({}, tight, {"speculate": 5, "draft_below": 99, "token_budget": 30}):
         engine = start(network, grow=grow, **config)
         assert answers(engine, range(4)) == alone
-        add_up(engine._schedule.pool, [])
+        engine.check_integrity()
         assert (engine.stats().preemptions > 0) == (config is tight)
     for config in ({"prefix_cache": False}, tight):
         engine = start(network, grow=grow, **config)
@@ -172,7 +165,7 @@ def test_neighbours_preemption_guesses_and_samples_change_no_bit_of_what_grows(n
         assert [r.logprobs for r in requests] == [r.logprobs for r in single]
 
 
-def test_what_grows_shares_the_pages_that_were_turned(network):
+def test_requests_share_rotated_pages(network):
     engine = start(network, grow=True)
     requests = engine.submit_many(
         text(WINDOW - 2), Sampling(max_tokens=30, ignore_eos=True, temperature=1.0), 4
@@ -181,7 +174,7 @@ def test_what_grows_shares_the_pages_that_were_turned(network):
     while engine.busy:
         engine.step()
         most = max(most, engine.stats().pages_used)
-    assert all(r.stage == 1 for r in requests)
+    assert all(r.scaling == 1 for r in requests)
     assert most <= 2 + 4 * 3
 
 

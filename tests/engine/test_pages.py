@@ -1,13 +1,13 @@
-"""Pages add up, and answers are right, after any mix of submit, cancel, step, refresh and pause."""
+"""Pages add up, and answers are right, after any mix of submit, cancel, step and refresh."""
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tiny import add_up, model, plain_greedy, tokenizer
+from tiny import model, plain_greedy, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
-from openqwen.engine.pages import PagePool, chain
+from openqwen.engine.pages import PagePool, prefix_hash
 
 WORDS = tokenizer()
 NETWORK, GROWING = model(seed=8), model(seed=8, max_position_embeddings=32)
@@ -47,11 +47,14 @@ class AnyMix(RuleBasedStateMachine):
         length=st.integers(1, 45),
         n=st.integers(1, 3),
         tokens=st.integers(1, 30),
+        scored=st.booleans(),
+        priority=st.integers(0, 1),
     )
-    def submit(self, start, length, n, tokens):
-        prompt = [(start + i * i) % 250 for i in range(length)]  # many begin alike
-        sampling = Sampling(max_tokens=tokens, ignore_eos=True)
-        self.requests += self.engine.submit_many(prompt, sampling, n)
+    def submit(self, start, length, n, tokens, scored, priority):
+        prompt = [(start + i * i) % 250 for i in range(length)]  # many have a common prefix
+        scored = 0 if scored else None
+        sampling = Sampling(max_tokens=tokens, ignore_eos=True, prompt_logprobs=scored)
+        self.requests += self.engine.submit_many(prompt, sampling, n, priority=priority)
 
     @precondition(lambda self: self.engine)
     @rule(count=st.integers(1, 6))
@@ -59,6 +62,7 @@ class AnyMix(RuleBasedStateMachine):
         for _ in range(count):
             for event in self.engine.step():
                 self.told.setdefault(event.request, []).extend(event.token_ids)
+            self.engine.check_integrity()
 
     @precondition(lambda self: self.requests)
     @rule(number=st.integers(0, 99))
@@ -73,16 +77,12 @@ class AnyMix(RuleBasedStateMachine):
     @invariant()
     def pages_add_up(self):
         if self.engine:
-            schedule = self.engine._schedule
-            add_up(schedule.pool, [r.pages for r in schedule.running])
-            assert not any(r.pages for r in self.requests if r not in schedule.running)
-            assert len(schedule.running) <= self.engine.config.max_running
-            for request in schedule.running:
-                size = schedule.pool.page_size
-                assert request.sealed * size <= request.computed < request.total
-                assert request.computed <= len(request.pages) * size
+            self.engine.check_integrity()
+            running = self.engine._scheduler.running
+            assert not any(r.pages for r in self.requests if r not in running)
             stats = self.engine.stats()
-            assert stats.pages_free + stats.pages_cached + stats.pages_used == schedule.pool.count
+            pages = stats.pages_free + stats.pages_cached + stats.pages_used
+            assert pages == self.engine._scheduler.pool.count
 
     def teardown(self):
         if self.engine:
@@ -98,7 +98,7 @@ class AnyMix(RuleBasedStateMachine):
                 if len(truth) < len(request.token_ids):
                     truth[:] = greedy(request.prompt_ids, len(request.token_ids), self.grow)
                 assert request.token_ids == truth[: len(request.token_ids)]
-            add_up(self.engine._schedule.pool, [])
+            assert self.engine.stats().pages_used == 0
 
 
 ANSWERS: dict[tuple[int, ...], list[int]] = {}
@@ -123,32 +123,65 @@ TestAnyMix = AnyMix.TestCase
 
 def test_the_free_list_is_the_cache_and_evicts_the_oldest_ends_first():
     pool = PagePool(4, 2)
-    digests = [chain(b"", [1, 2])]
-    digests.append(chain(digests[0], [3, 4]))
-    pages = pool.take(2)
+    digests = [prefix_hash(b"", [1, 2])]
+    digests.append(prefix_hash(digests[0], [3, 4]))
+    pages = pool.allocate(2)
     for page, digest in zip(pages, digests):
-        pool.seal(page, digest)
+        pool.register_prefix(page, digest)
     pool.release(pages)
     assert (pool.available, pool.cached) == (4, 2)
     assert pool.match(digests) == pages
     pool.share(pages[:1])
     pool.release(pages[:1])
-    taken = pool.take(3)  # two blank ones, then the end of the chain
+    taken = pool.allocate(3)  # two blank ones, then the end of the chain
     assert pool.match(digests) == pages[:1]
     assert pages[1] in taken
     pool.release(taken)
-    add_up(pool, [])
-    assert chain(digests[0], [3, 4]) == digests[1] != chain(digests[1], [3, 4])
-    pool.forget()
+    pool.check_integrity([])
+    assert prefix_hash(digests[0], [3, 4]) == digests[1] != prefix_hash(digests[1], [3, 4])
+    pool.clear_prefixes()
     assert pool.match(digests) == []
-    add_up(pool, [])
+    pool.check_integrity([])
 
 
-def test_a_leak_is_found_out():
-    pool = PagePool(3, 2)
-    pages = pool.take(2)
+FAULTS = {
+    "a page leaks": lambda pool, pages: pages.pop(),
+    "a page is shared without a reference": lambda pool, pages: pages.append(pages[0]),
+    "a page is free twice": lambda pool, pages: pool._free.append(pool._free[-1]),
+    "a page is lost": lambda pool, pages: pool._free.clear(),
+    "a referenced page is free": lambda pool, pages: pool._free.append(pages[0]),
+    "a cached page has no hash": lambda pool, pages: pool._cached.update({pool._free.pop(): None}),
+    "a free page has a hash": lambda pool, pages: pool.register_prefix(pool._free[-1], b"other"),
+    "two pages have one hash": lambda pool, pages: pool._hash_of.update({pages[0]: HASH}),
+}
+HASH = prefix_hash(b"", [1, 2])
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_integrity_is_checked(fault):
+    pool = PagePool(4, 2)
+    cached, *pages = pool.allocate(3)
+    pool.register_prefix(cached, HASH)
+    pool.release([cached])
+    pool.check_integrity([pages])
+    fault(pool, pages)
     with pytest.raises(AssertionError):
-        add_up(pool, [pages[:1]])
+        pool.check_integrity([pages])
+
+
+def test_a_request_that_is_computed_beyond_its_pages_is_found():
+    engine = Engine(NETWORK, WORDS)
+    request = engine.submit([1, 2, 3], Sampling(max_tokens=9, ignore_eos=True))
+    for _ in range(2):
+        engine.step()
+    engine.check_integrity()
+    for name, value in (("computed", request.total), ("registered", 1), ("max_length", 4)):
+        before = getattr(request, name)
+        setattr(request, name, value)
+        with pytest.raises(AssertionError):
+            engine.check_integrity()
+        setattr(request, name, before)
+    engine.check_integrity()
 
 
 def test_an_idle_engine_takes_no_memory_for_its_cache():

@@ -1,6 +1,4 @@
-"""The engine on the real checkpoint, where it is: guesses, pages and neighbours change nothing that
-it says.
-"""
+"""The engine on the real checkpoint: drafts, pages and other requests change no bit."""
 
 import json
 import os

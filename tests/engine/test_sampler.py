@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from openqwen.engine import Sampling, sampler, seeds
-from openqwen.engine.sampler import Row, choose, penalise, top_of
+from openqwen.engine.sampler import SamplingRow, penalize, sample, top_of
 from openqwen.engine.seeds import draws, seed_of
 
 
@@ -47,15 +47,13 @@ def processed(scores_RV, sampling):
 def test_every_cut_gives_the_distribution_of_transformers(
     width, temperature, top_k, top_p, min_p, spread
 ):
-    """64 evenly spaced draws of one row: each token's probability, and the set of those
-    possible.
-    """
+    """64 draws of one row: each token's probability, and the set of possible tokens."""
     scores_RV = random_scores(2, width, spread)
     sampling = Sampling(temperature=temperature, top_k=min(top_k, width), top_p=top_p, min_p=min_p)
     truth_RV = processed(scores_RV.clone(), sampling)
     for row, truth_V in enumerate(truth_RV):
-        rows = [Row(sampling, seed, 0) for seed in range(64)]
-        found = choose(scores_RV[row].expand(64, -1).clone(), rows, width)
+        rows = [SamplingRow(sampling, seed, 0) for seed in range(64)]
+        found = sample(scores_RV[row].expand(64, -1).clone(), rows, width)
         for token, logprob, drawn in zip(found.tokens, found.logprobs, found.drawn_logprobs):
             assert truth_V[token] > 0
             assert drawn == pytest.approx(float(truth_V[token].log()), abs=1e-4)
@@ -66,14 +64,14 @@ def test_every_cut_gives_the_distribution_of_transformers(
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 30, "min_p": 0.02}], ids=str)
 def test_draws_follow_the_distribution(options):
-    """Chi-square over 20,000 seeds: within five standard deviations of its mean, which is its
-    degrees of freedom.
-    """
+    """Chi-square over 20,000 seeds is within five standard deviations of its mean."""
     scores_RV, sampling = random_scores(1, 256, 2.0), Sampling(temperature=0.8, **options)
     truth_V = processed(scores_RV.clone(), sampling)[0].double().numpy()
     count = 20_000
-    found = choose(
-        scores_RV.expand(count, -1).clone(), [Row(sampling, seed, 3) for seed in range(count)], 256
+    found = sample(
+        scores_RV.expand(count, -1).clone(),
+        [SamplingRow(sampling, seed, 3) for seed in range(count)],
+        256,
     )
     seen_V = np.bincount(found.tokens, minlength=256)
     often = truth_V * count >= 5
@@ -86,9 +84,7 @@ def test_draws_follow_the_distribution(options):
 
 
 def test_draws_are_those_of_split_mix():
-    """The published outputs for the seed 1234567: the first is the key, whose own stream the places
-    count through.
-    """
+    """The published outputs for the seed 1234567; the first one is the key of the second stream."""
     keys = seeds._split_mix(np.uint64(1234567) + seeds._GAMMA * np.arange(3, dtype=np.uint64))
     assert keys.tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     words = seeds._split_mix(keys[:1] + seeds._GAMMA * np.arange(3, dtype=np.uint64))
@@ -109,7 +105,7 @@ def test_no_single_cell_is_special():
         assert len(np.unique(cells)) == len(cells) - (name == "edges"), name  # -1 is 2^64 - 1
     sampling, scores_RV = Sampling(temperature=1.0), torch.zeros(64, 128)
     first = [
-        choose(scores_RV[:1].clone(), [Row(sampling, 0, place)], 128).tokens[0]
+        sample(scores_RV[:1].clone(), [SamplingRow(sampling, 0, place)], 128).tokens[0]
         for place in range(3)
     ]
     assert 0 not in first
@@ -117,14 +113,10 @@ def test_no_single_cell_is_special():
 
 @pytest.mark.parametrize("axis", ["seeds", "places", "prompts", "samples"])
 def test_draws_are_independent_along_every_axis(axis):
-    """A table of 256 × 256 draws: uniform in every row, column and pair of neighbours, near ones
-    and far ones.
-    """
+    """256 × 256 draws are uniform in every row, column and pair of rows or columns."""
     size = 256
-    first, second = (
-        np.repeat(np.arange(size), size).tolist(),
-        np.tile(np.arange(size), size).tolist(),
-    )
+    first = np.repeat(np.arange(size), size).tolist()
+    second = np.tile(np.arange(size), size).tolist()
     seeds = {
         "seeds": first,
         "places": [0] * len(first),
@@ -163,10 +155,10 @@ def test_rows_do_not_touch_each_other():
         Sampling(logit_bias=((3, 50.0),)),
     ]
     scores_RV = random_scores(5, 320)
-    rows = [Row(kind, 11, 2, prompt=[1, 2, 3], answer=[4, 4]) for kind in kinds]
-    together = choose(scores_RV.clone(), rows, 300)
+    rows = [SamplingRow(kind, 11, 2, prompt=[1, 2, 3], answer=[4, 4]) for kind in kinds]
+    together = sample(scores_RV.clone(), rows, 300)
     for n, row in enumerate(rows):
-        alone = choose(scores_RV[n : n + 1].clone(), [row], 300)
+        alone = sample(scores_RV[n : n + 1].clone(), [row], 300)
         assert alone.tokens == together.tokens[n : n + 1]
         for name in ("logprobs", "drawn_logprobs"):
             assert getattr(alone, name) == pytest.approx(
@@ -184,14 +176,14 @@ def test_rows_do_not_touch_each_other():
 def test_penalties_are_those_of_transformers_and_of_the_api(prompt, answer, penalty):
     scores_V = random_scores(1, 50)[0]
     repeated = scores_V.clone()
-    penalise(repeated, Sampling(repetition_penalty=penalty), prompt, answer)
+    penalize(repeated, Sampling(repetition_penalty=penalty), prompt, answer)
     ids = torch.tensor([prompt + answer], dtype=torch.long)
     assert torch.allclose(
         repeated, RepetitionPenaltyLogitsProcessor(penalty)(ids, scores_V[None].clone())[0]
     )
     counted = scores_V.clone()
     bias = ((5, 1.5), (5, 0.5), (7, -2.0))
-    penalise(
+    penalize(
         counted,
         Sampling(presence_penalty=0.7, frequency_penalty=0.2, logit_bias=bias),
         prompt,

@@ -1,16 +1,14 @@
-"""Answers with guesses are the answers without, token by token, whatever guesses and however it
-samples.
-"""
+"""Answers with draft tokens are those without, token by token, for every drafter and sampling."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import add_up, model, plain_greedy, prompts, scores, tokenizer
+from tiny import model, plain_greedy, prompts, scores, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
-from openqwen.engine.drafter import Pace
+from openqwen.engine.drafter import DraftLength, PromptLookup
 from openqwen.model import Packed
 
 WORDS = tokenizer()
@@ -46,14 +44,14 @@ def test_speculative_equals_plain(sampling, draft):
         assert [o.finish_reason for o in fast] == [o.finish_reason for o in plain]
         for one, other in zip(fast, plain):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
-    add_up(guessing._schedule.pool, [])
+    guessing.check_integrity()
     stats = guessing.stats()
     assert stats.drafted > 0 or (draft is None and sampling.temperature > 0)
     if draft is CLOSE:
         assert stats.accepted > 0.4 * stats.drafted > 40
 
 
-def test_guesses_save_calls_where_they_are_right():
+def test_accepted_drafts_save_calls():
     asked = [[5, 6, 7, 8] * 6]
 
     def steps(machine):
@@ -68,17 +66,15 @@ def test_guesses_save_calls_where_they_are_right():
     assert steps(engine(8, CLOSE)) < 30
 
 
-def test_under_load_nothing_is_guessed():
+def test_under_load_nothing_is_drafted():
     busy = engine(6, CLOSE, draft_below=2)
     busy.generate(prompts(4, seed=3), Sampling(max_tokens=20, ignore_eos=True))
     assert busy.stats().drafted == 0
 
 
 @torch.no_grad()
-def test_guessed_tokens_follow_the_models_distribution():
-    """Chi-square over 4,000 seeds of the second token, which the draft model guesses, against its
-    exact probability.
-    """
+def test_drafted_tokens_follow_the_models_distribution():
+    """Chi-square over 4,000 seeds: the second token, which is drafted, has its exact distribution."""
     prompt, count, width = [9, 3, 4, 5], 4000, WORDS.vocab_size
     machine = engine(1, CLOSE, draft_below=999, token_budget=512)
     sampling = Sampling(max_tokens=3, temperature=1.0, ignore_eos=True)
@@ -104,10 +100,10 @@ def test_guessed_tokens_follow_the_models_distribution():
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 8), st.integers(1, 20))
 @settings(deadline=None)
 def test_lookup_finds_what_followed_the_latest_same_three_tokens(ids, most, step):
-    pace = Pace(8)
+    lookup = PromptLookup()
     for end in [*range(1, len(ids), step), len(ids)]:
         known = ids[:end]
-        guess = pace.lookup(known, most)
+        guess = lookup.draft(known, most)
         starts = (
             [n for n in range(len(known) - 3) if known[n : n + 3] == known[-3:]]
             if len(known) >= 3
@@ -116,19 +112,19 @@ def test_lookup_finds_what_followed_the_latest_same_three_tokens(ids, most, step
         assert guess == (known[starts[-1] + 3 :][:most] if starts else [])
 
 
-def test_the_pace_adapts():
-    pace = Pace(16)
+def test_the_draft_length_adapts():
+    length = DraftLength(16)
     lengths = []
     for right in (4, 8, 16, 0, 0, 0, 0, 0):
-        lengths.append(pace.length(99))
-        pace.learn(lengths[-1], min(right, lengths[-1]))
+        lengths.append(length.next(99))
+        length.update(lengths[-1], min(right, lengths[-1]))
     assert lengths == [4, 8, 16, 16, 8, 4, 2, 1]
-    waits = [pace.length(99) for _ in range(40)]
+    waits = [length.next(99) for _ in range(40)]
     assert waits[0] == 0
     assert waits[-1] == 1
 
 
-def test_a_stop_within_a_guess_ends_the_answer_there():
+def test_a_stop_within_a_draft_ends_the_answer_there():
     plain = plain_greedy(NETWORK, WORDS, [5, 6, 7, 8] * 6, 40)[0]
     stop = plain[20]
     sampling = Sampling(max_tokens=40, stop_ids=(stop,))

@@ -20,9 +20,7 @@ def change(path, **values):
 
 
 def checkpoint(folder, own, generation, written=None):
-    """A checkpoint that states these stop tokens, and its engine. written: tokenizer_config.json's
-    eos_token.
-    """
+    """The engine of a checkpoint with these stop tokens. written: the tokenizer's eos_token."""
     save_checkpoint(model(seed=4), WORDS, folder)
     change(folder / "config.json", eos_token_id=own)
     change(folder / "generation_config.json", eos_token_id=generation)

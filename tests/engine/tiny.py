@@ -1,7 +1,5 @@
 """A tokenizer of bytes and a few merges, and models of two layers that say something at random."""
 
-from collections import Counter
-
 import numpy as np
 import torch
 
@@ -54,15 +52,3 @@ def plain_greedy(
         logprobs.append(float(torch.log_softmax(last, -1)[token]))
         ids.append(token)
     return ids[len(prompt) :], logprobs, "length"
-
-
-def add_up(pool, holders):
-    """Blank, cached and held pages are all pages, and references are the holders'."""
-    held = Counter(page for pages in holders for page in pages)
-    kinds = [set(pool._blank), set(pool._cached), set(held)]
-    assert sum(map(len, kinds)) == pool.count == len(set().union(*kinds)), [
-        len(kind) for kind in kinds
-    ]
-    assert all(pool.references[page] == held[page] for page in range(pool.count))
-    assert {page: digest for digest, page in pool._page_of.items()} == pool._digest_of
-    assert kinds[1] <= pool._digest_of.keys()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from openqwen.corpus.documents import halves
+from openqwen.engine import score
 from openqwen.evaluate import bits_per_byte, within_budget
 from openqwen.evaluate.bits_per_byte import windows
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize
@@ -140,7 +141,7 @@ def test_packing_and_neighbours_change_nothing(tiny, monkeypatch):
     given = documents("one", "two three", "four five six seven eight nine ten")
     together = bits_per_byte(tiny, ByteTokenizer(), given, 8).overall
     monkeypatch.setattr(module, "_FORWARD_TOKENS", 1)
-    monkeypatch.setattr(module, "_LOGIT_ELEMENTS", 1)
+    monkeypatch.setattr(score, "SCORES", 1)
     assert bits_per_byte(tiny, ByteTokenizer(), given, 8).overall == pytest.approx(
         together, rel=1e-6
     )

@@ -1,8 +1,8 @@
-"""LoRA adapters that requests choose for themselves: one network, and to some rows of a call an
-update of low rank.
+"""LoRA adapters that requests choose: some rows of a call get an update of low rank.
 
-The network is left as it is. While a call lasts, hooks on its linear layers add s·B·A·x to the rows
-of each adapter; beside packed weights row by row, so that a row's bits depend on no other.
+The network itself does not change. During a call, hooks on its linear layers add s·B·A·x to the
+rows of each adapter. With packed weights each row is a product of its own, so that its bits do not
+depend on other rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +19,11 @@ from openqwen.model.lora import read_adapter
 from openqwen.model.quantize import PackedMatrix, QuantizedLinear
 from openqwen.support.errors import OpenQwenError, suggestion
 
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-class Update(NamedTuple):
-    """To outputs `start` and on of the module of this name: A [rank, in] and s·B [out, rank]."""
+
+class LowRankUpdate(NamedTuple):
+    """A [rank, in] and s·B [out, rank], added to a module's outputs from number `start` on."""
 
     module: str
     start: int
@@ -31,14 +33,14 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """number: no two that were ever added share one, whatever their names."""
+    """An adapter's updates. No two adapters that were ever added have the same number."""
 
     number: int
-    updates: list[Update]
+    updates: list[LowRankUpdate]
 
 
 class Adapters:
-    """The adapters that requests may name."""
+    """The adapters that requests can choose by name."""
 
     def __init__(self, model: Qwen2):
         self._model = model
@@ -47,15 +49,16 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """In the order in which they were added."""
+        """The names, in the order in which they were added."""
         return list(self._known)
 
     def add(self, name: str, folder: str | Path) -> None:
-        """Read an adapter in PEFT's format; one of the same name gives way.
+        """Read an adapter in PEFT's format; it replaces one of the same name.
 
-        OpenQwenError where it does not fit.
+        Raises:
+            OpenQwenError: it does not fit the network, or cannot be read.
         """
-        places = dict(_places(self._model))
+        places = dict(_linear_layers(self._model))
         shapes = {layer: shape for layer, (_, _, *shape) in places.items()}
         read = read_adapter(Path(folder), shapes)
         if any(update.magnitude is not None for update in read.values()):
@@ -66,18 +69,19 @@ class Adapters:
             )
         updates = []
         for layer, update in read.items():
+            module, start, *_ = places[layer]
             a, b = (x.to(self._model.device, self._model.dtype) for x in (update.a, update.b))
-            updates.append(Update(*places[layer][:2], a, b * update.scale))
+            updates.append(LowRankUpdate(module, start, a, b * update.scale))
         self._added += 1
         self._known[name] = Adapter(self._added, updates)
 
     def remove(self, name: str) -> None:
-        """Forget a name; requests that chose it before go on with it."""
+        """Remove a name; requests that chose it before still use the adapter."""
         self.get(name)
         del self._known[name]
 
     def get(self, name: str) -> Adapter:
-        """The adapter of this name. OpenQwenError where there is none."""
+        """The adapter of this name. Raises OpenQwenError where there is none."""
         if name not in self._known:
             near = suggestion(name, self._known)
             raise OpenQwenError(
@@ -88,25 +92,26 @@ class Adapters:
         return self._known[name]
 
     @contextmanager
-    def on(self, chosen: Sequence[Adapter | None], counts: Sequence[int]) -> Iterator[None]:
-        """While the block lasts, rows of the network's calls belong to these adapters: `counts`
-        rows each, in order.
+    def applied(self, adapters: Sequence[Adapter | None], counts: Sequence[int]) -> Iterator[None]:
+        """Apply adapters to the rows of the network's calls while the block lasts.
+
+        counts: the number of rows of each entry of `adapters`, in order.
         """
-        rows: dict[Adapter, list[int]] = {}
-        start = 0
-        for adapter, count in zip(chosen, counts, strict=True):
+        rows_of: dict[Adapter, list[int]] = {}
+        total = 0
+        for adapter, count in zip(adapters, counts, strict=True):
             if adapter is not None:
-                rows.setdefault(adapter, []).extend(range(start, start + count))
-            start += count
-        parts: dict[str, list[tuple[Tensor, Update]]] = {}
-        for adapter, mine in rows.items():
-            rows_R = torch.tensor(mine, device=self._model.device)
+                rows_of.setdefault(adapter, []).extend(range(total, total + count))
+            total += count
+        parts: dict[str, list[tuple[Tensor, LowRankUpdate]]] = {}
+        for adapter, rows in rows_of.items():
+            rows_R = torch.tensor(rows, device=self._model.device)
             for update in adapter.updates:
                 parts.setdefault(update.module, []).append((rows_R, update))
-        hooks = [
-            self._model.get_submodule(n).register_forward_hook(_adding(p, start))
-            for n, p in parts.items()
-        ]
+        hooks = []
+        for name, updates in parts.items():
+            module = self._model.get_submodule(name)
+            hooks.append(module.register_forward_hook(_hook(updates, total)))
         try:
             yield
         finally:
@@ -114,10 +119,12 @@ class Adapters:
                 hook.remove()
 
 
-def _places(model: Qwen2) -> Iterator[tuple[str, tuple[str, int, int, int]]]:
-    """Of each linear layer, by its name in the published checkpoints: the module that holds it, its
-    first output there, and its outputs and inputs. Not the head, nor experts: they see other
-    rows."""
+def _linear_layers(model: Qwen2) -> Iterator[tuple[str, tuple[str, int, int, int]]]:
+    """Each linear layer's name in published checkpoints, and its place in the network.
+
+    The place is the module that holds it, the number of its first output there, its outputs and
+    its inputs. The head and the experts are left out, since their rows are not those of the call.
+    """
     for name, module in model.named_modules():
         if name == "lm_head" or ".experts." in name:
             continue
@@ -126,19 +133,13 @@ def _places(model: Qwen2) -> Iterator[tuple[str, tuple[str, int, int, int]]]:
         elif isinstance(module, QuantizedLinear):
             start, parent = 0, name.rpartition(".")[0]
             for part, outputs in module.parts.items():
-                within = (
-                    f"{parent}.self_attn"
-                    if part in ("q_proj", "k_proj", "v_proj", "o_proj")
-                    else parent
-                )
-                yield f"{within}.{part}", (name, start, outputs, module.inputs)
+                layer = f"{parent}.self_attn" if part in _ATTENTION else parent
+                yield f"{layer}.{part}", (name, start, outputs, module.inputs)
                 start += outputs
 
 
-def _adding(parts: Sequence[tuple[Tensor, Update]], total: int) -> Callable[..., Tensor]:
-    """A hook that adds updates to their rows of the `total` that a module sees, in one call or in
-    several.
-    """
+def _hook(parts: Sequence[tuple[Tensor, LowRankUpdate]], total: int) -> Callable[..., Tensor]:
+    """A hook that adds updates to their rows. The module sees `total` rows, in one call or more."""
     done = 0
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], out_TO: Tensor) -> Tensor:
@@ -148,11 +149,9 @@ def _adding(parts: Sequence[tuple[Tensor, Update]], total: int) -> Callable[...,
         for rows_R, (_, start, a, b) in parts:
             here_R = rows_R[(rows_R >= first) & (rows_R < first + len(x_TI))] - first
             x_RI = x_TI[here_R] if before is None else before(x_TI[here_R])
-            if isinstance(
-                module, PackedMatrix
-            ):  # products of one row each: as if every row were alone
-                many = (len(x_RI), -1, -1)
-                change_RO = (x_RI[:, None] @ a.T.expand(many) @ b.T.expand(many)).squeeze(1)
+            if isinstance(module, PackedMatrix):  # one product for each row
+                batch = (len(x_RI), -1, -1)
+                change_RO = (x_RI[:, None] @ a.T.expand(batch) @ b.T.expand(batch)).squeeze(1)
             else:
                 change_RO = x_RI @ a.T @ b.T
             out_TO[:, start : start + len(b)].index_add_(0, here_R, change_RO)

@@ -1,4 +1,4 @@
-"""What may come in: prompts as ids, and how long they may be and are read."""
+"""Admission of requests: prompts as token ids, their limits, and how they are read."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -15,7 +15,7 @@ _CACHE_BYTES = 2**30
 
 
 def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
-    """Ids that end an answer: all that the checkpoint states; Qwen2's two where it states none."""
+    """The ids that end an answer: all that the checkpoint states, or Qwen2's two."""
     stated = set(config.stops)
     if tokenizer.stated_eos_id is not None:
         stated.add(tokenizer.stated_eos_id)
@@ -24,29 +24,32 @@ def stop_ids(config: ModelConfig, tokenizer: Tokenizer) -> set[int]:
 
 
 class Admission:
-    """context: tokens of one sequence, at most; those that the cache's memory can hold may be fewer
-    (`longest`).
+    """Checks prompts, and decides how many cache pages there are.
+
+    context: most tokens of one sequence. longest: the same, but no more than the pages hold.
     """
 
     def __init__(self, model: Qwen2, tokenizer: Tokenizer, config: EngineConfig):
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self.context = config.max_context or stated_context(model.config)
-        # Fewer pages than all that run could ever fill, and at least one whole sequence, unless
-        # told otherwise.
-        one = -(-self.context // config.page_size)
+        # At least one sequence of the longest kind, unless cache_bytes says otherwise; never more
+        # than the running requests can fill.
+        sequence = -(-self.context // config.page_size)
         size = Cache.bytes_per_page(model.config, config.page_size, config.cache, model.dtype)
-        count = config.cache_bytes // size if config.cache_bytes else max(one, _CACHE_BYTES // size)
-        self.pages = max(1, min(count, config.max_running * one))
+        count = max(sequence, _CACHE_BYTES // size)
+        if config.cache_bytes:
+            count = config.cache_bytes // size
+        self.pages = max(1, min(count, config.max_running * sequence))
         self.longest = min(self.context, self.pages * config.page_size)
-        chosen = config.max_context is not None or model.config.dual_chunk is not None
-        self._stages = (
-            stages(model.config, self.context) if chosen else [ContextStep(self.context, None)]
-        )
+        self.scalings = [ContextStep(self.context, None)]
+        if config.max_context is not None or model.config.dual_chunk is not None:
+            self.scalings = stages(model.config, self.context)
 
-    def ids(self, prompt: Prompt, most: int) -> list[int]:
-        """A prompt's ids, at most so many.
+    def token_ids(self, prompt: Prompt, most: int) -> list[int]:
+        """The token ids of a prompt.
 
-        OpenQwenError where they are none, too many or not the model's.
+        Raises:
+            OpenQwenError: there are none, more than `most`, or ids that the model does not have.
         """
         if isinstance(prompt, str):
             ids = self._tokenizer.encode(prompt)
@@ -69,20 +72,20 @@ class Admission:
             )
         return ids
 
-    def stages(self, sampling: Sampling, prompt: int) -> tuple[int, list[ContextStep]]:
-        """The tokens that a sequence may come to hold, and how it is read on its way there.
+    def scalings_for(self, sampling: Sampling, prompt: int) -> tuple[int, list[ContextStep]]:
+        """The most tokens of a sequence, and the RoPE scalings that it is read under, in order.
 
-        In one way, the first that covers the most that it may hold. Where the request sets no such
-        limit, in the first that covers the prompt, and in the next ones where the answer outgrows
-        it. With `grow`, from the first way on.
+        There is one, the first that covers the most tokens. If the request sets no limit, there are
+        the first that covers the prompt, and those after it, for an answer that outgrows it. With
+        `grow` there are all.
         """
-        most, ways = self.longest, self._stages
+        most, scalings = self.longest, self.scalings
         if sampling.max_tokens is not None:
             most = min(prompt + sampling.max_tokens, most)
         if sampling.long_context:
             return most, [ContextStep(most, sampling.long_context)]
         if not self._config.grow:
             needed = prompt if sampling.max_tokens is None else most
-            ways = [stage for stage in ways if stage.until >= needed]
-            ways = ways if sampling.max_tokens is None else ways[:1]
-        return most, ways
+            scalings = [scaling for scaling in scalings if scaling.until >= needed]
+            scalings = scalings if sampling.max_tokens is None else scalings[:1]
+        return most, scalings

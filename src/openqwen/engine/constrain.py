@@ -1,5 +1,6 @@
-"""Answers that must fit a JSON schema, a regular expression or a grammar: a mask a step, made by
-llguidance.
+"""Answers that must fit a JSON schema, a regular expression or a grammar.
+
+llguidance computes, at each position, the mask of the tokens that may come next.
 """
 
 import json
@@ -22,14 +23,13 @@ try:
 except ImportError:  # an extra
     llguidance = None  # type: ignore[assignment]
 
-# JSON without blanks: a model that may write blanks can write nothing else until its tokens are
-# spent.
+# JSON without white space: a model that may write it sometimes writes nothing else.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 _COMPACT |= LENIENT
 
 
 class _Vocabulary:
-    """What llguidance needs to know of a tokenizer."""
+    """The tokenizer in the form that llguidance takes."""
 
     bos_token_id = None
 
@@ -37,24 +37,25 @@ class _Vocabulary:
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_id
         self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        added = tokenizer.control_ids.values()  # one that is a regular token stays one for JSON
+        # An added token whose id is also in the regular vocabulary may be part of JSON.
+        added = tokenizer.control_ids.values()
         self.special_token_ids = sorted(i for i in added if i >= len(tokenizer.vocabulary))
 
     def __call__(self, text: str | bytes) -> list[int]:
-        # Inside a structure added tokens are no text: the matcher wants byte pairs.
+        # Within a structure the text of an added token is plain text, made of byte pairs.
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
         return self._tokenizer.encode_plain(text)
 
 
 class Structures:
-    """Makes matchers for one tokenizer, whose answers end with any of `stops`."""
+    """Makes matchers for one tokenizer. stops: the ids that end an answer."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[int]):
         self._tokenizer, self._stops = tokenizer, sorted(stops)
 
     @cached_property
     def _vocabulary(self) -> Any:
-        """Made when it is first needed: it takes about a second."""
+        """Built on first use, which takes about a second."""
         if llguidance is None:
             raise OpenQwenError(
                 "Structured output needs the library llguidance.",
@@ -65,14 +66,18 @@ class Structures:
         return llguidance.LLTokenizer(wrapper, eos_token=self._stops)
 
     def matcher(self, structure: Structure) -> "Matcher":
-        """A matcher at the start of its answer.
+        """A matcher for one answer, at its start.
 
-        OpenQwenError where the structure cannot be understood.
+        Raises:
+            OpenQwenError: the structure cannot be followed, or llguidance is not installed.
         """
         vocabulary, make = self._vocabulary, llguidance.LLMatcher
         try:
             if structure.kind == "json_schema":
-                schema = _schema(structure.source)
+                schema = json.loads(structure.source)
+                if not isinstance(schema, dict):
+                    raise ValueError("A JSON schema is an object.")
+                schema = ready(schema)
                 grammar = make.grammar_from_json_schema(json.dumps(schema), overrides=_COMPACT)
             elif structure.kind == "regex":
                 grammar = make.grammar_from_regex(structure.source)
@@ -80,7 +85,7 @@ class Structures:
                 grammar = make.grammar_from_lark(structure.source)
             inner = make(vocabulary, grammar, log_level=0)
             fault = inner.get_error()
-            if fault and structure.kind == "json_schema":  # the places, and not the whole grammar
+            if fault and structure.kind == "json_schema":  # name the keywords
                 fault = "; ".join(faults(schema)) or fault
         except (ValueError, RecursionError) as error:
             fault = str(error)
@@ -92,49 +97,43 @@ class Structures:
         return Matcher(inner, self._tokenizer.vocab_size)
 
 
-def _schema(source: str) -> dict[str, Any]:
-    schema = json.loads(source)
-    if not isinstance(schema, dict):
-        raise ValueError("A JSON schema is an object.")
-    return ready(schema)
-
-
 class Matcher:
-    """Follows one answer."""
+    """Follows one answer, token by token."""
 
     def __init__(self, inner: Any, vocabulary: int):
         self._inner, self._vocabulary = inner, vocabulary
 
     @property
     def complete(self) -> bool:
-        """Whether nothing more may follow but the end."""
+        """Whether the answer must end here."""
         return self._inner.is_stopped()
 
     @property
     def fault(self) -> str:
-        """Why no further token can be judged (a limit of the library); empty while all is well."""
+        """Why the library cannot go on (such as a limit of its own); empty while it can."""
         return self._inner.get_error()
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token."""
+        """Add this token to the answer."""
         self._inner.consume_token(token)
 
     def forced(self) -> list[int]:
-        """Tokens that are the only way on from here."""
+        """The tokens that must come next; empty where there is a choice."""
         return self._inner.compute_ff_tokens()
 
     def fitting(self, drafts: Sequence[int]) -> list[int]:
-        """The drafted tokens up to the first that does not fit."""
+        """The draft tokens before the first that does not fit."""
         return list(drafts[: self._inner.validate_tokens(list(drafts))])
 
     def masks(self, drafts: Sequence[int], width: int) -> list[Tensor]:
-        """Which of `width` tokens may come next, and after each of the (fitting) drafts: bool
-        [width] each.
+        """The tokens that may come next, and after each draft token: bool [width] each.
+
+        drafts: draft tokens, all of which fit.
         """
         masks = [self._mask(width)]
         for number, token in enumerate(drafts):
             self._inner.consume_token(token)
-            if self.complete:  # after it anything will do: the answer ends there
+            if self.complete:  # the answer ends there, so that later masks do not matter
                 masks += [masks[-1]] * (len(drafts) - number)
                 drafts = drafts[: number + 1]
                 break

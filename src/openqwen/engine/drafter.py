@@ -1,170 +1,164 @@
-"""Guesses of what comes next, which one call then checks all at once.
+"""Speculative decoding: draft tokens, which one forward call then verifies all at once.
 
-A guess is right where the sampler, with the draw that belongs to its place, chooses the guessed
-token. So an answer is the same with guesses as without, sampled ones too: for guesses by lookup
-this is rejection sampling (Leviathan et al.
-2023), and even the draws are those of the plain run. A draft model guesses with the same draws, so
-it is often right.
+A draft token is accepted if the sampler, with the random draw that belongs to its position, chooses
+it. So an answer is the same with drafts as without, sampled ones too; for drafts by prompt lookup
+this is rejection sampling (Leviathan et al. 2023). A draft model samples with the same draws, which
+makes its tokens right more often.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from openqwen.engine.adapters import Adapters
 from openqwen.engine.generator import Sampling
 from openqwen.engine.pages import PagePool
-from openqwen.engine.request import Request
-from openqwen.engine.runner import Read, Runner
-from openqwen.engine.sampler import Row, choose
-from openqwen.engine.schedule import Work
+from openqwen.engine.request import Request, ScheduledRequest
+from openqwen.engine.runner import Runner
+from openqwen.engine.sampler import SamplingRow, sample
 from openqwen.model import Qwen2
 
-_GRAM = 3  # tokens that must have come before in the same order
-_PAUSE = 32  # tokens without drafts after guesses have failed
-_CHUNK = 512  # tokens that a draft model reads in one call
+_GRAM = 3  # prompt lookup matches this many tokens
+_FIRST_LENGTH = 4  # draft tokens
+_PAUSE = 32  # steps without drafts after drafts have failed
+_CHUNK = 512  # tokens that a draft model computes in one call
 
 
-class Pace:
-    """How far to guess ahead in one request, and where its n-grams have come before.
+class DraftLength:
+    """Adapts the number of draft tokens of one request to how many were accepted.
 
-    Twice as far after a guess that was right to its end, half as far after one that failed at once;
-    when even one token was too far, not at all for a while.
+    It doubles after a draft that was accepted to its end and halves after one that failed at its
+    first token. When a single token fails, there are no drafts for a while.
     """
 
-    def __init__(self, most: int):
-        self._most, self._length, self._pause = most, min(4, most), 0
-        self._after: dict[
-            tuple[int, ...], int
-        ] = {}  # where the latest occurrence of each n-gram ends
-        self._known: list[int] = []
+    def __init__(self, longest: int):
+        self._longest, self._length, self._pause = longest, min(_FIRST_LENGTH, longest), 0
 
-    def lookup(self, ids: Sequence[int], most: int) -> list[int]:
-        """Prompt lookup (Saxena 2023): the last tokens, where they have come before, go on as they
-        did then.
-
-        `ids` begin with those of the last call.
-        """
-        for token in ids[len(self._known) :]:
-            # An n-gram becomes known when its successor comes: it never finds itself.
-            if len(self._known) >= _GRAM:
-                self._after[tuple(self._known[-_GRAM:])] = len(self._known)
-            self._known.append(token)
-        at = self._after.get(tuple(self._known[-_GRAM:]), len(self._known))
-        return self._known[at : at + most]
-
-    def length(self, most: int) -> int:
-        """How far to guess now."""
-        self._pause -= self._pause > 0
+    def next(self, most: int) -> int:
+        """The number of tokens to draft now, at most `most`."""
+        self._pause = max(0, self._pause - 1)
         return 0 if self._pause else min(self._length, most)
 
-    def learn(self, guessed: int, right: int) -> None:
-        """How many tokens of the last guess were right."""
-        if right == guessed:
-            self._length = min(2 * self._length, self._most)
-        elif right == 0:
+    def update(self, drafted: int, accepted: int) -> None:
+        """Adapt to the outcome of the last draft."""
+        if accepted == drafted:
+            self._length = min(2 * self._length, self._longest)
+        elif accepted == 0 and self._length > 1:
             self._length //= 2
-            if not self._length:
-                self._length, self._pause = 1, _PAUSE
+        elif accepted == 0:
+            self._pause = _PAUSE
+
+
+class PromptLookup:
+    """Drafts what followed the last tokens at their previous occurrence (Saxena 2023)."""
+
+    def __init__(self) -> None:
+        self._end_of: dict[tuple[int, ...], int] = {}  # where each n-gram occurred last
+        self._ids: list[int] = []
+
+    def draft(self, ids: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens to follow `ids`, which begin with the ids of the last call."""
+        for token in ids[len(self._ids) :]:
+            # An n-gram is added when the token after it is known, so that it never finds itself.
+            if len(self._ids) >= _GRAM:
+                self._end_of[tuple(self._ids[-_GRAM:])] = len(self._ids)
+            self._ids.append(token)
+        end = self._end_of.get(tuple(self._ids[-_GRAM:]), len(self._ids))
+        return self._ids[end : end + most]
 
 
 class Drafter:
-    """Guesses for the requests of a step: what a structure forces, else what a draft model writes
-    or lookup finds.
+    """Drafts for the requests of a step.
+
+    Tokens that a structure forces come first; otherwise a draft model writes them, or prompt lookup
+    finds them.
     """
 
-    def __init__(self, most: int):
-        self._most = most
-        self.draft: DraftModel | None = None
+    def __init__(self, longest: int, model: "DraftModel | None" = None):
+        self._longest, self.model = longest, model
 
-    def guess(self, works: Sequence[Work]) -> list[list[int]]:
-        """Up to `drafts` tokens of each, all of which fit the request's structure."""
-        far: dict[Request, int] = {}
-        for work in works:
-            if work.drafts:
-                work.request.pace = work.request.pace or Pace(self._most)
-                far[work.request] = work.request.pace.length(work.drafts)
-        written = self.draft.guess(far) if self.draft and far else {}
-        return [
-            self._of(work, far.get(work.request, 0), written.get(work.request)) for work in works
-        ]
+    def draft(self, scheduled: Sequence[ScheduledRequest]) -> None:
+        """Set each request's `drafts`: at most `max_drafts` tokens that fit its structure."""
+        lengths: dict[Request, int] = {}
+        for item in scheduled:
+            if item.max_drafts:
+                request = item.request
+                request.draft_length = request.draft_length or DraftLength(self._longest)
+                lengths[request] = request.draft_length.next(item.max_drafts)
+        written = self.model.draft(lengths) if self.model and lengths else {}
+        for item in scheduled:
+            if (request := item.request) not in lengths:
+                continue
+            if request.matcher and (forced := request.matcher.forced()):
+                item.drafts = forced[: item.max_drafts]
+            elif length := lengths[request]:
+                drafts = written[request] if self.model else _looked_up(request, length)
+                item.drafts = request.matcher.fitting(drafts) if request.matcher else drafts
 
-    def _of(self, work: Work, length: int, written: list[int] | None) -> list[int]:
-        request = work.request
-        if request.matcher and work.drafts and (forced := request.matcher.forced()):
-            return forced[: work.drafts]
-        if not length or not request.pace:
-            return []
-        guess = (
-            request.pace.lookup(request.tokens(0, request.total), length)
-            if written is None
-            else written
-        )
-        return request.matcher.fitting(guess) if request.matcher else guess
+
+def _looked_up(request: Request, length: int) -> list[int]:
+    request.lookup = request.lookup or PromptLookup()
+    return request.lookup.draft(request.tokens(0, request.total), length)
 
 
 class DraftModel:
-    """A small model of the same vocabulary that writes ahead, with a cache of its own for a few
-    requests.
+    """A small model with the same vocabulary that writes drafts. It has a cache of its own.
+
+    tokens: that its cache holds; requests beyond it get no drafts.
     """
 
     def __init__(self, model: Qwen2, vocabulary: int, page_size: int, tokens: int):
         self._vocabulary = vocabulary
         self._pool = PagePool(-(-tokens // page_size), page_size)
         self._runner = Runner(model, Adapters(model), vocabulary, self._pool.count, page_size)
-        self._shadows: dict[Request, Request] = {}  # what it has read of each
+        self._twins: dict[Request, Request] = {}  # each request as this model has computed it
 
-    def guess(self, lengths: dict[Request, int]) -> dict[Request, list[int]]:
-        """The next tokens of each request, as this model would have the sampler choose them."""
-        for request in [r for r in self._shadows if r not in lengths]:
-            self._pool.release(self._shadows.pop(request).pages)
-        guesses: dict[Request, list[int]] = {request: [] for request in lengths}
-        going = {r: self._shadow(r, length) for r, length in lengths.items() if length}
+    def draft(self, lengths: Mapping[Request, int]) -> dict[Request, list[int]]:
+        """The next tokens of each request, as many as `lengths` says, sampled from this model."""
+        for request in [r for r in self._twins if r not in lengths]:
+            self._pool.release(self._twins.pop(request).pages)
+        drafts: dict[Request, list[int]] = {request: [] for request in lengths}
+        twins = {request: self._twin(request, n) for request, n in lengths.items() if n}
         for ahead in range(max(lengths.values())):
-            going = {
-                r: shadow for r, shadow in going.items() if shadow.pages and lengths[r] > ahead
-            }
-            if not going:
+            active = [r for r, twin in twins.items() if twin.pages and lengths[r] > ahead]
+            if not active:
                 break
-            reads = [Read(s, s.tokens(s.computed, s.total), 1) for s in going.values()]
-            rows = [
-                Row(
-                    r.sampling,
-                    r.seed,
-                    len(r.token_ids) + ahead,
-                    r.prompt_ids,
-                    r.token_ids + guesses[r],
-                )
-                for r in going
-            ]
-            choice = choose(self._runner.run(reads), rows, self._vocabulary)
-            for (request, shadow), token in zip(going.items(), choice.tokens):
-                shadow.computed = shadow.total
-                shadow.token_ids.append(token)
-                guesses[request].append(token)
-        return guesses
+            scheduled, rows = [], []
+            for r in active:
+                scheduled.append(ScheduledRequest(twins[r], twins[r].uncomputed))
+                answer = r.token_ids + drafts[r]
+                rows.append(SamplingRow(r.sampling, r.seed, len(answer), r.prompt_ids, answer))
+            sampled = sample(self._runner.run(scheduled), rows, self._vocabulary)
+            for request, token in zip(active, sampled.tokens):
+                twin = twins[request]
+                twin.computed = twin.total
+                twin.token_ids.append(token)
+                drafts[request].append(token)
+        return drafts
 
-    def _shadow(self, request: Request, length: int) -> Request:
-        """What stands for the request here, read up to its last few tokens; without pages where
-        there is no room.
+    def check_integrity(self) -> None:
+        """Assert that the pages add up."""
+        self._pool.check_integrity([twin.pages for twin in self._twins.values()])
+
+    def _twin(self, request: Request, length: int) -> Request:
+        """The request's twin, computed but for its last tokens, with room for `length` more.
+
+        It has no pages where too few are available.
         """
-        blank = Request(id=0, sampling=Sampling(), seed=0, limit=0, stream=request.stream)
-        shadow = self._shadows.setdefault(request, blank)
-        ids = request.tokens(0, request.total)
-        known = shadow.tokens(
-            0, min(shadow.computed, len(ids) - 1)
-        )  # the last guess was read, and may not have come
-        shadow.computed = next(
-            (n for n, pair in enumerate(zip(known, ids)) if pair[0] != pair[1]), len(known)
-        )
-        shadow.prompt_ids, shadow.token_ids = ids, []
-        need = max(0, self._pool.needed(len(ids) + length) - len(shadow.pages))
-        if need > self._pool.available:
-            self._pool.release(shadow.pages)
-            shadow.pages, shadow.computed = [], 0
-            return shadow
-        shadow.pages += self._pool.take(need)
-        while shadow.left > _CHUNK:
-            self._runner.run(
-                [Read(shadow, shadow.tokens(shadow.computed, shadow.computed + _CHUNK), 0)]
-            )
-            shadow.computed += _CHUNK
-        return shadow
+        if request not in self._twins:
+            new = Request(id=0, sampling=Sampling(), seed=0, max_length=0, stream=request.stream)
+            self._twins[request] = new
+        twin, ids = self._twins[request], request.tokens(0, request.total)
+        # The last draft's tokens were computed; those that were not accepted are dropped.
+        most = min(twin.computed, len(ids) - 1)
+        known = twin.tokens(0, most)
+        twin.computed = next((n for n in range(most) if known[n] != ids[n]), most)
+        twin.prompt_ids, twin.token_ids = ids, []
+        missing = max(0, self._pool.pages_for(len(ids) + length) - len(twin.pages))
+        if missing > self._pool.available:
+            self._pool.release(twin.pages)
+            twin.pages, twin.computed = [], 0
+            return twin
+        twin.pages += self._pool.allocate(missing)
+        while twin.uncomputed > _CHUNK:
+            self._runner.run([ScheduledRequest(twin, _CHUNK)])
+            twin.computed += _CHUNK
+        return twin

@@ -1,6 +1,6 @@
 """A generator that asks a server with OpenAI's API.
 
-OpenQwen's own, vLLM, SGLang, llama.cpp and hosted services are such servers.
+Such servers are OpenQwen's own, vLLM, SGLang, llama.cpp and hosted services.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from anyio.from_thread import start_blocking_portal
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 _GREEDY = Sampling()
 _FIRST_WAIT, _LONGEST_BACKOFF = 0.5, 30.0  # seconds between two attempts
-_LONGEST_ASKED = 600.0  # seconds that a server may ask to wait
+_LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask to wait
 _CONNECT = 10.0  # seconds
 _LARGEST = 2**28  # bytes of a response
 _WHAT_TO_DO = {
@@ -49,49 +49,41 @@ _WHAT_TO_DO = {
 }
 
 
-class _Question(NamedTuple):
-    """What is asked about one prompt. ids: the prompt's own, where they are known here."""
-
-    answer: ApiCall
-    score: ApiCall | None
-    ids: list[int]
-
-
 class _AttemptError(Exception):
-    """An attempt failed. again: another may succeed. wait: seconds that the server asks to wait."""
+    """An attempt failed.
+
+    retry: whether another may succeed. wait: seconds that the server asks to wait.
+    """
 
     def __init__(
-        self,
-        what: str,
-        again: bool = True,
-        wait: float | None = None,
-        do: str | None = None,
+        self, what: str, retry: bool = True, wait: float | None = None, do: str | None = None
     ):
         super().__init__(what)
-        self.again, self.wait, self.do = again, wait, do
+        self.retry, self.wait, self.do = retry, wait, do
 
 
 class Endpoint(Generator):
     """A model behind a server with OpenAI's API.
 
-    Each prompt is a request of its own. A request is sent again, after a wait that doubles each
-    time, on connection errors, time-outs, status 408, 429 and 5xx, or as the server says
-    (Retry-After, x-should-retry).
+    Each prompt is one request. On connection errors, time-outs, status 408, 429 and 5xx, or as the
+    server says (Retry-After, x-should-retry), it is sent again after a wait, which doubles each
+    time.
 
-    Outputs hold what the server tells: token ids where it knows `return_token_ids` (vLLM's field),
-    log-probabilities where it has them; lists are empty otherwise. Servers read control tokens
-    in a prompt that is a text; `Engine` does not. A server that does not know a field of the
-    request refuses it by name, or ignores it: the latter cannot be noticed here.
+    Outputs hold token ids if the server knows `return_token_ids` (vLLM's field), and
+    log-probabilities if it returns them; otherwise these lists are empty. Servers read control
+    tokens in a prompt that is a text; `Engine` does not. A server that does not know a field of the
+    request may ignore it, which cannot be noticed here; if it refuses an optional field by name,
+    the field is left out.
 
     Args:
         url: the base URL, such as http://127.0.0.1:8000/v1.
         model: the model's name at the server.
-        api_key: by default that of the environment variable OPENAI_API_KEY, if there is one.
+        api_key: by default the environment variable OPENAI_API_KEY.
         concurrency: most requests at once.
-        timeout: seconds that one attempt may take, from connecting to the last byte.
-        retries: most further attempts of one request; 6 bridge about half a minute.
-        cache: a folder that keeps each response. The same request of a later call is read from
-            there; it is the same where URL, model, prompt, sampling and, unless greedy, seed are.
+        timeout: most seconds of one attempt, from connecting to the last byte.
+        retries: most attempts of a request after the first; 6 cover about half a minute.
+        cache: a folder that keeps each response. A later call reads the response from there if
+            URL, model, prompt, sampling and, unless greedy, seed are the same.
 
     Raises:
         OpenQwenError: an argument cannot be used.
@@ -131,48 +123,41 @@ class Endpoint(Generator):
     ) -> list[Output]:
         """Answer every prompt, in order; see `Generator.generate`.
 
-        The first request that fails for good, or an exception such as Ctrl-C, cancels all others.
+        When a request fails for good, or on an exception such as Ctrl-C, all others are cancelled.
         """
-        questions = []
+        calls = []
         for number, prompt in enumerate(prompts):
             seed = seed_of(sampling.seed, number) if seeds is None else seeds[number]
             with located(f"prompt {number}"):
-                questions.append(self._question(prompt, sampling, seed))
-        # A thread with an event loop of its own: a notebook's thread already runs one. Leaving the
-        # block by an exception cancels what runs there.
+                answer = answer_call(prompt, sampling, seed, self.model)
+                scored = sampling.prompt_logprobs is not None
+                calls.append((answer, score_call(prompt, self.model) if scored else None))
+        # In another thread, since the thread of a notebook has an event loop already. An exception
+        # that leaves the block cancels what runs there.
         with start_blocking_portal() as portal:
-            return portal.call(self._answer_all, questions, progress)
-
-    def _question(self, prompt: Prompt, sampling: Sampling, seed: int) -> _Question:
-        answer = answer_call(prompt, sampling, seed, self.model)
-        scored = sampling.prompt_logprobs is not None
-        score = score_call(prompt, self.model) if scored else None
-        given = answer.body.get("prompt")
-        return _Question(answer, score, given if isinstance(given, list) else [])
+            return portal.call(self._answer_all, calls, progress)
 
     async def _answer_all(
-        self,
-        questions: list[_Question],
-        progress: Progress | None,
+        self, calls: list[tuple[ApiCall, ApiCall | None]], progress: Progress | None
     ) -> list[Output]:
-        outputs = [Output() for _ in questions]
-        left = iter(enumerate(questions))  # all workers take from this one
+        outputs = [Output() for _ in calls]
+        queue = iter(enumerate(calls))  # all workers take from this one
         limits = httpx.Limits(max_connections=self.concurrency)
-        # The whole attempt has its time limit in `_attempt`; these are those of its parts.
+        # `_attempt` limits the time of an attempt; only connecting has a limit here.
         timeout = httpx.Timeout(None, connect=min(_CONNECT, self.timeout))
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
 
         async def work() -> None:
-            for number, question in left:
+            for number, (answer, score) in queue:
                 with located(f"prompt {number}"):
-                    outputs[number] = await self._answer(client, question)
+                    outputs[number] = await self._answer(client, answer, score)
                 if progress:
                     progress.advance(1)
 
         async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
-            count = min(self.concurrency, len(questions))
+            count = min(self.concurrency, len(calls))
             workers = [asyncio.create_task(work()) for _ in range(count)]
             try:
                 await asyncio.gather(*workers)
@@ -182,35 +167,36 @@ class Endpoint(Generator):
                 await asyncio.gather(*workers, return_exceptions=True)
         return outputs
 
-    async def _answer(self, client: httpx.AsyncClient, question: _Question) -> Output:
-        output = await self._fetch(client, question.answer, read_answer)
-        output.prompt_ids = output.prompt_ids or list(question.ids)
-        if question.score:
-            output.prompt_logprobs = await self._fetch(client, question.score, read_score)
+    async def _answer(
+        self, client: httpx.AsyncClient, answer: ApiCall, score: ApiCall | None
+    ) -> Output:
+        output = await self._fetch(client, answer, read_answer)
+        prompt = answer.body.get("prompt")
+        if isinstance(prompt, list) and not output.prompt_ids:
+            output.prompt_ids = list(prompt)
+        if score:
+            output.prompt_logprobs = await self._fetch(client, score, read_score)
         return output
 
     async def _fetch(
-        self,
-        client: httpx.AsyncClient,
-        call: ApiCall,
-        read: Callable[[Json], Result],
+        self, client: httpx.AsyncClient, call: ApiCall, read: Callable[[Json], Result]
     ) -> Result:
-        """What `read` makes of the response, from the cache if it is there."""
-        path = self.cache and self.cache / self._digest(call)
+        """The response, from the cache if it is there, as `read` converts it."""
+        path = self.cache and self.cache / self._file_name(call)
         if path:
-            with suppress(OSError, ValueError):  # missing or damaged: ask again
+            with suppress(OSError, ValueError):  # missing or damaged: send the request
                 return read(parse_json(path.read_bytes()))
         response = await self._send(client, call)
         try:
             result = read(response)
         except ValueError as error:
             raise OpenQwenError(f"The response cannot be used: {error}.", self._at(call)) from None
-        # An answer that the server broke off may succeed next time.
+        # An answer that ended in an error may succeed next time.
         if path and getattr(result, "finish_reason", None) != "error":
-            _keep(path, response)
+            _write(path, response)
         return result
 
-    def _digest(self, call: ApiCall) -> str:
+    def _file_name(self, call: ApiCall) -> str:
         key = json.dumps([self.url, call.path, call.body], sort_keys=True)
         return hashlib.sha256(key.encode()).hexdigest() + ".json"
 
@@ -218,12 +204,12 @@ class Endpoint(Generator):
         return self.url + call.path
 
     async def _send(self, client: httpx.AsyncClient, call: ApiCall) -> Json:
-        """The response, after as many attempts as it takes and `retries` allow."""
+        """The response, after as many attempts as are needed and allowed."""
         for attempt in range(self.retries + 1):
             try:
                 return await self._attempt(client, call)
             except _AttemptError as error:
-                if not error.again or attempt == self.retries:
+                if not error.retry or attempt == self.retries:
                     after = f" (attempt {attempt + 1})" if attempt else ""
                     raise OpenQwenError(f"{error}{after}", self._at(call), error.do) from None
                 await asyncio.sleep(_wait(attempt, error.wait))
@@ -250,10 +236,7 @@ class Endpoint(Generator):
                 raise _failure(response, message)
 
     async def _post(
-        self,
-        client: httpx.AsyncClient,
-        call: ApiCall,
-        body: Json,
+        self, client: httpx.AsyncClient, call: ApiCall, body: Json
     ) -> tuple[httpx.Response, bytes]:
         content = json.dumps(body).encode()
         raw = bytearray()
@@ -262,11 +245,11 @@ class Endpoint(Generator):
                 raw += part
                 if len(raw) > _LARGEST:
                     what = f"The response is larger than {_LARGEST >> 20} MiB."
-                    raise _AttemptError(what, again=False, do="give a smaller max_tokens")
+                    raise _AttemptError(what, retry=False, do="give a smaller max_tokens")
         return response, bytes(raw)
 
     def _leave_out(self, call: ApiCall, body: Json, message: str) -> bool:
-        """Whether a refusal names optional fields that were sent; they are not sent again."""
+        """Whether a refusal names optional fields that were sent; later calls leave them out."""
         sent = call.optional & body.keys()
         named = {name for name in sent if re.search(rf"\b{name}\b", message)}
         if new := named - self._refused:
@@ -275,7 +258,7 @@ class Endpoint(Generator):
         return bool(named)
 
     def _completion(self, raw: bytes) -> Json:
-        """The object in a response. What is broken or an error is worth another attempt."""
+        """The object in a response. One that is damaged, or an error, is worth another attempt."""
         try:
             value = parse_json(raw)
         except ValueError as error:
@@ -285,34 +268,31 @@ class Endpoint(Generator):
         return value
 
     def _message(self, raw: bytes) -> str:
-        """What an error's body says, at most 500 characters and without the key."""
-        text = _said(raw)
+        """The message in an error's body: at most 500 characters, without the key."""
+        text = _error_text(raw)
         return (text.replace(self._key, "***") if self._key else text)[:500]
 
 
 def _checked_url(url: str) -> str:
-    """The base URL without a slash at its end. It is not repeated in errors: it may hold a key."""
-    do = "give one such as http://127.0.0.1:8000/v1"
+    """The base URL without a slash at its end. Errors do not repeat it, as it may hold a key."""
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError):
-        raise OpenQwenError("This is no URL.", where="Endpoint, url", do=do) from None
-    path = parsed.path.rstrip("/")
-    for fault, what in (
-        (parsed.scheme not in ("http", "https"), "A base URL begins with http:// or https://."),
-        (not parsed.host, "The base URL names no host."),
-        (re.search(r"\s", url), "The base URL holds white space."),
-        (parsed.userinfo, "The base URL holds a user or password; give the key as api_key."),
-        (parsed.query or parsed.fragment, "The base URL has a query or fragment."),
-        (path.endswith("completions"), "This is the URL of a route, not the base URL."),
-    ):
-        if fault:
-            raise OpenQwenError(what, where="Endpoint, url", do=do)
+        parsed = httpx.URL()
+    extra = parsed.userinfo or parsed.query or parsed.fragment or re.search(r"\s", str(url))
+    route = parsed.path.rstrip("/").endswith("completions")
+    if parsed.scheme not in ("http", "https") or not parsed.host or extra or route:
+        raise OpenQwenError(
+            "This is not the base URL of a server.",
+            where="Endpoint, url",
+            do="give one such as http://127.0.0.1:8000/v1, without a route, a query, white space "
+            "or a key (give it as api_key)",
+        )
     return str(parsed).rstrip("/")
 
 
 def _checked_key(key: str | None) -> str | None:
-    """The key without white space around it. Its text is in no error."""
+    """The key without white space around it. Errors do not repeat it."""
     key = (key or "").strip()
     if not re.fullmatch(r"[!-~]*", key):
         what = "The key holds spaces, line ends or characters beyond ASCII."
@@ -329,8 +309,8 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _keep(path: Path, response: Json) -> None:
-    """Write a response. Readers, and other processes that write the same, see all of it or none."""
+def _write(path: Path, response: Json) -> None:
+    """Write a response, so that other processes see all of it or none."""
     with disk_errors(path):
         handle, aside = tempfile.mkstemp(prefix=".", suffix=".aside", dir=path.parent)
         try:
@@ -342,21 +322,21 @@ def _keep(path: Path, response: Json) -> None:
 
 
 def _failure(response: httpx.Response, message: str) -> _AttemptError:
-    """What a status other than success means."""
+    """The error for a status other than success."""
     status = response.status_code
-    again = status in (408, 429) or status >= 500
-    if (told := response.headers.get("x-should-retry")) in ("true", "false"):
-        again = told == "true"
+    retry = status in (408, 429) or status >= 500
+    if (requested := response.headers.get("x-should-retry")) in ("true", "false"):
+        retry = requested == "true"
     what = f"The server answered {status}: {message or response.reason_phrase}"
-    wait = _asked_wait(response.headers)
-    if again and wait and wait > _LONGEST_ASKED:
+    wait = _retry_after(response.headers)
+    if retry and wait and wait > _LONGEST_RETRY_AFTER:
         what = f"{what} (it asks to wait {wait:.0f} seconds)"
-        return _AttemptError(what, again=False, do="start again later")
-    return _AttemptError(what, again, wait, _WHAT_TO_DO.get(status))
+        return _AttemptError(what, retry=False, do="start again later")
+    return _AttemptError(what, retry, wait, _WHAT_TO_DO.get(status))
 
 
-def _said(raw: bytes) -> str:
-    """What an error's body says, in the forms of OpenAI, FastAPI and llama.cpp, on one line."""
+def _error_text(raw: bytes) -> str:
+    """The message in an error's body (of OpenAI, FastAPI or llama.cpp), on one line."""
     value: Any = raw.decode(errors="replace")
     with suppress(ValueError):
         value = parse_json(raw)
@@ -373,7 +353,7 @@ def _said(raw: bytes) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _asked_wait(headers: httpx.Headers) -> float | None:
+def _retry_after(headers: httpx.Headers) -> float | None:
     """Seconds from `retry-after-ms` or `Retry-After`, which is a number or a date."""
     seconds: float | None = None
     with suppress(ValueError, TypeError, OverflowError):
@@ -388,8 +368,8 @@ def _asked_wait(headers: httpx.Headers) -> float | None:
     return None if seconds is None or math.isnan(seconds) else max(seconds, 0.0)
 
 
-def _wait(attempt: int, asked: float | None) -> float:
-    """Seconds until the next attempt, scattered so that requests do not come back all at once."""
-    if asked is not None:
-        return asked + random.uniform(0, _FIRST_WAIT)
+def _wait(attempt: int, requested: float | None) -> float:
+    """Seconds until the next attempt, random so that requests do not all come at once."""
+    if requested is not None:
+        return requested + random.uniform(0, _FIRST_WAIT)
     return min(_FIRST_WAIT * 2.0 ** min(attempt, 16), _LONGEST_BACKOFF) * random.uniform(0.5, 1)

@@ -1,9 +1,8 @@
-"""Weights + prompts → tokens. Rollouts, scoring, synthesis, evaluation, chat and the server all use
-this one engine.
+"""Weights + prompts → tokens: one engine for rollouts, scoring, synthesis, evaluation and serving.
 
-Requests are queued (`submit`) and advanced together, one forward call a `step`, until they end or
-are cancelled: continuous batching over a paged, shared cache. `generate` and `stream` are loops
-around that.
+Requests are queued (`submit`) and advanced together, by one forward call in each `step`, until they
+end or are cancelled: continuous batching over a paged, shared cache. `generate` and `stream` call
+these two.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,10 @@ from openqwen.engine.constrain import Structures
 from openqwen.engine.drafter import Drafter, DraftModel
 from openqwen.engine.generator import FinishReason, Generator, Output, Prompt, Sampling
 from openqwen.engine.pages import PagePool
-from openqwen.engine.request import Event, Request, Stats
-from openqwen.engine.runner import Read, Runner
-from openqwen.engine.sampler import Choice, Row, choose
-from openqwen.engine.schedule import Schedule
+from openqwen.engine.request import Event, Request, ScheduledRequest, Stats
+from openqwen.engine.runner import Runner
+from openqwen.engine.sampler import SampledTokens, SamplingRow, sample
+from openqwen.engine.scheduler import Scheduler
 from openqwen.engine.score import embeddings
 from openqwen.engine.seeds import seed_of
 from openqwen.engine.text import TextStream
@@ -40,12 +39,16 @@ _GREEDY, _DEFAULTS = Sampling(), EngineConfig()
 
 
 class Engine(Generator):
-    """Generates with a model that others (a trainer) may change between calls: it holds the module
-    itself.
+    """Generates with a model. It holds the module itself, which a trainer may change between calls.
 
-    draft: a smaller model of the same vocabulary, to guess for `speculate` in place of prompt
-    lookup. adapters: what requests may name. All methods are called from one thread, or one after
-    the other.
+    All methods are called from one thread, or one after the other.
+
+    Args:
+        model: the network.
+        tokenizer: its tokenizer.
+        config: limits of memory and work.
+        draft: a smaller model with the same vocabulary, which drafts in place of prompt lookup if
+            `config.speculate` is above 0.
     """
 
     def __init__(
@@ -58,18 +61,17 @@ class Engine(Generator):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.adapters = Adapters(model)
         self._stops = stop_ids(model.config, tokenizer)
-        self._budget = config.token_budget or (
-            _BUDGET_CPU if model.device.type == "cpu" else _BUDGET
-        )
+        default_budget = _BUDGET_CPU if model.device.type == "cpu" else _BUDGET
+        self._token_budget = config.token_budget or default_budget
         self._admission = Admission(model, tokenizer, config)
-        self._schedule = Schedule(PagePool(self._admission.pages, config.page_size), config)
-        cache = (self._admission.pages, config.page_size, config.cache)
-        self._runner = Runner(model, self.adapters, tokenizer.vocab_size, *cache)
+        pages, page_size, vocabulary = self._admission.pages, config.page_size, tokenizer.vocab_size
+        self._scheduler = Scheduler(PagePool(pages, page_size), config)
+        self._runner = Runner(model, self.adapters, vocabulary, pages, page_size, config.cache)
         self._structures = Structures(tokenizer, self._stops)
         self._drafter = Drafter(config.speculate)
         if draft is not None:
-            room = config.draft_below * self._admission.longest
-            self._drafter.draft = DraftModel(draft, tokenizer.vocab_size, config.page_size, room)
+            tokens = config.draft_below * self._admission.longest
+            self._drafter.model = DraftModel(draft, vocabulary, page_size, tokens)
         self._threads = kernels.alone if isinstance(model, QuantizedQwen2) else nullcontext
         self._pending: list[Event] = []
         self._paused = False
@@ -78,7 +80,7 @@ class Engine(Generator):
 
     @property
     def longest(self) -> int:
-        """Tokens of one sequence, prompt and answer, at most."""
+        """Most tokens of one sequence, prompt and answer."""
         return self._admission.longest
 
     def submit(
@@ -89,11 +91,17 @@ class Engine(Generator):
         adapter: str | None = None,
         priority: int = 0,
     ) -> Request:
-        """Queue a prompt: text, token ids, or messages for the chat template. OpenQwenError says
-        what is wrong with it.
+        """Queue a prompt: text, token ids, or messages for the chat template.
 
-        seed: in place of `sampling.seed`. adapter: a name added to `adapters`. priority: the larger
-        goes first.
+        Args:
+            prompt: the prompt.
+            sampling: how to sample the answer.
+            seed: replaces `sampling.seed`.
+            adapter: the name of one of `adapters`.
+            priority: requests of a larger priority go first.
+
+        Raises:
+            OpenQwenError: the prompt, the adapter or the sampling cannot be used.
         """
         sampling = sampling if seed is None else replace(sampling, seed=seed)
         return self.submit_many(prompt, sampling, 1, adapter, priority)[0]
@@ -106,120 +114,118 @@ class Engine(Generator):
         adapter: str | None = None,
         priority: int = 0,
     ) -> list[Request]:
-        """Queue n samples of one prompt, which is read once; seeds follow from `sampling.seed` and
-        each one's index.
+        """Queue n samples of one prompt, which is computed once.
+
+        Each sample's seed is derived from `sampling.seed` and its index; see `submit`.
         """
-        ids = self._admission.ids(prompt, self.longest - 1)
-        limit, stages = self._admission.stages(sampling, len(ids))
+        ids = self._admission.token_ids(prompt, self.longest - 1)
+        max_length, scalings = self._admission.scalings_for(sampling, len(ids))
         chosen = None if adapter is None else self.adapters.get(adapter)
         numbers = [next(self._numbers) for _ in range(n)]
+        # Without a prefix cache only the samples of one call share pages.
         group = None if self.config.prefix_cache or not numbers else numbers[0]
-        requests = [
-            Request(
+        structure = sampling.structure
+        requests = []
+        for index, number in enumerate(numbers):
+            request = Request(
                 id=number,
                 prompt_ids=list(ids),
                 sampling=sampling,
                 seed=seed_of(sampling.seed, index),
-                limit=limit,
+                max_length=max_length,
                 stream=TextStream(self.tokenizer, sampling.stop),
-                matcher=self._structures.matcher(sampling.structure)
-                if sampling.structure
-                else None,
+                matcher=self._structures.matcher(structure) if structure else None,
                 adapter=chosen,
-                stages=stages,
+                scalings=scalings,
                 priority=priority,
-                profile=(chosen and chosen.number, group),
+                cache_key=(chosen and chosen.number, group),
             )
-            for index, number in enumerate(numbers)
-        ]
-        if (
-            not self._schedule.running
-            and not self._schedule.waiting
-            and self._fingerprint() != self._weights
-        ):
-            self.refresh()  # somebody has trained the model
+            requests.append(request)
+        idle = not self._scheduler.running and not self._scheduler.waiting
+        if idle and self._fingerprint() != self._weights:
+            self.refresh()  # the model has been trained since
         for request in requests:
-            self._schedule.add(request)
+            self._scheduler.add(request)
         return requests
 
     def cancel(self, request: Request) -> None:
-        """End a request wherever it is; its pages are free at once.
+        """End a request, waiting or running, and release its pages.
 
-        One that has ended stays as it is.
+        A request that has ended stays as it is.
         """
         if request.finish_reason is None:
-            self._schedule.end(request, "cancelled")
+            self._scheduler.end(request, "cancelled")
             self._pending.append(Event(request, [], "", [], [], "cancelled", self.version))
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Advance by one forward call at most; returns what was made, [] when there is nothing to
-        do.
-        """
+        """Advance requests by at most one forward call; returns what was produced."""
         events, self._pending = self._pending, []
         if self._paused:
             return events
-        for request, done, pages in self._schedule.outgrown():
-            self._runner.turn(request, done, pages)
-        works = self._schedule.next(self._budget)
-        if not works:
+        scheduler = self._scheduler
+        scheduler.advance_scalings(self._runner.rotate)
+        scheduled = scheduler.schedule(self._token_budget)
+        if not scheduled:
             return events
-        reads, rows = [], list[Row]()
-        guesses = self._drafter.guess(works)
-        for work, guess in zip(works, guesses):
-            request = work.request
-            self._schedule.hold(request, request.total + len(guess))
-            new = request.tokens(request.computed, request.computed + work.count) + guess
-            scored = len(guess) + 1 if work.count == request.left else 0
-            reads.append(Read(request, new, scored))
-            rows += self._rows(request, guess) if scored else ()
+        self._drafter.draft(scheduled)
+        rows: list[SamplingRow] = []
+        for item in scheduled:
+            scheduler.allocate(item.request, item.request.total + len(item.drafts))
+            if item.scored:
+                rows += self._sampling_rows(item.request, item.drafts)
         with self._threads():
-            logits_RV = self._runner.run(reads)
-            choice = choose(logits_RV, rows, self.tokenizer.vocab_size) if rows else None
-        at = 0
-        for read, guess in zip(reads, guesses):
-            if choice and read.scored:
-                events.append(self._advance(read.request, guess, choice, at))
-                at += read.scored
+            logits_RV = self._runner.run(scheduled)
+            sampled = sample(logits_RV, rows, self.tokenizer.vocab_size) if rows else None
+        row = 0
+        for item in scheduled:
+            if sampled and item.scored:
+                events.append(self._accept(item, sampled, row))
+                row += len(item.drafts) + 1
             else:
-                read.request.computed += len(read.tokens)
-                self._schedule.seal(read.request)
+                item.request.computed += item.count
+                scheduler.register_prefix(item.request)
+            assert item.request.computed < item.request.total
         return events
 
     @property
     def busy(self) -> bool:
-        """Whether a step has something to do or to tell."""
-        at_work = bool(self._schedule.waiting or self._schedule.running)
-        return bool(self._pending) or (at_work and not self._paused)
+        """Whether `step` has something to do or to return."""
+        requests = bool(self._scheduler.waiting or self._scheduler.running)
+        return bool(self._pending) or (requests and not self._paused)
 
     @property
     def version(self) -> int:
-        """The number of the weights."""
-        return self._schedule.counts.version
+        """The version of the weights, a number."""
+        return self._scheduler.counts.version
 
     def stats(self) -> Stats:
         """Counts for metrics."""
-        return self._schedule.stats()
+        return self._scheduler.stats()
+
+    def check_integrity(self) -> None:
+        """Assert what holds between two steps: pages add up, registered ≤ computed < total."""
+        self._scheduler.check_integrity()
+        if self._drafter.model:
+            self._drafter.model.check_integrity()
 
     def pause(self) -> None:
-        """Hold everything where it is: steps do nothing until `resume`.
-
-        Requests may still be queued and cancelled.
-        """
+        """Let `step` do nothing until `resume`. Requests may still be queued and cancelled."""
         self._paused = True
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         self._paused = False
 
     def refresh(self, version: int | None = None) -> None:
-        """The weights have changed (version: their new number): nothing that was cached of older
-        ones is used again.
+        """Use changed weights: drop all keys and values that the older ones computed.
 
-        Requests that run keep what they have written and read it anew, with the new weights, before
-        they go on.
+        Running requests keep their answers, whose tokens are computed again with the new weights.
+
+        Args:
+            version: the number of the new weights; None adds 1.
         """
-        self._schedule.restart(self.version + 1 if version is None else version)
+        self._scheduler.restart(self.version + 1 if version is None else version)
         self._runner.refresh()
         self._weights = self._fingerprint()
 
@@ -230,10 +236,7 @@ class Engine(Generator):
         seeds: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> list[Output]:
-        """Answer every prompt, in order.
-
-        seeds: one for each prompt. None: they follow from `sampling.seed` and each prompt's index.
-        """
+        """Answer every prompt, in order; see `Generator.generate`."""
         requests: list[Request] = []
         try:
             for number, prompt in enumerate(prompts):
@@ -243,86 +246,79 @@ class Engine(Generator):
                 if event.finish_reason and progress:
                     progress.advance(1)
         finally:
-            self._drop(requests)
+            self._discard(requests)
         return list[Output](requests)
 
     def stream(self, prompt: Prompt, sampling: Sampling = _GREEDY) -> Iterator[int]:
-        """Yield an answer's token ids as they are made, the stop token left out."""
+        """Yield an answer's token ids as they are produced, without the stop token."""
         request = self.submit(prompt, sampling)
         try:
             for event in self._events_of([request]):
                 yield from event.token_ids
         finally:
-            self._drop([request])
+            self._discard([request])
 
     def score(self, ids: Sequence[int]) -> list[float]:
-        """The log-probability of each token but the first, given those before it: len(ids) − 1
-        numbers.
-        """
+        """The log-probability of each token but the first, given those before it."""
         return self.generate([ids], Sampling(max_tokens=1, prompt_logprobs=0))[0].prompt_logprobs
 
     def embed(self, prompts: Sequence[Prompt]) -> Tensor:
-        """The hidden state of each prompt's last token, of length 1: [B, D], float32."""
-        return embeddings(
-            self.model, [self._admission.ids(prompt, self._admission.context) for prompt in prompts]
-        )
+        """The normalized hidden state of each prompt's last token: [B, D], float32."""
+        context = self._admission.context
+        return embeddings(self.model, [self._admission.token_ids(p, context) for p in prompts])
 
-    def _rows(self, request: Request, guess: list[int]) -> Iterator[Row]:
-        """The places whose tokens are to be chosen: the next, and the one after each guessed
-        token.
-        """
-        masks = (
-            request.matcher.masks(guess, self.model.config.vocab_size) if request.matcher else None
-        )
-        place = len(request.token_ids)
-        for number in range(len(guess) + 1):
-            answer = request.token_ids + guess[:number] if request.sampling.penalised else ()
+    def _sampling_rows(self, request: Request, drafts: list[int]) -> Iterator[SamplingRow]:
+        """How to sample the next token, and the one after each draft token."""
+        masks = None
+        if request.matcher:
+            masks = request.matcher.masks(drafts, self.model.config.vocab_size)
+        for number in range(len(drafts) + 1):
+            answer = request.token_ids + drafts[:number] if request.sampling.penalised else ()
             allowed = masks[number].to(self.model.device) if masks else None
-            yield Row(
-                request.sampling, request.seed, place + number, request.prompt_ids, answer, allowed
+            position = len(request.token_ids) + number
+            yield SamplingRow(
+                request.sampling, request.seed, position, request.prompt_ids, answer, allowed
             )
 
-    def _advance(self, request: Request, guess: list[int], choice: Choice, at: int) -> Event:
-        """Write the tokens chosen at row `at` and after it: as many as the guess was right, and one
-        more.
-        """
+    def _accept(self, item: ScheduledRequest, sampled: SampledTokens, row: int) -> Event:
+        """Append the sampled tokens, from `row` on, up to the first that is not its draft token."""
+        request, drafts, counts = item.request, item.drafts, self._scheduler.counts
         request.first_token = request.first_token or monotonic()
-        start, right, text, counts = len(request.token_ids), 0, "", self._schedule.counts
-        while True:
-            piece, reason = self._write(request, choice, at + right)
+        start, text = len(request.token_ids), ""
+        for accepted in range(len(drafts) + 1):
+            piece, reason = self._append(request, sampled, row + accepted)
             text += piece
-            if reason or right == len(guess) or choice.tokens[at + right] != guess[right]:
+            if reason or drafts[accepted : accepted + 1] != [sampled.tokens[row + accepted]]:
                 break
-            right += 1
         if reason:
             text += request.stream.finish()
         request.text += text
         request.computed = request.total - 1
-        if guess and request.pace:
-            request.pace.learn(len(guess), right)
-        counts.drafted += len(guess)
-        counts.accepted += right
+        if drafts and request.draft_length:
+            request.draft_length.update(len(drafts), accepted)
+        counts.drafted += len(drafts)
+        counts.accepted += accepted
         counts.tokens_out += len(request.token_ids) - start
-        self._schedule.seal(request)
+        self._scheduler.register_prefix(request)
         if reason:
-            self._schedule.end(request, reason)
+            self._scheduler.end(request, reason)
         new = (request.token_ids[start:], text, request.logprobs[start:], request.top[start:])
         return Event(request, *new, reason, self.version)
 
-    def _write(self, request: Request, choice: Choice, row: int) -> tuple[str, FinishReason | None]:
-        """Add one token; returns the text that it makes final, and why the answer ends, if it
-        does.
-        """
-        token, sampling = choice.tokens[row], request.sampling
-        if row in choice.broken:
+    def _append(
+        self, request: Request, sampled: SampledTokens, row: int
+    ) -> tuple[str, FinishReason | None]:
+        """Append one token; returns the text that it completes, and why the answer ends, if so."""
+        token, sampling = sampled.tokens[row], request.sampling
+        if row in sampled.invalid:
             return "", "error"
         if token in sampling.stop_ids or (token in self._stops and not sampling.ignore_eos):
             request.stop_id = token
             return "", "stop"
         request.token_ids.append(token)
-        request.logprobs.append(choice.logprobs[row])
-        request.drawn_logprobs.append(choice.drawn_logprobs[row])
-        request.top.append(choice.top[row])
+        request.logprobs.append(sampled.logprobs[row])
+        request.drawn_logprobs.append(sampled.drawn_logprobs[row])
+        request.top.append(sampled.top[row])
         request.versions.append(self.version)
         text = request.stream.push(token)
         if request.stream.stopped:
@@ -333,32 +329,33 @@ class Engine(Generator):
                 return text, "error"
             if request.matcher.complete:
                 return text, "stop"
-        return text, "length" if request.total >= request.limit else None
+        return text, "length" if request.total >= request.max_length else None
 
     def _events_of(self, requests: Sequence[Request]) -> Iterator[Event]:
-        """Step until these requests have ended; what happens to others meanwhile is told at the
-        next step.
+        """Step until these requests have ended, and yield their events.
+
+        The next `step` returns the events of other requests.
         """
-        ours, others = set(requests), list[Event]()
+        wanted, others = set(requests), list[Event]()
         try:
             while any(request.finish_reason is None for request in requests):
                 if self._paused:
                     raise OpenQwenError("The engine is paused.", do="call resume() first")
                 for event in self.step():
-                    if event.request in ours:
+                    if event.request in wanted:
                         yield event
                     else:
                         others.append(event)
         finally:
             self._pending += others
 
-    def _drop(self, requests: Sequence[Request]) -> None:
-        """Cancel what has not ended, and tell nobody: its caller is gone."""
+    def _discard(self, requests: Sequence[Request]) -> None:
+        """Cancel requests that have not ended, without events: their caller is gone."""
         for request in requests:
             self.cancel(request)
         self._pending = [event for event in self._pending if event.request not in requests]
 
     def _fingerprint(self) -> int:
-        """Changes when a weight is changed in place, as optimizers do."""
+        """A number that changes when a weight is changed in place, as optimizers do."""
         weights = (*self.model.parameters(), *self.model.buffers())
         return hash(tuple((w.data_ptr(), w._version) for w in weights if not w.is_inference()))

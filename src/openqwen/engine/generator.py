@@ -1,7 +1,7 @@
-"""What goes into a generator and what comes out: prompts, sampling, outputs.
+"""The interface of generators: prompts and sampling in, outputs out.
 
-`Engine` generates here; `Endpoint` asks a server. Code that only generates takes a `Generator`.
-Importing this file loads no torch.
+`Engine` generates in this process, `Endpoint` asks a server. Code that only generates takes a
+`Generator`. Importing this file does not load torch.
 """
 
 import math
@@ -23,10 +23,10 @@ TopTokens = list[tuple[int, float]]  # (id, log-probability), likeliest first
 
 @dataclass(frozen=True)
 class Structure:
-    """What an answer must look like to the last byte.
+    """A form that the whole answer must have.
 
-    kind: "json_schema" (`source` is the schema, as JSON text; see `schema.ready`), "regex", or
-    "grammar" (Lark's notation, as llguidance reads it).
+    kind: "json_schema" (`source` is the schema as JSON text, see `schema.ready`), "regex", or
+    "grammar" (in Lark's notation, as llguidance reads it).
     """
 
     kind: Literal["json_schema", "regex", "grammar"]
@@ -40,26 +40,26 @@ class Sampling:
     The cuts are applied in this order: top_k, top_p, min_p.
 
     Args:
-        max_tokens: most tokens to write; None: as many as the context holds.
+        max_tokens: most tokens of the answer; None: as many as the context holds.
         temperature: 0 takes the likeliest token.
         top_k: keep this many of the likeliest tokens; 0 keeps all.
-        top_p: keep the likeliest tokens that together hold this share of what is left.
-        min_p: keep the tokens at least this share as likely as the likeliest.
+        top_p: keep the likeliest tokens whose probabilities add up to this share of what is left.
+        min_p: keep the tokens that are at least this share as likely as the likeliest.
         seed: of the random draws.
-        stop: texts that end the answer and are left out of it.
-        stop_ids: token ids that end it, besides the checkpoint's own.
-        ignore_eos: go on after the checkpoint's own stop tokens.
-        repetition_penalty: divides the scores of tokens that prompt or answer hold
+        stop: texts that end the answer and are not part of it.
+        stop_ids: token ids that end it, in addition to the checkpoint's.
+        ignore_eos: do not end at the checkpoint's stop tokens.
+        repetition_penalty: divides the scores of tokens that are in prompt or answer
             (Keskar et al. 2019).
-        presence_penalty: subtracted once from the score of each token that the answer holds.
+        presence_penalty: subtracted once from the score of each token that is in the answer.
         frequency_penalty: the same, once for each occurrence.
-        logit_bias: (id, what is added to its score).
+        logit_bias: pairs of an id and a number that is added to its score.
         top_logprobs: how many of the likeliest tokens to report at each position.
         prompt_logprobs: report the log-probabilities of the prompt's tokens, and this many of
             the likeliest at each position; None reports nothing of the prompt.
-        structure: what the answer must look like.
+        structure: a form that the answer must have.
         long_context: how the sequence is read; None: as its length, the engine's settings and
-            the model's configuration say (`Admission.stages`).
+            the model's configuration require (`Admission.scalings_for`).
 
     Raises:
         OpenQwenError: a value is out of range.
@@ -110,12 +110,12 @@ class Sampling:
 
     @cached_property
     def penalised(self) -> bool:
-        """Whether scores depend on the tokens so far."""
+        """Whether scores depend on the tokens before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     @property
     def cut(self) -> bool:
-        """Whether unlikely tokens are left out."""
+        """Whether unlikely tokens are removed."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
@@ -124,12 +124,12 @@ class Output:
     """One answer.
 
     Args:
-        text: without control tokens, and without the stop text.
+        text: the answer without control tokens and without the stop text.
         token_ids: the answer's tokens, without the token that ended it.
-        logprobs: one for each of token_ids, under the model's own distribution.
+        logprobs: the log-probability of each of token_ids, under the model's own distribution.
         finish_reason: "stop" where a stop token or stop text ended it, "length" where a limit did.
         prompt_ids: the prompt's tokens.
-        prompt_logprobs: where asked for, one for each prompt token but the first.
+        prompt_logprobs: if requested, the log-probability of each prompt token but the first.
         stop_id: the token that ended the answer, if one did.
     """
 
@@ -143,7 +143,7 @@ class Output:
 
     @property
     def written_ids(self) -> list[int]:
-        """All that the model wrote: `token_ids`, and the token that ended it."""
+        """All tokens that the model wrote: `token_ids`, and the token that ended the answer."""
         return self.token_ids if self.stop_id is None else [*self.token_ids, self.stop_id]
 
 

@@ -1,8 +1,7 @@
-"""Decoding steps as CUDA graphs: one launch in place of a thousand, whose launching would take
-longer than they do.
+"""Decoding steps as CUDA graphs: one launch instead of a thousand, which take longer than they run.
 
-A graph holds a call of fixed sizes, so calls are padded to a power of two of requests; what is
-padded writes into a page of its own that nobody reads.
+A graph has fixed sizes, so the number of requests is padded to a power of two. Padded rows write
+into a page of their own that no request reads.
 """
 
 from collections.abc import Sequence
@@ -14,11 +13,11 @@ from torch import Tensor
 from openqwen.model import Cache, LongContext, Qwen2
 from openqwen.model.paged_gpu import PagedDecode, suits
 
-_FEWEST_PAGES = 64  # of a sequence; more, in powers of two
+_FEWEST_PAGES = 64  # of a sequence; longer ones get the next power of two
 
 
 class _Graph(NamedTuple):
-    """A captured call, what it reads (see `_views`) and what it writes."""
+    """A captured call, its inputs (see `_views`) and its output."""
 
     graph: torch.cuda.CUDAGraph
     host: Tensor
@@ -27,9 +26,9 @@ class _Graph(NamedTuple):
 
 
 class DecodeGraphs:
-    """Captured decoding calls of one model over one cache, made when they are first needed.
+    """Decoding calls of one model over one cache, each captured on first use.
 
-    scratch: a page that no request holds.
+    scratch: a page that no request references.
     """
 
     def __init__(self, model: Qwen2, cache: Cache, scratch: int):
@@ -40,9 +39,7 @@ class DecodeGraphs:
 
     @staticmethod
     def possible(model: Qwen2, cache: Cache) -> bool:
-        """Whether calls of this model can be captured: not where experts ask the GPU how many
-        tokens they got.
-        """
+        """Whether this model can be captured; not with experts, which read counts from the GPU."""
         return suits(cache) and not model.config.num_experts and model.config.dual_chunk is None
 
     def run(
@@ -52,9 +49,9 @@ class DecodeGraphs:
         tables: Sequence[Sequence[int]],
         context: LongContext | None,
     ) -> Tensor:
-        """Read one new token of each sequence: scores [B, V], float32, valid until the next call.
+        """Compute one new token of each sequence: scores [B, V], float32, until the next call.
 
-        totals: tokens of each sequence, the new one among them. tables: its pages.
+        totals: the length of each sequence, with the new token. tables: its pages.
         """
         batch = _power_of_two(len(tokens))
         pages = max(_FEWEST_PAGES, _power_of_two(max(map(len, tables))))
@@ -68,7 +65,7 @@ class DecodeGraphs:
         return graph.logits_BV[: len(tokens)]
 
     def refresh(self) -> None:
-        """The weights may have changed: where they lie elsewhere now, the graphs are made anew."""
+        """Drop the graphs if the weights have moved in memory."""
         if (addresses := self._addresses()) != self._weights:
             self._graphs.clear()
             self._weights = addresses
@@ -104,7 +101,7 @@ class DecodeGraphs:
 
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):  # kernels are compiled and chosen outside of the capture
+        with torch.cuda.stream(side):  # kernels are compiled and chosen before the capture
             for _ in range(2):
                 call()
         torch.cuda.current_stream(device).wait_stream(side)
@@ -115,9 +112,7 @@ class DecodeGraphs:
 
 
 def _views(x: Tensor, batch: int, pages: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B], totals [B] and pages [B, P], which lie in one tensor so that one copy brings them
-    all.
-    """
+    """Tokens [B], totals [B] and pages [B, P], all in one tensor, so that one copy moves them."""
     return x[:batch], x[batch : 2 * batch], x[2 * batch :].view(batch, pages)
 
 

@@ -1,7 +1,7 @@
-"""Requests and responses of OpenAI's API, to and from the engine's own types.
+"""Converts the engine's types to requests of OpenAI's API, and responses back.
 
-Fields beyond OpenAI's (top_k, stop_token_ids, structured_outputs, return_token_ids ...) are vLLM's,
-which OpenQwen's server takes too.
+Fields that OpenAI does not have (top_k, stop_token_ids, structured_outputs, return_token_ids ...)
+are vLLM's, which OpenQwen's server knows too.
 """
 
 import json
@@ -14,8 +14,8 @@ from openqwen.tokenizer.messages import as_messages
 
 Json = dict[str, Any]
 
-# Values that change nothing. They are sent nonetheless: a server fills what is missing from the
-# checkpoint's generation_config.json. A server that does not know the field can do without.
+# Values without effect. They are sent nonetheless, since a server takes missing ones from the
+# checkpoint's generation_config.json. If a server refuses one, it is left out.
 _NEUTRAL: Mapping[str, float] = {
     "top_k": -1,  # not 0, which SGLang refuses
     "min_p": 0.0,
@@ -31,13 +31,13 @@ _REASONS: Mapping[str, FinishReason] = {
     "length": "length",
 }
 _NOT_MAPPED = {
-    "top_logprobs": "servers tell likely tokens by their texts, not their ids",
+    "top_logprobs": "servers return likely tokens as texts, not as ids",
     "long_context": "the server decides how it reads long prompts",
 }
 
 
 class ApiCall(NamedTuple):
-    """One HTTP request. optional: fields of the body that are left out where they are refused."""
+    """One HTTP request. optional: fields of the body to leave out if the server refuses them."""
 
     path: str
     body: Json
@@ -45,7 +45,7 @@ class ApiCall(NamedTuple):
 
 
 def answer_call(prompt: Prompt, sampling: Sampling, seed: int, model: str) -> ApiCall:
-    """The request for one answer. OpenQwenError names what the API has no field for."""
+    """The request for one answer. Raises OpenQwenError for settings without a field in the API."""
     for name, why in _NOT_MAPPED.items():
         if getattr(sampling, name):
             raise _cannot_be_sent(name, why)
@@ -73,7 +73,7 @@ def answer_call(prompt: Prompt, sampling: Sampling, seed: int, model: str) -> Ap
             body["max_tokens"] = sampling.max_tokens
     else:
         path = "/completions"
-        # null, since a missing max_tokens means 16 there. llama.cpp tells nothing for logprobs 0.
+        # null, since a missing max_tokens means 16. llama.cpp returns nothing for logprobs 0.
         body |= {"prompt": _plain(prompt), "max_tokens": sampling.max_tokens, "logprobs": 1}
     if sampling.structure:
         body |= _structured(sampling.structure, path)
@@ -83,7 +83,7 @@ def answer_call(prompt: Prompt, sampling: Sampling, seed: int, model: str) -> Ap
 def score_call(prompt: Prompt, model: str) -> ApiCall:
     """The request for the log-probabilities of a prompt's own tokens."""
     if _is_messages(prompt):
-        why = "the API does not tell them of messages"
+        why = "the API does not return them for messages"
         raise _cannot_be_sent("prompt_logprobs", why, "give a text or token ids")
     body = {"model": model, "prompt": _plain(prompt), "max_tokens": 0, "echo": True, "logprobs": 1}
     return ApiCall("/completions", body)
@@ -92,8 +92,10 @@ def score_call(prompt: Prompt, model: str) -> ApiCall:
 def read_answer(response: Json) -> Output:
     """The first answer in a response.
 
-    A finish reason that is neither an end nor a limit, such as a content filter's, is "error".
-    Raises ValueError where the response does not have the API's form.
+    A finish reason that is neither a stop nor a limit, such as a content filter, becomes "error".
+
+    Raises:
+        ValueError: the response does not have the API's form.
     """
     try:
         choice = response["choices"][0]
@@ -117,17 +119,17 @@ def read_answer(response: Json) -> Output:
 
 
 def read_score(response: Json) -> list[float]:
-    """The log-probability of each prompt token but the first. ValueError where there are none."""
+    """The log-probability of each prompt token but the first, or a ValueError without them."""
     try:
         logprobs = response["choices"][0]["logprobs"]["token_logprobs"]
         return [float(value) for value in logprobs[1:]]
     except (KeyError, IndexError, TypeError) as error:
-        what = f"it tells no log-probabilities of the prompt ({type(error).__name__}: {error})"
+        what = f"it has no log-probabilities of the prompt ({type(error).__name__}: {error})"
         raise ValueError(what) from None
 
 
 def _ended_by_token(choice: Json) -> bool:
-    """Whether this is an answer of vLLM whose last token ended it: not a stop text, nor a limit."""
+    """Whether vLLM ended this answer at its last token, not at a stop text or a limit."""
     stopped = choice["finish_reason"] == "stop" and "stop_reason" in choice
     return stopped and not isinstance(choice["stop_reason"], str)
 
@@ -138,12 +140,12 @@ def _cannot_be_sent(name: str, why: str, do: str = "leave it out") -> OpenQwenEr
 
 
 def _signed(seed: int) -> int:
-    """The integer of 64 bits, with a sign, that has the same bits: servers take no larger ones."""
+    """The same 64 bits as a signed integer; servers refuse larger ones."""
     return (seed + 2**63) % 2**64 - 2**63
 
 
 def _summed(biases: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """Biases by id. An id that is named twice gets both."""
+    """Biases by id; those of the same id are added."""
     total: dict[str, float] = {}
     for i, bias in biases:
         total[str(i)] = total.get(str(i), 0.0) + bias
@@ -159,13 +161,13 @@ def _plain(prompt: Prompt) -> str | list[int]:
 
 
 def _messages(prompt: Prompt) -> list[Json]:
-    """Messages with the API's own fields.
+    """Messages with the API's fields only.
 
-    The arguments of tool calls are JSON text there, and results name their calls by an id.
-    Where a record has no ids, results follow their calls in order.
+    In the API the arguments of tool calls are JSON text, and each result has the id of its call.
+    In a record without ids, results have the order of their calls.
     """
     messages: list[Json] = []
-    waiting: list[str] = []  # ids of the calls whose results are still to come
+    waiting: list[str] = []  # ids of the calls without a result so far
     for message in as_messages(prompt):
         kept = {name: message[name] for name in _MESSAGE_FIELDS if name in message}
         if "tool_calls" in kept:
@@ -181,7 +183,7 @@ def _messages(prompt: Prompt) -> list[Json]:
 
 
 def _tool_call(call: Json, otherwise: str) -> Json:
-    """otherwise: the id where the call has none."""
+    """A call in the API's form. otherwise: its id if it has none."""
     function = call["function"]
     arguments = function["arguments"]
     if not isinstance(arguments, str):
@@ -190,7 +192,7 @@ def _tool_call(call: Json, otherwise: str) -> Json:
 
 
 def _structured(structure: Structure, path: str) -> Json:
-    """OpenAI's field where it has one, for more servers know it."""
+    """The field for a structure: OpenAI's if there is one, as more servers know it."""
     if structure.kind != "json_schema":
         return {"structured_outputs": {structure.kind: structure.source}}
     schema = json.loads(structure.source)
@@ -200,11 +202,11 @@ def _structured(structure: Structure, path: str) -> Json:
     return {"structured_outputs": {"json": schema}}
 
 
-def _logprobs(told: Json) -> list[float]:
-    """Of either form: an object for each token (chat), or a list of numbers (completions)."""
-    if told.get("content") is not None:
-        return [float(entry["logprob"]) for entry in told["content"]]
-    return [float(value) for value in told.get("token_logprobs") or ()]
+def _logprobs(logprobs: Json) -> list[float]:
+    """The numbers of either form: objects for each token (chat), or a list (completions)."""
+    if logprobs.get("content") is not None:
+        return [float(entry["logprob"]) for entry in logprobs["content"]]
+    return [float(value) for value in logprobs.get("token_logprobs") or ()]
 
 
 def _checked(value: Any, kind: type) -> Any:

@@ -1,4 +1,4 @@
-"""The engine's data: a request and how far it has come, what a step made, and counts."""
+"""The engine's data: requests, what a step computes for them, what it produced, and counts."""
 
 import sys
 import time
@@ -14,36 +14,46 @@ from openqwen.model.long_context import ContextStep
 if TYPE_CHECKING:
     from openqwen.engine.adapters import Adapter
     from openqwen.engine.constrain import Matcher
-    from openqwen.engine.drafter import Pace
+    from openqwen.engine.drafter import DraftLength, PromptLookup
 
 
 @dataclass(eq=False, kw_only=True)
 class Request(Output):
-    """One sequence and how far it has come: `computed` of its `total` tokens have keys and values
-    in its `pages`.
+    """One sequence and its progress: `computed` of its `total` tokens are in the cache.
 
-    stages: how it is read as it grows, `stage` the one at work: while up to its `until` tokens are
-    computed.
-    cached_tokens: prompt tokens found in the cache at the start. limit: tokens it may come to hold.
-    Times are those of `time.monotonic`. Of each output token: its log-probability under the model's
-    own distribution (`logprobs`), under the one that it was drawn from (`drawn_logprobs`:
-    penalties, temperature and cuts applied), the likeliest tokens there (`top`), and the weights
-    that made it (`versions`). prompt_top: the likeliest at each place of `prompt_logprobs`.
+    Args:
+        id: number of the request, in order of arrival.
+        max_length: most tokens of prompt and answer.
+        scalings: how the sequence is read as it grows, in order of length.
+        priority: requests of a larger priority go first.
+        cache_key: what else the keys depend on; requests share pages only if theirs are equal.
+        draft_length, lookup: how speculation goes; None before the first draft.
+        drawn_logprobs: of each answer token, its log-probability under the distribution that it was
+            drawn from, with penalties, temperature and cuts (`logprobs`: the model's own).
+        top: of each answer token, the likeliest tokens at its position.
+        prompt_top: the likeliest tokens at each position of `prompt_logprobs`.
+        versions: of each answer token, the version of the weights that computed it.
+        arrived, started, first_token, finished: seconds of `time.monotonic`.
+        cached_tokens: prompt tokens that the prefix cache held when the request first started.
+        pages: the cache pages that it references, in order.
+        scaling: index of the scaling in use.
+        computed: tokens whose keys and values are in the pages.
+        registered: pages, from the first on, that the prefix cache knows.
+        prefix_hashes: of each scaling, the prefix hashes of its full pages so far.
     """
 
     id: int
     sampling: Sampling
     seed: int
-    limit: int
+    max_length: int
     stream: TextStream
     matcher: "Matcher | None" = None
-    pace: "Pace | None" = None
     adapter: "Adapter | None" = None
-    stages: Sequence[ContextStep] = (ContextStep(sys.maxsize, None),)
+    scalings: Sequence[ContextStep] = (ContextStep(sys.maxsize, None),)
     priority: int = 0
-    profile: tuple[
-        object, ...
-    ] = ()  # what else its keys depend on: requests of different profiles share no pages
+    cache_key: tuple[object, ...] = ()
+    draft_length: "DraftLength | None" = None
+    lookup: "PromptLookup | None" = None
 
     drawn_logprobs: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
@@ -57,61 +67,80 @@ class Request(Output):
     cached_tokens: int = 0
 
     pages: list[int] = field(default_factory=list)
-    stage: int = 0
+    scaling: int = 0
     computed: int = 0
-    sealed: int = 0  # pages that others may find
-    chains: list[list[bytes]] = field(
-        default_factory=list
-    )  # digests of the full pages of each stage, so far
+    registered: int = 0
+    prefix_hashes: list[list[bytes]] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        """Tokens known: the prompt's and the answer's so far."""
+        """Number of known tokens: the prompt's and the answer's so far."""
         return len(self.prompt_ids) + len(self.token_ids)
 
     @property
-    def left(self) -> int:
-        """Tokens still to be read before the next can be chosen; 1 while it decodes."""
+    def uncomputed(self) -> int:
+        """Number of tokens to compute before the next one can be sampled; 1 while decoding."""
         return self.total - self.computed
 
     @property
     def long_context(self) -> LongContext | None:
-        """How it is read now."""
-        return self.stages[self.stage].way
+        """How the sequence is read now."""
+        return self.scalings[self.scaling].way
 
     @property
-    def until(self) -> int:
-        """Tokens that can be read so."""
-        return self.stages[self.stage].until
+    def scaling_end(self) -> int:
+        """Most tokens that are computed under the scaling in use."""
+        return self.scalings[self.scaling].until
 
     @property
-    def untold(self) -> range:
-        """Prompt tokens whose log-probabilities are still to be told; what is cached cannot tell
-        them.
-        """
-        told = 1 + len(self.prompt_logprobs)
-        return range(told, told if self.sampling.prompt_logprobs is None else len(self.prompt_ids))
+    def unscored(self) -> range:
+        """Positions of prompt tokens whose log-probabilities are wanted and not yet computed."""
+        wanted = 0 if self.sampling.prompt_logprobs is None else len(self.prompt_ids)
+        return range(1 + len(self.prompt_logprobs), wanted)
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: higher priority, then earlier arrival."""
+    def queue_key(self) -> tuple[int, int]:
+        """Sort key of the queues: higher priority first, then earlier arrival."""
         return -self.priority, self.id
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Ids of prompt and answer, laid end to end, from `start` to before `stop`."""
+        """Token ids of the sequence (prompt and answer) from position `start` to before `stop`."""
         split = len(self.prompt_ids)
         if start >= split:
             return self.token_ids[start - split : stop - split]
         return self.prompt_ids[start:stop] + self.token_ids[: max(stop - split, 0)]
 
 
+@dataclass
+class ScheduledRequest:
+    """What one step does for a request: compute `count` tokens, and verify drafts after them.
+
+    max_drafts: most draft tokens. drafts: the draft tokens.
+    """
+
+    request: Request
+    count: int
+    max_drafts: int = 0
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens to compute, which follow the request's computed ones."""
+        start = self.request.computed
+        return self.request.tokens(start, start + self.count) + self.drafts
+
+    @property
+    def scored(self) -> int:
+        """Number of last positions whose scores are needed: none while tokens remain uncomputed."""
+        return len(self.drafts) + 1 if self.count == self.request.uncomputed else 0
+
+
 @dataclass(frozen=True)
 class Event:
-    """What one step made of one request.
+    """What one step produced for one request.
 
-    text: complete characters, which no stop text can take back. The token that ends an answer is
-    not among token_ids.
-    version: of the weights that made the tokens.
+    text: complete characters; no stop text can remove them later. token_ids: without the token that
+    ends the answer. version: of the weights that computed the tokens.
     """
 
     request: Request
@@ -125,10 +154,10 @@ class Event:
 
 @dataclass
 class Stats:
-    """Where the engine stands, and what it has done since its start.
+    """The engine's state now, and counts since its start.
 
-    tokens_in: of the prompts started; cache_hits: those of them found in the cache. drafted,
-    accepted: guessed tokens, and those that were right.
+    tokens_in: prompt tokens of started requests; cache_hits: those found in the prefix cache.
+    drafted, accepted: draft tokens, and those that the model confirmed.
     """
 
     waiting: int = 0

@@ -1,8 +1,6 @@
 """One forward call over the new tokens of several requests."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -10,25 +8,14 @@ from torch import Tensor
 
 from openqwen.engine.adapters import Adapters
 from openqwen.engine.graphs import DecodeGraphs
-from openqwen.engine.request import Request
-from openqwen.engine.score import tell
+from openqwen.engine.request import Request, ScheduledRequest
+from openqwen.engine.score import score_tokens
 from openqwen.model import Cache, Paged, Qwen2
 from openqwen.model.cache import Format
 
 
-@dataclass
-class Read:
-    """New tokens of a request, from position `request.computed` on; of the last `scored` the scores
-    are wanted.
-    """
-
-    request: Request
-    tokens: list[int]
-    scored: int
-
-
 class Runner:
-    """Holds the cache's memory and calls the model."""
+    """Holds the memory of the cache, and calls the model."""
 
     def __init__(
         self,
@@ -45,86 +32,100 @@ class Runner:
         possible = DecodeGraphs.possible(model, self._cache)
         self._graphs = DecodeGraphs(model, self._cache, scratch=pages) if possible else None
 
-    def turn(self, request: Request, done: int, pages: Sequence[int]) -> None:
-        """Fill a request's pages, but for the first `done`, with what these hold, which was read in
-        the way before its own, and turn the keys."""
-        self._cache.copy(pages, request.pages[done : done + len(pages)])
-        span, before = (
-            range(done * self._cache.page_size, request.computed),
-            request.stages[request.stage - 1].way,
-        )
-        self._cache.rerotate(request.pages, span, before, request.long_context)
+    def rotate(self, request: Request, done: int, sources: Sequence[int]) -> None:
+        """Rotate a request's keys from its previous RoPE scaling to the one in use.
 
-    def run(self, reads: Sequence[Read]) -> Tensor:
-        """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32.
-        Requests that ask for log-probabilities of their prompts are told them."""
-        if self._graphs and _decoding_alike(reads):
-            requests = [read.request for read in reads]
+        Its first `done` pages are rotated already; those after them get the content of `sources`.
+        """
+        self._cache.copy(sources, request.pages[done : done + len(sources)])
+        positions = range(done * self._cache.page_size, request.computed)
+        before = request.scalings[request.scaling - 1].way
+        self._cache.rerotate(request.pages, positions, before, request.long_context)
+
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
+        """Compute the scheduled tokens.
+
+        Adds the log-probabilities of prompt tokens to the requests that ask for them.
+
+        Returns:
+            The scores of each request's `scored` last positions, in order: [rows, V], float32.
+        """
+        if self._graphs and _one_token_each(scheduled):
+            requests = [item.request for item in scheduled]
             return self._graphs.run(
-                [read.tokens[0] for read in reads],
+                [item.tokens[0] for item in scheduled],
                 [request.computed + 1 for request in requests],
                 [request.pages for request in requests],
                 requests[0].long_context,
             )
-        device = self._model.device
-        counts = [len(read.tokens) for read in reads]
-        starts = [read.request.computed for read in reads]
-        totals = [start + count for start, count in zip(starts, counts)]
-        ends = list(accumulate(counts))
-        table_BP = np.zeros((len(reads), max(len(read.request.pages) for read in reads)), np.int64)
-        for row, read in zip(table_BP, reads):
-            row[: len(read.request.pages)] = read.request.pages
-        tokens_T = torch.tensor([t for read in reads for t in read.tokens], device=device)
-        positions_T = torch.tensor(
-            [p for a, b in zip(starts, totals) for p in range(a, b)], device=device
-        )
-        paged = Paged(
-            self._cache,
-            torch.from_numpy(table_BP).to(device),
-            totals,
-            counts,
-            [read.request.long_context for read in reads],
-        )
-        with self._adapters.on([read.request.adapter for read in reads], counts):
-            hidden_TD = self._model(tokens_T, positions_T, paged)
-        for read, end in zip(reads, ends):
-            if read.request.untold:
-                self._tell(read.request, hidden_TD[end - len(read.tokens) : end])
-        wanted = [row for read, end in zip(reads, ends) for row in range(end - read.scored, end)]
-        if len(wanted) < len(positions_T):
-            hidden_TD = hidden_TD[torch.tensor(wanted, dtype=torch.long, device=device)]
+        counts = [item.count + len(item.drafts) for item in scheduled]
+        hidden_TD = self._hidden(scheduled, counts)
+        rows, end = list[int](), 0
+        for item, part_TD in zip(scheduled, hidden_TD.split(counts)):
+            end += len(part_TD)
+            rows += range(end - item.scored, end)
+            if item.request.unscored:
+                self._score_prompt(item.request, part_TD)
+        if len(rows) < end:
+            hidden_TD = hidden_TD[torch.tensor(rows, dtype=torch.long, device=hidden_TD.device)]
         return self._model.logits(hidden_TD).float()
 
     def refresh(self) -> None:
-        """The weights may have changed."""
+        """Adapt to weights that may have changed."""
         if self._graphs:
             self._graphs.refresh()
 
-    def _tell(self, request: Request, hidden_TD: Tensor) -> None:
-        """Log-probabilities of the prompt's tokens after those that were read now."""
-        here = request.untold[
-            : max(0, request.computed + len(hidden_TD) + 1 - request.untold.start)
-        ]
-        targets, before_TD = (
-            [request.prompt_ids[n] for n in here],
-            hidden_TD[here.start - 1 - request.computed :],
+    def _hidden(self, scheduled: Sequence[ScheduledRequest], counts: list[int]) -> Tensor:
+        """The hidden states of the new tokens, [T, D]; their keys and values go into the cache.
+
+        counts: the number of new tokens of each request.
+        """
+        requests, device = [item.request for item in scheduled], self._model.device
+        tokens, positions, totals = list[int](), list[int](), list[int]()
+        pages_BP = np.zeros((len(requests), max(len(r.pages) for r in requests)), np.int64)
+        for item, count, row in zip(scheduled, counts, pages_BP):
+            request = item.request
+            tokens += item.tokens
+            totals.append(request.computed + count)
+            positions += range(request.computed, totals[-1])
+            row[: len(request.pages)] = request.pages
+        table_BP = torch.from_numpy(pages_BP).to(device)
+        contexts = [request.long_context for request in requests]
+        paged = Paged(self._cache, table_BP, totals, counts, contexts)
+        tokens_T = torch.tensor(tokens, device=device)
+        positions_T = torch.tensor(positions, device=device)
+        with self._adapters.applied([request.adapter for request in requests], counts):
+            return self._model(tokens_T, positions_T, paged)
+
+    def _score_prompt(self, request: Request, hidden_TD: Tensor) -> None:
+        """Add the log-probabilities of the prompt tokens after those that were computed now.
+
+        hidden_TD: the hidden states of the tokens from position `request.computed` on.
+        """
+        start = request.unscored.start
+        stop = min(request.unscored.stop, request.computed + len(hidden_TD) + 1)
+        if start >= stop:
+            return
+        first = start - 1 - request.computed
+        targets_N = torch.tensor(request.prompt_ids[start:stop], device=hidden_TD.device)
+        logprobs_N, top = score_tokens(
+            self._model,
+            hidden_TD[first : first + len(targets_N)],
+            targets_N,
+            request.sampling.prompt_logprobs or 0,
+            self._vocabulary,
         )
-        found = tell(
-            self._model, before_TD, targets, request.sampling.prompt_logprobs or 0, self._vocabulary
-        )
-        request.prompt_logprobs += found[0]
-        request.prompt_top += found[1]
+        request.prompt_logprobs += logprobs_N.tolist()
+        request.prompt_top += top
 
 
-def _decoding_alike(reads: Sequence[Read]) -> bool:
-    """Whether each request reads one token that is scored, all in one way, none through an
-    adapter.
-    """
-    for read in reads:
-        request = read.request
-        if (len(read.tokens), read.scored) != (1, 1) or request.adapter or request.untold:
+def _one_token_each(scheduled: Sequence[ScheduledRequest]) -> bool:
+    """Whether a graph can run this: each request decodes one token, all read in the same way."""
+    for item in scheduled:
+        request = item.request
+        if (len(item.tokens), item.scored) != (1, 1) or request.adapter or request.unscored:
             return False
-        if request.long_context != reads[0].request.long_context:
+        if request.long_context != scheduled[0].request.long_context:
             return False
         if request.long_context and request.long_context.dual_chunk:
             return False

@@ -1,4 +1,4 @@
-"""JSON schemas made ready for llguidance: closed, and without what it cannot follow."""
+"""JSON schemas prepared for llguidance: closed objects, and no keywords that it cannot follow."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ except ImportError:  # an extra
     llguidance = None  # type: ignore[assignment]
 
 Json = dict[str, Any]
-LENIENT: Any = {"lenient": True}  # llguidance passes over keywords that it does not know
+LENIENT: Any = {"lenient": True}  # llguidance ignores keywords that it does not know
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")  # schemas by name
 _SAME = ("anyOf", "oneOf", "allOf")  # lists of schemas of the very same value
 _NESTED = (*_MAPS, *_SAME, "$ref", "prefixItems", "items", "additionalProperties")
@@ -22,16 +22,17 @@ _NONE: frozenset[str] = frozenset()
 
 
 def ready(schema: Json, strict: bool = False) -> Json:
-    """A copy whose objects hold no other keys than it names, as in xgrammar's strict mode.
+    """A copy whose objects have only the keys that it names, as in xgrammar's strict mode.
 
-    An object keeps what it says itself of other keys (additionalProperties). One that names no
-    keys stays open, unless `strict`. A tuple (prefixItems) has no more items than it names.
-    Expressions that llguidance cannot read are left out, unless `strict`: `faults` finds them.
+    An object with `additionalProperties` keeps it. An object that names no keys stays open, unless
+    `strict`. A tuple (prefixItems) has no more items than it names. Regular expressions that
+    llguidance cannot read are left out, unless `strict`; then `faults` reports them.
 
-    Raises: OpenQwenError for a schema that is nested too deep.
+    Raises:
+        OpenQwenError: the schema is nested too deep.
     """
     try:
-        return _Reader(schema, strict).whole()
+        return _Closer(schema, strict).schema()
     except RecursionError:
         message = "The JSON schema is nested too deep."
         raise OpenQwenError(message, where="sampling, structure") from None
@@ -40,16 +41,17 @@ def ready(schema: Json, strict: bool = False) -> Json:
 def faults(schema: Json, strict: bool = False) -> list[str]:
     """What llguidance cannot follow in a schema that is `ready`, each with its place.
 
-    As in "properties.path: Unknown format: path". Without `strict` only what it refuses.
+    Such as "properties.path: Unknown format: path". Unless `strict`, only what it refuses.
     """
-    whole = _complaints(schema, strict)
-    found = []
-    for path, node in _nodes(schema) if whole else ():
-        own = {key: value for key, value in node.items() if key not in _NESTED}
+    if not (unplaced := _complaints(schema, strict)):
+        return []
+    placed = []
+    for path, node in _nodes(schema):
+        flat = {key: value for key, value in node.items() if key not in _NESTED}
         if patterns := _map(node, "patternProperties"):
-            own["patternProperties"] = dict.fromkeys(patterns, True)
-        found += [f"{path}: {words}" if path else words for words in _complaints(own, strict)]
-    return found or whole
+            flat["patternProperties"] = dict.fromkeys(patterns, True)
+        placed += [f"{path}: {words}" if path else words for words in _complaints(flat, strict)]
+    return placed or unplaced
 
 
 def _complaints(schema: Json, strict: bool = False) -> list[str]:
@@ -63,29 +65,29 @@ def _complaints(schema: Json, strict: bool = False) -> list[str]:
     return [" ".join(word for word in line.split() if word.strip("^"))[:200] for line in lines]
 
 
-class _Reader:
-    """Makes one schema `ready`."""
+class _Closer:
+    """Closes the objects of one schema."""
 
     def __init__(self, root: Json, strict: bool):
         self._root, self._strict = root, strict
-        self._open: Json = {}  # definitions as parts of an object that is closed as a whole
+        self._open: Json = {}  # definitions left open, as parts of an object that is closed
 
-    def whole(self) -> Json:
-        out = self._read(self._root)
-        out.pop("x-guidance", None)  # llguidance's own settings, which are not the client's
+    def schema(self) -> Json:
+        out = self._close(self._root)
+        out.pop("x-guidance", None)  # settings of llguidance; clients must not change them
         if self._open:
             out["$defs"] = _map(out, "$defs") | self._open
         return out
 
-    def _read(self, node: Any, part: bool = False) -> Any:
-        """part: another schema of the same value says which keys there are."""
+    def _close(self, node: Any, part: bool = False) -> Any:
+        """A closed copy. part: another schema of the same value decides about other keys."""
         if not isinstance(node, dict):
             return node
-        # An object whose keys are named in several places is closed here, and not in those.
+        # An object whose keys are named in several schemas is closed here, and not in those.
         sources = sum(key in node for key in ("properties", "anyOf", "oneOf", "$ref"))
         sources += len(_list(node, "allOf"))
         mixed = not part and sources > 1
-        out = _mapped(node, lambda key, _, one: self._read(one, (part or mixed) and key in _SAME))
+        out = _mapped(node, lambda key, _, one: self._close(one, (part or mixed) and key in _SAME))
         if (part or mixed) and (reference := _reference(node)):
             out["$ref"] = self._opened(reference)
         for key in () if self._strict else _unreadable(node):
@@ -94,13 +96,13 @@ class _Reader:
             out.setdefault("items" if "prefixItems" in out else "additionalItems", False)
         places = list(_places(node, self._root)) if mixed else [node]
         dropped = "patternProperties" in node and "patternProperties" not in out
-        if not part and not dropped and not any(map(_says, places)):
+        if not part and not dropped and not any(map(_decides_other_keys, places)):
             for key in _MAPS[:2] if mixed else ():
                 if names := {name: True for one in places for name in _map(one, key)}:
                     out[key] = names | _map(out, key)
             named = out.get("properties")
             if isinstance(named, dict) and "patternProperties" not in out and not self._strict:
-                # Keys that are required, but described nowhere.
+                # Keys that are required but not described.
                 required = [name for one in places for name in _list(one, "required")]
                 fresh = [name for name in required if isinstance(name, str) and name not in named]
                 out["properties"] = named | dict.fromkeys(fresh, True)
@@ -114,7 +116,7 @@ class _Reader:
         return out
 
     def _opened(self, reference: str) -> str:
-        """A reference to the same definition, left open; it may refer to itself."""
+        """A reference to the same definition, left open. A definition may refer to itself."""
         name = f"open-{hashlib.sha256(reference.encode()).hexdigest()[:16]}"
         if reference.startswith("#/$defs/open-"):  # of a schema that was made ready before
             name = reference.removeprefix("#/$defs/")
@@ -123,27 +125,27 @@ class _Reader:
             return reference
         if name not in self._open:
             self._open[name] = True
-            self._open[name] = self._read(target, part=True)
+            self._open[name] = self._close(target, part=True)
         return f"#/$defs/{name}"
 
 
-def _says(node: Json) -> bool:
-    """Whether a schema says what other keys there may be than it names."""
+def _decides_other_keys(node: Json) -> bool:
+    """Whether a schema itself says which keys there may be besides those that it names."""
     return "additionalProperties" in node or bool(node.get("unevaluatedProperties", False))
 
 
 def _unreadable(node: Json) -> list[str]:
     """Keywords whose regular expressions llguidance cannot read."""
-    found: list[str] = []
+    unreadable: list[str] = []
     for key in ("pattern", "patternProperties"):
         value = dict.fromkeys(_map(node, key), True) or node.get(key)
         if key in node and _complaints({key: value}):
-            found.append(key)
-    return found
+            unreadable.append(key)
+    return unreadable
 
 
 def _mapped(node: Json, change: Callable[[str, str, Any], Any]) -> Json:
-    """A copy in which change(keyword, place, schema) stands for every schema directly in it."""
+    """A copy whose direct sub-schemas are replaced by change(keyword, place, sub-schema)."""
     out = dict(node)
     for key, value in node.items():
         if key in _MAPS and isinstance(value, dict):
@@ -156,16 +158,16 @@ def _mapped(node: Json, change: Callable[[str, str, Any], Any]) -> Json:
 
 
 def _nodes(node: Any, path: str = "") -> list[tuple[str, Json]]:
-    """A schema and all within it, with their places."""
+    """The schema and all its sub-schemas, with their places."""
     if not isinstance(node, dict):
         return []
-    found = [(path, node)]
-    _mapped(node, lambda _, place, one: found.extend(_nodes(one, f"{path}.{place}".lstrip("."))))
-    return found
+    nodes = [(path, node)]
+    _mapped(node, lambda _, place, one: nodes.extend(_nodes(one, f"{path}.{place}".lstrip("."))))
+    return nodes
 
 
 def _places(node: Any, root: Json, seen: frozenset[str] = _NONE) -> Iterator[Json]:
-    """The schemas of the same value: this one, its alternatives and what it refers to."""
+    """All schemas of the same value: this one, its alternatives, and those that it refers to."""
     if not isinstance(node, dict):
         return
     yield node
@@ -182,7 +184,7 @@ def _reference(node: Json) -> str | None:
 
 
 def _target(reference: str, root: Json) -> Any:
-    """What "#/$defs/name" refers to; None where there is no such thing (llguidance says so)."""
+    """What "#/$defs/name" refers to; None if it does not exist, which llguidance reports."""
     node: Any = root
     try:
         for step in unquote(reference).removeprefix("#").split("/")[1:]:

@@ -1,4 +1,9 @@
-"""What the network says of given texts: log-probabilities of their tokens, and embeddings."""
+"""What the network computes for given texts: log-probabilities of their tokens, and embeddings.
+
+`score_tokens` is the one function for log-probabilities without a gradient. What must be rounded
+exactly as in training uses the trainer's functions (train/log_probs.py): the log-probabilities of
+DPO's reference model, the held-out loss, and `verify`, which compares the two.
+"""
 
 from collections.abc import Sequence
 
@@ -10,38 +15,51 @@ from openqwen.engine.generator import TopTokens
 from openqwen.engine.sampler import normalizers, top_tokens
 from openqwen.model import Packed, Qwen2
 
-_SCORED = 256  # tokens scored over the vocabulary at a time
-_PACKED = 8_192  # tokens embedded in one call, at most (one longer prompt alone may exceed it)
+SCORES = 2**24  # scores (tokens × vocabulary) computed at a time: 64 MiB of float32
+_PACKED = 8_192  # most tokens embedded in one call; a longer prompt goes alone
 
 
-def tell(
-    model: Qwen2, hidden_TD: Tensor, targets: Sequence[int], count: int, vocabulary: int
-) -> tuple[list[float], list[TopTokens]]:
-    """The log-probability of each target after its hidden state, and `count` of the likeliest
-    tokens there, which are among the first `vocabulary`."""
-    logprobs, top = list[float](), list[TopTokens]()
-    for start in range(0, len(targets), _SCORED):
-        targets_C1 = torch.tensor(targets[start : start + _SCORED], device=model.device)[:, None]
-        logits_CV = model.logits(hidden_TD[start : start + len(targets_C1)]).float()
-        normalizer_C = normalizers(logits_CV)
-        logprobs += (logits_CV.gather(1, targets_C1).squeeze(1) - normalizer_C).tolist()
-        logits_CV[:, vocabulary:] = -torch.inf
-        top += top_tokens(logits_CV, normalizer_C, [count] * len(targets_C1))
-    return logprobs, top
+def score_tokens(
+    model: Qwen2, hidden_ND: Tensor, targets_N: Tensor, top: int = 0, vocabulary: int | None = None
+) -> tuple[Tensor, list[TopTokens]]:
+    """Compute log-probabilities of tokens, without a gradient.
+
+    The head is applied to the given hidden states only, a bounded number of them at a time.
+
+    Args:
+        hidden_ND: the hidden state of the token before each target.
+        targets_N: ids of the tokens to score, int64.
+        top: how many of the likeliest tokens to list at each position.
+        vocabulary: the likeliest tokens have ids below this number; None allows all.
+
+    Returns:
+        The log-probabilities, float32 [N], and for each position its likeliest tokens.
+    """
+    rows = max(1, SCORES // model.config.vocab_size)
+    logprobs, likeliest = [], list[TopTokens]()
+    with torch.no_grad():
+        for hidden_CD, targets_C in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True):
+            logits_CV = model.logits(hidden_CD).float()
+            normalizer_C = normalizers(logits_CV)
+            logprobs.append(logits_CV.gather(1, targets_C[:, None]).squeeze(1) - normalizer_C)
+            if vocabulary is not None:
+                logits_CV[:, vocabulary:] = -torch.inf
+            likeliest += top_tokens(logits_CV, normalizer_C, [top] * len(targets_C))
+    return torch.cat(logprobs), likeliest
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not enter a training step
 def embeddings(model: Qwen2, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """The hidden state of each prompt's last token, of length 1: [B, D], float32."""
-    found: list[Tensor] = []
+    """The normalized hidden state of each prompt's last token: [B, D], float32."""
+    states: list[Tensor] = []
     batch: list[Sequence[int]] = []
     for number, ids in enumerate(prompts, 1):
         batch.append(ids)
         if number == len(prompts) or sum(map(len, batch)) + len(prompts[number]) > _PACKED:
-            packed = Packed.from_lengths([len(b) for b in batch]).to(model.device)
+            packed = Packed.from_lengths([len(ids) for ids in batch]).to(model.device)
             tokens_T = torch.tensor([i for ids in batch for i in ids], device=model.device)
             hidden_TD = model(tokens_T, packed.positions.to(model.device), packed)
             last_B = torch.tensor(packed.lengths, device=model.device).cumsum(0) - 1
-            found.append(F.normalize(hidden_TD[last_B].float(), dim=-1))
+            states.append(F.normalize(hidden_TD[last_B].float(), dim=-1))
             batch = []
-    return torch.cat(found) if found else torch.empty(0, model.config.hidden_size)
+    return torch.cat(states) if states else torch.empty(0, model.config.hidden_size)

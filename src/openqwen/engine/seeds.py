@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a draw is a function of a seed and a place, and of nothing else."""
+"""Counter-based random numbers: each draw is a function of a seed and a position only."""
 
 from collections.abc import Sequence
 
@@ -7,21 +7,21 @@ import numpy as np
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step between states
 
 
-def draws(seeds: Sequence[int], places: Sequence[int]) -> np.ndarray:
-    """Uniform numbers in [0, 1), one for each (seed, place).
+def draws(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
+    """Uniform numbers in [0, 1), one for each pair of a seed and a position; float64.
 
-    SplitMix64 (Steele et al. 2014): its first output for the seed starts the stream that the
-    places count through.
+    SplitMix64 (Steele et al. 2014): the first output for the seed is the start state of a stream,
+    and the position counts its outputs.
     """
     keys = _split_mix(np.array([seed & (2**64 - 1) for seed in seeds], np.uint64))
-    words = _split_mix(keys + np.array(places, np.uint64) * _GAMMA)
+    words = _split_mix(keys + np.array(positions, np.uint64) * _GAMMA)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def seed_of(seed: int, index: int) -> int:
-    """The seed of one of several answers under one seed: samples of a prompt, or prompts of a call.
+    """The seed of one of several answers (samples of a prompt, prompts of a call).
 
-    That of the first is the given one, so it is the answer that would be given alone.
+    The first has the given seed, so it is the answer that a single request gets.
     """
     if index == 0:
         return seed
@@ -30,10 +30,7 @@ def seed_of(seed: int, index: int) -> int:
 
 
 def _split_mix(state: np.ndarray) -> np.ndarray:
-    """SplitMix64's output after each state.
-
-    The constant is added first, since mixing alone maps 0 to 0.
-    """
+    """SplitMix64's output after each state. The constant is added first, as mixing maps 0 to 0."""
     x = state + _GAMMA
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openqwen.engine.score import score_tokens
 from openqwen.evaluate.intervals import ratio_interval
 from openqwen.model import Packed, Qwen2
 from openqwen.support.errors import OpenQwenError
@@ -15,7 +16,6 @@ from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
 
 _FORWARD_TOKENS = 8_192  # most tokens of one forward, except for a single longer window
-_LOGIT_ELEMENTS = 2**24  # logits held at once: 64 MiB of float32
 
 
 @dataclass
@@ -139,7 +139,8 @@ def _score(model: Qwen2, pack: Sequence[Window], device: torch.device | str) -> 
     tokens_T = torch.tensor([i for window in pack for i in window.inputs], device=device)
     hidden_TD = model(tokens_T, attention.positions.to(device), attention)
     targets = torch.tensor([t for window in pack for t in window.targets], device=device)
-    nats = _target_nats(model, hidden_TD[_scored_rows(pack).to(device)], targets)
+    logprobs, _ = score_tokens(model, hidden_TD[_scored_rows(pack).to(device)], targets)
+    nats = -logprobs.double()
     return [float(part.sum()) for part in nats.split([len(window.targets) for window in pack])]
 
 
@@ -150,19 +151,6 @@ def _scored_rows(pack: Sequence[Window]) -> Tensor:
         end += len(window.inputs)
         rows.append(torch.arange(end - len(window.targets), end))
     return torch.cat(rows)
-
-
-def _target_nats(model: Qwen2, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
-    """−log p(target) of each row in float64, the vocabulary computed for a bounded number of rows
-    at a time.
-    """
-    rows = max(1, _LOGIT_ELEMENTS // model.config.vocab_size)
-    parts = []
-    for hidden, targets in zip(hidden_SD.split(rows), targets_S.split(rows), strict=True):
-        logits = model.logits(hidden).float()
-        picked = logits.gather(1, targets[:, None]).squeeze(1)
-        parts.append((torch.logsumexp(logits, dim=1) - picked).double())
-    return torch.cat(parts)
 
 
 def within_budget(documents: Iterable[dict[str, Any]], budget: int) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from openqwen.engine import Engine, Output, Sampling
+from openqwen.engine.score import score_tokens
 from openqwen.model import Packed, Qwen2, load_model
 from openqwen.recipe.verify_ranks import gradient_over_ranks, missing_memory
 from openqwen.support.device import best_device
@@ -228,11 +229,10 @@ def _surprises(model: Qwen2, output: Output, vocabulary: int) -> int:
     ids = torch.tensor(output.prompt_ids + output.token_ids, device=model.device)[:-1]
     packed = Packed.from_lengths([len(ids)]).to(model.device)
     hidden = model(ids, packed.positions.to(model.device), packed)[len(output.prompt_ids) - 1 :]
-    scores = model.logits(hidden)[:, :vocabulary].float()
-    chosen = scores.gather(1, torch.tensor(output.token_ids, device=model.device)[:, None]).squeeze(
-        1
-    )
-    return int((scores.max(dim=1).values - chosen > _LOG_PROB).sum())
+    chosen = torch.tensor(output.token_ids, device=model.device)
+    logprobs, likeliest = score_tokens(model, hidden, chosen, 1, vocabulary)
+    best = torch.tensor([top[0][1] for top in likeliest])
+    return int((best - logprobs.cpu() > _LOG_PROB).sum())
 
 
 def _gradient(
