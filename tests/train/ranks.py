@@ -20,9 +20,9 @@ from openqwen.train.balance import balanced, with_loads
 from openqwen.train.conversations import Compared
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.parallel import ParallelConfig, join, load_for_training, whole_tensor
+from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.parallel import ParallelConfig, full_tensor, join, load_for_training
 from openqwen.train.reward import ScoredAnswers
-from openqwen.train.rows import Rows
 from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 SIZES = {
@@ -57,8 +57,7 @@ class Watched(Trainer):
         if self.gradient is None:
             found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
             dense = {
-                n: g.to_dense() if g.is_sparse else whole_tensor(g).clone()
-                for n, g in found.items()
+                n: g.to_dense() if g.is_sparse else full_tensor(g).clone() for n, g in found.items()
             }
             self.gradient = {n: g / count for n, g in dense.items()}
         return super()._norm_and_scale(count)
@@ -73,7 +72,7 @@ def documents(step):
 def rows(step):
     """Five micro-batches of one or two documents."""
     samples = [(ids, [1] * len(ids)) for ids in documents(step)]
-    return [Rows.of(samples[a:b]) for a, b in ((0, 2), (2, 3), (3, 4), (4, 6), (6, 7))]
+    return [PackedBatch.of(samples[a:b]) for a, b in ((0, 2), (2, 3), (3, 4), (4, 6), (6, 7))]
 
 
 def comparisons(step):
@@ -103,7 +102,7 @@ def work(kind, generators, folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", config.to_json())
             save_weights(model, folder)
-        join().wait()
+        join().barrier()
         model = load_for_training(folder)
         assert join().alone or next(model.parameters()).is_meta
     if kind == "adapters":
@@ -149,7 +148,7 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
     except Stop:
         return
     print(kind, *seen, {p.dtype for p in model.parameters()})
-    whole = trainer.whole()
+    whole = trainer.full_model()
     assert trainer.world.main or all(p.is_meta for p in whole.parameters())  # rank 0 alone holds it
     if trainer.world.main:
         save_file(
@@ -170,6 +169,6 @@ if __name__ == "__main__":
             torch.compiler.set_stance("force_eager")
         parallel = ParallelConfig(**{name: int(n) for name, n in (d.split("=") for d in degrees)})
         train(Path(sys.argv[1]) / case.replace(":", "-"), int(sys.argv[2]), kind, parallel)
-        join().wait()
+        join().barrier()
     if not join().alone:
         torch.distributed.destroy_process_group()

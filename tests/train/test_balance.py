@@ -24,8 +24,8 @@ from openqwen.train.balance import (
 from openqwen.train.compute import computing
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.packed_batch import PackedBatch, cut_to_budget
 from openqwen.train.pretrain import PretrainConfig, pretrain
-from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, SaveConfig
 
 
@@ -45,7 +45,9 @@ def samples(count, seed):
 
 
 def parts(data, budget):
-    return [Rows.of(data[cut]) for cut in cut_to_budget([len(ids) for ids, _ in data], budget)]
+    return [
+        PackedBatch.of(data[cut]) for cut in cut_to_budget([len(ids) for ids, _ in data], budget)
+    ]
 
 
 def route(layers, tokens, experts, active, seed):
@@ -146,7 +148,7 @@ def test_a_load_is_that_of_the_step_s_own_numbers(precision):
 
 def test_balance_off_leaves_the_loss_alone():
     model = tiny()
-    rows = Rows.of(samples(4, seed=5))
+    rows = PackedBatch.of(samples(4, seed=5))
     loss = balanced(lambda r, routing: next_token(model, r, routing), Balanced(rows), "off", 0.5)
     assert_close(loss.sum, next_token(model, rows).sum)
     assert loss.extras["next_token_loss"] == pytest.approx(loss.sum.item())

@@ -11,8 +11,8 @@ from torch import nn
 from training import Stop, network, trainer
 
 from openqwen.model import ModelConfig, Qwen2
-from openqwen.train.optimizer import Muon, OptimizerConfig, TableAdamW, optimizers
-from openqwen.train.rows import Rows
+from openqwen.train.optimizer import Muon, OptimizerConfig, TableAdamW, build_optimizers
+from openqwen.train.packed_batch import PackedBatch
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -34,13 +34,13 @@ def test_sparse_and_dense_adamw_give_the_same_bits(decay):
             :9
         ]  # sums of one row's gradients may round otherwise
         out = torch.randn(9, 24, generator=generator)
-        for table, mover in ((sparse, mine), (dense, theirs)):
-            for group in mover.param_groups:
+        for table, optimizer in ((sparse, mine), (dense, theirs)):
+            for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (step + 1)
             for part in (ids[:5], ids[5:]):  # two micro-batches
                 (table(part) * out[: len(part)]).sum().backward()
-            mover.step()
-            mover.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         assert torch.equal(sparse.weight, dense.weight), step
     state = mine.state[sparse.weight]
     seen = int((theirs.state[dense.weight]["exp_avg_sq"].sum(1) > 0).sum())
@@ -55,7 +55,7 @@ def model():
 def few(generators, step):
     """Micro-batches that look up few rows at first."""
     ids = generators["data"].integers(0, 5 + 2 * step, 9).tolist()
-    return [Rows.of([(ids, [1] * 9)]), Rows.of([(ids[::-1], [1] * 9)])]
+    return [PackedBatch.of([(ids, [1] * 9)]), PackedBatch.of([(ids[::-1], [1] * 9)])]
 
 
 def start(model, folder, stop_at=None):
@@ -75,15 +75,15 @@ def dense_everywhere(monkeypatch):
 
 
 def test_who_keeps_moments_of_what(model):
-    assert [type(m) for m in optimizers(model, OptimizerConfig())] == [
+    assert [type(m) for m in build_optimizers(model, OptimizerConfig())] == [
         torch.optim.AdamW,
         TableAdamW,
     ]
     tied = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True))
-    assert [type(m) for m in optimizers(tied, OptimizerConfig())] == [torch.optim.AdamW]
+    assert [type(m) for m in build_optimizers(tied, OptimizerConfig())] == [torch.optim.AdamW]
     held = {
         id(p)
-        for m in optimizers(model, OptimizerConfig(method="muon"))
+        for m in build_optimizers(model, OptimizerConfig(method="muon"))
         for g in m.param_groups
         for p in g["params"]
     }
@@ -95,7 +95,7 @@ def test_muon_moves_no_router_and_no_gate():
     model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, shared_expert_intermediate_size=20, **experts))
     (muon,) = (
         m
-        for m in optimizers(model, OptimizerConfig(method="muon"))
+        for m in build_optimizers(model, OptimizerConfig(method="muon"))
         if isinstance(m, torch.optim.Muon)
     )
     moved = {id(p) for group in muon.param_groups for p in group["params"]}
@@ -110,13 +110,13 @@ def test_muon_moves_what_pytorch_moves(model):
     ours = [p for n, p in model.named_parameters() if n.endswith("proj.weight")]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     settings = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    movers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    optimizers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
     for step in range(3):
         for a, b in zip(ours, theirs):
             a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(step))
             b.grad = a.grad.clone()
-        for mover in movers:
-            mover.step()
+        for optimizer in optimizers:
+            optimizer.step()
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 

@@ -19,9 +19,9 @@ from openqwen.support.generators import Generators
 from openqwen.train import data_stages
 from openqwen.train.data_stages import StagedTrainer
 from openqwen.train.losses import next_token
-from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
+from openqwen.train.optimizer import OptimizerConfig, build_optimizers, learning_rate
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain, stretches_of
-from openqwen.train.rows import Rows
 from openqwen.train.trainer import Place
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 1}
@@ -144,17 +144,20 @@ def test_stages_are_one_training_written_out(tmp_path):
     model = Qwen2(ModelConfig(128, 32, 48, 2, 2, 1, tie_word_embeddings=True))
     initialize(model, generators.torch("weights"))
     settings = config()
-    (adamw,) = optimizers(model, settings.train)
+    (adamw,) = build_optimizers(model, settings.train)
     for stretch in stretches_of(settings, SOURCES, generators, None):
         model.config = model.model.config = model.config.with_rope(
             stretch.stage.rope_theta, stretch.stage.data.context
         )
-        for step in range(stretch.pieces.steps):
-            losses = [next_token(model, Rows.of(samples)) for samples in stretch.pieces.batch(step)]
+        for step in range(stretch.dataset.steps):
+            losses = [
+                next_token(model, PackedBatch.of(samples))
+                for samples in stretch.dataset.batch(step)
+            ]
             (sum(x.sum for x in losses) / sum(x.count for x in losses)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in adamw.param_groups:
-                group["lr"] = learning_rate(stretch.stage.train, step, stretch.pieces.steps)
+                group["lr"] = learning_rate(stretch.stage.train, step, stretch.dataset.steps)
             adamw.step()
             adamw.zero_grad()
     trained = load_model(tmp_path / "output")
@@ -271,7 +274,7 @@ def test_held_out_text_is_measured_and_the_best_weights_are_kept(tmp_path, exper
     assert list(measured) == [1, 3, 5, 7, 9]
     assert min(measured.values()) == summary["best_validation_loss"] < measured[9]
     with torch.no_grad():
-        kept = next_token(load_model(tmp_path / "output"), Rows.of(held))
+        kept = next_token(load_model(tmp_path / "output"), PackedBatch.of(held))
     assert float(kept.sum) / kept.count == pytest.approx(summary["best_validation_loss"], rel=1e-5)
 
 

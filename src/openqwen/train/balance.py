@@ -16,8 +16,8 @@ from torch import Tensor
 from openqwen.model import Qwen2, Routing
 from openqwen.train.compute import Precision, computing
 from openqwen.train.losses import Loss
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.parallel import world_of
-from openqwen.train.rows import Rows
 
 Balance = Literal["global", "micro", "off"]
 
@@ -91,13 +91,13 @@ class Balanced:
     beforehand.
     """
 
-    rows: Rows
+    rows: PackedBatch
     load: Load | None = None
 
 
 def with_loads(
     model: Qwen2,
-    parts: Sequence[Rows],
+    parts: Sequence[PackedBatch],
     balance: Balance,
     precision: Precision = "auto",
 ) -> list[Balanced]:
@@ -114,13 +114,13 @@ def with_loads(
 
 
 @torch.no_grad()
-def measure_load(model: Qwen2, parts: Sequence[Rows], precision: Precision = "auto") -> Load:
+def measure_load(model: Qwen2, parts: Sequence[PackedBatch], precision: Precision = "auto") -> Load:
     """Where the tokens of some micro-batches go, all together; each rank reads its share of them.
 
     precision: the one that the network trains in, so that each token goes where the step sends it.
     """
     world, loads = world_of(model), []
-    for rows, counts in world.share(parts):
+    for rows, counts in world.local_micro_batches(parts):
         routing = Routing()
         with computing(precision, model.device):
             model(rows.tokens, rows.positions, rows.attention, routing)
@@ -132,7 +132,10 @@ def measure_load(model: Qwen2, parts: Sequence[Rows], precision: Precision = "au
 
 
 def balanced(
-    loss: Callable[[Rows, Routing], Loss], micro: Balanced, balance: Balance, coefficient: float
+    loss: Callable[[PackedBatch, Routing], Loss],
+    micro: Balanced,
+    balance: Balance,
+    coefficient: float,
 ) -> Loss:
     """A loss over tokens plus coefficient times the balance, and the router's numbers beside it.
 

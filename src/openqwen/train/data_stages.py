@@ -19,7 +19,7 @@ from openqwen.support.progress import console
 from openqwen.support.settings import Settings
 from openqwen.train.balance import Balance, Balanced
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
-from openqwen.train.pieces import DataConfig, Pieces
+from openqwen.train.packed_dataset import DataConfig, PackedDataset
 from openqwen.train.trainer import Trainer, TrainingConfig
 from openqwen.train.validation import ValidationConfig
 
@@ -164,7 +164,7 @@ class Stretch:
     """A data stage with its rows, and the step of the run at which it begins."""
 
     stage: Resolved
-    pieces: Pieces
+    pieces: PackedDataset
     first: int
 
 
@@ -184,13 +184,13 @@ class StagedTrainer(Trainer[Balanced]):
     def _step(
         self,
         step: int,
-        movers: Sequence[torch.optim.Optimizer],
+        optimizers: Sequence[torch.optim.Optimizer],
         earlier: Sequence[dict[str, float]],
     ) -> dict[str, float]:
         number, stretch = self.at(step)
         enter(self.model, stretch.stage)
         if len(self.stretches) == 1:
-            return super()._step(step, movers, earlier)
+            return super()._step(step, optimizers, earlier)
         if step == stretch.first:
             data = stretch.stage.data
             said = (
@@ -198,11 +198,11 @@ class StagedTrainer(Trainer[Balanced]):
                 f"{stretch.stage.rope_theta:,.0f}"
             )
             console.print(f"  data stage {stretch.stage.name}: {said}", markup=False)
-        return super()._step(step, movers, earlier) | {"data_stage": number + 1.0}
+        return super()._step(step, optimizers, earlier) | {"data_stage": number + 1.0}
 
     def _rate(self, step: int) -> float:
         _, stretch = self.at(step)
-        return learning_rate(stretch.stage.train, step - stretch.first, stretch.pieces.steps)
+        return learning_rate(stretch.stage.train, step - stretch.first, stretch.dataset.steps)
 
 
 def enter(model: Any, stage: Resolved) -> None:

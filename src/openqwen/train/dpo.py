@@ -26,9 +26,9 @@ from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
+from openqwen.train.packed_batch import PackedBatch, cut_to_budget
 from openqwen.train.parallel import join, load_for_training, world_of
 from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
-from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, Trainer
 
 
@@ -66,7 +66,7 @@ class Pairs:
     [answers].
     """
 
-    rows: Rows
+    rows: PackedBatch
     pairs: Tensor
     reference: Tensor
 
@@ -106,7 +106,7 @@ def reference_log_probs(
     found = torch.zeros(ends[-1])
     world = world_of(model)
     with progress(label, len(groups), "prompts") as bar:
-        for cut, counts in world.share(
+        for cut, counts in world.local_micro_batches(
             list(cut_to_budget([group.size for group in groups], micro_tokens))
         ):
             rows = branches([(group.prompt, group.answers) for group in groups[cut]], model.device)
@@ -158,7 +158,7 @@ def _cached_reference(
     model: Qwen2, groups: Sequence[Compared], config: DpoConfig, place: Place
 ) -> Tensor:
     path, world = place.scratch / "reference.safetensors", join()
-    if not world.agree(path.exists()):
+    if not world.broadcast(path.exists()):
         place.scratch.mkdir(parents=True, exist_ok=True)
         label, precision = f"{place.label} reference", config.train.precision
         values = reference_log_probs(model, groups, config.micro_tokens, label, precision)
@@ -167,7 +167,7 @@ def _cached_reference(
             with disk_errors(path):
                 save_file({"log_probs": values}, aside)
             aside.rename(path)
-        world.wait()
+        world.barrier()
     return load_file(path)["log_probs"]
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from openqwen.model import Qwen2, Routing
 from openqwen.train.log_probs import cross_entropy, log_probs
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.parallel import world_of
-from openqwen.train.rows import Rows
 
 
 @dataclass
@@ -24,14 +24,14 @@ class Loss:
     extras: dict[str, float] = field(default_factory=dict)
 
 
-def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Tensor:
+def token_log_probs(model: Qwen2, rows: PackedBatch, routing: Routing | None = None) -> Tensor:
     """Log-probabilities [N] of the rows' targets; `routing` is filled by experts."""
     return _scored(model, rows, routing, log_probs)
 
 
 def _scored(
     model: Qwen2,
-    rows: Rows,
+    rows: PackedBatch,
     routing: Routing | None,
     score: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
@@ -41,20 +41,20 @@ def _scored(
     hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
     # Where every token predicts one (pre-training), copying the rows would be waste.
     picked_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
-    shared = world_of(model).dealt(
+    shared = world_of(model).token_parallel(
         lambda hidden_ND, targets_N: score(hidden_ND, model.head_VD, targets_N)
     )
     return shared(picked_ND, rows.targets)
 
 
-def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
+def document_log_probs(model: Qwen2, rows: PackedBatch) -> Tensor:
     """Log-probability of each document's targets, summed over them: [documents]."""
     tokens_N = token_log_probs(model, rows)
     owner_N = torch.repeat_interleave(torch.tensor(rows.counts, device=tokens_N.device))
     return torch.zeros(len(rows.counts), device=tokens_N.device).index_add(0, owner_N, tokens_N)
 
 
-def next_token(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Loss:
+def next_token(model: Qwen2, rows: PackedBatch, routing: Routing | None = None) -> Loss:
     """Cross-entropy of every target: pre-training and SFT; `routing` is filled by experts."""
     return Loss(_scored(model, rows, routing, cross_entropy), len(rows.targets))
 

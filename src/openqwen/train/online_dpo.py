@@ -38,10 +38,10 @@ from openqwen.train.dpo import Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
+from openqwen.train.packed_batch import cut_to_budget
 from openqwen.train.parallel import copy_weights, join
 from openqwen.train.preferences import COMPARED
 from openqwen.train.reward import score_sequences
-from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
@@ -126,7 +126,7 @@ def online_dpo(
         )  # prompts are dealt to the ranks, and their answers told to all
         outputs = engine.generate(asked[mine], sampling, seeds=[int(s) for s in seeds[mine]])
         rewards = score_sequences(scorer, [_ids(o) for o in outputs], config.micro_tokens)
-        outputs, rewards = world.told(outputs), world.told(rewards)
+        outputs, rewards = world.gather(outputs), world.gather(rewards)
         sequences = [_ids(o) for o in outputs]
         slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
         ranks = (

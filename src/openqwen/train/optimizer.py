@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from openqwen.support.settings import Settings
 from openqwen.train.compute import Precision
 from openqwen.train.eight_bit import adamw8bit, in_blocks
-from openqwen.train.parallel import ParallelConfig, own_part, whole_tensor
+from openqwen.train.parallel import ParallelConfig, full_tensor, local_shard
 from openqwen.train.recompute import Recompute
 from openqwen.train.track import Tracker
 
@@ -114,7 +114,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.learning_rate * (config.final_share + (1.0 - config.final_share) * fall)
 
 
-def optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     """What moves a model's parameters: decayed matrices, undecayed vectors; in 8 bits or by Muon,
     its matrices apart.
 
@@ -192,14 +192,14 @@ class Muon(torch.optim.Muon):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        update = whole_tensor(gradient.lerp(mean, group["momentum"]))
+        update = full_tensor(gradient.lerp(mean, group["momentum"]))
         change = nn.Parameter(torch.zeros_like(update))
         change.grad = update
         plain = {"weight_decay": 0.0, "momentum": 0.0, "adjust_lr_fn": group["adjust_lr_fn"]}
         torch.optim.Muon([change], lr=group["lr"], **plain).step()
         local = matrix.to_local() if isinstance(matrix, DTensor) else matrix
         local.mul_(1 - group["lr"] * group["weight_decay"])
-        local.add_(own_part(change, matrix))
+        local.add_(local_shard(change, matrix))
 
 
 class TableAdamW(torch.optim.Optimizer):

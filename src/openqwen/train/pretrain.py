@@ -24,9 +24,9 @@ from openqwen.train.balance import Balanced, balanced, load_record, measure_load
 from openqwen.train.data_stages import Resolved, StagedConfig, StagedTrainer, Stretch, enter
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.packed_batch import PackedBatch, Sample, cut_to_budget
+from openqwen.train.packed_dataset import DataConfig, DocumentSampler, PackedDataset, TokenSource
 from openqwen.train.parallel import join, load_for_training
-from openqwen.train.pieces import DataConfig, Pieces, Supply, TokenSource
-from openqwen.train.rows import Rows, Sample, cut_to_budget
 from openqwen.train.shards import held_out, token_sources, weighted
 from openqwen.train.trainer import Place
 
@@ -129,8 +129,8 @@ def pretrain(
 
     def batch(step: int) -> list[Balanced]:
         _, stretch = trainer.at(step)
-        samples = stretch.pieces.batch(step - stretch.first)
-        rows = [Rows.of(micro, model.device) for micro in samples]
+        samples = stretch.dataset.batch(step - stretch.first)
+        rows = [PackedBatch.of(micro, model.device) for micro in samples]
         return with_loads(model, rows, balance, config.train.precision)
 
     def loss(micro: Balanced) -> Loss:
@@ -143,11 +143,11 @@ def pretrain(
 
     def name(step: int) -> str:
         _, stretch = trainer.at(step)
-        return stretch.pieces.name(step - stretch.first)
+        return stretch.dataset.name(step - stretch.first)
 
     def measured() -> list[Balanced]:
         cuts = cut_to_budget([len(ids) for ids, _ in held_out], config.data.micro_tokens)
-        return [Balanced(Rows.of(held_out[cut], model.device)) for cut in cuts]
+        return [Balanced(PackedBatch.of(held_out[cut], model.device)) for cut in cuts]
 
     trainer = StagedTrainer(
         place,
@@ -155,9 +155,9 @@ def pretrain(
         model,
         batch,
         loss,
-        steps=last.first + last.pieces.steps,
+        steps=last.first + last.dataset.steps,
         generators=generators,
-        timed=True,
+        log_mfu=True,
         name=name,
         held_out=measured if held_out else None,
         validation=config.validation,
@@ -205,10 +205,10 @@ def stretches_of(
     start: ModelConfig | None = None,
 ) -> list[Stretch]:
     """The rows of every data stage; an error names it. start: as in `StagedConfig.resolved`."""
-    supply, found, first = Supply(sources, generators), list[Stretch](), 0
+    sampler, found, first = DocumentSampler(sources, generators), list[Stretch](), 0
     for stage in config.resolved(start):
         try:
-            pieces = Pieces(supply, stage.data, generators, tokenizer)
+            pieces = PackedDataset(sampler, stage.data, generators, tokenizer)
         except OpenQwenError as error:
             if not stage.name:
                 raise
@@ -233,7 +233,7 @@ def _say_changes(own: ModelConfig, stage: Resolved) -> None:
 
 def _record(stretch: Stretch) -> dict[str, Any]:
     """A data stage in `data_stages.json`."""
-    stage, pieces = stretch.stage, stretch.pieces
+    stage, pieces = stretch.stage, stretch.dataset
     return {
         "name": stage.name,
         "first_step": stretch.first,

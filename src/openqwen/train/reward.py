@@ -21,8 +21,8 @@ from openqwen.train.conversations import Compared, Messages, answer, pair_number
 from openqwen.train.losses import Loss, bradley_terry
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
+from openqwen.train.packed_batch import PackedBatch, cut_to_budget
 from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
-from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, Trainer
 
 
@@ -40,7 +40,7 @@ class ScoredAnswers:
     pairs: [pairs, 2].
     """
 
-    rows: Rows
+    rows: PackedBatch
     last: Tensor
     pairs: Tensor
 

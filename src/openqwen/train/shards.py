@@ -10,9 +10,9 @@ from openqwen.corpus.documents import halves, read_documents
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json
 from openqwen.tokenizer import Tokenizer
+from openqwen.train.packed_batch import Sample
+from openqwen.train.packed_dataset import DataConfig
 from openqwen.train.parallel import join
-from openqwen.train.pieces import DataConfig
-from openqwen.train.rows import Sample
 
 
 def held_out(

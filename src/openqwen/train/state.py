@@ -76,8 +76,8 @@ class StateWriter:
         values = {"step": step, "generators": generators.state()}
         if self.world.main:
             fresh_folder(self.scratch / _ASIDE)
-        self.world.wait()
-        aside = self.world.agree(
+        self.world.barrier()
+        aside = self.world.broadcast(
             sum(t.nbytes for t in tensors.values()) <= _COPY_SHARE * free_memory()
         )
         if aside:
@@ -94,7 +94,7 @@ class StateWriter:
         self.wait()
         if self.world.main:
             fresh_folder(self.scratch / _ASIDE)
-        self.world.wait()
+        self.world.barrier()
         with disk_errors(self.scratch):
             self._write_tensors(_tensors(model, []))
         if self.world.main:

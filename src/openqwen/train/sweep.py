@@ -24,10 +24,10 @@ from openqwen.support.settings import Settings
 from openqwen.support.stage import CORPUS, TOKENIZER, TOKENS, Stage, StageRun
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.optimizer import BadStepConfig, OptimizerConfig
+from openqwen.train.packed_batch import Sample
+from openqwen.train.packed_dataset import DataConfig, TokenSource
 from openqwen.train.parallel import join
-from openqwen.train.pieces import DataConfig, TokenSource
 from openqwen.train.pretrain import NetworkConfig, PretrainConfig, network_config, pretrain
-from openqwen.train.rows import Sample
 from openqwen.train.scaling import Bowl, Cell, Fit, Optimum, fit_laws
 from openqwen.train.shards import held_out, token_sources, weighted
 from openqwen.train.trainer import Place

@@ -33,10 +33,10 @@ from openqwen.support.stage import StageRun
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.compute import LEVERS, compile_layers, computing, is_low, is_out_of_memory
 from openqwen.train.losses import Loss
-from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
+from openqwen.train.optimizer import OptimizerConfig, build_optimizers, learning_rate
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.parallel import World, join
 from openqwen.train.recompute import recompute
-from openqwen.train.rows import Rows
 from openqwen.train.state import StateWriter, load_best, load_state
 from openqwen.train.track import tracking
 from openqwen.train.validation import HELD_OUT, ValidationConfig, best_step
@@ -78,7 +78,7 @@ class Place:
         return cls(run.output, run.scratch, run.seed, run.label)
 
 
-Micro = TypeVar("Micro")  # Rows, or what has them as `rows`
+Micro = TypeVar("Micro")  # PackedBatch, or what has them as `rows`
 
 
 @dataclass
@@ -86,8 +86,8 @@ class Trainer(Generic[Micro]):
     """What training needs, whatever the stage. Under torchrun every rank holds one, and they train
     together.
 
-    generators: every one that `batch` or `loss` draws from; they are saved. timed: whether a step's
-    operations over its seconds are a share of the machine's peak: not where it does other work too.
+    generators: every one that `batch` or `loss` draws from; they are saved. log_mfu: whether
+    to log MFU; leave it out where a step does other work than training, such as sampling.
     name: says which records a step is made of, for the message about a bad one. held_out:
     micro-batches that nothing is learned from; their loss is measured as often as `validation`
     says.
@@ -100,16 +100,16 @@ class Trainer(Generic[Micro]):
     loss: Callable[[Micro], Loss]
     steps: int
     generators: Generators
-    timed: bool = False
+    log_mfu: bool = False
     name: Callable[[int], str] | None = None
     held_out: Callable[[], Sequence[Micro]] | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     world: World = field(default_factory=join)
 
     def __post_init__(self) -> None:
-        self.optimizer, self.label = self.config.train, self.place.label
+        self.optimizer_config, self.label = self.config.train, self.place.label
         self.output, self.scratch = self.place.output, self.place.scratch
-        self.whole: Callable[[], Qwen2 | Scorer] = lambda: (
+        self.full_model: Callable[[], Qwen2 | Scorer] = lambda: (
             self.model
         )  # after `run`: all of it, to be saved
         self._sharded = False
@@ -117,12 +117,12 @@ class Trainer(Generic[Micro]):
     def shard(self) -> None:
         """Divide the network over the ranks, once; `run` does so too, if nobody has."""
         if not self._sharded:
-            recompute(self.model, self.optimizer.recompute)
-            if self.optimizer.compile:
+            recompute(self.model, self.optimizer_config.recompute)
+            if self.optimizer_config.compile:
                 compile_layers(self.model)
-            self.world = self.world.arranged(self.optimizer.parallel, self.model)
-            self.whole = self.world.shard(
-                self.model, low=is_low(self.optimizer.precision, best_device())
+            self.world = self.world.with_mesh(self.optimizer_config.parallel, self.model)
+            self.full_model = self.world.shard(
+                self.model, low=is_low(self.optimizer_config.precision, best_device())
             )
             self._sharded = True
 
@@ -132,19 +132,19 @@ class Trainer(Generic[Micro]):
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.shard()
-        movers = optimizers(self.model, self.optimizer)
-        first = load_state(self.scratch, self.model, movers, self.generators, self.world)
+        optimizers = build_optimizers(self.model, self.optimizer_config)
+        first = load_state(self.scratch, self.model, optimizers, self.generators, self.world)
         metrics = _read_metrics(self.scratch / METRICS, before=first)
-        self.world.wait()  # every rank has read it
+        self.world.barrier()  # every rank has read it
         if self.world.main:
             write_text(self.scratch / METRICS, "".join(map(_line, metrics)))
         self.model.train()
         last_save = time.monotonic()
-        trackers = self.optimizer.track if self.world.main else []
+        trackers = self.optimizer_config.track if self.world.main else []
         with (
             freed_memory_kept(),
             # What autocast leaves in float32 need not be exact where bfloat16 is meant.
-            tf32(is_low(self.optimizer.precision, best_device())),
+            tf32(is_low(self.optimizer_config.precision, best_device())),
             tracking(trackers, self.scratch, self.label, first) as track,
             open(
                 self.scratch / METRICS if self.world.main else os.devnull,
@@ -156,7 +156,7 @@ class Trainer(Generic[Micro]):
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
             for step in range(first, self.steps):
-                entry = self._step(step, movers, metrics)
+                entry = self._step(step, optimizers, metrics)
                 if self.held_out and self.validation.due(step, self.steps):
                     entry[HELD_OUT] = self._held_out_loss(self.held_out())
                 log.write(_line(entry))
@@ -169,10 +169,10 @@ class Trainer(Generic[Micro]):
                     step + 1 < self.steps
                     and time.monotonic() - last_save >= self.config.save.seconds
                 )
-                if self.world.agree(due):
+                if self.world.broadcast(due):
                     if self.world.main:
                         os.fsync(log.fileno())  # the log is never behind the state
-                    writer.save(step + 1, self.model, movers, self.generators)
+                    writer.save(step + 1, self.model, optimizers, self.generators)
                     last_save = time.monotonic()
         best = best_step(metrics)
         if self.validation.outcome == "best" and best is not None:
@@ -181,11 +181,11 @@ class Trainer(Generic[Micro]):
         if self.world.main:
             self.output.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
-            for name in self.optimizer.track:
+            for name in self.optimizer_config.track:
                 shutil.copytree(self.scratch / name, self.output / name, dirs_exist_ok=True)
         clipped, moved = sum("clipped" in m for m in metrics), sum(map(_moved, metrics))
         if 2 * clipped > moved:
-            bound = f"a gradient norm of {self.optimizer.clip:g} (train.clip)"
+            bound = f"a gradient norm of {self.optimizer_config.clip:g} (train.clip)"
             told = f"  {self.label}: {clipped} of {moved} steps were clipped to {bound}"
             console.print(told, markup=False)
         return _summary(metrics)
@@ -195,14 +195,14 @@ class Trainer(Generic[Micro]):
 
         See `model`'s own.
         """
-        whole = self.whole()
+        whole = self.full_model()
         if self.world.main:
             save_checkpoint(whole, tokenizer, self.output, chat=chat)
 
     def _step(
         self,
         step: int,
-        movers: Sequence[torch.optim.Optimizer],
+        optimizers: Sequence[torch.optim.Optimizer],
         earlier: Sequence[dict[str, float]],
     ) -> dict[str, float]:
         start = time.perf_counter()
@@ -221,12 +221,12 @@ class Trainer(Generic[Micro]):
         why = self._bad(loss, norm, earlier) if micros else ""
         if why:
             self._stop_or_skip(step, rate, why, earlier)
-        for mover in movers:
-            for group in mover.param_groups:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
             if micros and not why:
-                self._move(mover, scale)
-            mover.zero_grad()
+                self._move(optimizer, scale)
+            optimizer.zero_grad()
         seconds = time.perf_counter() - start
         rows = [_fed(micro) for micro in micros]
         tokens = sum(len(r.tokens) + r.spared for r in rows)
@@ -241,21 +241,21 @@ class Trainer(Generic[Micro]):
             "peak_memory": peak_memory(self._device),
             **{name: value / count for name, value in extras.items()},
         }
-        if self.timed:
+        if self.log_mfu:
             entry["flops_per_second"] = sum(r.flops(self.model.config) for r in rows) / seconds
-            entry["peak_share"] = entry["flops_per_second"] / peak_flops(self._device)
+            entry["mfu"] = entry["flops_per_second"] / peak_flops(self._device)
         if why:
             entry["skipped"] = 1.0
-        elif norm > self.optimizer.clip:
+        elif norm > self.optimizer_config.clip:
             entry["clipped"] = 1.0
         return entry
 
     def _backward(self, step: int, micros: Sequence[Micro]) -> tuple[float, int, dict[str, float]]:
         """Sum gradients, losses, counts and extras over the micro-batches of all ranks."""
         total, count, extras = 0.0, 0, dict[str, float]()
-        for micro, counts in self.world.share(micros):
+        for micro, counts in self.world.local_micro_batches(micros):
             try:
-                with computing(self.optimizer.precision, self._device):
+                with computing(self.optimizer_config.precision, self._device):
                     loss = self.loss(micro)
                 (loss.sum * counts).backward()
             except Exception as error:
@@ -274,8 +274,8 @@ class Trainer(Generic[Micro]):
         """The mean loss over all targets of micro-batches."""
         self.model.eval()
         total, count = 0.0, 0
-        for micro, counts in self.world.share(micros):
-            with computing(self.optimizer.precision, self._device):
+        for micro, counts in self.world.local_micro_batches(micros):
+            with computing(self.optimizer_config.precision, self._device):
                 loss = self.loss(micro)
             total, count = total + loss.sum.item() * counts, count + loss.count * counts
         self.model.train()
@@ -286,7 +286,7 @@ class Trainer(Generic[Micro]):
         """What is wrong with a step, or nothing."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"the loss is {loss} and the gradient norm {norm}"
-        spike = self.optimizer.bad.spike
+        spike = self.optimizer_config.bad.spike
         usual = [m["gradient_norm"] for m in islice(filter(_moved, reversed(earlier)), _USUAL)]
         if spike and len(usual) == _USUAL and norm > spike * statistics.median(usual):
             return f"the gradient norm is {norm:.3g}, and {statistics.median(usual):.3g} is usual"
@@ -296,10 +296,12 @@ class Trainer(Generic[Micro]):
         self, step: int, rate: float, why: str, earlier: Sequence[dict[str, float]]
     ) -> None:
         where = f"step {step} of {self.label}{self._named(step)}"
-        before = list(islice(filter(_learned, reversed(earlier)), self.optimizer.bad.patience - 1))
-        endless = len(before) == self.optimizer.bad.patience - 1
+        before = list(
+            islice(filter(_learned, reversed(earlier)), self.optimizer_config.bad.patience - 1)
+        )
+        endless = len(before) == self.optimizer_config.bad.patience - 1
         endless = endless and all("skipped" in m for m in before)
-        if self.optimizer.bad.action == "stop" or endless:
+        if self.optimizer_config.bad.action == "stop" or endless:
             raise OpenQwenError(
                 f"At {where} {why}.",
                 where=self.scratch,
@@ -323,7 +325,7 @@ class Trainer(Generic[Micro]):
         return next(self.model.parameters()).device
 
     def _rate(self, step: int) -> float:
-        return learning_rate(self.optimizer, step, self.steps)
+        return learning_rate(self.optimizer_config, step, self.steps)
 
     def _named(self, step: int) -> str:
         return f" ({self.name(step)})" if self.name else ""
@@ -336,21 +338,21 @@ class Trainer(Generic[Micro]):
             if parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.coalesce()
         norm = self.world.norm(_gradients(self.model.parameters())) / count
-        return norm, min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
+        return norm, min(1.0, self.optimizer_config.clip / (norm + 1e-6)) / count
 
-    def _move(self, mover: torch.optim.Optimizer, scale: float) -> None:
+    def _move(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
         """Step by the gradients times `scale`, which the fused AdamW multiplies itself, while it
         reads them.
         """
-        parameters = [p for group in mover.param_groups for p in group["params"]]
-        if isinstance(mover, torch.optim.AdamW) and self.world.alone:
-            mover.grad_scale = torch.tensor(1.0 / scale, device=parameters[0].device)  # type: ignore[attr-defined]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if isinstance(optimizer, torch.optim.AdamW) and self.world.alone:
+            optimizer.grad_scale = torch.tensor(1.0 / scale, device=parameters[0].device)  # type: ignore[attr-defined]
         else:
             torch._foreach_mul_(_gradients(parameters), scale)
-        mover.step()
+        optimizer.step()
 
 
-def _fed(micro: Any) -> Rows:
+def _fed(micro: Any) -> PackedBatch:
     """What a micro-batch feeds."""
     return getattr(micro, "rows", micro)
 
@@ -364,8 +366,8 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 def _notes(entry: dict[str, float]) -> dict[str, str]:
     """The end of the live line."""
     notes = {"loss": f"{entry['loss']:.3f}", "speed": f"{entry['tokens_per_second']:,.0f} tokens/s"}
-    if "peak_share" in entry:
-        notes["of peak"] = f"{entry['peak_share']:.0%}"
+    if "mfu" in entry:
+        notes["MFU"] = f"{entry['mfu']:.0%}"
     return notes | {"memory": f"{entry['peak_memory'] / 2**30:.1f} GiB"}
 
 
@@ -401,7 +403,7 @@ def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
     """
     moved, count = list(filter(_moved, metrics)), max(1, len(metrics) // 20)
     tail = list(filter(_moved, metrics[-count:])) or moved[-count:] or metrics[-count:]
-    other = {"step", "seconds", "tokens", "tokens_per_second", "flops_per_second", "peak_share"}
+    other = {"step", "seconds", "tokens", "tokens_per_second", "flops_per_second", "mfu"}
     other |= {"learning_rate", "gradient_norm", "peak_memory", "skipped", "clipped", HELD_OUT}
     summary = {n: sum(m.get(n, 0.0) for m in tail) / len(tail) for n in tail[-1] if n not in other}
     summary["clipped_share"] = sum("clipped" in m for m in moved) / max(1, len(moved))
@@ -420,6 +422,6 @@ def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
     if HELD_OUT in last:
         best = min(m.get(HELD_OUT, math.inf) for m in metrics)
         summary |= {HELD_OUT: last[HELD_OUT], f"best_{HELD_OUT}": best}
-    if "peak_share" in tail[-1]:
-        summary["peak_share"] = sum(m.get("peak_share", 0.0) for m in tail) / len(tail)
+    if "mfu" in tail[-1]:
+        summary["mfu"] = sum(m.get("mfu", 0.0) for m in tail) / len(tail)
     return summary

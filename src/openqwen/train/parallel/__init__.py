@@ -6,10 +6,10 @@ from openqwen.train.parallel.degrees import ParallelConfig
 from openqwen.train.parallel.world import (
     World,
     copy_weights,
+    full_tensor,
     join,
     load_for_training,
-    own_part,
-    whole_tensor,
+    local_shard,
     world_of,
 )
 
@@ -17,9 +17,9 @@ __all__ = [
     "ParallelConfig",
     "World",
     "copy_weights",
+    "full_tensor",
     "join",
     "load_for_training",
-    "own_part",
-    "whole_tensor",
+    "local_shard",
     "world_of",
 ]

@@ -31,11 +31,11 @@ class Mesh:
         return self.same_rows.size()
 
     @property
-    def share(self) -> int:
-        """Which of the `shares` of a step's micro-batches is this rank's."""
+    def data_rank(self) -> int:
+        """Which of the `data_size` of a step's micro-batches is this rank's."""
         return self.whole.get_local_rank("data") * self.expert.size() + self.expert.get_local_rank()
 
     @property
-    def shares(self) -> int:
+    def data_size(self) -> int:
         """In how many parts a step's micro-batches are cut."""
         return self.whole.size() // self.copies

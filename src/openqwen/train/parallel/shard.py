@@ -8,10 +8,9 @@ whole.
   2023), so that each rank reads whole documents with its share of the heads. Every attention works
   as it is, packed and in dual chunks, and the ranks' work is even.
 - expert: a rank holds a share of each layer's experts; tokens travel to their experts and back.
-- The rest (embedding, head, norms, router) is whole everywhere, but tokens are dealt to the ranks
-that hold the same
-  ones (`dealt`), and FSDP2 shards it over all ranks. So the one `log_probs` scores the whole
-  vocabulary on every rank, and no softmax over a cut vocabulary is needed.
+- The rest (embedding, head, norms, router) is not cut. The ranks that hold the same tokens divide
+  them (`token_parallel`), and FSDP2 shards the weights over all ranks. So `log_probs` scores the
+  whole vocabulary on every rank, and no softmax over a cut vocabulary is needed.
 
 Gradients are summed, not averaged, since the parts of a gradient on all ranks are parts of one sum.
 """
@@ -52,7 +51,7 @@ from openqwen.model.weights import read_block
 from openqwen.support.errors import OpenQwenError
 from openqwen.train.parallel.mesh import Mesh
 
-Rows = TypeVar("Rows", bound=Callable[..., Tensor])
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
 def shard(model: Qwen2 | Scorer, mesh: Mesh, low: bool = False) -> None:
@@ -113,7 +112,7 @@ def _read_own(model: nn.Module, stored: Mapping[str, Stored], device: torch.devi
                 read_block(reader, stored, name, parameter.shape, place[1], local)
 
 
-def dealt(function: Rows, mesh: DeviceMesh | None) -> Rows:
+def token_parallel(function: Function, mesh: DeviceMesh | None) -> Function:
     """A function of rows, where the ranks of a mesh hold the same: each works on its share, all get
     the whole result.
 
@@ -159,7 +158,7 @@ def _sharded(x: Tensor, mesh: DeviceMesh, placement: Placement, shape: tuple[int
 
 
 def _deal(module: nn.Module, mesh: DeviceMesh) -> None:
-    module.forward = dealt(module.forward, mesh)
+    module.forward = token_parallel(module.forward, mesh)
 
 
 def _cut_matrices(layer: Layer, mesh: DeviceMesh) -> None:

@@ -1,8 +1,9 @@
 """The processes that train together: torch.distributed under torchrun, or this process alone.
 
-They stand on a mesh of four dimensions (see `Mesh`). Micro-batches are dealt over two of them, the
-other two share one micro-batch; sums and counts are added up, gradients summed, and only then is
-anything divided: so the gradient is the one that a single process computes, up to rounding (law 2).
+They stand on a mesh of four dimensions (see `Mesh`). Two of them divide the
+micro-batches of a step, the other two divide the work of one micro-batch. Losses, counts and
+gradients are summed over all ranks before anything is divided, so the gradient is the one that a
+single process computes, up to rounding (law 2).
 """
 
 import copy
@@ -27,11 +28,11 @@ from openqwen.model import Qwen2, Scorer, load_model
 from openqwen.support.device import best_device
 from openqwen.train.parallel.degrees import ParallelConfig, check
 from openqwen.train.parallel.mesh import Mesh
-from openqwen.train.parallel.shard import dealt, shard
+from openqwen.train.parallel.shard import shard, token_parallel
 
 Micro = TypeVar("Micro")
 Network = TypeVar("Network", bound=Qwen2 | Scorer)
-Rows = TypeVar("Rows", bound=Callable[..., Tensor])
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 for _module in (
     "_redistribute",
     "_collective_utils",
@@ -70,7 +71,7 @@ class World:
         """Ranks that work on the same micro-batch."""
         return self.mesh.copies if self.mesh else 1
 
-    def arranged(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
+    def with_mesh(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
         """These processes on a mesh of the given degrees. OpenQwenError where they do not fit."""
         check(parallel, model.config, self.size)
         return (
@@ -97,13 +98,13 @@ class World:
         _WORLDS[model] = self
 
         def whole() -> Network:
-            state = self.gathered(model.state_dict())
+            state = self.full_state_dict(model.state_dict())
             blueprint.load_state_dict(state, assign=True, strict=self.main)
             return blueprint
 
         return whole
 
-    def share(self, micros: Sequence[Micro]) -> list[tuple[Micro, bool]]:
+    def local_micro_batches(self, micros: Sequence[Micro]) -> list[tuple[Micro, bool]]:
         """This rank's micro-batches of a step, each with whether it counts.
 
         Every rank gets equally many, since a forward pass of a sharded network is a common act:
@@ -112,7 +113,7 @@ class World:
         if not micros:
             return []
         number, numbers = (
-            (self.mesh.share, self.mesh.shares) if self.mesh else (self.rank, self.size)
+            (self.mesh.data_rank, self.mesh.data_size) if self.mesh else (self.rank, self.size)
         )
         rounds = -(-len(micros) // numbers)
         mine = list(micros[number::numbers])
@@ -147,41 +148,39 @@ class World:
         squares = sum(norm**2 * ranks / self.size for ranks, norm in norms.items())
         return math.sqrt(self.total([squares])[0] * self.copies)
 
-    def dealt(self, function: Rows) -> Rows:
+    def token_parallel(self, function: Function) -> Function:
         """A function of rows whose work is shared by the ranks that hold the same rows.
 
-        See `shard.dealt`.
+        See `shard.token_parallel`.
         """
-        return dealt(function, self.mesh.same_rows if self.mesh else None)
+        return token_parallel(function, self.mesh.same_rows if self.mesh else None)
 
-    def told(self, mine: Sequence[Micro]) -> list[Micro]:
-        """A list that was dealt to the ranks one by one, in its order, from what each made of its
-        own.
-        """
+    def gather(self, mine: Sequence[Micro]) -> list[Micro]:
+        """Gather per-rank lists in original order: rank r holds items r, r + size, r + 2 size, …"""
         if self.alone:
             return list(mine)
         parts: list[list[Micro]] = [[] for _ in range(self.size)]
         dist.all_gather_object(parts, list(mine))
         return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def full_state_dict(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Gather tensors one by one to rank 0's CPU; the other ranks keep none of them."""
         found = {}
         for name, tensor in tensors.items():
-            whole = whole_tensor(tensor)  # by every rank
+            whole = full_tensor(tensor)  # by every rank
             if self.main:
                 found[name] = whole.cpu()
         return found
 
-    def agree(self, wish: bool) -> bool:
-        """Rank 0's wish, on every rank."""
+    def broadcast(self, value: bool) -> bool:
+        """Rank 0's value, on every rank."""
         if self.alone:
-            return wish
-        said = torch.tensor([wish], dtype=torch.int32, device=best_device())
-        dist.broadcast(said, src=0)
-        return bool(said.item())
+            return value
+        flag = torch.tensor([value], dtype=torch.int32, device=best_device())
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every rank has come here."""
         if not self.alone:
             dist.barrier()
@@ -198,7 +197,7 @@ def copy_weights(model: nn.Module, copied: nn.Module) -> None:
     """
     places = dict(copied.named_parameters())
     for name, parameter in model.named_parameters():
-        places[name].copy_(whole_tensor(parameter))
+        places[name].copy_(full_tensor(parameter))
 
 
 def load_for_training(source: str | Path) -> Qwen2:
@@ -213,12 +212,12 @@ def world_of(model: nn.Module) -> World:
     return _WORLDS.get(model, World())
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(whole: Tensor, sharded: Tensor) -> Tensor:
+def local_shard(whole: Tensor, sharded: Tensor) -> Tensor:
     """The part of a whole tensor that this rank holds of a sharded one; all where it is whole."""
     if isinstance(sharded, DTensor):
         mesh, placements = sharded.device_mesh, sharded.placements

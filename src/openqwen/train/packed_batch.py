@@ -16,7 +16,7 @@ Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 
 
 @dataclass
-class Rows:
+class PackedBatch:
     """Packed documents of one forward call. The last token of a document predicts nothing and is
     not fed.
 
@@ -39,7 +39,7 @@ class Rows:
     @classmethod
     def of(
         cls, samples: Sequence[Sample], device: torch.device | str = "cpu", share: bool = False
-    ) -> "Rows":
+    ) -> "PackedBatch":
         """Lay out samples of at least two tokens each. share: compute a common beginning (a system
         prompt) once.
         """

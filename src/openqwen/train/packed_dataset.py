@@ -12,7 +12,7 @@ from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.fill_in_middle import marker_ids
 from openqwen.train.fill_in_middle import fill_in_middle
-from openqwen.train.rows import Sample, cut_to_budget
+from openqwen.train.packed_batch import Sample, cut_to_budget
 
 _ROW = 4_096  # Qwen2's context in pre-training
 
@@ -72,7 +72,7 @@ class TokenSource(Protocol):
         ...
 
 
-class Supply:
+class DocumentSampler:
     """The documents of every source without end: shuffled, and shuffled again when they have all
     been given.
 
@@ -109,7 +109,7 @@ class Supply:
         return np.concatenate(chosen)
 
 
-class Pieces:
+class PackedDataset:
     """The rows of one data stage.
 
     The chosen documents lie end to end in one imagined stream; a row is a stretch of it that
@@ -121,15 +121,15 @@ class Pieces:
 
     def __init__(
         self,
-        supply: Supply,
+        sampler: DocumentSampler,
         config: DataConfig,
         generators: Generators,
         tokenizer: Tokenizer | None = None,
     ):
-        self._names = sorted(supply.sources)
-        self.sources = [supply.sources[name] for name in self._names]
+        self._names = sorted(sampler.sources)
+        self.sources = [sampler.sources[name] for name in self._names]
         self.config, self._tokenizer = config, tokenizer
-        parts = self._isolated(supply) if config.isolated else self._joined(supply)
+        parts = self._isolated(sampler) if config.isolated else self._joined(sampler)
         # [D] each: source, number in it, tokens read of it, and the length of the rows that it
         # stands in.
         self._source, self._number, self._sizes, self._row = np.concatenate(parts, axis=1).astype(
@@ -164,30 +164,30 @@ class Pieces:
         self._starts = np.append(np.unique(starts), len(self.rows))
         self.steps = len(self._starts) - 1
 
-    def _joined(self, supply: Supply) -> list[np.ndarray]:
+    def _joined(self, sampler: DocumentSampler) -> list[np.ndarray]:
         parts = []
-        for number, (name, quota) in enumerate(_quotas(supply.sources, self.config).items()):
-            lengths = supply.sources[name].lengths
-            documents = supply.take(name, quota, np.where(lengths < 2, 0, lengths))
+        for number, (name, quota) in enumerate(_quotas(sampler.sources, self.config).items()):
+            lengths = sampler.sources[name].lengths
+            documents = sampler.take(name, quota, np.where(lengths < 2, 0, lengths))
             parts.append(_plan(number, documents, lengths[documents], self.config.row))
         return parts
 
-    def _isolated(self, supply: Supply) -> list[np.ndarray]:
+    def _isolated(self, sampler: DocumentSampler) -> list[np.ndarray]:
         """Rows of the longest lengths are full ones from documents that have so many tokens; the
         shortest takes all.
         """
-        quotas = _quotas(supply.sources, self.config)
+        quotas = _quotas(sampler.sources, self.config)
         *longer, (shortest, _) = sorted(
             self.config.lengths.items() or {self.config.row: 1.0}.items(), reverse=True
         )
-        asked = _from_long_documents(supply.sources, quotas, dict(longer))
+        asked = _from_long_documents(sampler.sources, quotas, dict(longer))
         parts = []
         for number, (name, quota) in enumerate(quotas.items()):
-            learned = (supply.sources[name].lengths - 1).clip(0)
+            learned = (sampler.sources[name].lengths - 1).clip(0)
             rest = float(quota)
             for length, tokens in asked[name].items():
                 full = learned // length * length
-                documents = supply.take(name, tokens, full, f".{length}")
+                documents = sampler.take(name, tokens, full, f".{length}")
                 rest -= full[documents].sum()
                 # What is over of a long document is read as a shorter row, as far as there is room
                 # for those.
@@ -195,7 +195,7 @@ class Pieces:
                 read = full[documents] + np.where(over.cumsum() <= rest, over, 0)
                 rest -= (read - full[documents]).sum()
                 parts.append(_plan(number, documents, read + 1, length))
-            documents = supply.take(name, rest, learned)
+            documents = sampler.take(name, rest, learned)
             parts.append(_plan(number, documents, learned[documents] + 1, shortest))
         return parts
 
