@@ -144,7 +144,7 @@ def test_the_verdict_states_law_interval_and_reach():
         cell for cell in law_cells() if cell["batch_tokens"] < 0.5 * cell["tokens"] ** 0.6 * 1.5
     ]
     assert any(
-        "hold at a batch size on the edge" in note
+        "are optima for a batch size on the edge" in note
         for note in judge(low_batches, config, 1)["notes"]
     )
     assert "62 times the largest network and 25 times the data" in result["notes"][-1]
