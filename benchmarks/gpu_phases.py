@@ -31,9 +31,10 @@ from openqwen.recipe.verify import all_proofs
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from openqwen.train.losses import next_token, token_log_probs
+from openqwen.train.metrics import METRICS
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.packed_batch import PackedBatch
-from openqwen.train.trainer import METRICS, Place, SaveConfig, Trainer, TrainingConfig
+from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 Row = dict[str, Any]
 CUDA = torch.device(os.environ.get("GPU_CHECK_DEVICE", "cuda"))  # tests run phases on a CPU

@@ -16,7 +16,7 @@ from openqwen.model import DualChunk, ModelConfig, Qwen2, Scorer, initialize, sa
 from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
-from openqwen.train.balance import balanced, with_loads
+from openqwen.train.balance import with_balance, with_loads
 from openqwen.train.conversations import Compared
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
@@ -56,9 +56,7 @@ class Watched(Trainer):
     def _norm_and_scale(self, count):
         if self.gradient is None:
             found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-            dense = {
-                n: g.to_dense() if g.is_sparse else full_tensor(g).clone() for n, g in found.items()
-            }
+            dense = {n: full_tensor(g).clone() for n, g in found.items()}
             self.gradient = {n: g / count for n, g in dense.items()}
         return super()._norm_and_scale(count)
 
@@ -81,8 +79,8 @@ def comparisons(step):
     return [ScoredAnswers.of(groups[a:b], torch.device("cpu")) for a, b in ((0, 2), (2, 3), (3, 5))]
 
 
-def work(kind, generators, folder):
-    """A network, its micro-batches of a step, and its loss."""
+def work(kind, generators, folder, parallel):
+    """A network, its world, its micro-batches of a step, and its loss."""
     more = (
         EXPERTS
         if kind == "experts"
@@ -94,6 +92,7 @@ def work(kind, generators, folder):
     config = ModelConfig(64, width, 48, **SIZES, **more)
     model = Scorer(config) if kind == "reward" else Qwen2(config)
     initialize(model, generators.torch("weights"))
+    world = join().with_mesh(parallel, model)
     if kind not in (
         "adapters",
         "reward",
@@ -108,13 +107,14 @@ def work(kind, generators, folder):
     if kind == "adapters":
         add_adapters(model, LoraConfig(rank=2), generators.torch("lora"))
     if kind == "reward":
-        return model, comparisons, lambda answers: answers.loss(model)
+        return model, world, comparisons, lambda answers: answers.loss(model)
     if kind == "experts":
-        loss = lambda micro: balanced(
-            lambda r, routing: next_token(model, r, routing), micro, "global", 0.1
+        loss = lambda micro: with_balance(
+            lambda r, routing: next_token(model, r, routing, world), micro, "global", 0.1
         )
-        return model, lambda step: with_loads(model, rows(step), "global"), loss
-    return model, rows, lambda micro: next_token(model, micro)
+        batch = lambda step: with_loads(model, rows(step), "global", "auto", world)
+        return model, world, batch, loss
+    return model, world, rows, lambda micro: next_token(model, micro, world=world)
 
 
 seen = set()  # dtypes of weights as a layer gets them
@@ -124,7 +124,7 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
     """Train four steps; stop before step `stop_at`."""
     generators, low, muon = Generators(5), kind.startswith("low-"), kind.startswith("muon-")
     plain = kind.removeprefix("low-").removeprefix("muon-")
-    model, micros, loss = work(plain, generators, folder / "start")
+    model, world, micros, loss = work(plain, generators, folder / "start", parallel)
     model.model.layers[0].register_forward_pre_hook(
         lambda layer, _: seen.add(next(layer.parameters()).dtype)
     )
@@ -142,7 +142,7 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
     )
     config = TrainingConfig(train=train, save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9))
     place = Place(folder / "output", folder, 5, "ranks")
-    trainer = Watched(place, config, model, batch, loss, STEPS, generators)
+    trainer = Watched(place, config, model, batch, loss, STEPS, generators, world=world)
     try:
         trainer.run()
     except Stop:

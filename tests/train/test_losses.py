@@ -12,12 +12,13 @@ import torch
 from torch.testing import assert_close
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.support.batching import cut_to_budget
 from openqwen.train import log_probs as module
 from openqwen.train.conversations import compared
 from openqwen.train.dpo import Pairs, reference_log_probs
 from openqwen.train.log_probs import cross_entropy, log_probs
 from openqwen.train.losses import bradley_terry, document_log_probs, next_token
-from openqwen.train.packed_batch import PackedBatch, cut_to_budget
+from openqwen.train.packed_batch import PackedBatch
 
 
 def tiny(seed=0):

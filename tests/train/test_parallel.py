@@ -249,8 +249,12 @@ def test_every_rank_gets_as_many_micro_batches():
 @pytest.mark.parametrize(
     ("degrees", "size", "what"),
     [
-        ({"tensor": 8}, 8, "4 key/value heads cannot be dealt to 8 ranks"),
-        ({"tensor": 2, "context": 4}, 8, "14 query heads of a rank cannot be dealt to 4 ranks"),
+        ({"tensor": 8}, 8, "4 key/value heads cannot be divided among 8 ranks"),
+        (
+            {"tensor": 2, "context": 4},
+            8,
+            "14 query heads of a rank cannot be divided among 4 ranks",
+        ),
         ({"expert": 2}, 2, "A dense network has no experts"),
         ({"tensor": 2}, 3, "3 processes are no multiple of tensor x expert x context = 2"),
         ({"context": 2}, 1, "1 process is no multiple"),

@@ -363,6 +363,20 @@ def test_operations_are_those_of_the_closed_form(tmp_path):
     assert next(iter(summary)) == "loss"
 
 
+def test_a_log_of_an_earlier_version_goes_on_with_mfu(tmp_path):
+    with pytest.raises(Stop):
+        trainer(tmp_path, stop_at=6).run()
+    log = tmp_path / "metrics.jsonl"
+    entries = [json.loads(line) | {"peak_share": 0.5} for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    one = trainer(tmp_path)
+    one.log_mfu = True
+    one.run()
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [entry["mfu"] for entry in entries[:6]] == [0.5] * 6
+    assert all("mfu" in entry and "peak_share" not in entry for entry in entries)
+
+
 def test_gradient_is_clipped_to_the_norm(tmp_path):
     one = trainer(tmp_path, steps=1)
     one.optimizer_config = OptimizerConfig(learning_rate=1e-2, clip=0.01)
@@ -382,7 +396,7 @@ def test_a_step_moves_by_the_scaled_gradient(tmp_path):
     for p, q in zip(one.model.parameters(), two.model.parameters()):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         q.grad = p.grad * 0.125
-    one._move(fused, 0.125)
+    one._update(fused, 0.125)
     for group in plain.param_groups:
         group["params"] = [p for p in group["params"] if p.dim() > 1]
     plain.step()

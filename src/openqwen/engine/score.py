@@ -9,6 +9,7 @@ from torch import Tensor
 from openqwen.engine.generator import TopTokens
 from openqwen.engine.sampler import normalizers, top_tokens
 from openqwen.model import Packed, Qwen2
+from openqwen.support.batching import cut_to_budget
 
 _SCORED = 256  # tokens scored over the vocabulary at a time
 _PACKED = 8_192  # tokens embedded in one call, at most (one longer prompt alone may exceed it)
@@ -34,14 +35,10 @@ def tell(
 def embeddings(model: Qwen2, prompts: Sequence[Sequence[int]]) -> Tensor:
     """The hidden state of each prompt's last token, of length 1: [B, D], float32."""
     found: list[Tensor] = []
-    batch: list[Sequence[int]] = []
-    for number, ids in enumerate(prompts, 1):
-        batch.append(ids)
-        if number == len(prompts) or sum(map(len, batch)) + len(prompts[number]) > _PACKED:
-            packed = Packed.from_lengths([len(b) for b in batch]).to(model.device)
-            tokens_T = torch.tensor([i for ids in batch for i in ids], device=model.device)
-            hidden_TD = model(tokens_T, packed.positions.to(model.device), packed)
-            last_B = torch.tensor(packed.lengths, device=model.device).cumsum(0) - 1
-            found.append(F.normalize(hidden_TD[last_B].float(), dim=-1))
-            batch = []
+    for cut in cut_to_budget([len(ids) for ids in prompts], _PACKED):
+        packed = Packed.from_lengths([len(ids) for ids in prompts[cut]]).to(model.device)
+        tokens_T = torch.tensor([i for ids in prompts[cut] for i in ids], device=model.device)
+        hidden_TD = model(tokens_T, packed.positions.to(model.device), packed)
+        last_B = torch.tensor(packed.lengths, device=model.device).cumsum(0) - 1
+        found.append(F.normalize(hidden_TD[last_B].float(), dim=-1))
     return torch.cat(found) if found else torch.empty(0, model.config.hidden_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from openqwen.evaluate.intervals import ratio_interval
 from openqwen.model import Packed, Qwen2
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
@@ -97,7 +98,8 @@ def bits_per_byte(
     with progress(
         "bits per byte", sum(len(stretch.targets) for stretch in stretches), "tokens"
     ) as work:
-        for pack in _packs(stretches):
+        for cut in cut_to_budget([len(stretch.inputs) for stretch in stretches], _FORWARD_TOKENS):
+            pack = stretches[cut]
             for window, nats in zip(pack, _score(model, pack, device), strict=True):
                 result.bits[window.document] += nats / math.log(2)
                 result.tokens += len(window.targets)
@@ -118,20 +120,6 @@ def windows(ids: Sequence[int], first: int, context: int, document: int = 0) -> 
         end = min(start + context, len(ids))
         yield Window(sequence[start:end], sequence[scored + 1 : end + 1], document)
         scored, start = end, start + context // 2
-
-
-def _packs(stream: Iterable[Window]) -> Iterator[list[Window]]:
-    """Group windows into forwards of at most `_FORWARD_TOKENS` inputs."""
-    pack: list[Window] = []
-    total = 0
-    for window in stream:
-        if pack and total + len(window.inputs) > _FORWARD_TOKENS:
-            yield pack
-            pack, total = [], 0
-        pack.append(window)
-        total += len(window.inputs)
-    if pack:
-        yield pack
 
 
 def _score(model: Qwen2, pack: Sequence[Window], device: torch.device | str) -> list[float]:

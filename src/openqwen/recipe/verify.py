@@ -19,6 +19,7 @@ from torch import Tensor
 from openqwen.engine import Engine, Output, Sampling
 from openqwen.model import Packed, Qwen2, load_model
 from openqwen.recipe.verify_ranks import gradient_over_ranks, missing_memory
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -28,7 +29,7 @@ from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import conversation
 from openqwen.train.losses import next_token, token_log_probs
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.packed_batch import PackedBatch, Sample, cut_to_budget
+from openqwen.train.packed_batch import PackedBatch, Sample
 from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 _LOSS, _GRADIENT, _LOG_PROB = 1e-5, 1e-4, 1e-4  # relative, relative, absolute

@@ -58,7 +58,7 @@ def _rank(
     world.shard(model)
     count = 0
     for micro, counts in world.local_micro_batches(micros):
-        loss = next_token(model, PackedBatch.of(micro, model.device))
+        loss = next_token(model, PackedBatch.of(micro, model.device), world=world)
         (loss.sum * counts).backward()
         count += loss.count * counts
     (total,) = world.total([count])

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from openqwen.engine import Engine, Output, Sampling
 from openqwen.model import load_model, load_scorer
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -38,7 +39,6 @@ from openqwen.train.dpo import Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
-from openqwen.train.packed_batch import cut_to_budget
 from openqwen.train.parallel import copy_weights, join
 from openqwen.train.preferences import COMPARED
 from openqwen.train.reward import score_sequences
@@ -102,7 +102,7 @@ def online_dpo(
     model = load_model(start, device=device)
     reference = copy.deepcopy(model).requires_grad_(False)
     scorer = load_scorer(reward_model, device=device)
-    world = join()
+    world = join().with_mesh(config.train.parallel, model)
     actor = (
         model if world.alone else copy.deepcopy(model).requires_grad_(False)
     )  # whole where the other is sharded
@@ -155,11 +155,11 @@ def online_dpo(
     def loss(episode: Episode) -> Loss:
         with torch.no_grad():
             episode.reference = document_log_probs(reference, episode.rows)
-        value = episode.loss(model, config.beta)
+        value = episode.loss(model, config.beta, world=world)
         value.extras |= {"reward": episode.rewards, "length": episode.lengths}
         return value
 
-    trainer = Trainer(place, config, model, batch, loss, config.steps, generators)
+    trainer = Trainer(place, config, model, batch, loss, config.steps, generators, world=world)
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics

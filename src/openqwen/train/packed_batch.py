@@ -1,6 +1,6 @@
 """Micro-batches: documents laid end to end, with what each token shall predict."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -132,17 +132,3 @@ def common_beginning(samples: Sequence[Sample], least: int = 8) -> int:
     )
     shared = int((alike & quiet).cumprod().sum())
     return shared if shared >= least else 0
-
-
-def cut_to_budget(sizes: Sequence[int], budget: int) -> Iterator[slice]:
-    """Cut a list of documents, in order, into runs of at most `budget` tokens (one longer document
-    stands alone).
-    """
-    start = total = 0
-    for n, size in enumerate(sizes):
-        if total and total + size > budget:
-            yield slice(start, n)
-            start, total = n, 0
-        total += size
-    if total:
-        yield slice(start, len(sizes))

@@ -107,6 +107,8 @@ def sft(
             )
         add_adapters(model, config.lora, generators.torch("lora"))
 
+    world = join().with_mesh(config.train.parallel, model)
+
     def rows(chosen: Sequence[Sample]) -> list[PackedBatch]:
         packs = pack([len(ids) for ids, _ in chosen], config.micro_tokens)
         return [
@@ -119,13 +121,14 @@ def sft(
         config,
         model,
         batch=lambda step: rows([data.samples[i] for i in order.batch(step)]),
-        loss=lambda rows: next_token(model, rows),
+        loss=lambda rows: next_token(model, rows, world=world),
         steps=order.steps,
         generators=generators,
         log_mfu=True,
         name=lambda step: f"records {', '.join(str(data.numbers[i]) for i in order.batch(step))}",
         held_out=(lambda: rows(held_out.samples)) if held_out else None,
         validation=config.validation,
+        world=world,
     )
     metrics = trainer.run()
     if config.lora.rank:

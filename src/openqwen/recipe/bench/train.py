@@ -21,6 +21,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl, write_json
@@ -30,11 +31,12 @@ from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from openqwen.tokenizer.messages import demonstration
 from openqwen.train.losses import next_token
+from openqwen.train.metrics import METRICS
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.packed_batch import PackedBatch, cut_to_budget
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.recompute import Recompute
 from openqwen.train.sft import SftConfig, sft
-from openqwen.train.trainer import METRICS, Place, SaveConfig, Trainer, TrainingConfig
+from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 Kind = Literal["sft", "pretrain"]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"

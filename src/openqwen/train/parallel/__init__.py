@@ -1,19 +1,18 @@
-"""Training over many processes: how many share what, and the same loss and gradient as one process
-computes.
-"""
+"""Training over many processes, with the same loss and gradient as one process computes."""
 
 from openqwen.train.parallel.degrees import ParallelConfig
 from openqwen.train.parallel.world import (
+    ALONE,
     World,
     copy_weights,
     full_tensor,
     join,
     load_for_training,
     local_shard,
-    world_of,
 )
 
 __all__ = [
+    "ALONE",
     "ParallelConfig",
     "World",
     "copy_weights",
@@ -21,5 +20,4 @@ __all__ = [
     "join",
     "load_for_training",
     "local_shard",
-    "world_of",
 ]
