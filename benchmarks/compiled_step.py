@@ -17,8 +17,8 @@ from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.recipe.bench.train import _SMALL
 from openqwen.train.compute import compile_layers
 from openqwen.train.losses import next_token
-from openqwen.train.optimizer import OptimizerConfig, optimizers
-from openqwen.train.rows import Rows
+from openqwen.train.optimizer import OptimizerConfig, build_optimizers
+from openqwen.train.packed_batch import PackedBatch
 
 
 def stepper(compiled: bool):
@@ -27,15 +27,17 @@ def stepper(compiled: bool):
     initialize(model, torch.Generator().manual_seed(0))
     if compiled:
         compile_layers(model)
-    (mover,) = optimizers(model, OptimizerConfig())
+    (optimizer,) = build_optimizers(model, OptimizerConfig())
     rng = np.random.default_rng(0)
-    rows = Rows.of([(rng.integers(0, 16_384, 513), np.ones(513, dtype=bool)) for _ in range(2)])
+    rows = PackedBatch.of(
+        [(rng.integers(0, 16_384, 513), np.ones(513, dtype=bool)) for _ in range(2)]
+    )
 
     def step() -> float:
         start = time.process_time()
         next_token(model, rows).sum.backward()
-        mover.step()
-        mover.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return time.process_time() - start
 
     return step

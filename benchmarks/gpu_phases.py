@@ -31,9 +31,10 @@ from openqwen.recipe.verify import all_proofs
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from openqwen.train.losses import next_token, token_log_probs
+from openqwen.train.metrics import METRICS
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.rows import Rows
-from openqwen.train.trainer import METRICS, Place, SaveConfig, Trainer, TrainingConfig
+from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 Row = dict[str, Any]
 CUDA = torch.device(os.environ.get("GPU_CHECK_DEVICE", "cuda"))  # tests run phases on a CPU
@@ -302,7 +303,7 @@ def gradient_of(model: Qwen2, low: bool) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
     lengths = (700, 45, 260)
     samples = [(torch.randint(512, (n,), generator=generator).tolist(), [1] * n) for n in lengths]
-    rows = Rows.of(samples, model.device)
+    rows = PackedBatch.of(samples, model.device)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=low):
         logits = model.logits(model(rows.tokens, rows.positions, rows.attention))
         log_probs = token_log_probs(model, rows)
@@ -328,16 +329,16 @@ def steps_of(
     generator = torch.Generator(CUDA).manual_seed(0)
     initialize(model, generator)
 
-    def batch(step: int) -> list[Rows]:
+    def batch(step: int) -> list[PackedBatch]:
         ids = [torch.randint(1000, (n + 1,)).tolist() for n in lengths]
-        return [Rows.of([(row, [1] * len(row)) for row in ids], CUDA)]
+        return [PackedBatch.of([(row, [1] * len(row)) for row in ids], CUDA)]
 
     optimizer = OptimizerConfig(learning_rate=1e-5, recompute=recompute, compile=compiled)
     settings = TrainingConfig(train=optimizer, save=SaveConfig(seconds=1e9))
     with tempfile.TemporaryDirectory() as name:
         place = Place(Path(name) / "output", Path(name) / "scratch", 0, "gpu")
         loss = lambda rows: next_token(model, rows)  # noqa: E731
-        Trainer(place, settings, model, batch, loss, 6, Generators(0), timed=True).run()
+        Trainer(place, settings, model, batch, loss, 6, Generators(0), log_mfu=True).run()
         return [json.loads(line) for line in (place.output / METRICS).read_text().splitlines()]
 
 

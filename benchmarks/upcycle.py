@@ -23,9 +23,9 @@ from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.balance import balanced, with_loads
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig, adamw, learning_rate
-from openqwen.train.pieces import DataConfig, Pieces, Supply
+from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.packed_dataset import DataConfig, DocumentSampler, PackedDataset
 from openqwen.train.pretrain import NetworkConfig, PretrainConfig, pretrain
-from openqwen.train.rows import Rows
 
 CHECKS = (0, 20, 50, 100, 200)
 
@@ -59,7 +59,7 @@ def read_library(megabytes: float) -> list[str]:
     return texts
 
 
-def held_out_loss(model: Qwen2, held_out: list[Rows]) -> float:
+def held_out_loss(model: Qwen2, held_out: list[PackedBatch]) -> float:
     """Mean cross-entropy of the held-out tokens."""
     with torch.no_grad():
         losses = [next_token(model, rows) for rows in held_out]
@@ -67,7 +67,11 @@ def held_out_loss(model: Qwen2, held_out: list[Rows]) -> float:
 
 
 def train_on(
-    model: Qwen2, batch: Callable[[int], list[Rows]], held_out: list[Rows], rate: float, steps: int
+    model: Qwen2,
+    batch: Callable[[int], list[PackedBatch]],
+    held_out: list[PackedBatch],
+    rate: float,
+    steps: int,
 ) -> list[float]:
     """Train at a constant rate after 10 steps of warm-up; the held-out loss at the steps of
     CHECKS.
@@ -86,7 +90,7 @@ def train_on(
         count = 0
         for micro in with_loads(model, batch(step), "global" if sparse else "off"):
 
-            def loss(rows: Rows, routing: Routing) -> Loss:
+            def loss(rows: PackedBatch, routing: Routing) -> Loss:
                 return next_token(model, rows, routing)
 
             one = (
@@ -120,7 +124,7 @@ def main() -> None:
         iter(texts[20:]), TokenizerConfig(vocabulary=2_048, max_bytes=2_000_000)
     )
     ids = [np.array([*tokenizer.encode(t), tokenizer.endoftext_id]) for t in texts]
-    held_out = [Rows.of([(i[:512], np.ones(len(i[:512]), dtype=bool))]) for i in ids[:20]]
+    held_out = [PackedBatch.of([(i[:512], np.ones(len(i[:512]), dtype=bool))]) for i in ids[:20]]
     peak = 2e-3
     config = PretrainConfig(
         network=NetworkConfig(
@@ -139,12 +143,14 @@ def main() -> None:
             )
         parent = load_model(path)
     generators = Generators(1)
-    further = Pieces(
-        Supply(sources, generators), config.data.model_copy(update={"tokens": 225_000}), generators
+    further = PackedDataset(
+        DocumentSampler(sources, generators),
+        config.data.model_copy(update={"tokens": 225_000}),
+        generators,
     )
 
-    def batch(step: int) -> list[Rows]:
-        return [Rows.of(samples) for samples in further.batch(step)]
+    def batch(step: int) -> list[PackedBatch]:
+        return [PackedBatch.of(samples) for samples in further.batch(step)]
 
     def scratch() -> Qwen2:
         model = Qwen2(upcycled_config(parent.config, Upcycling()))
@@ -188,7 +194,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def print_starts(parent: Qwen2, held_out: list[Rows]) -> None:
+def print_starts(parent: Qwen2, held_out: list[PackedBatch]) -> None:
     """Where the choices that the report leaves open put the first loss."""
     half, none = parent_copy(parent), parent_copy(parent)
     for layer, empty in zip(half.model.layers, none.model.layers, strict=True):

@@ -16,10 +16,10 @@ from openqwen.recipe.capacity import DEVICES, GIB, Setting, best, choices, memor
 from openqwen.recipe.graph import recipe_class
 from openqwen.train.eight_bit import BYTES, parts
 from openqwen.train.losses import next_token
-from openqwen.train.optimizer import OptimizerConfig, optimizers
+from openqwen.train.optimizer import OptimizerConfig, build_optimizers
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.parallel import ParallelConfig
 from openqwen.train.recompute import recompute
-from openqwen.train.rows import Rows
 
 EXPERTS = {
     "num_experts": 8,
@@ -35,16 +35,16 @@ def allocated(config, again, lengths):
     model = Qwen2(config)
     initialize(model, torch.Generator().manual_seed(0))
     recompute(model, again)
-    (mover,) = optimizers(model, OptimizerConfig())
+    (optimizer,) = build_optimizers(model, OptimizerConfig())
     rng = np.random.default_rng(0)
-    rows = Rows.of(
+    rows = PackedBatch.of(
         [(rng.integers(0, config.vocab_size, n + 1), np.ones(n + 1, dtype=bool)) for n in lengths]
     )
 
     def step():
         next_token(model, rows).sum.backward()
-        mover.step()
-        mover.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     step()  # the moments are there
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
@@ -73,12 +73,12 @@ def test_moments_in_eight_bits_are_counted():
     ):  # it holds much more while it moves a matrix, not between steps
         found = memory(config, Setting(1, ALONE, "nothing", 512, 512, moments=BYTES))
         model = Qwen2(config)
-        movers = optimizers(model, OptimizerConfig(method="adamw8bit"))
-        rows = Rows.of([(np.arange(20), np.ones(20, dtype=bool))])
+        optimizers = build_optimizers(model, OptimizerConfig(method="adamw8bit"))
+        rows = PackedBatch.of([(np.arange(20), np.ones(20, dtype=bool))])
         next_token(model, rows).sum.backward()
-        for mover in movers:
-            mover.step()
-    states = [v for m in movers for s in m.state.values() for v in s.values()]
+        for optimizer in optimizers:
+            optimizer.step()
+    states = [v for m in optimizers for s in m.state.values() for v in s.values()]
     kept = sum(t.nbytes for v in states for t in (parts(v).values() or [v]))
     assert found.optimizer == pytest.approx(kept, rel=0.02)
 

@@ -10,7 +10,7 @@ from openqwen.model import ModelConfig
 from openqwen.recipe.graph import recipe_class
 from openqwen.recipe.settings import find_recipe, load_settings
 from openqwen.support.generators import Generators
-from openqwen.train.pieces import Pieces, Supply
+from openqwen.train.packed_dataset import DocumentSampler, PackedDataset
 from openqwen.train.pretrain import network_config
 
 
@@ -53,10 +53,10 @@ class Source:
 def test_the_turbo_plan_in_small_holds_its_shares(isolated):
     _, stages = plan("qwen2.5-turbo")
     generators = Generators(1)
-    supply = Supply({"books": Source()}, generators)
+    sampler = DocumentSampler({"books": Source()}, generators)
     for stage in stages[1:]:
         data = stage.data.model_copy(update={"tokens": 20_000_000, "isolated": isolated})
-        pieces = Pieces(supply, data, generators)
+        pieces = PackedDataset(sampler, data, generators)
         sizes = pieces.rows[:, 1] - 1
         assert sizes.max() == data.context
         assert sizes[sizes == data.context].sum() / sizes.sum() == pytest.approx(0.4, abs=0.02)

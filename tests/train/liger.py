@@ -10,7 +10,7 @@ from test_losses import samples, tiny
 
 from openqwen.train import log_probs
 from openqwen.train.losses import next_token
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
 
 
 class Gpu:
@@ -22,7 +22,7 @@ class Gpu:
 def gradients(model, dtype):
     model.zero_grad()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = next_token(model, Rows.of(samples(9, seed=3)))
+        loss = next_token(model, PackedBatch.of(samples(9, seed=3)))
     (loss.sum * 3.0).backward()
     return loss, [p.grad.clone() for p in model.parameters()]
 

@@ -16,11 +16,11 @@ if __name__ == "__main__":
     world = join()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = load_for_training(sys.argv[1])
-    world = world.arranged(ParallelConfig(), model)
+    world = world.with_mesh(ParallelConfig(), model)
     world.shard(model)
     taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     for rank in range(world.size):
-        world.wait()
+        world.barrier()
         if rank == world.rank:
             print("share", taken / (4 * model.config.parameters()), flush=True)
     if not world.alone:

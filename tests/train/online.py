@@ -25,6 +25,6 @@ if __name__ == "__main__":
     tokenizer = load_tokenizer(given / "model")
     place = Place(own, made / "scratch", seed=3, label="online")
     online_dpo(config, given / "model", given / "prompts.jsonl", tokenizer, place, given / "reward")
-    join().wait()
+    join().barrier()
     if not join().alone:
         torch.distributed.destroy_process_group()

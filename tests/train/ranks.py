@@ -16,13 +16,13 @@ from openqwen.model import DualChunk, ModelConfig, Qwen2, Scorer, initialize, sa
 from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
-from openqwen.train.balance import balanced, with_loads
+from openqwen.train.balance import with_balance, with_loads
 from openqwen.train.conversations import Compared
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.parallel import ParallelConfig, join, load_for_training, whole_tensor
+from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.parallel import ParallelConfig, full_tensor, join, load_for_training
 from openqwen.train.reward import ScoredAnswers
-from openqwen.train.rows import Rows
 from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 SIZES = {
@@ -56,10 +56,7 @@ class Watched(Trainer):
     def _norm_and_scale(self, count):
         if self.gradient is None:
             found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-            dense = {
-                n: g.to_dense() if g.is_sparse else whole_tensor(g).clone()
-                for n, g in found.items()
-            }
+            dense = {n: full_tensor(g).clone() for n, g in found.items()}
             self.gradient = {n: g / count for n, g in dense.items()}
         return super()._norm_and_scale(count)
 
@@ -73,7 +70,7 @@ def documents(step):
 def rows(step):
     """Five micro-batches of one or two documents."""
     samples = [(ids, [1] * len(ids)) for ids in documents(step)]
-    return [Rows.of(samples[a:b]) for a, b in ((0, 2), (2, 3), (3, 4), (4, 6), (6, 7))]
+    return [PackedBatch.of(samples[a:b]) for a, b in ((0, 2), (2, 3), (3, 4), (4, 6), (6, 7))]
 
 
 def comparisons(step):
@@ -82,8 +79,8 @@ def comparisons(step):
     return [ScoredAnswers.of(groups[a:b], torch.device("cpu")) for a, b in ((0, 2), (2, 3), (3, 5))]
 
 
-def work(kind, generators, folder):
-    """A network, its micro-batches of a step, and its loss."""
+def work(kind, generators, folder, parallel):
+    """A network, its world, its micro-batches of a step, and its loss."""
     more = (
         EXPERTS
         if kind == "experts"
@@ -95,6 +92,7 @@ def work(kind, generators, folder):
     config = ModelConfig(64, width, 48, **SIZES, **more)
     model = Scorer(config) if kind == "reward" else Qwen2(config)
     initialize(model, generators.torch("weights"))
+    world = join().with_mesh(parallel, model)
     if kind not in (
         "adapters",
         "reward",
@@ -103,19 +101,20 @@ def work(kind, generators, folder):
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", config.to_json())
             save_weights(model, folder)
-        join().wait()
+        join().barrier()
         model = load_for_training(folder)
         assert join().alone or next(model.parameters()).is_meta
     if kind == "adapters":
         add_adapters(model, LoraConfig(rank=2), generators.torch("lora"))
     if kind == "reward":
-        return model, comparisons, lambda answers: answers.loss(model)
+        return model, world, comparisons, lambda answers: answers.loss(model)
     if kind == "experts":
-        loss = lambda micro: balanced(
-            lambda r, routing: next_token(model, r, routing), micro, "global", 0.1
+        loss = lambda micro: with_balance(
+            lambda r, routing: next_token(model, r, routing, world), micro, "global", 0.1
         )
-        return model, lambda step: with_loads(model, rows(step), "global"), loss
-    return model, rows, lambda micro: next_token(model, micro)
+        batch = lambda step: with_loads(model, rows(step), "global", "auto", world)
+        return model, world, batch, loss
+    return model, world, rows, lambda micro: next_token(model, micro, world=world)
 
 
 seen = set()  # dtypes of weights as a layer gets them
@@ -125,7 +124,7 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
     """Train four steps; stop before step `stop_at`."""
     generators, low, muon = Generators(5), kind.startswith("low-"), kind.startswith("muon-")
     plain = kind.removeprefix("low-").removeprefix("muon-")
-    model, micros, loss = work(plain, generators, folder / "start")
+    model, world, micros, loss = work(plain, generators, folder / "start", parallel)
     model.model.layers[0].register_forward_pre_hook(
         lambda layer, _: seen.add(next(layer.parameters()).dtype)
     )
@@ -143,13 +142,13 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
     )
     config = TrainingConfig(train=train, save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9))
     place = Place(folder / "output", folder, 5, "ranks")
-    trainer = Watched(place, config, model, batch, loss, STEPS, generators)
+    trainer = Watched(place, config, model, batch, loss, STEPS, generators, world=world)
     try:
         trainer.run()
     except Stop:
         return
     print(kind, *seen, {p.dtype for p in model.parameters()})
-    whole = trainer.whole()
+    whole = trainer.full_model()
     assert trainer.world.main or all(p.is_meta for p in whole.parameters())  # rank 0 alone holds it
     if trainer.world.main:
         save_file(
@@ -170,6 +169,6 @@ if __name__ == "__main__":
             torch.compiler.set_stance("force_eager")
         parallel = ParallelConfig(**{name: int(n) for name, n in (d.split("=") for d in degrees)})
         train(Path(sys.argv[1]) / case.replace(":", "-"), int(sys.argv[2]), kind, parallel)
-        join().wait()
+        join().barrier()
     if not join().alone:
         torch.distributed.destroy_process_group()

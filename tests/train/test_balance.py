@@ -11,21 +11,22 @@ from torch.testing import assert_close
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from openqwen.model import ModelConfig, Qwen2, Routing, initialize
+from openqwen.support.batching import cut_to_budget
 from openqwen.train.balance import (
-    Balanced,
     Load,
-    balanced,
+    PretrainBatch,
     global_balance,
     load_record,
     measure_load,
     micro_balance,
+    with_balance,
     with_loads,
 )
 from openqwen.train.compute import computing
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.pretrain import PretrainConfig, pretrain
-from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, SaveConfig
 
 
@@ -45,7 +46,9 @@ def samples(count, seed):
 
 
 def parts(data, budget):
-    return [Rows.of(data[cut]) for cut in cut_to_budget([len(ids) for ids, _ in data], budget)]
+    return [
+        PackedBatch.of(data[cut]) for cut in cut_to_budget([len(ids) for ids, _ in data], budget)
+    ]
 
 
 def route(layers, tokens, experts, active, seed):
@@ -104,7 +107,7 @@ def test_the_global_balance_does_not_depend_on_how_the_batch_is_cut(budget):
         model.zero_grad()
         total, count, balance = 0.0, 0, 0.0
         for micro in with_loads(model, parts(data, cut), "global"):
-            loss = balanced(
+            loss = with_balance(
                 lambda rows, routing: next_token(model, rows, routing), micro, "global", 0.5
             )
             loss.sum.backward()
@@ -146,8 +149,10 @@ def test_a_load_is_that_of_the_step_s_own_numbers(precision):
 
 def test_balance_off_leaves_the_loss_alone():
     model = tiny()
-    rows = Rows.of(samples(4, seed=5))
-    loss = balanced(lambda r, routing: next_token(model, r, routing), Balanced(rows), "off", 0.5)
+    rows = PackedBatch.of(samples(4, seed=5))
+    loss = with_balance(
+        lambda r, routing: next_token(model, r, routing), PretrainBatch(rows), "off", 0.5
+    )
     assert_close(loss.sum, next_token(model, rows).sum)
     assert loss.extras["next_token_loss"] == pytest.approx(loss.sum.item())
     assert loss.extras["balance"] / loss.count > 1.5
@@ -167,7 +172,7 @@ def test_balancing_evens_a_collapsed_router_out(balance):
     before = measure_load(model, pieces).statistics()
     for _ in range(30):
         for micro in with_loads(model, pieces, balance):
-            loss = balanced(
+            loss = with_balance(
                 lambda rows, routing: next_token(model, rows, routing), micro, balance, 1.0
             )
             loss.sum.backward()

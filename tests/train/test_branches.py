@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from openqwen.train.branches import branches
 from openqwen.train.losses import document_log_probs
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
 
 
 def groups(seed, count=7):
@@ -23,7 +23,9 @@ def groups(seed, count=7):
 @pytest.mark.parametrize("seed", range(3))
 def test_log_probs_and_gradients_are_those_of_separate_rows(seed):
     model, given = tiny(seed), groups(seed)
-    alone = Rows.of([(p + a, [0] * len(p) + [1] * len(a)) for p, answers in given for a in answers])
+    alone = PackedBatch.of(
+        [(p + a, [0] * len(p) + [1] * len(a)) for p, answers in given for a in answers]
+    )
     shared = branches(given)
     assert len(shared.tokens) < len(alone.tokens)
     assert shared.counts == alone.counts

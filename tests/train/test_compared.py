@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from openqwen.train.conversations import Compared, compared, pair_numbers
 from openqwen.train.dpo import Pairs
 from openqwen.train.losses import token_log_probs
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
 
 
 def sample(prompt, answer):
@@ -48,7 +48,9 @@ def test_at_the_first_difference_the_gradient_is_that_of_the_two_tokens_alone():
     laid.loss(model, 1.0).sum.backward()
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    log_probs = token_log_probs(model, Rows.of([([1, 5, 6], [0, 0, 1]), ([1, 5, 9], [0, 0, 1])]))
+    log_probs = token_log_probs(
+        model, PackedBatch.of([([1, 5, 6], [0, 0, 1]), ([1, 5, 9], [0, 0, 1])])
+    )
     margin = log_probs[0] - log_probs[1]
     torch.nn.functional.softplus(-margin).backward()
     for got, p in zip(found, model.parameters()):

@@ -13,7 +13,7 @@ from training import Stop, network, same_bits, trainer
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl
 from openqwen.train import eight_bit
-from openqwen.train.optimizer import OptimizerConfig, optimizers
+from openqwen.train.optimizer import OptimizerConfig, build_optimizers
 
 EIGHT = OptimizerConfig(method="adamw8bit")
 
@@ -21,7 +21,7 @@ EIGHT = OptimizerConfig(method="adamw8bit")
 def test_without_the_library_an_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(OpenQwenError, match=r"torchao(.|\n)*pip install torchao"):
-        optimizers(network(128), EIGHT)
+        build_optimizers(network(128), EIGHT)
 
 
 @pytest.fixture
@@ -36,13 +36,13 @@ def library():
 def moments(model, config, tmp_path):
     """Bytes of the moments after a step."""
     one = trainer(tmp_path, model, steps=1, method=config.method)
-    movers = optimizers(model, config)
+    optimizers = build_optimizers(model, config)
     rows = one.batch(0)
     one.loss(rows[0]).sum.backward()
     total = 0
-    for mover in movers:
-        mover.step()
-        for state in mover.state.values():
+    for optimizer in optimizers:
+        optimizer.step()
+        for state in optimizer.state.values():
             moments = [state[key] for key in ("exp_avg", "exp_avg_sq")]
             total += sum(t.nbytes for m in moments for t in (eight_bit.parts(m).values() or [m]))
     return total

@@ -13,7 +13,7 @@ from openqwen.model import load_model
 from openqwen.tokenizer import load_tokenizer
 from openqwen.train.fill_in_middle import fill_in_middle
 from openqwen.train.losses import token_log_probs
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
 
 FILE = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
 REAL = Path(
@@ -45,6 +45,6 @@ def test_qwen25_coder_knows_the_middle_from_both_sides():
         for start in (head, suffix_lost)
     ]
     with torch.no_grad():
-        scores = token_log_probs(model, Rows.of(samples)).split(middle)
+        scores = token_log_probs(model, PackedBatch.of(samples)).split(middle)
     assert float(scores[0].mean()) > -0.3
     assert float(scores[0].sum()) > float(scores[1].sum()) + 5

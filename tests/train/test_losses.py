@@ -12,12 +12,13 @@ import torch
 from torch.testing import assert_close
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.support.batching import cut_to_budget
 from openqwen.train import log_probs as module
 from openqwen.train.conversations import compared
 from openqwen.train.dpo import Pairs, reference_log_probs
 from openqwen.train.log_probs import cross_entropy, log_probs
 from openqwen.train.losses import bradley_terry, document_log_probs, next_token
-from openqwen.train.rows import Rows, cut_to_budget
+from openqwen.train.packed_batch import PackedBatch
 
 
 def tiny(seed=0):
@@ -145,7 +146,7 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(budget):
         model.zero_grad()
         total, count = 0.0, 0
         for cut in cut_to_budget([len(ids) for ids, _ in data], cut_budget):
-            loss = next_token(model, Rows.of(data[cut]))
+            loss = next_token(model, PackedBatch.of(data[cut]))
             loss.sum.backward()
             total, count = total + loss.sum.item(), count + loss.count
         return total / count, {n: p.grad / count for n, p in model.named_parameters()}
@@ -214,6 +215,6 @@ def test_the_anchor_adds_the_mean_token_nll_of_the_chosen_answers():
     laid = Pairs.of(groups, reference_log_probs(reference, groups, 10_000, "reference"))
     with torch.no_grad():
         plain, anchored = laid.loss(policy, 0.1).sum, laid.loss(policy, 0.1, chosen_nll=0.7).sum
-        chosen = document_log_probs(policy, Rows.of([chosen for chosen, _ in pairs]))
+        chosen = document_log_probs(policy, PackedBatch.of([chosen for chosen, _ in pairs]))
     lengths = torch.tensor([float(sum(mask)) for (_, mask), _ in pairs])
     assert_close(anchored - plain, -0.7 * (chosen / lengths).sum(), rtol=1e-4, atol=1e-5)

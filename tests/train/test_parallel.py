@@ -239,18 +239,22 @@ def test_online_dpo_over_two_processes(chats, tmp_path, tensor):
 
 def test_every_rank_gets_as_many_micro_batches():
     micros = list("abcde")
-    shares = [World(rank, 3).share(micros) for rank in range(3)]
+    shares = [World(rank, 3).local_micro_batches(micros) for rank in range(3)]
     assert [len(share) for share in shares] == [2, 2, 2]
     assert sorted(m for share in shares for m, counts in share if counts) == micros
-    assert World().share(micros) == [(m, True) for m in micros]
-    assert World(1, 2).share([]) == []
+    assert World().local_micro_batches(micros) == [(m, True) for m in micros]
+    assert World(1, 2).local_micro_batches([]) == []
 
 
 @pytest.mark.parametrize(
     ("degrees", "size", "what"),
     [
-        ({"tensor": 8}, 8, "4 key/value heads cannot be dealt to 8 ranks"),
-        ({"tensor": 2, "context": 4}, 8, "14 query heads of a rank cannot be dealt to 4 ranks"),
+        ({"tensor": 8}, 8, "4 key/value heads cannot be divided among 8 ranks"),
+        (
+            {"tensor": 2, "context": 4},
+            8,
+            "14 query heads of a rank cannot be divided among 4 ranks",
+        ),
         ({"expert": 2}, 2, "A dense network has no experts"),
         ({"tensor": 2}, 3, "3 processes are no multiple of tensor x expert x context = 2"),
         ({"context": 2}, 1, "1 process is no multiple"),

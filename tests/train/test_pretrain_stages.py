@@ -19,9 +19,9 @@ from openqwen.support.generators import Generators
 from openqwen.train import data_stages
 from openqwen.train.data_stages import StagedTrainer
 from openqwen.train.losses import next_token
-from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
-from openqwen.train.pretrain import ExtendConfig, PretrainConfig, pretrain, stretches_of
-from openqwen.train.rows import Rows
+from openqwen.train.optimizer import OptimizerConfig, build_optimizers, learning_rate
+from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.pretrain import ExtendConfig, PretrainConfig, plan_stages, pretrain
 from openqwen.train.trainer import Place
 
 NETWORK = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "kv_heads": 1}
@@ -144,17 +144,20 @@ def test_stages_are_one_training_written_out(tmp_path):
     model = Qwen2(ModelConfig(128, 32, 48, 2, 2, 1, tie_word_embeddings=True))
     initialize(model, generators.torch("weights"))
     settings = config()
-    (adamw,) = optimizers(model, settings.train)
-    for stretch in stretches_of(settings, SOURCES, generators, None):
+    (adamw,) = build_optimizers(model, settings.train)
+    for planned in plan_stages(settings, SOURCES, generators, None):
         model.config = model.model.config = model.config.with_rope(
-            stretch.stage.rope_theta, stretch.stage.data.context
+            planned.stage.rope_theta, planned.stage.data.context
         )
-        for step in range(stretch.pieces.steps):
-            losses = [next_token(model, Rows.of(samples)) for samples in stretch.pieces.batch(step)]
+        for step in range(planned.dataset.steps):
+            losses = [
+                next_token(model, PackedBatch.of(samples))
+                for samples in planned.dataset.batch(step)
+            ]
             (sum(x.sum for x in losses) / sum(x.count for x in losses)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in adamw.param_groups:
-                group["lr"] = learning_rate(stretch.stage.train, step, stretch.pieces.steps)
+                group["lr"] = learning_rate(planned.stage.train, step, planned.dataset.steps)
             adamw.step()
             adamw.zero_grad()
     trained = load_model(tmp_path / "output")
@@ -178,7 +181,9 @@ def test_the_log_and_the_record_show_the_stages_and_their_rates(tmp_path, capsys
         expected = [learning_rate(train_config, n, len(own)) for n in range(len(own))]
         assert [entry["learning_rate"] for entry in own] == expected
         assert stage["tokens"] == sum(entry["tokens"] for entry in own)
-    assert "data stage long: 900 tokens, rows of 64, RoPE base 1,000,000" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "data stage long: 900 tokens, rows of 64, RoPE base 1,000,000" in printed
+    assert printed.count("  data stage ") == 3  # each is entered once
     assert "data_stage" not in metrics
     assert log[-1]["loss"] < log[0]["loss"]
 
@@ -189,7 +194,7 @@ class Stop(Exception):
 
 def test_killed_anywhere_and_resumed_across_the_edges_gives_the_same_bits(tmp_path, monkeypatch):
     train(tmp_path / "whole")
-    edges = [stretch.first for stretch in stretches_of(config(), SOURCES, Generators(3), None)][1:]
+    edges = [planned.first for planned in plan_stages(config(), SOURCES, Generators(3), None)][1:]
     whole = load_model(tmp_path / "whole" / "output")
     real = StagedTrainer._step
     for stop in (edges[0] - 1, edges[0], edges[0] + 1, edges[1], edges[1] + 2):
@@ -271,12 +276,12 @@ def test_held_out_text_is_measured_and_the_best_weights_are_kept(tmp_path, exper
     assert list(measured) == [1, 3, 5, 7, 9]
     assert min(measured.values()) == summary["best_validation_loss"] < measured[9]
     with torch.no_grad():
-        kept = next_token(load_model(tmp_path / "output"), Rows.of(held))
+        kept = next_token(load_model(tmp_path / "output"), PackedBatch.of(held))
     assert float(kept.sum) / kept.count == pytest.approx(summary["best_validation_loss"], rel=1e-5)
 
 
 def test_validation_that_cannot_be_is_refused():
-    with pytest.raises(ValidationError, match="nothing held out"):
+    with pytest.raises(ValidationError, match="no text is held out"):
         config(validation={"every": 2})
     with pytest.raises(ValidationError, match="an early data stage"):
         config(validation={"tokens": 100, "outcome": "best"})
@@ -328,7 +333,7 @@ def test_a_mixture_naming_a_missing_source_names_the_stage(tmp_path):
             {"lengths": {16: 0.4, 8: 0.5}},
             "data stage 'bad': the shares of the lengths must sum to 1",
         ),
-        ({"lengths": {8: 1.0}}, "the longest be the context"),
+        ({"lengths": {8: 1.0}}, "the longest length must be the context"),
         ({"lengths": {16: 1.5, 8: -0.5}}, "a share of the lengths is negative"),
         ({"mixture": {"a": -1}}, "a share of the mixture is negative"),
         ({"fill_in_middle": {"a": 2}}, "not between 0 and 1"),
@@ -340,7 +345,7 @@ def test_faulty_stages_are_refused_when_they_are_read(stage, told):
 
 
 def test_a_network_beside_a_checkpoint_is_refused():
-    with pytest.raises(ValidationError, match="the network is the checkpoint's"):
+    with pytest.raises(ValidationError, match="its network is used"):
         PretrainConfig(model="somewhere", network={"layers": 2})
 
 

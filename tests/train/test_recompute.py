@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.train.losses import next_token
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.recompute import recompute
-from openqwen.train.rows import Rows
 
 
 def gradient_and_memory(model):
@@ -25,7 +25,9 @@ def gradient_and_memory(model):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    rows = Rows.of([(list(range(1, 60)), [1] * 59), (list(range(3, 40)), [0] * 20 + [1] * 17)])
+    rows = PackedBatch.of(
+        [(list(range(1, 60)), [1] * 59), (list(range(3, 40)), [0] * 20 + [1] * 17)]
+    )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = next_token(model, rows).sum
     size = sum(kept.values())

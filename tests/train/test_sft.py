@@ -15,7 +15,7 @@ from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from openqwen.train.conversations import answer, conversation, fit
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.sft import SftConfig, sft
 from openqwen.train.trainer import Place
 
@@ -119,7 +119,7 @@ def test_adapters_learn_over_packed_matrices(start, tmp_path, kind, near):
         for n, p in model.named_parameters():
             if n.endswith("lora_B"):
                 p.data.normal_(0, 0.1, generator=generator)
-        next_token(model, Rows.of([(list(range(3, 40)), [1] * 37)])).sum.backward()
+        next_token(model, PackedBatch.of([(list(range(3, 40)), [1] * 37)])).sum.backward()
         gradients[base] = torch.cat(
             [p.grad.flatten() for p in model.parameters() if p.requires_grad]
         )
@@ -200,7 +200,7 @@ def test_the_best_weights_are_the_outcome(start, tmp_path):
     assert min(found.values()) < found[19]
     assert metrics["best_validation_loss"] == min(found.values())
     model = load_model(tmp_path / "out")
-    rows = Rows.of([conversation(start[1], json.loads(other.read_text()), "here")])
+    rows = PackedBatch.of([conversation(start[1], json.loads(other.read_text()), "here")])
     with torch.no_grad():
         loss = next_token(model, rows)
     assert loss.sum.item() / loss.count == pytest.approx(min(found.values()), rel=1e-4)

@@ -144,7 +144,7 @@ def test_the_verdict_states_law_interval_and_reach():
         cell for cell in law_cells() if cell["batch_tokens"] < 0.5 * cell["tokens"] ** 0.6 * 1.5
     ]
     assert any(
-        "hold at a batch size on the edge" in note
+        "are optima for a batch size on the edge" in note
         for note in judge(low_batches, config, 1)["notes"]
     )
     assert "62 times the largest network and 25 times the data" in result["notes"][-1]
@@ -197,7 +197,7 @@ def test_pretraining_goes_on_from_a_checkpoint_by_the_command_line(made, tmp_pat
         shutil.copy(file, wrong)
     shutil.copy(tmp_path / "tokenizer" / "merges.txt", wrong)
     assert cli.main([*further[:-1], str(tmp_path / "x"), "--model", str(wrong)]) == 1
-    assert "the same ids would mean other text" in capsys.readouterr().err
+    assert "its ids mean other text" in capsys.readouterr().err
     assert cli.main([*further[:-1], str(tmp_path / "x"), "--model", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
 

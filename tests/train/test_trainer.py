@@ -20,9 +20,9 @@ from openqwen.support.generators import Generators
 from openqwen.train import state
 from openqwen.train.compute import computing
 from openqwen.train.losses import Loss, next_token
-from openqwen.train.optimizer import BadStepConfig, OptimizerConfig, learning_rate, optimizers
+from openqwen.train.optimizer import BadStepConfig, OptimizerConfig, build_optimizers, learning_rate
 from openqwen.train.order import Epochs
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.validation import ValidationConfig
 
 
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_its_records(tmp_path)
 
 def test_a_bad_step_is_left_out_and_logged(tmp_path, capsys):
     one = poisoned(trainer(tmp_path), {3, 7})
-    one.optimizer.bad = BadStepConfig(action="skip")
+    one.optimizer_config.bad = BadStepConfig(action="skip")
     summary = one.run()
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if e.get("skipped")] == [3, 7]
@@ -105,7 +105,7 @@ def test_a_bad_step_is_left_out_and_logged(tmp_path, capsys):
 
 def test_skipping_gives_up_when_every_step_is_bad(tmp_path):
     one = poisoned(trainer(tmp_path), set(range(2, 12)))
-    one.optimizer.bad = BadStepConfig(action="skip", patience=4)
+    one.optimizer_config.bad = BadStepConfig(action="skip", patience=4)
     with pytest.raises(OpenQwenError, match="step 5 of test"):
         one.run()
 
@@ -113,7 +113,7 @@ def test_skipping_gives_up_when_every_step_is_bad(tmp_path):
 def test_a_spike_is_a_gradient_far_above_the_usual(tmp_path, monkeypatch):
     monkeypatch.setattr("openqwen.train.trainer._USUAL", 5)
     one = poisoned(trainer(tmp_path), {8}, factor=1e4)
-    one.optimizer.bad = BadStepConfig(action="skip", spike=10.0)
+    one.optimizer_config.bad = BadStepConfig(action="skip", spike=10.0)
     one.run()
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if e.get("skipped")] == [8]
@@ -125,7 +125,7 @@ def test_a_spike_is_seen_right_behind_a_bad_step(tmp_path, monkeypatch):
     one = poisoned(trainer(tmp_path), {7, 10}, factor=1e4)
     inner = one.batch
     one.batch = lambda step: inner(step)[: 0 if step == 8 else None]
-    one.optimizer.bad = BadStepConfig(action="skip", spike=10.0)
+    one.optimizer_config.bad = BadStepConfig(action="skip", spike=10.0)
     one.run()
     entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if e.get("skipped")] == [7, 10]
@@ -151,7 +151,7 @@ def test_the_held_out_loss_is_told_though_the_last_step_found_nothing(tmp_path):
     one = trainer(tmp_path)
     inner = one.batch
     one.batch = lambda step: inner(step)[: 0 if step == 11 else None]
-    one.held_out = lambda: [Rows.of([(list(range(9)), [1] * 9)])]
+    one.held_out = lambda: [PackedBatch.of([(list(range(9)), [1] * 9)])]
     assert one.run()["validation_loss"] > 0
 
 
@@ -201,7 +201,7 @@ def test_a_state_of_several_files_resumes_to_the_bit(tmp_path, monkeypatch):
 
 def test_a_step_without_a_target_and_a_rate_that_explodes_are_named(tmp_path):
     one = trainer(tmp_path / "nothing")
-    one.batch = lambda step: [Rows.of([(list(range(9)), [int(step < 3)] * 9)])]
+    one.batch = lambda step: [PackedBatch.of([(list(range(9)), [int(step < 3)] * 9)])]
     with pytest.raises(OpenQwenError, match="Step 3 of test has no target"):
         one.run()
     with pytest.raises(OpenQwenError, match=r"step \d+ of test(.|\n)*lower the learning rate"):
@@ -261,7 +261,7 @@ def test_a_resumed_run_keeps_the_best_weights_of_an_uninterrupted_one(tmp_path):
     def measured(folder, stop_at=None):
         one = turning(folder, stop_at)
         one.validation = ValidationConfig(every=2, outcome="best")
-        one.held_out = lambda: [Rows.of([(list(range(9)), [1] * 9)])]
+        one.held_out = lambda: [PackedBatch.of([(list(range(9)), [1] * 9)])]
         return one
 
     whole = measured(tmp_path / "whole")
@@ -289,7 +289,7 @@ def test_bfloat16_computes_rounded_and_keeps_float32_weights(tmp_path):
     runs = {}
     for precision in ("auto", "float32", "bfloat16"):
         one = trainer(tmp_path / precision)
-        one.optimizer.precision = precision
+        one.optimizer_config.precision = precision
         one.run()
         assert {p.dtype for p in one.model.parameters()} == {torch.float32}
         log = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
@@ -327,7 +327,7 @@ def test_curves_go_to_tensorboard_too_once_a_step(tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for stop in (7, None):
         one = trainer(tmp_path, stop_at=stop)
-        one.optimizer.track = ["tensorboard"]
+        one.optimizer_config.track = ["tensorboard"]
         if stop:
             with pytest.raises(Stop):
                 one.run()
@@ -344,28 +344,42 @@ def test_curves_go_to_tensorboard_too_once_a_step(tmp_path):
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     one = trainer(tmp_path)
-    one.optimizer.track = ["wandb"]
+    one.optimizer_config.track = ["wandb"]
     with pytest.raises(OpenQwenError, match=r"wandb(.|\n)*pip install wandb"):
         one.run()
 
 
 def test_operations_are_those_of_the_closed_form(tmp_path):
     config = ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True)
-    rows = Rows.of([([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3], [0, 1, 1])])
+    rows = PackedBatch.of([([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 3], [0, 1, 1])])
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
     keys = (1 + 2 + 3) + (1 + 2)
     expected = 6 * (5 * 2 * layer + 4 * 64 * 32) + 12 * 2 * 32 * keys
     assert rows.flops(config) == expected
     one = trainer(tmp_path)
-    one.timed = True
+    one.log_mfu = True
     summary = one.run()
-    assert summary["peak_share"] > 0
+    assert summary["mfu"] > 0
     assert next(iter(summary)) == "loss"
+
+
+def test_a_log_of_an_earlier_version_goes_on_with_mfu(tmp_path):
+    with pytest.raises(Stop):
+        trainer(tmp_path, stop_at=6).run()
+    log = tmp_path / "metrics.jsonl"
+    entries = [json.loads(line) | {"peak_share": 0.5} for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    one = trainer(tmp_path)
+    one.log_mfu = True
+    one.run()
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [entry["mfu"] for entry in entries[:6]] == [0.5] * 6
+    assert all("mfu" in entry and "peak_share" not in entry for entry in entries)
 
 
 def test_gradient_is_clipped_to_the_norm(tmp_path):
     one = trainer(tmp_path, steps=1)
-    one.optimizer = OptimizerConfig(learning_rate=1e-2, clip=0.01)
+    one.optimizer_config = OptimizerConfig(learning_rate=1e-2, clip=0.01)
     for p in one.model.parameters():
         p.grad = torch.ones_like(p)
     norm, scale = one._norm_and_scale(4)
@@ -378,11 +392,11 @@ def test_a_step_moves_by_the_scaled_gradient(tmp_path):
     """AdamW scales the gradient itself; against the plain way, which writes it back scaled."""
     one, two = trainer(tmp_path), trainer(tmp_path)
     plain = torch.optim.AdamW(two.model.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
-    (fused,) = optimizers(one.model, OptimizerConfig(learning_rate=1e-2, beta2=0.999))
+    (fused,) = build_optimizers(one.model, OptimizerConfig(learning_rate=1e-2, beta2=0.999))
     for p, q in zip(one.model.parameters(), two.model.parameters()):
         p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
         q.grad = p.grad * 0.125
-    one._move(fused, 0.125)
+    one._update(fused, 0.125)
     for group in plain.param_groups:
         group["params"] = [p for p in group["params"] if p.dim() > 1]
     plain.step()
@@ -440,7 +454,7 @@ def test_a_schedule_is_that_of_transformers_whose_end_is_the_last_step():
 
 def test_only_matrices_decay():
     model = Qwen2(ModelConfig(64, 32, 48, 2, 2, 1, tie_word_embeddings=True))
-    (adamw,) = optimizers(model, OptimizerConfig())
+    (adamw,) = build_optimizers(model, OptimizerConfig())
     decayed, spared = adamw.param_groups
     assert all(p.dim() == 2 for p in decayed["params"])
     assert all(p.dim() == 1 for p in spared["params"])
@@ -478,7 +492,7 @@ def test_compiled_layers_train_alike(tmp_path):
     runs = []
     for compiled in (False, True):
         one = trainer(tmp_path / str(compiled), steps=3)
-        one.optimizer.compile = compiled
+        one.optimizer_config.compile = compiled
         one.run()
         log = (tmp_path / str(compiled) / "metrics.jsonl").read_text().splitlines()
         runs.append([json.loads(line)["loss"] for line in log])

@@ -6,7 +6,7 @@ import torch
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.support.generators import Generators
 from openqwen.train.losses import next_token
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
@@ -31,7 +31,8 @@ def micros(generators, step):
     rng = np.random.default_rng(step)
     noise = generators["noise"].integers(0, 64, 9).tolist()
     return [
-        Rows.of([(rng.integers(0, 64, 9).tolist(), [1] * 9), (noise, [1] * 9)]) for _ in range(2)
+        PackedBatch.of([(rng.integers(0, 64, 9).tolist(), [1] * 9), (noise, [1] * 9)])
+        for _ in range(2)
     ]
 
 

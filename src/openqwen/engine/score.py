@@ -14,6 +14,7 @@ from torch import Tensor
 from openqwen.engine.generator import TopTokens
 from openqwen.engine.sampler import normalizers, top_tokens
 from openqwen.model import Packed, Qwen2
+from openqwen.support.batching import cut_to_budget
 
 SCORES = 2**24  # scores (tokens × vocabulary) computed at a time: 64 MiB of float32
 _PACKED = 8_192  # most tokens embedded in one call; a longer prompt goes alone
@@ -52,14 +53,10 @@ def score_tokens(
 def embeddings(model: Qwen2, prompts: Sequence[Sequence[int]]) -> Tensor:
     """The normalized hidden state of each prompt's last token: [B, D], float32."""
     states: list[Tensor] = []
-    batch: list[Sequence[int]] = []
-    for number, ids in enumerate(prompts, 1):
-        batch.append(ids)
-        if number == len(prompts) or sum(map(len, batch)) + len(prompts[number]) > _PACKED:
-            packed = Packed.from_lengths([len(ids) for ids in batch]).to(model.device)
-            tokens_T = torch.tensor([i for ids in batch for i in ids], device=model.device)
-            hidden_TD = model(tokens_T, packed.positions.to(model.device), packed)
-            last_B = torch.tensor(packed.lengths, device=model.device).cumsum(0) - 1
-            states.append(F.normalize(hidden_TD[last_B].float(), dim=-1))
-            batch = []
+    for cut in cut_to_budget([len(ids) for ids in prompts], _PACKED):
+        packed = Packed.from_lengths([len(ids) for ids in prompts[cut]]).to(model.device)
+        tokens_T = torch.tensor([i for ids in prompts[cut] for i in ids], device=model.device)
+        hidden_TD = model(tokens_T, packed.positions.to(model.device), packed)
+        last_B = torch.tensor(packed.lengths, device=model.device).cumsum(0) - 1
+        states.append(F.normalize(hidden_TD[last_B].float(), dim=-1))
     return torch.cat(states) if states else torch.empty(0, model.config.hidden_size)

@@ -11,6 +11,7 @@ from torch import Tensor
 from openqwen.engine.score import score_tokens
 from openqwen.evaluate.intervals import ratio_interval
 from openqwen.model import Packed, Qwen2
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import progress
 from openqwen.tokenizer import Tokenizer
@@ -98,7 +99,8 @@ def bits_per_byte(
     model.eval()
     tokens = sum(len(window.targets) for window in all_windows)
     with progress("bits per byte", tokens, "tokens") as work:
-        for pack in _packs(all_windows):
+        for cut in cut_to_budget([len(window.inputs) for window in all_windows], _FORWARD_TOKENS):
+            pack = all_windows[cut]
             for window, nats in zip(pack, _score(model, pack, device), strict=True):
                 result.bits[window.document] += nats / math.log(2)
                 result.tokens += len(window.targets)
@@ -117,20 +119,6 @@ def windows(ids: Sequence[int], first: int, context: int, document: int = 0) -> 
         end = min(start + context, len(ids))
         yield Window(sequence[start:end], sequence[scored + 1 : end + 1], document)
         scored, start = end, start + context // 2
-
-
-def _packs(all_windows: Iterable[Window]) -> Iterator[list[Window]]:
-    """Group windows into forwards of at most `_FORWARD_TOKENS` inputs."""
-    pack: list[Window] = []
-    total = 0
-    for window in all_windows:
-        if pack and total + len(window.inputs) > _FORWARD_TOKENS:
-            yield pack
-            pack, total = [], 0
-        pack.append(window)
-        total += len(window.inputs)
-    if pack:
-        yield pack
 
 
 def _score(model: Qwen2, pack: Sequence[Window], device: torch.device | str) -> list[float]:

@@ -20,6 +20,7 @@ from openqwen.engine import Engine, Output, Sampling
 from openqwen.engine.score import score_tokens
 from openqwen.model import Packed, Qwen2, load_model
 from openqwen.recipe.verify_ranks import gradient_over_ranks, missing_memory
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -29,7 +30,7 @@ from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import conversation
 from openqwen.train.losses import next_token, token_log_probs
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.packed_batch import PackedBatch, Sample
 from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 _LOSS, _GRADIENT, _LOG_PROB = 1e-5, 1e-4, 1e-4  # relative, relative, absolute
@@ -159,10 +160,10 @@ def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: 
     def train(folder: Path, killed_at: int | None = None) -> Qwen2:
         network = copy.deepcopy(model)
 
-        def batch(step: int) -> list[Rows]:
+        def batch(step: int) -> list[PackedBatch]:
             if step == killed_at:
                 raise Kill
-            return [Rows.of(samples[step % len(samples) :][:2], network.device)]
+            return [PackedBatch.of(samples[step % len(samples) :][:2], network.device)]
 
         config = TrainingConfig(
             train=OptimizerConfig(learning_rate=1e-5), save=SaveConfig(seconds=0)
@@ -215,7 +216,7 @@ def _gap(model: Qwen2, output: Output) -> float:
     if not output.token_ids:
         return 0.0
     ids = output.prompt_ids + output.token_ids
-    rows = Rows.of(
+    rows = PackedBatch.of(
         [(ids, [0] * len(output.prompt_ids) + [1] * len(output.token_ids))], model.device
     )
     return float((token_log_probs(model, rows).cpu() - torch.tensor(output.logprobs)).abs().max())
@@ -242,7 +243,7 @@ def _gradient(
     model.zero_grad()
     total, count = torch.zeros((), device=model.device), 0
     for micro in micros:
-        loss = next_token(model, Rows.of(micro, model.device, share=True))
+        loss = next_token(model, PackedBatch.of(micro, model.device, share=True))
         loss.sum.backward()
         total += loss.sum.detach()
         count += loss.count

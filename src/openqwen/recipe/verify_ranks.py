@@ -15,8 +15,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from openqwen.model import ModelConfig
 from openqwen.support.device import free_memory
 from openqwen.train.losses import next_token
+from openqwen.train.packed_batch import PackedBatch, Sample
 from openqwen.train.parallel import ParallelConfig, join, load_for_training
-from openqwen.train.rows import Rows, Sample
 
 _BESIDE = 2**30  # bytes of two processes besides weights and gradients
 
@@ -54,17 +54,17 @@ def _rank(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
     model = load_for_training(source)
-    world = join().arranged(ParallelConfig(), model)
+    world = join().with_mesh(ParallelConfig(), model)
     world.shard(model)
     count = 0
-    for micro, counts in world.share(micros):
-        loss = next_token(model, Rows.of(micro, model.device))
+    for micro, counts in world.local_micro_batches(micros):
+        loss = next_token(model, PackedBatch.of(micro, model.device), world=world)
         (loss.sum * counts).backward()
         count += loss.count * counts
     (total,) = world.total([count])
     gradients = {n: p.grad / total for n, p in model.named_parameters() if p.grad is not None}
-    found = world.gathered(gradients)
+    found = world.full_state_dict(gradients)
     if world.main:
         save_file(found, place)
-    world.wait()
+    world.barrier()
     torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Experts kept in even use: the two load-balancing losses, and what of a router is worth a curve.
+"""The two load-balancing losses that keep experts in even use, and metrics of the router.
 
 Both are E · Σ_i f_i p̄_i: f_i, the share of the tokens that chose expert i, carries no gradient;
 p̄_i is the mean of its probability. An even load gives k, since the f_i sum to k. Shapes: T tokens,
@@ -16,18 +16,17 @@ from torch import Tensor
 from openqwen.model import Qwen2, Routing
 from openqwen.train.compute import Precision, computing
 from openqwen.train.losses import Loss
-from openqwen.train.parallel import world_of
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.parallel import ALONE, World
 
 Balance = Literal["global", "micro", "off"]
 
 
 @dataclass(frozen=True)
 class Load:
-    """Tokens that each expert of each sparse layer received, of how many tokens: a micro-batch, or
-    a whole step.
+    """How many of `tokens` tokens each expert of each sparse layer received, [L, E].
 
-    Loads of the parts of a batch, on whichever rank, add up to the batch's.
+    Loads of the parts of a batch add up to the load of the batch.
     """
 
     counts_LE: Tensor
@@ -42,11 +41,11 @@ class Load:
         return Load(self.counts_LE + other.counts_LE, self.tokens + other.tokens)
 
     def statistics(self) -> dict[str, float]:
-        """A few numbers of a load.
+        """Metrics of the load.
 
-        dead_experts: share of all layers' experts that got no token. largest_load: the busiest
-        expert's tokens over an even share, the worst layer's. load_entropy: entropy of the load
-        over that of an even one, mean over layers.
+        dead_experts: share of all experts that got no token. largest_load: tokens of the busiest
+        expert over an even share, in the worst layer. load_entropy: entropy of the load over that
+        of an even one, mean over layers.
         """
         share_LE = self.counts_LE.double() / self.counts_LE.sum(1, keepdim=True)
         entropy_L = torch.special.entr(share_LE).sum(1)
@@ -59,11 +58,11 @@ class Load:
 
 
 def micro_balance(routing: Routing) -> Loss:
-    """The reference code's balance of one forward call (transformers' `load_balancing_loss_func`),
-    times its tokens.
+    """The balance of one forward call as the reference code has it, times the call's tokens.
 
-    All layers' tokens are one pile there: expert 3 of every layer counts as one expert. It is not
-    linear in the tokens, so cutting a batch otherwise changes it.
+    transformers' `load_balancing_loss_func` counts the tokens of all layers together: expert 3 of
+    every layer is one expert to it. The loss is not linear in the tokens, so it depends on how a
+    batch is cut into micro-batches.
     """
     load = Load.of(routing)
     layers, experts = load.counts_LE.shape
@@ -73,11 +72,11 @@ def micro_balance(routing: Routing) -> Loss:
 
 
 def global_balance(routing: Routing, load: Load) -> Loss:
-    """The balance under the load of a whole optimizer batch, summed over this call's tokens (Qwen's
-    post of 2025-01).
+    """The balance under a given load, summed over this call's tokens (Qwen's post of 2025-01).
 
-    Layer by layer, and the mean over layers. With the load given it is a sum over tokens: however
-    the batch is cut, the sums over its parts are the same, gradient included (law 2).
+    It is computed for each layer and averaged over layers. With the load of the whole optimizer
+    batch it is linear in the tokens, so loss and gradient do not depend on how the batch is cut
+    (law 2).
     """
     layers, experts = load.counts_LE.shape
     f_LE = load.counts_LE / load.tokens
@@ -86,58 +85,64 @@ def global_balance(routing: Routing, load: Load) -> Loss:
 
 
 @dataclass(frozen=True)
-class Balanced:
-    """A micro-batch, and the load of the step that it belongs to, where that must be known
-    beforehand.
-    """
+class PretrainBatch:
+    """A micro-batch of pre-training, and the load of its step where that must be known before."""
 
-    rows: Rows
+    rows: PackedBatch
     load: Load | None = None
 
 
 def with_loads(
     model: Qwen2,
-    parts: Sequence[Rows],
+    parts: Sequence[PackedBatch],
     balance: Balance,
     precision: Precision = "auto",
-) -> list[Balanced]:
-    """Micro-batches with the load of all of them together, as the global balance needs it.
+    world: World = ALONE,
+) -> list[PretrainBatch]:
+    """Micro-batches with the load of their whole step, as the global balance needs it.
 
-    The load depends on the weights, so a step of several micro-batches is read once more without
-    gradient, which costs about a third of the step; a step of one finds its load on the way and
-    costs nothing.
+    The load depends on the weights, so a step of several micro-batches is read once more without a
+    gradient, which costs about a third of the step. A step of one micro-batch needs no such pass:
+    its loss knows the load.
     """
     if balance != "global" or len(parts) == 1:
-        return [Balanced(rows) for rows in parts]
-    load = measure_load(model, parts, precision)
-    return [Balanced(rows, load) for rows in parts]
+        return [PretrainBatch(rows) for rows in parts]
+    load = measure_load(model, parts, precision, world)
+    return [PretrainBatch(rows, load) for rows in parts]
 
 
 @torch.no_grad()
-def measure_load(model: Qwen2, parts: Sequence[Rows], precision: Precision = "auto") -> Load:
-    """Where the tokens of some micro-batches go, all together; each rank reads its share of them.
+def measure_load(
+    model: Qwen2,
+    parts: Sequence[PackedBatch],
+    precision: Precision = "auto",
+    world: World = ALONE,
+) -> Load:
+    """The load of all tokens of some micro-batches; each rank reads its share of them.
 
-    precision: the one that the network trains in, so that each token goes where the step sends it.
+    precision: that of training, so that each token takes the experts that it takes in the step.
     """
-    world, loads = world_of(model), []
-    for rows, counts in world.share(parts):
+    loads = []
+    for rows, counts in world.local_micro_batches(parts):
         routing = Routing()
         with computing(precision, model.device):
             model(rows.tokens, rows.positions, rows.attention, routing)
         loads.append(Load(Load.of(routing).counts_LE * counts, len(rows.tokens) * counts))
-    found = sum(loads[1:], loads[0])
-    *counts_N, tokens = world.total([*found.counts_LE.flatten().tolist(), found.tokens])
-    whole = torch.tensor(counts_N, dtype=torch.float64).long().view_as(found.counts_LE)
-    return Load(whole.to(found.counts_LE.device), round(tokens))
+    local = sum(loads[1:], loads[0])
+    *summed, tokens = world.total([*local.counts_LE.flatten().tolist(), local.tokens])
+    counts_LE = torch.tensor(summed, dtype=torch.float64).long().view_as(local.counts_LE)
+    return Load(counts_LE.to(local.counts_LE.device), round(tokens))
 
 
-def balanced(
-    loss: Callable[[Rows, Routing], Loss], micro: Balanced, balance: Balance, coefficient: float
+def with_balance(
+    loss: Callable[[PackedBatch, Routing], Loss],
+    micro: PretrainBatch,
+    balance: Balance,
+    coefficient: float,
 ) -> Loss:
-    """A loss over tokens plus coefficient times the balance, and the router's numbers beside it.
+    """A loss over tokens plus `coefficient` times the balance, with metrics of the router.
 
-    `loss` makes the one forward call with the routing that it is given, and counts every token, as
-    pre-training does.
+    loss: makes one forward call that fills the given routing, and counts every token as a target.
     """
     routing = Routing()
     plain = loss(micro.rows, routing)
@@ -161,9 +166,7 @@ def balanced(
 
 
 def load_record(model: Qwen2, load: Load) -> dict[str, Any]:
-    """What `experts.json` says: the load of each expert, 1 for an even share, a row for each sparse
-    layer.
-    """
+    """The content of `experts.json`: loads over an even share, a row for each sparse layer."""
     config = model.config
     even = load.tokens * config.num_experts_per_tok / config.num_experts
     layers = [n for n in range(config.num_hidden_layers) if config.is_sparse(n)]

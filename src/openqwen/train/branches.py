@@ -15,7 +15,7 @@ from torch import Tensor
 from openqwen.model import ModelConfig
 from openqwen.model.rope import Rotation, rotate, rotation_of
 from openqwen.support.errors import OpenQwenError
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
 
 Branching = tuple[
     Sequence[int], Sequence[Sequence[int]]
@@ -81,7 +81,7 @@ class Branched:
         return out.transpose(1, 2)[self._real_BL]
 
 
-def branches(groups: Sequence[Branching], device: torch.device | str = "cpu") -> Rows:
+def branches(groups: Sequence[Branching], device: torch.device | str = "cpu") -> PackedBatch:
     """Rows whose documents are the answers, in order.
 
     The last token of an answer predicts nothing and is not fed.
@@ -103,7 +103,7 @@ def branches(groups: Sequence[Branching], device: torch.device | str = "cpu") ->
             tokens += answer[:-1]
             positions += range(len(prompt), len(prompt) + len(answer) - 1)
     lengths = [(len(prompt), [len(answer) - 1 for answer in answers]) for prompt, answers in groups]
-    return Rows(
+    return PackedBatch(
         tokens=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
         attention=Branched(lengths).to(device),

@@ -1,11 +1,10 @@
-"""In which numbers the network computes, whether it is compiled, and what to do when memory runs
-out.
+"""Precision of the computation, compilation of the layers, and running out of memory.
 
-Weights, gradients and optimizer states are float32 always. With bfloat16, matrix products and
+Weights, gradients and optimizer states are always float32. With bfloat16, matrix products and
 attention take rounded copies of weights and activations (autocast); norms, softmax, the residual
-stream and losses stay float32. Over several processes FSDP2 gathers the layers' weights rounded:
-half is sent, and no rounded copy of the whole network outlives the forward pass, as autocast's
-would.
+stream and losses stay float32. Over several processes FSDP2 gathers the layers' weights in
+bfloat16: half as much is sent, and unlike autocast's cache no rounded copy of the whole network
+stays in memory after the forward pass.
 """
 
 from typing import Literal
@@ -24,19 +23,18 @@ LEVERS = (
 
 
 def is_low(precision: Precision, device: torch.device) -> bool:
-    """Whether bfloat16 is meant; auto: on a GPU."""
+    """Whether products are computed in bfloat16; auto: on a GPU."""
     return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 
 def computing(precision: Precision, device: torch.device) -> torch.autocast:
-    """Forward passes in this context compute so."""
+    """A context in which forward passes compute in a precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=is_low(precision, device))
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile each layer, in place, for any number of tokens. Names of parameters stay."""
-    # Without this each layer's number would be a constant, and the layers beyond the eighth not
-    # compiled.
+    """Compile each layer in place, for any number of tokens; parameters keep their names."""
+    # Otherwise each layer's number is a constant, and layers beyond the eighth are not compiled.
     torch._dynamo.config.allow_unspec_int_on_nn_module = True
     for layer in model.modules():
         if isinstance(layer, Layer):
@@ -44,8 +42,6 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left: a GPU's, PyTorch's on a CPU, or Python's
-    own.
-    """
-    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    """Whether memory ran out: on a GPU, in PyTorch on a CPU, or in Python."""
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)

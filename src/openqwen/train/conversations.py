@@ -20,7 +20,7 @@ from openqwen.tokenizer.messages import (
     preference,
     prompt,
 )
-from openqwen.train.rows import Sample
+from openqwen.train.packed_batch import Sample
 
 Messages = list[dict[str, Any]]
 TooLong = Literal["leave out", "truncate", "refuse"]

@@ -1,10 +1,9 @@
-"""Data stages: stretches of one pre-training run with their own length, mixture, RoPE base and
-learning rate.
+"""Data stages: parts of one pre-training run with their own length, mixture, RoPE base and rate.
 
-Weights and optimizer run on from stage to stage; only what is read, how it is turned, and how fast
-it is learned changes. Qwen2 and Qwen2.5 read rows of 4,096 tokens at base 10,000, then of 32,768 at
-1,000,000; Qwen2.5-Turbo goes on to 262,144 at 10,000,000, with 40 % of the tokens at the longest
-length of each stage (Qwen2.5 report, section 3.3).
+Weights and optimizer states go on from stage to stage; only the text, the rotation of queries and
+keys, and the learning rate change. Qwen2 and Qwen2.5 read rows of 4,096 tokens at base 10,000, then
+of 32,768 at 1,000,000. Qwen2.5-Turbo goes on to 262,144 at 10,000,000, with 40 % of the tokens at
+the longest length of each stage (Qwen2.5 report, section 3.3).
 """
 
 from collections.abc import Sequence
@@ -17,67 +16,61 @@ from pydantic import Field, field_serializer, model_validator
 from openqwen.model import ModelConfig
 from openqwen.support.progress import console
 from openqwen.support.settings import Settings
-from openqwen.train.balance import Balance, Balanced
+from openqwen.train.balance import Balance, PretrainBatch
+from openqwen.train.metrics import Entry
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
-from openqwen.train.pieces import DataConfig, Pieces
+from openqwen.train.packed_dataset import DataConfig, PackedDataset
 from openqwen.train.trainer import Trainer, TrainingConfig
 from openqwen.train.validation import ValidationConfig
 
-_BALANCE = (
-    "where a mixture of experts counts the load that it evens out: the whole step, each "
-    "micro-batch, or nowhere"
-)
-_THETA = 10_000.0  # of a new network, as in Qwen2
+_BALANCE = "load of the balancing loss: of the whole step, of each micro-batch, or no such loss"
+_THETA = 10_000.0  # RoPE base of a new network, as in Qwen2
 _RATE = ("learning_rate", "schedule", "final_share", "warmup_share")
 
 
 class DataStage(Settings):
-    """One data stage.
+    """One data stage. Its schedule spans its own steps.
 
-    What it leaves out is as in `data`, `rope_theta` and `train`; its schedule spans its steps.
+    A setting that is left out has the value of `data`, `rope_theta` or `train`.
     """
 
     tokens: int = Field(gt=0, description="tokens of this stage")
     context: int | None = Field(None, gt=1, description="longest row, in tokens")
-    lengths: dict[int, float] | None = Field(
-        None, description="row length -> its share of the tokens"
-    )
+    lengths: dict[int, float] | None = Field(None, description="row length -> share of tokens")
     batch_tokens: int | None = Field(None, gt=0, description="tokens of one optimizer step")
     mixture: dict[str, float] | None = Field(None, description="share of each source in the tokens")
-    isolated: bool | None = Field(None, description="documents are blind to each other")
+    isolated: bool | None = Field(None, description="documents cannot see each other")
     fill_in_middle: dict[str, float] | None = Field(
-        None, description="source -> share of its documents to cut"
+        None, description="source -> share to cut for infilling"
     )
     rope_theta: float | None = Field(None, gt=1, description="RoPE base")
     learning_rate: float | None = Field(None, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "linear", "constant", "wsd"] | None = Field(
-        None, description="how the rate falls"
+        None, description="how the learning rate falls"
     )
     final_share: float | None = Field(
-        None, ge=0, le=1, description="share of the peak left at the stage's last step"
+        None, ge=0, le=1, description="last learning rate over the peak"
     )
     warmup_share: float | None = Field(
-        None, ge=0, lt=1, description="share of the stage's steps that rise to the peak"
+        None, ge=0, lt=1, description="share of steps that rise to it"
     )
 
 
 class HeldOutConfig(ValidationConfig):
-    """Text that nothing is learned from, on which the loss is measured."""
+    """Held-out text on which the loss is measured."""
 
-    tokens: int = Field(
-        0, ge=0, description="tokens of the corpus's held-out documents, their first half; 0: none"
-    )
+    tokens: int = Field(0, ge=0, description="held-out tokens to measure on; 0: none")
 
     @model_validator(mode="after")
-    def _some(self) -> "HeldOutConfig":
+    def _has_text(self) -> "HeldOutConfig":
         if (self.every or self.outcome == "best") and not self.tokens:
-            raise ValueError("there is nothing held out: give validation.tokens, such as 100000")
+            raise ValueError("no text is held out: give validation.tokens, such as 100000")
         return self
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A data stage with nothing left out. positions: the context that the network is to state."""
+class ResolvedStage:
+    """A data stage with all settings filled in. positions: the context length of the network."""
 
     name: str
     data: DataConfig
@@ -87,10 +80,10 @@ class Resolved:
 
 
 class StagedConfig(TrainingConfig):
-    """What pre-training and its long-sequence phase have in common."""
+    """The settings that pre-training and its long-sequence phase share."""
 
     balance: Balance = Field("global", description=_BALANCE)
-    data: DataConfig = Field(default_factory=DataConfig, description="what it reads")
+    data: DataConfig = Field(default_factory=DataConfig, description="the text to read")
     rope_theta: float | None = Field(
         None, gt=1, description="RoPE base; none: the checkpoint's, or 10,000 for a new network"
     )
@@ -101,15 +94,11 @@ class StagedConfig(TrainingConfig):
     train: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=3e-4), description="optimizer"
     )
-    validation: HeldOutConfig = Field(
-        default_factory=HeldOutConfig, description="held-out text, and what its loss decides"
-    )
+    validation: HeldOutConfig = Field(default_factory=HeldOutConfig, description="held-out text")
 
     @field_serializer("stages", when_used="json")
     def _in_order(self, stages: dict[str, DataStage]) -> list[dict[str, Any]]:
-        """As a list, since their order counts, and the keys of a mapping have none in an artifact's
-        digest.
-        """
+        """As a list: the order counts, and an artifact's digest sorts the keys of a mapping."""
         return [{"name": name, **stage.model_dump(mode="json")} for name, stage in stages.items()]
 
     @model_validator(mode="after")
@@ -129,82 +118,85 @@ class StagedConfig(TrainingConfig):
                 abs(sum(lengths.values()) - 1) > 1e-6 or max(lengths) != stage.data.row
             ):
                 raise ValueError(
-                    f"{where}the shares of the lengths must sum to 1 and the longest be the "
-                    "context; they sum to "
-                    f"{sum(lengths.values()):.3g}, and {max(lengths):,} stands beside "
-                    f"{stage.data.row:,}"
+                    f"{where}the shares of the lengths must sum to 1 and the longest length must "
+                    f"be the context; they sum to {sum(lengths.values()):.3g}, the longest is "
+                    f"{max(lengths):,} and the context {stage.data.row:,}"
                 )
             if any(not 0 <= share <= 1 for share in stage.data.fill_in_middle.values()):
                 raise ValueError(f"{where}a share of fill_in_middle is not between 0 and 1")
         return self
 
-    def resolved(self, start: ModelConfig | None = None) -> list[Resolved]:
+    def resolved(self, start: ModelConfig | None = None) -> list[ResolvedStage]:
         """The data stages, in order.
 
-        start: the checkpoint that training goes on from. It decides the RoPE base and the context
-        where nobody asked; rows are then no longer than its context.
+        start: the configuration of the checkpoint that training goes on from. Its RoPE base and
+        context hold where no setting gives others; rows are then no longer than its context.
         """
-        found = []
+        resolved = []
         theta = self.rope_theta or (start.rope_theta if start else _THETA)
         for name, stage in (self.stages or {"": DataStage(tokens=self.data.tokens)}).items():
-            own = {key: value for key, value in stage if value is not None}
+            given = {key: value for key, value in stage if value is not None}
             data = self.data.model_copy(
-                update={k: v for k, v in own.items() if k in DataConfig.model_fields}
+                update={k: v for k, v in given.items() if k in DataConfig.model_fields}
             )
-            train = self.train.model_copy(update={k: own[k] for k in _RATE if k in own})
-            asked = data.context is not None or bool(data.lengths)
-            positions = data.row if asked or start is None else start.max_position_embeddings
+            train = self.train.model_copy(update={k: given[k] for k in _RATE if k in given})
+            has_context = data.context is not None or bool(data.lengths)
+            positions = data.row if has_context or start is None else start.max_position_embeddings
             data = data.model_copy(update={"context": min(data.row, positions)})
-            found.append(Resolved(name, data, own.get("rope_theta", theta), train, positions))
-        return found
+            rope_theta = given.get("rope_theta", theta)
+            resolved.append(ResolvedStage(name, data, rope_theta, train, positions))
+        return resolved
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PlannedStage:
     """A data stage with its rows, and the step of the run at which it begins."""
 
-    stage: Resolved
-    pieces: Pieces
+    stage: ResolvedStage
+    dataset: PackedDataset
     first: int
 
 
+def planned_at(plan: Sequence[PlannedStage], step: int) -> PlannedStage:
+    """The data stage that a step belongs to."""
+    return next(planned for planned in reversed(plan) if planned.first <= step)
+
+
 @dataclass
-class StagedTrainer(Trainer[Balanced]):
-    """A trainer that enters each data stage at its first step: its RoPE base and context, and its
-    learning rate.
+class StagedTrainer(Trainer[PretrainBatch]):
+    """A trainer that enters each data stage at its first step.
+
+    plan: the data stages in order.
     """
 
-    stretches: Sequence[Stretch] = ()
-
-    def at(self, step: int) -> tuple[int, Stretch]:
-        """The data stage of a step, with its number from 0."""
-        number = max(n for n, stretch in enumerate(self.stretches) if stretch.first <= step)
-        return number, self.stretches[number]
+    plan: Sequence[PlannedStage] = ()
+    _entered: PlannedStage | None = None
 
     def _step(
-        self,
-        step: int,
-        movers: Sequence[torch.optim.Optimizer],
-        earlier: Sequence[dict[str, float]],
-    ) -> dict[str, float]:
-        number, stretch = self.at(step)
-        enter(self.model, stretch.stage)
-        if len(self.stretches) == 1:
-            return super()._step(step, movers, earlier)
-        if step == stretch.first:
-            data = stretch.stage.data
-            said = (
-                f"{data.tokens:,} tokens, rows of {data.row:,}, RoPE base "
-                f"{stretch.stage.rope_theta:,.0f}"
-            )
-            console.print(f"  data stage {stretch.stage.name}: {said}", markup=False)
-        return super()._step(step, movers, earlier) | {"data_stage": number + 1.0}
+        self, step: int, optimizers: Sequence[torch.optim.Optimizer], earlier: Sequence[Entry]
+    ) -> Entry:
+        planned = planned_at(self.plan, step)
+        if planned is not self._entered:
+            self._enter(planned)
+        entry = super()._step(step, optimizers, earlier)
+        if len(self.plan) > 1:
+            entry["data_stage"] = self.plan.index(planned) + 1.0
+        return entry
+
+    def _enter(self, planned: PlannedStage) -> None:
+        """Set the network's RoPE base and context at the boundary of a data stage, or on resume."""
+        self._entered, stage = planned, planned.stage
+        set_rope(self.model, stage)
+        if len(self.plan) > 1:
+            text = f"{stage.data.tokens:,} tokens, rows of {stage.data.row:,}"
+            base = f"RoPE base {stage.rope_theta:,.0f}"
+            console.print(f"  data stage {stage.name}: {text}, {base}", markup=False)
 
     def _rate(self, step: int) -> float:
-        _, stretch = self.at(step)
-        return learning_rate(stretch.stage.train, step - stretch.first, stretch.pieces.steps)
+        planned = planned_at(self.plan, step)
+        return learning_rate(planned.stage.train, step - planned.first, planned.dataset.steps)
 
 
-def enter(model: Any, stage: Resolved) -> None:
-    """Turn a network's queries and keys as a data stage does."""
+def set_rope(model: Any, stage: ResolvedStage) -> None:
+    """Give a network a data stage's RoPE base and context; its decoder reads the same settings."""
     model.config = model.model.config = model.config.with_rope(stage.rope_theta, stage.positions)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openqwen.model import Qwen2
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.errors import disk_errors
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
@@ -26,9 +27,9 @@ from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
-from openqwen.train.parallel import join, load_for_training, world_of
+from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.parallel import ALONE, World, join, load_for_training
 from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
-from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, Trainer
 
 
@@ -66,7 +67,7 @@ class Pairs:
     [answers].
     """
 
-    rows: Rows
+    rows: PackedBatch
     pairs: Tensor
     reference: Tensor
 
@@ -78,11 +79,13 @@ class Pairs:
         rows = branches([(group.prompt, group.answers) for group in groups], device)
         return cls(rows, pair_numbers(groups).to(device), reference.to(device))
 
-    def loss(self, model: Qwen2, beta: float, chosen_nll: float = 0.0) -> Loss:
+    def loss(
+        self, model: Qwen2, beta: float, chosen_nll: float = 0.0, world: World = ALONE
+    ) -> Loss:
         """The DPO loss of these pairs; `chosen_nll` times the chosen answers' mean token NLL is
         added to it.
         """
-        policy = document_log_probs(model, self.rows)
+        policy = document_log_probs(model, self.rows, world)
         loss = dpo_loss(policy[self.pairs], self.reference[self.pairs], beta)
         if chosen_nll:
             lengths = torch.tensor(self.rows.counts, device=policy.device)
@@ -97,6 +100,7 @@ def reference_log_probs(
     micro_tokens: int,
     label: str,
     precision: Precision = "auto",
+    world: World = ALONE,
 ) -> Tensor:
     """Log-probabilities of all answers, [answers], on the CPU; each rank reads its share.
 
@@ -104,14 +108,13 @@ def reference_log_probs(
     """
     ends = [0, *accumulate(len(group.answers) for group in groups)]
     found = torch.zeros(ends[-1])
-    world = world_of(model)
     with progress(label, len(groups), "prompts") as bar:
-        for cut, counts in world.share(
+        for cut, counts in world.local_micro_batches(
             list(cut_to_budget([group.size for group in groups], micro_tokens))
         ):
             rows = branches([(group.prompt, group.answers) for group in groups[cut]], model.device)
             with computing(precision, model.device):
-                values = document_log_probs(model, rows).cpu()
+                values = document_log_probs(model, rows, world).cpu()
             found[ends[cut.start] : ends[cut.stop]] += values * counts
             bar.advance((cut.stop - cut.start) * counts)
     return found if world.alone else torch.tensor(world.total(found.tolist()), dtype=torch.float32)
@@ -128,6 +131,7 @@ def dpo(
     """
     generators = Generators(place.seed)
     model = load_for_training(start)
+    world = join().with_mesh(config.train.parallel, model)
     data = Preferences.read(
         preferences, tokenizer, config, model.config.max_position_embeddings, config.hottest
     )
@@ -143,10 +147,10 @@ def dpo(
             for c in cuts
         ]
 
-    loss = lambda pairs: pairs.loss(model, config.beta, config.chosen_nll)  # noqa: E731
-    trainer = Trainer(place, config, model, batch, loss, order.steps, generators)
+    loss = lambda pairs: pairs.loss(model, config.beta, config.chosen_nll, world)  # noqa: E731
+    trainer = Trainer(place, config, model, batch, loss, order.steps, generators, world=world)
     trainer.shard()
-    reference = _cached_reference(model, groups, config, place).split(
+    reference = _cached_reference(model, groups, config, place, world).split(
         [len(group.answers) for group in groups]
     )
     metrics = trainer.run()
@@ -155,19 +159,19 @@ def dpo(
 
 
 def _cached_reference(
-    model: Qwen2, groups: Sequence[Compared], config: DpoConfig, place: Place
+    model: Qwen2, groups: Sequence[Compared], config: DpoConfig, place: Place, world: World
 ) -> Tensor:
-    path, world = place.scratch / "reference.safetensors", join()
-    if not world.agree(path.exists()):
+    path = place.scratch / "reference.safetensors"
+    if not world.broadcast(path.exists()):
         place.scratch.mkdir(parents=True, exist_ok=True)
         label, precision = f"{place.label} reference", config.train.precision
-        values = reference_log_probs(model, groups, config.micro_tokens, label, precision)
+        values = reference_log_probs(model, groups, config.micro_tokens, label, precision, world)
         if world.main:
             aside = path.with_suffix(".aside")
             with disk_errors(path):
                 save_file({"log_probs": values}, aside)
             aside.rename(path)
-        world.wait()
+        world.barrier()
     return load_file(path)["log_probs"]
 
 

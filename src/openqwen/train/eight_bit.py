@@ -1,9 +1,7 @@
-"""AdamW with moments in 8 bits (Dettmers et al. 2022), torchao's: a quarter of the memory of
-moments in float32.
+"""torchao's AdamW with moments in 8 bits (Dettmers et al. 2022), a quarter of float32's memory.
 
-Blocks of 128 numbers share a scale. They lie within rows, so that codes and scales are sharded as
-the weights are, and a training state holds both to the bit, whatever the number of ranks that reads
-it.
+Blocks of 128 numbers share a scale. A block does not cross rows, so codes and scales are sharded as
+the weights are, and a training state holds both to the bit for any number of ranks.
 """
 
 import importlib
@@ -23,20 +21,14 @@ _LEAST = 4_096  # torchao keeps tensors with fewer numbers in float32
 
 
 def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """torchao's AdamW8bit.
-
-    It is compiled: without that a step takes ten times as long and holds far more memory.
-    """
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # which of its GPU kernels are not for this machine is no news
+    """torchao's AdamW8bit; it is compiled, or a step would take ten times as long."""
+    for name in ("torchao", "torch.utils._pytree"):  # warnings about kernels for other machines
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         library = importlib.import_module("torchao.optim")
     except ImportError:
         raise OpenQwenError(
-            "8-bit AdamW is torchao's, which is not installed.",
+            "8-bit AdamW needs torchao, which is not installed.",
             where="train.method",
             do=f"{pip_install('torchao')}, or choose adamw",
         ) from None
@@ -44,43 +36,45 @@ def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opti
 
 
 def in_blocks(parameter: Tensor) -> bool:
-    """Whether a parameter's moments are kept in 8 bits: its rows are whole blocks, and every rank
-    holds as many.
+    """Whether a parameter's moments can be in 8 bits.
+
+    Its rows must be whole blocks, and all ranks must hold equally many of its elements.
     """
     ranks = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
-    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    even = own.numel() * ranks == parameter.numel()
-    return parameter.dim() > 1 and even and own.numel() >= _LEAST and own.shape[-1] % BLOCK == 0
+    local = _local(parameter)
+    even = local.numel() * ranks == parameter.numel()
+    return parameter.dim() > 1 and even and local.numel() >= _LEAST and local.shape[-1] % BLOCK == 0
 
 
 def parts(moment: Tensor) -> dict[str, Tensor]:
-    """The codes and the scales (a row of them for each row) of a moment in 8 bits; they share its
-    memory.
-    """
-    own: Any = moment.to_local() if isinstance(moment, DTensor) else moment
-    if not hasattr(own, "codes"):
+    """The codes and the scales of a moment in 8 bits, which share its memory; else nothing."""
+    local: Any = _local(moment)
+    if not hasattr(local, "codes"):
         return {}
-    found = {"codes": own.codes, "scales": own.scale.view(*own.shape[:-1], own.shape[-1] // BLOCK)}
+    scales = local.scale.view(*local.shape[:-1], local.shape[-1] // BLOCK)
+    tensors = {"codes": local.codes, "scales": scales}
     if isinstance(moment, DTensor):
-        found = {name: _as_sharded(part, moment) for name, part in found.items()}
-    return found
+        tensors = {name: _as_sharded(tensor, moment) for name, tensor in tensors.items()}
+    return tensors
 
 
 def empty(parameter: Tensor, signed: bool) -> Tensor:
-    """A moment in 8 bits for a parameter, all zero. signed: the mean gradient; else the mean
-    squared one.
-    """
-    kind = importlib.import_module("torchao.optim.subclass_8bit").OptimState8bit
-    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    moment = kind.zeros(own.shape, signed, BLOCK, own.device, own.dtype)
+    """A moment in 8 bits, all zero. signed: for the mean gradient; else for the mean square."""
+    state = importlib.import_module("torchao.optim.subclass_8bit").OptimState8bit
+    local = _local(parameter)
+    moment = state.zeros(local.shape, signed, BLOCK, local.device, local.dtype)
     return _as_sharded(moment, parameter) if isinstance(parameter, DTensor) else moment
 
 
-def _as_sharded(own: Tensor, like: DTensor) -> DTensor:
-    """A rank's part of a tensor with the rows of another, which is sharded so."""
-    columns = like.shape[-1] * own.shape[-1] // like.to_local().shape[-1]
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_sharded(local: Tensor, like: DTensor) -> DTensor:
+    """A tensor whose rows are sharded as those of another, from this rank's shard."""
+    columns = like.shape[-1] * local.shape[-1] // like.to_local().shape[-1]
     shape = torch.Size((*like.shape[:-1], columns))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        own, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+        local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
     )

@@ -1,6 +1,4 @@
-"""The `extend` stage: pre-training goes on with longer rows and a raised RoPE base (Qwen2 report,
-2.3).
-"""
+"""The `extend` stage: longer rows and a higher RoPE base (Qwen2 report, 2.3)."""
 
 from openqwen.support.stage import CORPUS, MODEL, TOKENS, Stage, StageRun
 from openqwen.tokenizer import load_tokenizer
@@ -15,7 +13,7 @@ def run_extend(run: StageRun) -> dict[str, float]:
 
 STAGE = Stage(
     name="extend",
-    help="Lengthen the context: longer rows, raised RoPE base.",
+    help="Lengthen the context: longer rows, higher RoPE base.",
     config=ExtendConfig,
     inputs={"model": MODEL, "tokens": TOKENS, "corpus": CORPUS},
     outputs=["model"],

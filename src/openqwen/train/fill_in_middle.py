@@ -2,10 +2,10 @@
 
     <|fim_prefix|>PREFIX<|fim_suffix|>SUFFIX<|fim_middle|>MIDDLE<|endoftext|>
 
-The cuts fall between characters, not between tokens: whoever asks for a completion stops typing
-anywhere, and a model that has only seen cuts at token borders fails in the middle of a word
-(Bavarian et al. 2022, section 4.4). So the three parts are encoded anew. Every token is learned,
-the markers too: it is plain next-token prediction.
+The cuts fall between characters, not between tokens: a user stops typing anywhere, and a model that
+has only seen cuts at token borders fails in the middle of a word (Bavarian et al. 2022, section
+4.4). So the three parts are encoded again. Every token is a target, the markers too: this is plain
+next-token prediction.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,9 @@ from openqwen.tokenizer.fill_in_middle import middle_prompt
 
 
 def fill_in_middle(tokenizer: Tokenizer, ids: np.ndarray, cuts: Sequence[float]) -> np.ndarray:
-    """One document, closed by `<|endoftext|>`, with its middle moved to the end: uint32 [about T +
-    3].
+    """Move a document's middle to its end, before `<|endoftext|>`: uint32, about T + 3.
 
-    cuts: two numbers in [0, 1), where the middle begins and ends as shares of the characters, in
-    any order.
+    cuts: begin and end of the middle as shares of the characters, in [0, 1) and in any order.
     """
     text = tokenizer.decode(ids[:-1].tolist())
     start, end = sorted(int(cut * (len(text) + 1)) for cut in cuts)

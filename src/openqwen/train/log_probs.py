@@ -1,11 +1,12 @@
-"""The one `log_probs` of SFT, DPO, online DPO and every later stage (law 3): chunked over tokens.
+"""`log_probs`, chunked over tokens, for SFT, DPO, online DPO and every later stage (law 3).
 
-The head is applied only to the hidden states handed in, so tokens that no loss looks at cost
-nothing. While the scores of all tokens fit a small budget they are kept for the backward pass;
-beyond it they are computed again there, so that memory never grows with tokens × vocabulary. Where
-all that a loss wants is their sum, `cross_entropy` makes the gradient in the forward pass, a block
-of scores at a time (the way of Liger-Kernel), and no score is kept or made twice. On a GPU where
-Liger-Kernel is installed, its own kernel does that.
+The head is applied only to the hidden states that predict a target, so other tokens cost nothing.
+Logits are kept for the backward pass while all of them fit a small budget; beyond it they are
+computed again there, so that memory does not grow with tokens × vocabulary.
+
+`cross_entropy` is for losses that need only the sum. It computes the gradient in the forward pass,
+a block of logits at a time (as Liger-Kernel does), and keeps no logits. On a GPU where Liger-Kernel
+is installed, its kernel does that.
 """
 
 import importlib
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from openqwen.support.progress import console
 
-CHUNK = 1_024  # tokens scored at a time
-KEEP_BYTES = 512 * 2**20  # scores kept for the backward pass, at most
-BLOCK_BYTES = 160 * 2**20  # scores that `cross_entropy` holds at a time, about
-BLOCK_BYTES_GPU = 2**30  # a GPU's bandwidth wants larger ones
+CHUNK = 1_024  # tokens whose logits are computed at a time
+KEEP_BYTES = 512 * 2**20  # logits kept for the backward pass, at most
+BLOCK_BYTES = 160 * 2**20  # logits that `cross_entropy` holds at a time, about
+BLOCK_BYTES_GPU = 2**30  # larger blocks use a GPU's bandwidth better
 
 
 class _LogProbs(torch.autograd.Function):
@@ -66,9 +67,7 @@ class _LogProbs(torch.autograd.Function):
 
 
 def log_probs(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log p(target) of each of N tokens given the hidden state that predicts it, float32 [N];
-    differentiable.
-    """
+    """log p(target) of each hidden state that predicts a target: float32 [N], differentiable."""
     return _LogProbs.apply(*_lowered(hidden_ND, head_VD), targets_N)
 
 
@@ -84,8 +83,7 @@ class _CrossEntropy(torch.autograd.Function):
         size = -(-tokens // max(1, round(tokens * head_VD.shape[0] * 4 / most)))
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
-            # In place, as a block is large: logits, then logits − max, then exponentials, then the
-            # slope.
+            # A block is large, so one tensor holds in turn logits, logits − max, exp and gradient.
             slope_CV = (hidden_ND[rows] @ head_VD.T).float()
             slope_CV -= slope_CV.amax(dim=1, keepdim=True)
             total -= slope_CV.gather(1, targets_N[rows, None]).sum()
@@ -107,9 +105,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden_ND, grad_head_VD = ctx.grads
         del ctx.grads
-        if (
-            scale := grads[0].item()
-        ) != 1.0:  # in place: they belong to nobody else, and this graph is walked once
+        if (scale := grads[0].item()) != 1.0:
+            # In place is safe: nothing else holds these tensors, and the graph is used once.
             torch._foreach_mul_([g for g in (grad_hidden_ND, grad_head_VD) if g is not None], scale)
         return grad_hidden_ND, grad_head_VD, None
 
@@ -122,7 +119,7 @@ def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tens
 
 @cache
 def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Liger-Kernel's fused cross-entropy on a GPU, where it is installed; tests hold it to ours."""
+    """Liger-Kernel's fused cross-entropy, on a GPU and where it is installed; else None."""
     if device.type != "cuda":
         return None
     try:
@@ -136,9 +133,7 @@ def _fused(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] |
 
 
 def _lowered(hidden_ND: Tensor, head_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the numbers that products are computed in, rounded once, not by every product under
-    autocast.
-    """
+    """Both in autocast's dtype, rounded once here and not again in every product."""
     kind = hidden_ND.device.type
     if not torch.is_autocast_enabled(kind):
         return hidden_ND, head_VD

@@ -1,4 +1,8 @@
-"""Losses return (sum, count); only the trainer divides (law 2)."""
+"""Losses return (sum, count); only the trainer divides (law 2).
+
+A sharded network needs the `World` whose mesh it is sharded over, so that the ranks that hold the
+same rows divide the work of the head.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,62 +10,66 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from openqwen.model import Qwen2, Routing
 from openqwen.train.log_probs import cross_entropy, log_probs
-from openqwen.train.parallel import world_of
-from openqwen.train.rows import Rows
+from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.parallel import ALONE, World
 
 
 @dataclass
 class Loss:
-    """A loss summed over `count` things (tokens, pairs), and sums of whatever else is worth a
-    curve.
-    """
+    """A loss summed over `count` targets or pairs, and sums of other quantities for the metrics."""
 
     sum: Tensor
     count: int
     extras: dict[str, float] = field(default_factory=dict)
 
 
-def token_log_probs(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Tensor:
-    """Log-probabilities [N] of the rows' targets; `routing` is filled by experts."""
-    return _scored(model, rows, routing, log_probs)
+def next_token(
+    model: Qwen2, rows: PackedBatch, routing: Routing | None = None, world: World = ALONE
+) -> Loss:
+    """Cross-entropy of every target, for pre-training and SFT.
 
-
-def _scored(
-    model: Qwen2,
-    rows: Rows,
-    routing: Routing | None,
-    score: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """What `score` makes of the hidden states [N, D] that predict, the head, and the targets [N];
-    ranks share it.
+    routing: a record that the layers with experts fill.
     """
-    hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
-    # Where every token predicts one (pre-training), copying the rows would be waste.
-    picked_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
-    shared = world_of(model).dealt(
-        lambda hidden_ND, targets_N: score(hidden_ND, model.head_VD, targets_N)
-    )
-    return shared(picked_ND, rows.targets)
+    return Loss(_at_targets(model, rows, cross_entropy, routing, world), len(rows.targets))
 
 
-def document_log_probs(model: Qwen2, rows: Rows) -> Tensor:
+def token_log_probs(model: Qwen2, rows: PackedBatch, world: World = ALONE) -> Tensor:
+    """Log-probability of each target: [N]."""
+    return _at_targets(model, rows, log_probs, None, world)
+
+
+def document_log_probs(model: Qwen2, rows: PackedBatch, world: World = ALONE) -> Tensor:
     """Log-probability of each document's targets, summed over them: [documents]."""
-    tokens_N = token_log_probs(model, rows)
+    tokens_N = token_log_probs(model, rows, world)
     owner_N = torch.repeat_interleave(torch.tensor(rows.counts, device=tokens_N.device))
     return torch.zeros(len(rows.counts), device=tokens_N.device).index_add(0, owner_N, tokens_N)
 
 
-def next_token(model: Qwen2, rows: Rows, routing: Routing | None = None) -> Loss:
-    """Cross-entropy of every target: pre-training and SFT; `routing` is filled by experts."""
-    return Loss(_scored(model, rows, routing, cross_entropy), len(rows.targets))
+def _at_targets(
+    model: Qwen2,
+    rows: PackedBatch,
+    score: Callable[[Tensor, Tensor, Tensor], Tensor],
+    routing: Routing | None,
+    world: World,
+) -> Tensor:
+    """`score` of the hidden states [N, D] that predict a target, the head, and the targets [N]."""
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    assert world.mesh is not None or not sharded, "a sharded network needs its World"
+    hidden_TD = model(rows.tokens, rows.positions, rows.attention, routing)
+    # In pre-training every token predicts a target, and a copy of the rows would be waste.
+    hidden_ND = hidden_TD if rows.whole else hidden_TD.index_select(0, rows.learned)
+    parallel = world.token_parallel(lambda h_ND, targets_N: score(h_ND, model.head_VD, targets_N))
+    return parallel(hidden_ND, rows.targets)
 
 
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:
-    """−log σ(r⁺ − r⁻), summed over pairs: the reward model's loss, and DPO's with what the policy
-    gained as r.
+    """−log σ(r⁺ − r⁻), summed over B pairs: the loss of the reward model, whose scores are r.
+
+    In DPO r is β times the log-ratio of policy and reference.
     """
     margin_B = chosen_B - rejected_B
     extras = {"accuracy": float((margin_B > 0).sum()), "margin": float(margin_B.detach().sum())}
@@ -69,10 +77,11 @@ def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:
 
 
 def dpo(policy_B2: Tensor, reference_B2: Tensor, beta: float) -> Loss:
-    """Direct preference optimisation (Rafailov et al. 2023), summed over pairs.
+    """Direct preference optimisation (Rafailov et al. 2023), summed over B pairs.
+
+    −log σ(β · [(log π⁺ − log ref⁺) − (log π⁻ − log ref⁻)])
 
     policy, reference: log-probabilities of the chosen (column 0) and the rejected (column 1)
-    answer, each summed over the answer's tokens. −log σ(β · [(log π⁺ − log ref⁺) − (log π⁻ − log
-    ref⁻)]).
+    answer, each summed over the answer's tokens.
     """
     return bradley_terry(*(beta * (policy_B2 - reference_B2)).unbind(1))

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from openqwen.engine import Engine, Output, Sampling
 from openqwen.model import load_model, load_scorer
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -41,7 +42,6 @@ from openqwen.train.order import Epochs
 from openqwen.train.parallel import copy_weights, join
 from openqwen.train.preferences import COMPARED
 from openqwen.train.reward import score_sequences
-from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
@@ -102,7 +102,7 @@ def online_dpo(
     model = load_model(start, device=device)
     reference = copy.deepcopy(model).requires_grad_(False)
     scorer = load_scorer(reward_model, device=device)
-    world = join()
+    world = join().with_mesh(config.train.parallel, model)
     actor = (
         model if world.alone else copy.deepcopy(model).requires_grad_(False)
     )  # whole where the other is sharded
@@ -126,7 +126,7 @@ def online_dpo(
         )  # prompts are dealt to the ranks, and their answers told to all
         outputs = engine.generate(asked[mine], sampling, seeds=[int(s) for s in seeds[mine]])
         rewards = score_sequences(scorer, [_ids(o) for o in outputs], config.micro_tokens)
-        outputs, rewards = world.told(outputs), world.told(rewards)
+        outputs, rewards = world.gather(outputs), world.gather(rewards)
         sequences = [_ids(o) for o in outputs]
         slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
         ranks = (
@@ -155,11 +155,11 @@ def online_dpo(
     def loss(episode: Episode) -> Loss:
         with torch.no_grad():
             episode.reference = document_log_probs(reference, episode.rows)
-        value = episode.loss(model, config.beta)
+        value = episode.loss(model, config.beta, world=world)
         value.extras |= {"reward": episode.rewards, "length": episode.lengths}
         return value
 
-    trainer = Trainer(place, config, model, batch, loss, config.steps, generators)
+    trainer = Trainer(place, config, model, batch, loss, config.steps, generators, world=world)
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics

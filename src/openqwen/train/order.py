@@ -6,15 +6,13 @@ from openqwen.support.generators import Generators
 
 
 class Epochs:
-    """Record numbers in a fresh shuffle each epoch, cut into batches; `epochs` may be a
-    fraction.
-    """
+    """Record numbers, shuffled for each epoch and cut into batches; `epochs` may be fractional."""
 
     def __init__(self, records: int, epochs: float, batch: int, generators: Generators):
         total = max(1, round(records * epochs))
         shuffle = generators["data.order"]
-        whole = [shuffle.permutation(records) for _ in range(-(-total // records))]
-        self._order = np.concatenate(whole)[:total]
+        epochs_of_numbers = [shuffle.permutation(records) for _ in range(-(-total // records))]
+        self._order = np.concatenate(epochs_of_numbers)[:total]
         self._batch = batch
         self.steps = -(-total // batch)
 

@@ -1,16 +1,18 @@
-"""Best-fit packing: conversations into rows of a fixed budget, with next to nothing left over."""
+"""Best-fit packing of conversations into rows of a fixed token budget."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 
 def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Numbers of the items in each row: the longest item first, into the row that it fills best
-    (best-fit decreasing).
+    """Pack items into rows by best-fit decreasing: the longest first, into the fullest row it fits.
 
-    sizes: tokens of each item. No row exceeds `budget`; an item that does stands alone. Rows come
-    in the order in which they were opened, and the same sizes always give the same rows. O(n log
-    n).
+    Args:
+        sizes: Tokens of each item.
+        budget: The most tokens of a row. An item that exceeds it is a row of its own.
+
+    Returns:
+        The numbers of the items in each row, in the order in which rows were opened. O(n log n).
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
@@ -28,5 +30,5 @@ def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def waste(sizes: Sequence[int], budget: int) -> float:
-    """The share of the packed rows' places that hold no token."""
+    """The share of the packed rows that is padding."""
     return 1.0 - sum(sizes) / (len(pack(sizes, budget)) * budget) if sizes else 0.0

@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import Field
 
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.records import read_records
 from openqwen.support.stage import CONVERSATION, Effort
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.conversations import Compared, compared, fitting, origin, pair
-from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import TrainingConfig
 
 # For estimates: tokens of a prompt with its compared answers; not every prompt has a right and a

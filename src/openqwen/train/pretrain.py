@@ -1,6 +1,4 @@
-"""Pre-training by next-token prediction, and its long-sequence phase with a raised RoPE base (Qwen2
-report, 2.3).
-"""
+"""Pre-training by next-token prediction (Qwen2 report, 2.3), and its long-sequence phase."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +7,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.model import ModelConfig, Qwen2, Routing, initialize
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.command import command
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
@@ -20,13 +19,28 @@ from openqwen.support.progress import console
 from openqwen.support.settings import Settings
 from openqwen.support.stage import CORPUS, TOKENIZER, TOKENS, Effort, Stage, StageRun
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.balance import Balanced, balanced, load_record, measure_load, with_loads
-from openqwen.train.data_stages import Resolved, StagedConfig, StagedTrainer, Stretch, enter
+from openqwen.train.balance import (
+    Balance,
+    Load,
+    PretrainBatch,
+    load_record,
+    measure_load,
+    with_balance,
+    with_loads,
+)
+from openqwen.train.data_stages import (
+    PlannedStage,
+    ResolvedStage,
+    StagedConfig,
+    StagedTrainer,
+    planned_at,
+    set_rope,
+)
 from openqwen.train.losses import Loss, next_token
 from openqwen.train.optimizer import OptimizerConfig
-from openqwen.train.parallel import join, load_for_training
-from openqwen.train.pieces import DataConfig, Pieces, Supply, TokenSource
-from openqwen.train.rows import Rows, Sample, cut_to_budget
+from openqwen.train.packed_batch import PackedBatch, Sample
+from openqwen.train.packed_dataset import DataConfig, DocumentSampler, PackedDataset, TokenSource
+from openqwen.train.parallel import World, join, load_for_training
 from openqwen.train.shards import held_out, token_sources, weighted
 from openqwen.train.trainer import Place
 
@@ -39,51 +53,34 @@ class NetworkConfig(Settings):
     """The size of a new network; the vocabulary comes from the tokenizer."""
 
     hidden_size: int = Field(256, gt=0, description="width of the residual stream, D")
-    intermediate_size: int = Field(
-        704, gt=0, description="width of the SwiGLU feed-forward network"
-    )
+    intermediate_size: int = Field(704, gt=0, description="width of the SwiGLU networks")
     layers: int = Field(4, gt=0, description="number of layers")
     heads: int = Field(4, gt=0, description="query heads")
     kv_heads: int = Field(2, gt=0, description="key/value heads")
-    tie_word_embeddings: bool = Field(
-        True, description="use the embedding table as the output matrix"
-    )
+    tie_word_embeddings: bool = Field(True, description="the embedding is the output matrix")
     rms_norm_eps: float = Field(1e-6, gt=0, description="added under the root of RMSNorm")
     experts: int = Field(0, ge=0, description="routed experts of each layer; 0: a dense network")
-    experts_per_token: int = Field(
-        8, gt=0, description="routed experts that a token passes through"
-    )
+    experts_per_token: int = Field(8, gt=0, description="routed experts of each token")
     expert_width: int = Field(96, gt=0, description="width of one routed expert")
-    shared_width: int = Field(
-        768, gt=0, description="width of the expert that every token passes through"
-    )
-    balance_weight: float = Field(
-        0.001, ge=0, description="the load-balancing loss's share of the loss"
-    )
+    shared_width: int = Field(768, gt=0, description="width of the expert of all tokens")
+    balance_weight: float = Field(0.001, ge=0, description="factor of the load-balancing loss")
 
 
 class PretrainConfig(StagedConfig):
-    """Pre-training from random weights, or on from a checkpoint: context 4,096 at RoPE base 10,000,
-    as Qwen2.
+    """Pre-training, from random weights or a checkpoint.
+
+    The defaults are Qwen2's: context 4,096 at RoPE base 10,000.
     """
 
     network: NetworkConfig = Field(
-        default_factory=NetworkConfig, description="the size of a new network"
+        default_factory=NetworkConfig, description="size of a new network"
     )
-    model: Path | None = Field(
-        None,
-        description=(
-            "the checkpoint to go on from (a folder, a .gguf file or a hub id); none: random "
-            "weights"
-        ),
-    )
+    model: Path | None = Field(None, description="checkpoint to go on from; none: random weights")
 
     @model_validator(mode="after")
     def _one_network(self) -> "PretrainConfig":
         if self.model is not None and self.network != NetworkConfig():
-            raise ValueError(
-                "the network is the checkpoint's where `model` is given: leave `network` out"
-            )
+            raise ValueError("`model` is given, and its network is used: leave `network` out")
         return self
 
 
@@ -91,7 +88,7 @@ class ExtendConfig(StagedConfig):
     """The long-sequence phase: context 32,768 and RoPE base 1,000,000 in Qwen2 and Qwen2.5."""
 
     data: DataConfig = Field(
-        default_factory=lambda: DataConfig(context=32_768), description="what it reads"
+        default_factory=lambda: DataConfig(context=32_768), description="the text to read"
     )
     rope_theta: float = Field(1_000_000.0, gt=1, description="RoPE base")
     train: OptimizerConfig = Field(
@@ -108,80 +105,113 @@ def pretrain(
     place: Place,
     held_out: Sequence[Sample] = (),
 ) -> dict[str, float]:
-    """Train a new network (`start` None) or go on from a checkpoint, through all data stages; save
-    to the output.
+    """Train a network through all data stages and save it to the place's output.
 
-    held_out: nothing is learned from these; their loss, without that of the balance, is measured on
-    the way.
+    Args:
+        config: All settings.
+        sources: Tokenized documents by the name of their source.
+        tokenizer: It is saved with the network.
+        vocabulary: Number of token ids of the tokenizer.
+        start: The checkpoint to go on from; None: a new network with random weights.
+        place: Folders, seed and label.
+        held_out: Samples on which the loss is measured, without that of the balance.
     """
     generators = Generators(place.seed)
     model = _network(config, vocabulary, start, generators)
-    if join().main:
+    world = join().with_mesh(config.train.parallel, model)
+    if world.main:
         check_ids(sources, min(vocabulary, model.config.vocab_size))
-    own = None if start is None else model.config
-    stretches = stretches_of(config, sources, generators, tokenizer, own)
-    last = stretches[-1]
-    if own is not None:
-        _say_changes(own, last.stage)
-    enter(model, last.stage)  # what is saved has the last stage's RoPE base and context
-    sparse = bool(model.config.num_experts)
-    balance = config.balance if sparse else "off"
-
-    def batch(step: int) -> list[Balanced]:
-        _, stretch = trainer.at(step)
-        samples = stretch.pieces.batch(step - stretch.first)
-        rows = [Rows.of(micro, model.device) for micro in samples]
-        return with_loads(model, rows, balance, config.train.precision)
-
-    def loss(micro: Balanced) -> Loss:
-        if not sparse or not model.training:
-            return next_token(model, micro.rows)
-        weight = model.config.router_aux_loss_coef
-        return balanced(
-            lambda rows, routing: next_token(model, rows, routing), micro, balance, weight
-        )
-
-    def name(step: int) -> str:
-        _, stretch = trainer.at(step)
-        return stretch.pieces.name(step - stretch.first)
-
-    def measured() -> list[Balanced]:
-        cuts = cut_to_budget([len(ids) for ids, _ in held_out], config.data.micro_tokens)
-        return [Balanced(Rows.of(held_out[cut], model.device)) for cut in cuts]
-
+    before = None if start is None else model.config
+    plan = plan_stages(config, sources, generators, tokenizer, before)
+    last = plan[-1]
+    if before is not None:
+        _print_changes(before, last.stage)
+    # The checkpoint gets the last stage's RoPE base and context. `shard` keeps a copy of them.
+    set_rope(model, last.stage)
+    pretraining = _Pretraining(config, model, plan, held_out, world)
     trainer = StagedTrainer(
         place,
         config,
         model,
-        batch,
-        loss,
-        steps=last.first + last.pieces.steps,
+        pretraining.batch,
+        pretraining.loss,
+        steps=last.first + last.dataset.steps,
         generators=generators,
-        timed=True,
-        name=name,
-        held_out=measured if held_out else None,
+        log_mfu=True,
+        name=pretraining.documents,
+        held_out=pretraining.held_out_batches if held_out else None,
         validation=config.validation,
-        stretches=stretches,
+        world=world,
+        plan=plan,
     )
     metrics = trainer.run()
     metrics.pop("data_stage", None)
-    enter(model, last.stage)
     trainer.save_checkpoint(tokenizer)
-    if len(stretches) > 1:
-        write_json(place.output / STAGES, [_record(stretch) for stretch in stretches])
-    if sparse:
-        rows = [micro.rows for micro in batch(trainer.steps - 1)]
-        load = measure_load(model, rows, config.train.precision)
+    if len(plan) > 1:
+        write_json(place.output / STAGES, [_record(planned) for planned in plan])
+    if model.config.num_experts:
+        load = pretraining.load(trainer.steps - 1)
         write_json(place.output / EXPERTS, load_record(model, load))
     return metrics | {"parameters": model.config.parameters()}
 
 
-def check_ids(sources: Mapping[str, TokenSource], vocabulary: int) -> None:
-    """Every token must have its row in the embedding table; an error names the source and the
-    document.
+class _Pretraining:
+    """The micro-batches of each step, and their loss, dense or with experts."""
 
-    Reading all shards once, before the first step, costs a small part of one pass of training over
-    them.
+    def __init__(
+        self,
+        config: PretrainConfig | ExtendConfig,
+        model: Qwen2,
+        plan: Sequence[PlannedStage],
+        held_out: Sequence[Sample],
+        world: World,
+    ):
+        self.config, self.model, self.world = config, model, world
+        self.plan, self.held_out = plan, held_out
+        self.has_experts = bool(model.config.num_experts)
+        self.balance: Balance = config.balance if self.has_experts else "off"
+
+    def batch(self, step: int) -> list[PretrainBatch]:
+        """The micro-batches of a step."""
+        precision = self.config.train.precision
+        return with_loads(self.model, self._rows(step), self.balance, precision, self.world)
+
+    def loss(self, micro: PretrainBatch) -> Loss:
+        """The loss of a micro-batch; with experts and in training, the balance is part of it."""
+        if not self.has_experts or not self.model.training:
+            return self._next_token(micro.rows)
+        weight = self.model.config.router_aux_loss_coef
+        return with_balance(self._next_token, micro, self.balance, weight)
+
+    def documents(self, step: int) -> str:
+        """The documents that a step reads, for messages."""
+        planned = planned_at(self.plan, step)
+        return planned.dataset.name(step - planned.first)
+
+    def held_out_batches(self) -> list[PretrainBatch]:
+        """The held-out samples as micro-batches."""
+        cuts = cut_to_budget([len(ids) for ids, _ in self.held_out], self.config.data.micro_tokens)
+        device = self.model.device
+        return [PretrainBatch(PackedBatch.of(self.held_out[cut], device)) for cut in cuts]
+
+    def load(self, step: int) -> Load:
+        """How the tokens of a step spread over the experts."""
+        precision = self.config.train.precision
+        return measure_load(self.model, self._rows(step), precision, self.world)
+
+    def _rows(self, step: int) -> list[PackedBatch]:
+        planned = planned_at(self.plan, step)
+        samples = planned.dataset.batch(step - planned.first)
+        return [PackedBatch.of(micro, self.model.device) for micro in samples]
+
+    def _next_token(self, rows: PackedBatch, routing: Routing | None = None) -> Loss:
+        return next_token(self.model, rows, routing, self.world)
+
+
+def check_ids(sources: Mapping[str, TokenSource], vocabulary: int) -> None:
+    """Raise an error, with source and document, if a token id has no row in the embedding table.
+
+    All shards are read once before the first step, which costs a small part of training on them.
     """
     for name, source in sources.items():
         for document in range(len(source.lengths)):
@@ -189,56 +219,58 @@ def check_ids(sources: Mapping[str, TokenSource], vocabulary: int) -> None:
             if largest >= vocabulary:
                 raise OpenQwenError(
                     f"Document {document} of the source '{name}' holds the token id {largest}, but "
-                    "the vocabulary "
-                    f"of the network ends at {vocabulary - 1}.",
+                    f"the vocabulary of the network ends at {vocabulary - 1}.",
                     where=f"token shard {name}, document {document}",
                     do="make the token shards with this network's tokenizer: "
                     f"{command('tokens', '--tokenizer', 'MODEL', '...')}",
                 )
 
 
-def stretches_of(
+def plan_stages(
     config: StagedConfig,
     sources: Mapping[str, TokenSource],
     generators: Generators,
     tokenizer: Tokenizer,
     start: ModelConfig | None = None,
-) -> list[Stretch]:
-    """The rows of every data stage; an error names it. start: as in `StagedConfig.resolved`."""
-    supply, found, first = Supply(sources, generators), list[Stretch](), 0
+) -> list[PlannedStage]:
+    """The rows of every data stage; an error names the stage.
+
+    start: as in `StagedConfig.resolved`.
+    """
+    sampler, plan, first = DocumentSampler(sources, generators), list[PlannedStage](), 0
     for stage in config.resolved(start):
         try:
-            pieces = Pieces(supply, stage.data, generators, tokenizer)
+            dataset = PackedDataset(sampler, stage.data, generators, tokenizer)
         except OpenQwenError as error:
             if not stage.name:
                 raise
             raise OpenQwenError(
                 error.what, f"stages.{stage.name}, {error.where}", error.do
             ) from None
-        found.append(Stretch(stage, pieces, first))
-        first += pieces.steps
-    return found
+        plan.append(PlannedStage(stage, dataset, first))
+        first += dataset.steps
+    return plan
 
 
-def _say_changes(own: ModelConfig, stage: Resolved) -> None:
-    """A line where training changes the checkpoint's RoPE base or context."""
-    for what, before, after in (
-        ("RoPE base", own.rope_theta, stage.rope_theta),
-        ("context", own.max_position_embeddings, stage.positions),
+def _print_changes(before: ModelConfig, stage: ResolvedStage) -> None:
+    """Print where training changes the checkpoint's RoPE base or context."""
+    for what, old, new in (
+        ("RoPE base", before.rope_theta, stage.rope_theta),
+        ("context", before.max_position_embeddings, stage.positions),
     ):
-        if before != after:
-            text = f"  {what}: {before:,.0f} in the checkpoint, {after:,.0f} from here on"
+        if old != new:
+            text = f"  {what}: {old:,.0f} in the checkpoint, {new:,.0f} from here on"
             console.print(text, markup=False)
 
 
-def _record(stretch: Stretch) -> dict[str, Any]:
+def _record(planned: PlannedStage) -> dict[str, Any]:
     """A data stage in `data_stages.json`."""
-    stage, pieces = stretch.stage, stretch.pieces
+    stage, dataset = planned.stage, planned.dataset
     return {
         "name": stage.name,
-        "first_step": stretch.first,
-        "steps": pieces.steps,
-        "tokens": int((pieces.rows[:, 1] - 1).sum()),
+        "first_step": planned.first,
+        "steps": dataset.steps,
+        "tokens": int((dataset.rows[:, 1] - 1).sum()),
         "context": stage.data.row,
         "rope_theta": stage.rope_theta,
         "learning_rate": stage.train.learning_rate,
@@ -246,9 +278,9 @@ def _record(stretch: Stretch) -> dict[str, Any]:
 
 
 def network_config(config: PretrainConfig, vocabulary: int) -> ModelConfig:
-    """The network that a configuration and a vocabulary of this many tokens ask for."""
-    size = config.network
-    mixture: dict[str, Any] = {
+    """The network of a configuration, for a vocabulary of this many tokens."""
+    size, last = config.network, config.resolved()[-1]
+    experts: dict[str, Any] = {
         "num_experts": size.experts,
         "num_experts_per_tok": size.experts_per_token,
         "moe_intermediate_size": size.expert_width,
@@ -262,11 +294,11 @@ def network_config(config: PretrainConfig, vocabulary: int) -> ModelConfig:
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
-        max_position_embeddings=config.resolved()[-1].positions,
-        rope_theta=config.resolved()[-1].rope_theta,
+        max_position_embeddings=last.positions,
+        rope_theta=last.rope_theta,
         rms_norm_eps=size.rms_norm_eps,
         tie_word_embeddings=size.tie_word_embeddings,
-        **(mixture if size.experts else {}),
+        **(experts if size.experts else {}),
     )
 
 
@@ -293,7 +325,7 @@ def run_pretrain(run: StageRun) -> dict[str, float]:
 
 
 def pretrain_on_shards(run: StageRun, start: Path | None, tokenizer: Tokenizer) -> dict[str, float]:
-    """Pre-train on a run's token shards, in the corpus's mixture where none is named."""
+    """Pre-train on a run's token shards; without a mixture in the settings, in the corpus's."""
     config: PretrainConfig | ExtendConfig = run.config
     sources = token_sources(run.inputs["tokens"])
     config = config.model_copy(
@@ -308,30 +340,21 @@ def pretrain_on_shards(run: StageRun, start: Path | None, tokenizer: Tokenizer) 
 
 
 def _checked_tokenizer(given: Tokenizer, start: Path, where: Path) -> Tokenizer:
-    """The checkpoint's own tokenizer, which is saved with the model; that of the shards must be a
-    part of it.
-    """
-    own = load_tokenizer(start)
-    if (
-        given.vocabulary != own.vocabulary
-        or not given.control_ids.items() <= own.control_ids.items()
-    ):
+    """The checkpoint's tokenizer, which is saved with the model; the shards' must agree with it."""
+    tokenizer = load_tokenizer(start)
+    same_controls = given.control_ids.items() <= tokenizer.control_ids.items()
+    if given.vocabulary != tokenizer.vocabulary or not same_controls:
         raise OpenQwenError(
-            (
-                f"The tokenizer of the shards is not that of {start}: the same ids would mean "
-                "other text."
-            ),
+            f"The tokenizer of the shards is not that of {start}: its ids mean other text.",
             where=where,
-            do=(
-                "make the shards with the checkpoint's: "
-                f"{command('tokens', '--tokenizer', local(start), '...')}"
-            ),
+            do="make the shards with the checkpoint's: "
+            f"{command('tokens', '--tokenizer', local(start), '...')}",
         )
-    return own
+    return tokenizer
 
 
 def staged_effort(config: StagedConfig) -> Effort:
-    """To read all data stages."""
+    """The effort of reading all data stages."""
     rows = Counter[int]()
     read = [stage.data for stage in config.resolved()]
     for data in read:
@@ -343,10 +366,7 @@ def staged_effort(config: StagedConfig) -> Effort:
 
 STAGE = Stage(
     name="pretrain",
-    help=(
-        "Train a network on token shards, from scratch or from --model; with --sweep, see the verb "
-        "sweep."
-    ),
+    help="Train a network on token shards, from scratch or from --model; --sweep: see sweep.",
     config=PretrainConfig,
     inputs={"tokens": TOKENS, "tokenizer": TOKENIZER, "corpus": CORPUS},
     outputs=["model"],

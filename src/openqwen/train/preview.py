@@ -12,8 +12,8 @@ from openqwen.support.progress import console, progress
 from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import conversation
+from openqwen.train.packed_batch import Sample
 from openqwen.train.packing import waste
-from openqwen.train.rows import Sample
 
 _LEARNED = (
     "black on green",

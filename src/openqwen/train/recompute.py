@@ -1,6 +1,4 @@
-"""Activations computed again in the backward pass, not kept: less memory for more arithmetic, the
-same gradient.
-"""
+"""Activation checkpointing: compute activations again in the backward pass to save memory."""
 
 from functools import partial
 from typing import Any, Literal
@@ -17,8 +15,7 @@ from openqwen.model.decoder import Layer
 
 Recompute = Literal["nothing", "cheap", "layers"]
 _aten = torch.ops.aten
-# What costs arithmetic is kept: products of matrices and attention. Norms, rotations and SwiGLU are
-# computed again.
+# Matrix products and attention are expensive and kept; norms, rotations and SwiGLU are recomputed.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -31,11 +28,10 @@ _KEPT = {
 
 
 def recompute(model: nn.Module, what: Recompute) -> None:
-    """Choose, in place and before training, what the layers compute again.
+    """Choose what the layers compute again, in place; parameters keep their names.
 
-    `cheap`: all but matrix products and attention (selective recomputation, Korthikanti et al.
-    2022). `layers`: all of each layer; only its input is kept (Chen et al. 2016). Names of
-    parameters stay.
+    what: `cheap`, all but matrix products and attention (selective recomputation, Korthikanti et
+    al. 2022); `layers`, each layer from its input (Chen et al. 2016).
     """
     if what == "nothing":
         return
@@ -48,6 +44,6 @@ def recompute(model: nn.Module, what: Recompute) -> None:
 
 
 def _policy(_: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    # By name, as PyTorch defines this operator only when it is first used.
+    # Compared by name, since PyTorch defines this operator only when it is first used.
     kept = operation in _KEPT or str(operation) == "torch_attn._varlen_attn.default"
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openqwen.model import Packed, Scorer, scorer_from
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
 from openqwen.support.generators import Generators
 from openqwen.support.stage import MODEL, PREFERENCES, Effort, Stage, StageRun
@@ -21,8 +22,8 @@ from openqwen.train.conversations import Compared, Messages, answer, pair_number
 from openqwen.train.losses import Loss, bradley_terry
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
-from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, Trainer
 
 
@@ -40,7 +41,7 @@ class ScoredAnswers:
     pairs: [pairs, 2].
     """
 
-    rows: Rows
+    rows: PackedBatch
     last: Tensor
     pairs: Tensor
 

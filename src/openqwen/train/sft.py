@@ -27,9 +27,9 @@ from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import TooLong, conversation, fit, fitting, says_nothing
 from openqwen.train.losses import next_token
 from openqwen.train.order import Epochs
+from openqwen.train.packed_batch import PackedBatch, Sample
 from openqwen.train.packing import pack
 from openqwen.train.parallel import join, load_for_training
-from openqwen.train.rows import Rows, Sample
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 from openqwen.train.validation import ValidationConfig
 
@@ -107,10 +107,13 @@ def sft(
             )
         add_adapters(model, config.lora, generators.torch("lora"))
 
-    def rows(chosen: Sequence[Sample]) -> list[Rows]:
+    world = join().with_mesh(config.train.parallel, model)
+
+    def rows(chosen: Sequence[Sample]) -> list[PackedBatch]:
         packs = pack([len(ids) for ids, _ in chosen], config.micro_tokens)
         return [
-            Rows.of([chosen[i] for i in numbers], model.device, share=True) for numbers in packs
+            PackedBatch.of([chosen[i] for i in numbers], model.device, share=True)
+            for numbers in packs
         ]
 
     trainer = Trainer(
@@ -118,17 +121,18 @@ def sft(
         config,
         model,
         batch=lambda step: rows([data.samples[i] for i in order.batch(step)]),
-        loss=lambda rows: next_token(model, rows),
+        loss=lambda rows: next_token(model, rows, world=world),
         steps=order.steps,
         generators=generators,
-        timed=True,
+        log_mfu=True,
         name=lambda step: f"records {', '.join(str(data.numbers[i]) for i in order.batch(step))}",
         held_out=(lambda: rows(held_out.samples)) if held_out else None,
         validation=config.validation,
+        world=world,
     )
     metrics = trainer.run()
     if config.lora.rank:
-        trainer.whole = _merged(trainer, config, start)
+        trainer.full_model = _merged(trainer, config, start)
     trainer.save_checkpoint(tokenizer, chat=True)
     counts = {"examples": len(data.samples), "held_out": len(held_out.samples) if held_out else 0}
     counts |= {"too_long": data.too_long, "truncated": data.truncated, "empty_answers": data.empty}
@@ -195,9 +199,11 @@ class Demonstrations:
         )
 
 
-def _merged(trainer: Trainer[Rows], config: SftConfig, start: Path) -> Callable[[], Qwen2 | Scorer]:
+def _merged(
+    trainer: Trainer[PackedBatch], config: SftConfig, start: Path
+) -> Callable[[], Qwen2 | Scorer]:
     """Write the adapter to `output/adapter`; what gives the network with it merged."""
-    whole, folder = trainer.whole(), trainer.output / ADAPTER
+    whole, folder = trainer.full_model(), trainer.output / ADAPTER
     if trainer.world.main:
         save_adapter(whole, config.lora, folder, base=str(start))
         if (

@@ -1,4 +1,4 @@
-"""What pre-training reads of the corpus: token shards, their mixture, and held-out text."""
+"""The inputs of pre-training: token shards, their mixture, and held-out text."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,17 +10,17 @@ from openqwen.corpus.documents import halves, read_documents
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json
 from openqwen.tokenizer import Tokenizer
+from openqwen.train.packed_batch import Sample
+from openqwen.train.packed_dataset import DataConfig
 from openqwen.train.parallel import join
-from openqwen.train.pieces import DataConfig
-from openqwen.train.rows import Sample
 
 
 def held_out(
     corpus: Path, tokenizer: Tokenizer, context: int, tokens: int, order: np.random.Generator
 ) -> list[Sample]:
-    """So many tokens of a corpus's held-out documents, shuffled, in pieces of the context.
+    """`tokens` tokens of a corpus's held-out documents, shuffled, in samples of at most `context`.
 
-    Only of their half for development: what is chosen by them is still to be judged by the other.
+    They come from the development half of the documents. The test half judges what these decide.
     """
     samples: list[Sample] = []
     path = corpus / "heldout.parquet"
@@ -28,9 +28,9 @@ def held_out(
     for document in (documents[n] for n in order.permutation(len(documents))):
         ids = np.array([*tokenizer.encode(document["text"]), tokenizer.endoftext_id])
         for start in range(0, len(ids) - 1, context):
-            piece = ids[start : start + min(context, tokens) + 1]
-            samples.append((piece, np.ones(len(piece), dtype=bool)))
-            tokens -= len(piece) - 1
+            part = ids[start : start + min(context, tokens) + 1]
+            samples.append((part, np.ones(len(part), dtype=bool)))
+            tokens -= len(part) - 1
             if tokens <= 0:
                 return samples
     if not samples:
@@ -41,10 +41,7 @@ def held_out(
 
 
 def token_sources(folder: Path) -> dict[str, TokenShard]:
-    """The shards of a folder.
-
-    Their checksums are proved first: next to training on a token, reading it is nothing.
-    """
+    """The token shards of a folder, by source; rank 0 verifies their checksums."""
     return {
         name: TokenShard(folder, name, verify=join().main)
         for name in read_json(folder / "tokens.json")
@@ -52,7 +49,7 @@ def token_sources(folder: Path) -> dict[str, TokenShard]:
 
 
 def weighted(data: DataConfig, corpus: Path, sources: Mapping[str, TokenShard]) -> DataConfig:
-    """With the corpus's weights as its mixture, where it names none."""
+    """The settings with the corpus's weights as the mixture, where they name no mixture."""
     if data.mixture:
         return data
     table = read_json(corpus / "corpus.json")["sources"]

@@ -1,10 +1,10 @@
-"""Training states: weights that learn, optimizer, step and generators. A resumed run gives an
-uninterrupted run's bits.
+"""Training states: weights that learn, optimizer, step and generators.
 
-A state is a folder `state-<step>` that is written aside and renamed: whole or absent. Tensors go
-through torch.distributed.checkpoint into safetensors files, each rank its own shards, and come back
-on any number of ranks; no pickle. They are copied first and written by a thread while training goes
-on, where memory has room for the copy.
+A resumed run gives the bits of an uninterrupted one. A state is a folder `state-<step>` that is
+written under another name and renamed, so it is complete or absent. torch.distributed.checkpoint
+writes the tensors into safetensors files, each rank its own shards, and any number of ranks can
+read them. Where memory has room, the tensors are copied, and a thread writes the copy while
+training goes on.
 """
 
 import logging
@@ -28,26 +28,24 @@ from openqwen.support.files import fresh_folder, read_json, replace_folder, writ
 from openqwen.support.generators import Generators
 from openqwen.support.progress import console
 from openqwen.train.eight_bit import empty, parts
-from openqwen.train.optimizer import TableAdamW
-from openqwen.train.parallel import World, join
+from openqwen.train.parallel import World
 
 _NAME = re.compile(r"state-(\d{8})")
 _BEST = "best-{:08d}"
 _ASIDE = ".state-aside"
-_COPY_SHARE = 0.25  # of the free memory, which the copy for a writing thread may take
-_FILE_BYTES = 2**28  # of one file; it is put together in memory before it is written
+_COPY_SHARE = 0.25  # share of the free memory that the copy for the writing thread may take
+_FILE_BYTES = 2**28  # of one file, which is built in memory before it is written
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
 
 class StateWriter:
-    """Saves training states of one run, the last `keep` of them. One is written at a time.
+    """Writes the training states of one run, one at a time, and keeps the last `keep` of them.
 
     Leaving its `with` block, even by Ctrl-C, waits for the state that is being written.
     """
 
-    def __init__(self, scratch: Path, keep: int, world: World | None = None):
-        self.scratch, self.keep = scratch, keep
-        self.world = world or join()
+    def __init__(self, scratch: Path, keep: int, world: World):
+        self.scratch, self.keep, self.world = scratch, keep, world
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -69,32 +67,31 @@ class StateWriter:
     ) -> None:
         """Save the state before step `step`.
 
-        A full disk is a warning: training goes on and the next save may fit.
+        A full disk gives a warning only: training goes on, and the next state may fit.
         """
         self.wait()
         tensors = _tensors(model, optimizers)
         values = {"step": step, "generators": generators.state()}
         if self.world.main:
             fresh_folder(self.scratch / _ASIDE)
-        self.world.wait()
-        aside = self.world.agree(
-            sum(t.nbytes for t in tensors.values()) <= _COPY_SHARE * free_memory()
-        )
-        if aside:
+        self.world.barrier()
+        size = sum(t.nbytes for t in tensors.values())
+        in_background = self.world.broadcast(size <= _COPY_SHARE * free_memory())
+        if in_background:
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         self._thread = threading.Thread(
             target=self._write, args=(values, tensors), name="training state"
         )
         self._thread.start()
-        if not aside:
+        if not in_background:
             self.wait()
 
     def save_best(self, step: int, model: nn.Module) -> None:
-        """Keep the weights behind step `step` in place of those kept as the best before."""
+        """Keep the weights after step `step` as the best, in place of those kept before."""
         self.wait()
         if self.world.main:
             fresh_folder(self.scratch / _ASIDE)
-        self.world.wait()
+        self.world.barrier()
         with disk_errors(self.scratch):
             self._write_tensors(_tensors(model, []))
         if self.world.main:
@@ -103,10 +100,7 @@ class StateWriter:
             replace_folder(self.scratch / _ASIDE, self.scratch / _BEST.format(step))
 
     def wait(self) -> None:
-        """Until what is being written is on the disk.
-
-        Errors of the writing thread come out here.
-        """
+        """Wait until the state is on the disk; raise the writing thread's error if it had one."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -139,7 +133,7 @@ class StateWriter:
                 process_group=self.world.files,
                 no_dist=self.world.alone,
             )
-        except dcp.CheckpointException as error:  # holds what went wrong on each rank
+        except dcp.CheckpointException as error:  # holds the error of each rank
             raise next(iter(error.failures.values()))[0] from None
 
     def _write_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -157,33 +151,27 @@ def load_state(
     model: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     generators: Generators,
-    world: World | None = None,
+    world: World,
 ) -> int:
-    """Restore the newest state, made on any number of ranks, and return its step; 0 where there is
-    none.
-    """
-    world = world or join()
+    """Restore the newest state, written by any number of ranks; return its step, 0 without one."""
     states = _states(scratch)
     if not states:
         return 0
-    with _named_if_damaged(
-        states[-1], "delete that folder; training goes on from the one before it, or the start"
-    ):
+    do = "delete that folder; training goes on from the state before it, or from the start"
+    with _named_if_damaged(states[-1], do):
         _read_tensors(states[-1], model, optimizers, world)
         values = read_json(states[-1] / "state.json")
     for optimizer in optimizers:
-        if not isinstance(optimizer, TableAdamW):
-            _fill_rows(optimizer)
+        _fill_rows(optimizer)
     generators.restore(values["generators"])
     return int(values["step"])
 
 
 def load_best(scratch: Path, step: int, model: nn.Module, world: World) -> None:
-    """Give the model the weights that were kept as the best, behind step `step`."""
+    """Give the model the weights that were kept as the best, those after step `step`."""
     folder = scratch / _BEST.format(step)
-    with _named_if_damaged(
-        folder, "set validation.outcome to last, or delete the folder above it and train again"
-    ):
+    do = "set validation.outcome to last, or delete the folder above it and train again"
+    with _named_if_damaged(folder, do):
         _read_tensors(folder, model, [], world)
 
 
@@ -191,7 +179,7 @@ def _read_tensors(
     folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World
 ) -> None:
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    tensors = _places(model, optimizers, reader.read_metadata().state_dict_metadata)
+    tensors = _targets(model, optimizers, reader.read_metadata().state_dict_metadata)
     _quiet(dcp.load, tensors, storage_reader=reader, process_group=world.files, no_dist=world.alone)
 
 
@@ -207,7 +195,7 @@ def _named_if_damaged(folder: Path, do: str) -> Iterator[None]:
 
 
 def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """What is saved: `weights.<parameter>`, and `<what>.<parameter>` of the optimizers."""
+    """The tensors to save: `weights.<parameter>`, and `<key>.<parameter>` of the optimizers."""
     names = {id(p): n for n, p in model.named_parameters()}
     tensors = {f"weights.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
     for optimizer in optimizers:
@@ -221,15 +209,13 @@ def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> d
     return tensors
 
 
-def _places(
+def _targets(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Where each saved tensor belongs: the weights themselves, and new tensors in the optimizers'
-    states.
-    """
+    """The tensor to read each saved one into: a weight, or a new tensor in an optimizer's state."""
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
-    places = {f"weights.{n}": p.detach() for n, p in parameters.items()}
+    targets = {f"weights.{n}": p.detach() for n, p in parameters.items()}
     for name, entry in saved.items():
         key, _, parameter_name = name.partition(".")
         shape, dtype = tuple(entry.size), entry.properties.dtype
@@ -240,28 +226,27 @@ def _places(
         state = owners[id(parameter)].state[parameter]
         if part:
             state.setdefault(moment, empty(parameter, signed=moment == "exp_avg"))
-            places[name] = parts(state[moment])[part]
+            targets[name] = parts(state[moment])[part]
             continue
-        like_it = shape == tuple(parameter.shape) and shape != () and dtype == parameter.dtype
-        # AdamW keeps its step count beside the parameter; fused and plain alike read it as a float
-        # tensor.
+        # A moment is sharded as its parameter is. AdamW's step count is a tensor of its own.
+        is_moment = shape == tuple(parameter.shape) and shape != () and dtype == parameter.dtype
         other = torch.zeros(shape, dtype=dtype, device=parameter.device)
-        place = torch.zeros_like(parameter) if like_it else other
-        state[key] = places[name] = place.detach()
-    return places
+        target = torch.zeros_like(parameter) if is_moment else other
+        state[key] = targets[name] = target.detach()
+    return targets
 
 
 def _fill_rows(optimizer: torch.optim.Optimizer) -> None:
-    """Moments that `TableAdamW` kept for some rows, for an optimizer that keeps all."""
+    """Complete the moments of earlier versions' states, which had `rows` of an embedding only."""
     for parameter, state in optimizer.state.items():
         if (rows := state.pop("rows", None)) is None:
             continue
         for key in ("exp_avg", "exp_avg_sq"):
-            whole = state[key].new_zeros(parameter.shape)
-            whole[rows] = state[key][: len(rows)]
+            full = state[key].new_zeros(parameter.shape)
+            full[rows] = state[key][: len(rows)]
             if isinstance(parameter, DTensor):
-                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-            state[key] = whole
+                full = distribute_tensor(full, parameter.device_mesh, parameter.placements)
+            state[key] = full
 
 
 def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -275,15 +260,13 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return files
 
 
-def _quiet(act: Any, *arguments: Any, **options: Any) -> None:
-    """Call without PyTorch's warnings that one process alone is saving or loading, which is what is
-    meant.
-    """
+def _quiet(function: Any, *arguments: Any, **options: Any) -> None:
+    """Call without PyTorch's warnings that a single process saves or loads, which is intended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        act(*arguments, **options)
+        function(*arguments, **options)
 
 
 def _states(scratch: Path) -> list[Path]:
-    """Finished states, oldest first."""
+    """Complete states, the oldest first."""
     return sorted(p for p in scratch.iterdir() if _NAME.fullmatch(p.name))

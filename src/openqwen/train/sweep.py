@@ -1,6 +1,4 @@
-"""The `sweep` stage: many small trainings → a scaling law for learning rate and batch size, and its
-picture.
-"""
+"""The `sweep` stage: many small trainings → a scaling law for learning rate and batch size."""
 
 import hashlib
 import itertools
@@ -24,18 +22,18 @@ from openqwen.support.settings import Settings
 from openqwen.support.stage import CORPUS, TOKENIZER, TOKENS, Stage, StageRun
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.optimizer import BadStepConfig, OptimizerConfig
+from openqwen.train.packed_batch import Sample
+from openqwen.train.packed_dataset import DataConfig, TokenSource
 from openqwen.train.parallel import join
-from openqwen.train.pieces import DataConfig, TokenSource
 from openqwen.train.pretrain import NetworkConfig, PretrainConfig, network_config, pretrain
-from openqwen.train.rows import Sample
 from openqwen.train.scaling import Bowl, Cell, Fit, Optimum, fit_laws
 from openqwen.train.shards import held_out, token_sources, weighted
 from openqwen.train.trainer import Place
 from openqwen.train.validation import HELD_OUT
 
 _PAGE = Path(__file__).with_name("sweep.html")
-_SHAKY = 0.9  # share of the bootstrap's draws that must give a law
-_WIDE = 10  # upper over lower end of an interval that says nothing
+_LEAST_HELD = 0.9  # a law is doubtful if a smaller share of the bootstrap's draws gives one
+_WIDE = 10  # an interval whose ends have this ratio does not identify a value
 
 
 def _size(width: int, layers: int) -> NetworkConfig:
@@ -45,7 +43,7 @@ def _size(width: int, layers: int) -> NetworkConfig:
 
 
 class SweepConfig(Settings):
-    """Small trainings that tell the learning rate and the batch size of a large one."""
+    """Small trainings that predict the learning rate and the batch size of a large one."""
 
     networks: dict[str, NetworkConfig] = Field(
         default_factory=lambda: {
@@ -53,38 +51,30 @@ class SweepConfig(Settings):
             "middle": _size(60, 3),
             "large": _size(84, 3),
         },
-        description="the sizes, dense or with experts",
+        description="the networks to train, dense or with experts",
     )
     amounts: list[int] = Field(
-        [30_000, 90_000], min_length=1, description="amounts of data, in tokens"
+        [30_000, 90_000], min_length=1, description="amounts of data in tokens"
     )
     learning_rates: list[float] = Field(
-        [1e-3, 2.5e-3, 6e-3, 1.5e-2],
-        min_length=1,
-        description="peak learning rates, evenly apart in logarithm",
+        [1e-3, 2.5e-3, 6e-3, 1.5e-2], min_length=1, description="peak rates, logarithmically even"
     )
-    batch_tokens: list[int] = Field(
-        [128, 384, 1_152], min_length=1, description="tokens of one optimizer step"
-    )
+    batch_tokens: list[int] = Field([128, 384, 1_152], min_length=1, description="tokens of a step")
     data: DataConfig = Field(
         default_factory=lambda: DataConfig(context=128),
-        description="what is read; its tokens and batch_tokens vary",
+        description="the text to read; its tokens and batch_tokens vary",
     )
     rope_theta: float = Field(10_000.0, gt=1, description="RoPE base")
     train: OptimizerConfig = Field(
-        default_factory=OptimizerConfig, description="optimizer; its learning rate varies"
+        default_factory=OptimizerConfig, description="optimizer; its rate varies"
     )
-    heldout_tokens: int = Field(
-        20_000, gt=0, description="held-out tokens that each cell is scored on"
-    )
+    heldout_tokens: int = Field(20_000, gt=0, description="held-out tokens to score on")
     draws: int = Field(200, ge=1, description="bootstrap draws behind each interval")
     target_parameters: float = Field(
-        3.6e8, gt=0, description="size to predict for, without the vocabulary's tables"
+        3.6e8, gt=0, description="size to predict for, without the embedding and output tables"
     )
     target_tokens: float = Field(1e10, gt=0, description="tokens to predict for")
-    earlier: Path | None = Field(
-        None, description="a finished sweep's folder: its cells are not trained again"
-    )
+    earlier: Path | None = Field(None, description="folder of a finished sweep to reuse")
 
 
 def run_cells(
@@ -96,23 +86,18 @@ def run_cells(
     scratch: Path,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Train and score every cell that is not there yet; a killed one goes on. The records, in the
-    grid's order.
+    """Train and score every cell of the grid that has no record yet; a killed one goes on.
 
-    data_digest: of the shards and the held-out text, so that a cell of other data is not taken for
-    this one's.
+    data_digest: of the shards and the held-out text; a record of other data is not used.
+
+    Returns:
+        The records of all cells, in the grid's order.
     """
     (scratch / "cells").mkdir(parents=True, exist_ok=True)
-    known = (
-        {cell["key"]: cell for cell in read_json(config.earlier / "sweep.json")["cells"]}
-        if config.earlier
-        else {}
-    )
-    grid = list(
-        itertools.product(
-            config.networks, config.amounts, config.batch_tokens, config.learning_rates
-        )
-    )
+    earlier = read_json(config.earlier / "sweep.json")["cells"] if config.earlier else []
+    known = {cell["key"]: cell for cell in earlier}
+    axes = (config.networks, config.amounts, config.batch_tokens, config.learning_rates)
+    grid = list(itertools.product(*axes))
     cells = []
     for number, (name, tokens, batch, rate) in enumerate(grid, 1):
         settings = _settings(config, config.networks[name], tokens, batch, rate)
@@ -137,23 +122,16 @@ def run_cells(
             write_json(done, record)
             shutil.rmtree(work)
         cells.append({**(known.get(key) or read_json(done)), "network": name})
-        told = (
-            f"{name}, {tokens:,} tokens, batch {batch:,}, learning rate {rate:.2g}: loss "
-            f"{cells[-1]['loss']:.3f}"
-        )
-        console.print(
-            f"  cell {number}/{len(grid)}  {told}{' (known)' if key in known else ''}", markup=False
-        )
+        text = f"{name}, {tokens:,} tokens, batch {batch:,}, learning rate {rate:.2g}: loss "
+        text += f"{cells[-1]['loss']:.3f}{' (known)' if key in known else ''}"
+        console.print(f"  cell {number}/{len(grid)}  {text}", markup=False)
     return cells
 
 
 def _settings(
     config: SweepConfig, network: NetworkConfig, tokens: int, batch: int, rate: float
 ) -> PretrainConfig:
-    """One cell as a pre-training.
-
-    A rate at which it breaks up is to be seen as a high loss, not to end the sweep.
-    """
+    """The settings of one cell. A diverging one must give a high loss, and not end the sweep."""
     bad = BadStepConfig(action="skip", patience=10**9)
     return PretrainConfig(
         network=network,
@@ -164,16 +142,14 @@ def _settings(
 
 
 def body_parameters(config: ModelConfig) -> int:
-    """Parameters that a token passes, without the tables of the vocabulary: the N of the law."""
+    """Parameters that a token passes, without embedding and output tables: the N of the law."""
     tables = 1 if config.tie_word_embeddings else 2
     return config.parameters(active=True) - tables * config.vocab_size * config.hidden_size
 
 
 def run_sweep(run: StageRun) -> dict[str, float]:
-    """Token shards → sweep.json and sweep.html: the cells, the laws, and what they predict for the
-    size asked about.
-    """
-    if not join().alone:  # many small networks
+    """Token shards → sweep.json and sweep.html: the cells, the laws and their predictions."""
+    if not join().alone:
         raise OpenQwenError(
             "'sweep' trains in one process only.",
             where=run.label,
@@ -203,9 +179,7 @@ def run_sweep(run: StageRun) -> dict[str, float]:
 
 
 def judge(records: Sequence[dict[str, Any]], config: SweepConfig, seed: int) -> dict[str, Any]:
-    """What sweep.json says: cells, bowls, optima, laws, and in `notes` every reason to doubt
-    them.
-    """
+    """The content of sweep.json; `notes` holds every reason to doubt the laws."""
     names = ("parameters", "tokens", "learning_rate", "batch_tokens", "loss")
     cells = [Cell(*(record[name] for name in names)) for record in records]
     bowls, optima, *fits = fit_laws(cells, config.draws, Generators(seed)["sweep.bootstrap"])
@@ -216,15 +190,15 @@ def judge(records: Sequence[dict[str, Any]], config: SweepConfig, seed: int) -> 
         notes += _notes(name, fit, fault, optima, target)
     if conditional := sum(not rate and bool(batch) for rate, batch in zip(*faults, strict=True)):
         notes.append(
-            f"{conditional} of the learning rates hold at a batch size on the edge of the "
-            "grid, not at the best."
+            f"{conditional} of the learning rates are optima for a batch size on the edge of the "
+            "grid, not for the best one."
         )
     sizes, amounts = max(c.parameters for c in cells), max(c.tokens for c in cells)
     if target[0] > 10 * sizes or target[1] > 10 * amounts:
         notes.append(
             f"This is far beyond the cells: {target[0] / sizes:,.0f} times the largest network and "
-            f"{target[1] / amounts:,.0f} times the data. The interval holds their noise, not that "
-            "the law may bend."
+            f"{target[1] / amounts:,.0f} times the data. The interval covers their noise, but not "
+            "a law that changes beyond them."
         )
     low = min(c.parameters for c in cells)
     return {
@@ -242,12 +216,8 @@ def _notes(
     name: str, fit: Fit, faults: list[str], optima: list[Optimum], target: tuple[float, float]
 ) -> list[str]:
     if fit.law is None:
-        lines = [
-            (
-                f"No law for the {name}: {faults.count('')} of {len(faults)} optima are known, and "
-                "it needs more."
-            )
-        ]
+        known = f"{faults.count('')} of {len(faults)} optima are known"
+        lines = [f"No law for the {name}: {known}, and it needs more."]
     else:
         low, high = fit.interval(*target)
         lines = [
@@ -255,29 +225,27 @@ def _notes(
             f"{fit.law.at(*target):.3g} (90 % of the resamples: {low:.3g} to {high:.3g}); law: "
             f"{fit.law}."
         ]
-        if fit.held < _SHAKY:
+        if fit.held < _LEAST_HELD:
             lines.append(
-                f"That is doubtful: only {fit.held:.0%} of the resamples gave a law for the {name}."
+                f"It is doubtful: only {fit.held:.0%} of the resamples gave a law for the {name}."
             )
         if high >= _WIDE * low:
             lines.append(
-                f"That is not identified: the interval spans a factor of {high / low:,.0f}. It "
-                "needs more cells."
+                f"The {name} is not identified: the interval spans a factor of {high / low:,.0f}. "
+                "It needs more cells."
             )
-        for what, exponent in (
-            ("size", fit.law.of_parameters),
-            ("amount of data", fit.law.of_tokens),
-        ):
+        exponents = {"size": fit.law.of_parameters, "amount of data": fit.law.of_tokens}
+        for what, exponent in exponents.items():
             if math.isnan(exponent):
                 lines.append(
-                    f"Optima are known at one {what} only: how the {name} depends on it is not."
+                    f"Optima are known at one {what} only: how it changes the {name} is unknown."
                 )
     at = (f"At {o.parameters:,.0f} parameters and {o.tokens:,.0f} tokens" for o in optima)
     return lines + [f"{place} {fault}." for place, fault in zip(at, faults, strict=True) if fault]
 
 
 def _law(fit: Fit, target: tuple[float, float], smallest: float) -> dict[str, Any] | None:
-    """band: size, and the interval there at the tokens asked about."""
+    """A law for sweep.json. band: sizes, each with the interval there at the target's tokens."""
     if fit.law is None:
         return None
     sizes = np.geomspace(min(smallest, target[0]), target[0], 30).tolist()
@@ -306,10 +274,7 @@ def _curves(bowl: Bowl) -> dict[str, Any]:
 
 STAGE = Stage(
     name="sweep",
-    help=(
-        "Fit a scaling law for learning rate and batch size to many small trainings (pretrain "
-        "--sweep)."
-    ),
+    help="Fit a scaling law for learning rate and batch size to many small trainings.",
     config=SweepConfig,
     inputs={"tokens": TOKENS, "tokenizer": TOKENIZER, "corpus": CORPUS},
     outputs=[],

@@ -1,4 +1,4 @@
-"""Curves for TensorBoard and Weights & Biases, beside `metrics.jsonl`, which holds them all."""
+"""Metrics for TensorBoard and Weights & Biases, in addition to `metrics.jsonl`."""
 
 import importlib
 import uuid
@@ -18,54 +18,52 @@ _PACKAGES = {"tensorboard": ("torch.utils.tensorboard", "tensorboard"), "wandb":
 
 @contextmanager
 def tracking(names: Sequence[Tracker], folder: Path, label: str, first: int) -> Iterator[Log]:
-    """Gives what sends a step's metrics, `step` among them, to the trackers asked for; their files
-    lie in `folder`.
+    """A context that gives a function to send a step's metrics (with `step`) to some trackers.
 
-    label: the name of the run. first: the step it goes on from; what a killed run wrote beyond is
-    replaced.
+    Args:
+        names: The trackers.
+        folder: Where their files go.
+        label: The name of the run.
+        first: The first step to come; what a killed run wrote of it and later steps is replaced.
     """
-    with ExitStack() as open_ones:
-        logs = [
-            (_tensorboard if n == "tensorboard" else _wandb)(open_ones, folder / n, label, first)
-            for n in names
-        ]
+    start = {"tensorboard": _tensorboard, "wandb": _wandb}
+    with ExitStack() as stack:
+        senders = [start[name](stack, folder / name, label, first) for name in names]
 
         def log(entry: dict[str, float]) -> None:
-            for send in logs:
-                send(
-                    {name: value for name, value in entry.items() if name != "step"},
-                    int(entry["step"]),
-                )
+            values = {name: value for name, value in entry.items() if name != "step"}
+            for send in senders:
+                send(values, int(entry["step"]))
 
         yield log
 
 
 def _tensorboard(
-    open_ones: ExitStack, folder: Path, label: str, first: int
+    stack: ExitStack, folder: Path, label: str, first: int
 ) -> Callable[[dict[str, float], int], None]:
-    writer = open_ones.enter_context(
+    writer = stack.enter_context(
         _library("tensorboard").SummaryWriter(str(folder), purge_step=first or None)
     )
 
-    def send(curves: dict[str, float], step: int) -> None:
-        for name, value in curves.items():
+    def send(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
             writer.add_scalar(f"{label}/{name}", value, step)
 
     return send
 
 
 def _wandb(
-    open_ones: ExitStack, folder: Path, label: str, first: int
+    stack: ExitStack, folder: Path, label: str, first: int
 ) -> Callable[[dict[str, float], int], None]:
     library = _library("wandb")
     folder.mkdir(parents=True, exist_ok=True)
-    known = folder / "id"
-    if not (first and known.exists()):
-        write_text(known, uuid.uuid4().hex)
-    name = known.read_text(encoding="utf-8")
-    run = library.init(project="openqwen", name=label, dir=str(folder), id=name, resume="allow")
-    open_ones.callback(run.finish)
-    return lambda curves, step: run.log(curves, step=step)
+    id_file = folder / "id"
+    if not (first and id_file.exists()):
+        write_text(id_file, uuid.uuid4().hex)
+    run_id = id_file.read_text(encoding="utf-8")
+    run = library.init(project="openqwen", name=label, dir=str(folder), id=run_id, resume="allow")
+    stack.callback(run.finish)
+    return lambda values, step: run.log(values, step=step)
 
 
 def _library(tracker: Tracker) -> Any:
@@ -76,8 +74,5 @@ def _library(tracker: Tracker) -> Any:
         raise OpenQwenError(
             f"The package '{package}' is not installed.",
             where="train.track",
-            do=(
-                f"{pip_install(package)}, or leave it out: metrics.jsonl and the report hold the "
-                "same curves"
-            ),
+            do=f"{pip_install(package)}, or leave it out: metrics.jsonl holds the same values",
         ) from None

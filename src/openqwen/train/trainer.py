@@ -1,12 +1,10 @@
-"""The loop that every stage runs: micro-batches in, gradients summed, divided once, clipped,
-stepped, saved.
+"""The training loop of every stage: sum gradients, divide once, clip, step, save.
 
 A stage gives two functions: `batch(step)`, the micro-batches of a step as a pure function of the
-step and the weights, and `loss(micro)`, a sum and a count. Killed at any moment, the next run goes
-on from the last state and writes the bits that the uninterrupted run would have written.
+step and the weights, and `loss(micro)`, a sum and a count. A run that is killed at any moment and
+started again goes on from its last state and writes the bits that the uninterrupted run writes.
 """
 
-import json
 import math
 import os
 import shutil
@@ -33,16 +31,24 @@ from openqwen.support.stage import StageRun
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.compute import LEVERS, compile_layers, computing, is_low, is_out_of_memory
 from openqwen.train.losses import Loss
-from openqwen.train.optimizer import OptimizerConfig, learning_rate, optimizers
+from openqwen.train.metrics import (
+    METRICS,
+    Entry,
+    has_targets,
+    read_metrics,
+    summarize,
+    to_line,
+    updated,
+)
+from openqwen.train.optimizer import OptimizerConfig, build_optimizers, learning_rate
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.parallel import World, join
 from openqwen.train.recompute import recompute
-from openqwen.train.rows import Rows
 from openqwen.train.state import StateWriter, load_best, load_state
 from openqwen.train.track import tracking
 from openqwen.train.validation import HELD_OUT, ValidationConfig, best_step
 
-METRICS = "metrics.jsonl"
-_USUAL = 100  # steps whose gradient norms say what is usual
+_USUAL = 100  # the last steps whose median gradient norm a spike is compared with
 
 
 class SaveConfig(Settings):
@@ -51,11 +57,11 @@ class SaveConfig(Settings):
     seconds: float = Field(
         30.0, ge=0, description="seconds between saved states; a killed run loses at most this much"
     )
-    keep: int = Field(2, ge=1, description="how many states are kept, the newest")
+    keep: int = Field(2, ge=1, description="number of states to keep, the newest")
 
 
 class TrainingConfig(Settings):
-    """What every stage that trains lets choose."""
+    """The settings of every stage that trains."""
 
     train: OptimizerConfig = Field(default_factory=OptimizerConfig, description="optimizer")
     save: SaveConfig = Field(default_factory=SaveConfig, description="training states")
@@ -63,9 +69,14 @@ class TrainingConfig(Settings):
 
 @dataclass(frozen=True)
 class Place:
-    """Where one training runs. output: for what it makes, metrics.jsonl among it. scratch: holds
-    the states and the metrics while it goes on, and outlives a kill. seed: of all its draws. label:
-    its name on the live line."""
+    """Where one training runs.
+
+    Args:
+        output: Folder for the checkpoint and a copy of metrics.jsonl.
+        scratch: Folder for states and metrics.jsonl during training; it must outlive a kill.
+        seed: Seed of all random draws.
+        label: Name on the progress line.
+    """
 
     output: Path
     scratch: Path
@@ -78,19 +89,26 @@ class Place:
         return cls(run.output, run.scratch, run.seed, run.label)
 
 
-Micro = TypeVar("Micro")  # Rows, or what has them as `rows`
+Micro = TypeVar("Micro")  # a PackedBatch, or an object that has one as `rows`
 
 
 @dataclass
 class Trainer(Generic[Micro]):
-    """What training needs, whatever the stage. Under torchrun every rank holds one, and they train
-    together.
+    """The training loop. Under torchrun every rank holds a trainer, and they train together.
 
-    generators: every one that `batch` or `loss` draws from; they are saved. timed: whether a step's
-    operations over its seconds are a share of the machine's peak: not where it does other work too.
-    name: says which records a step is made of, for the message about a bad one. held_out:
-    micro-batches that nothing is learned from; their loss is measured as often as `validation`
-    says.
+    Args:
+        place: Folders, seed and label.
+        config: Settings of the optimizer and of saved states.
+        model: The network; `shard` divides it over the ranks.
+        batch: Step -> its micro-batches, on every rank the same.
+        loss: Micro-batch -> its loss.
+        steps: Number of optimizer steps.
+        generators: All generators that `batch` or `loss` draws from; they are saved.
+        log_mfu: Log MFU. Leave it out where a step does other work too, such as sampling.
+        name: Step -> the records that it reads, for error messages.
+        held_out: Returns micro-batches that nothing is learned from.
+        validation: When the loss on `held_out` is measured, and what it decides.
+        world: The processes; with its mesh where `batch` or `loss` use that world too.
     """
 
     place: Place
@@ -100,80 +118,99 @@ class Trainer(Generic[Micro]):
     loss: Callable[[Micro], Loss]
     steps: int
     generators: Generators
-    timed: bool = False
+    log_mfu: bool = False
     name: Callable[[int], str] | None = None
     held_out: Callable[[], Sequence[Micro]] | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     world: World = field(default_factory=join)
 
     def __post_init__(self) -> None:
-        self.optimizer, self.label = self.config.train, self.place.label
+        self.optimizer_config, self.label = self.config.train, self.place.label
         self.output, self.scratch = self.place.output, self.place.scratch
-        self.whole: Callable[[], Qwen2 | Scorer] = lambda: (
-            self.model
-        )  # after `run`: all of it, to be saved
+        # Gathers the full network on rank 0; see `World.shard`.
+        self.full_model: Callable[[], Qwen2 | Scorer] = lambda: self.model
         self._sharded = False
 
     def shard(self) -> None:
-        """Divide the network over the ranks, once; `run` does so too, if nobody has."""
-        if not self._sharded:
-            recompute(self.model, self.optimizer.recompute)
-            if self.optimizer.compile:
-                compile_layers(self.model)
-            self.world = self.world.arranged(self.optimizer.parallel, self.model)
-            self.whole = self.world.shard(
-                self.model, low=is_low(self.optimizer.precision, best_device())
-            )
-            self._sharded = True
+        """Divide the network over the ranks, once. `run` does so where nothing did before."""
+        if self._sharded:
+            return
+        recompute(self.model, self.optimizer_config.recompute)
+        if self.optimizer_config.compile:
+            compile_layers(self.model)
+        if self.world.mesh is None:
+            self.world = self.world.with_mesh(self.optimizer_config.parallel, self.model)
+        self.full_model = self.world.shard(self.model, low=self._is_low)
+        self._sharded = True
 
     def run(self) -> dict[str, float]:
-        """Train to the end; returns the last values of the metrics, smoothed over the last
-        twentieth of the steps.
+        """Train to the end, from the last saved state where there is one.
+
+        Returns:
+            The metrics, averaged over the last twentieth of the steps (see `summarize`).
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.shard()
-        movers = optimizers(self.model, self.optimizer)
-        first = load_state(self.scratch, self.model, movers, self.generators, self.world)
-        metrics = _read_metrics(self.scratch / METRICS, before=first)
-        self.world.wait()  # every rank has read it
+        optimizers = build_optimizers(self.model, self.optimizer_config)
+        first = load_state(self.scratch, self.model, optimizers, self.generators, self.world)
+        metrics = self._resume_metrics(first)
+        self._train(first, optimizers, metrics)
+        self._finish(metrics)
+        return summarize(metrics)
+
+    def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
+        """Write the full trained network to `output`; every rank must call this.
+
+        See `openqwen.save_checkpoint`.
+        """
+        full_model = self.full_model()
         if self.world.main:
-            write_text(self.scratch / METRICS, "".join(map(_line, metrics)))
+            save_checkpoint(full_model, tokenizer, self.output, chat=chat)
+
+    def _resume_metrics(self, first: int) -> list[Entry]:
+        """The entries before step `first`. Later ones, which a killed run wrote, leave the log."""
+        metrics = read_metrics(self.scratch / METRICS, before=first)
+        self.world.barrier()  # every rank has read the file
+        if self.world.main:
+            write_text(self.scratch / METRICS, "".join(map(to_line, metrics)))
+        return metrics
+
+    def _train(
+        self, first: int, optimizers: Sequence[torch.optim.Optimizer], metrics: list[Entry]
+    ) -> None:
+        """Run the steps from `first` on; append their entries to `metrics`."""
         self.model.train()
         last_save = time.monotonic()
-        trackers = self.optimizer.track if self.world.main else []
+        log_path = self.scratch / METRICS if self.world.main else os.devnull
+        trackers = self.optimizer_config.track if self.world.main else []
         with (
             freed_memory_kept(),
-            # What autocast leaves in float32 need not be exact where bfloat16 is meant.
-            tf32(is_low(self.optimizer.precision, best_device())),
+            # With bfloat16, what autocast leaves in float32 need not be exact either.
+            tf32(self._is_low),
             tracking(trackers, self.scratch, self.label, first) as track,
-            open(
-                self.scratch / METRICS if self.world.main else os.devnull,
-                "a",
-                encoding="utf-8",
-                buffering=1,
-            ) as log,
+            open(log_path, "a", encoding="utf-8", buffering=1) as log,
             StateWriter(self.scratch, self.config.save.keep, self.world) as writer,
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
             for step in range(first, self.steps):
-                entry = self._step(step, movers, metrics)
+                entry = self._step(step, optimizers, metrics)
                 if self.held_out and self.validation.due(step, self.steps):
                     entry[HELD_OUT] = self._held_out_loss(self.held_out())
-                log.write(_line(entry))
+                log.write(to_line(entry))
                 track(entry)
                 metrics.append(entry)
+                bar.advance(1, **_notes(entry))
                 if self.validation.outcome == "best" and best_step(metrics) == step:
                     writer.save_best(step, self.model)
-                bar.advance(1, **_notes(entry))
-                due = (
-                    step + 1 < self.steps
-                    and time.monotonic() - last_save >= self.config.save.seconds
-                )
-                if self.world.agree(due):
+                waited = time.monotonic() - last_save >= self.config.save.seconds
+                if self.world.broadcast(step + 1 < self.steps and waited):
                     if self.world.main:
                         os.fsync(log.fileno())  # the log is never behind the state
-                    writer.save(step + 1, self.model, movers, self.generators)
+                    writer.save(step + 1, self.model, optimizers, self.generators)
                     last_save = time.monotonic()
+
+    def _finish(self, metrics: Sequence[Entry]) -> None:
+        """Take the best weights where they are asked for; copy the metrics to the output."""
         best = best_step(metrics)
         if self.validation.outcome == "best" and best is not None:
             load_best(self.scratch, best, self.model, self.world)
@@ -181,81 +218,53 @@ class Trainer(Generic[Micro]):
         if self.world.main:
             self.output.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.scratch / METRICS, self.output / METRICS)
-            for name in self.optimizer.track:
+            for name in self.optimizer_config.track:
                 shutil.copytree(self.scratch / name, self.output / name, dirs_exist_ok=True)
-        clipped, moved = sum("clipped" in m for m in metrics), sum(map(_moved, metrics))
-        if 2 * clipped > moved:
-            bound = f"a gradient norm of {self.optimizer.clip:g} (train.clip)"
-            told = f"  {self.label}: {clipped} of {moved} steps were clipped to {bound}"
-            console.print(told, markup=False)
-        return _summary(metrics)
-
-    def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
-        """Write the trained network to `output`, whole, by rank 0; all ranks must call this.
-
-        See `model`'s own.
-        """
-        whole = self.whole()
-        if self.world.main:
-            save_checkpoint(whole, tokenizer, self.output, chat=chat)
+        clipped, updates = sum("clipped" in m for m in metrics), sum(map(updated, metrics))
+        if 2 * clipped > updates:
+            bound = f"a gradient norm of {self.optimizer_config.clip:g} (train.clip)"
+            text = f"  {self.label}: {clipped} of {updates} steps were clipped to {bound}"
+            console.print(text, markup=False)
 
     def _step(
-        self,
-        step: int,
-        movers: Sequence[torch.optim.Optimizer],
-        earlier: Sequence[dict[str, float]],
-    ) -> dict[str, float]:
+        self, step: int, optimizers: Sequence[torch.optim.Optimizer], earlier: Sequence[Entry]
+    ) -> Entry:
+        """One optimizer step: gradients, checks, update. Returns its entry in the log."""
         start = time.perf_counter()
-        micros = self.batch(step)
-        rate = self._rate(step)
-        total, count, extras = self._backward(step, micros)
-        if micros and count == 0:
-            raise OpenQwenError(
-                f"Step {step} of {self.label} has no target to learn from{self._named(step)}.",
-                where=self.scratch,
-                do="look at what the data's answers are: nothing in this step is to be learned",
-            )
-        # An online stage may find nothing to learn from in a step: it is logged and passes.
-        loss = total / count if micros else math.nan
-        norm, scale = self._norm_and_scale(count) if micros else (math.nan, 1.0)
-        why = self._bad(loss, norm, earlier) if micros else ""
-        if why:
-            self._stop_or_skip(step, rate, why, earlier)
-        for mover in movers:
-            for group in mover.param_groups:
+        micros, rate = self.batch(step), self._rate(step)
+        total, count, extras = self._sum_gradients(step, micros)
+        loss, norm, scale, problem = math.nan, math.nan, 1.0, ""
+        if micros:  # an online stage may find nothing to learn from; the step is logged and passes
+            if count == 0:
+                raise self._no_target(step)
+            loss = total / count
+            norm, scale = self._norm_and_scale(count)
+            problem = self._problem(loss, norm, earlier)
+        if problem:
+            self._stop_or_skip(step, rate, problem, earlier)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
-            if micros and not why:
-                self._move(mover, scale)
-            mover.zero_grad()
-        seconds = time.perf_counter() - start
-        rows = [_fed(micro) for micro in micros]
-        tokens = sum(len(r.tokens) + r.spared for r in rows)
-        entry = {
-            "step": step,
-            "loss": loss,
-            "gradient_norm": norm,
-            "learning_rate": rate,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "seconds": seconds,
-            "peak_memory": peak_memory(self._device),
-            **{name: value / count for name, value in extras.items()},
-        }
-        if self.timed:
-            entry["flops_per_second"] = sum(r.flops(self.model.config) for r in rows) / seconds
-            entry["peak_share"] = entry["flops_per_second"] / peak_flops(self._device)
-        if why:
+            if micros and not problem:
+                self._update(optimizer, scale)
+            optimizer.zero_grad()
+        entry = {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        entry |= self._speed(micros, time.perf_counter() - start)
+        entry |= {name: value / count for name, value in extras.items()}
+        if problem:
             entry["skipped"] = 1.0
-        elif norm > self.optimizer.clip:
+        elif norm > self.optimizer_config.clip:
             entry["clipped"] = 1.0
         return entry
 
-    def _backward(self, step: int, micros: Sequence[Micro]) -> tuple[float, int, dict[str, float]]:
-        """Sum gradients, losses, counts and extras over the micro-batches of all ranks."""
+    def _sum_gradients(
+        self, step: int, micros: Sequence[Micro]
+    ) -> tuple[float, int, dict[str, float]]:
+        """Sums of gradients, losses, counts and extras over the micro-batches of all ranks."""
         total, count, extras = 0.0, 0, dict[str, float]()
-        for micro, counts in self.world.share(micros):
+        for micro, counts in self.world.local_micro_batches(micros):
             try:
-                with computing(self.optimizer.precision, self._device):
+                with computing(self.optimizer_config.precision, self._device):
                     loss = self.loss(micro)
                 (loss.sum * counts).backward()
             except Exception as error:
@@ -266,160 +275,122 @@ class Trainer(Generic[Micro]):
             count += loss.count * counts
             for name, value in loss.extras.items():
                 extras[name] = extras.get(name, 0.0) + value * counts
-        total, whole, *values = self.world.total([total, count, *extras.values()])
-        return total, round(whole), dict(zip(extras, values, strict=True))
+        total, all_counts, *values = self.world.total([total, count, *extras.values()])
+        return total, round(all_counts), dict(zip(extras, values, strict=True))
 
     @torch.no_grad()
     def _held_out_loss(self, micros: Sequence[Micro]) -> float:
-        """The mean loss over all targets of micro-batches."""
+        """The mean loss over all targets of some micro-batches."""
         self.model.eval()
         total, count = 0.0, 0
-        for micro, counts in self.world.share(micros):
-            with computing(self.optimizer.precision, self._device):
+        for micro, counts in self.world.local_micro_batches(micros):
+            with computing(self.optimizer_config.precision, self._device):
                 loss = self.loss(micro)
             total, count = total + loss.sum.item() * counts, count + loss.count * counts
         self.model.train()
-        total, whole = self.world.total([total, count])
-        return total / whole if whole else math.nan
+        total, all_counts = self.world.total([total, count])
+        return total / all_counts if all_counts else math.nan
 
-    def _bad(self, loss: float, norm: float, earlier: Sequence[dict[str, float]]) -> str:
-        """What is wrong with a step, or nothing."""
+    def _norm_and_scale(self, count: int) -> tuple[float, float]:
+        """The norm of the mean gradient over `count` targets, and the factor for the summed one.
+
+        The factor divides by the count and clips.
+        """
+        norm = self.world.norm(_gradients(self.model.parameters())) / count
+        return norm, min(1.0, self.optimizer_config.clip / (norm + 1e-6)) / count
+
+    def _update(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
+        """Step by the gradients times `scale`."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if isinstance(optimizer, torch.optim.AdamW) and self.world.alone:
+            # The fused AdamW multiplies while it reads, which saves a pass over the gradients.
+            inverse = torch.tensor(1.0 / scale, device=parameters[0].device)
+            optimizer.grad_scale = inverse  # type: ignore[attr-defined]
+        else:
+            torch._foreach_mul_(_gradients(parameters), scale)
+        optimizer.step()
+
+    def _problem(self, loss: float, norm: float, earlier: Sequence[Entry]) -> str:
+        """Why a step must not change the weights; empty where it may."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"the loss is {loss} and the gradient norm {norm}"
-        spike = self.optimizer.bad.spike
-        usual = [m["gradient_norm"] for m in islice(filter(_moved, reversed(earlier)), _USUAL)]
-        if spike and len(usual) == _USUAL and norm > spike * statistics.median(usual):
-            return f"the gradient norm is {norm:.3g}, and {statistics.median(usual):.3g} is usual"
+        spike = self.optimizer_config.bad.spike
+        norms = [m["gradient_norm"] for m in islice(filter(updated, reversed(earlier)), _USUAL)]
+        if spike and len(norms) == _USUAL and norm > spike * statistics.median(norms):
+            return f"the gradient norm is {norm:.3g}, and {statistics.median(norms):.3g} is usual"
         return ""
 
-    def _stop_or_skip(
-        self, step: int, rate: float, why: str, earlier: Sequence[dict[str, float]]
-    ) -> None:
-        where = f"step {step} of {self.label}{self._named(step)}"
-        before = list(islice(filter(_learned, reversed(earlier)), self.optimizer.bad.patience - 1))
-        endless = len(before) == self.optimizer.bad.patience - 1
-        endless = endless and all("skipped" in m for m in before)
-        if self.optimizer.bad.action == "stop" or endless:
+    def _stop_or_skip(self, step: int, rate: float, problem: str, earlier: Sequence[Entry]) -> None:
+        """Raise an error, or print that the step is left out; `bad` decides."""
+        bad = self.optimizer_config.bad
+        where = f"step {step} of {self.label}{self._records(step)}"
+        before = list(islice(filter(has_targets, reversed(earlier)), bad.patience - 1))
+        too_many = len(before) == bad.patience - 1 and all("skipped" in m for m in before)
+        if bad.action == "stop" or too_many:
             raise OpenQwenError(
-                f"At {where} {why}.",
+                f"At {where} {problem}.",
                 where=self.scratch,
                 do=f"look at that data, or lower the learning rate (now {rate:.2g}); "
                 "the last saved state is from before this step",
             )
-        console.print(f"  Left out {where}: {why}.", markup=False)
+        console.print(f"  Left out {where}: {problem}.", markup=False)
+
+    def _no_target(self, step: int) -> OpenQwenError:
+        return OpenQwenError(
+            f"Step {step} of {self.label} has no target to learn from{self._records(step)}.",
+            where=self.scratch,
+            do="look at the answers in the data: none of this step's tokens is to be learned",
+        )
 
     def _too_large(self, step: int, micro: Micro) -> OpenQwenError:
         peak = peak_memory(self._device) / 2**30
         return OpenQwenError(
-            f"Memory ran out in step {step} of {self.label}{self._named(step)}, in a micro-batch "
-            "of "
-            f"{len(_fed(micro).tokens):,} tokens; the most held was {peak:.1f} GiB.",
+            f"Memory ran out in step {step} of {self.label}{self._records(step)}, in a micro-batch "
+            f"of {len(_rows(micro).tokens):,} tokens; the peak was {peak:.1f} GiB.",
             where=self.scratch,
-            do=f"{LEVERS}. The last saved state is whole, and training goes on from it",
+            do=f"{LEVERS}. The last saved state is complete, and training goes on from it",
         )
+
+    def _speed(self, micros: Sequence[Micro], seconds: float) -> Entry:
+        rows = [_rows(micro) for micro in micros]
+        tokens = sum(len(r.tokens) + r.spared for r in rows)
+        entry = {
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "peak_memory": peak_memory(self._device),
+        }
+        if self.log_mfu:
+            flops = sum(r.flops(self.model.config) for r in rows) / seconds
+            entry |= {"flops_per_second": flops, "mfu": flops / peak_flops(self._device)}
+        return entry
+
+    @property
+    def _is_low(self) -> bool:
+        return is_low(self.optimizer_config.precision, best_device())
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def _rate(self, step: int) -> float:
-        return learning_rate(self.optimizer, step, self.steps)
+        return learning_rate(self.optimizer_config, step, self.steps)
 
-    def _named(self, step: int) -> str:
+    def _records(self, step: int) -> str:
         return f" ({self.name(step)})" if self.name else ""
 
-    def _norm_and_scale(self, count: int) -> tuple[float, float]:
-        """The norm of the mean gradient over `count` targets, and what makes the summed one the
-        mean, clipped.
-        """
-        for parameter in self.model.parameters():
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()
-        norm = self.world.norm(_gradients(self.model.parameters())) / count
-        return norm, min(1.0, self.optimizer.clip / (norm + 1e-6)) / count
 
-    def _move(self, mover: torch.optim.Optimizer, scale: float) -> None:
-        """Step by the gradients times `scale`, which the fused AdamW multiplies itself, while it
-        reads them.
-        """
-        parameters = [p for group in mover.param_groups for p in group["params"]]
-        if isinstance(mover, torch.optim.AdamW) and self.world.alone:
-            mover.grad_scale = torch.tensor(1.0 / scale, device=parameters[0].device)  # type: ignore[attr-defined]
-        else:
-            torch._foreach_mul_(_gradients(parameters), scale)
-        mover.step()
-
-
-def _fed(micro: Any) -> Rows:
-    """What a micro-batch feeds."""
+def _rows(micro: Any) -> PackedBatch:
     return getattr(micro, "rows", micro)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """What there is of gradients; of a sparse one its values."""
-    found = [p.grad for p in parameters if p.grad is not None]
-    return [g._values() if g.is_sparse else g for g in found]
+    return [p.grad for p in parameters if p.grad is not None]
 
 
-def _notes(entry: dict[str, float]) -> dict[str, str]:
-    """The end of the live line."""
+def _notes(entry: Entry) -> dict[str, str]:
+    """The end of the progress line."""
     notes = {"loss": f"{entry['loss']:.3f}", "speed": f"{entry['tokens_per_second']:,.0f} tokens/s"}
-    if "peak_share" in entry:
-        notes["of peak"] = f"{entry['peak_share']:.0%}"
+    if "mfu" in entry:
+        notes["MFU"] = f"{entry['mfu']:.0%}"
     return notes | {"memory": f"{entry['peak_memory'] / 2**30:.1f} GiB"}
-
-
-def _line(entry: dict[str, float]) -> str:
-    """One line of the log; JSON has no NaN, so what is not a number is null."""
-    return json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n"
-
-
-def _read_metrics(path: Path, before: int) -> list[dict[str, float]]:
-    """The log's entries of earlier steps, without what a killed run wrote beyond its last state."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:before]
-    return [
-        {k: math.nan if v is None else v for k, v in json.loads(line).items()} for line in lines
-    ]
-
-
-def _learned(entry: dict[str, float]) -> bool:
-    """Whether a step had something to learn from; an online stage may find none."""
-    return entry["tokens"] > 0
-
-
-def _moved(entry: dict[str, float]) -> bool:
-    """Whether a step moved the weights."""
-    return _learned(entry) and "skipped" not in entry
-
-
-def _summary(metrics: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the last twentieth of the steps, totals of the whole run; the most telling first.
-
-    Steps that did not move the weights are counted and enter no mean.
-    """
-    moved, count = list(filter(_moved, metrics)), max(1, len(metrics) // 20)
-    tail = list(filter(_moved, metrics[-count:])) or moved[-count:] or metrics[-count:]
-    other = {"step", "seconds", "tokens", "tokens_per_second", "flops_per_second", "peak_share"}
-    other |= {"learning_rate", "gradient_norm", "peak_memory", "skipped", "clipped", HELD_OUT}
-    summary = {n: sum(m.get(n, 0.0) for m in tail) / len(tail) for n in tail[-1] if n not in other}
-    summary["clipped_share"] = sum("clipped" in m for m in moved) / max(1, len(moved))
-    counts = {
-        "skipped_steps": sum("skipped" in m for m in metrics),
-        "empty_steps": sum(not _learned(m) for m in metrics),
-    }
-    summary |= {name: count for name, count in counts.items() if count}
-    tokens, seconds = sum(m["tokens"] for m in metrics), sum(m["seconds"] for m in metrics)
-    summary |= {
-        "tokens_per_second": tokens / max(seconds, 1e-9),
-        "tokens": tokens,
-        "steps": len(metrics),
-    }
-    last = metrics[-1]
-    if HELD_OUT in last:
-        best = min(m.get(HELD_OUT, math.inf) for m in metrics)
-        summary |= {HELD_OUT: last[HELD_OUT], f"best_{HELD_OUT}": best}
-    if "peak_share" in tail[-1]:
-        summary["peak_share"] = sum(m.get("peak_share", 0.0) for m in tail) / len(tail)
-    return summary

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl, write_json
@@ -30,11 +31,12 @@ from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 from openqwen.tokenizer.messages import demonstration
 from openqwen.train.losses import next_token
+from openqwen.train.metrics import METRICS
 from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.recompute import Recompute
-from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.sft import SftConfig, sft
-from openqwen.train.trainer import METRICS, Place, SaveConfig, Trainer, TrainingConfig
+from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 Kind = Literal["sft", "pretrain"]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -204,7 +206,7 @@ def ours(job: dict[str, Any]) -> dict[str, float]:
         else:
             _pretrain(job, TrainingConfig(**common), place)
         log = list(read_jsonl(place.output / METRICS))
-    found = {"speed": "tokens_per_second", "share": "peak_share"}
+    found = {"speed": "tokens_per_second", "share": "mfu"}
     medians = {
         key: statistics.median(entry[name] for entry in log[1:]) for key, name in found.items()
     }
@@ -218,15 +220,15 @@ def _pretrain(job: dict[str, Any], settings: TrainingConfig, place: Place) -> No
     model, generators = Qwen2(config).to(best_device()), Generators(0)
     initialize(model, generators.torch("weights"))
 
-    def batch(step: int) -> list[Rows]:
+    def batch(step: int) -> list[PackedBatch]:
         chosen = [(row, [1] * len(row)) for row in ids[step * size : (step + 1) * size]]
         return [
-            Rows.of(chosen[cut], model.device)
+            PackedBatch.of(chosen[cut], model.device)
             for cut in cut_to_budget([len(r) for r, _ in chosen], 8_192)
         ]
 
     loss = lambda rows: next_token(model, rows)  # noqa: E731
-    Trainer(place, settings, model, batch, loss, job["steps"], generators, timed=True).run()
+    Trainer(place, settings, model, batch, loss, job["steps"], generators, log_mfu=True).run()
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ _EXTRAS: tuple[tuple[str, str, tuple[float, str] | None, tuple[float, float] | N
     ("chosen_weight", "Weight of the chosen experts", None, (0.0, 1.0)),
     ("data_stage", "Data stage", None, None),
     ("gradient_norm", "Gradient norm", None, None),
-    ("peak_share", "Share of the processor's peak", None, (0.0, 1.0)),
+    ("mfu", "MFU", None, (0.0, 1.0)),
+    ("peak_share", "MFU", None, (0.0, 1.0)),  # its name in earlier runs
 )
 
 

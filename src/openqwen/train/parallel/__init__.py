@@ -1,25 +1,23 @@
-"""Training over many processes: how many share what, and the same loss and gradient as one process
-computes.
-"""
+"""Training over many processes, with the same loss and gradient as one process computes."""
 
 from openqwen.train.parallel.degrees import ParallelConfig
 from openqwen.train.parallel.world import (
+    ALONE,
     World,
     copy_weights,
+    full_tensor,
     join,
     load_for_training,
-    own_part,
-    whole_tensor,
-    world_of,
+    local_shard,
 )
 
 __all__ = [
+    "ALONE",
     "ParallelConfig",
     "World",
     "copy_weights",
+    "full_tensor",
     "join",
     "load_for_training",
-    "own_part",
-    "whole_tensor",
-    "world_of",
+    "local_shard",
 ]

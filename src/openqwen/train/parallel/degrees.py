@@ -1,6 +1,4 @@
-"""How many ranks share a network's matrices, its experts and its tokens; the rest share the
-micro-batches.
-"""
+"""How many ranks share a network's matrices, its experts and its tokens."""
 
 from pydantic import Field
 
@@ -12,11 +10,10 @@ PLACE = "train.parallel"
 
 
 class ParallelConfig(Settings):
-    """How the processes of torchrun divide the work. Memory and speed alone: loss and gradient
-    stay.
+    """How the processes of torchrun divide the work. Loss and gradient stay the same.
 
-    All of them shard weights, gradients and optimizer states (FSDP2); that many times fewer get
-    micro-batches of their own. The processes must be a multiple of tensor x expert x context.
+    Weights, gradients and optimizer states are sharded over all processes (FSDP2). The number of
+    processes must be a multiple of tensor x expert x context.
     """
 
     tensor: int = Field(
@@ -31,61 +28,53 @@ class ParallelConfig(Settings):
 
     @property
     def ranks(self) -> int:
-        """Ranks of one copy of the work: the processes are a multiple of it."""
+        """The product of the degrees, of which the number of processes is a multiple."""
         return self.tensor * self.expert * self.context
 
 
 def faults(
     parallel: ParallelConfig, config: ModelConfig, size: int | None = None
 ) -> list[tuple[str, str, str]]:
-    """What of these degrees does not fit a network, on `size` processes if given: (what, key, what
-    to do) of each.
+    """What does not fit a network, and `size` processes if given.
+
+    Returns:
+        (what is wrong, the key to change, what to do) of each fault.
     """
     tensor, expert, context = parallel.tensor, parallel.expert, parallel.context
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    sparse = [config.is_sparse(n) for n in range(config.num_hidden_layers)]
-    widths = {config.shared_expert_intermediate_size} if any(sparse) else set()
-    widths |= set() if all(sparse) else {config.intermediate_size}
-    found = []
+    wrong = []
     if size is not None and size % parallel.ranks:
         processes = "1 process is" if size == 1 else f"{size} processes are"
         what = f"{processes} no multiple of tensor x expert x context = {parallel.ranks}."
-        found.append(
-            (
-                what,
-                "",
-                (
-                    f"start torchrun with a multiple of {parallel.ranks} processes, or lower the "
-                    "degrees"
-                ),
-            )
-        )
+        do = f"start torchrun with a multiple of {parallel.ranks} processes, or lower the degrees"
+        wrong.append((what, "", do))
     if kv_heads % tensor:
-        what = f"{kv_heads} key/value heads cannot be dealt to {tensor} ranks."
-        found.append(
-            (
-                what,
-                "tensor",
-                f"choose a divisor of {kv_heads}; `context` divides the query heads further",
-            )
-        )
-    if odd := [w for w in widths if w % tensor]:
-        what = f"A feed-forward width of {odd[0]} cannot be dealt to {tensor} ranks."
-        found.append((what, "tensor", "choose a divisor of it"))
+        what = f"{kv_heads} key/value heads cannot be divided among {tensor} ranks."
+        do = f"choose a divisor of {kv_heads}; `context` divides the query heads further"
+        wrong.append((what, "tensor", do))
+    if odd := [w for w in _feed_forward_widths(config) if w % tensor]:
+        what = f"A feed-forward width of {odd[0]} cannot be divided among {tensor} ranks."
+        wrong.append((what, "tensor", "choose a divisor of it"))
     if heads % tensor == 0 and heads // tensor % context:
-        what = f"The {heads // tensor} query heads of a rank cannot be dealt to {context} ranks."
-        found.append((what, "context", f"choose a divisor of {heads // tensor}"))
+        local = heads // tensor
+        what = f"The {local} query heads of a rank cannot be divided among {context} ranks."
+        wrong.append((what, "context", f"choose a divisor of {local}"))
     if expert > 1 and config.num_experts % expert:
-        what = f"{config.num_experts} experts cannot be dealt to {expert} ranks."
-        found.append((what, "expert", f"choose a divisor of {config.num_experts}"))
+        what = f"{config.num_experts} experts cannot be divided among {expert} ranks."
+        wrong.append((what, "expert", f"choose a divisor of {config.num_experts}"))
     if expert > 1 and not config.num_experts:
-        found.append(("A dense network has no experts to deal out.", "expert", "set it to 1"))
-    return found
+        wrong.append(("A dense network has no experts to divide.", "expert", "set it to 1"))
+    return wrong
+
+
+def _feed_forward_widths(config: ModelConfig) -> set[int]:
+    """The widths that tensor parallel cuts; routed experts are not cut."""
+    sparse = [config.is_sparse(n) for n in range(config.num_hidden_layers)]
+    widths = {config.shared_expert_intermediate_size} if any(sparse) else set()
+    return widths if all(sparse) else widths | {config.intermediate_size}
 
 
 def check(parallel: ParallelConfig, config: ModelConfig, size: int) -> None:
-    """OpenQwenError where the degrees do not fit the network or the processes, naming which and
-    what to do.
-    """
+    """Raise OpenQwenError where the degrees do not fit the network or the number of processes."""
     for what, key, do in faults(parallel, config, size):
         raise OpenQwenError(what, where=f"{PLACE}.{key}".rstrip("."), do=do)

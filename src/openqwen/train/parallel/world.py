@@ -1,8 +1,9 @@
 """The processes that train together: torch.distributed under torchrun, or this process alone.
 
-They stand on a mesh of four dimensions (see `Mesh`). Micro-batches are dealt over two of them, the
-other two share one micro-batch; sums and counts are added up, gradients summed, and only then is
-anything divided: so the gradient is the one that a single process computes, up to rounding (law 2).
+They stand on a mesh of four dimensions (see `Mesh`). Two of them divide the micro-batches of a
+step, the other two divide the work of one micro-batch. Losses, counts and gradients are summed over
+all ranks before anything is divided, so the gradient is the one that a single process computes, up
+to rounding (law 2).
 """
 
 import copy
@@ -15,7 +16,6 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,27 +27,24 @@ from openqwen.model import Qwen2, Scorer, load_model
 from openqwen.support.device import best_device
 from openqwen.train.parallel.degrees import ParallelConfig, check
 from openqwen.train.parallel.mesh import Mesh
-from openqwen.train.parallel.shard import dealt, shard
+from openqwen.train.parallel.shard import shard, token_parallel
 
-Micro = TypeVar("Micro")
+Item = TypeVar("Item")
 Network = TypeVar("Network", bound=Qwen2 | Scorer)
-Rows = TypeVar("Rows", bound=Callable[..., Tensor])
-for _module in (
-    "_redistribute",
-    "_collective_utils",
-):  # which collective was not the fastest is no news to a user
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+for _module in ("_redistribute", "_collective_utils"):
+    # PyTorch reports which collective was not the fastest; that is of no use to a user.
     logging.getLogger(f"torch.distributed.tensor.{_module}").setLevel(logging.ERROR)
-_PATIENCE = timedelta(
-    days=2
-)  # a rank may wait long for another that reads a corpus or writes a checkpoint
+# A rank may wait long for another one that reads a corpus or writes a checkpoint.
+_TIMEOUT = timedelta(days=2)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together. Rank 0 writes the files and speaks to the user.
+    """This process among those that train together. Rank 0 writes the files and prints.
 
-    mesh: over which a network is sharded, once it is. files: the group in which training states are
-    written, by another thread than the one that trains.
+    mesh: the mesh over which the network is sharded; None before `with_mesh` and in one process.
+    files: the process group of the thread that writes training states.
     """
 
     rank: int = 0
@@ -70,57 +67,63 @@ class World:
         """Ranks that work on the same micro-batch."""
         return self.mesh.copies if self.mesh else 1
 
-    def arranged(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
-        """These processes on a mesh of the given degrees. OpenQwenError where they do not fit."""
+    def with_mesh(self, parallel: ParallelConfig, model: Qwen2 | Scorer) -> "World":
+        """These processes on a mesh of the given degrees.
+
+        Raises:
+            OpenQwenError: The degrees do not fit the network or the number of processes.
+        """
         check(parallel, model.config, self.size)
-        return (
-            self
-            if self.alone
-            else replace(self, mesh=Mesh(parallel, self.size, best_device().type))
-        )
+        if self.alone:
+            return self
+        return replace(self, mesh=Mesh(parallel, self.size, best_device().type))
 
     def shard(self, model: Network, low: bool = False) -> Callable[[], Network]:
-        """Shard the network over the ranks, in place; nothing where this process is alone. low: see
-        `shard.shard`.
+        """Shard a network over the ranks of the mesh, in place; do nothing in one process.
 
-        Returns what gives the whole network back to rank 0, on the CPU, to be saved, and to the
-        others a network without memory. Every rank must call it, as it gathers.
+        Args:
+            model: All of it on every rank, or without memory and with its files (`model.stored`).
+            low: Gather the layers' weights in bfloat16 (see `shard.shard`).
+
+        Returns:
+            A function that gathers the full network on rank 0's CPU, to be saved; other ranks get a
+            network without memory. Every rank must call it.
         """
         if self.mesh is None:
             return lambda: model
-        shapes = {
+        empty = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
             for p in model.parameters()
         }
-        blueprint = copy.deepcopy(model, shapes)
+        blueprint = copy.deepcopy(model, empty)
         shard(model, self.mesh, low)
-        _WORLDS[model] = self
 
-        def whole() -> Network:
-            state = self.gathered(model.state_dict())
+        def full_model() -> Network:
+            state = self.full_state_dict(model.state_dict())
             blueprint.load_state_dict(state, assign=True, strict=self.main)
             return blueprint
 
-        return whole
+        return full_model
 
-    def share(self, micros: Sequence[Micro]) -> list[tuple[Micro, bool]]:
+    def local_micro_batches(self, micros: Sequence[Item]) -> list[tuple[Item, bool]]:
         """This rank's micro-batches of a step, each with whether it counts.
 
-        Every rank gets equally many, since a forward pass of a sharded network is a common act:
-        what is missing is filled up with micro-batches that do not count.
+        Every rank gets equally many, since all ranks must take part in each forward pass of a
+        sharded network. The lists are padded with a micro-batch that does not count.
         """
         if not micros:
             return []
-        number, numbers = (
-            (self.mesh.share, self.mesh.shares) if self.mesh else (self.rank, self.size)
+        rank, size = (
+            (self.mesh.data_rank, self.mesh.data_size) if self.mesh else (self.rank, self.size)
         )
-        rounds = -(-len(micros) // numbers)
-        mine = list(micros[number::numbers])
-        return [(m, True) for m in mine] + [(micros[0], False)] * (rounds - len(mine))
+        rounds = -(-len(micros) // size)
+        local = list(micros[rank::size])
+        return [(m, True) for m in local] + [(micros[0], False)] * (rounds - len(local))
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the micro-batches of all ranks; those that share one hold the same
-        value.
+        """Sum each value over the micro-batches of all ranks.
+
+        Ranks that share a micro-batch hold the same values, which count once.
         """
         if self.alone:
             return list(values)
@@ -129,113 +132,101 @@ class World:
         return (summed / self.copies).tolist()
 
     def norm(self, tensors: Sequence[Tensor]) -> float:
-        """The 2-norm of all elements of tensors, each sharded over as many ranks as its mesh has,
-        and no two alike.
-        """
+        """The 2-norm of all elements of several tensors, sharded ones over all their ranks."""
         groups: dict[int, list[Tensor]] = {}
         for tensor in tensors:
             ranks = tensor.device_mesh.size() if isinstance(tensor, DTensor) else 1
-            groups.setdefault(ranks, []).append(
-                tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            )
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            groups.setdefault(ranks, []).append(local)
         norms = {
             ranks: float(torch.nn.utils.get_total_norm(group)) for ranks, group in groups.items()
         }
         if self.alone:
             return norms.get(1, 0.0)
-        # A tensor on fewer ranks than there are is on all of them, several times.
+        # A tensor whose mesh has fewer ranks than the world is held size / ranks times.
         squares = sum(norm**2 * ranks / self.size for ranks, norm in norms.items())
         return math.sqrt(self.total([squares])[0] * self.copies)
 
-    def dealt(self, function: Rows) -> Rows:
-        """A function of rows whose work is shared by the ranks that hold the same rows.
+    def token_parallel(self, function: Function) -> Function:
+        """Divide the work of a row-wise function over the ranks that hold the same rows.
 
-        See `shard.dealt`.
+        See `shard.token_parallel`.
         """
-        return dealt(function, self.mesh.same_rows if self.mesh else None)
+        return token_parallel(function, self.mesh.same_rows if self.mesh else None)
 
-    def told(self, mine: Sequence[Micro]) -> list[Micro]:
-        """A list that was dealt to the ranks one by one, in its order, from what each made of its
-        own.
-        """
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """Gather per-rank lists in original order: rank r holds items r, r + size, r + 2 size, …"""
         if self.alone:
-            return list(mine)
-        parts: list[list[Micro]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(parts, list(mine))
+            return list(items)
+        parts: list[list[Item]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, list(items))
         return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gather tensors one by one to rank 0's CPU; the other ranks keep none of them."""
-        found = {}
+    def full_state_dict(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Gather sharded tensors one by one on rank 0's CPU; other ranks get an empty mapping."""
+        gathered = {}
         for name, tensor in tensors.items():
-            whole = whole_tensor(tensor)  # by every rank
+            full = full_tensor(tensor)  # every rank takes part
             if self.main:
-                found[name] = whole.cpu()
-        return found
+                gathered[name] = full.cpu()
+        return gathered
 
-    def agree(self, wish: bool) -> bool:
-        """Rank 0's wish, on every rank."""
+    def broadcast(self, value: bool) -> bool:
+        """Rank 0's value, on every rank."""
         if self.alone:
-            return wish
-        said = torch.tensor([wish], dtype=torch.int32, device=best_device())
-        dist.broadcast(said, src=0)
-        return bool(said.item())
+            return value
+        flag = torch.tensor([value], dtype=torch.int32, device=best_device())
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())
 
-    def wait(self) -> None:
-        """Until every rank has come here."""
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
         if not self.alone:
             dist.barrier()
 
 
-_WORLDS: WeakKeyDictionary[nn.Module, World] = WeakKeyDictionary()
+ALONE = World()  # one process
 
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, copied: nn.Module) -> None:
-    """A sharded network's weights into a whole one of the same names.
-
-    Every rank must call it, as it gathers.
-    """
-    places = dict(copied.named_parameters())
+    """Copy a sharded network's weights into a full one; every rank must call it."""
+    targets = dict(copied.named_parameters())
     for name, parameter in model.named_parameters():
-        places[name].copy_(whole_tensor(parameter))
+        targets[name].copy_(full_tensor(parameter))
 
 
 def load_for_training(source: str | Path) -> Qwen2:
-    """A language model where it will be trained; one that is to be sharded is not read before, but
-    each rank's part.
+    """Load a language model where it will be trained.
+
+    Over several processes it has no memory yet: each rank reads its own shards in `World.shard`.
     """
     return load_model(source, device=best_device() if join().alone else "meta")
 
 
-def world_of(model: nn.Module) -> World:
-    """Over which ranks a network is sharded: this process alone where it is not."""
-    return _WORLDS.get(model, World())
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered; any other as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(whole: Tensor, sharded: Tensor) -> Tensor:
-    """The part of a whole tensor that this rank holds of a sharded one; all where it is whole."""
-    if isinstance(sharded, DTensor):
-        mesh, placements = sharded.device_mesh, sharded.placements
-        shape, offset = compute_local_shape_and_global_offset(sharded.shape, mesh, placements)
+def local_shard(full: Tensor, like: Tensor) -> Tensor:
+    """The part of a full tensor that this rank holds if it is sharded as `like` is."""
+    if isinstance(like, DTensor):
+        mesh, placements = like.device_mesh, like.placements
+        shape, offset = compute_local_shape_and_global_offset(like.shape, mesh, placements)
         for dim, (start, size) in enumerate(zip(offset, shape, strict=True)):
-            whole = whole.narrow(dim, start, size)
-    return whole
+            full = full.narrow(dim, start, size)
+    return full
 
 
 @cache
 def join() -> World:
-    """The world of this process: what torchrun's environment says, or alone."""
+    """Join the processes that torchrun started, as its environment says; without it, be alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World()
+        return ALONE
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_PATIENCE)
-    return World(dist.get_rank(), size, files=dist.new_group(backend="gloo", timeout=_PATIENCE))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_TIMEOUT)
+    return World(dist.get_rank(), size, files=dist.new_group(backend="gloo", timeout=_TIMEOUT))

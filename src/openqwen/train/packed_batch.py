@@ -1,6 +1,6 @@
 """Micro-batches: documents laid end to end, with what each token shall predict."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,7 +16,7 @@ Sample = tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]
 
 
 @dataclass
-class Rows:
+class PackedBatch:
     """Packed documents of one forward call. The last token of a document predicts nothing and is
     not fed.
 
@@ -39,7 +39,7 @@ class Rows:
     @classmethod
     def of(
         cls, samples: Sequence[Sample], device: torch.device | str = "cpu", share: bool = False
-    ) -> "Rows":
+    ) -> "PackedBatch":
         """Lay out samples of at least two tokens each. share: compute a common beginning (a system
         prompt) once.
         """
@@ -132,17 +132,3 @@ def common_beginning(samples: Sequence[Sample], least: int = 8) -> int:
     )
     shared = int((alike & quiet).cumprod().sum())
     return shared if shared >= least else 0
-
-
-def cut_to_budget(sizes: Sequence[int], budget: int) -> Iterator[slice]:
-    """Cut a list of documents, in order, into runs of at most `budget` tokens (one longer document
-    stands alone).
-    """
-    start = total = 0
-    for n, size in enumerate(sizes):
-        if total and total + size > budget:
-            yield slice(start, n)
-            start, total = n, 0
-        total += size
-    if total:
-        yield slice(start, len(sizes))

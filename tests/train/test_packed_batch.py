@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.train.losses import document_log_probs, next_token
+from openqwen.train.packed_batch import PackedBatch, common_beginning
 from openqwen.train.packing import pack
-from openqwen.train.rows import Rows, common_beginning
 
 
 def tiny(**fields):
@@ -46,7 +46,7 @@ def gradient(model, rows):
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 6), shared=st.integers(8, 30))
 def test_loss_and_gradient_are_those_of_documents_apart(seed, count, shared):
     model, data = tiny(), conversations(seed, count, shared)
-    apart, together = Rows.of(data), Rows.of(data, share=True)
+    apart, together = PackedBatch.of(data), PackedBatch.of(data, share=True)
     assert together.spared >= (count - 1) * shared
     assert len(together.tokens) + together.spared == len(apart.tokens)
     assert together.counts == apart.counts
@@ -70,12 +70,12 @@ def test_loss_and_gradient_are_those_of_documents_apart(seed, count, shared):
 )
 def test_any_cut_into_packs_gives_one_loss_and_one_gradient(seed, budget, share, order):
     model, data = tiny(tie_word_embeddings=bool(seed % 2)), conversations(seed, count=5)
-    loss, grads = gradient(model, Rows.of(data))
+    loss, grads = gradient(model, PackedBatch.of(data))
     order.shuffle(data)
     model.zero_grad()
     total, count = 0.0, 0
     for numbers in pack([len(ids) for ids, _ in data], budget):
-        part = next_token(model, Rows.of([data[i] for i in numbers], share=share))
+        part = next_token(model, PackedBatch.of([data[i] for i in numbers], share=share))
         part.sum.backward()
         total, count = total + part.sum.item(), count + part.count
     assert count == sum(sum(mask) for _, mask in data)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
-from openqwen.train.pieces import DataConfig, Pieces, Supply
+from openqwen.train.packed_dataset import DataConfig, DocumentSampler, PackedDataset
 
 END = 7
 
@@ -34,7 +34,9 @@ class Source:
 
 def pieces(sources, seed=3, tokenizer=None, **data):
     generators = Generators(seed)
-    return Pieces(Supply(sources, generators), DataConfig(**data), generators, tokenizer)
+    return PackedDataset(
+        DocumentSampler(sources, generators), DataConfig(**data), generators, tokenizer
+    )
 
 
 def rows(plan):
@@ -184,8 +186,8 @@ def test_a_mixture_of_unknown_sources_is_refused():
 
 def test_a_later_stage_goes_on_where_the_supply_stopped():
     sources, generators = {"a": Source([9] * 20)}, Generators(1)
-    supply = Supply(sources, generators)
-    plans = [Pieces(supply, DataConfig(tokens=80, context=8), generators) for _ in range(2)]
+    sampler = DocumentSampler(sources, generators)
+    plans = [PackedDataset(sampler, DataConfig(tokens=80, context=8), generators) for _ in range(2)]
     assert Counter(n for plan in plans for n in plan._number.tolist()) == Counter(range(20))
 
 
