@@ -12,7 +12,7 @@ from openqwen.recipe.graph import recipe_class
 from openqwen.recipe.settings import load_settings
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from openqwen.train.conversations import answer, conversation, fit
+from openqwen.train.conversations import encode_answer, encode_demonstration, fit
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.rows import Rows
@@ -88,8 +88,8 @@ def test_the_end_of_a_turn_is_a_target_whatever_the_template_prints(start, templ
     )
     asked, said = {"role": "user", "content": "Say"}, {"role": "assistant", "content": "one"}
     for ids, mask in (
-        conversation(tokenizer, {"messages": [asked, said]}, "here"),
-        answer(tokenizer, [asked], said),
+        encode_demonstration(tokenizer, {"messages": [asked, said]}, "here"),
+        encode_answer(tokenizer, [asked], said),
     ):
         assert ids[-1] == tokenizer.control_ids[end]
         learned = [i for i, marked in zip(ids, mask) if marked]
@@ -200,7 +200,7 @@ def test_the_best_weights_are_the_outcome(start, tmp_path):
     assert min(found.values()) < found[19]
     assert metrics["best_validation_loss"] == min(found.values())
     model = load_model(tmp_path / "out")
-    rows = Rows.of([conversation(start[1], json.loads(other.read_text()), "here")])
+    rows = Rows.of([encode_demonstration(start[1], json.loads(other.read_text()), "here")])
     with torch.no_grad():
         loss = next_token(model, rows)
     assert loss.sum.item() / loss.count == pytest.approx(min(found.values()), rel=1e-4)

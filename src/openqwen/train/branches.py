@@ -17,12 +17,12 @@ from openqwen.model.rope import Rotation, rotate, rotation_of
 from openqwen.support.errors import OpenQwenError
 from openqwen.train.rows import Rows
 
-Branching = tuple[
+PromptAnswers = tuple[
     Sequence[int], Sequence[Sequence[int]]
 ]  # token ids of a prompt, and of each answer to it
 
 
-class Branched:
+class SharedPromptAttention:
     """Attention over groups laid end to end, each a prompt and then its answers.
 
     Shapes as in `model.attention`.
@@ -49,7 +49,7 @@ class Branched:
         same_BLL = (owner_BL[:, :, None] == owner_BL[:, None]) | (owner_BL[:, None] == 0)
         self._mask_B1LL = (same_BLL & (steps_L[:, None] >= steps_L))[:, None]
 
-    def to(self, device: torch.device | str) -> "Branched":
+    def to(self, device: torch.device | str) -> "SharedPromptAttention":
         """Move the indices; returns self."""
         self._rows_BL, self._real_BL = self._rows_BL.to(device), self._real_BL.to(device)
         self._mask_B1LL = self._mask_B1LL.to(device)
@@ -81,7 +81,7 @@ class Branched:
         return out.transpose(1, 2)[self._real_BL]
 
 
-def branches(groups: Sequence[Branching], device: torch.device | str = "cpu") -> Rows:
+def pack_answers(groups: Sequence[PromptAnswers], device: torch.device | str = "cpu") -> Rows:
     """Rows whose documents are the answers, in order.
 
     The last token of an answer predicts nothing and is not fed.
@@ -106,7 +106,7 @@ def branches(groups: Sequence[Branching], device: torch.device | str = "cpu") ->
     return Rows(
         tokens=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
-        attention=Branched(lengths).to(device),
+        attention=SharedPromptAttention(lengths).to(device),
         learned=torch.tensor(learned, device=device),
         targets=torch.tensor(targets, device=device),
         counts=counts,

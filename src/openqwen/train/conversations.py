@@ -31,7 +31,7 @@ def _ending(ids: Sequence[int], mask: Sequence[int]) -> int:
     return len(mask) - next((n for n, learned in enumerate(reversed(mask)) if learned), len(mask))
 
 
-def conversation(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> Sample:
+def encode_demonstration(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> Sample:
     """A demonstration in any form: every assistant turn is learned, but those marked otherwise."""
     with located(where):
         messages, tools = demonstration(record)
@@ -73,14 +73,14 @@ def says_nothing(record: dict[str, Any]) -> bool:
     return any(not m["content"].strip() for m in said)
 
 
-def question(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> list[int]:
     """The ids of a prompt in any form, up to where the answer begins."""
     with located(where):
         messages, tools = prompt(record)
         return tokenizer.encode_chat(messages, add_generation_prompt=True, tools=tools)[0]
 
 
-def answer(
+def encode_answer(
     tokenizer: Tokenizer,
     asked: Messages,
     reply: Message,
@@ -111,13 +111,15 @@ def answer(
     return start + written, [0] * len(start) + [1] * len(written)
 
 
-def pair(tokenizer: Tokenizer, record: dict[str, Any], where: str) -> tuple[Sample, Sample]:
+def encode_preference(
+    tokenizer: Tokenizer, record: dict[str, Any], where: str
+) -> tuple[Sample, Sample]:
     """A preference in any form: the chosen and the rejected answer."""
     with located(where):
         asked, chosen, rejected, tools = preference(record)
         return (
-            answer(tokenizer, asked, chosen, tools, _sampled(record, "chosen")),
-            answer(tokenizer, asked, rejected, tools, _sampled(record, "rejected")),
+            encode_answer(tokenizer, asked, chosen, tools, _sampled(record, "chosen")),
+            encode_answer(tokenizer, asked, rejected, tools, _sampled(record, "rejected")),
         )
 
 
@@ -134,7 +136,7 @@ def origin(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass
-class Compared:
+class PreferenceGroup:
     """A prompt and different answers to it, as token ids. pairs: numbers of a chosen and a rejected
     answer.
     """
@@ -163,14 +165,14 @@ class Compared:
         if (found := (numbers[0], numbers[1])) not in self.pairs:
             self.pairs.append(found)
 
-    def to_first_difference(self) -> "Compared":
+    def to_first_difference(self) -> "PreferenceGroup":
         """The same pairs, each answer cut behind the first token at which the two differ.
 
         Rafailov's loss on "begins like this" in place of "is this". As in Step-DPO (Lai et al.
         2024) the common beginning cancels, and what a wrong answer holds behind its first error is
         neither praised nor blamed.
         """
-        cut = Compared(self.prompt)
+        cut = PreferenceGroup(self.prompt)
         for chosen, rejected in ((self.answers[c], self.answers[r]) for c, r in self.pairs):
             end = next(
                 (n for n, (a, b) in enumerate(zip(chosen, rejected), 1) if a != b),
@@ -180,19 +182,19 @@ class Compared:
         return cut
 
 
-def compared(pairs: Iterable[tuple[Sample, Sample]]) -> list[Compared]:
+def group_by_prompt(pairs: Iterable[tuple[Sample, Sample]]) -> list[PreferenceGroup]:
     """Pairs of (prompt with chosen answer, prompt with rejected answer), gathered by prompt, in
     order.
     """
-    groups: dict[tuple[int, ...], Compared] = {}
+    groups: dict[tuple[int, ...], PreferenceGroup] = {}
     for (chosen, mask), (rejected, _) in pairs:
         start = list(mask).index(1)
-        group = groups.setdefault(tuple(chosen[:start]), Compared(list(chosen[:start])))
+        group = groups.setdefault(tuple(chosen[:start]), PreferenceGroup(list(chosen[:start])))
         group.add(list(chosen[start:]), list(rejected[start:]))
     return list(groups.values())
 
 
-def pair_numbers(groups: Sequence[Compared]) -> Tensor:
+def pair_indices(groups: Sequence[PreferenceGroup]) -> Tensor:
     """Numbers of the chosen and the rejected answer of every pair, counted over all groups: [pairs,
     2].
     """

@@ -19,9 +19,9 @@ from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.support.stage import CHAT, MODEL, PREFERENCES, Effort, Stage, StageRun
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.branches import branches
+from openqwen.train.branches import pack_answers
 from openqwen.train.compute import Precision, computing
-from openqwen.train.conversations import Compared, pair_numbers
+from openqwen.train.conversations import PreferenceGroup, pair_indices
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
@@ -72,11 +72,14 @@ class Pairs:
 
     @classmethod
     def of(
-        cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu"
+        cls,
+        groups: Sequence[PreferenceGroup],
+        reference: Tensor,
+        device: torch.device | str = "cpu",
     ) -> Self:
         """Lay out groups; `reference` holds the log-probabilities of all their answers."""
-        rows = branches([(group.prompt, group.answers) for group in groups], device)
-        return cls(rows, pair_numbers(groups).to(device), reference.to(device))
+        rows = pack_answers([(group.prompt, group.answers) for group in groups], device)
+        return cls(rows, pair_indices(groups).to(device), reference.to(device))
 
     def loss(self, model: Qwen2, beta: float, chosen_nll: float = 0.0) -> Loss:
         """The DPO loss of these pairs; `chosen_nll` times the chosen answers' mean token NLL is
@@ -93,7 +96,7 @@ class Pairs:
 @torch.no_grad()
 def reference_log_probs(
     model: Qwen2,
-    groups: Sequence[Compared],
+    groups: Sequence[PreferenceGroup],
     micro_tokens: int,
     label: str,
     precision: Precision = "auto",
@@ -109,7 +112,9 @@ def reference_log_probs(
         for cut, counts in world.share(
             list(cut_to_budget([group.size for group in groups], micro_tokens))
         ):
-            rows = branches([(group.prompt, group.answers) for group in groups[cut]], model.device)
+            rows = pack_answers(
+                [(group.prompt, group.answers) for group in groups[cut]], model.device
+            )
             with computing(precision, model.device):
                 values = document_log_probs(model, rows).cpu()
             found[ends[cut.start] : ends[cut.stop]] += values * counts
@@ -155,7 +160,7 @@ def dpo(
 
 
 def _cached_reference(
-    model: Qwen2, groups: Sequence[Compared], config: DpoConfig, place: Place
+    model: Qwen2, groups: Sequence[PreferenceGroup], config: DpoConfig, place: Place
 ) -> Tensor:
     path, world = place.scratch / "reference.safetensors", join()
     if not world.agree(path.exists()):

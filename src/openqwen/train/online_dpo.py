@@ -33,7 +33,7 @@ from openqwen.support.stage import (
     StageRun,
 )
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import Compared, question
+from openqwen.train.conversations import PreferenceGroup, encode_prompt
 from openqwen.train.dpo import Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
@@ -107,7 +107,7 @@ def online_dpo(
         model if world.alone else copy.deepcopy(model).requires_grad_(False)
     )  # whole where the other is sharded
     engine = Engine(actor, tokenizer)
-    pool = [question(tokenizer, record, where) for where, record in read_records(prompts)]
+    pool = [encode_prompt(tokenizer, record, where) for where, record in read_records(prompts)]
     if not pool:
         raise OpenQwenError("There are no prompts to answer.", where=prompts)
     order = Epochs(len(pool), config.steps * config.batch / len(pool), config.batch, generators)
@@ -138,7 +138,7 @@ def online_dpo(
         groups = []
         for best, worst in found:
             prompt = outputs[best].prompt_ids
-            groups.append(Compared(prompt))
+            groups.append(PreferenceGroup(prompt))
             groups[-1].add(*(sequences[n][len(prompt) :] for n in (best, worst)))
         if config.first_difference:
             groups = [group.to_first_difference() for group in groups]

@@ -13,7 +13,13 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.records import read_records
 from openqwen.support.stage import CONVERSATION, Effort
 from openqwen.tokenizer import Tokenizer
-from openqwen.train.conversations import Compared, compared, fitting, origin, pair
+from openqwen.train.conversations import (
+    PreferenceGroup,
+    encode_preference,
+    fitting,
+    group_by_prompt,
+    origin,
+)
 from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import TrainingConfig
 
@@ -41,7 +47,7 @@ class PreferencesConfig(TrainingConfig):
 class Preferences:
     """Prompts with their compared answers. too_long: prompts left out. too_hot: pairs left out."""
 
-    groups: list[Compared]
+    groups: list[PreferenceGroup]
     too_long: int
     too_hot: int = 0
 
@@ -67,7 +73,9 @@ class Preferences:
                 where=path,
                 do="raise hottest, or leave it out",
             )
-        groups = compared(pair(tokenizer, record, where) for where, record in cool)
+        groups = group_by_prompt(
+            encode_preference(tokenizer, record, where) for where, record in cool
+        )
         limit = min(config.max_length, window)
         kept = fitting(groups, [group.longest for group in groups], limit, str(path))
         return cls(kept, len(groups) - len(kept), len(records) - len(cool))

@@ -11,7 +11,7 @@ from rich.text import Text
 from openqwen.support.progress import console, progress
 from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import conversation
+from openqwen.train.conversations import encode_demonstration
 from openqwen.train.packing import waste
 from openqwen.train.rows import Sample
 
@@ -37,7 +37,7 @@ def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 
     learned: list[int] = []
     with progress("read", unit="records") as bar:
         for number, (where, record) in enumerate(read_records(demonstrations), 1):
-            ids, mask = conversation(tokenizer, record, where)
+            ids, mask = encode_demonstration(tokenizer, record, where)
             if number <= show:
                 console.rule(
                     f"record {number}: {len(ids)} tokens, {sum(mask)} learned", align="left"

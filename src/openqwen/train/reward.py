@@ -16,8 +16,8 @@ from openqwen.support.device import best_device
 from openqwen.support.generators import Generators
 from openqwen.support.stage import MODEL, PREFERENCES, Effort, Stage, StageRun
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.branches import branches
-from openqwen.train.conversations import Compared, Messages, answer, pair_numbers
+from openqwen.train.branches import pack_answers
+from openqwen.train.conversations import Messages, PreferenceGroup, encode_answer, pair_indices
 from openqwen.train.losses import Loss, bradley_terry
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
@@ -45,15 +45,15 @@ class ScoredAnswers:
     pairs: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Compared], device: torch.device) -> "ScoredAnswers":
+    def of(cls, groups: Sequence[PreferenceGroup], device: torch.device) -> "ScoredAnswers":
         """Lay out groups."""
         # An answer's last token is fed only where another stands behind it: any one will do.
         fed = [
             (group.prompt, [[*answer, answer[-1]] for answer in group.answers]) for group in groups
         ]
-        rows = branches(fed, device)
+        rows = pack_answers(fed, device)
         ends = torch.tensor(rows.counts, device=device).cumsum(0) - 1
-        return cls(rows, rows.learned[ends], pair_numbers(groups).to(device))
+        return cls(rows, rows.learned[ends], pair_indices(groups).to(device))
 
     def loss(self, scorer: Scorer) -> Loss:
         """The pairwise logistic loss."""
@@ -78,7 +78,7 @@ def score_sequences(
 
 def score(scorer: Scorer, tokenizer: Tokenizer, conversations: Sequence[Messages]) -> list[float]:
     """Scores of conversations, each a prompt and an assistant's answer at the end."""
-    ids = [list(answer(tokenizer, c[:-1], c[-1])[0]) for c in conversations]
+    ids = [list(encode_answer(tokenizer, c[:-1], c[-1])[0]) for c in conversations]
     return score_sequences(scorer, ids)
 
 

@@ -24,7 +24,7 @@ from openqwen.support.stage import (
     StageRun,
 )
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import TooLong, conversation, fit, fitting, says_nothing
+from openqwen.train.conversations import TooLong, encode_demonstration, fit, fitting, says_nothing
 from openqwen.train.losses import next_token
 from openqwen.train.order import Epochs
 from openqwen.train.packing import pack
@@ -157,7 +157,7 @@ class Demonstrations:
         """
         whole, places, empty = list[Sample](), list[str](), 0
         for where, record in read_records(path):
-            whole.append(conversation(tokenizer, record, where))
+            whole.append(encode_demonstration(tokenizer, record, where))
             places.append(where)
             empty += says_nothing(record)
         fitted = [
