@@ -20,6 +20,7 @@ from openqwen.train.conversations import (
     group_by_prompt,
     origin,
 )
+from openqwen.train.packing import MicroBatchConfig
 from openqwen.train.rows import cut_to_budget
 from openqwen.train.trainer import TrainingConfig
 
@@ -28,7 +29,7 @@ from openqwen.train.trainer import TrainingConfig
 COMPARED = 40
 
 
-class PreferencesConfig(TrainingConfig):
+class PreferencesConfig(MicroBatchConfig, TrainingConfig):
     """How preferences are read."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the preferences")
@@ -37,9 +38,6 @@ class PreferencesConfig(TrainingConfig):
     )
     max_length: int = Field(
         8_192, gt=1, description="prompts with a longer answer are left out and counted"
-    )
-    micro_tokens: int = Field(
-        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
     )
 
 

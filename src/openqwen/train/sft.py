@@ -27,7 +27,7 @@ from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.conversations import TooLong, encode_demonstration, fit, fitting, says_nothing
 from openqwen.train.losses import next_token
 from openqwen.train.order import Epochs
-from openqwen.train.packing import pack
+from openqwen.train.packing import MicroBatchConfig, pack
 from openqwen.train.parallel import join, load_for_training
 from openqwen.train.rows import Rows, Sample
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
@@ -47,7 +47,7 @@ class SftValidationConfig(ValidationConfig):
     )
 
 
-class SftConfig(TrainingConfig):
+class SftConfig(MicroBatchConfig, TrainingConfig):
     """The report's settings: 2 epochs, 32,768 tokens, 7e-6 falling to 7e-7, weight decay 0.1, clip
     1.0.
     """
@@ -64,9 +64,6 @@ class SftConfig(TrainingConfig):
     lora: LoraConfig = Field(
         default_factory=lambda: LoraConfig(rank=0),
         description="adapters (LoRA, DoRA) in place of all weights; rank 0: none",
-    )
-    micro_tokens: int = Field(
-        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
     )
     validation: SftValidationConfig = Field(
         default_factory=SftValidationConfig,
