@@ -15,7 +15,7 @@ class Fake(Generator):
     def refresh(self, step):
         self.refreshed.append(step)
 
-    def generate(self, prompts, sampling=Sampling(), seeds=None, progress=None):
+    def generate(self, prompts, sampling=None, seeds=None, progress=None):
         assert sampling == Sampling(max_tokens=7, temperature=1.0)
         self.asked += [[list(prompt), seed] for prompt, seed in zip(prompts, seeds, strict=True)]
         return [

@@ -17,10 +17,10 @@ from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
 from openqwen.train.balance import balanced, with_loads
-from openqwen.train.conversations import PreferenceGroup
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel import ParallelConfig, join, load_for_training, whole_tensor
+from openqwen.train.preferences import PreferenceGroup
 from openqwen.train.reward import ScoredAnswers
 from openqwen.train.rows import Rows
 from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig

@@ -4,9 +4,9 @@ import torch
 from test_losses import tiny
 from torch.testing import assert_close
 
-from openqwen.train.conversations import PreferenceGroup, group_by_prompt, pair_indices
 from openqwen.train.dpo import Pairs
 from openqwen.train.losses import token_log_probs
+from openqwen.train.preferences import PreferenceGroup, group_by_prompt, pair_indices
 from openqwen.train.rows import Rows
 
 

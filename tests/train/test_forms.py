@@ -14,10 +14,10 @@ from openqwen.serve.protocol import plain
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from openqwen.train.conversations import (
+    check_some_fit,
     encode_demonstration,
     encode_preference,
     encode_prompt,
-    fitting,
 )
 from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
 from openqwen.train.preferences import Preferences, PreferencesConfig
@@ -56,6 +56,11 @@ def file(folder, *records):
     return path
 
 
+def preferences(path, tokenizer, **options):
+    place = Place(path.parent / "out", path.with_suffix(".scratch"), 0, "dpo")
+    return Preferences.read(path, tokenizer, PreferencesConfig(), 512, place, **options)
+
+
 @pytest.mark.parametrize(
     "mark", [{"weight": 0}, {"loss": False}, {"train": False}, {"loss_scale": 0.0}]
 )
@@ -83,7 +88,7 @@ def test_marked_turns_are_read_and_not_learned(tokenizer, mark):
 
 def test_a_file_without_records_is_not_called_too_long():
     with pytest.raises(OpenQwenError, match=r"There are no records(.|\n)*FILE"):
-        fitting([], [], 8, "FILE")
+        check_some_fit([], 8, "FILE")
 
 
 def test_a_template_without_a_turn_for_each_answer_cannot_leave_one_out(tokenizer):
@@ -142,23 +147,22 @@ def test_a_preference_of_another_shape_is_named_by_file_and_record(
 ):
     good = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "origin": None}
     with pytest.raises(OpenQwenError, match=told) as caught:
-        Preferences.read(
-            file(tmp_path, good, record), tokenizer, PreferencesConfig(), 512, hottest=1.0
-        )
+        preferences(file(tmp_path, good, record), tokenizer, hottest=1.0)
     assert "0.jsonl, record 2" in str(caught.value)
 
 
 def test_texts_are_preferences_too(tokenizer, tmp_path):
     path = file(tmp_path, {"prompt": "2+2?", "chosen": "4", "rejected": "5"})
-    texts = Preferences.read(path, tokenizer, PreferencesConfig(), 512)
+    texts = preferences(path, tokenizer)
     path = file(tmp_path, {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [WRONG]})
-    assert texts == Preferences.read(path, tokenizer, PreferencesConfig(), 512)
+    assert list(texts) == list(preferences(path, tokenizer))
 
 
 def test_demonstrations_of_two_forms(tokenizer, tmp_path):
     path = file(tmp_path, {"messages": [ASKED, ANSWERED]}, {"instruction": "2+2?", "output": "4"})
-    one, other = Demonstrations.read(path, tokenizer, 512, "leave out").samples
-    assert one == other
+    place = Place(tmp_path / "out", tmp_path / "scratch", 0, "sft")
+    one, other = Demonstrations.read(path, tokenizer, 512, "leave out", place).samples()
+    assert [part.tolist() for part in one] == [part.tolist() for part in other]
 
 
 def test_messages_of_any_spelling_are_prompts(engine):

@@ -13,10 +13,10 @@ from torch.testing import assert_close
 
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.train import log_probs as module
-from openqwen.train.conversations import group_by_prompt
 from openqwen.train.dpo import Pairs, reference_log_probs
 from openqwen.train.log_probs import cross_entropy, log_probs
 from openqwen.train.losses import bradley_terry, document_log_probs, next_token
+from openqwen.train.preferences import group_by_prompt
 from openqwen.train.rows import Rows, cut_to_budget
 
 

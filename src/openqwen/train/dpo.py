@@ -23,13 +23,18 @@ from openqwen.support.stage import CHAT, MODEL, PREFERENCES, Effort, Stage, Stag
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.branches import pack_answers
 from openqwen.train.compute import Precision, computing
-from openqwen.train.conversations import PreferenceGroup, pair_indices
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.parallel import join, load_for_training, world_of
-from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
+from openqwen.train.preferences import (
+    PreferenceGroup,
+    Preferences,
+    PreferencesConfig,
+    pair_indices,
+    preferences_effort,
+)
 from openqwen.train.rows import Rows, cut_to_budget
 from openqwen.train.trainer import Place, Trainer
 
@@ -96,7 +101,7 @@ class Pairs:
 @torch.no_grad()
 def reference_log_probs(
     model: Qwen2,
-    groups: Sequence[PreferenceGroup],
+    groups: Preferences | Sequence[PreferenceGroup],
     micro_tokens: int,
     label: str,
     precision: Precision = "auto",
@@ -111,11 +116,11 @@ def reference_log_probs(
     cuts = list(cut_to_budget([group.size for group in groups], micro_tokens))
     with progress(label, len(groups), "prompts") as bar:
         for cut, counts in world.share(cuts):
-            answers = [(group.prompt, group.answers) for group in groups[cut]]
-            rows = pack_answers(answers, model.device)
+            part = [groups[index] for index in range(cut.start, cut.stop)]
+            rows = pack_answers([(group.prompt, group.answers) for group in part], model.device)
             with computing(precision, model.device):
-                part = document_log_probs(model, rows).cpu()
-            values[ends[cut.start] : ends[cut.stop]] += part * counts
+                log_probs = document_log_probs(model, rows).cpu()
+            values[ends[cut.start] : ends[cut.stop]] += log_probs * counts
             bar.advance((cut.stop - cut.start) * counts)
     if world.alone:
         return values
@@ -132,39 +137,37 @@ def dpo(
     """
     generators = Generators(place.seed)
     model = load_for_training(start)
+    window = model.config.max_position_embeddings
     data = Preferences.read(
-        preferences, tokenizer, config, model.config.max_position_embeddings, config.hottest
+        preferences, tokenizer, config, window, place, config.hottest, config.first_difference
     )
-    if config.first_difference:
-        data.groups = [group.to_first_difference() for group in data.groups]
-    groups = data.groups
-    order = Epochs(len(groups), config.epochs, config.batch, generators)
+    ends = data.answers.cumsum()
+    order = Epochs(len(data), config.epochs, config.batch, generators)
 
     def batch(step: int) -> list[Pairs]:
         micro_batches = []
         for cut in data.cut(order.batch(step), config.micro_tokens):
-            chosen, values = [groups[i] for i in cut], torch.cat([reference[i] for i in cut])
-            micro_batches.append(Pairs.of(chosen, values, model.device))
+            values = [reference[ends[i] - data.answers[i] : ends[i]] for i in cut]
+            groups = [data[i] for i in cut]
+            micro_batches.append(Pairs.of(groups, torch.cat(values), model.device))
         return micro_batches
 
     loss = lambda pairs: pairs.loss(model, config.beta, config.chosen_nll)  # noqa: E731
     trainer = Trainer(place, config, model, batch, loss, order.steps, generators)
     trainer.shard()
-    values = _cached_reference(model, groups, config, place)
-    reference = values.split([len(group.answers) for group in groups])
+    reference = _cached_reference(model, data, config, place)
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics | data.counts
 
 
-def _cached_reference(
-    model: Qwen2, groups: Sequence[PreferenceGroup], config: DpoConfig, place: Place
-) -> Tensor:
+def _cached_reference(model: Qwen2, data: Preferences, config: DpoConfig, place: Place) -> Tensor:
+    """The reference's log-probabilities of all answers, computed now where the scratch has none."""
     path, world = place.scratch / "reference.safetensors", join()
     if not world.agree(path.exists()):
         place.scratch.mkdir(parents=True, exist_ok=True)
         label, precision = f"{place.label} reference", config.train.precision
-        values = reference_log_probs(model, groups, config.micro_tokens, label, precision)
+        values = reference_log_probs(model, data, config.micro_tokens, label, precision)
         if world.main:
             aside = path.with_suffix(".aside")
             with disk_errors(path):

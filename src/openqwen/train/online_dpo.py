@@ -31,13 +31,13 @@ from openqwen.support.stage import (
     StageRun,
 )
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import PreferenceGroup, encode_prompt
+from openqwen.train.conversations import encode_prompt
 from openqwen.train.dpo import DpoLossConfig, Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.packing import MicroBatchConfig
-from openqwen.train.preferences import COMPARED
+from openqwen.train.preferences import COMPARED, PreferenceGroup
 from openqwen.train.reward import score_sequences
 from openqwen.train.rollouts import RolloutGroup, Rollouts, policy_engine
 from openqwen.train.rows import cut_to_budget
