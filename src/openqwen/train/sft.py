@@ -170,8 +170,9 @@ class Demonstrations:
         """
 
         def encode(record: Record, where: str, counts: Counter[str]) -> list[Sample]:
+            sample = encode_demonstration(tokenizer, record, where)
             counts["empty_answers"] += says_nothing(record)
-            return [encode_demonstration(tokenizer, record, where)]
+            return [sample]
 
         cache = encode_records(
             path, tokenizer, encode, place.scratch / name, f"{place.label} tokens"
