@@ -186,7 +186,7 @@ class Demonstrations:
                 where=where,
                 do="raise max_length, or shorten it",
             )
-        for index in long:
+        for index in long.tolist():
             _, mask = cache[index]
             lengths[index] = whole_turns(mask, limit) if too_long == "truncate" else 0
         if not lengths.any():

@@ -62,7 +62,7 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """A sample's token ids, int64 [tokens], and which are learned, bool [tokens]."""
         start, length = self._starts[index], self.lengths[index]
         tokens = self._files[self._parts[index]][start : start + length]
