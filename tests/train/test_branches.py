@@ -6,7 +6,7 @@ import torch
 from test_losses import tiny
 from torch.testing import assert_close
 
-from openqwen.train.branches import branches
+from openqwen.train.branches import pack_answers
 from openqwen.train.losses import document_log_probs
 from openqwen.train.packed_batch import PackedBatch
 
@@ -26,7 +26,7 @@ def test_log_probs_and_gradients_are_those_of_separate_rows(seed):
     alone = PackedBatch.of(
         [(p + a, [0] * len(p) + [1] * len(a)) for p, answers in given for a in answers]
     )
-    shared = branches(given)
+    shared = pack_answers(given)
     assert len(shared.tokens) < len(alone.tokens)
     assert shared.counts == alone.counts
     weights = torch.linspace(-1, 1, len(alone.counts))
@@ -44,7 +44,7 @@ def test_log_probs_and_gradients_are_those_of_separate_rows(seed):
 def test_an_answer_does_not_see_another():
     model = tiny()
     prompt, one, other = [1, 2, 3], [4, 5, 6], [7, 8]
-    alone = document_log_probs(model, branches([(prompt, [one])]))
-    beside = document_log_probs(model, branches([([9], [[1]]), (prompt, [other, one, other])]))
+    alone = document_log_probs(model, pack_answers([(prompt, [one])]))
+    beside = document_log_probs(model, pack_answers([([9], [[1]]), (prompt, [other, one, other])]))
     assert_close(alone[0], beside[2], rtol=1e-6, atol=1e-6)
     assert_close(beside[1], beside[3], rtol=0, atol=1e-6)

@@ -13,7 +13,12 @@ from openqwen.serve.protocol import plain
 from openqwen.support.errors import OpenQwenError
 from openqwen.tasks import Grade, GradedAnswer, Task
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from openqwen.train.conversations import conversation, fitting, pair, question
+from openqwen.train.conversations import (
+    check_some_fit,
+    encode_demonstration,
+    encode_preference,
+    encode_prompt,
+)
 from openqwen.train.online_dpo import OnlineDpoConfig, online_dpo
 from openqwen.train.preferences import Preferences, PreferencesConfig
 from openqwen.train.sft import Demonstrations, says_nothing
@@ -51,6 +56,11 @@ def file(folder, *records):
     return path
 
 
+def preferences(path, tokenizer, **options):
+    place = Place(path.parent / "out", path.with_suffix(".scratch"), 0, "dpo")
+    return Preferences.read(path, tokenizer, PreferencesConfig(), 512, place, **options)
+
+
 @pytest.mark.parametrize(
     "mark", [{"weight": 0}, {"loss": False}, {"train": False}, {"loss_scale": 0.0}]
 )
@@ -66,19 +76,19 @@ def test_marked_turns_are_read_and_not_learned(tokenizer, mark):
     plainly = tokenizer.encode_chat(said)[0]
     for marked in range(1, 6, 2):
         messages = [m | (mark if n == marked else {}) for n, m in enumerate(said)]
-        ids, mask = conversation(tokenizer, {"messages": messages}, "here")
+        ids, mask = encode_demonstration(tokenizer, {"messages": messages}, "here")
         wanted = [m["content"] for n, m in enumerate(said) if n % 2 and n != marked]
         assert learned(tokenizer, (ids, mask)) == "".join(f"{text}<|im_end|>" for text in wanted)
         assert ids == plainly[: len(ids)]
     with pytest.raises(OpenQwenError, match=r"No assistant turn(.|\n)*here"):
-        conversation(tokenizer, {"messages": [ASKED, ANSWERED | mark]}, "here")
+        encode_demonstration(tokenizer, {"messages": [ASKED, ANSWERED | mark]}, "here")
     with pytest.raises(OpenQwenError, match=r"is 0\.5(.|\n)*here"):
-        conversation(tokenizer, {"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "here")
+        encode_demonstration(tokenizer, {"messages": [ASKED, ANSWERED | {"weight": 0.5}]}, "here")
 
 
 def test_a_file_without_records_is_not_called_too_long():
     with pytest.raises(OpenQwenError, match=r"There are no records(.|\n)*FILE"):
-        fitting([], [], 8, "FILE")
+        check_some_fit([], 8, "FILE")
 
 
 def test_a_template_without_a_turn_for_each_answer_cannot_leave_one_out(tokenizer):
@@ -89,7 +99,7 @@ def test_a_template_without_a_turn_for_each_answer_cannot_leave_one_out(tokenize
     with pytest.raises(
         OpenQwenError, match=r"does not give each assistant message a turn(.|\n)*here"
     ):
-        conversation(odd, record, "here")
+        encode_demonstration(odd, record, "here")
 
 
 def test_training_reads_calls_as_the_server_does(tokenizer):
@@ -103,7 +113,7 @@ def test_training_reads_calls_as_the_server_does(tokenizer):
         {"role": "tool", "content": "4"},
     ]
     record = {"messages": [*messages, ANSWERED], "tools": json.dumps(TOOLS)}
-    ids, _ = conversation(tokenizer, record, "here")
+    ids, _ = encode_demonstration(tokenizer, record, "here")
     served, _ = tokenizer.encode_chat(plain(record["messages"]), tools=TOOLS)
     assert ids == served[: len(ids)]
     assert '{"name": "multiply", "arguments": {"a": 2, "b": [1.0]}}' in tokenizer.decode(ids)
@@ -118,8 +128,8 @@ def test_tools_are_in_the_prompts_of_preferences_and_of_online_dpo(tokenizer):
         "tools": json.dumps(TOOLS),
     }
     start = tokenizer.encode_chat([ASKED], add_generation_prompt=True, tools=TOOLS)[0]
-    assert question(tokenizer, record, "here") == start
-    for (ids, mask), text in zip(pair(tokenizer, record, "here"), "45"):
+    assert encode_prompt(tokenizer, record, "here") == start
+    for (ids, mask), text in zip(encode_preference(tokenizer, record, "here"), "45"):
         assert ids[: len(start)] == start
         assert learned(tokenizer, (ids, mask)) == f"{text}<|im_end|>"
 
@@ -137,23 +147,22 @@ def test_a_preference_of_another_shape_is_named_by_file_and_record(
 ):
     good = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "origin": None}
     with pytest.raises(OpenQwenError, match=told) as caught:
-        Preferences.read(
-            file(tmp_path, good, record), tokenizer, PreferencesConfig(), 512, hottest=1.0
-        )
+        preferences(file(tmp_path, good, record), tokenizer, hottest=1.0)
     assert "0.jsonl, record 2" in str(caught.value)
 
 
 def test_texts_are_preferences_too(tokenizer, tmp_path):
     path = file(tmp_path, {"prompt": "2+2?", "chosen": "4", "rejected": "5"})
-    texts = Preferences.read(path, tokenizer, PreferencesConfig(), 512)
+    texts = preferences(path, tokenizer)
     path = file(tmp_path, {"prompt": [ASKED], "chosen": [ANSWERED], "rejected": [WRONG]})
-    assert texts == Preferences.read(path, tokenizer, PreferencesConfig(), 512)
+    assert list(texts) == list(preferences(path, tokenizer))
 
 
 def test_demonstrations_of_two_forms(tokenizer, tmp_path):
     path = file(tmp_path, {"messages": [ASKED, ANSWERED]}, {"instruction": "2+2?", "output": "4"})
-    one, other = Demonstrations.read(path, tokenizer, 512, "leave out").samples
-    assert one == other
+    place = Place(tmp_path / "out", tmp_path / "scratch", 0, "sft")
+    one, other = Demonstrations.read(path, tokenizer, 512, "leave out", place).samples()
+    assert [part.tolist() for part in one] == [part.tolist() for part in other]
 
 
 def test_messages_of_any_spelling_are_prompts(engine):
@@ -189,13 +198,15 @@ def test_the_tokens_that_were_sampled_are_learned(engine, tokenizer):
     outputs, records = sampled_pairs(engine, tokenizer)
     written = {tuple(o.prompt_ids + o.written_ids) for o in outputs}
     records = json.loads(json.dumps(records))
-    samples = [sample for record in records for sample in pair(tokenizer, record, "here")]
+    samples = [
+        sample for record in records for sample in encode_preference(tokenizer, record, "here")
+    ]
     assert len(samples) > 20
     assert {tuple(ids) for ids, _ in samples} <= written
     assert all(sum(mask) == len(ids) - len(outputs[0].prompt_ids) for ids, mask in samples)
     assert {ids[-1] for ids, _ in samples} >= {tokenizer.eos_id, tokenizer.endoftext_id}
     # Without the ids most would be others, and all would end at <|im_end|>.
-    anew = [s for r in records for s in pair(tokenizer, r | {"origin": {}}, "here")]
+    anew = [s for r in records for s in encode_preference(tokenizer, r | {"origin": {}}, "here")]
     assert {tuple(ids) for ids, _ in anew} - written
     # Ids that say another text, as those of another tokenizer do, are not used.
     for origin in (
@@ -205,7 +216,7 @@ def test_the_tokens_that_were_sampled_are_learned(engine, tokenizer):
         {"chosen_ids": None},
         None,
     ):
-        assert pair(tokenizer, records[0] | {"origin": origin}, "here")[0] == anew[0]
+        assert encode_preference(tokenizer, records[0] | {"origin": origin}, "here")[0] == anew[0]
 
 
 def test_online_dpo_learns_the_end_that_was_sampled(tokenizer, tmp_path, monkeypatch):

@@ -14,11 +14,11 @@ from torch.testing import assert_close
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.support.batching import cut_to_budget
 from openqwen.train import log_probs as module
-from openqwen.train.conversations import compared
 from openqwen.train.dpo import Pairs, reference_log_probs
 from openqwen.train.log_probs import cross_entropy, log_probs
 from openqwen.train.losses import bradley_terry, document_log_probs, next_token
 from openqwen.train.packed_batch import PackedBatch
+from openqwen.train.preferences import group_by_prompt
 
 
 def tiny(seed=0):
@@ -171,7 +171,7 @@ def test_dpo_loss_and_gradient_equal_the_published_formula_in_float64():
     """
     policy, reference, beta = tiny(0), tiny(9), 0.3
     pairs = preferences(6)
-    groups = compared(pairs)
+    groups = group_by_prompt(pairs)
     assert [len(group.pairs) for group in groups] == [2, 2, 2]
     laid = Pairs.of(groups, reference_log_probs(reference, groups, 50, "reference"))
     loss = laid.loss(policy, beta)
@@ -211,7 +211,7 @@ def test_bradley_terry_closed_form():
 def test_the_anchor_adds_the_mean_token_nll_of_the_chosen_answers():
     policy, reference = tiny(0), tiny(9)
     pairs = preferences(4)
-    groups = compared(pairs)
+    groups = group_by_prompt(pairs)
     laid = Pairs.of(groups, reference_log_probs(reference, groups, 10_000, "reference"))
     with torch.no_grad():
         plain, anchored = laid.loss(policy, 0.1).sum, laid.loss(policy, 0.1, chosen_nll=0.7).sum

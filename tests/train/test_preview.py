@@ -6,7 +6,7 @@ import pytest
 
 from openqwen.cli import main
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
-from openqwen.train.conversations import conversation
+from openqwen.train.conversations import encode_demonstration
 from openqwen.train.preview import colored
 
 CHAT = [
@@ -21,7 +21,7 @@ def tokenizer():
 
 
 def test_what_is_green_is_what_is_learned(tokenizer):
-    text = colored(tokenizer, conversation(tokenizer, {"messages": CHAT}, "here"))
+    text = colored(tokenizer, encode_demonstration(tokenizer, {"messages": CHAT}, "here"))
     green = "".join(text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style))
     assert green == "苹果 🍎⏎\nJa.<|im_end|>"
     assert text.plain.startswith("<|im_start|>system\n")

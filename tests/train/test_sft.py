@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from openqwen.recipe.graph import recipe_class
 from openqwen.recipe.settings import load_settings
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
-from openqwen.train.conversations import answer, conversation, fit
+from openqwen.train.conversations import encode_answer, encode_demonstration, whole_turns
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig, learning_rate
 from openqwen.train.packed_batch import PackedBatch
@@ -56,15 +57,9 @@ def run(start, data, folder, **fields):
     )
 
 
-def test_a_sample_that_is_too_long_is_left_out_cut_by_turn_or_refused():
-    sample = (list(range(10)), [0, 0, 1, 1, 0, 0, 0, 1, 1, 1])
-    assert fit(sample, 10, "refuse", "here") == sample
-    assert fit(sample, 9, "leave out", "here") is None
-    assert fit(sample, 9, "truncate", "here") == ([0, 1, 2, 3], [0, 0, 1, 1])
-    assert fit(sample, 4, "truncate", "here") == ([0, 1, 2, 3], [0, 0, 1, 1])
-    assert fit(sample, 3, "truncate", "here") is None
-    with pytest.raises(OpenQwenError, match=r"10 tokens, and 9 fit(.|\n)*here"):
-        fit(sample, 9, "refuse", "here")
+def test_a_conversation_is_cut_behind_an_answer():
+    mask = np.array([0, 0, 1, 1, 0, 0, 0, 1, 1, 1], bool)
+    assert [whole_turns(mask, limit) for limit in (9, 4, 3)] == [4, 4, 0]
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
@@ -88,8 +83,8 @@ def test_the_end_of_a_turn_is_a_target_whatever_the_template_prints(start, templ
     )
     asked, said = {"role": "user", "content": "Say"}, {"role": "assistant", "content": "one"}
     for ids, mask in (
-        conversation(tokenizer, {"messages": [asked, said]}, "here"),
-        answer(tokenizer, [asked], said),
+        encode_demonstration(tokenizer, {"messages": [asked, said]}, "here"),
+        encode_answer(tokenizer, [asked], said),
     ):
         assert ids[-1] == tokenizer.control_ids[end]
         learned = [i for i, marked in zip(ids, mask) if marked]
@@ -102,7 +97,7 @@ def test_long_conversations_are_counted(start, tmp_path):
     assert (metrics["examples"], metrics["too_long"], metrics["truncated"]) == (2, 1, 0)
     metrics = run(start, data, tmp_path / "cut", max_length=140, too_long="truncate")
     assert (metrics["examples"], metrics["too_long"], metrics["truncated"]) == (3, 0, 1)
-    with pytest.raises(OpenQwenError, match="record 3"):
+    with pytest.raises(OpenQwenError, match=r"tokens, and 140 fit(.|\n)*record 3"):
         run(start, data, tmp_path / "refused", max_length=140, too_long="refuse")
 
 
@@ -200,7 +195,7 @@ def test_the_best_weights_are_the_outcome(start, tmp_path):
     assert min(found.values()) < found[19]
     assert metrics["best_validation_loss"] == min(found.values())
     model = load_model(tmp_path / "out")
-    rows = PackedBatch.of([conversation(start[1], json.loads(other.read_text()), "here")])
+    rows = PackedBatch.of([encode_demonstration(start[1], json.loads(other.read_text()), "here")])
     with torch.no_grad():
         loss = next_token(model, rows)
     assert loss.sum.item() / loss.count == pytest.approx(min(found.values()), rel=1e-4)

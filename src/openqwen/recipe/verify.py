@@ -27,7 +27,7 @@ from openqwen.support.generators import Generators
 from openqwen.support.progress import console, progress
 from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import conversation
+from openqwen.train.conversations import encode_demonstration
 from openqwen.train.losses import next_token, token_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.packed_batch import PackedBatch, Sample
@@ -66,7 +66,7 @@ def verify(model: Path, data: Path, records: int = 16, seed: int = 0, ranks: int
     tokenizer = load_tokenizer(model)
     network = load_model(model, device=best_device()).eval()
     samples = [
-        conversation(tokenizer, record, where)
+        encode_demonstration(tokenizer, record, where)
         for where, record in islice(read_records(data), records)
     ]
     if len(samples) < 2:

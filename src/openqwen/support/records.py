@@ -25,6 +25,23 @@ def read_records(source: str | Path) -> Iterator[tuple[str, Record]]:
             yield f"{path}, record {number}", record
 
 
+def count_records(source: str | Path) -> int | None:
+    """The number of records, for a progress line; None where that would mean to parse them."""
+    total = 0
+    for path in data_files(source):
+        try:
+            if path.suffix == ".parquet":
+                total += pq.read_metadata(path).num_rows
+            elif _reader(path) is _list:
+                return None
+            else:
+                with open_binary(path) as file:
+                    total += sum(1 for line in file if line.strip())
+        except (pa.ArrowException, OSError):
+            return None  # reading it says what is wrong
+    return total
+
+
 def data_files(source: str | Path) -> list[Path]:
     """The files of a source, in order: itself, or those of a split on the hub, now fetched."""
     if str(source).startswith(HUB):

@@ -1,6 +1,4 @@
-"""`openqwen convert SOURCE TARGET`: a checkpoint in another form, and what that form cannot
-hold.
-"""
+"""`openqwen convert SOURCE TARGET`: write a checkpoint in another form, and list what was lost."""
 
 import math
 import shutil
@@ -37,29 +35,25 @@ def convert(
     ],
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        tyro.conf.arg(
-            help="Of a folder's weights; none: as the source, float32 where it has blocks."
-        ),
+        tyro.conf.arg(help="Precision of a folder; none: the source's, float32 if it has blocks."),
     ] = None,
     type: Annotated[
         Literal["f32", "bf16", "f16", "q8_0", "q4_0"] | None,
-        tyro.conf.arg(help="Of a .gguf file's matrices; none: the source's own precision."),
+        tyro.conf.arg(help="Type of a .gguf file's matrices; none: the source's precision."),
     ] = None,
     overwrite: Annotated[
-        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace what is there.")
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace the target if it exists.")
     ] = False,
 ) -> None:
-    """Turn a checkpoint into another form, and say what was lost.
+    """Write a checkpoint in another form, and say what was lost.
 
-    The target is whole or not there.
+    Where this fails, nothing is left at the target.
     """
     to_gguf = target.suffix == ".gguf"
     if (dtype if to_gguf else type) is not None:
-        flag, other = (
-            ("--dtype", "a .gguf file, which takes --type")
-            if to_gguf
-            else ("--type", "a folder, which takes --dtype")
-        )
+        flag, other = "--type", "a folder, which takes --dtype"
+        if to_gguf:
+            flag, other = "--dtype", "a .gguf file, which takes --type"
         raise OpenQwenError(f"{flag} does not go with {other}.", where=target)
     refuse(target, overwrite)
     path = local(source)
@@ -77,26 +71,27 @@ def convert(
             kind = dtype or before
             rounded = _cast(model, getattr(torch, kind))
             write_folder(model, tokenizer, target, work.advance)
-            lost = (
-                []
-                if model.config.generation
-                else ["the source has no generation defaults: only stop tokens are set"]
-            )
+            lost = []
+            if not model.config.generation:
+                lost.append("the source has no generation defaults: only stop tokens are set")
     console.print(f"{target}: {model.config.parameters():,} weights, {kind}", markup=False)
     for line in [*_roundings(rounded, before, kind, len(list(model.parameters()))), *lost]:
         console.print(f"  {line}", markup=False)
 
 
 def refuse(target: Path, overwrite: bool) -> None:
-    """Nothing is replaced unasked, and nothing but a checkpoint ever."""
+    """OpenQwenError if something is at the target that may not be replaced.
+
+    Without `overwrite` this is everything but an empty folder; with it, all that is no checkpoint.
+    """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     if not overwrite:
         raise OpenQwenError(
             "The target exists.", where=target, do="choose another, or add --overwrite"
         )
-    wanted = target.is_file() if target.suffix == ".gguf" else (target / "config.json").is_file()
-    if not wanted:
+    file = target if target.suffix == ".gguf" else target / "config.json"
+    if not file.is_file():
         raise OpenQwenError(
             "The target is no checkpoint, and is not replaced.", where=target, do="choose another"
         )
@@ -107,7 +102,7 @@ def _write_gguf(
 ) -> list[Rounded]:
     stops = model.config.stops or (tokenizer.eos_id,)
     vocabulary = gguf_metadata(tokenizer, model.config.vocab_size, stops[0])
-    # llama.cpp knows Qwen2's two ends by their names, and two others where the file states them.
+    # llama.cpp stops at Qwen2's two end tokens by their names; two others have their own entries.
     others = [i for i in stops[1:] if i not in (tokenizer.eos_id, tokenizer.endoftext_id)]
     vocabulary |= {f"tokenizer.ggml.{name}_token_id": i for name, i in zip(("eot", "eom"), others)}
     return save_gguf(model, target, kind, target.stem, vocabulary, advance)
@@ -116,7 +111,7 @@ def _write_gguf(
 def write_folder(
     model: Qwen2, tokenizer: Tokenizer, target: Path, advance: Callable[[int], None]
 ) -> None:
-    """Save a checkpoint aside, then put it in its place."""
+    """Save a checkpoint beside the target, then rename it."""
     aside = target.with_name(f".{target.name}.aside")
     try:
         save_checkpoint(model, tokenizer, fresh_folder(aside), advance=advance)
@@ -126,9 +121,7 @@ def write_folder(
 
 
 def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
-    """Change the weights' dtype in place, one tensor at a time; returns those that lost
-    precision.
-    """
+    """Change the weights' dtype in place, tensor by tensor; returns those that lost precision."""
     rounded = []
     for name, parameter in model.named_parameters():
         if parameter.dtype == dtype:
@@ -144,9 +137,8 @@ def _cast(model: Qwen2, dtype: torch.dtype) -> list[Rounded]:
                 f"'{name}' has weights that {dtype} cannot hold.", do="choose float32 or bfloat16"
             )
         if wrong:
-            rounded.append(
-                Rounded(name, str(dtype).removeprefix("torch."), math.sqrt(wrong / total))
-            )
+            kind = str(dtype).removeprefix("torch.")
+            rounded.append(Rounded(name, kind, math.sqrt(wrong / total)))
     return rounded
 
 

@@ -1,5 +1,6 @@
-"""Direct preference optimisation on preferences P (Rafailov et al. 2023; Qwen2 report, 4.3, the
-offline stage).
+"""Direct preference optimisation on preferences P: the offline stage.
+
+Rafailov et al. 2023; Qwen2 report, 4.3.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,40 +19,47 @@ from openqwen.support.batching import cut_to_budget
 from openqwen.support.errors import disk_errors
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
+from openqwen.support.settings import Settings
 from openqwen.support.stage import CHAT, MODEL, PREFERENCES, Effort, Stage, StageRun
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.branches import branches
+from openqwen.train.branches import pack_answers
 from openqwen.train.compute import Precision, computing
-from openqwen.train.conversations import Compared, pair_numbers
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.losses import dpo as dpo_loss
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.parallel import ALONE, World, join, load_for_training
-from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
+from openqwen.train.preferences import (
+    PreferenceGroup,
+    Preferences,
+    PreferencesConfig,
+    pair_indices,
+    preferences_effort,
+)
 from openqwen.train.trainer import Place, Trainer
 
 
-class DpoConfig(PreferencesConfig):
-    """One epoch at 7e-7 as Qwen2.5's offline stage; β 0.1 is the Online Merging paper's."""
+class DpoLossConfig(Settings):
+    """The settings that offline and online DPO share."""
 
     first_difference: bool = Field(
-        False,
-        description=(
-            "compare answers only as far as the first token at which they differ (Step-DPO)"
-        ),
+        False, description="cut answers behind the first token at which they differ (Step-DPO)"
     )
+    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
+
+
+class DpoConfig(DpoLossConfig, PreferencesConfig):
+    """One epoch at 7e-7 as Qwen2.5's offline stage; β 0.1 is the Online Merging paper's."""
+
     hottest: float | None = Field(
         None, gt=0, description="pairs with an answer sampled at a higher temperature are left out"
     )
-    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
     chosen_nll: float = Field(
         0.0,
         ge=0,
-        description=(
-            "weight of the chosen answer's mean token NLL beside the DPO loss (Pang et al. 2024)"
-        ),
+        description="weight of the chosen answer's mean token NLL, added to the loss"
+        " (Pang et al. 2024)",
     )
     train: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer"
@@ -60,11 +68,10 @@ class DpoConfig(PreferencesConfig):
 
 @dataclass
 class Pairs:
-    """Answers laid end to end behind their prompts, which of them are compared, and what the
-    reference thinks of each.
+    """A micro-batch of answers, and which of them are compared.
 
-    pairs: numbers of the chosen and the rejected answer [pairs, 2]. reference: log-probabilities
-    [answers].
+    pairs: indices of the chosen and the rejected answer, [pairs, 2]. reference: log-probabilities
+    of the answers under the reference model, [answers].
     """
 
     rows: PackedBatch
@@ -73,18 +80,19 @@ class Pairs:
 
     @classmethod
     def of(
-        cls, groups: Sequence[Compared], reference: Tensor, device: torch.device | str = "cpu"
+        cls,
+        groups: Sequence[PreferenceGroup],
+        reference: Tensor,
+        device: torch.device | str = "cpu",
     ) -> Self:
-        """Lay out groups; `reference` holds the log-probabilities of all their answers."""
-        rows = branches([(group.prompt, group.answers) for group in groups], device)
-        return cls(rows, pair_numbers(groups).to(device), reference.to(device))
+        """Pack groups. reference: the log-probabilities of all their answers, in order."""
+        rows = pack_answers([(group.prompt, group.answers) for group in groups], device)
+        return cls(rows, pair_indices(groups).to(device), reference.to(device))
 
     def loss(
         self, model: Qwen2, beta: float, chosen_nll: float = 0.0, world: World = ALONE
     ) -> Loss:
-        """The DPO loss of these pairs; `chosen_nll` times the chosen answers' mean token NLL is
-        added to it.
-        """
+        """The DPO loss, plus `chosen_nll` times the mean token NLL of the chosen answers."""
         policy = document_log_probs(model, self.rows, world)
         loss = dpo_loss(policy[self.pairs], self.reference[self.pairs], beta)
         if chosen_nll:
@@ -96,35 +104,36 @@ class Pairs:
 @torch.no_grad()
 def reference_log_probs(
     model: Qwen2,
-    groups: Sequence[Compared],
+    groups: Preferences | Sequence[PreferenceGroup],
     micro_tokens: int,
     label: str,
     precision: Precision = "auto",
     world: World = ALONE,
 ) -> Tensor:
-    """Log-probabilities of all answers, [answers], on the CPU; each rank reads its share.
+    """Log-probabilities of all answers, [answers], on the CPU. Each rank computes its share.
 
-    precision: the one that the policy trains in, so that both round alike.
+    precision: must be the one that the policy trains in, so that both round alike.
     """
     ends = [0, *accumulate(len(group.answers) for group in groups)]
-    found = torch.zeros(ends[-1])
+    values = torch.zeros(ends[-1])
+    cuts = list(cut_to_budget([group.size for group in groups], micro_tokens))
     with progress(label, len(groups), "prompts") as bar:
-        for cut, counts in world.local_micro_batches(
-            list(cut_to_budget([group.size for group in groups], micro_tokens))
-        ):
-            rows = branches([(group.prompt, group.answers) for group in groups[cut]], model.device)
+        for cut, counts in world.local_micro_batches(cuts):
+            part = [groups[index] for index in range(cut.start, cut.stop)]
+            rows = pack_answers([(group.prompt, group.answers) for group in part], model.device)
             with computing(precision, model.device):
-                values = document_log_probs(model, rows, world).cpu()
-            found[ends[cut.start] : ends[cut.stop]] += values * counts
+                log_probs = document_log_probs(model, rows, world).cpu()
+            values[ends[cut.start] : ends[cut.stop]] += log_probs * counts
             bar.advance((cut.stop - cut.start) * counts)
-    return found if world.alone else torch.tensor(world.total(found.tolist()), dtype=torch.float32)
+    if world.alone:
+        return values
+    return torch.tensor(world.total(values.tolist()), dtype=torch.float32)
 
 
 def dpo(
     config: DpoConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place
 ) -> dict[str, float]:
-    """Optimise the model at `start`, which is the reference too, on preferences; save to the
-    output.
+    """Train the model at `start`, which is the reference too, on preferences; save to the output.
 
     The reference's log-probabilities are computed once, before the first step, and kept beside the
     training states.
@@ -132,40 +141,39 @@ def dpo(
     generators = Generators(place.seed)
     model = load_for_training(start)
     world = join().with_mesh(config.train.parallel, model)
+    window = model.config.max_position_embeddings
     data = Preferences.read(
-        preferences, tokenizer, config, model.config.max_position_embeddings, config.hottest
+        preferences, tokenizer, config, window, place, config.hottest, config.first_difference
     )
-    if config.first_difference:
-        data.groups = [group.to_first_difference() for group in data.groups]
-    groups = data.groups
-    order = Epochs(len(groups), config.epochs, config.batch, generators)
+    ends = data.answers.cumsum()
+    order = Epochs(len(data), config.epochs, config.batch, generators)
 
     def batch(step: int) -> list[Pairs]:
-        cuts = data.cut(order.batch(step), config.micro_tokens)
-        return [
-            Pairs.of([groups[i] for i in c], torch.cat([reference[i] for i in c]), model.device)
-            for c in cuts
-        ]
+        micro_batches = []
+        for cut in data.cut(order.batch(step), config.micro_tokens):
+            values = [reference[ends[i] - data.answers[i] : ends[i]] for i in cut]
+            groups = [data[i] for i in cut]
+            micro_batches.append(Pairs.of(groups, torch.cat(values), model.device))
+        return micro_batches
 
     loss = lambda pairs: pairs.loss(model, config.beta, config.chosen_nll, world)  # noqa: E731
     trainer = Trainer(place, config, model, batch, loss, order.steps, generators, world=world)
     trainer.shard()
-    reference = _cached_reference(model, groups, config, place, world).split(
-        [len(group.answers) for group in groups]
-    )
+    reference = _cached_reference(model, data, config, place, world)
     metrics = trainer.run()
     trainer.save_checkpoint(tokenizer)
     return metrics | data.counts
 
 
 def _cached_reference(
-    model: Qwen2, groups: Sequence[Compared], config: DpoConfig, place: Place, world: World
+    model: Qwen2, data: Preferences, config: DpoConfig, place: Place, world: World
 ) -> Tensor:
+    """The reference's log-probabilities of all answers, computed now where the scratch has none."""
     path = place.scratch / "reference.safetensors"
     if not world.broadcast(path.exists()):
         place.scratch.mkdir(parents=True, exist_ok=True)
         label, precision = f"{place.label} reference", config.train.precision
-        values = reference_log_probs(model, groups, config.micro_tokens, label, precision, world)
+        values = reference_log_probs(model, data, config.micro_tokens, label, precision, world)
         if world.main:
             aside = path.with_suffix(".aside")
             with disk_errors(path):

@@ -1,9 +1,7 @@
 """Online DPO with the reward model in the loop (Qwen2 report, 4.3, the online stage).
 
-Each step the current policy answers a few prompts several times; the reward model picks the most
-and the least preferred answer of each prompt; the DPO loss learns from that pair. The engine holds
-the very module that trains; over several processes, where that is sharded, each holds a whole copy
-that is refreshed every step.
+In each step the current policy answers a few prompts several times. The reward model picks the most
+and the least preferred answer to each prompt, and the DPO loss learns from that pair.
 """
 
 import copy
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from openqwen.engine import Engine, Output, Sampling
+from openqwen.engine import Output, Sampling
 from openqwen.model import load_model, load_scorer
 from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
@@ -34,44 +32,33 @@ from openqwen.support.stage import (
     StageRun,
 )
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import Compared, question
-from openqwen.train.dpo import Pairs
+from openqwen.train.conversations import encode_prompt
+from openqwen.train.dpo import DpoLossConfig, Pairs
 from openqwen.train.losses import Loss, document_log_probs
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
-from openqwen.train.parallel import copy_weights, join
-from openqwen.train.preferences import COMPARED
+from openqwen.train.packing import MicroBatchConfig
+from openqwen.train.parallel import join
+from openqwen.train.preferences import COMPARED, PreferenceGroup
 from openqwen.train.reward import score_sequences
+from openqwen.train.rollouts import RolloutGroup, Rollouts, policy_engine
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
 
-class OnlineDpoConfig(TrainingConfig):
+class OnlineDpoConfig(DpoLossConfig, MicroBatchConfig, TrainingConfig):
     """Best against worst of several samples by the reward model.
 
-    The reports give no numbers but the scheme.
+    The reports describe the scheme and give no numbers.
     """
 
     steps: int = Field(100, gt=0, description="optimizer steps, each with fresh samples")
     batch: int = Field(32, gt=0, description="prompts of one step")
     samples: int = Field(8, gt=1, description="answers sampled for each prompt")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
-    max_tokens: int = Field(512, gt=0, description="longest answer")
+    max_tokens: int = Field(512, gt=0, description="longest answer, in tokens")
     vote: bool = Field(
         False,
-        description=(
-            "prefer by weighted majority: an answer's weight is the sum of σ(reward) over equal "
-            "ones"
-        ),
-    )
-    first_difference: bool = Field(
-        False,
-        description=(
-            "compare answers only as far as the first token at which they differ (Step-DPO)"
-        ),
-    )
-    beta: float = Field(0.1, gt=0, description="strength of the tie to the reference model")
-    micro_tokens: int = Field(
-        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
+        description="weighted majority: an answer weighs the sum of σ(reward) over equal answers",
     )
     train: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer"
@@ -79,9 +66,10 @@ class OnlineDpoConfig(TrainingConfig):
 
 
 @dataclass
-class Episode(Pairs):
-    """Pairs made in this step; `rewards` and `lengths` are sums over the pairs of their prompts'
-    sample means.
+class SampledPairs(Pairs):
+    """Pairs of this step's answers.
+
+    rewards, lengths: of the step's answers, the mean times the number of these pairs.
     """
 
     rewards: float = 0.0
@@ -100,63 +88,30 @@ def online_dpo(
     generators = Generators(place.seed)
     device = best_device()
     model = load_model(start, device=device)
+    world = join().with_mesh(config.train.parallel, model)
     reference = copy.deepcopy(model).requires_grad_(False)
     scorer = load_scorer(reward_model, device=device)
-    world = join().with_mesh(config.train.parallel, model)
-    actor = (
-        model if world.alone else copy.deepcopy(model).requires_grad_(False)
-    )  # whole where the other is sharded
-    engine = Engine(actor, tokenizer)
-    pool = [question(tokenizer, record, where) for where, record in read_records(prompts)]
+    engine, refresh = policy_engine(model, tokenizer)
+    pool = [encode_prompt(tokenizer, record, where) for where, record in read_records(prompts)]
     if not pool:
         raise OpenQwenError("There are no prompts to answer.", where=prompts)
     order = Epochs(len(pool), config.steps * config.batch / len(pool), config.batch, generators)
+
+    def grade(indices: Sequence[int], outputs: Sequence[Output]) -> list[float]:
+        sequences = [output.prompt_ids + output.written_ids for output in outputs]
+        return score_sequences(scorer, sequences, config.micro_tokens)
+
     sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
+    rollouts = Rollouts(engine, refresh, pool, sampling, config.samples, grade, place.seed)
 
-    def batch(step: int) -> list[Episode]:
-        asked = [pool[i] for i in order.batch(step) for _ in range(config.samples)]
-        # Seeds are a function of the step: a resumed run draws what the uninterrupted run would
-        # have drawn.
-        seeds = Generators(place.seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
-        if actor is not model:
-            copy_weights(model, actor)
-        engine.refresh(step)
-        mine = slice(
-            world.rank, None, world.size
-        )  # prompts are dealt to the ranks, and their answers told to all
-        outputs = engine.generate(asked[mine], sampling, seeds=[int(s) for s in seeds[mine]])
-        rewards = score_sequences(scorer, [_ids(o) for o in outputs], config.micro_tokens)
-        outputs, rewards = world.gather(outputs), world.gather(rewards)
-        sequences = [_ids(o) for o in outputs]
-        slices = [slice(n, n + config.samples) for n in range(0, len(outputs), config.samples)]
-        ranks = (
-            [v for g in slices for v in votes(sequences[g], rewards[g])] if config.vote else rewards
-        )
-        found = [
-            pair for pair in (_best_and_worst(outputs, ranks, group) for group in slices) if pair
-        ]
-        groups = []
-        for best, worst in found:
-            prompt = outputs[best].prompt_ids
-            groups.append(Compared(prompt))
-            groups[-1].add(*(sequences[n][len(prompt) :] for n in (best, worst)))
-        if config.first_difference:
-            groups = [group.to_first_difference() for group in groups]
-        episodes = []
-        for cut in cut_to_budget([group.size for group in groups], config.micro_tokens):
-            part = groups[cut]
-            share = len(part) / len(rewards)
-            episode = Episode.of(part, torch.empty(0), device)
-            episode.rewards = sum(rewards) * share
-            episode.lengths = sum(len(o.token_ids) for o in outputs) * share
-            episodes.append(episode)
-        return episodes
+    def batch(step: int) -> list[SampledPairs]:
+        return best_and_worst_pairs(rollouts.step(step, order.batch(step)), config, device)
 
-    def loss(episode: Episode) -> Loss:
+    def loss(pairs: SampledPairs) -> Loss:
         with torch.no_grad():
-            episode.reference = document_log_probs(reference, episode.rows)
-        value = episode.loss(model, config.beta, world=world)
-        value.extras |= {"reward": episode.rewards, "length": episode.lengths}
+            pairs.reference = document_log_probs(reference, pairs.rows)
+        value = pairs.loss(model, config.beta, world=world)
+        value.extras |= {"reward": pairs.rewards, "length": pairs.lengths}
         return value
 
     trainer = Trainer(place, config, model, batch, loss, config.steps, generators, world=world)
@@ -165,9 +120,52 @@ def online_dpo(
     return metrics
 
 
+def best_and_worst_pairs(
+    rollouts: Sequence[RolloutGroup], config: OnlineDpoConfig, device: torch.device
+) -> list[SampledPairs]:
+    """Micro-batches of one pair for each prompt, without prompts whose answers do not differ."""
+    groups = []
+    for rollout in rollouts:
+        if pair := best_and_worst(rollout, config.vote):
+            best, worst = pair
+            group = PreferenceGroup(best.prompt_ids)
+            group.add(best.written_ids, worst.written_ids)
+            groups.append(group.to_first_difference() if config.first_difference else group)
+    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
+    lengths = [len(output.token_ids) for rollout in rollouts for output in rollout.outputs]
+    micro_batches = []
+    for cut in cut_to_budget([group.size for group in groups], config.micro_tokens):
+        pairs = SampledPairs.of(groups[cut], torch.empty(0), device)
+        share = len(groups[cut]) / len(rewards)
+        pairs.rewards, pairs.lengths = sum(rewards) * share, sum(lengths) * share
+        micro_batches.append(pairs)
+    return micro_batches
+
+
+def best_and_worst(rollout: RolloutGroup, vote: bool) -> tuple[Output, Output] | None:
+    """A prompt's most and least preferred answer; None where the two are equal.
+
+    An answer that was cut off is never the best one, whatever its reward: nothing else teaches the
+    policy to stop.
+    """
+    outputs, values = rollout.outputs, rollout.rewards
+    if vote:
+        values = votes([output.written_ids for output in outputs], values)
+    stopped = [output.finish_reason == "stop" for output in outputs]
+    if not any(stopped):
+        return None
+    numbers = range(len(outputs))
+    best = max((n for n in numbers if stopped[n]), key=lambda n: values[n])
+    worst = min(numbers, key=lambda n: (stopped[n], values[n]))
+    if outputs[best].token_ids == outputs[worst].token_ids:
+        return None
+    return outputs[best], outputs[worst]
+
+
 def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[float]:
-    """Each answer's share of the vote: σ(reward), summed over the answers equal to it (weighted
-    majority).
+    """The weight of each answer: σ(reward), summed over all answers that equal it.
+
+    This is Qwen2.5-Math's weighted majority.
     """
     total: dict[tuple[int, ...], float] = {}
     for answer, reward in zip(answers, rewards, strict=True):
@@ -175,39 +173,11 @@ def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[fl
     return [total[tuple(answer)] for answer in answers]
 
 
-def _ids(output: Output) -> list[int]:
-    """The whole sequence as the policy wrote it, its end token included."""
-    return output.prompt_ids + output.written_ids
-
-
-def _best_and_worst(
-    outputs: list[Output], rewards: list[float], group: slice
-) -> tuple[int, int] | None:
-    """Numbers of a prompt's most and least preferred answers; None where the samples do not differ.
-
-    An answer that never ended is not preferred, whatever its score: nothing else teaches a policy
-    to stop.
-    """
-    numbers = range(group.start, group.stop)
-    ended = [n for n in numbers if outputs[n].finish_reason == "stop"]
-    if not ended:
-        return None
-    best = max(ended, key=lambda n: rewards[n])
-    worst = min(numbers, key=lambda n: (outputs[n].finish_reason == "stop", rewards[n]))
-    return None if outputs[best].token_ids == outputs[worst].token_ids else (best, worst)
-
-
 def run_online_dpo(run: StageRun) -> dict[str, float]:
     """A chat model, its own answers to prompts and a reward model → an aligned one."""
-    start = run.inputs["model"]
-    return online_dpo(
-        run.config,
-        start,
-        run.data("prompts"),
-        load_tokenizer(start),
-        Place.of(run),
-        run.inputs["reward"],
-    )
+    start, reward_model = run.inputs["model"], run.inputs["reward"]
+    tokenizer, prompts = load_tokenizer(start), run.data("prompts")
+    return online_dpo(run.config, start, prompts, tokenizer, Place.of(run), reward_model)
 
 
 def _effort(recipe: Any, roles: Collection[str]) -> Effort:

@@ -3,6 +3,18 @@
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+from pydantic import Field
+
+from openqwen.support.settings import Settings
+
+
+class MicroBatchConfig(Settings):
+    """How large a micro-batch is; for stages to inherit."""
+
+    micro_tokens: int = Field(
+        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
+    )
+
 
 def pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """Pack items into rows by best-fit decreasing: the longest first, into the fullest row it fits.

@@ -1,6 +1,4 @@
-"""`openqwen preview`: what SFT would learn from a file of demonstrations, token by token, before it
-starts.
-"""
+"""`openqwen preview`: what SFT would learn from a file of demonstrations, token by token."""
 
 from codecs import getincrementaldecoder
 from pathlib import Path
@@ -11,20 +9,17 @@ from rich.text import Text
 from openqwen.support.progress import console, progress
 from openqwen.support.records import read_records
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import conversation
+from openqwen.train.conversations import encode_demonstration
 from openqwen.train.packed_batch import Sample
 from openqwen.train.packing import waste
 
-_LEARNED = (
-    "black on green",
-    "black on bright_green",
-)  # neighbours differ, so that tokens can be told apart
+# Two styles in turn, so that neighbouring tokens can be told apart.
+_LEARNED = ("black on green", "black on bright_green")
 _READ = ("default", "bright_black")
 
 
 def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 32_768) -> None:
-    """Show what would be learned: learned tokens in green, the rest plain; then counts over the
-    whole file.
+    """Show the first demonstrations, learned tokens in green, and counts over the whole file.
 
     Args:
         model: The model's folder, for its tokenizer and chat template.
@@ -37,11 +32,10 @@ def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 
     learned: list[int] = []
     with progress("read", unit="records") as bar:
         for number, (where, record) in enumerate(read_records(demonstrations), 1):
-            ids, mask = conversation(tokenizer, record, where)
+            ids, mask = encode_demonstration(tokenizer, record, where)
             if number <= show:
-                console.rule(
-                    f"record {number}: {len(ids)} tokens, {sum(mask)} learned", align="left"
-                )
+                title = f"record {number}: {len(ids)} tokens, {sum(mask)} learned"
+                console.rule(title, align="left")
                 console.print(colored(tokenizer, (ids, mask)))
             lengths.append(len(ids))
             learned.append(sum(mask))
@@ -62,16 +56,15 @@ def preview(model: Path, demonstrations: Path, show: int = 3, max_length: int = 
     )
     console.print(f"too long   {len(lengths) - len(fitting):,} over {max_length:,} tokens")
     console.print(
-        f"packing    {waste(fitting, max_length):.2%} of rows of {max_length:,} tokens would "
-        "stand empty"
+        f"packing    {waste(fitting, max_length):.2%} of the places in rows of {max_length:,}"
+        " tokens stay empty"
     )
 
 
 def colored(tokenizer: Tokenizer, sample: Sample) -> Text:
-    """The conversation as it is read; learned tokens stand on green, and neighbouring tokens differ
-    in shade.
+    """A conversation as text, learned tokens on green; neighbouring tokens differ in shade.
 
-    A character spread over tokens takes the colour of its last one.
+    A character that several tokens make up has the colour of the last one.
     """
     text, decoder = Text(), getincrementaldecoder("utf-8")(errors="replace")
     for number, (i, learn) in enumerate(zip(*sample, strict=True)):

@@ -1,6 +1,4 @@
-"""`openqwen quantize SOURCE TARGET --to int8`: a folder of quantised weights, which loads as fast
-as it is read.
-"""
+"""`openqwen quantize SOURCE TARGET --to int8`: write a folder of quantised weights."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,12 +23,15 @@ def quantize(
     target: Annotated[
         Path, tyro.conf.Positional, tyro.conf.arg(help="The folder to make.", metavar="TARGET")
     ],
-    to: Annotated[Literal["int8", "int4"], tyro.conf.arg(help="Of the weights.")] = "int8",
+    to: Annotated[Literal["int8", "int4"], tyro.conf.arg(help="Type of the weights.")] = "int8",
     overwrite: Annotated[
-        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace what is there.")
+        bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace the target if it exists.")
     ] = False,
 ) -> None:
-    """Write a model with weights of 8 or 4 bits. The target is whole or not there."""
+    """Write a model with weights of 8 or 4 bits.
+
+    Where this fails, nothing is left at the target.
+    """
     refuse(target, overwrite)
     path = local(source)
     with progress("reading", unit="weights") as work:

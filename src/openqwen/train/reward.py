@@ -1,6 +1,4 @@
-"""The reward model: a decoder with one linear output, trained on preferences P with the pairwise
-logistic loss.
-"""
+"""The reward model: a decoder with one linear output, trained on preferences P."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -17,13 +15,19 @@ from openqwen.support.device import best_device
 from openqwen.support.generators import Generators
 from openqwen.support.stage import MODEL, PREFERENCES, Effort, Stage, StageRun
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.branches import branches
-from openqwen.train.conversations import Compared, Messages, answer, pair_numbers
+from openqwen.train.branches import pack_answers
+from openqwen.train.conversations import Messages, encode_answer
 from openqwen.train.losses import Loss, bradley_terry
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.packed_batch import PackedBatch
-from openqwen.train.preferences import Preferences, PreferencesConfig, preferences_effort
+from openqwen.train.preferences import (
+    PreferenceGroup,
+    Preferences,
+    PreferencesConfig,
+    pair_indices,
+    preferences_effort,
+)
 from openqwen.train.trainer import Place, Trainer
 
 
@@ -37,8 +41,10 @@ class RewardConfig(PreferencesConfig):
 
 @dataclass
 class ScoredAnswers:
-    """Answers behind their prompts, scored at their last tokens and compared. last: [answers].
-    pairs: [pairs, 2].
+    """A micro-batch of answers behind their prompts, each scored at its last token, and compared.
+
+    last: the rows of those tokens, [answers]. pairs: indices of the chosen and the rejected answer,
+    [pairs, 2].
     """
 
     rows: PackedBatch
@@ -46,18 +52,19 @@ class ScoredAnswers:
     pairs: Tensor
 
     @classmethod
-    def of(cls, groups: Sequence[Compared], device: torch.device) -> "ScoredAnswers":
-        """Lay out groups."""
-        # An answer's last token is fed only where another stands behind it: any one will do.
+    def of(cls, groups: Sequence[PreferenceGroup], device: torch.device) -> "ScoredAnswers":
+        """Pack groups."""
+        # The last token of a document predicts nothing and is not fed. Here the answer's last token
+        # must be fed, so another token, no matter which, stands behind it.
         fed = [
             (group.prompt, [[*answer, answer[-1]] for answer in group.answers]) for group in groups
         ]
-        rows = branches(fed, device)
+        rows = pack_answers(fed, device)
         ends = torch.tensor(rows.counts, device=device).cumsum(0) - 1
-        return cls(rows, rows.learned[ends], pair_numbers(groups).to(device))
+        return cls(rows, rows.learned[ends], pair_indices(groups).to(device))
 
     def loss(self, scorer: Scorer) -> Loss:
-        """The pairwise logistic loss."""
+        """The pairwise logistic loss (Bradley and Terry)."""
         scores = scorer(self.rows.tokens, self.rows.positions, self.rows.attention, self.last)
         return bradley_terry(*scores[self.pairs].unbind(1))
 
@@ -66,7 +73,7 @@ class ScoredAnswers:
 def score_sequences(
     scorer: Scorer, sequences: Sequence[Sequence[int]], micro_tokens: int = 8_192
 ) -> list[float]:
-    """Scores of token sequences that end where the answer ends."""
+    """The reward of each token sequence, which ends where its answer ends."""
     scores: list[float] = []
     for part in cut_to_budget([len(s) for s in sequences], micro_tokens):
         ids = [torch.tensor(s) for s in sequences[part]]
@@ -78,27 +85,24 @@ def score_sequences(
 
 
 def score(scorer: Scorer, tokenizer: Tokenizer, conversations: Sequence[Messages]) -> list[float]:
-    """Scores of conversations, each a prompt and an assistant's answer at the end."""
-    ids = [list(answer(tokenizer, c[:-1], c[-1])[0]) for c in conversations]
+    """The reward of each conversation, which ends with an assistant's answer."""
+    ids = [list(encode_answer(tokenizer, c[:-1], c[-1])[0]) for c in conversations]
     return score_sequences(scorer, ids)
 
 
 def reward(
     config: RewardConfig, start: Path, preferences: Path, tokenizer: Tokenizer, place: Place
 ) -> dict[str, float]:
-    """Train a reward model from the language model at `start` on preferences; save to the
-    output.
-    """
+    """Train a reward model, from the language model at `start`, on preferences."""
     generators = Generators(place.seed)
     scorer = scorer_from(start, generators.torch("weights")).to(best_device())
-    data = Preferences.read(preferences, tokenizer, config, scorer.config.max_position_embeddings)
-    order = Epochs(len(data.groups), config.epochs, config.batch, generators)
+    window = scorer.config.max_position_embeddings
+    data = Preferences.read(preferences, tokenizer, config, window, place)
+    order = Epochs(len(data), config.epochs, config.batch, generators)
 
     def batch(step: int) -> list[ScoredAnswers]:
         cuts = data.cut(order.batch(step), config.micro_tokens)
-        return [
-            ScoredAnswers.of([data.groups[i] for i in numbers], scorer.device) for numbers in cuts
-        ]
+        return [ScoredAnswers.of([data[i] for i in cut], scorer.device) for cut in cuts]
 
     loss = lambda answers: answers.loss(scorer)  # noqa: E731
     trainer = Trainer(place, config, scorer, batch, loss, order.steps, generators)

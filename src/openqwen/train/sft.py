@@ -1,7 +1,9 @@
 """Supervised fine-tuning on demonstrations D: assistant tokens only (Qwen2 report, 4.2)."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, merge_ad
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
-from openqwen.support.records import read_records
+from openqwen.support.records import Record, read_records
 from openqwen.support.stage import (
     CHAT,
     CONVERSATION,
@@ -24,12 +26,19 @@ from openqwen.support.stage import (
     StageRun,
 )
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import TooLong, conversation, fit, fitting, says_nothing
+from openqwen.train.conversations import (
+    TooLong,
+    check_some_fit,
+    encode_demonstration,
+    says_nothing,
+    whole_turns,
+)
 from openqwen.train.losses import next_token
 from openqwen.train.order import Epochs
 from openqwen.train.packed_batch import PackedBatch, Sample
-from openqwen.train.packing import pack
+from openqwen.train.packing import MicroBatchConfig, pack
 from openqwen.train.parallel import join, load_for_training
+from openqwen.train.token_cache import TokenCache, encode_records
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 from openqwen.train.validation import ValidationConfig
 
@@ -37,7 +46,7 @@ ADAPTER = "adapter"  # beside the merged network, in PEFT's format
 
 
 class SftValidationConfig(ValidationConfig):
-    """Demonstrations that nothing is learned from, on which the loss is measured."""
+    """Demonstrations that are held out of training, and when the loss on them is measured."""
 
     share: float = Field(
         0.0, ge=0, lt=1, description="share of the demonstrations held out, drawn at random"
@@ -47,9 +56,10 @@ class SftValidationConfig(ValidationConfig):
     )
 
 
-class SftConfig(TrainingConfig):
-    """The report's settings: 2 epochs, 32,768 tokens, 7e-6 falling to 7e-7, weight decay 0.1, clip
-    1.0.
+class SftConfig(MicroBatchConfig, TrainingConfig):
+    """The report's settings: 2 epochs, 32,768 tokens, weight decay 0.1, clip 1.0.
+
+    The learning rate falls from 7e-6 to 7e-7.
     """
 
     epochs: float = Field(2.0, gt=0, description="passes over the demonstrations")
@@ -57,16 +67,12 @@ class SftConfig(TrainingConfig):
     max_length: int = Field(32_768, gt=1, description="the most tokens of a conversation")
     too_long: TooLong = Field(
         "leave out",
-        description=(
-            "what becomes of longer ones: they are counted either way, but for refuse, which stops"
-        ),
+        description="what to do with longer conversations: leave out and truncate count them,"
+        " refuse stops at the first",
     )
     lora: LoraConfig = Field(
         default_factory=lambda: LoraConfig(rank=0),
-        description="adapters (LoRA, DoRA) in place of all weights; rank 0: none",
-    )
-    micro_tokens: int = Field(
-        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
+        description="train adapters (LoRA, DoRA) in place of all weights; rank 0: none",
     )
     validation: SftValidationConfig = Field(
         default_factory=SftValidationConfig,
@@ -79,27 +85,25 @@ def sft(
 ) -> dict[str, float]:
     """Fine-tune the model at `start` on demonstrations; save to the place's output."""
     generators = Generators(place.seed)
-    # Adapters are drawn for a network that is there.
+    # Adapters are initialised from the weights, so these are loaded at once.
     model = (
         load_model(start, device=best_device()) if config.lora.rank else load_for_training(start)
     )
     if tokenizer.vocab_size > model.config.vocab_size:
         raise OpenQwenError(
-            (
-                f"The tokenizer has {tokenizer.vocab_size} ids, the network only "
-                f"{model.config.vocab_size} rows for them."
-            ),
+            f"The tokenizer has {tokenizer.vocab_size} ids, the network only"
+            f" {model.config.vocab_size} rows for them.",
             where=start,
             do="give the tokenizer that the model was trained with",
         )
     limit = min(config.max_length, model.config.max_position_embeddings)
-    data = Demonstrations.read(demonstrations, tokenizer, limit, config.too_long)
+    data = Demonstrations.read(demonstrations, tokenizer, limit, config.too_long, place)
     held_out = None
-    if config.validation.file:
-        held_out = Demonstrations.read(config.validation.file, tokenizer, limit, "leave out")
+    if path := config.validation.file:
+        held_out = Demonstrations.read(path, tokenizer, limit, "leave out", place, "validation")
     elif config.validation.share:
-        data, held_out = data.part(config.validation.share, generators["data.validation"])
-    order = Epochs(len(data.samples), config.epochs, config.batch, generators)
+        data, held_out = data.split(config.validation.share, generators["data.validation"])
+    order = Epochs(len(data), config.epochs, config.batch, generators)
     if config.lora.rank:
         if config.lora.base != "none" and not join().alone:
             raise OpenQwenError(
@@ -109,10 +113,10 @@ def sft(
 
     world = join().with_mesh(config.train.parallel, model)
 
-    def rows(chosen: Sequence[Sample]) -> list[PackedBatch]:
-        packs = pack([len(ids) for ids, _ in chosen], config.micro_tokens)
+    def micro_batches(samples: list[Sample]) -> list[PackedBatch]:
+        packs = pack([len(ids) for ids, _ in samples], config.micro_tokens)
         return [
-            PackedBatch.of([chosen[i] for i in numbers], model.device, share=True)
+            PackedBatch.of([samples[i] for i in numbers], model.device, share=True)
             for numbers in packs
         ]
 
@@ -120,13 +124,13 @@ def sft(
         place,
         config,
         model,
-        batch=lambda step: rows([data.samples[i] for i in order.batch(step)]),
+        batch=lambda step: micro_batches([data[i] for i in order.batch(step)]),
         loss=lambda rows: next_token(model, rows, world=world),
         steps=order.steps,
         generators=generators,
         log_mfu=True,
-        name=lambda step: f"records {', '.join(str(data.numbers[i]) for i in order.batch(step))}",
-        held_out=(lambda: rows(held_out.samples)) if held_out else None,
+        name=lambda step: f"records {', '.join(str(data.record(i)) for i in order.batch(step))}",
+        held_out=None if held_out is None else lambda: micro_batches(held_out.samples()),
         validation=config.validation,
         world=world,
     )
@@ -134,85 +138,119 @@ def sft(
     if config.lora.rank:
         trainer.full_model = _merged(trainer, config, start)
     trainer.save_checkpoint(tokenizer, chat=True)
-    counts = {"examples": len(data.samples), "held_out": len(held_out.samples) if held_out else 0}
-    counts |= {"too_long": data.too_long, "truncated": data.truncated, "empty_answers": data.empty}
-    return metrics | counts
+    counts = {"examples": len(data), "held_out": 0 if held_out is None else len(held_out)}
+    return metrics | counts | data.left_out()
 
 
 @dataclass
 class Demonstrations:
-    """Demonstrations as token ids. numbers: which records of the file they are, from 1.
+    """Demonstrations as token ids, in the order of their file.
 
-    The rest are counts.
+    chosen: their indices in the cache, [demonstrations]. lengths: the tokens to train on of each
+    sample of the cache, [samples]; 0: it is left out.
     """
 
-    samples: list[Sample]
-    numbers: list[int]
-    too_long: int
-    truncated: int
-    empty: int
+    cache: TokenCache
+    chosen: np.ndarray
+    lengths: np.ndarray
 
     @classmethod
     def read(
-        cls, path: Path, tokenizer: Tokenizer, limit: int, too_long: TooLong
+        cls,
+        path: Path,
+        tokenizer: Tokenizer,
+        limit: int,
+        too_long: TooLong,
+        place: Place,
+        name: str = "demonstrations",
     ) -> "Demonstrations":
-        """Those of a source (see `read_records`) of at most `limit` tokens; of the others
-        `too_long` decides.
-        """
-        whole, places, empty = list[Sample](), list[str](), 0
-        for where, record in read_records(path):
-            whole.append(conversation(tokenizer, record, where))
-            places.append(where)
-            empty += says_nothing(record)
-        fitted = [
-            (n, fit(s, limit, too_long, where))
-            for n, (s, where) in enumerate(zip(whole, places), 1)
-        ]
-        kept = [(n, sample) for n, sample in fitted if sample is not None]
-        if not kept:
-            fitting(whole, [len(ids) for ids, _ in whole], limit, str(path))
-        cut = sum(len(sample[0]) < len(whole[n - 1][0]) for n, sample in kept)
-        return cls(
-            [sample for _, sample in kept], [n for n, _ in kept], len(whole) - len(kept), cut, empty
-        )
+        """The demonstrations of a source (see `read_records`), at most `limit` tokens of each.
 
-    def part(
+        Args:
+            place: the samples are cached in its `scratch`, in a folder called `name`.
+
+        Raises:
+            OpenQwenError: a record cannot be read, or no record is left.
+        """
+
+        def encode(record: Record, where: str, counts: Counter[str]) -> list[Sample]:
+            sample = encode_demonstration(tokenizer, record, where)
+            counts["empty_answers"] += says_nothing(record)
+            return [sample]
+
+        cache = encode_records(
+            path, tokenizer, encode, place.scratch / name, f"{place.label} tokens"
+        )
+        lengths = cache.lengths.copy()
+        long = np.flatnonzero(lengths > limit)
+        if too_long == "refuse" and len(long):
+            where, _ = next(islice(read_records(path), int(cache.records[long[0]]) - 1, None))
+            raise OpenQwenError(
+                f"This conversation has {lengths[long[0]]} tokens, and {limit} fit.",
+                where=where,
+                do="raise max_length, or shorten it",
+            )
+        for index in long.tolist():
+            _, mask = cache[index]
+            lengths[index] = whole_turns(mask, limit) if too_long == "truncate" else 0
+        if not lengths.any():
+            check_some_fit(cache.lengths, limit, path)
+        return cls(cache, np.flatnonzero(lengths), lengths)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Sample:
+        number = self.chosen[index]
+        ids, mask = self.cache[number]
+        return ids[: self.lengths[number]], mask[: self.lengths[number]]
+
+    def record(self, index: int) -> int:
+        """The number of a demonstration's record in the file, from 1."""
+        return int(self.cache.records[self.chosen[index]])
+
+    def samples(self) -> list[Sample]:
+        """All of them, in memory."""
+        return [self[index] for index in range(len(self))]
+
+    def left_out(self) -> dict[str, int]:
+        """Counts over the whole file, for the metrics."""
+        kept, cached = self.lengths, self.cache.lengths
+        return {
+            "too_long": int((kept == 0).sum()),
+            "truncated": int(((kept > 0) & (kept < cached)).sum()),
+            "empty_answers": self.cache.counts["empty_answers"],
+        }
+
+    def split(
         self, share: float, generator: np.random.Generator
     ) -> tuple["Demonstrations", "Demonstrations"]:
-        """Two parts, in the file's order: the rest, and a random share of at least one; neither is
-        empty.
-        """
-        if len(self.samples) < 2:
+        """All but a random share, and that share, each in the file's order; neither is empty."""
+        if len(self) < 2:
             raise OpenQwenError(
-                "One demonstration cannot be learned from and held out.", where="validation.share"
+                "A single demonstration cannot be both trained on and held out.",
+                where="validation.share",
             )
-        count = min(max(1, round(share * len(self.samples))), len(self.samples) - 1)
-        held = set(generator.permutation(len(self.samples))[:count].tolist())
-        parts = (
-            [i for i in range(len(self.samples)) if (i in held) == wanted]
-            for wanted in (False, True)
-        )
-        rest, out = ([(self.samples[i], self.numbers[i]) for i in part] for part in parts)
-        return tuple(  # type: ignore[return-value]
-            replace(self, samples=[s for s, _ in part], numbers=[n for _, n in part])
-            for part in (rest, out)
-        )
+        count = min(max(1, round(share * len(self))), len(self) - 1)
+        held_out = np.zeros(len(self), dtype=bool)
+        held_out[generator.permutation(len(self))[:count]] = True
+        rest, part = self.chosen[~held_out], self.chosen[held_out]
+        return replace(self, chosen=rest), replace(self, chosen=part)
 
 
 def _merged(
     trainer: Trainer[PackedBatch], config: SftConfig, start: Path
 ) -> Callable[[], Qwen2 | Scorer]:
-    """Write the adapter to `output/adapter`; what gives the network with it merged."""
-    whole, folder = trainer.full_model(), trainer.output / ADAPTER
+    """Write the adapter to `output/adapter`; returns what gives the network with it merged."""
+    network, folder = trainer.full_model(), trainer.output / ADAPTER
     if trainer.world.main:
-        save_adapter(whole, config.lora, folder, base=str(start))
-        if (
-            config.lora.base != "none"
-        ):  # what was learned over rounded matrices goes into those that were rounded
-            whole = load_model(start)
-            load_adapter(whole, folder)
-        merge_adapters(whole)
-    return lambda: whole
+        save_adapter(network, config.lora, folder, base=str(start))
+        if config.lora.base != "none":
+            # The adapter was trained over rounded matrices; it is merged into the exact ones.
+            network = load_model(start)
+            load_adapter(network, folder)
+        merge_adapters(network)
+    return lambda: network
 
 
 def run_sft(run: StageRun) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`openqwen upcycle DENSE OUTPUT`: a dense checkpoint becomes a mixture of fine-grained experts."""
+"""`openqwen upcycle`: make a mixture of fine-grained experts from a dense checkpoint."""
 
 from typing import Literal
 
@@ -13,9 +13,7 @@ from openqwen.tokenizer import load_tokenizer
 
 
 class UpcycleConfig(Settings):
-    """The experts; the defaults are the 57B-A14B's, in proportion to the dense network's width
-    F.
-    """
+    """The experts. The defaults are the 57B-A14B's, in proportion to the dense width F."""
 
     experts: int = Field(64, gt=0, description="routed experts of each layer")
     experts_per_token: int = Field(
@@ -29,7 +27,7 @@ class UpcycleConfig(Settings):
     shared_width: int | None = Field(
         None,
         gt=0,
-        description="width of the shared expert; none: eight such widths, and at least F",
+        description="width of the shared expert; none: eight expert widths, and at least F",
     )
     reinit: float = Field(
         0.5, ge=0, le=1, description="share of each routed expert's channels drawn anew"
@@ -40,9 +38,8 @@ class UpcycleConfig(Settings):
     vocabulary_rows: int | None = Field(
         None,
         gt=0,
-        description=(
-            "embedding rows to keep, the rest is padding; none: all (57B-A14B: 151,936 of 152,064)"
-        ),
+        description="embedding rows to keep, the rest is padding; none: all"
+        " (57B-A14B: 151,936 of 152,064)",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="precision to load, work in and save"
@@ -56,10 +53,8 @@ def run_upcycle(run: StageRun) -> dict[str, float]:
     tokenizer = load_tokenizer(source)
     if config.vocabulary_rows is not None and config.vocabulary_rows < tokenizer.vocab_size:
         raise OpenQwenError(
-            (
-                f"{config.vocabulary_rows} embedding rows are fewer than the tokenizer's "
-                f"{tokenizer.vocab_size} tokens."
-            ),
+            f"{config.vocabulary_rows} embedding rows are fewer than the tokenizer's"
+            f" {tokenizer.vocab_size} tokens.",
             where="--vocabulary-rows",
             do="give at least as many rows, or leave the flag out to keep all",
         )
