@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step between states
+from openqwen.support.splitmix import GAMMA, mix
 
 
 def draws(seeds: Sequence[int], places: Sequence[int]) -> np.ndarray:
@@ -14,7 +14,7 @@ def draws(seeds: Sequence[int], places: Sequence[int]) -> np.ndarray:
     places count through.
     """
     keys = _split_mix(np.array([seed & (2**64 - 1) for seed in seeds], np.uint64))
-    words = _split_mix(keys + np.array(places, np.uint64) * _GAMMA)
+    words = _split_mix(keys + np.array(places, np.uint64) * np.uint64(GAMMA))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -34,7 +34,4 @@ def _split_mix(state: np.ndarray) -> np.ndarray:
 
     The constant is added first, since mixing alone maps 0 to 0.
     """
-    x = state + _GAMMA
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mix(state + np.uint64(GAMMA))
