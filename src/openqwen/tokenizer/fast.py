@@ -137,10 +137,10 @@ class NativeEncoder:
         """
         threads = threads or cores()
         if threads == 1:
-            parts = list(map(self._encode_task, tasks(texts)))
+            parts = list(map(self._encode_task, text_batches(texts)))
         else:
             with ThreadPoolExecutor(threads) as pool:
-                parts = list(pool.map(self._encode_task, tasks(texts)))
+                parts = list(pool.map(self._encode_task, text_batches(texts)))
         offsets = np.concatenate([[0], *(lengths for _, lengths in parts)]).cumsum(dtype=np.int64)
         return np.concatenate([np.empty(0, np.uint32), *(ids for ids, _ in parts)]), offsets
 
@@ -211,7 +211,7 @@ def packed(texts: Sequence[str]) -> tuple[bytes, np.ndarray]:
     return b"".join(encoded), np.array([0, *map(len, encoded)], np.int64).cumsum()
 
 
-def tasks(texts: Iterable[str]) -> Iterator[list[str]]:
+def text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Runs of texts of about a million characters: worth a thread's while."""
     task, size = [], 0
     for text in texts:

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from openqwen.support.progress import progress
-from openqwen.tokenizer.fast import checked, classes, cores, packed, tasks
+from openqwen.tokenizer.fast import checked, classes, cores, packed, text_batches
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 
 _MERGES_AT_ONCE = 250  # between two looks at the clock, and at Ctrl-C
@@ -74,7 +74,7 @@ def _count(counter: WordCounter, texts: Iterable[str], threads: int) -> None:
     """Add all texts, reading only a little ahead of the counting."""
     pending: deque[Future[int]] = deque()
     with progress("count words", unit="characters") as work, ThreadPoolExecutor(threads) as pool:
-        for task in tasks(texts):
+        for task in text_batches(texts):
             pending.append(pool.submit(counter.add, task))
             if len(pending) > 2 * threads:
                 work.advance(pending.popleft().result())
