@@ -236,7 +236,7 @@ def test_what_else_is_installed_changes_nothing(library, tmp_path, monkeypatch):
 def test_memory_hardly_grows_with_the_text(tmp_path, monkeypatch):
     """When documents were held in memory, 1 MB of text more took 2 MB."""
     monkeypatch.setattr(documents, "_GROUP_BYTES", 20_000)
-    monkeypatch.setattr(fast, "_TASK_SIZE", 5_000)
+    monkeypatch.setattr(fast, "_BATCH_SIZE", 5_000)
     draw = Generators(0)["lines"]
     config = CorpusConfig(folder=tmp_path / "raw", profiles={"documents": "code"})
     config.folder.mkdir()

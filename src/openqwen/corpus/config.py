@@ -149,18 +149,14 @@ class UnspacedRules(Settings):
 class CodeRules(Settings):
     """Source code: line lengths, character shares, generated files, and files that are data."""
 
-    min_characters: int = Field(
-        200,
-        description="shortest file, characters (our choice)",
-    )
+    min_characters: int = Field(200, description="shortest file, characters (our choice)")
     max_mean_line: float = Field(100.0, description="largest mean line length, characters")
     max_line: int = Field(1000, description="longest line, characters")
     min_alphanumeric: float = Field(
         0.25, description="smallest share of characters that are letters or digits"
     )
     max_data: float = Field(
-        0.3,
-        description="largest share of characters in number tables, hex and base64 (our choice)",
+        0.3, description="largest share of characters in number tables, hex and base64 (our choice)"
     )
 
 
@@ -208,8 +204,7 @@ class CorpusConfig(Settings):
         description="most bytes of each source named here; the seed chooses the documents",
     )
     profiles: dict[str, Profile] = Field(
-        {},
-        description="source -> web, text or code: the rules for it, whatever its file types",
+        {}, description="source -> web, text or code: the rules for it, whatever its file types"
     )
     filters: FilterConfig = Field(
         default_factory=FilterConfig, description="the rules of each profile"
