@@ -9,7 +9,7 @@ not special (tool calls, words that somebody added) are found everywhere.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterable, Iterator
-from itertools import accumulate, islice, takewhile
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openqwen.support.errors import OpenQwenError
@@ -134,20 +134,26 @@ class ChatEncoder:
         for piece, i, end in pieces:
             while passed < len(spans) and spans[passed][1] <= begin:
                 passed += 1
-            here = takewhile(lambda span: span[0] < end, islice(spans, passed, None))  # noqa: B023
-            inside = [(start - begin, stop - begin) for start, stop in here]
+            inside: list[Span] = []  # the spans that touch this piece, relative to its beginning
+            for start, stop in islice(spans, passed, None):
+                if start >= end:
+                    break
+                inside.append((start - begin, stop - begin))
             ids = self._tokenizer.encode_plain(piece) if i is None else [i]
             chat += ids
-            if any(start <= 0 and stop >= end - begin for start, stop in inside):
-                mask += [1] * len(ids)
-            elif i is not None or not inside:
-                mask += [int(bool(inside) and (overlapping or inside[0][0] <= 0))] * len(ids)
-            else:
+            covered = any(start <= 0 and stop >= end - begin for start, stop in inside)
+            if covered or not inside:
+                mask += [int(covered)] * len(ids)
+            elif i is None:
                 mask += self._marks(piece, ids, inside, overlapping)
+            else:
+                mask.append(int(overlapping or inside[0][0] <= 0))
             begin = end
         return chat, mask
 
     def _marks(self, piece: str, ids: list[int], spans: list[Span], overlapping: bool) -> list[int]:
+        """The mask of a plain piece, of which the spans cover a part."""
+        # Tokens are placed by bytes of the normalised piece, spans by characters of the text.
         ends = list(accumulate(len(self._tokenizer.token_bytes(i)) for i in ids))
         begins = [0, *ends[:-1]]
         mask = [0] * len(ids)
