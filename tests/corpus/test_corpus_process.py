@@ -10,7 +10,7 @@ from openqwen.corpus.clean import long_pieces
 from openqwen.corpus.config import CorpusConfig, FilterConfig
 from openqwen.corpus.process import (
     Cut,
-    Verdict,
+    DocumentVerdict,
     apply_filters,
     cap,
     clean,
@@ -31,27 +31,27 @@ def document(text, profile="text", name="a"):
 @pytest.mark.parametrize(
     ("step", "text", "profile", "verdict", "left"),
     [
-        (clean, "One \r\nline\x00", "text", Verdict("clean"), "One\nline\n"),
-        (clean, PAGE, "text", Verdict("clean"), PAGE),
+        (clean, "One \r\nline\x00", "text", DocumentVerdict("clean"), "One\nline\n"),
+        (clean, PAGE, "text", DocumentVerdict("clean"), PAGE),
         (
             clean,
             PAGE,
             "web",
-            Verdict("clean", cut=Cut("c4 lines", "Menu", 6)),
+            DocumentVerdict("clean", cut=Cut("c4 lines", "Menu", 6)),
             PAGE.replace("Menu\n\n", ""),
         ),
         (
             clean,
             "Menu\n",
             "web",
-            Verdict("clean", "empty", "nothing left after cleaning"),
+            DocumentVerdict("clean", "empty", "nothing left after cleaning"),
             "Menu\n",
         ),
         (
             apply_filters,
             "too short\n",
             "text",
-            Verdict("filter", "word count", "2, wanted 50 to 100,000"),
+            DocumentVerdict("filter", "word count", "2, wanted 50 to 100,000"),
             "too short\n",
         ),
     ],
@@ -66,24 +66,26 @@ def test_verdicts(step, text, profile, verdict, left):
 
 def test_verdicts_that_depend_on_other_documents():
     given = document("text")
-    assert cap(given, {"a"}, {"s": 3000})[0] == Verdict(
+    assert cap(given, {"a"}, {"s": 3000})[0] == DocumentVerdict(
         "cap", "s limit", "source limited to 3,000 bytes"
     )
     assert cap(given, {"b"}, {"s": 3000})[0].kept
     assert drop_exact(given, "a")[0].kept
-    assert drop_exact(given, "0")[0] == Verdict("exact", "exact duplicate", "same text as 0")
+    assert drop_exact(given, "0")[0] == DocumentVerdict(
+        "exact", "exact duplicate", "same text as 0"
+    )
     assert drop_near(given, "a")[0].kept
-    assert drop_near(given, "0")[0] == Verdict("near", "near-duplicate", "like 0")
+    assert drop_near(given, "0")[0] == DocumentVerdict("near", "near-duplicate", "like 0")
 
 
 def test_repeats_are_cut_and_a_document_of_nothing_else_is_dropped():
     licence = "This text may be copied freely by anyone who keeps this note.\n\n"
     given = document(f"One.\n\n{licence}Two.\n")
-    assert cut_repeats(given, []) == (Verdict("paragraphs"), given)
+    assert cut_repeats(given, []) == (DocumentVerdict("paragraphs"), given)
     [(span, _)] = long_pieces(given["text"], code=False, min_characters=30)
     cut = Cut("repeated paragraph", licence, len(licence))
     left = given | {"text": "One.\n\nTwo.\n"}
-    assert cut_repeats(given, [span]) == (Verdict("paragraphs", cut=cut), left)
+    assert cut_repeats(given, [span]) == (DocumentVerdict("paragraphs", cut=cut), left)
     verdict, left = cut_repeats(document(licence), [(0, len(licence))])
     assert (verdict.rule, left["text"]) == ("nothing else", "\n")
 

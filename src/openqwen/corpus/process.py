@@ -22,7 +22,7 @@ class Cut(NamedTuple):
     bytes: int
 
 
-class Verdict(NamedTuple):
+class DocumentVerdict(NamedTuple):
     """What one step decided about one document.
 
     rule: the rule that drops the document, None where it is kept. why: the value that decided, and
@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
         return self.rule is None
 
 
-Result = tuple[Verdict, Document]
+Result = tuple[DocumentVerdict, Document]
 Step = Callable[[Document], Result]
 
 
@@ -48,9 +48,9 @@ def cap(document: Document, left_out: Container[str], max_bytes: Mapping[str, in
     """Drop a document whose id is in `left_out`: its source has more than `max_bytes`."""
     source = document["source"]
     if document["id"] not in left_out:
-        return Verdict("cap"), document
+        return DocumentVerdict("cap"), document
     why = f"source limited to {max_bytes[source]:,} bytes"
-    return Verdict("cap", f"{source} limit", why), document
+    return DocumentVerdict("cap", f"{source} limit", why), document
 
 
 def clean(document: Document, config: FilterConfig) -> Result:
@@ -63,28 +63,28 @@ def clean(document: Document, config: FilterConfig) -> Result:
             cut = Cut("c4 lines", "\n".join(lines), utf8_size(text) - utf8_size(shorter))
         text = shorter
     if not text.strip():
-        return Verdict("clean", "empty", "nothing left after cleaning"), document
-    return Verdict("clean", cut=cut), {**document, "text": text}
+        return DocumentVerdict("clean", "empty", "nothing left after cleaning"), document
+    return DocumentVerdict("clean", cut=cut), {**document, "text": text}
 
 
 def apply_filters(document: Document, config: FilterConfig) -> Result:
     """Drop a cleaned document that fails one of the rules of its profile."""
     failure = first_failure(document["text"], document["meta"]["profile"], config)
-    return (Verdict("filter", *failure) if failure else Verdict("filter")), document
+    return (DocumentVerdict("filter", *failure) if failure else DocumentVerdict("filter")), document
 
 
 def drop_exact(document: Document, first: str) -> Result:
     """Drop a document that is not the first with its text; `first` is the id of that one."""
     if document["id"] == first:
-        return Verdict("exact"), document
-    return Verdict("exact", "exact duplicate", f"same text as {first}"), document
+        return DocumentVerdict("exact"), document
+    return DocumentVerdict("exact", "exact duplicate", f"same text as {first}"), document
 
 
 def drop_near(document: Document, first: str) -> Result:
     """Drop a document that is not the first of its near-duplicates; `first` is the id of that."""
     if document["id"] == first:
-        return Verdict("near"), document
-    return Verdict("near", "near-duplicate", f"like {first}"), document
+        return DocumentVerdict("near"), document
+    return DocumentVerdict("near", "near-duplicate", f"like {first}"), document
 
 
 def cut_repeats(document: Document, repeated: Sequence[Span]) -> Result:
@@ -103,6 +103,6 @@ def cut_repeats(document: Document, repeated: Sequence[Span]) -> Result:
             utf8_size(text) - utf8_size(document["text"]),
         )
     if document["text"].strip():
-        return Verdict("paragraphs", cut=cut), document
+        return DocumentVerdict("paragraphs", cut=cut), document
     why = "every paragraph stands in an earlier document"
-    return Verdict("paragraphs", "nothing else", why, cut), document
+    return DocumentVerdict("paragraphs", "nothing else", why, cut), document

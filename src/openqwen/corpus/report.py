@@ -6,7 +6,7 @@ from typing import Any
 
 from openqwen.corpus.documents import Document, DocumentEntry, utf8_size
 from openqwen.corpus.mixture import shares
-from openqwen.corpus.process import Step, Verdict
+from openqwen.corpus.process import DocumentVerdict, Step
 from openqwen.support.files import gzip_bits_per_byte
 
 STEPS = ("cap", "clean", "filter", "exact", "near", "paragraphs")
@@ -22,7 +22,7 @@ class StepReport:
         self.kept = self.kept_bytes = self.dropped = self.dropped_bytes = 0
         self.reasons: dict[str, dict[str, Any]] = {}
 
-    def count(self, verdict: Verdict, document: Document) -> None:
+    def count(self, verdict: DocumentVerdict, document: Document) -> None:
         """Count a verdict; `document` is as the step left it."""
         if cut := verdict.cut:
             self._lose(document, cut.rule, cut.text, cut.bytes, f"{cut.bytes:,} bytes cut")
