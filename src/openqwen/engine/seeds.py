@@ -6,6 +6,8 @@ import numpy as np
 
 from openqwen.support.splitmix import GAMMA, mix
 
+_GAMMA = np.uint64(GAMMA)
+
 
 def draws(seeds: Sequence[int], places: Sequence[int]) -> np.ndarray:
     """Uniform numbers in [0, 1), one for each (seed, place).
@@ -14,7 +16,7 @@ def draws(seeds: Sequence[int], places: Sequence[int]) -> np.ndarray:
     places count through.
     """
     keys = _split_mix(np.array([seed & (2**64 - 1) for seed in seeds], np.uint64))
-    words = _split_mix(keys + np.array(places, np.uint64) * np.uint64(GAMMA))
+    words = _split_mix(keys + np.array(places, np.uint64) * _GAMMA)
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -34,4 +36,4 @@ def _split_mix(state: np.ndarray) -> np.ndarray:
 
     The constant is added first, since mixing alone maps 0 to 0.
     """
-    return mix(state + np.uint64(GAMMA))
+    return mix(state + _GAMMA)
