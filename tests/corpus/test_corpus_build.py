@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 import sysconfig
+import tracemalloc
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -13,28 +14,18 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from openqwen.corpus import CorpusConfig, build_corpus
-from openqwen.corpus.documents import read_documents
+from openqwen.corpus import CorpusConfig, build_corpus, documents
+from openqwen.corpus.documents import DocumentEntry, read_documents
 from openqwen.corpus.installation import InstallationReader
 from openqwen.corpus.mixture import beyond_cap, heldout, sample, shares
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
+from openqwen.tokenizer import fast
 
-COMMON = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "river",
-    "stone",
-    "light",
-    "paper",
-    "harbour",
-    "winter",
-    "music",
-    "garden",
-]
-WORDS = [*COMMON, "letter", "engine", "window", "market", "silver", "quiet"]
+TEXT = """
+    the of and to river stone light paper harbour winter music garden letter engine window market
+    silver quiet"""
+WORDS = TEXT.split()
 
 
 def essay(name, sentences=12):
@@ -143,48 +134,44 @@ def test_a_corpus_with_nothing_in_it_is_an_error_that_says_what_to_do(tmp_path, 
     assert str(tmp_path / "raw") in str(caught.value)
 
 
-def documents(count, source, group=None):
-    return [
-        {"id": f"{source}{i}", "source": source, "meta": {"group": group and f"{group}{i}"}}
-        for i in range(count)
-    ]
+def entries(count, source, group=None):
+    ids = [f"{source}{i}" for i in range(count)]
+    groups = [f"{group}{i}" for i in range(count)] if group else ids
+    return [DocumentEntry(name, source, group, 10) for name, group in zip(ids, groups)]
 
 
 def test_held_out_groups_are_whole_and_adding_documents_moves_none():
-    pages = documents(500, "docs", "module") + documents(500, "code", "module")
-    out = heldout(pages, [10] * 1000, 0.05, 10**9, seed=0)
+    pages = entries(500, "docs", "module") + entries(500, "code", "module")
+    out = heldout(pages, 0.05, 10**9, seed=0)
     assert 30 < len(out) < 80
-    assert {i for i in out if i < 500} == {i - 500 for i in out if i >= 500}
-    more = pages + documents(100, "extra")
-    assert out <= heldout(more, [10] * 1100, 0.05, 10**9, seed=0)
-    capped = heldout(pages, [10] * 1000, 0.05, 105, seed=0)
+    assert {i[4:] for i in out if i.startswith("docs")} == {i[4:] for i in out if i[0] == "c"}
+    more = pages + entries(100, "extra")
+    assert out <= heldout(more, 0.05, 10**9, seed=0)
+    capped = heldout(pages, 0.05, 105, seed=0)
     assert len(capped) == 20
     assert capped < out
-    assert len(heldout(documents(2, "few"), [10, 10], 0.001, 100, seed=0)) == 1
+    assert len(heldout(entries(2, "few"), 0.001, 100, seed=0)) == 1
 
 
 def test_caps_and_shares():
-    pages = documents(100, "a") + documents(5, "b")
-    assert len(beyond_cap(pages, [10] * 105, {"a": 305}, seed=0)) == 70
+    pages = entries(100, "a") + entries(5, "b")
+    assert len(beyond_cap(pages, {"a": 305}, seed=0)) == 70
     assert shares({"a": 300, "b": 100}, {"b": 3.0}) == {"a": 0.5, "b": 0.5}
 
 
 def test_a_sample_follows_the_weights_and_no_order():
     """In the order of their paths, the first bytes were all of one source."""
-    pages = [page | {"text": "x" * 10} for source in "abc" for page in documents(2000, source)]
+    pages = [entry for source in "abc" for entry in entries(2000, source)]
     weights = {"a": 1.0, "b": 4.0}
     chosen = sample(pages, weights, 10_000, seed=0)
     assert len(chosen) == 1000
-    counts = Counter(pages[position]["source"] for position in chosen)
+    counts = Counter(name[0] for name in chosen)
     assert counts["b"] / 1000 == pytest.approx(0.8, abs=0.05)
     assert counts["c"] == 0
-    turned = sample(pages[::-1], weights, 10_000, seed=0)
-    assert {pages[::-1][position]["id"] for position in turned} == {
-        pages[position]["id"] for position in chosen
-    }
+    assert sample(pages[::-1], weights, 10_000, seed=0) == chosen
     assert sample(pages, weights, 10_000, seed=1) != chosen
     assert len(sample(pages, weights, 10**9, seed=0)) == 4000
-    assert sample(pages[:1], weights, 3, seed=0) == {0}
+    assert sample(pages[:1], weights, 3, seed=0) == {"a0"}
 
 
 @pytest.fixture
@@ -244,6 +231,28 @@ def test_what_else_is_installed_changes_nothing(library, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(library / "site-packages")
     assert metadata.version("extra") == "1"
     assert list(InstallationReader(10_000_000)) == before
+
+
+def test_memory_hardly_grows_with_the_text(tmp_path, monkeypatch):
+    """When documents were held in memory, 1 MB of text more took 2 MB."""
+    monkeypatch.setattr(documents, "_GROUP_BYTES", 20_000)
+    monkeypatch.setattr(fast, "_BATCH_SIZE", 5_000)
+    draw = Generators(0)["lines"]
+    config = CorpusConfig(folder=tmp_path / "raw", profiles={"documents": "code"})
+    config.folder.mkdir()
+    sizes, peaks = [], []
+    for name, count in (("a", 40), ("b", 120)):  # the second time on 160 documents
+        with open(config.folder / f"{name}.jsonl", "w") as file:
+            for _ in range(count):
+                text = "\n".join(" ".join(draw.choice(WORDS, 12)) for _ in range(80))
+                file.write(json.dumps({"text": text}) + "\n")
+        tracemalloc.start()
+        metrics, _ = build(config, tmp_path / name)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        sizes.append(metrics["bytes"] + metrics["heldout_bytes"])
+    assert sizes[1] - sizes[0] > 400_000
+    assert peaks[1] - peaks[0] < 0.6 * (sizes[1] - sizes[0])
 
 
 def test_an_unknown_field_is_refused():

@@ -5,7 +5,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openqwen.corpus.clean import RepeatedParagraphs, c4_lines, logical_lines, normalize
+from openqwen.corpus.clean import c4_lines, logical_lines, long_pieces, normalize, without
 from openqwen.corpus.config import C4
 
 
@@ -50,20 +50,18 @@ def test_c4_cuts_lines_and_marks():
     assert cut == ["Menu", "Please enable JavaScript to go on", "We use cookies to track you"]
 
 
-def test_repeated_paragraphs_stay_in_the_first_document():
-    repeats = RepeatedParagraphs(30)
+def test_a_repeated_paragraph_is_known_however_it_is_wrapped():
     licence = "This text may be copied freely\nby anyone who keeps this note."
-    first = f"One.\n\n{licence}\n\nShort.\n"
-    assert repeats.cut(first, code=False) == (first, [])
+    [(_, key)] = long_pieces(f"One.\n\n{licence}\n\nShort.\n", code=False, min_characters=30)
     rewrapped = "Two.\n\nThis text may be copied\nfreely by anyone who keeps this note.\n\nShort.\n"
-    assert repeats.cut(rewrapped, code=False)[0] == "Two.\n\nShort.\n"
+    [(span, same)] = long_pieces(rewrapped, code=False, min_characters=30)
+    assert same == key
+    assert without(rewrapped, [span]) == "Two.\n\nShort.\n"
 
 
-def test_in_code_only_comments_are_cut():
-    repeats = RepeatedParagraphs(30)
+def test_of_code_only_comments_are_pieces():
     header = "# Copyright the authors.\n# Licensed to everybody,\n# without any warranty.\n"
-    body = "def main():\n    print('the same body in both of the files')\n"
-    assert repeats.cut(header + body, code=True)[1] == []
-    text, cut = repeats.cut("import os  # why\n" + header + body, code=True)
-    assert text == "import os  # why\n" + body
-    assert cut == [header]
+    text = f"import os  # why\n{header}def main():\n    print('the same body in both files')\n"
+    [((start, end), _)] = long_pieces(text, code=True, min_characters=30)
+    assert text[start:end] == header
+    assert long_pieces(text, code=True, min_characters=300) == []

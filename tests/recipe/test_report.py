@@ -561,6 +561,13 @@ def test_a_damaged_file_is_named(tmp_path):
         write_report(folder)
 
 
+def test_a_damaged_manifest_is_named(tmp_path):
+    folder = build_run(tmp_path / "tiny", "tokenizer")
+    dump(folder / "tokenizer/manifest.json", manifest("tokenizer") | {"digest": None})
+    with pytest.raises(OpenQwenError, match=r"manifest is damaged(.|\n)*--from tokenizer"):
+        write_report(folder)
+
+
 def test_steps_without_anything_to_learn_are_told_and_not_drawn(page):
     assert "1 step found nothing to learn from" in page.text
     drawn = [a["points"] for tag, a in page.elements if tag == "polyline"]

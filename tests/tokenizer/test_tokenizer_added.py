@@ -9,8 +9,7 @@ from transformers import AddedToken, AutoTokenizer
 
 from openqwen.tokenizer import ControlToken, Tokenizer, load_tokenizer
 from openqwen.tokenizer.bpe import BytePairEncoder
-from openqwen.tokenizer.gguf import gguf_metadata
-from openqwen.tokenizer.sources import parts_from_gguf
+from openqwen.tokenizer.gguf import gguf_metadata, parts_from_gguf
 
 WORDS = (
     *(

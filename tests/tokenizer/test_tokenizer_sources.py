@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer
+from openqwen.tokenizer.gguf import parts_from_gguf
 from openqwen.tokenizer.pretokenize import to_characters
-from openqwen.tokenizer.sources import parts_from_gguf
 
 TEXT = (
     "It's 2026 — naïve cafe\u0301, 日本語 👩\u200d🚀\n\n\tdef f(x):\r\n  return x  "

@@ -96,7 +96,7 @@ def learned_both_ways(texts, vocabulary, min_frequency, threads=1):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_compiled_trainer_learns_what_the_python_one_does(real_texts, monkeypatch, threads):
-    monkeypatch.setattr("openqwen.tokenizer.fast._TASK_SIZE", 10_000)
+    monkeypatch.setattr("openqwen.tokenizer.fast._BATCH_SIZE", 10_000)
     compiled, python = learned_both_ways(
         [*real_texts, *real_texts[:20], "", "é漢"], 1500, 2, threads
     )

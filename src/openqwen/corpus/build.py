@@ -1,27 +1,42 @@
-"""The corpus stage: read, cap, clean, filter, deduplicate, hold out, and say what became of
-everything.
+"""The corpus stage: read, cap, clean, filter, deduplicate, hold out, and account for it all.
+
+Documents are streamed: between two passes they lie in a file, not in memory.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from openqwen.corpus.clean import RepeatedParagraphs, c4_lines, normalize
+from openqwen.corpus.clean import long_pieces
 from openqwen.corpus.config import CorpusConfig
 from openqwen.corpus.deduplicate import exact_key, near_duplicates, signatures
-from openqwen.corpus.documents import write_documents
-from openqwen.corpus.filters import first_failure
+from openqwen.corpus.documents import (
+    HELDOUT,
+    TRAIN,
+    Document,
+    DocumentEntry,
+    read_documents,
+    write_documents,
+)
 from openqwen.corpus.installation import InstallationReader
-from openqwen.corpus.measure import Measured
-from openqwen.corpus.mixture import beyond_cap, heldout, shares
-from openqwen.corpus.read import Document, FolderReader, Skips
+from openqwen.corpus.mixture import beyond_cap, heldout
+from openqwen.corpus.process import (
+    Result,
+    Step,
+    apply_filters,
+    cap,
+    clean,
+    cut_repeats,
+    drop_exact,
+    drop_near,
+)
+from openqwen.corpus.read import FolderReader
+from openqwen.corpus.report import Account, flat_metrics, mixture_report
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import gzip_bits_per_byte, write_json
+from openqwen.support.files import read_jsonl, write_json, write_jsonl
 from openqwen.support.progress import progress
-
-_EXAMPLES = 3  # shown for each reason
-_EXCERPT = 300  # characters
 
 
 def build_corpus(
@@ -29,274 +44,147 @@ def build_corpus(
 ) -> dict[str, float]:
     """Write train.parquet, heldout.parquet and corpus.json into `folder`; returns flat metrics.
 
-    extra_documents: ready documents (the multi-task instruction data that Qwen2 mixes in) that meet
-    exact deduplication and the held-out split, but neither the filters nor near-deduplication:
-    templates look alike.
-    seed: decides which documents are held out, and which stay where a source is capped.
-    Raises OpenQwenError where nothing is left to train on. Memory: about four times the text.
+    Args:
+        extra_documents: ready documents (the multi-task instruction data that Qwen2 mixes in). They
+            go through exact deduplication and the held-out split, but not through the filters and
+            near-deduplication, because their templates look alike.
+        folder: during the build it also holds the files between the passes.
+        seed: decides which documents are held out, and which stay where a source is capped.
+
+    Raises:
+        OpenQwenError: where nothing is left to train on.
+
+    Memory: about 2 KB for every document, and one row group of texts (at most 64 MB).
     """
-    documents, read, skips = _read(config)
-    _require(documents, "The corpus has no document that can be read.", config, _main_skips(skips))
-    steps = [
-        Step("cap"),
-        Step("clean"),
-        Step("filter"),
-        Step("exact"),
-        Step("near"),
-        Step("paragraphs"),
-    ]
-    cap, clean, filtering, exact, near, paragraphs = steps
-    documents = _cap(documents, config, seed, cap)
-    documents = _clean_and_filter(documents, config, clean, filtering)
-    _require(documents, "Every document was filtered out.", config, _main_reasons(clean, filtering))
-    documents, extra = _exact(documents, extra_documents, exact)
-    documents = _near(documents, config, near)
-    documents = _cut_repeats(documents, config, paragraphs) + extra
-    train, held = _split(documents, config, seed)
+    account = Account()
+    first_with: dict[bytes, str] = {}  # exact key of a text -> id of the first document with it
+
+    def exact(document: Document) -> Result:
+        first = first_with.setdefault(exact_key(document["text"]), document["id"])
+        return drop_exact(document, first)
+
+    with TemporaryDirectory(prefix=".", dir=folder) as scratch:
+        raw, filtered, final = (Path(scratch) / f"{n}.jsonl" for n in ("raw", "filtered", "final"))
+        entries, read = _read(config, raw)
+        steps = [*_filter_steps(entries, config, seed), exact]
+        documents = _with_progress("filter", read_jsonl(raw), len(entries))
+        entries = _spill(filtered, account.kept(documents, steps))
+        if not entries:
+            raise _nothing_left("Every document was filtered out.", config, account.reasons())
+        steps = [_near_step(filtered, entries, config), _paragraph_step(config)]
+        documents = account.kept(read_jsonl(filtered), steps)
+        extra = account.kept(extra_documents, [exact])
+        entries = _spill(final, chain(documents, extra))
+        held = _held_out(entries, config, seed)
+        for part, in_part in ((TRAIN, False), (HELDOUT, True)):
+            documents = (d for d in read_jsonl(final) if (d["id"] in held) == in_part)
+            write_documents(folder / part, documents)
     report = {
-        "read": read,
-        "skipped": skips.reasons,
-        "steps": [step.report() for step in steps],
-        **_mixture(train, held, config),
+        **read,
+        "steps": [step.json() for step in account.steps.values()],
+        **mixture_report(entries, held, read_documents(folder / HELDOUT), config.weights),
     }
-    write_documents(folder / "train.parquet", train)
-    write_documents(folder / "heldout.parquet", held)
     write_json(folder / "corpus.json", report)
-    return _metrics(report)
+    return flat_metrics(report)
 
 
-class Step:
-    """One step's account: documents and bytes kept and dropped, and for each reason how much and a
-    few examples.
-    """
-
-    def __init__(self, name: str):
-        self.name = name
-        self.kept = self.kept_bytes = self.dropped = self.dropped_bytes = 0
-        self.reasons: dict[str, dict[str, Any]] = {}
-
-    def keep(self, text: str) -> None:
-        """Count a document that goes on to the next step, as it is now."""
-        self.kept += 1
-        self.kept_bytes += _size(text)
-
-    def drop(self, document: Document, reason: str, why: str) -> None:
-        """Count a document that ends here."""
-        self.dropped += 1
-        self._lose(document, reason, _size(document["text"]), document["text"], why)
-
-    def cut(self, document: Document, reason: str, piece: str, size: int) -> None:
-        """Count `size` bytes cut out of a document that stays."""
-        self._lose(document, reason, size, piece, f"{size:,} bytes cut")
-
-    def _lose(self, document: Document, reason: str, size: int, text: str, why: str) -> None:
-        self.dropped_bytes += size
-        entry = self.reasons.setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
-        entry["documents"] += 1
-        entry["bytes"] += size
-        if len(entry["examples"]) < _EXAMPLES:
-            entry["examples"].append({"id": document["id"], "excerpt": text[:_EXCERPT], "why": why})
-
-    def report(self) -> dict[str, Any]:
-        """The step as it stands in corpus.json, the commonest reason first."""
-        order = sorted(self.reasons.items(), key=lambda item: (-item[1]["documents"], item[0]))
-        fields = ("name", "kept", "dropped", "kept_bytes", "dropped_bytes")
-        return {field: getattr(self, field) for field in fields} | {"reasons": dict(order)}
-
-
-def _size(text: str) -> int:
-    return len(text.encode("utf-8"))
-
-
-def _read(config: CorpusConfig) -> tuple[list[Document], dict[str, int], Skips]:
+def _read(config: CorpusConfig, path: Path) -> tuple[list[DocumentEntry], dict[str, Any]]:
+    """Write all documents to `path`; returns their entries and corpus.json's part on reading."""
     reader: FolderReader | InstallationReader
     if config.folder is None:
         reader = InstallationReader(config.max_document_bytes)
     else:
         reader = FolderReader(config.folder, config.max_document_bytes)
-    documents = []
-    with progress("read", unit="documents") as bar:
-        for document in reader:
+
+    def documents() -> Iterator[Document]:
+        for document in _with_progress("read", reader):
             if document["source"] in config.profiles:
                 document["meta"]["profile"] = config.profiles[document["source"]]
-            documents.append(document)
-            bar.advance()
-    return (
-        documents,
-        {"files": reader.files, "documents": len(documents), "bytes": reader.bytes},
-        reader.skips,
+            yield document
+
+    entries = _spill(path, documents())
+    if not entries:
+        skips = {reason: entry["count"] for reason, entry in reader.skips.reasons.items()}
+        raise _nothing_left("The corpus has no document that can be read.", config, skips)
+    read = {"files": reader.files, "documents": len(entries), "bytes": reader.bytes}
+    return entries, {"read": read, "skipped": reader.skips.reasons}
+
+
+def _spill(path: Path, documents: Iterable[Document]) -> list[DocumentEntry]:
+    """Write documents to a file between two passes; returns the entry of each."""
+    entries: list[DocumentEntry] = []
+
+    def listed() -> Iterator[Document]:
+        for document in documents:
+            entries.append(DocumentEntry.of(document))
+            yield document
+
+    write_jsonl(path, listed())
+    return entries
+
+
+def _filter_steps(entries: list[DocumentEntry], config: CorpusConfig, seed: int) -> list[Step]:
+    """The limits of the sources, cleaning and the filters."""
+    left_out = beyond_cap(entries, config.max_bytes, seed)
+    return [
+        lambda document: cap(document, left_out, config.max_bytes),
+        lambda document: clean(document, config.filters),
+        lambda document: apply_filters(document, config.filters),
+    ]
+
+
+def _near_step(path: Path, entries: list[DocumentEntry], config: CorpusConfig) -> Step:
+    """Near-deduplication of the documents in `path`: reads them all for their signatures."""
+    with progress("deduplicate", len(entries), "documents") as bar:
+        texts = (document["text"] for document in read_jsonl(path))
+        signature = signatures(texts, config.minhash, bar.advance)
+    clusters = near_duplicates(signature, config.minhash)
+    first = {entry.id: entries[cluster].id for entry, cluster in zip(entries, clusters)}
+    return lambda document: drop_near(document, first[document["id"]])
+
+
+def _paragraph_step(config: CorpusConfig) -> Step:
+    """Cutting of what an earlier document has; the last step, so that no only copy is lost."""
+    seen: set[int] = set()
+
+    def step(document: Document) -> Result:
+        code = document["meta"]["profile"] == "code"
+        pieces = long_pieces(document["text"], code, config.paragraph_characters)
+        repeated = [span for span, key in pieces if key in seen]
+        seen.update(key for _, key in pieces)
+        return cut_repeats(document, repeated)
+
+    return step
+
+
+def _held_out(entries: list[DocumentEntry], config: CorpusConfig, seed: int) -> set[str]:
+    held = heldout(entries, config.heldout_share, config.heldout_max_bytes, seed)
+    if held:
+        return held
+    raise OpenQwenError(
+        f"No document could be held out: the corpus has {len(entries)} after filtering.",
+        where=config.folder,
+        do="give more than one document, and not all of them above "
+        f"{config.heldout_max_bytes:,} bytes (heldout_max_bytes): scores are taken on documents "
+        "that training never saw",
     )
 
 
-def _cap(documents: list[Document], config: CorpusConfig, seed: int, step: Step) -> list[Document]:
-    left_out = beyond_cap(documents, [_size(d["text"]) for d in documents], config.max_bytes, seed)
-    kept = []
-    for position, document in enumerate(documents):
-        if position in left_out:
-            source = document["source"]
-            step.drop(
-                document, f"{source} limit", f"source limited to {config.max_bytes[source]:,} bytes"
-            )
-        else:
-            step.keep(document["text"])
-            kept.append(document)
-    return kept
-
-
-def _clean_and_filter(
-    documents: list[Document], config: CorpusConfig, clean: Step, filtering: Step
-) -> list[Document]:
-    kept = []
-    with progress("filter", len(documents), "documents") as bar:
+def _with_progress(
+    label: str, documents: Iterable[Document], total: int | None = None
+) -> Iterator[Document]:
+    with progress(label, total, "documents") as bar:
         for document in documents:
+            yield document
             bar.advance()
-            text = normalize(document["text"])
-            profile = document["meta"]["profile"]
-            if profile == "web" and not Measured(text).unspaced:
-                before = _size(text)
-                text, lines = c4_lines(text, config.filters.web.c4)
-                if lines:
-                    clean.cut(document, "c4 lines", "\n".join(lines), before - _size(text))
-            if not text.strip():
-                clean.drop(document, "empty", "nothing left after cleaning")
-                continue
-            document = {**document, "text": text}
-            clean.keep(text)
-            if failure := first_failure(text, profile, config.filters):
-                filtering.drop(document, *failure)
-            else:
-                filtering.keep(text)
-                kept.append(document)
-    return kept
 
 
-def _exact(
-    documents: list[Document], extra: Iterable[Document], step: Step
-) -> tuple[list[Document], list[Document]]:
-    """The first of each set of equal texts, for the filtered documents and for the extra ones."""
-    seen: dict[bytes, str] = {}
-
-    def fresh(candidates: Iterable[Document]) -> list[Document]:
-        kept = []
-        for document in candidates:
-            first = seen.setdefault(exact_key(document["text"]), document["id"])
-            if first == document["id"]:
-                step.keep(document["text"])
-                kept.append(document)
-            else:
-                step.drop(document, "exact duplicate", f"same text as {first}")
-        return kept
-
-    return fresh(documents), fresh(extra)
-
-
-def _near(documents: list[Document], config: CorpusConfig, step: Step) -> list[Document]:
-    with progress("deduplicate", len(documents), "documents") as bar:
-        signature = signatures((d["text"] for d in documents), config.minhash, bar.advance)
-    kept = []
-    for position, first in enumerate(near_duplicates(signature, config.minhash)):
-        document = documents[position]
-        if first == position:
-            step.keep(document["text"])
-            kept.append(document)
-        else:
-            step.drop(document, "near-duplicate", f"like {documents[first]['id']}")
-    return kept
-
-
-def _cut_repeats(documents: list[Document], config: CorpusConfig, step: Step) -> list[Document]:
-    """Licence headers and stock paragraphs, cut from every document but the first; last, so that
-    none is lost.
-    """
-    repeats = RepeatedParagraphs(config.paragraph_characters)
-    kept = []
-    for document in documents:
-        code = document["meta"]["profile"] == "code"
-        text, cut = repeats.cut(document["text"], code)
-        if cut:
-            reason = "repeated comment" if code else "repeated paragraph"
-            step.cut(document, reason, cut[0], _size(document["text"]) - _size(text))
-            document = {**document, "text": text}
-        if text.strip():
-            step.keep(text)
-            kept.append(document)
-        else:
-            step.drop(document, "nothing else", "every paragraph stands in an earlier document")
-    return kept
-
-
-def _split(
-    documents: list[Document], config: CorpusConfig, seed: int
-) -> tuple[list[Document], list[Document]]:
-    sizes = [_size(d["text"]) for d in documents]
-    out = heldout(documents, sizes, config.heldout_share, config.heldout_max_bytes, seed)
-    if not out:
-        raise OpenQwenError(
-            f"No document could be held out: the corpus has {len(documents)} after filtering.",
-            where=config.folder,
-            do=f"give more than one document, none of them all above {config.heldout_max_bytes:,} "
-            "bytes "
-            "(heldout_max_bytes): scores are taken on documents that training never saw",
-        )
-    train = [document for position, document in enumerate(documents) if position not in out]
-    return train, [documents[position] for position in sorted(out)]
-
-
-def _mixture(train: list[Document], held: list[Document], config: CorpusConfig) -> dict[str, Any]:
-    sources: dict[str, dict[str, Any]] = {}
-    for prefix, documents in (("", train), ("heldout_", held)):
-        for document in documents:
-            names = ("documents", "bytes", "heldout_documents", "heldout_bytes")
-            entry = sources.setdefault(document["source"], dict.fromkeys(names, 0))
-            entry[f"{prefix}documents"] += 1
-            entry[f"{prefix}bytes"] += _size(document["text"])
-    for source, share in shares(
-        {s: e["bytes"] for s, e in sources.items()}, config.weights
-    ).items():
-        sources[source]["weight"] = share
-    texts: dict[str, list[str]] = defaultdict(list)
-    for document in held:
-        texts[document["source"]].append(document["text"])
-    for source, own in texts.items():
-        sources[source]["gzip_bits_per_byte"] = gzip_bits_per_byte(own)
-    return {"sources": sources, "gzip_bits_per_byte": gzip_bits_per_byte(d["text"] for d in held)}
-
-
-def _metrics(report: dict[str, Any]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for name in ("documents", "bytes", "heldout_documents", "heldout_bytes"):
-        metrics[name] = sum(entry[name] for entry in report["sources"].values())
-    metrics["gzip_bits_per_byte"] = report["gzip_bits_per_byte"]
-    metrics |= {f"read_{name}": value for name, value in report["read"].items()}
-    metrics["skipped"] = sum(entry["count"] for entry in report["skipped"].values())
-    for step in report["steps"]:
-        metrics[f"{step['name']}_dropped"] = step["dropped"]
-        metrics[f"{step['name']}_dropped_bytes"] = step["dropped_bytes"]
-    return metrics
-
-
-def _require(documents: list[Document], what: str, config: CorpusConfig, found: str) -> None:
-    if documents:
-        return
-    raise OpenQwenError(
+def _nothing_left(what: str, config: CorpusConfig, reasons: Mapping[str, int]) -> OpenQwenError:
+    common = sorted(((count, reason) for reason, count in reasons.items()), reverse=True)[:4]
+    listed = ", ".join(f"{count} x {reason}" for count, reason in common) or "no files"
+    return OpenQwenError(
         what,
         where=config.folder or "this Python's standard library",
         do="give a folder with .txt, .md, .rst, .html, .jsonl, .parquet or code files that pass "
-        "the rules"
-        f" (--help shows every threshold); found: {found}",
+        f"the rules (--help shows every threshold); found: {listed}",
     )
-
-
-def _main_skips(skips: Skips) -> str:
-    counts = sorted(
-        ((entry["count"], reason) for reason, entry in skips.reasons.items()), reverse=True
-    )
-    return ", ".join(f"{count} x {reason}" for count, reason in counts[:4]) or "no files"
-
-
-def _main_reasons(*steps: Step) -> str:
-    counts = sorted(
-        ((e["documents"], reason) for step in steps for reason, e in step.reasons.items()),
-        reverse=True,
-    )
-    return ", ".join(f"{count} x {reason}" for count, reason in counts[:4])

@@ -1,11 +1,11 @@
-"""Every number of the corpus stage, with where it comes from.
+"""Every number of the corpus stage, with its source.
 
-Gopher: Rae et al. 2021 (arXiv 2112.11446), appendix A; the repetition limits are its table A1. C4:
-Raffel et al. 2020 (arXiv 1910.10683), section 2.2. FineWeb: Penedo et al. 2024 (arXiv 2406.17557)
-and its filters in datatrove.
+Gopher: Rae et al. 2021 (arXiv 2112.11446), appendix A; the repetition limits are its table A1.
+C4: Raffel et al. 2020 (arXiv 1910.10683), section 2.2.
+FineWeb: Penedo et al. 2024 (arXiv 2406.17557) and its filters in datatrove.
 Code: the usual line-length, alphanumeric and generated-file rules (Chen et al. 2021, arXiv
-2107.03374, and successors); the least file size and the share of data are our own choice. Where a
-limit departs from the published one, its description says so.
+2107.03374, and successors); the smallest file and the share of data are our own choice.
+Where a limit differs from the published one, its description says so.
 """
 
 from pathlib import Path
@@ -72,9 +72,7 @@ class GopherRepetition(Settings):
 
 
 class C4(Settings):
-    """C4's rules (section 2.2) but for end-of-line punctuation: FineWeb found that rule to cost
-    more than it gives.
-    """
+    """C4's rules without end-of-line punctuation, which costs too much text (FineWeb)."""
 
     min_line_words: int = Field(3, description="lines of fewer words are cut out")
     max_word_characters: int = Field(1000, description="lines with a longer word are cut out")
@@ -96,9 +94,7 @@ class FineWeb(Settings):
 
 
 class WebRules(Settings):
-    """Extracted web pages and collections made from them: the published limits, on unwrapped
-    lines.
-    """
+    """Extracted web pages and collections of them: the published limits, on unwrapped lines."""
 
     gopher: GopherQuality = Field(
         default_factory=GopherQuality, description="Gopher's quality rules"
@@ -111,41 +107,33 @@ class WebRules(Settings):
 
 
 class TextRules(Settings):
-    """Books, notes and documentation: Gopher's and FineWeb's rules, with the limits that only web
-    pages deserve eased.
+    """Books, notes and documentation: Gopher's and FineWeb's rules, some with wider limits.
 
-    C4's rules are not among them: `{` and lines of two words are signs of a bad web page, not of a
-    bad manual.
+    C4's rules do not apply: `{` and lines of two words are signs of a bad web page, not of a bad
+    manual.
     """
 
     gopher: GopherQuality = Field(
         default_factory=lambda: GopherQuality(min_alphabetic_words=0.7),
-        description=(
-            "Gopher's quality rules; manuals hold more operators and numbers than prose "
-            "(published: 0.8)"
-        ),
+        description="Gopher's quality rules; manuals hold more operators and numbers than prose "
+        "(published: 0.8)",
     )
     fineweb: FineWeb = Field(
         default_factory=lambda: FineWeb(max_duplicate_line_characters=0.2),
-        description=(
-            "FineWeb's rules; refrains and repeated notes are normal in books and manuals "
-            "(published: 0.01)"
-        ),
+        description="FineWeb's rules; refrains and repeated notes are normal in books and manuals "
+        "(published: 0.01)",
     )
     repetition: GopherRepetition = Field(
         default_factory=lambda: GopherRepetition(
             max_duplicate_ngrams={5: 0.30, 6: 0.28, 7: 0.26, 8: 0.24, 9: 0.22, 10: 0.20}
         ),
-        description=(
-            "Gopher's repetition rules; a manual describes one parameter in many places "
-            "(published: half)"
-        ),
+        description="Gopher's repetition rules; a manual describes one parameter in many places "
+        "(published: half)",
     )
 
 
 class UnspacedRules(Settings):
-    """Chinese, Japanese, Thai and other scripts without spaces: rules that count characters, where
-    words mean nothing.
+    """Chinese, Japanese, Thai and other scripts without spaces: rules that count characters.
 
     The limits are those of a published Chinese recipe (datajuicer/data-juicer#30).
     """
@@ -161,25 +149,19 @@ class UnspacedRules(Settings):
 class CodeRules(Settings):
     """Source code: line lengths, character shares, generated files, and files that are data."""
 
-    min_characters: int = Field(
-        200,
-        description="shortest file, characters (our choice: below it there is nothing to learn)",
-    )
+    min_characters: int = Field(200, description="shortest file, characters (our choice)")
     max_mean_line: float = Field(100.0, description="largest mean line length, characters")
     max_line: int = Field(1000, description="longest line, characters")
     min_alphanumeric: float = Field(
         0.25, description="smallest share of characters that are letters or digits"
     )
     max_data: float = Field(
-        0.3,
-        description=(
-            "largest share of characters in number tables, hex and base64 runs (our choice)"
-        ),
+        0.3, description="largest share of characters in number tables, hex and base64 (our choice)"
     )
 
 
 class FilterConfig(Settings):
-    """The rules of each profile. A document has one profile, by its file type or its source."""
+    """The rules of each profile. A document's profile follows from its file type or source."""
 
     web: WebRules = Field(default_factory=WebRules, description="HTML, JSONL and Parquet")
     text: TextRules = Field(
@@ -187,13 +169,13 @@ class FilterConfig(Settings):
     )
     unspaced: UnspacedRules = Field(
         default_factory=UnspacedRules,
-        description="web and text documents in scripts that set no spaces between words",
+        description="web and text documents in scripts without spaces between words",
     )
     code: CodeRules = Field(default_factory=CodeRules, description="source code")
 
 
 class MinHashConfig(Settings):
-    """Near-deduplication with FineWeb's banding: half of all pairs at Jaccard 0.68 are found."""
+    """Near-deduplication with FineWeb's banding: it finds half of the pairs at Jaccard 0.68."""
 
     shingle_words: int = Field(5, ge=1, description="words in a shingle")
     bands: int = Field(
@@ -209,9 +191,8 @@ class CorpusConfig(Settings):
 
     folder: Path | None = Field(
         None,
-        description=(
-            "folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet, code; none: Python's library"
-        ),
+        description="folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet, code; none: Python's "
+        "library",
     )
     max_document_bytes: int = Field(
         10_000_000,
@@ -220,13 +201,10 @@ class CorpusConfig(Settings):
     )
     max_bytes: dict[str, int] = Field(
         {"code": 24_000_000, "docs": 6_000_000},
-        description=(
-            "most bytes to take from each source named; the documents are chosen by the seed"
-        ),
+        description="most bytes of each source named here; the seed chooses the documents",
     )
     profiles: dict[str, Profile] = Field(
-        {},
-        description="source -> web, text or code: rules to use in place of those of its file types",
+        {}, description="source -> web, text or code: the rules for it, whatever its file types"
     )
     filters: FilterConfig = Field(
         default_factory=FilterConfig, description="the rules of each profile"
@@ -234,9 +212,7 @@ class CorpusConfig(Settings):
     paragraph_characters: int = Field(
         200,
         ge=1,
-        description=(
-            "shortest paragraph or comment that is cut where another document already had it"
-        ),
+        description="shortest paragraph or comment that is cut where an earlier document has it",
     )
     minhash: MinHashConfig = Field(default_factory=MinHashConfig, description="near-deduplication")
     heldout_share: float = Field(
@@ -250,5 +226,5 @@ class CorpusConfig(Settings):
 
 
 def text_bytes(config: CorpusConfig) -> int:
-    """How much raw text there is to read, at a guess."""
+    """A guess at the bytes of raw text, for estimates."""
     return min(sum(config.max_bytes.values()), 10**9)

@@ -1,9 +1,8 @@
 """Exact duplicates by one hash, near-duplicates by MinHash with banding.
 
 MinHash (Broder 1997): the chance that two documents share a minimum is the Jaccard similarity of
-their shingle sets, so that of agreeing in one of b bands of r rows is 1 - (1 - s^r)^b. FineWeb:
-5-word shingles, 14 bands of 8. Everything after the first regular expression is NumPy over whole
-batches of documents.
+their shingle sets, so the chance that they agree in one of b bands of r rows is 1 - (1 - s^r)^b.
+FineWeb: 5-word shingles, 14 bands of 8. All is NumPy over whole batches of documents.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,24 +11,15 @@ import numpy as np
 import xxhash
 
 from openqwen.corpus.config import MinHashConfig
-from openqwen.tokenizer.fast import tasks
+from openqwen.support.splitmix import GAMMA, mix
+from openqwen.tokenizer.fast import text_batches
 
-_PRIME = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
-_INVERSE = pow(_PRIME, -1, 1 << 64)
+_INVERSE = pow(GAMMA, -1, 1 << 64)
 
 
 def exact_key(text: str) -> bytes:
-    """xxh3-128 of the text with its white space evened out: 16 bytes, equal for equal texts."""
+    """xxh3-128 of the text's words: 16 bytes, the same for texts that differ in white space."""
     return xxhash.xxh3_128_digest(" ".join(text.split()).encode("utf-8"))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele et al. 2014), a bijection that spreads every bit over all
-    64.
-    """
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _powers(base: int, count: int) -> np.ndarray:
@@ -41,28 +31,27 @@ def _powers(base: int, count: int) -> np.ndarray:
 
 _IS_WORD = np.zeros(256, dtype=bool)
 _IS_WORD[[*range(48, 58), *range(65, 91), *range(97, 123), 95, *range(128, 256)]] = True
-_BYTE_HASH = _mix(np.arange(1, 257, dtype=np.uint64) * np.uint64(_PRIME))
+_BYTE_HASH = mix(np.arange(1, 257, dtype=np.uint64) * np.uint64(GAMMA))
 
 
 def _word_hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hash and start of each word in a buffer; a word is a run of letters, digits, `_` and bytes of
-    other scripts.
+    """Hash and start of each word in a buffer of UTF-8.
 
-    With S the prefix sums of h(byte) * P^position, a word's hash (S[end] - S[start]) * P^-start
-    does not depend on where it stands: one pass over the buffer serves all words.
+    A word is a run of letters, digits, `_` and bytes of other scripts. With S the prefix sums of
+    h(byte) * G^position, a word's hash (S[end] - S[start]) * G^-start does not depend on where it
+    stands: one pass over the buffer serves all words.
     """
     edges = np.diff(_IS_WORD[data].astype(np.int8), prepend=0, append=0)
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     sums = np.zeros(len(data) + 1, dtype=np.uint64)
-    np.cumsum(_BYTE_HASH[data] * _powers(_PRIME, len(data)), out=sums[1:])
-    return _mix((sums[ends] - sums[starts]) * _powers(_INVERSE, len(data) + 1)[starts]), starts
+    np.cumsum(_BYTE_HASH[data] * _powers(GAMMA, len(data)), out=sums[1:])
+    return mix((sums[ends] - sums[starts]) * _powers(_INVERSE, len(data) + 1)[starts]), starts
 
 
 def shingle_hashes(texts: list[str], words: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all `words`-word shingles of a batch, lower-cased, and [texts + 1] offsets of each
-    text's part.
+    """(hashes of all `words`-word shingles of a batch, [texts + 1] where each text's begin).
 
-    A text of fewer words has one shingle, the whole of it.
+    Letters are lower-cased. A text of fewer words has one shingle: all of it.
     """
     parts = [text.lower().encode("utf-8") for text in texts]
     data = np.frombuffer(b" ".join(parts) + b" ", dtype=np.uint8)
@@ -72,7 +61,7 @@ def shingle_hashes(texts: list[str], words: int) -> tuple[np.ndarray, np.ndarray
     counts = np.diff(first)
     shingle_counts = np.maximum(counts - words + 1, 1)
     offsets = np.concatenate([[0], np.cumsum(shingle_counts)])
-    # The word at which each shingle starts, and how many words it may use.
+    # The word at which each shingle starts, and how many words of its text are left from there.
     owner = np.repeat(np.arange(len(texts)), shingle_counts)
     position = first[owner] + np.arange(offsets[-1]) - offsets[owner]
     left = first[owner + 1] - position
@@ -80,27 +69,24 @@ def shingle_hashes(texts: list[str], words: int) -> tuple[np.ndarray, np.ndarray
     shingles = np.zeros(len(position), dtype=np.uint64)
     for step in range(words):
         word = np.where(step < left, padded[np.minimum(position + step, len(hashes))], 0)
-        shingles = shingles * np.uint64(_PRIME) + word
-    return _mix(shingles), offsets
+        shingles = shingles * np.uint64(GAMMA) + word
+    return mix(shingles), offsets
 
 
 def signatures(
     texts: Iterable[str], config: MinHashConfig, advance: Callable[[int], None] | None = None
 ) -> np.ndarray:
-    """[documents, bands * rows] 64-bit MinHash signatures; `advance` is told of each batch's
-    documents.
+    """[documents, bands * rows] 64-bit MinHash signatures.
 
-    Memory: 8 * bands * rows bytes a document (896 with the defaults) and a few tens of MB for a
-    batch.
+    advance: called with the number of documents after each batch. Memory: 8 * bands * rows bytes a
+    document (896 with the defaults) and a few tens of MB for a batch.
     """
     hashes = config.bands * config.rows
-    # The hash functions are part of the method, not of a run: fixed, so that corpora can be
-    # compared.
-    constants = _mix(np.arange(1, 2 * hashes + 1, dtype=np.uint64) * np.uint64(_INVERSE)).reshape(
-        2, hashes
-    )
+    # The hash functions are the same in every run, so that corpora can be compared.
+    counts = np.arange(1, 2 * hashes + 1, dtype=np.uint64)
+    constants = mix(counts * np.uint64(_INVERSE)).reshape(2, hashes)
     parts: list[np.ndarray] = [np.zeros((0, hashes), dtype=np.uint64)]
-    for batch in tasks(texts):  # small enough for its arrays to stay near the cache
+    for batch in text_batches(texts):  # small enough for its arrays to stay near the cache
         shingles, offsets = shingle_hashes(batch, config.shingle_words)
         part = np.empty((len(batch), hashes), dtype=np.uint64)
         for column in range(hashes):
@@ -114,13 +100,12 @@ def signatures(
 
 
 def near_duplicates(signature: np.ndarray, config: MinHashConfig) -> np.ndarray:
-    """[documents] the first document of the cluster that each belongs to: itself, if it is to be
-    kept.
+    """[documents] the number of the first document in the cluster of each: its own if it is kept.
 
     Two documents are linked if they agree in all rows of some band; clusters are the connected
     components.
     """
-    parent = np.arange(len(signature))
+    parent = np.arange(len(signature))  # a forest: each tree's root is its smallest number
 
     def root(x: int) -> int:
         while parent[x] != x:
@@ -131,7 +116,7 @@ def near_duplicates(signature: np.ndarray, config: MinHashConfig) -> np.ndarray:
     for band in range(config.bands):
         keys = np.zeros(len(signature), dtype=np.uint64)
         for column in range(band * config.rows, (band + 1) * config.rows):
-            keys = _mix(keys + signature[:, column])
+            keys = mix(keys + signature[:, column])
         order = np.argsort(keys, kind="stable")
         for position in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]):
             a, b = root(int(order[position])), root(int(order[position + 1]))

@@ -1,6 +1,9 @@
-"""The published filter rules. Each is a function of the measured document and its thresholds that
-returns None to keep it or a few words saying why not; its name is the reason in the report. The
-first rule that fails decides."""
+"""The published filter rules.
+
+Each is a function of the measured document and its thresholds. It returns None to keep the
+document, or a few words that say why not. The first rule that fails decides; its name is the reason
+in the report.
+"""
 
 import re
 from collections.abc import Callable
@@ -23,10 +26,11 @@ _BULLETS = ("•", "‣", "▪", "◦", "●", "○", "- ", "* ", "+ ")
 _ELLIPSIS = ("...", "…")
 _END = (".", "?", "!", '"', "'", "”", "’", "…")
 _SENTENCE = re.compile(r"[.!?](?:[\"')\]]*)(?=\s|$)|[。！？]")
+_NOTE = ("#", "//", "/*", "*", '"', "'", "--", ";")  # starts of comments and docstrings
 _GENERATED = re.compile(
     r"auto[- ]?generated|automatically generated|generated (?:by|from)\b|do not edit", re.I
 )
-# Runs that hold data, not programs: hex, base64, escapes, and lists of numbers.
+# Runs of data inside programs: hex, base64, escapes, and lists of numbers.
 _DATA = re.compile(
     r"[0-9a-fA-F]{32,}|[A-Za-z0-9+/]{72,}={0,2}|(?:\\x[0-9a-fA-F]{2}){8,}"
     r"|(?:[-+(\[]{0,3}(?:0[xX][0-9a-fA-F]+|\d+(?:\.\d+)?)[)\]]{0,2}[,:]\s*){8,}"
@@ -54,28 +58,26 @@ def word_count(m: Measured, t: GopherQuality) -> str | None:
 
 
 def mean_word_length(m: Measured, t: GopherQuality) -> str | None:
-    """Characters a word."""
+    """Mean characters of a word."""
     return _outside(m.word_characters / len(m.words), t.min_word_length, t.max_word_length)
 
 
 def symbols_per_word(m: Measured, t: GopherQuality) -> str | None:
-    """Hash signs, and ellipses, for each word."""
+    """Hash signs per word, and ellipses per word."""
     ellipses = sum(map(m.text.count, _ELLIPSIS))
     return _over(max(m.text.count("#"), ellipses) / len(m.words), t.max_symbols_per_word)
 
 
 def bullet_lines(m: Measured, t: GopherQuality) -> str | None:
     """Share of lines that start with a bullet."""
-    return _over(
-        sum(line.startswith(_BULLETS) for line in m.lines) / len(m.lines), t.max_bullet_lines
-    )
+    bullets = sum(line.startswith(_BULLETS) for line in m.lines)
+    return _over(bullets / len(m.lines), t.max_bullet_lines)
 
 
 def ellipsis_lines(m: Measured, t: GopherQuality) -> str | None:
     """Share of lines that end in an ellipsis."""
-    return _over(
-        sum(line.endswith(_ELLIPSIS) for line in m.lines) / len(m.lines), t.max_ellipsis_lines
-    )
+    ellipses = sum(line.endswith(_ELLIPSIS) for line in m.lines)
+    return _over(ellipses / len(m.lines), t.max_ellipsis_lines)
 
 
 def alphabetic_words(m: Measured, t: GopherQuality) -> str | None:
@@ -86,9 +88,9 @@ def alphabetic_words(m: Measured, t: GopherQuality) -> str | None:
 
 def stop_words(m: Measured, t: GopherQuality) -> str | None:
     """Occurrences of stop words."""
-    wanted = set(t.stop_words)
-    found = sum(word in wanted for word in m.text.lower().split())
-    return None if found >= t.min_stop_words else f"{found}, at least {t.min_stop_words}"
+    listed = set(t.stop_words)
+    count = sum(word in listed for word in m.text.lower().split())
+    return None if count >= t.min_stop_words else f"{count}, at least {t.min_stop_words}"
 
 
 # --- Gopher, repetition (table A1) ---
@@ -133,14 +135,14 @@ def lorem_ipsum(m: Measured, t: C4) -> str | None:
 
 
 def curly_bracket(m: Measured, t: C4) -> str | None:
-    """A curly bracket: code among what should be prose."""
+    """A curly bracket: a sign of code in what should be prose."""
     return "holds '{'" if "{" in m.text else None
 
 
 def sentence_count(m: Measured, t: C4) -> str | None:
-    """Fewest sentences."""
-    found = len(_SENTENCE.findall(m.text))
-    return None if found >= t.min_sentences else f"{found} sentences, at least {t.min_sentences}"
+    """At least `min_sentences` sentences."""
+    count = len(_SENTENCE.findall(m.text))
+    return None if count >= t.min_sentences else f"{count} sentences, at least {t.min_sentences}"
 
 
 # --- FineWeb (Penedo et al. 2024) ---
@@ -148,16 +150,14 @@ def sentence_count(m: Measured, t: C4) -> str | None:
 
 def punctuated_lines(m: Measured, t: FineWeb) -> str | None:
     """Share of lines that end in punctuation."""
-    return _under(
-        sum(line.endswith(_END) for line in m.lines) / len(m.lines), t.min_punctuated_lines
-    )
+    punctuated = sum(line.endswith(_END) for line in m.lines)
+    return _under(punctuated / len(m.lines), t.min_punctuated_lines)
 
 
 def short_lines(m: Measured, t: FineWeb) -> str | None:
     """Share of short lines."""
-    return _over(
-        sum(len(line) <= t.short_line for line in m.lines) / len(m.lines), t.max_short_lines
-    )
+    short = sum(len(line) <= t.short_line for line in m.lines)
+    return _over(short / len(m.lines), t.max_short_lines)
 
 
 def repeated_line_characters(m: Measured, t: FineWeb) -> str | None:
@@ -166,7 +166,7 @@ def repeated_line_characters(m: Measured, t: FineWeb) -> str | None:
 
 
 def newlines_per_word(m: Measured, t: FineWeb) -> str | None:
-    """Line ends for each word: lists and tables have many."""
+    """Line ends per word: lists and tables have many."""
     return _over(max(len(m.lines) - 1, 0) / len(m.words), t.max_newlines_per_word)
 
 
@@ -187,12 +187,9 @@ def duplicate_characters(m: Measured, t: UnspacedRules) -> str | None:
 
 
 def file_length(m: Measured, t: CodeRules) -> str | None:
-    """Fewest characters."""
-    return (
-        None
-        if len(m.text) >= t.min_characters
-        else f"{len(m.text)} characters, at least {t.min_characters}"
-    )
+    """At least `min_characters` characters."""
+    size = len(m.text)
+    return None if size >= t.min_characters else f"{size} characters, at least {t.min_characters}"
 
 
 def line_length(m: Measured, t: CodeRules) -> str | None:
@@ -207,12 +204,11 @@ def alphanumeric_characters(m: Measured, t: CodeRules) -> str | None:
 
 
 def generated_code(m: Measured, t: CodeRules) -> str | None:
-    """A note among the first lines that a program wrote the file."""
+    """A note in the first five lines that a program wrote the file."""
     for line in m.text.split("\n", 5)[:5]:
-        if (found := _GENERATED.search(line)) and line.lstrip().startswith(
-            ("#", "//", "/*", "*", '"', "'", "--", ";")
-        ):
-            return f"says '{found[0]}'"
+        match = _GENERATED.search(line)
+        if match and line.lstrip().startswith(_NOTE):
+            return f"says '{match[0]}'"
     return None
 
 
@@ -221,8 +217,7 @@ def embedded_data(m: Measured, t: CodeRules) -> str | None:
     return _over(sum(len(run) for run in _DATA.findall(m.text)) / len(m.text), t.max_data)
 
 
-# The cheap rules first: the survivors are the same in any order, and most documents that go, go
-# early.
+# The cheap rules come first. The order does not change which documents stay.
 _GOPHER: tuple[Rule, ...] = (
     word_count,
     mean_word_length,
@@ -256,9 +251,7 @@ _CODE: tuple[Rule, ...] = (
 
 
 def first_failure(text: str, profile: str, config: FilterConfig) -> tuple[str, str] | None:
-    """(rule name, why) of the first rule that a cleaned text of this profile fails; None if it
-    passes all of them.
-    """
+    """(rule name, why) of the first rule that a cleaned text of this profile fails, or None."""
     measured = Measured(text)
     if profile == "code":
         return _first(measured, _CODE, config.code)

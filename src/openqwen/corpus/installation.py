@@ -1,9 +1,9 @@
 """The corpus that every user has: the running Python's standard library.
 
 Nothing that was installed beside it is read, so the same Python gives the same text everywhere.
-Two sources. "code": the library's source, its tests included. "docs": the docstrings of each of
-its modules, set out as a reference page, the `pydoc` topics, and the text files among the sources.
-Real English and real code with real dirt: licence headers, tables of data, near-duplicates.
+There are two sources. "code": the library's source with its tests. "docs": a reference page of each
+module, made of its docstrings; the `pydoc` topics; the text files among the sources.
+It is real English and real code with real faults: licence headers, data tables, near-duplicates.
 """
 
 import ast
@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from openqwen.corpus.read import Document, FolderReader
+from openqwen.corpus.documents import Document
+from openqwen.corpus.read import FolderReader
 
 _SITE = frozenset({"site-packages", "dist-packages"})
-# Python's own list, and the tests that it leaves out.
-# What else lies in the folder is the distribution's or the user's.
+# Python's list of its modules, and the tests, which the list leaves out. Other files in the folder
+# belong to the distribution or the user.
 _LIBRARY = sys.stdlib_module_names | {"test"}
 
 
@@ -45,13 +46,10 @@ class InstallationReader:
         for document in self._library.read(file, path):
             path = document["id"]
             code = document["meta"]["profile"] == "code"
+            document |= {"id": f"python/{path}", "source": "code" if code else "docs"}
+            document["language"] = "en"
             # A module's source and its reference page share a group, so that both are held out or
             # neither is.
-            document |= {
-                "id": f"python/{path}",
-                "source": "code" if code else "docs",
-                "language": "en",
-            }
             document["meta"]["group"] = f"python/{path}"
             yield document
             if path.endswith(".py") and not _is_test(path):
@@ -68,7 +66,7 @@ def _is_test(path: str) -> bool:
 
 
 def _topics() -> Iterator[Document]:
-    """The language reference as `help("topic")` shows it."""
+    """The pages of the language reference that `help("topic")` shows."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions cut it out
@@ -78,9 +76,7 @@ def _topics() -> Iterator[Document]:
 
 
 def _reference(path: str, source: str) -> Iterator[Document]:
-    """One page for a module: its docstring, then each class and function with its signature and
-    docstring.
-    """
+    """One page for a module: its docstring, then its classes and functions with signatures."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in old modules

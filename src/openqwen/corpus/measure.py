@@ -1,13 +1,12 @@
-"""What the filter rules look at, counted once a document and shared by all rules."""
+"""What the filter rules look at: counted once for each document, shared by all rules."""
 
 import re
 from functools import cached_property
 
 import numpy as np
 
-from openqwen.corpus.clean import logical_lines
+from openqwen.corpus.clean import PARAGRAPH_END, logical_lines
 
-_PARAGRAPH = re.compile(r"\n{2,}")
 # Thai, Lao, Myanmar, Khmer, kana and Chinese characters.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
@@ -15,7 +14,7 @@ _UNSPACED = re.compile(
 
 
 class Measured:
-    """A document with its words, lines and paragraphs.
+    """A document's words, lines and paragraphs.
 
     A word is what stands between white space (Gopher's definition). A line is a logical line: hard
     wraps are undone.
@@ -36,11 +35,11 @@ class Measured:
 
     @cached_property
     def unspaced(self) -> bool:
-        """Whether the text is mostly of a script that sets no spaces between words."""
+        """Whether the text is mostly in a script without spaces between words."""
         return len(_UNSPACED.findall(self.text)) > 0.3 * self.word_characters
 
     def by_character(self) -> "Measured":
-        """The same text with every character a word."""
+        """The same text, with each character as a word."""
         return Measured(" ".join("".join(self.words)))
 
     @cached_property
@@ -51,7 +50,7 @@ class Measured:
     @cached_property
     def paragraphs(self) -> list[str]:
         """Blocks between blank lines, stripped."""
-        return [p.strip() for p in _PARAGRAPH.split(self.text) if p.strip()]
+        return [p.strip() for p in PARAGRAPH_END.split(self.text) if p.strip()]
 
     def repeated(self, pieces: list[str]) -> tuple[float, float]:
         """The share of pieces that occurred before in the document, by count and by characters."""
@@ -76,12 +75,13 @@ class Measured:
 
     @cached_property
     def _ngrams(self) -> dict[int, np.ndarray]:
-        """n -> [words - n + 1] numbers, equal where the n-grams are equal; filled by `ngrams`."""
+        """What `ngrams` has computed, by n."""
         return {1: self._word_numbers[0]}
 
     def ngrams(self, n: int) -> np.ndarray:
-        """Exact n-gram numbers, built from those of n - 1: a pair of numbers below 2^31 makes a
-        unique key.
+        """[words - n + 1] numbers that are equal exactly where the n-grams are equal.
+
+        They are built from those of n - 1: two numbers below 2^31 make a unique key.
         """
         if n not in self._ngrams:
             shorter, words = self.ngrams(n - 1), self._ngrams[1]
@@ -90,10 +90,9 @@ class Measured:
         return self._ngrams[n]
 
     def top_ngram_share(self, n: int) -> float:
-        """Share of word characters in the most frequent n-gram (Gopher, table A1); among equals,
-        the longest counts.
+        """Share of word characters in the most frequent n-gram (Gopher, table A1).
 
-        0 where every n-gram occurs once.
+        Of equally frequent ones the longest counts. 0 where every n-gram occurs once.
         """
         if len(self.words) < n:
             return 0.0
@@ -106,8 +105,9 @@ class Measured:
         return float(most * total[counts[numbers] == most].max() / self.word_characters)
 
     def duplicate_ngram_share(self, n: int) -> float:
-        """Share of word characters in n-grams that occurred before, overlaps counted once (Gopher,
-        table A1).
+        """Share of word characters in n-grams that occurred before (Gopher, table A1).
+
+        A word inside several of them counts once.
         """
         if len(self.words) < n:
             return 0.0

@@ -1,8 +1,8 @@
-"""Documents from a folder of files, in a fixed order, with every skip counted and explained.
+"""Documents from a folder of files, in a fixed order; what is skipped is counted, with the reason.
 
 A document is {"id", "text", "source", "language", "meta"}. `id` is the path inside the folder, with
 `#number` for one record among many; `source` is the name of the top-level subfolder, or
-"documents"; meta["profile"] names the rules to filter it by.
+"documents"; meta["profile"] names the rules by which it is filtered.
 """
 
 import io
@@ -18,17 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from resiliparse.extract.html2text import extract_plain_text
 
+from openqwen.corpus.documents import Document, utf8_size
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import is_pointer, open_binary
 
-Document = dict[str, Any]
-
-_CODE = (
-    "py pyi pyx c h cc cpp cxx hpp hh cu java kt scala cs go rs swift js jsx mjs ts tsx rb php pl "
-    "pm lua r jl hs ml "
-    "clj ex exs erl dart sh bash zsh ps1 sql m mm asm s f f90 f95 zig nim v vhd proto cmake mk el "
-    "lisp scm vim"
-)
+_CODE = """
+    py pyi pyx c h cc cpp cxx hpp hh cu java kt scala cs go rs swift js jsx mjs ts tsx rb php pl pm
+    lua r jl hs ml clj ex exs erl dart sh bash zsh ps1 sql m mm asm s f f90 f95 zig nim v vhd proto
+    cmake mk el lisp scm vim"""
 _PROFILES = {
     **{f".{suffix}": "code" for suffix in _CODE.split()},
     **dict.fromkeys(("", ".txt", ".md", ".markdown", ".rst"), "text"),
@@ -45,13 +42,13 @@ _CHUNK = 1 << 20
 
 
 class Skips:
-    """What was not read, and why: counts by reason with a few examples each."""
+    """What was not read, and why: a count for each reason, with a few examples."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, dict[str, Any]] = {}
 
     def add(self, reason: str, file: str, line: int | None = None, why: str = "") -> None:
-        """Count one skipped file (line None) or record; `line` counts from 1."""
+        """Count one skipped file, or the record in its line `line` (from 1)."""
         entry = self.reasons.setdefault(reason, {"count": 0, "examples": []})
         entry["count"] += 1
         if len(entry["examples"]) < _EXAMPLES:
@@ -59,12 +56,13 @@ class Skips:
 
 
 class FolderReader:
-    """Iterates over the documents of a folder; afterwards `skips`, `files` and `bytes` say what was
-    met.
+    """Iterates over the documents of a folder.
 
-    max_bytes: longest document, in bytes; longer files and lines are skipped without being held in
-    memory.
-    exclude: names of folders to leave out, silently.
+    Afterwards `skips`, `files` and `bytes` hold what was skipped and read.
+
+    Args:
+        max_bytes: of a document; longer files and lines are skipped and never held in memory.
+        exclude: names of folders that are left out and not counted.
     """
 
     def __init__(self, folder: Path, max_bytes: int, exclude: frozenset[str] = frozenset()):
@@ -90,8 +88,9 @@ class FolderReader:
             yield from self.read(path, name)
 
     def listing(self) -> list[tuple[Path, str]]:
-        """Regular files in order of name, with the name used in ids; folders that link in a circle
-        are entered once.
+        """Regular files in the order of their names, each with its name in ids.
+
+        A folder that links lead to again is entered once.
         """
         return list(self._walk(self.folder, "", set()))
 
@@ -106,16 +105,16 @@ class FolderReader:
             return
         if (status.st_dev, status.st_ino) in entered:
             self.skips.add(
-                "folder linked again", name, why="a link leads to a folder that was already read"
+                "folder linked again", name, why="a link leads to a folder that was read before"
             )
             return
         entered.add((status.st_dev, status.st_ino))
         for entry in entries:
-            # A name need not be UTF-8, an id must be.
-            shown = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
-            inner = f"{name}/{shown}" if name else shown
             if entry.name.startswith(".") or entry.name in self.exclude:
                 continue
+            # A file name need not be UTF-8, an id must be.
+            shown = os.fsencode(entry.name).decode("utf-8", "backslashreplace")
+            inner = f"{name}/{shown}" if name else shown
             try:
                 mode = entry.stat().st_mode
             except OSError as error:
@@ -125,11 +124,11 @@ class FolderReader:
                 yield from self._walk(Path(entry.path), inner, entered)
             elif stat.S_ISREG(mode):
                 yield Path(entry.path), inner
-            else:  # opening a pipe would wait for ever
+            else:  # opening a pipe would wait forever
                 self.skips.add("not a regular file", inner, why=f"mode {stat.filemode(mode)}")
 
     def read(self, path: Path, name: str) -> Iterator[Document]:
-        """The documents of one file; whatever is wrong with it is counted in `skips`."""
+        """The documents of one file; a fault in it is counted in `skips`."""
         suffix = "".join(path.suffixes[-2:]).lower()
         suffix = suffix if suffix in _RECORDS else path.suffix.lower()
         reader: Callable[[Path, str], Iterator[Document]]
@@ -150,14 +149,12 @@ class FolderReader:
             self.bytes += path.stat().st_size
             yield from reader(path, name)
         except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
-            # A torn archive raises an OSError without a number, a file that may not be read one
-            # with it.
-            packed = (
-                suffix.endswith((".gz", ".zst", ".parquet"))
-                and getattr(error, "errno", None) is None
-            )
+            # The system's errors have a number; those of a damaged archive have none.
+            from_system = getattr(error, "errno", None) is not None
+            packed = suffix.endswith((".gz", ".zst", ".parquet"))
+            reason = "damaged file" if packed and not from_system else "unreadable file"
             why = getattr(error, "strerror", None) or str(error).split("\n")[0]
-            self.skips.add("damaged file" if packed else "unreadable file", name, why=why)
+            self.skips.add(reason, name, why=why)
 
     def _text(self, path: Path, name: str) -> Iterator[Document]:
         size = path.stat().st_size
@@ -172,16 +169,14 @@ class FolderReader:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
-            self.skips.add(
-                "invalid UTF-8", name, line, f"byte 0x{raw[error.start]:02x} at {error.start}"
-            )
+            why = f"byte 0x{raw[error.start]:02x} at {error.start}"
+            self.skips.add("invalid UTF-8", name, line, why)
             return
         profile = _PROFILES[path.suffix.lower()]
         if profile == "web":
             if (depth := html_depth(text)) > _MAX_DEPTH:
-                self.skips.add(
-                    "nested too deeply", name, why=f"{depth:,} elements deep, limit {_MAX_DEPTH:,}"
-                )
+                why = f"{depth:,} elements deep, limit {_MAX_DEPTH:,}"
+                self.skips.add("nested too deeply", name, why=why)
                 return
             text = html_text(text)
         yield from self._document(text, name, None, profile, {})
@@ -198,30 +193,20 @@ class FolderReader:
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            self.skips.add(
-                "invalid UTF-8",
-                name,
-                number,
-                f"byte 0x{line[error.start]:02x} at {error.start} of the line",
-            )
+            why = f"byte 0x{line[error.start]:02x} at {error.start} of the line"
+            self.skips.add("invalid UTF-8", name, number, why)
             return
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # also numbers and nesting that Python refuses
+        # RecursionError and some ValueErrors: nesting and numbers that Python refuses to read.
+        except (ValueError, RecursionError) as error:
             self.skips.add("not JSON", name, number, str(error))
             return
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            found = (
-                f"fields {sorted(record)[:8]}"
-                if isinstance(record, dict)
-                else f"a {type(record).__name__}"
-            )
-            self.skips.add(
-                "no text", name, number, f"wanted an object with a string 'text', found {found}"
-            )
+        if isinstance(record, dict) and isinstance(record.get("text"), str):
+            yield from self._document(record["text"], name, number, "web", record)
             return
-        yield from self._document(record["text"], name, number, "web", record)
+        is_object = isinstance(record, dict)
+        what = f"fields {sorted(record)[:8]}" if is_object else f"a {type(record).__name__}"
+        why = f"wanted an object with a string 'text', found {what}"
+        self.skips.add("no text", name, number, why)
 
     def _parquet(self, path: Path, name: str) -> Iterator[Document]:
         with pq.ParquetFile(path) as file:
@@ -230,26 +215,23 @@ class FolderReader:
                 self.skips.add("no text", name, why=f"no column 'text' among {names[:8]}")
                 return
             columns = [column for column in ("id", "text", "language") if column in names]
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    if isinstance(record["text"], str):
-                        yield from self._document(record["text"], name, number, "web", record)
-                    else:
-                        self.skips.add(
-                            "no text", name, number, f"'text' is a {type(record['text']).__name__}"
-                        )
+            batches = file.iter_batches(batch_size=1024, columns=columns)
+            records = (record for batch in batches for record in batch.to_pylist())
+            for number, record in enumerate(records, 1):
+                text = record["text"]
+                if isinstance(text, str):
+                    yield from self._document(text, name, number, "web", record)
+                else:
+                    self.skips.add("no text", name, number, f"'text' is a {type(text).__name__}")
 
     def _document(
         self, text: str, name: str, number: int | None, profile: str, record: dict[str, Any]
     ) -> Iterator[Document]:
         try:
-            size = len(text.encode("utf-8"))
-        except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no text
-            self.skips.add(
-                "invalid Unicode", name, number, f"lone surrogate at character {error.start}"
-            )
+            size = utf8_size(text)
+        except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but not text
+            why = f"lone surrogate at character {error.start}"
+            self.skips.add("invalid Unicode", name, number, why)
             return
         if size > self.max_bytes:
             self.skips.add("too long", name, number, f"{size:,} bytes, limit {self.max_bytes:,}")
@@ -271,17 +253,16 @@ class FolderReader:
 
 
 def html_text(page: str) -> str:
-    """The main content of a web page as plain text, its markup, menus, scripts and forms left out
-    (resiliparse).
-    """
+    """The main content of a web page as plain text: no markup, menus, scripts or forms."""
     return extract_plain_text(
         page, main_content=True, alt_texts=False, links=False, form_fields=False
     )
 
 
 def html_depth(page: str) -> int:
-    """How deep the containers of a page are nested, at most; those whose end tag may be left out
-    are not counted.
+    """How deep the containers of a page are nested.
+
+    Elements whose end tag may be left out are not counted.
     """
     depth = deepest = 0
     for tag in _CONTAINER.finditer(page):
@@ -291,18 +272,14 @@ def html_depth(page: str) -> int:
 
 
 def _source(name: str) -> str:
-    """The top-level subfolder as a plain word, for it becomes a file name; "documents" for files
-    outside any.
-    """
+    """The top-level subfolder as a word that can be a file name; "documents" for files in none."""
     top, slash, _ = name.partition("/")
     word = re.sub(r"[^\w-]+", "_", top) if slash else "documents"
     return "tokens_" if word == "tokens" else word  # tokens.json is the table of all shards
 
 
 def _lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
-    """Lines cut at newline bytes only; None in place of a line over `limit` bytes, which is never
-    held whole.
-    """
+    """Lines, which end at newline bytes only; None in place of one that is over `limit` bytes."""
     while line := file.readline(limit + 1):
         if len(line) <= limit or line.endswith(b"\n"):
             yield line

@@ -1,5 +1,4 @@
-"""Token shards: what training reads. One flat file of little-endian uint32 for each source,
-memory-mapped.
+"""Token shards, which training reads: a flat file of little-endian uint32 for each source.
 
 `<source>.bin` holds the documents' tokens end to end, each document closed by `<|endoftext|>`;
 `<source>.offsets.npy` holds [documents + 1] int64 positions in it; `<source>.json` is the index
@@ -14,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from openqwen.corpus.documents import count_documents, read_documents
+from openqwen.corpus.documents import TRAIN, count_documents, read_documents, utf8_size
 from openqwen.corpus.vocabulary import vocabulary_effort
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import read_json, sha256, write_json
@@ -23,16 +22,17 @@ from openqwen.support.settings import Settings
 from openqwen.support.stage import CORPUS, TOKENIZER, Stage, StageRun
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 
+_INDEX_KEYS = {"tokens", "documents", "sha256", "offsets_sha256"}
 _BATCH = 256  # documents tokenized together, on all cores
-_REMAKE = "make the token shards again: delete this folder's stage and rerun it"
+_REMAKE = "make the token shards again: delete this folder and run the stage again"
 
 
 class TokensConfig(Settings):
-    """Text to token ids; everything is decided by the tokenizer."""
+    """The `tokens` stage has no settings: the tokenizer decides everything."""
 
 
-class _Writer:
-    """One source's shard while it grows."""
+class _ShardWriter:
+    """One source's shard while it is written."""
 
     def __init__(self, file: IO[bytes]):
         self.file = file
@@ -49,14 +49,13 @@ class _Writer:
 
 
 def write_shards(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, dict[str, int]]:
-    """Tokenize a Parquet file of documents into shards under `folder`, one a source, and
-    tokens.json over all.
+    """Tokenize a Parquet file of documents into `folder`: a shard for each source, and tokens.json.
 
-    Returns {source: {"tokens", "documents", "bytes"}} (bytes of text); tokens count the closing
-    ones.
+    Returns what tokens.json holds, {source: {"tokens", "documents", "bytes"}}: the tokens include
+    those that close documents; the bytes are of text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    writers: dict[str, _Writer] = {}
+    writers: dict[str, _ShardWriter] = {}
     with (
         disk_errors(folder),
         ExitStack() as files,
@@ -68,11 +67,10 @@ def write_shards(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[st
             for document, start, end in zip(batch, offsets, offsets[1:]):
                 source = document["source"]
                 if source not in writers:
-                    writers[source] = _Writer(
-                        files.enter_context(open(folder / f"{source}.bin", "wb"))
-                    )
+                    file = files.enter_context(open(folder / f"{source}.bin", "wb"))
+                    writers[source] = _ShardWriter(file)
                 closed = np.append(ids[start:end], np.uint32(tokenizer.endoftext_id))
-                writers[source].add(closed, len(document["text"].encode("utf-8")))
+                writers[source].add(closed, utf8_size(document["text"]))
             bar.advance(len(batch))
     table = {}
     for source, writer in writers.items():
@@ -88,42 +86,30 @@ def write_shards(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[st
 
 
 class TokenShard:
-    """A source's tokens, memory-mapped: `tokens` [tokens] uint32 and `offsets` [documents + 1]
-    int64.
+    """A source's tokens, memory-mapped.
 
-    The index is checked against the files' sizes on opening, and against their SHA-256 with
-    verify=True.
+    tokens: [tokens] uint32. offsets: [documents + 1] int64, where each document begins and the last
+    ends. Opening checks the files' sizes against the index, verify=True also their SHA-256.
     """
 
     def __init__(self, folder: Path, source: str, verify: bool = False):
         self.source = source
         binary, offsets = folder / f"{source}.bin", folder / f"{source}.offsets.npy"
-        index = read_json(folder / f"{source}.json")
-        if (
-            not isinstance(index, dict)
-            or not {"tokens", "documents", "sha256", "offsets_sha256"} <= index.keys()
-        ):
-            raise OpenQwenError(
-                "This is not the index of a token shard.",
-                where=folder / f"{source}.json",
-                do=_REMAKE,
-            )
+        path = folder / f"{source}.json"
+        index = read_json(path)
+        if not isinstance(index, dict) or not index.keys() >= _INDEX_KEYS:
+            raise OpenQwenError("This is not the index of a token shard.", path, _REMAKE)
         for path in (binary, offsets):
             if not path.is_file():
-                raise OpenQwenError("A token shard is missing.", where=path, do=_REMAKE)
-        found = binary.stat().st_size
-        if found != 4 * index["tokens"]:
-            what = (
-                f"A token shard has {found:,} bytes where its index says {4 * index['tokens']:,}."
-            )
-            raise OpenQwenError(what, where=binary, do=_REMAKE)
+                raise OpenQwenError("A token shard is missing.", path, _REMAKE)
+        size, indexed = binary.stat().st_size, 4 * index["tokens"]
+        if size != indexed:
+            what = f"A token shard has {size:,} bytes, but its index says {indexed:,}."
+            raise OpenQwenError(what, binary, _REMAKE)
         self.offsets = _load_offsets(offsets, index)
-        if verify:
-            for path, digest in ((binary, index["sha256"]), (offsets, index["offsets_sha256"])):
-                if sha256(path) != digest:
-                    raise OpenQwenError(
-                        "A token shard does not have its checksum.", where=path, do=_REMAKE
-                    )
+        for path, digest in ((binary, index["sha256"]), (offsets, index["offsets_sha256"])):
+            if verify and sha256(path) != digest:
+                raise OpenQwenError("A token shard does not have its checksum.", path, _REMAKE)
         self.tokens = np.memmap(binary, dtype="<u4", mode="r")
 
     def __len__(self) -> int:
@@ -131,11 +117,11 @@ class TokenShard:
 
     @property
     def lengths(self) -> np.ndarray:
-        """[documents] tokens of each document, its `<|endoftext|>` counted."""
+        """[documents] tokens of each document, with its `<|endoftext|>`."""
         return np.diff(self.offsets)
 
     def document(self, number: int) -> np.ndarray:
-        """[length] uint32 tokens of one document, closed by `<|endoftext|>`; a view, not a copy."""
+        """[length] uint32 tokens of one document with its `<|endoftext|>`; a view, not a copy."""
         if not 0 <= number < len(self):
             raise IndexError(f"document {number} of {len(self)} in shard {self.source}")
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
@@ -145,9 +131,8 @@ def _load_offsets(path: Path, index: dict[str, Any]) -> np.ndarray:
     try:
         offsets = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise OpenQwenError(
-            f"A shard's offsets cannot be read: {error}", where=path, do=_REMAKE
-        ) from None
+        what = f"A shard's offsets cannot be read: {error}"
+        raise OpenQwenError(what, path, _REMAKE) from None
     sound = (
         offsets.shape == (index["documents"] + 1,)
         and offsets[0] == 0
@@ -155,16 +140,17 @@ def _load_offsets(path: Path, index: dict[str, Any]) -> np.ndarray:
         and bool((np.diff(offsets) > 0).all())
     )
     if not sound:
-        raise OpenQwenError("A shard's offsets do not fit its index.", where=path, do=_REMAKE)
+        raise OpenQwenError("A shard's offsets do not fit its index.", path, _REMAKE)
     return offsets
 
 
 def run_tokens(run: StageRun) -> dict[str, float]:
     """The corpus's training documents → token shards."""
-    table = write_shards(
-        run.inputs["corpus"] / "train.parquet", load_tokenizer(run.inputs["tokenizer"]), run.output
-    )
-    return {what: sum(s[what] for s in table.values()) for what in ("tokens", "documents")}
+    tokenizer = load_tokenizer(run.inputs["tokenizer"])
+    table = write_shards(run.inputs["corpus"] / TRAIN, tokenizer, run.output)
+    return {
+        name: sum(counts[name] for counts in table.values()) for name in ("tokens", "documents")
+    }
 
 
 STAGE = Stage(

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # SplitMix64's step between states
+from openqwen.support.splitmix import GAMMA, mix
+
+_GAMMA = np.uint64(GAMMA)
 
 
 def draws(seeds: Sequence[int], positions: Sequence[int]) -> np.ndarray:
@@ -30,8 +32,8 @@ def seed_of(seed: int, index: int) -> int:
 
 
 def _split_mix(state: np.ndarray) -> np.ndarray:
-    """SplitMix64's output after each state. The constant is added first, as mixing maps 0 to 0."""
-    x = state + _GAMMA
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """SplitMix64's output after each state.
+
+    The constant is added first, since mixing alone maps 0 to 0.
+    """
+    return mix(state + _GAMMA)

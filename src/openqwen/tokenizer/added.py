@@ -1,4 +1,4 @@
-"""Finds added tokens in text, with the flags and to the ids of Hugging Face's `tokenizers`."""
+"""Finds added tokens in text, with the flags and the results of Hugging Face's `tokenizers`."""
 
 import re
 from bisect import bisect_left
@@ -18,7 +18,7 @@ Span = tuple[int, int, int | None]  # start, end, id of an added token
 class AddedTokens:
     """The added tokens of one vocabulary.
 
-    tokens: id of each. protected: ids that no text of a user may yield.
+    tokens: the id of each. protected: ids that a user's text must never give.
     """
 
     def __init__(self, tokens: Mapping[ControlToken, int], protected: Iterable[int]):
@@ -37,9 +37,9 @@ class AddedTokens:
     ) -> Iterator[tuple[str, int | None, int]]:
         """Pieces of `text` in order: (text, id of the added token or None, where the piece ends).
 
-        as_text: whether a protected token that begins at this character of `text` stays text.
-        As in `tokenizers`, tokens that are not `normalized` are found first, in the text as it
-        stands; the others in the NFC form of what is left, and then the pieces are in that form.
+        as_text: tells whether a protected token that begins at this character of `text` stays text.
+        As in `tokenizers`, tokens that are not `normalized` are found first, in the text itself.
+        The others are found in the NFC form of the rest; those pieces are then in NFC.
         """
         for start, end, i in self._raw.spans(text, as_text):
             if i is not None or not self._normalized:
@@ -49,14 +49,14 @@ class AddedTokens:
             form = normalize(piece)
             place = _places(piece, form)
 
-            def kept(n: int, start: int = start, place: Callable[[int], int] = place) -> bool:
+            def stays(n: int, start: int = start, place: Callable[[int], int] = place) -> bool:
                 return as_text(start + place(n))
 
-            for first, last, found in self._normalized.spans(form, kept):
-                yield form[first:last], found, start + place(last)
+            for first, last, inner in self._normalized.spans(form, stays):
+                yield form[first:last], inner, start + place(last)
 
     def guarded(self, text: str, guard: str) -> str:
-        """`text` with `guard` behind the first character of whatever could be a protected token."""
+        """`text` with `guard` after the first character of each possible protected token."""
         for finder in (self._raw, self._normalized):
             if finder.protected:
                 text = normalize(text) if finder is self._normalized else text
@@ -65,7 +65,7 @@ class AddedTokens:
 
 
 class _Finder:
-    """Finds these contents in text: the leftmost, and of several there the longest."""
+    """Finds these contents in text: the leftmost match, and of several there the longest."""
 
     def __init__(self, tokens: Mapping[str, tuple[ControlToken, int]], protected: frozenset[int]):
         self._tokens, self._ids = tokens, protected
@@ -78,7 +78,7 @@ class _Finder:
         return bool(self._tokens)
 
     def spans(self, text: str, as_text: Callable[[int], bool]) -> Iterator[Span]:
-        """Spans, one behind the other, of all of `text`. A match that does not count is text."""
+        """Adjacent spans that cover `text`. A match that its flags exclude is text."""
         done = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
             token, i = self._tokens[match[0]]
@@ -100,7 +100,7 @@ class _Finder:
 
 
 def _expression(contents: Iterable[str]) -> str:
-    """A regular expression of these texts as a tree of their beginnings: fast for thousands."""
+    """A regular expression of these texts as a tree of common prefixes: fast for thousands."""
     branches = []
     for _, group in groupby(sorted(contents), key=lambda content: content[0]):
         same = list(group)
@@ -118,7 +118,7 @@ def _is_word(character: str) -> bool:
 
 
 def _places(text: str, form: str) -> Callable[[int], int]:
-    """A function from places in the NFC `form` of `text` to places in `text`."""
+    """A function from positions in `form`, the NFC form of `text`, to positions in `text`."""
     if text == form:
         return lambda n: n
     places = range(len(text))

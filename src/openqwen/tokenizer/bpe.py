@@ -1,4 +1,4 @@
-"""Words to ids: byte pairs merged in the order in which training found them."""
+"""Words to ids: byte pairs are merged in the order of training."""
 
 from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
@@ -11,16 +11,13 @@ from openqwen.tokenizer.pretokenize import split_words
 
 _CACHED_WORDS = 1 << 17
 _CACHED_LENGTH = 64  # characters; longer words are too rare to be worth the memory
-_GONE = -1  # the place of a symbol that has merged into the one on its left
-
+_MERGED = -1  # marks a symbol that has merged into the one on its left
 
 Merge = tuple[int, int, int]
 
 
 class _WordCache(dict[str, list[int]]):
-    """Words already merged; emptied when full, which costs less than keeping track of what was used
-    when.
-    """
+    """Ids of words. It is emptied when full: tracking the last use of each would cost more."""
 
     def __init__(self, encoder: "BytePairEncoder"):
         self._encoder = encoder
@@ -37,8 +34,7 @@ class _WordCache(dict[str, list[int]]):
 class BytePairEncoder:
     """Applies merges to words.
 
-    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), best rank
-    first.
+    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), by rank.
     """
 
     path: Literal["python"] = "python"
@@ -55,9 +51,7 @@ class BytePairEncoder:
         self._cache = _WordCache(self)
 
     def add(self, left: int, right: int, merged: int) -> None:
-        """One more merge, after all others; for building merges one by one, before anything is
-        encoded.
-        """
+        """Append a merge with the next rank; only before `encode` is called, which caches words."""
         self._ranks[left, right] = len(self._merged)
         self._merged.append(merged)
 
@@ -68,19 +62,18 @@ class BytePairEncoder:
     def encode_batch(
         self, texts: Iterable[str], threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32
-        and int64.
+        """(ids, offsets) of normalised texts: text i is ids[offsets[i]:offsets[i + 1]].
 
-        Python's lock lets one thread work at a time, so there is only one.
+        uint32 and int64. Python's lock lets one thread work at a time, so `threads` has no effect.
         """
         encoded = [np.array(self.encode(text), np.uint32) for text in texts]
         offsets = np.array([0, *map(len, encoded)], np.int64).cumsum()
         return np.concatenate([np.empty(0, np.uint32), *encoded]), offsets
 
     def merge(self, word: bytes) -> list[int]:
-        """Ids of one word of n bytes: the lowest rank first, the leftmost among equals.
+        """Ids of one word of n bytes, in O(n log n).
 
-        O(n log n).
+        The pair with the lowest rank merges first, and the leftmost among equals.
         """
         ids = [self._byte_ids[byte] for byte in word]
         ranks, end = self._ranks, len(ids)
@@ -91,17 +84,17 @@ class BytePairEncoder:
         while heap:
             rank, left = heappop(heap)
             right = following[left]
-            # An entry is stale when one of its two symbols has merged with another neighbour since.
+            # An entry is stale if one of its two symbols has merged with another neighbour since.
             if right == end or ranks.get((ids[left], ids[right])) != rank:
                 continue
-            ids[left], ids[right] = self._merged[rank], _GONE
+            ids[left], ids[right] = self._merged[rank], _MERGED
             after = following[left] = following[right]
             if after != end:
                 previous[after] = left
                 self._push(heap, ids, left, after)
             if previous[left] >= 0:
                 self._push(heap, ids, previous[left], left)
-        return [i for i in ids if i != _GONE]
+        return [i for i in ids if i != _MERGED]
 
     def _push(self, heap: list[tuple[int, int]], ids: list[int], left: int, right: int) -> None:
         rank = self._ranks.get((ids[left], ids[right]))

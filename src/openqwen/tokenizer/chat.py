@@ -1,15 +1,15 @@
-"""A chat to ids, with what the assistant wrote marked; no message can forge a special token.
+"""A chat to ids, with a mask of what the assistant wrote; no message can forge a special token.
 
 Special tokens are found in text, and the template writes them as text, so `<|im_end|>` typed by a
-user would end the turn. Before rendering, each special token inside what users wrote is therefore
-broken by a guard: a character that the chat does not contain. Where guards stood in the rendered
-text, nothing is taken for a special token; they are removed before the text is encoded. Added
-tokens that are not special (tool calls, words that somebody added) are found wherever they stand.
+user would end the turn. Therefore, before rendering, a guard is put into each special token that a
+message contains: a character that the chat does not contain. In the rendered text, no special token
+is found where a guard is; the guards are removed before the text is encoded. Added tokens that are
+not special (tool calls, words that somebody added) are found everywhere.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterable, Iterator
-from itertools import accumulate, islice, takewhile
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openqwen.support.errors import OpenQwenError
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from openqwen.tokenizer.tokenizer import Tokenizer
 
 _HEADER = "assistant\n"
-Span = tuple[int, int]  # where something begins and ends in the text of a chat
+Span = tuple[int, int]  # begin and end in the text of a chat
 Piece = tuple[str, int | None, int]  # text, id of an added token, where it ends in the text
 
 
 class _Rendered(NamedTuple):
-    """A chat as text; where typed special tokens begin; its `{% generation %}` blocks."""
+    """A chat as text, where special tokens in messages begin, and its `{% generation %}` blocks."""
 
     text: str
     forged: Container[int]
@@ -33,7 +33,7 @@ class _Rendered(NamedTuple):
 
 
 class ChatEncoder:
-    """One chat, guarded against what its messages hold. Arguments as of `Tokenizer.encode_chat`."""
+    """Encodes one chat; the arguments are those of `Tokenizer.encode_chat`."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ChatEncoder:
         self._messages, self._tools = self._guarded(messages), self._guarded(tools)
 
     def encode(self, open_: bool, continued: bool) -> tuple[list[int], list[int]]:
-        """(ids, mask), with a new turn of the assistant opened, or the final message continued."""
+        """(ids, mask), with a new turn of the assistant begun or the final message continued."""
         chat = self._render(self._messages, open_, continued)
         pieces = list(self._added.cut(chat.text, chat.forged.__contains__))
         spans = chat.marked or self._turns(chat.text, pieces)
@@ -60,13 +60,13 @@ class ChatEncoder:
         if self._guard not in text:
             return _Rendered(text, (), marked)
         parts = text.split(self._guard)
-        guards = list(accumulate(map(len, parts[:-1])))  # places in the text without them
+        guards = list(accumulate(map(len, parts[:-1])))  # positions in the text without guards
         before = [place + n for n, place in enumerate(guards)]  # and in the text with them
         marked = [(s - bisect_left(before, s), e - bisect_left(before, e)) for s, e in marked]
         return _Rendered("".join(parts), {place - 1 for place in guards}, marked)
 
     def _guarded(self, value: Any) -> Any:
-        """`value` with a guard inside each protected token of its strings, keys too."""
+        """`value` with a guard inside each protected token of its strings and keys."""
         if isinstance(value, str):
             return self._added.guarded(value, self._guard)
         if isinstance(value, dict):
@@ -76,10 +76,10 @@ class ChatEncoder:
         return value
 
     def _turns(self, text: str, pieces: list[Piece]) -> list[Span]:
-        """What ChatML's assistant wrote: from behind its header to its end token.
+        """What the assistant wrote in ChatML: from the end of its header to the end token.
 
-        Where the answer itself begins with a newline, one token may hold both newlines: the
-        assistant did not write it alone, so it is not marked.
+        If the answer itself begins with a newline, one token may hold both newlines. It is not
+        marked, because the assistant did not write all of it.
         """
         spans: list[Span] = []
         start: int | None = None
@@ -90,16 +90,16 @@ class ChatEncoder:
                 spans.append((start, end if ends else begin))
                 start = None
             elif ends and spans and spans[-1][1] == begin:
-                spans[-1] = (spans[-1][0], end)  # a second end token, right behind the first
+                spans[-1] = (spans[-1][0], end)  # a second end token, directly after the first
             if opens and text.startswith(_HEADER, end):
                 start = end + len(_HEADER)
             begin = end
         return spans if start is None else [*spans, (start, begin)]
 
     def _by_beginnings(self, text: str, pieces: list[Piece]) -> list[Span]:
-        """What the assistant wrote in another template: what each of its messages adds.
+        """What the assistant wrote in another template: the text that each of its messages adds.
 
-        A span ends with the last end token in it: what follows is the template's.
+        A span ends with its last end token: the template wrote what follows.
         """
         ends = [end for _, i, end in pieces if i in self._tokenizer.turn_ends]
         spans = []
@@ -111,13 +111,15 @@ class ChatEncoder:
                 prompt = self._render(self._messages[:n], True).text
                 after = self._render(self._messages[: n + 1], False).text
             except OpenQwenError:
-                continue  # this template refuses the beginning of a chat
+                continue  # this template refuses part of a chat
             if text.startswith(prompt) and text.startswith(after):
                 start = len(prompt)
-                if prompt == before:  # a template that opens no turn: it begins with the content,
+                if prompt == before:
+                    # The template opens no turn: the span begins with the content and the blanks
+                    # before it.
                     content = (message.get("content") or "").replace(self._guard, "").strip()
                     place = max(start, text.find(content, start))
-                    start = max(start, len(text[:place].rstrip(" ")))  # with the blank before it
+                    start = max(start, len(text[:place].rstrip(" ")))
                 last = max((end for end in ends if start < end <= len(after)), default=len(after))
                 spans.append((start, last))
         return spans
@@ -125,27 +127,33 @@ class ChatEncoder:
     def _ids_and_mask(
         self, pieces: Iterable[Piece], spans: list[Span], overlapping: bool
     ) -> tuple[list[int], list[int]]:
-        """Ids, and 1 for each token that begins inside a span, or else overlaps with one."""
+        """Ids, and 1 for each token that begins in a span, or, with `overlapping`, touches one."""
         chat: list[int] = []
         mask: list[int] = []
         begin = passed = 0
         for piece, i, end in pieces:
             while passed < len(spans) and spans[passed][1] <= begin:
                 passed += 1
-            here = takewhile(lambda span: span[0] < end, islice(spans, passed, None))  # noqa: B023
-            inside = [(start - begin, stop - begin) for start, stop in here]
+            inside: list[Span] = []  # the spans that touch this piece, relative to its beginning
+            for start, stop in islice(spans, passed, None):
+                if start >= end:
+                    break
+                inside.append((start - begin, stop - begin))
             ids = self._tokenizer.encode_plain(piece) if i is None else [i]
             chat += ids
-            if any(start <= 0 and stop >= end - begin for start, stop in inside):
-                mask += [1] * len(ids)
-            elif i is not None or not inside:
-                mask += [int(bool(inside) and (overlapping or inside[0][0] <= 0))] * len(ids)
-            else:
+            covered = any(start <= 0 and stop >= end - begin for start, stop in inside)
+            if covered or not inside:
+                mask += [int(covered)] * len(ids)
+            elif i is None:
                 mask += self._marks(piece, ids, inside, overlapping)
+            else:
+                mask.append(int(overlapping or inside[0][0] <= 0))
             begin = end
         return chat, mask
 
     def _marks(self, piece: str, ids: list[int], spans: list[Span], overlapping: bool) -> list[int]:
+        """The mask of a plain piece, of which the spans cover a part."""
+        # Tokens are placed by bytes of the normalised piece, spans by characters of the text.
         ends = list(accumulate(len(self._tokenizer.token_bytes(i)) for i in ids))
         begins = [0, *ends[:-1]]
         mask = [0] * len(ids)
@@ -172,6 +180,5 @@ def _strings(value: Any) -> Iterator[str]:
 def _unused_character(value: Any) -> str:
     """A private-use character that no string inside `value` holds."""
     used = set().union(*_strings(value))
-    return next(
-        character for character in map(chr, range(0xE000, 0x110000)) if character not in used
-    )
+    candidates = map(chr, range(0xE000, 0x110000))
+    return next(character for character in candidates if character not in used)

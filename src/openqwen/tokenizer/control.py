@@ -9,10 +9,10 @@ DOCUMENT_END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|
 class ControlToken:
     """A token that is found in text before byte pairs are merged, with the flags of `tokenizers`.
 
-    special: decoding leaves it out, and no text of a user yields it; the others are found in any
-    text (tool calls, words that somebody added). single_word: only where no letter or digit
-    touches it. lstrip, rstrip: it takes the white space before or behind it along. normalized: it
-    is found in the NFC form of the text, not in the text as it stands.
+    special: decoding leaves it out, and a user's text never gives it; the others (tool calls, words
+    that somebody added) are found in any text. single_word: only where no letter or digit touches
+    it. lstrip, rstrip: the white space before or after it belongs to it. normalized: it is found in
+    the NFC form of the text, not in the text itself.
     """
 
     content: str
@@ -23,8 +23,7 @@ class ControlToken:
     normalized: bool = False
 
 
-# Qwen2.5's 22, in the order of their ids (Qwen2.5 technical report, section 2, and the published
-# tokenizer files).
+# Qwen2.5's 22 in the order of their ids (technical report, section 2; published tokenizer files).
 _SPECIAL = """
     <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>
     <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>

@@ -1,4 +1,4 @@
-"""The compiled encoder behind the interface of `bpe.BytePairEncoder`, to the same ids."""
+"""The compiled encoder: the interface and the ids of `bpe.BytePairEncoder`."""
 
 import ctypes
 import os
@@ -18,13 +18,30 @@ from openqwen.tokenizer.unicode import mask_newer_letters
 
 _FOLDER = Path(__file__).parent / "native"
 _SOURCES = [_FOLDER / name for name in ("scan.h", "encode.cpp", "train.cpp")]
-# the scanner's kClassified: code points behind it are neither letters, numbers nor spaces
+# The scanner's kClassified: from there on no code point is a letter, a number or a space.
 _CLASSIFIED = 0x40000
 _CLASSES = ((r"\p{L}+", 1), (r"\p{N}+", 2), (r"[^\S\r\n]+", 3), (r"[\r\n]+", 4))
 _SLACK = 8  # ids that the encoder may write beyond the last one
-_MOST_IDS, _MOST_MERGES = 2**21 - 1, 2**22  # what a pair and its rank have room for
-_TASK_SIZE = 1 << 20  # characters that a thread takes at a time
-_KEPT = 1 << 22  # bytes of text, a place for whose ids is kept between calls
+_MOST_IDS, _MOST_MERGES = 2**21 - 1, 2**22  # what fits into the bits of a pair and its rank
+_BATCH_SIZE = 1 << 20  # characters that a thread takes at a time
+_KEPT = 1 << 22  # bytes of text for whose ids an array is kept between calls
+
+_pointer, _text, _size, _count = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int64
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {  # name -> types of the result and the arguments
+    "merges_new": (_pointer, _text, _pointer, _size, _pointer, _size),
+    "merges_free": (None, _pointer),
+    "context_new": (_pointer, _pointer, _pointer),
+    "context_free": (None, _pointer),
+    "encode": (_count, _pointer, _text, _pointer, _size, _pointer, _pointer),
+    "encode_text": (_count, _pointer, _text, _size, _pointer),
+    "counts_new": (_pointer, _pointer),
+    "counts_free": (None, _pointer),
+    "counts_add": (_count, _pointer, _text, _pointer, _size),
+    "counts_add_all": (_count, _pointer, _pointer),
+    "trainer_new": (_pointer, _pointer, _pointer, _count),
+    "trainer_free": (None, _pointer),
+    "trainer_merge": (_count, _pointer, _size, _pointer),
+}
 
 Ids = np.ndarray  # uint32 [T]
 
@@ -32,57 +49,29 @@ Ids = np.ndarray  # uint32 [T]
 def best_encoder(
     vocabulary: Sequence[bytes], merges: Sequence[Merge]
 ) -> "BytePairEncoder | NativeEncoder":
-    """The compiled encoder where it can be had, else the one in Python. Arguments as theirs."""
+    """The compiled encoder if it is available, else the one in Python; for arguments see those."""
     small = len(vocabulary) < _MOST_IDS and len(merges) < _MOST_MERGES
-    loaded = library() if small else None
-    return (
-        NativeEncoder(loaded, vocabulary, merges) if loaded else BytePairEncoder(vocabulary, merges)
-    )
+    if small and (loaded := library()):
+        return NativeEncoder(loaded, vocabulary, merges)
+    return BytePairEncoder(vocabulary, merges)
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled code of the tokenizer, or None."""
+    """The compiled code of the tokenizer, or None if it cannot be built here."""
     loaded = native.load("tokenizer", _SOURCES)
     if loaded:
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        _declare(loaded.openqwen_merges_new, pointer, ctypes.c_char_p, pointer, size, pointer, size)
-        _declare(loaded.openqwen_merges_free, None, pointer)
-        _declare(loaded.openqwen_context_new, pointer, pointer, pointer)
-        _declare(loaded.openqwen_context_free, None, pointer)
-        _declare(
-            loaded.openqwen_encode,
-            ctypes.c_int64,
-            pointer,
-            ctypes.c_char_p,
-            pointer,
-            size,
-            pointer,
-            pointer,
-        )
-        _declare(
-            loaded.openqwen_encode_text, ctypes.c_int64, pointer, ctypes.c_char_p, size, pointer
-        )
-        _declare(loaded.openqwen_counts_new, pointer, pointer)
-        _declare(loaded.openqwen_counts_free, None, pointer)
-        _declare(
-            loaded.openqwen_counts_add, ctypes.c_int64, pointer, ctypes.c_char_p, pointer, size
-        )
-        _declare(loaded.openqwen_counts_add_all, ctypes.c_int64, pointer, pointer)
-        _declare(loaded.openqwen_trainer_new, pointer, pointer, pointer, ctypes.c_int64)
-        _declare(loaded.openqwen_trainer_free, None, pointer)
-        _declare(loaded.openqwen_trainer_merge, ctypes.c_int64, pointer, size, pointer)
+        for name, (result, *arguments) in _FUNCTIONS.items():
+            function = getattr(loaded, f"openqwen_{name}")
+            function.restype, function.argtypes = result, arguments
     return loaded
-
-
-def _declare(function: Any, result: Any, *arguments: Any) -> None:
-    function.restype, function.argtypes = result, arguments
 
 
 @lru_cache(maxsize=1)
 def classes() -> np.ndarray:
-    """The class of each code point for the scanner, uint8 [0x40000], read off the expressions of
-    the Python path.
+    """The class of each code point for the scanner, uint8 [0x40000].
+
+    It is taken from the regular expressions of the Python path, so both paths agree.
     """
     text = mask_newer_letters("".join(map(chr, range(0xD800))) + "\ufffd" * 0x800)
     text += mask_newer_letters("".join(map(chr, range(0xE000, _CLASSIFIED))))
@@ -94,11 +83,9 @@ def classes() -> np.ndarray:
 
 
 class NativeEncoder:
-    """Applies merges to words, in compiled code that runs without Python's lock; any number of
-    threads may call it.
+    """Applies merges to words in compiled code without Python's lock; safe to call from threads.
 
-    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), best rank
-    first.
+    vocabulary: the bytes of each token, by id. merges: (left id, right id, merged id), by rank.
     """
 
     path: Literal["native"] = "native"
@@ -125,27 +112,28 @@ class NativeEncoder:
         ids, address = context.room(len(data))
         count = self._library.openqwen_encode_text(context.handle, data, len(data), address)
         checked(count + 1)
-        found = ids[:count].tolist()
+        result = ids[:count].tolist()
         self._idle.append(context)
-        return found
+        return result
 
     def encode_batch(
         self, texts: Iterable[str], threads: int | None = None
     ) -> tuple[Ids, np.ndarray]:
-        """(ids, offsets): text i of the normalised texts is ids[offsets[i]:offsets[i + 1]]; uint32
-        and int64.
+        """(ids, offsets) of normalised texts: text i is ids[offsets[i]:offsets[i + 1]].
+
+        uint32 and int64. threads: all cores by default.
         """
         threads = threads or cores()
         if threads == 1:
-            parts = list(map(self._encode_task, tasks(texts)))
+            parts = list(map(self._encode_packed, text_batches(texts)))
         else:
             with ThreadPoolExecutor(threads) as pool:
-                parts = list(pool.map(self._encode_task, tasks(texts)))
+                parts = list(pool.map(self._encode_packed, text_batches(texts)))
         offsets = np.concatenate([[0], *(lengths for _, lengths in parts)]).cumsum(dtype=np.int64)
         return np.concatenate([np.empty(0, np.uint32), *(ids for ids, _ in parts)]), offsets
 
-    def _encode_task(self, texts: Sequence[str]) -> tuple[Ids, np.ndarray]:
-        """(ids of all texts, how many each has)."""
+    def _encode_packed(self, texts: Sequence[str]) -> tuple[Ids, np.ndarray]:
+        """(ids of all texts, how many ids each text has)."""
         data, starts = packed(texts)
         offsets = np.empty(len(starts), np.int64)
         context = self._take()
@@ -154,14 +142,12 @@ class NativeEncoder:
             context.handle, data, starts.ctypes.data, len(texts), address, offsets.ctypes.data
         )
         checked(count + 1)
-        found = ids[:count].copy()
+        result = ids[:count].copy()
         self._idle.append(context)
-        return found, np.diff(offsets)
+        return result, np.diff(offsets)
 
     def _take(self) -> "_Context":
-        """A context that no other thread uses; there are as many as there ever were calls at one
-        time.
-        """
+        """A context that no other thread uses: one for each call at the same time."""
         try:
             return self._idle.pop()
         except IndexError:
@@ -170,11 +156,13 @@ class NativeEncoder:
 
 def cores() -> int:
     """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Context:
-    """What one call at a time needs: the word cache and a place for ids."""
+    """What one call needs for itself: the word cache, and an array for ids."""
 
     def __init__(self, loaded: ctypes.CDLL, merges: int):
         self._classes = classes()
@@ -184,10 +172,7 @@ class _Context:
         self._address = 0
 
     def room(self, size: int) -> tuple[Ids, int]:
-        """A place for the ids of `size` bytes, and where in memory it begins.
-
-        It is kept unless it is very large.
-        """
+        """An array for the ids of `size` bytes, and its address; it is kept unless very large."""
         if len(self._ids) >= size + _SLACK:
             return self._ids, self._address
         ids = np.empty(2 * size + _SLACK, np.uint32)
@@ -197,28 +182,26 @@ class _Context:
 
 
 def checked(result: int | None) -> int:
-    """`result`, which compiled code makes 0 or null where there was no memory."""
+    """`result`, which is 0 or null if the compiled code could not allocate memory."""
     if not result:
-        raise MemoryError("The tokenizer found no memory.")
+        raise MemoryError("The tokenizer could not allocate memory.")
     return result
 
 
 def packed(texts: Sequence[str]) -> tuple[bytes, np.ndarray]:
-    """(texts one after the other, where each begins and the last one ends): UTF-8 and int64 [texts
-    + 1].
-    """
+    """(texts one after the other in UTF-8, int64 [texts + 1] where each begins and the end)."""
     encoded = [text.encode() for text in texts]
     return b"".join(encoded), np.array([0, *map(len, encoded)], np.int64).cumsum()
 
 
-def tasks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Runs of texts of about a million characters: worth a thread's while."""
-    task, size = [], 0
+def text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in batches of about a million characters, enough work for a thread."""
+    batch, size = [], 0
     for text in texts:
-        task.append(text)
+        batch.append(text)
         size += len(text)
-        if size >= _TASK_SIZE:
-            yield task
-            task, size = [], 0
-    if task:
-        yield task
+        if size >= _BATCH_SIZE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

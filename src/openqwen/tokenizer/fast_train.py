@@ -1,4 +1,4 @@
-"""The compiled trainer: the merges of `train.train_bpe`, words counted by all cores."""
+"""The compiled trainer: the same merges as `train.train_bpe`; all cores count words."""
 
 import ctypes
 from collections import deque
@@ -9,10 +9,10 @@ from contextlib import ExitStack
 import numpy as np
 
 from openqwen.support.progress import progress
-from openqwen.tokenizer.fast import checked, classes, cores, packed, tasks
+from openqwen.tokenizer.fast import checked, classes, cores, packed, text_batches
 from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 
-_MERGES_AT_ONCE = 250  # between two looks at the clock, and at Ctrl-C
+_MERGES_AT_ONCE = 250  # between two updates of the progress line; Ctrl-C is noticed there too
 
 
 class WordCounter:
@@ -41,8 +41,8 @@ class WordCounter:
         return sum(map(len, texts))
 
     def total(self) -> tuple[int, int]:
-        """(all threads' counts as one, different words); no thread may add any more."""
-        self.add([])  # so that there is one
+        """(the sum of all threads' counts, different words); no thread may add any more."""
+        self.add([])  # so that there are counts even without texts
         first, *others = self._idle
         for other in others:
             checked(self._library.openqwen_counts_add_all(first, other) + 1)
@@ -71,11 +71,11 @@ def learn_merges(
 
 
 def _count(counter: WordCounter, texts: Iterable[str], threads: int) -> None:
-    """Add all texts, reading only a little ahead of the counting."""
+    """Count all texts, and read only a little ahead of the counting."""
     pending: deque[Future[int]] = deque()
     with progress("count words", unit="characters") as work, ThreadPoolExecutor(threads) as pool:
-        for task in tasks(texts):
-            pending.append(pool.submit(counter.add, task))
+        for batch in text_batches(texts):
+            pending.append(pool.submit(counter.add, batch))
             if len(pending) > 2 * threads:
                 work.advance(pending.popleft().result())
         while pending:
@@ -88,11 +88,10 @@ def _merge(library: ctypes.CDLL, trainer: int, most: int) -> list[tuple[int, int
     with progress("merge pairs", total=most, unit="merges") as work:
         while len(merges) < most:
             wanted = min(_MERGES_AT_ONCE, most - len(merges))
-            found = (
-                checked(library.openqwen_trainer_merge(trainer, wanted, pairs.ctypes.data) + 1) - 1
-            )
-            merges += map(tuple, pairs[:found].tolist())
-            work.advance(found)
-            if found < wanted:
+            count = library.openqwen_trainer_merge(trainer, wanted, pairs.ctypes.data)
+            checked(count + 1)
+            merges += map(tuple, pairs[:count].tolist())
+            work.advance(count)
+            if count < wanted:
                 break
     return merges

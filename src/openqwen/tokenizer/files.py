@@ -1,6 +1,4 @@
-"""The tokenizer as files: Hugging Face's layout, which transformers, vLLM and llama.cpp's converter
-read.
-"""
+"""The tokenizer as files in Hugging Face's layout, for transformers, vLLM and llama.cpp."""
 
 import json
 import re
@@ -27,22 +25,14 @@ from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER, PATTERN, to_bytes,
 Pair = tuple[int, int]
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-TEMPLATE_FOLDER = "additional_chat_templates"  # those that are not the default, by name
+TEMPLATE_FOLDER = "additional_chat_templates"  # all but the default, by name
 _FILE_NAME = re.compile(r"[^/\\]+")
-_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+# In the order in which transformers adds them.
+_NAMES = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 
-# What is the same in every Qwen2 tokenizer's files. Text goes through NFC, Qwen2's split and bytes
-# as characters; the ByteLevel parts bring their own defaults, which Qwen2 does not use, hence the
-# flags.
+# What all Qwen2 tokenizers' files have in common. Text goes through NFC, Qwen2's split and bytes as
+# characters. The flags of the ByteLevel parts switch off defaults that Qwen2 does not use.
 _LAYOUT: dict[str, Any] = json.loads(
     (Path(__file__).parent / "layout.json").read_text(encoding="utf-8")
 )
@@ -50,12 +40,12 @@ _LAYOUT["tokenizer"]["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = 
 
 
 class Parts(NamedTuple):
-    """What a tokenizer is made of, whatever kind of file it came from.
+    """What a tokenizer consists of, whatever kind of file it came from.
 
     vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first.
     control: the added tokens, in the order of their ids (`added_ids`). template: Jinja source, or
-    several by name. settings: entries of tokenizer_config.json that the other fields do not decide
-    (eos_token, model_max_length ...). template_apart: the templates lie in files of their own.
+    several by name. settings: the other entries of tokenizer_config.json (eos_token,
+    model_max_length ...). template_apart: the templates are in separate files.
     """
 
     vocabulary: list[bytes]
@@ -67,9 +57,7 @@ class Parts(NamedTuple):
 
 
 def write_tokenizer(folder: Path, parts: Parts) -> None:
-    """Write the files into `folder`: tokenizer.json, tokenizer_config.json, vocab.json and
-    merges.txt.
-    """
+    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [to_characters(token) for token in parts.vocabulary]
     ids = {name: i for i, name in enumerate(names)}
@@ -77,14 +65,12 @@ def write_tokenizer(folder: Path, parts: Parts) -> None:
     write_json(folder / "tokenizer.json", _tokenizer_json(ids, pairs, _added(parts)))
     write_json(folder / "tokenizer_config.json", tokenizer_config(parts))
     write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False) + "\n")
-    write_text(
-        folder / "merges.txt",
-        "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in pairs)]),
-    )
-    apart = _by_name(parts.template) if parts.template_apart else {}
+    lines = [f"{left} {right}\n" for left, right in pairs]
+    write_text(folder / "merges.txt", "".join(["#version: 0.2\n", *lines]))
     for path in (folder / TEMPLATE_FILE, *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        path.unlink(missing_ok=True)  # an earlier save's would win over tokenizer_config.json
-    for name, template in apart.items():
+        path.unlink(missing_ok=True)  # of an earlier save: it would overrule tokenizer_config.json
+    separate = _by_name(parts.template) if parts.template_apart else {}
+    for name, template in separate.items():
         if name == "default":
             write_text(folder / TEMPLATE_FILE, template)
         else:
@@ -101,21 +87,19 @@ def _tokenizer_json(
 ) -> dict[str, Any]:
     layout = _LAYOUT["tokenizer"]
     tokens = [{"id": i, **token} for i, token in added.items()]
-    return layout | {
-        "added_tokens": tokens,
-        "model": layout["model"] | {"vocab": ids, "merges": pairs},
-    }
+    model = layout["model"] | {"vocab": ids, "merges": pairs}
+    return layout | {"added_tokens": tokens, "model": model}
 
 
 def _added(parts: Parts) -> dict[int, Any]:
-    places = added_ids(parts.vocabulary, [token.content for token in parts.control])
+    ids = added_ids(parts.vocabulary, [token.content for token in parts.control])
     layout = _LAYOUT["added_token"]
-    added = {places[token.content]: layout | asdict(token) for token in parts.control}
+    added = {ids[token.content]: layout | asdict(token) for token in parts.control}
     return dict(sorted(added.items()))
 
 
 def tokenizer_config(parts: Parts) -> dict[str, Any]:
-    """What tokenizer_config.json holds."""
+    """The content of tokenizer_config.json."""
     config = tokenizer_settings(parts)
     config["added_tokens_decoder"] = {str(i): token for i, token in _added(parts).items()}
     template = parts.template
@@ -126,26 +110,22 @@ def tokenizer_config(parts: Parts) -> dict[str, Any]:
 
 
 def tokenizer_settings(parts: Parts) -> dict[str, Any]:
-    """The entries of tokenizer_config.json that `parts.settings` give or leave to Qwen2's own."""
-    hidden = [
-        token.content for token in parts.control if token.special and token.content != DOCUMENT_END
-    ]
+    """`parts.settings`, with Qwen2's defaults for the entries that they lack."""
+    special = [token.content for token in parts.control if token.special]
     defaults = _LAYOUT["tokenizer_config"] | {
-        "additional_special_tokens": hidden,
         "eos_token": TURN_END if parts.template else DOCUMENT_END,
         "pad_token": DOCUMENT_END,
     }
-    if (
-        "extra_special_tokens" in parts.settings
-    ):  # the newer name: both in one file would contradict each other
-        del defaults["additional_special_tokens"]
+    if "extra_special_tokens" not in parts.settings:  # the newer name of the same list
+        listed = [content for content in special if content != DOCUMENT_END]
+        defaults["additional_special_tokens"] = listed
     return defaults | dict(parts.settings)
 
 
 def named_special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens with a name (`eos_token` ...), as transformers gives them to templates."""
     extra = settings.get("extra_special_tokens")
-    entries: dict[str, Any] = dict.fromkeys(_NAMES)  # the order in which transformers adds them
+    entries: dict[str, Any] = dict.fromkeys(_NAMES)
     entries |= {key: value for key, value in settings.items() if key.endswith("_token")}
     entries |= extra if isinstance(extra, dict) else {}
     texts = zip(entries, _contents(entries.values()))
@@ -157,16 +137,14 @@ def _contents(tokens: Iterable[Any]) -> list[Any]:
 
 
 def added_ids(vocabulary: Sequence[bytes], contents: Iterable[str]) -> dict[str, int]:
-    """The id of each added token: the vocabulary's where its name is there, else the next free
-    one.
-    """
+    """The id of each added token: that in the vocabulary if it is there, else the next free id."""
     names = {to_characters(token): i for i, token in enumerate(vocabulary)}
     free = count(len(vocabulary))
     return {content: names[content] if content in names else next(free) for content in contents}
 
 
 class AddedToken(BaseModel):
-    """An added token as the files list it; what they leave out is as in `tokenizers`."""
+    """An added token as the files list it, with the defaults of `tokenizers`."""
 
     id: int
     content: str = Field(min_length=1)
@@ -178,13 +156,13 @@ class AddedToken(BaseModel):
 
     @property
     def token(self) -> ControlToken:
-        """Without its id."""
+        """The token without its id."""
         normalized = not self.special if self.normalized is None else self.normalized
         return ControlToken(**self.model_dump(exclude={"id"}) | {"normalized": normalized})
 
 
 class _Model(BaseModel):
-    """Byte pairs, and none of the format's options that would change ids."""
+    """The model in tokenizer.json: BPE without the options that would change ids."""
 
     type: Literal["BPE"]
     dropout: None = None
@@ -205,25 +183,21 @@ class _File(BaseModel):
 
 
 def read_tokenizer_json(path: Path) -> Parts:
-    """A tokenizer.json, with what the files beside it say of the template and the settings.
+    """A tokenizer.json, with the template and the settings from the files beside it.
 
-    OpenQwenError where a file is missing or damaged, or where its rules are not Qwen2's.
+    Raises OpenQwenError if a file is missing or damaged, or if its rules are not Qwen2's.
     """
     try:
         file = _File.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise OpenQwenError(
-            f"This tokenizer is damaged or of another kind: {name}: {first['msg']}", path
-        ) from None
-    if (
-        file.normalizer != _LAYOUT["tokenizer"]["normalizer"]
-        or _split_expression(file.pre_tokenizer) != PATTERN
-    ):
-        raise OpenQwenError(
-            "This tokenizer cuts text by other rules than Qwen2's.", path, do="use a Qwen2 model"
-        )
+        what = f"This tokenizer is damaged or of another kind: {name}: {first['msg']}"
+        raise OpenQwenError(what, path) from None
+    same_form = file.normalizer == _LAYOUT["tokenizer"]["normalizer"]
+    if not same_form or _split_expression(file.pre_tokenizer) != PATTERN:
+        what = "This tokenizer splits text by other rules than Qwen2's."
+        raise OpenQwenError(what, path, do="use a Qwen2 model")
     with naming(path):
         vocab = without_added(file.model.vocab, file.added_tokens, file.model.merges)
         vocabulary, merges = checked_vocabulary(vocab, file.model.merges)
@@ -232,28 +206,31 @@ def read_tokenizer_json(path: Path) -> Parts:
 
 
 def read_vocabulary_and_merges(folder: Path) -> Parts:
-    """vocab.json and merges.txt; the control tokens are those of tokenizer_config.json, else
-    Qwen2's three.
-    """
+    """vocab.json and merges.txt; the control tokens are as in `listed_control`."""
     vocab, lines = read_json(folder / "vocab.json"), read_lines(folder / "merges.txt")
     with naming(folder / "vocab.json"):
         if not isinstance(vocab, dict) or not all(isinstance(i, int) for i in vocab.values()):
             raise DamagedError("it does not map tokens to ids")
         listed = read_added_tokens(folder)
-        merges: list[tuple[str, str] | str] = [
-            line for line in lines if line and not line.startswith("#version")
-        ]
+        merges = [line for line in lines if line and not line.startswith("#version")]
         regular = without_added(vocab, listed or (), merges)
     with naming(folder / "merges.txt"):
         vocabulary, pairs = checked_vocabulary(regular, merges)
-    with naming(folder / "tokenizer_config.json"):
-        control = QWEN2_CONTROL_TOKENS if listed is None else checked_control(listed, vocabulary)
-    return with_settings(vocabulary, pairs, control, folder)
+    return with_settings(vocabulary, pairs, listed_control(listed, vocabulary, folder), folder)
+
+
+def listed_control(
+    listed: list[AddedToken] | None, vocabulary: Sequence[bytes], folder: Path
+) -> tuple[ControlToken, ...]:
+    """The control tokens that tokenizer_config.json lists, or Qwen2's three if it lists none."""
+    with naming(folder / CONFIG_FILE):
+        return QWEN2_CONTROL_TOKENS if listed is None else checked_control(listed, vocabulary)
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, cut at newlines alone: str.splitlines() would also cut inside a
-    token.
+    """The lines of a text file, which end at newlines only.
+
+    str.splitlines() would also cut at other characters, inside a token.
     """
     try:
         refuse_pointer(path)
@@ -265,7 +242,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 class DamagedError(Exception):
-    """What is wrong inside a file; `naming` adds which file."""
+    """A fault inside a tokenizer's file; `naming` adds the file's name."""
 
 
 @contextmanager
@@ -287,8 +264,9 @@ def _split_expression(pre_tokenizer: dict[str, Any]) -> str | None:
 def checked_vocabulary(
     vocab: Mapping[str, int], pairs: Iterable[Sequence[str]]
 ) -> tuple[list[bytes], list[Pair]]:
-    """(vocabulary, merges) from names of tokens in byte characters; a pair may be one string with a
-    space inside.
+    """(vocabulary, merges as pairs of ids) from tokens in byte characters.
+
+    A pair of names may be one string with a space between them.
     """
     names = sorted(vocab, key=vocab.__getitem__)
     if [vocab[name] for name in names] != list(range(len(names))):
@@ -297,19 +275,13 @@ def checked_vocabulary(
         vocabulary = [to_bytes(name) for name in names]
     except KeyError as error:
         raise DamagedError(f"the character {error} in the vocabulary stands for no byte") from None
-    if missing := set(BYTES_IN_ID_ORDER) - set(vocabulary):
-        raise DamagedError(f"the vocabulary lacks {len(missing)} of the 256 bytes")
+    check_bytes(vocabulary)
     if b"" in vocabulary:
         raise DamagedError("a token of the vocabulary is empty")
     merges = []
     for number, merge in enumerate(pairs):
         parts = merge.split(" ") if isinstance(merge, str) else merge
-        if (
-            len(parts) != 2
-            or parts[0] not in vocab
-            or parts[1] not in vocab
-            or parts[0] + parts[1] not in vocab
-        ):
+        if len(parts) != 2 or not vocab.keys() >= {*parts, "".join(parts)}:
             raise DamagedError(
                 f"merge {number}, {merge!r}, does not make a token of two tokens of the vocabulary"
             )
@@ -317,28 +289,32 @@ def checked_vocabulary(
     return vocabulary, merges
 
 
+def check_bytes(vocabulary: Iterable[bytes]) -> None:
+    """Raise DamagedError if a byte is not a token: then some text would have no ids."""
+    if missing := set(BYTES_IN_ID_ORDER) - set(vocabulary):
+        raise DamagedError(f"the vocabulary lacks {len(missing)} of the 256 bytes")
+
+
 def without_added(
     vocab: Mapping[str, int], added: Iterable[AddedToken], merges: Iterable[Sequence[str]]
 ) -> dict[str, int]:
-    """`vocab` without the added tokens that some files list there too: no merge makes them."""
+    """`vocab` without the added tokens, which some files list in it: those that no merge makes."""
     made = {"".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges}
-    gone = {token.content for token in added if len(token.content) > 1} - made
-    return {name: i for name, i in vocab.items() if name not in gone}
+    not_made = {token.content for token in added if len(token.content) > 1} - made
+    return {name: i for name, i in vocab.items() if name not in not_made}
 
 
 def checked_control(
-    added: Sequence[AddedToken],
-    vocabulary: Sequence[bytes],
+    added: Sequence[AddedToken], vocabulary: Sequence[bytes]
 ) -> tuple[ControlToken, ...]:
-    """The added tokens in the order of their ids, which must be those of `added_ids`."""
+    """The added tokens in the order of their ids, which must be as `added_ids` would give them."""
     added = sorted(added, key=lambda token: token.id)
     contents = [token.content for token in added]
     if len(set(contents)) != len(added):
         raise DamagedError("a control token occurs twice")
     if [token.id for token in added] != list(added_ids(vocabulary, contents).values()):
-        first = len(vocabulary)
         raise DamagedError(
-            f"the ids of the added tokens do not follow the vocabulary, from {first} on"
+            f"the ids of the added tokens do not follow the vocabulary, from {len(vocabulary)} on"
         )
     for name in (DOCUMENT_END, TURN_START, TURN_END):
         if name not in contents:
@@ -347,19 +323,15 @@ def checked_control(
 
 
 def read_added_tokens(folder: Path) -> list[AddedToken] | None:
-    """The control tokens that tokenizer_config.json lists; None where it lists none or is not
-    there.
-    """
+    """The added tokens that tokenizer_config.json lists; None if it has no list or is missing."""
     listed = _read_config(folder).get("added_tokens_decoder")
     if listed is None:
         return None
-    path = folder / CONFIG_FILE
     try:
         return [AddedToken.model_validate({"id": int(i), **token}) for i, token in listed.items()]
     except (ValidationError, ValueError, TypeError, AttributeError):
-        raise OpenQwenError(
-            "This file's added_tokens_decoder does not map ids to tokens.", where=path
-        ) from None
+        what = "This file's added_tokens_decoder does not map ids to tokens."
+        raise OpenQwenError(what, folder / CONFIG_FILE) from None
 
 
 def with_settings(
@@ -367,9 +339,9 @@ def with_settings(
 ) -> Parts:
     """Parts with the templates and settings of `folder`.
 
-    As in transformers, a token that these name is special, and is added where it is not listed.
+    As in transformers, a token that the settings name is special, and is added if it is not listed.
     """
-    template, settings, apart = read_settings(folder)
+    template, settings, template_apart = read_settings(folder)
     listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
     named = list(named_special_tokens(settings).values())
     named += _contents(listed) if isinstance(listed, list) else []
@@ -378,25 +350,23 @@ def with_settings(
         tokens[content] = replace(tokens.get(content, ControlToken(content, True)), special=True)
     ids = added_ids(vocabulary, tokens)
     control = tuple(tokens[content] for content in sorted(tokens, key=ids.__getitem__))
-    return Parts(vocabulary, merges, control, template, settings, apart)
+    return Parts(vocabulary, merges, control, template, settings, template_apart)
 
 
 def read_settings(folder: Path) -> tuple[str | dict[str, str] | None, dict[str, Any], bool]:
-    """(template or templates, entries of tokenizer_config.json to keep, whether templates lie
-    apart).
-    """
+    """(template or templates, entries of tokenizer_config.json to keep, template_apart)."""
     config = _read_config(folder)
     template = config.pop("chat_template", None)
     config.pop("added_tokens_decoder", None)
     if config.get("tokenizer_class", _CLASSES[0]) in _CLASSES and (folder / CONFIG_FILE).exists():
-        own = dict.fromkeys(("eos_token", "pad_token", "unk_token"), DOCUMENT_END)
-        config = own | config  # what the class says where the file says nothing
+        of_class = dict.fromkeys(("eos_token", "pad_token", "unk_token"), DOCUMENT_END)
+        config = of_class | config
     files = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).exists() else {}
     files |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
-    if files:
-        templates = {name: _read_template(path) for name, path in files.items()}
-        return templates["default"] if list(templates) == ["default"] else templates, config, True
-    return _templates(template, folder / CONFIG_FILE), config, False
+    if not files:
+        return _templates(template, folder / CONFIG_FILE), config, False
+    templates = {name: _read_template(path) for name, path in files.items()}
+    return templates["default"] if list(templates) == ["default"] else templates, config, True
 
 
 def _read_template(path: Path) -> str:
@@ -414,14 +384,13 @@ def _templates(template: Any, path: Path) -> str | dict[str, str] | None:
             template = {entry["name"]: entry["template"] for entry in template}
         if template is None or isinstance(template, str):
             return template
-        if all(_FILE_NAME.fullmatch(part) for part in template) and all(
-            isinstance(text, str) for text in template.values()
-        ):
+        are_texts = all(isinstance(text, str) for text in template.values())
+        if are_texts and all(map(_FILE_NAME.fullmatch, template)):
             return dict(template)
     except (TypeError, KeyError, AttributeError):
         pass
     raise OpenQwenError(
-        "This file's chat_template is not text, and not a list of templates with names.",
+        "This file's chat_template is not text and not a list of templates with names.",
         where=path,
         do='write [{"name": "default", "template": "..."}, ...]',
     )

@@ -15,7 +15,7 @@ _OF_CODE = (*MARKERS, "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>")
 
 
 def marker_ids(tokenizer: "Tokenizer") -> list[int]:
-    """Ids of the three markers, in order; OpenQwenError where there are none (Qwen2's)."""
+    """Ids of the three markers, in order; OpenQwenError if there are none, as in Qwen2."""
     if missing := [name for name in MARKERS if name not in tokenizer.control_ids]:
         raise OpenQwenError(
             f"This tokenizer has no {missing[0]}, which fill-in-the-middle needs.",
@@ -26,11 +26,11 @@ def marker_ids(tokenizer: "Tokenizer") -> list[int]:
 
 
 def middle_prompt(tokenizer: "Tokenizer", prefix: list[int], suffix: list[int]) -> list[int]:
-    """Ids after which a model writes the middle."""
+    """Ids of a prompt after which a model writes the middle."""
     before, after, middle = marker_ids(tokenizer)
     return [before, *prefix, after, *suffix, middle]
 
 
 def code_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
-    """Ids that end a middle besides the ends of all answers: another piece of code begins there."""
+    """Ids that end a middle, besides those that end all answers: new code begins there."""
     return tuple(tokenizer.control_ids[name] for name in _OF_CODE if name in tokenizer.control_ids)

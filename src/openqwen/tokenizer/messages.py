@@ -1,9 +1,9 @@
-"""Conversations in any form in which people store them, to what a chat template reads.
+"""Conversations in all usual forms, converted to the messages that a chat template reads.
 
-Training, generation and the server read through here, so one conversation gives the same ids
-everywhere. Forms: OpenAI's messages; ShareGPT, with the roles of LLaMA-Factory and ms-swift;
-Alpaca; a question and an answer under the usual names; TRL's preferences, as texts or as messages,
-the prompt apart or in both answers.
+Training, generation and the server convert here, so one conversation gives the same ids in all of
+them. Forms: OpenAI's messages; ShareGPT, with the roles of LLaMA-Factory and ms-swift; Alpaca; a
+question and an answer under the usual names; TRL's preferences, as texts or as messages, with the
+prompt in a field of its own or in both answers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,6 +29,7 @@ _CALLING = ("function_call", "tool_call")  # roles whose content is a call, as J
 _LISTS = ("messages", "conversations", "conversation")
 _ASKED = ("prompt", "instruction", "query", "question")
 _ANSWERED = ("completion", "output", "response", "answer")
+_SIDES = ("chosen", "rejected")
 _MARKS = ("weight", "loss", "train", "loss_scale")  # of OpenAI, ms-swift, axolotl, ms-swift
 _FORMS = "messages, conversations, instruction and output, or prompt and completion"
 
@@ -43,15 +44,15 @@ class Preference(NamedTuple):
 
 
 def demonstration(record: Record) -> tuple[list[Message], Tools]:
-    """A conversation to learn from, and its tools.
+    """(a conversation to learn from, its tools).
 
-    Of messages as prompt and completion, only the completion is learned. Raises OpenQwenError,
-    which names the field, where the record has none of the forms.
+    If prompt and completion are messages, only the completion is learned. Raises OpenQwenError,
+    which names the field, if the record has none of the forms.
     """
     if (messages := _listed(record)) is None:
         asked, name = _asked(record), _first(record, _ANSWERED)
         if asked is None or name is None:
-            what = f"This record holds no conversation{_fields(record)}."
+            what = f"This record has no conversation{_fields(record)}."
             raise OpenQwenError(what, do=f"give {_FORMS}")
         if isinstance(record.get("prompt"), list):  # TRL's completion_only_loss
             asked = [message | {"train": False} for message in asked]
@@ -60,14 +61,14 @@ def demonstration(record: Record) -> tuple[list[Message], Tools]:
 
 
 def prompt(record: Record) -> tuple[list[Message], Tools]:
-    """What is asked, and its tools; the answer at the end of a demonstration is left out."""
+    """(the prompt, its tools); the answer at the end of a demonstration is left out."""
     messages = _asked(record)
     if messages is None:
         messages = _listed(record) or []
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
     if not messages:
-        what = f"This record holds no prompt{_fields(record)}."
+        what = f"This record has no prompt{_fields(record)}."
         raise OpenQwenError(what, do="give prompt: a text or messages")
     return messages, as_tools(record)
 
@@ -75,53 +76,61 @@ def prompt(record: Record) -> tuple[list[Message], Tools]:
 def preference(record: Record) -> Preference:
     """A preference; each answer is a text, a message, or messages that may begin with the prompt.
 
-    A prompt in both answers is what they share at the start, as TRL's `extract_prompt` finds it.
+    If both answers contain the prompt, it is what they have in common at the start, as in TRL's
+    `extract_prompt`.
     """
-    given = _asked(record)
-    if given is None:
-        given = _listed(record) or []
-    name = _first(record, ("rejected_response", "rejected_messages"))
-    if "chosen" not in record and name:
-        # ms-swift: `messages` ends with the chosen answer.
-        other = as_messages(record[name], name, "assistant")
-        whole = name == "rejected_messages"
-        sides = [given, _with_system(record, other) if whole else given[:-1] + other]
-        given = []
-    else:
-        for name in ("chosen", "rejected"):
-            if record.get(name) is None:
-                lacks = f"it lacks '{name}'{_fields(record)}"
-                what = f"'{name}' is null" if name in record else lacks
-                do = f"give {name}: a text, or one assistant message"
-                raise OpenQwenError(f"This is no preference: {what}.", do=do)
-        texts = [record["chosen"], record["rejected"]]
-        if not given and all(isinstance(text, str) for text in texts):
-            given, texts = _shared_text(*texts)
-        named = zip(texts, ("chosen", "rejected"))
-        sides = [as_messages(text, name, "assistant") for text, name in named]
-    if not given or any(side and side[0]["role"] != "assistant" for side in sides):
-        pairs = zip(sides[0][:-1], sides[1][:-1])
-        shared = [message for message, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    asked, sides = _swift_sides(record) or _sides(record)
+    if not asked or any(side and side[0]["role"] != "assistant" for side in sides):
+        pairs = takewhile(lambda pair: pair[0] == pair[1], zip(sides[0][:-1], sides[1][:-1]))
+        shared = [message for message, _ in pairs]
         if not shared:
             raise OpenQwenError(
-                "This is no preference: it lacks 'prompt', and its answers do not begin alike.",
+                "This is not a preference: it lacks 'prompt', and its answers do not begin alike.",
                 do="give prompt: a text, or messages",
             )
         sides = [side[len(shared) :] for side in sides]
-        if given[-len(shared) :] != shared:
-            given = _with_system(record, shared)
-    for name, side in zip(("chosen", "rejected"), sides):
+        if asked[-len(shared) :] != shared:
+            asked = _with_system(record, shared)
+    for name, side in zip(_SIDES, sides):
         if len(side) != 1 or side[0]["role"] != "assistant":
             do = f"give {name} as such, or a text"
             raise OpenQwenError("An answer is one assistant message.", name, do)
-    return Preference(given, sides[0][0], sides[1][0], as_tools(record))
+    return Preference(asked, sides[0][0], sides[1][0], as_tools(record))
+
+
+def _sides(record: Record) -> tuple[list[Message], list[list[Message]]]:
+    """(prompt, or none if the answers contain it; chosen and rejected)."""
+    for name in _SIDES:
+        if record.get(name) is None:
+            lacks = f"it lacks '{name}'{_fields(record)}"
+            what = f"'{name}' is null" if name in record else lacks
+            do = f"give {name}: a text, or one assistant message"
+            raise OpenQwenError(f"This is not a preference: {what}.", do=do)
+    asked = _turns(record)
+    answers = [record[name] for name in _SIDES]
+    if not asked and all(isinstance(answer, str) for answer in answers):
+        asked, answers = _shared_text(*answers)
+    named = zip(answers, _SIDES)
+    return asked, [as_messages(answer, name, "assistant") for answer, name in named]
+
+
+def _swift_sides(record: Record) -> tuple[list[Message], list[list[Message]]] | None:
+    """The same for ms-swift's form, in which `messages` ends with the chosen answer."""
+    name = _first(record, ("rejected_response", "rejected_messages"))
+    if "chosen" in record or name is None:
+        return None
+    chosen = _turns(record)
+    rejected = as_messages(record[name], name, "assistant")
+    if name == "rejected_messages":
+        return [], [chosen, _with_system(record, rejected)]
+    return [], [chosen, chosen[:-1] + rejected]
 
 
 def as_messages(value: Any, where: str = "messages", role: str = "user") -> list[Message]:
-    """Messages in OpenAI's form, but the arguments of tool calls are objects where they are JSON.
+    """Messages in OpenAI's form, but with the arguments of tool calls as objects if they are JSON.
 
-    value: a text (one message of `role`), a message, or a list of messages. Consecutive calls are
-    one message. Raises OpenQwenError, which names the message.
+    value: a text (one message of `role`), a message, or a list of messages. Consecutive calls
+    become one message. Raises OpenQwenError, which names the message.
     """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -129,9 +138,9 @@ def as_messages(value: Any, where: str = "messages", role: str = "user") -> list
         raise OpenQwenError(f"This is {_kind(value)}.", where, "give a text, or a list of messages")
     messages: list[Message] = []
     for number, item in enumerate([value] if isinstance(value, Mapping) else value):
-        message, calls = _message(item, f"{where}[{number}]"), _named(item) in _CALLING
+        message, is_call = _message(item, f"{where}[{number}]"), _given_role(item) in _CALLING
         last = messages[-1] if messages else {}
-        if calls and last.get("role") == "assistant" and is_learned(last) == is_learned(message):
+        if is_call and last.get("role") == "assistant" and is_learned(last) == is_learned(message):
             last["tool_calls"] = [*last.get("tool_calls", ()), *message["tool_calls"]]
         else:
             messages.append(message)
@@ -139,7 +148,7 @@ def as_messages(value: Any, where: str = "messages", role: str = "user") -> list
 
 
 def as_tools(record: Record) -> Tools:
-    """The tools of a record, under `tools` or `functions`; bare functions and JSON text too."""
+    """The tools of a record, from `tools` or `functions`; bare functions and JSON text too."""
     name = next((name for name in ("tools", "functions") if record.get(name)), None)
     if name is None:
         return None
@@ -149,7 +158,7 @@ def as_tools(record: Record) -> Tools:
 
 
 def is_learned(message: Message) -> bool:
-    """Whether an assistant's message is learned: not where one of `_MARKS` is 0 or false."""
+    """Whether an assistant's message is learned: not if one of `_MARKS` is 0 or false."""
     for mark in _MARKS:
         if (value := message.get(mark)) not in (None, 0, 1):
             raise OpenQwenError(f"'{mark}' of a message is {value!r}.", do="give 0 or 1")
@@ -186,14 +195,14 @@ def _listed(record: Record) -> list[Message] | None:
 
 
 def _one_by_one(turn: Any) -> list[Any]:
-    """ms-swift's turn of a question and its answer as two messages; any other turn as it is."""
+    """ms-swift's turn of a question and its answer as two messages; any other turn unchanged."""
     if not isinstance(turn, Mapping) or not {"human", "assistant"} <= turn.keys():
         return [turn]
     return [{"role": role, "content": turn[role]} for role in ("human", "assistant")]
 
 
 def _asked(record: Record) -> list[Message] | None:
-    """The turns before an answer that stands apart, Alpaca's input and history among them."""
+    """The turns before an answer in a field of its own, with Alpaca's input and history."""
     if (name := _first(record, _ASKED)) is None:
         return None
     asked = record[name]
@@ -208,18 +217,27 @@ def _asked(record: Record) -> list[Message] | None:
     return _with_system(record, turns + as_messages(asked, name))
 
 
+def _turns(record: Record) -> list[Message]:
+    """The turns before an answer, or else the conversation; empty if there is neither."""
+    asked = _asked(record)
+    return _listed(record) or [] if asked is None else asked
+
+
 def _with_system(record: Record, messages: list[Message]) -> list[Message]:
-    """With the record's own system prompt, where the messages have none."""
+    """The messages, with the record's system prompt if they have none."""
     if not record.get("system") or (messages and messages[0]["role"] == "system"):
         return messages
     return as_messages(record["system"], "system", "system") + messages
 
 
 def _shared_text(chosen: str, rejected: str) -> tuple[list[Message], list[str]]:
-    """Two texts, cut where they begin to differ or at the space before; first comes the prompt."""
+    """(prompt, [chosen, rejected]): the texts, cut where they begin to differ.
+
+    The cut is before a space that stands there.
+    """
     pairs = list(zip(chosen, rejected))
     end = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
-    if end is None:  # one text begins with the other: neither answer may be empty
+    if end is None:  # one text begins with the other, but neither answer may be empty
         end = max(len(pairs) - 1, 0)
     elif chosen[:end].endswith(" "):
         end -= 1
@@ -227,7 +245,7 @@ def _shared_text(chosen: str, rejected: str) -> tuple[list[Message], list[str]]:
 
 
 def _parsed(value: Any, where: str) -> Any:
-    """What JSON text holds; any other value as it is."""
+    """The value of a JSON text; any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -237,8 +255,8 @@ def _parsed(value: Any, where: str) -> Any:
         raise OpenQwenError(what, where, "give a list, or its JSON") from None
 
 
-def _named(item: Any) -> str | None:
-    """The role as the record spells it."""
+def _given_role(item: Any) -> str | None:
+    """The role as the record writes it."""
     role = item.get("role") or item.get("from")
     return role if isinstance(role, str) else None
 
@@ -247,32 +265,31 @@ def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
         what = f"A message is an object with a role and a content, and this is {_kind(item)}."
         raise OpenQwenError(what, where, 'write {"role": "user", "content": "..."}')
-    named = _named(item)
-    if named is None or named not in _ROLES:
+    given = _given_role(item)
+    if given is None or given not in _ROLES:
         raise OpenQwenError(f"A message needs a role, one of {', '.join(ROLES)}.", where)
-    own = {key: value for key, value in item.items() if value is not None}
-    own.pop("role", None)
-    own.pop("from", None)
-    content = own.pop("value", None)
-    content = own.pop("content", content)
-    calls, legacy = own.pop("tool_calls", None), own.pop("function_call", None)
-    if named in _CALLING:
+    fields = {key: value for key, value in item.items() if value is not None}
+    fields.pop("role", None)
+    fields.pop("from", None)
+    content = fields.pop("value", None)
+    content = fields.pop("content", content)
+    calls, legacy = fields.pop("tool_calls", None), fields.pop("function_call", None)
+    if given in _CALLING:
         content, calls = None, content
-    content, calls = _text(content, where), _parsed(calls or legacy or [], f"{where}.tool_calls")
+    inside = f"{where}.tool_calls"
+    content, calls = _text(content, where), _parsed(calls or legacy or [], inside)
     if calls:
         calls = calls if isinstance(calls, list) else [calls]
-        inside = f"{where}.tool_calls"
-        own["tool_calls"] = [_call(call, f"{inside}[{n}]") for n, call in enumerate(calls)]
-    if content is None and calls:
-        content = ""
+        fields["tool_calls"] = [_call(call, f"{inside}[{n}]") for n, call in enumerate(calls)]
+        content = "" if content is None else content
     if not isinstance(content, str):
         what = f"The content of a message must be text, and this is {_kind(content)}."
         raise OpenQwenError(what, where)
-    return {"role": _ROLES[named], "content": content, **own}
+    return {"role": _ROLES[given], "content": content, **fields}
 
 
 def _text(content: Any, where: str) -> Any:
-    """A list of texts or of text parts as one text; any other content as it is."""
+    """A list of texts or of text parts as one text; any other content unchanged."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -286,7 +303,7 @@ def _text(content: Any, where: str) -> Any:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    """A call as OpenAI writes it, its arguments as an object; what is no JSON stays text."""
+    """A call in OpenAI's form, with its arguments as an object, or as text if they are not JSON."""
     outer = call if isinstance(call, Mapping) and "function" in call else {"function": call}
     function = outer["function"]
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -299,7 +316,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
-    """A tool, or a bare function, as a tool."""
+    """A tool in OpenAI's form, from a tool or a bare function."""
     tool = _parsed(tool, where)
     outer = tool
     if not isinstance(tool, Mapping) or "function" not in tool:

@@ -1,22 +1,19 @@
-"""Text to words: the units inside which byte pairs merge (Qwen2's expression), and bytes as
-characters.
-"""
+"""Text to words, inside which byte pairs merge (Qwen2's expression), and bytes as characters."""
 
 import regex
 
 from openqwen.tokenizer.unicode import mask_newer_letters
 
-# Qwen2's expression: contractions, words with one leading symbol or space, single digits, symbols,
-# line ends, spaces.
+# Contractions, words with one leading symbol or space, single digits, symbols, line ends, spaces.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
-    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLIT = regex.compile(PATTERN)
 
 
 def split_words(text: str) -> list[str]:
-    """Cut normalised text into words; joined, they are the text again."""
+    """Split normalised text into words; joined, they are the text again."""
     masked = mask_newer_letters(text)
     if masked == text:
         return _SPLIT.findall(text)
@@ -40,9 +37,7 @@ def _byte_characters() -> list[str]:
 BYTE_TO_CHARACTER = _byte_characters()
 CHARACTER_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_CHARACTER)}
 # The first 256 ids, in the order of those characters, as in every byte-level vocabulary.
-BYTES_IN_ID_ORDER = [
-    bytes([CHARACTER_TO_BYTE[character]]) for character in sorted(BYTE_TO_CHARACTER)
-]
+BYTES_IN_ID_ORDER = [bytes([CHARACTER_TO_BYTE[c]]) for c in sorted(BYTE_TO_CHARACTER)]
 
 
 def to_characters(token: bytes) -> str:

@@ -1,8 +1,7 @@
 """The chat template of Qwen2.5 (ChatML with tools), and how a template is rendered.
 
-Templates come with checkpoints and are code that nobody has read: they run in Jinja's sandbox, with
-the settings and the helpers that transformers gives them, so one template renders to one text
-everywhere.
+Templates come with checkpoints and are untrusted code, so they run in Jinja's sandbox. They get the
+settings and the helpers of transformers, so a template renders to the same text there and here.
 """
 
 import json
@@ -25,32 +24,27 @@ Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 
-# One turn is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. Tools are listed in the
-# system turn; a call is a JSON object between <tool_call> tags; the results of consecutive calls
-# share one turn of the user.
+# A turn is <|im_start|>ROLE, newline, CONTENT, <|im_end|>, newline. The system turn lists the
+# tools; a call is a JSON object between <tool_call> tags; the results of consecutive calls share a
+# turn of the user.
 _CHATML = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
 
 
 def chatml_template(system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
-    """The template's source; `system_prompt` stands where a chat does not begin with a system
-    message.
-    """
+    """The template's source; a chat without a system message begins with `system_prompt`."""
     return _CHATML.strip().replace("SYSTEM_PROMPT", json.dumps(system_prompt, ensure_ascii=False))
 
 
 def choose(templates: str | Mapping[str, str], tools: Any) -> str:
-    """The template for a chat: of several, `tool_use` where there are tools, or `default`."""
+    """The template for a chat: of several, `tool_use` if there are tools, else `default`."""
     if isinstance(templates, str):
         return templates
     if tools is not None and "tool_use" in templates:
         return templates["tool_use"]
     if "default" not in templates:
         names = ", ".join(sorted(templates))
-        raise OpenQwenError(
-            f"None of this tokenizer's chat templates is the default; their names are {names}.",
-            where="chat template",
-            do="name one of them 'default'",
-        )
+        what = f"None of this tokenizer's chat templates is the default; their names are {names}."
+        raise OpenQwenError(what, "chat template", "name one of them 'default'")
     return templates["default"]
 
 
@@ -62,19 +56,16 @@ def render(
     special: Mapping[str, str],
     continue_final_message: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The chat as one text, and where in it each `{% generation %}` block begins and ends.
+    """(the chat as one text, where in it each `{% generation %}` block begins and ends).
 
-    special: the special tokens by the names that templates know (`eos_token` ...).
+    special: the special tokens by the names that templates use (`eos_token` ...).
     continue_final_message: end the text where the content of the last message ends.
-    OpenQwenError names the message that is wrong, or what the template objects to.
+    Raises OpenQwenError, which names the wrong message or what the template objects to.
     """
     check_messages(messages)
     if continue_final_message and add_generation_prompt:
-        raise OpenQwenError(
-            "A chat can continue its final message or open a new one, not both.",
-            where="continue_final_message",
-            do="set add_generation_prompt to false",
-        )
+        what = "A chat can continue its final message or begin a new one, not both."
+        raise OpenQwenError(what, "continue_final_message", "set add_generation_prompt to false")
     messages = [_as_templates_see_it(message) for message in messages]
     if continue_final_message:
         messages[-1] |= {"content": _final_content(messages) + _TAG}
@@ -91,9 +82,8 @@ def render(
     try:
         pieces.extend(_compile(template).generate(variables))
     except Exception as error:  # a template is a program: it may raise anything
-        raise OpenQwenError(
-            f"The chat template failed on this chat: {error}", where="chat template"
-        ) from error
+        what = f"The chat template failed on this chat: {error}"
+        raise OpenQwenError(what, "chat template") from error
     text = "".join(pieces)
     return (_until_tag(text, messages[-1]["content"]) if continue_final_message else text), marks
 
@@ -103,7 +93,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def _as_templates_see_it(message: Message) -> Message:
-    """As in transformers: a key whose value is None is absent, and reasoning has two names."""
+    """The message without None values, and reasoning under two names, as in transformers."""
     message = {key: value for key, value in message.items() if value is not None}
     for name in _REASONING:
         if name in message:
@@ -114,30 +104,26 @@ def _as_templates_see_it(message: Message) -> Message:
 def _final_content(messages: list[Message]) -> str:
     content = messages[-1].get("content")
     if content is None:
-        raise OpenQwenError(
-            "The final message has no content to continue.",
-            where=f"messages[{len(messages) - 1}]",
-            do="give it a content, or ask for a new answer",
-        )
+        what, where = "The final message has no content to continue.", len(messages) - 1
+        raise OpenQwenError(what, f"messages[{where}]", "give it a content, or begin a new message")
     return content
 
 
 def _until_tag(text: str, tagged: str) -> str:
-    """`text` up to the tag behind the content that is continued, as transformers cuts it."""
+    """`text` up to the tag after the content that is continued, cut as in transformers."""
     place = text.rfind(_TAG.strip())
     if place < 0 or tagged.removesuffix(_TAG).strip() not in text:
-        raise OpenQwenError(
-            "The final message cannot be continued: the chat template changes it.",
-            where="chat template",
-        )
+        what = "The final message cannot be continued: the chat template changes it."
+        raise OpenQwenError(what, "chat template")
     kept = text[:place]
-    # A template that trims contents has trimmed the tag: the content's own end is trimmed too.
+    # A template that trims contents has trimmed the tag; then the content's end is trimmed too.
     return kept if text.startswith(_TAG, place) else kept.rstrip()
 
 
 def check_messages(messages: list[Message]) -> None:
-    """Each message has a known role and a text; only an assistant that calls tools may leave the
-    text out.
+    """Raise OpenQwenError unless each message has a known role and a text.
+
+    A message with tool calls needs no text.
     """
     if not messages:
         raise OpenQwenError("This chat has no messages.", do="begin it with a user message")
@@ -154,7 +140,7 @@ _TRACKER = "_openqwen_generation"
 
 
 class _Generation(Extension):
-    """transformers' `{% generation %}` block, by which a template marks what the assistant says."""
+    """transformers' `{% generation %}` block, which marks what the assistant says."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -190,7 +176,7 @@ def _to_json(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes <, > and & for HTML; a chat wants them as they are."""
+    """JSON without Jinja's escapes of <, > and & for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -36,11 +36,14 @@ from openqwen.tokenizer.unicode import normalize
 class Tokenizer:
     """A byte-level BPE vocabulary, added tokens, and a chat template.
 
-    vocabulary: the bytes of each regular token, by id. merges: pairs of ids, best rank first.
-    control: the added tokens; one that the vocabulary knows has that id, the others follow the
-    regular ones. template: Jinja source, several by name, or None for a model that does not chat.
-    settings: entries of tokenizer_config.json to save besides. template_apart: save the templates
-    as files of their own.
+    Args:
+        vocabulary: the bytes of each regular token, by id.
+        merges: pairs of ids, best rank first.
+        control: the added tokens. One that is in the vocabulary has its id there; the ids of the
+            others follow those of the regular tokens.
+        template: Jinja source, several by name, or None for a model that does not chat.
+        settings: other entries of tokenizer_config.json, to save again.
+        template_apart: save the templates in separate files.
     """
 
     def __init__(
@@ -53,16 +56,12 @@ class Tokenizer:
         template_apart: bool = False,
     ):
         self.vocabulary, self.merges, self.control = list(vocabulary), list(merges), tuple(control)
-        self.template, self._settings, self._template_apart = (
-            template,
-            dict(settings or {}),
-            template_apart,
-        )
+        self.template, self._settings = template, dict(settings or {})
+        self._template_apart = template_apart
         ids = {token: i for i, token in enumerate(self.vocabulary)}
         if missing := set(BYTES_IN_ID_ORDER) - ids.keys():
-            raise OpenQwenError(
-                f"This vocabulary lacks {len(missing)} of the 256 bytes.", do="add them as tokens"
-            )
+            what = f"This vocabulary lacks {len(missing)} of the 256 bytes."
+            raise OpenQwenError(what, do="add them as tokens")
         triples = [(a, b, ids[self.vocabulary[a] + self.vocabulary[b]]) for a, b in self.merges]
         self._encoder = best_encoder(self.vocabulary, triples)
         self.control_ids = added_ids(self.vocabulary, [token.content for token in self.control])
@@ -71,23 +70,21 @@ class Tokenizer:
         ]
         of_control = {token: self.control_ids[token.content] for token in self.control}
         self._hidden = {i for token, i in of_control.items() if token.special}
-        # A regular token's id is what any text may yield: it cannot be kept from users.
+        # Any text may give the id of a regular token, so those cannot be protected.
         self.added = AddedTokens(of_control, [i for i in self._hidden if i >= len(self.vocabulary)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and other processes build their own encoder."""
+        """Copies and pickles hold the parts; they build their own encoder."""
         return Tokenizer, tuple(self._parts())
 
     @property
     def path(self) -> Literal["native", "python"]:
-        """Which encoder is at work: the compiled one, or the one in Python where it could not be
-        had.
-        """
+        """Which encoder works: the compiled one, or the one in Python if that cannot be built."""
         return self._encoder.path
 
     @property
     def vocab_size(self) -> int:
-        """Regular and control tokens together; a model may have more rows than this."""
+        """Number of regular and control tokens; a model may have more rows than this."""
         return len(self._bytes)
 
     @property
@@ -102,7 +99,7 @@ class Tokenizer:
 
     @cached_property
     def stated_eos_id(self) -> int | None:
-        """The id of the files' `eos_token`; None where they state none that is one token."""
+        """The id of the files' `eos_token`; None if they have none that is one token."""
         stated = self._settings.get("eos_token")
         content = stated.get("content") if isinstance(stated, dict) else stated
         ids = self.encode(content, allow_control=True) if isinstance(content, str) else []
@@ -115,7 +112,7 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
-        """The special tokens by the names under which templates know them: `eos_token` ..."""
+        """The special tokens by the names that templates use: `eos_token` ..."""
         return named_special_tokens(tokenizer_settings(self._parts()))
 
     @cached_property
@@ -127,7 +124,7 @@ class Tokenizer:
     def encode(self, text: str, allow_control: bool = False) -> list[int]:
         """Ids of `text`; lone surrogates become U+FFFD.
 
-        Added tokens in it are found; the special ones stay text unless `allow_control`.
+        Added tokens in it get their ids; the special ones stay text unless `allow_control`.
         """
         ids: list[int] = []
         for piece, i, _ in self.added.cut(text, lambda _: not allow_control):
@@ -141,30 +138,29 @@ class Tokenizer:
     def encode_batch(
         self, texts: Iterable[str], threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, offsets) of many texts: text i is ids[offsets[i]:offsets[i + 1]]; uint32 [T] and
-        int64 [texts + 1].
+        """(ids, offsets) of many texts: text i is ids[offsets[i]:offsets[i + 1]].
 
-        As `encode` would, with special tokens kept as text. threads: all cores unless told
-        otherwise.
+        The ids are those of `encode`, with special tokens as text. Shapes: uint32 [T] and int64
+        [texts + 1]. threads: all cores by default.
         """
-        found: list[list[int | None]] = []  # for each text: the ids of added tokens, None between
+        added: list[list[int | None]] = []  # for each text: ids of added tokens, None for the rest
 
-        def between() -> Iterator[str]:
+        def plain_pieces() -> Iterator[str]:
             for text in texts:
                 pieces = list(self.added.cut(text, lambda _: True))
-                found.append([i for _, i, _ in pieces])
+                added.append([i for _, i, _ in pieces])
                 yield from (normalize(piece) for piece, i, _ in pieces if i is None)
 
-        ids, offsets = self._encoder.encode_batch(between(), threads)
-        if all(pieces == [None] for pieces in found):
+        ids, offsets = self._encoder.encode_batch(plain_pieces(), threads)
+        if all(row == [None] for row in added):
             return ids, offsets
-        stretches = iter(np.split(ids, offsets[1:-1]))
+        encoded = iter(np.split(ids, offsets[1:-1]))
         parts: list[np.ndarray] = []
         ends = [0]
-        for row in found:
-            new = [next(stretches) if i is None else np.array([i], np.uint32) for i in row]
-            parts += new
-            ends.append(ends[-1] + sum(map(len, new)))
+        for row in added:
+            of_text = [next(encoded) if i is None else np.array([i], np.uint32) for i in row]
+            parts += of_text
+            ends.append(ends[-1] + sum(map(len, of_text)))
         return np.concatenate(parts), np.array(ends, np.int64)
 
     def decode(self, ids: Iterable[int], skip_control: bool = True) -> str:
@@ -175,12 +171,11 @@ class Tokenizer:
         """
         hidden = self._hidden if skip_control else ()
         table, size = self._bytes, len(self._bytes)
-        return b"".join([table[i] for i in ids if 0 <= i < size and i not in hidden]).decode(
-            errors="replace"
-        )
+        tokens = [table[i] for i in ids if 0 <= i < size and i not in hidden]
+        return b"".join(tokens).decode(errors="replace")
 
     def token_bytes(self, i: int) -> bytes:
-        """The bytes of one token; none for an id without a token (a model's padding rows)."""
+        """The bytes of one token; empty for an id without a token (a model's padding rows)."""
         return self._bytes[i] if 0 <= i < len(self._bytes) else b""
 
     def is_hidden(self, i: int) -> bool:
@@ -194,11 +189,10 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
     ) -> str:
-        """The chat as one text. To encode it use `encode_chat`: this text does not tell who wrote
-        what.
+        """The chat as one text; to encode a chat use `encode_chat`, which knows who wrote what.
 
-        continue_final_message: the text ends where the content of the final message ends, for a
-        model that writes on from there; not together with `add_generation_prompt`.
+        continue_final_message: the text ends where the content of the final message ends, so that
+        a model continues it; not together with `add_generation_prompt`.
         """
         template, special = self._chat_template(tools), self.special_tokens
         text, _ = render(
@@ -213,26 +207,24 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         continue_final_message: bool = False,
     ) -> tuple[list[int], list[int]]:
-        """(ids, mask): the rendered chat; 1 for each token that an assistant wrote, its end token
-        included.
+        """(ids, mask) of the rendered chat; the mask is 1 where an assistant wrote the token.
 
-        Special tokens come from the template alone: in a message's content they stay text. Where
-        no message holds one, ids equal `encode(apply_chat_template(...), allow_control=True)`.
-        What an assistant wrote is what the template's `{% generation %}` blocks hold, or what
-        stands in ChatML's turns, or what its messages add to the text.
+        Special tokens come from the template only: in a message's content they stay text. If no
+        message has one, the ids equal `encode(apply_chat_template(...), allow_control=True)`.
+        The assistant's text, with its end token, is what the template's `{% generation %}` blocks
+        hold; without such blocks, ChatML's turns; else what the messages add to the text.
         """
         chat = ChatEncoder(self, self._chat_template(tools), messages, tools)
         return chat.encode(add_generation_prompt, continue_final_message)
 
     def info(self) -> dict[str, Any]:
-        """What tokenizer_config.json and the template file say of it."""
+        """The content of tokenizer_config.json, and the template."""
         return tokenizer_config(self._parts()) | {"chat_template": self.template}
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, which
-        transformers loads.
+        """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt for transformers.
 
-        What was loaded keeps its settings, and its template the file that it came in.
+        A loaded tokenizer keeps its settings, and its template the file that it came from.
         """
         write_tokenizer(Path(folder), self._parts())
 
@@ -256,9 +248,9 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer in a model's folder, in one file of it, or of an id on the hub (`owner/name`).
+    """The tokenizer in a model's folder, in one of its files, or of a hub id (`owner/name`).
 
     Kinds: tokenizer.json; vocab.json with merges.txt; a .tiktoken file of ranks; a .gguf file.
-    OpenQwenError says what is missing or damaged.
+    Raises OpenQwenError, which says what is missing or damaged.
     """
     return Tokenizer(*read_source(local(source)))

@@ -1,8 +1,7 @@
-"""Byte-pair encoding learned from text: merge the most frequent pair of neighbours, again and
-again.
+"""Byte-pair encoding learned from text: the most frequent pair of neighbours merges, repeatedly.
 
-Sennrich et al. 2016, section 3.2, on bytes instead of characters as in GPT-2. Equal counts are
-settled by the smaller pair of ids, as in Hugging Face's `tokenizers`, so the merges are the same.
+Sennrich et al. 2016, section 3.2, on bytes instead of characters as in GPT-2. Of equally frequent
+pairs the one with the smaller ids merges first, as in Hugging Face's `tokenizers`.
 """
 
 from collections import Counter, defaultdict
@@ -30,21 +29,14 @@ class TokenizerConfig(Settings):
     """How a vocabulary is trained."""
 
     vocabulary: int = Field(
-        4096,
-        ge=256,
-        description="regular tokens, the 256 bytes included; control tokens come on top",
+        4096, ge=256, description="regular tokens with the 256 bytes; control tokens are added"
     )
     max_bytes: int = Field(
-        20_000_000,
-        ge=1,
-        description="bytes of text to learn from, drawn by the weights of the mixture",
+        20_000_000, ge=1, description="bytes of text to learn from, by the weights of the mixture"
     )
     weights: dict[str, float] = Field(
         default_factory=dict,
-        description=(
-            "what a source's weight in the mixture is multiplied by, 0 to learn nothing from it; 1 "
-            "by default"
-        ),
+        description="factor on a source's weight in the mixture; 0 leaves it out; default 1",
     )
     min_frequency: int = Field(
         2, ge=1, description="a pair seen less often than this is not merged"
@@ -56,9 +48,7 @@ class TokenizerConfig(Settings):
 
 
 def take_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The first `limit` bytes (UTF-8) of `texts`, normalised; the last text is cut at a
-    character.
-    """
+    """The first `limit` bytes (UTF-8) of `texts`, normalised; the last is cut at a character."""
     for text in texts:
         text = normalize(text)
         size = len(text) if text.isascii() else len(text.encode())
@@ -82,7 +72,7 @@ def count_words(texts: Iterable[str]) -> Counter[str]:
 def train_bpe(word_counts: Mapping[str, int], vocabulary: int, min_frequency: int) -> list[Pair]:
     """The merges, at most `vocabulary` - 256, in order; merge k makes id 256 + k.
 
-    Fewer come back where no pair is left that occurs `min_frequency` times.
+    There are fewer if no pair is left that occurs `min_frequency` times.
     """
     words = [[_BYTE_IDS[byte] for byte in word.encode()] for word in word_counts]
     counts = list(word_counts.values())
@@ -99,33 +89,30 @@ def train_bpe(word_counts: Mapping[str, int], vocabulary: int, min_frequency: in
     with progress("merge pairs", total=vocabulary - 256, unit="merges") as work:
         while heap and len(merges) < vocabulary - 256:
             negative, pair = heappop(heap)
-            if (
-                -negative != pair_counts[pair]
-            ):  # counts only fall after a pair is pushed: put it back in its place
+            if -negative != pair_counts[pair]:
+                # The count has fallen since the pair was pushed (it never rises): push it again.
                 heappush(heap, (-pair_counts[pair], pair))
                 continue
             if -negative < min_frequency:
                 break
             new = 256 + len(merges)
             merges.append(pair)
-            born: set[Pair] = set()
+            new_pairs: set[Pair] = set()
             for index in places.pop(pair):
                 words[index], changes = _merge(words[index], pair, new)
                 for changed, change in changes:
                     pair_counts[changed] += change * counts[index]
                     if change > 0:
                         places[changed].add(index)
-                        born.add(changed)
-            for child in born:
-                heappush(heap, (-pair_counts[child], child))
+                        new_pairs.add(changed)
+            for new_pair in new_pairs:
+                heappush(heap, (-pair_counts[new_pair], new_pair))
             work.advance()
     return merges
 
 
 def _merge(word: list[int], pair: Pair, new: int) -> tuple[list[int], list[tuple[Pair, int]]]:
-    """`word` with each `pair`, from the left, replaced by `new`; and how the counts of its other
-    pairs change.
-    """
+    """(`word` with each `pair` replaced by `new` from the left, changes of other pairs' counts)."""
     left, right = pair
     merged: list[int] = []
     changes: list[tuple[Pair, int]] = []
@@ -145,11 +132,10 @@ def _merge(word: list[int], pair: Pair, new: int) -> tuple[list[int], list[tuple
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-    """A vocabulary learned from the first `config.max_bytes` bytes of `texts`; control tokens and
-    ChatML of Qwen2.5.
+    """A tokenizer trained on the first `config.max_bytes` bytes of `texts`.
 
-    It is smaller than asked for where the text has too few pairs. OpenQwenError where there is no
-    text at all.
+    It has Qwen2.5's control tokens and ChatML. The vocabulary is smaller than configured if the
+    text has too few pairs. Raises OpenQwenError if there is no text.
     """
     taken, compiled = take_bytes(texts, config.max_bytes), library()
     if compiled:
@@ -158,9 +144,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         counts = count_words(taken)
         words, merges = len(counts), train_bpe(counts, config.vocabulary, config.min_frequency)
     if not words:
-        raise OpenQwenError(
-            "There is no text to train a tokenizer on.", do="check what the corpus holds"
-        )
+        what = "There is no text to train a tokenizer on."
+        raise OpenQwenError(what, do="check what the corpus holds")
     vocabulary = list(BYTES_IN_ID_ORDER)
     for left, right in merges:
         vocabulary.append(vocabulary[left] + vocabulary[right])

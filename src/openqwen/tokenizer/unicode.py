@@ -1,11 +1,11 @@
 """One fixed edition of Unicode, so that ids never change with the version of a library.
 
-Letters and marks are added to Unicode every year. Python's `unicodedata` and the `regex` package
-follow at their own pace; the tokenizer must not, or a text would be cut one way when a model is
-trained and another when it is served. The published Qwen2 tokenizers run in Hugging Face's
-`tokenizers`, so the edition is the one that its two libraries
-know: letters and numbers of Unicode 16, canonical ordering and composition of an older one.
-Everything newer is, for us as for it, a symbol that neither joins a word nor moves nor combines.
+Letters and marks are added to Unicode every year, and Python's `unicodedata` and the `regex`
+package follow. If the tokenizer followed too, one text could be split differently when a model is
+trained and when it is served. The published Qwen2 tokenizers run in Hugging Face's `tokenizers`, so
+this edition is that of its two libraries: letters and numbers of Unicode 16, canonical ordering and
+composition of an older one. All that is newer is a symbol: not part of a word, and NFC neither
+moves nor combines it.
 """
 
 import unicodedata
@@ -28,8 +28,7 @@ _NEWER_LETTERS = _class("""
     18e00-19191 191a0-191d2 1b123-1b128 1b168 1d6a6 1df1f-1df24 1df2b-1df81 1df90-1df96 1dfcd-1dfff
     1e6c0-1e6de 1e6e0-1e6e2 1e6e4-1e6e5 1e6e7-1e6ed 1e6f0-1e6f4 1e6fe-1e6ff 2b73a-2b73f 2b81e
     2cea2-2cead 323b0-33479 3d000-3fc3f""")
-# Combining marks, then composites and their parts, that came after the edition of the NFC in
-# `tokenizers`.
+# Combining marks, then composites and their parts, that are newer than the NFC in `tokenizers`.
 _NEWER_MARKS = _class("""
     5c8-5c9 7fd 897-89f 8ca-8d3 9fe c3c d3b-d3c eba 1715 1abf-1af0 1df6-1dfa a82c 10d24-10d27
     10d69-10d6d 10eab-10eac 10ecb-10ecf 10ef0-10efb 10efd-10eff 10f46-10f50 10f82-10f85 11070 1133b
@@ -40,7 +39,7 @@ _NEWER_MARKS = _class("""
 
 _LETTERS = regex.compile(f"[{_NEWER_LETTERS}]")
 _MARKS = regex.compile(f"([{_NEWER_MARKS}])")
-_SYMBOL = "\ue000"  # private use: for the split expression, what a code point without properties is
+_SYMBOL = "\ue000"  # private use: the split expression sees a code point without properties
 
 
 def mask_newer_letters(text: str) -> str:
@@ -49,7 +48,7 @@ def mask_newer_letters(text: str) -> str:
 
 
 def normalize(text: str) -> str:
-    """NFC, with lone surrogates (which no UTF-8 can hold) replaced by U+FFFD."""
+    """The text in NFC, with lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD."""
     if text.isascii():
         return text
     try:
@@ -58,6 +57,5 @@ def normalize(text: str) -> str:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if unicodedata.is_normalized("NFC", text):
         return text
-    # A newer mark stands still and lets nothing past it, so what lies between two of them is
-    # normalised by itself.
+    # Nothing moves across a newer mark, so the text between two of them is normalised by itself.
     return "".join(unicodedata.normalize("NFC", part) for part in _MARKS.split(text))

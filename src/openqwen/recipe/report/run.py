@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openqwen.recipe.artifact import MANIFEST, open_artifact
 from openqwen.recipe.graph import GRAPH
 from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
@@ -132,13 +133,18 @@ def load_run(folder: Path) -> Run:
         raise OpenQwenError("There is no run folder here.", where=folder, do=do)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     stages = [
-        FinishedStage(name=path.name, folder=path, manifest=read_json(path / "manifest.json"))
+        FinishedStage(name=path.name, folder=path, manifest=_manifest(path))
         for path in sorted(folder.iterdir())
-        if not path.name.startswith(".") and (path / "manifest.json").is_file()
+        if not path.name.startswith(".") and (path / MANIFEST).is_file()
     ]
     stages = _in_order(stages)
     _mark(stages, record.get("reused"))
     return Run(folder, record.get("recipe") or folder.resolve().name, stages)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    artifact = open_artifact(folder, do=f"run the recipe with --from {folder.name}")
+    return artifact.manifest.model_dump(mode="json")
 
 
 def _in_order(stages: list[FinishedStage]) -> list[FinishedStage]:

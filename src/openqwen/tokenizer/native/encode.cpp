@@ -1,5 +1,6 @@
-// Text to ids: the scanner cuts words, a cache knows the frequent ones, byte pairs merge in the others.
-// The same ids as bpe.py, which is the definition. C ABI, loaded by fast.py. Texts are valid UTF-8.
+// Text to ids: the scanner cuts words, a cache holds the ids of frequent ones, and in the others
+// byte pairs are merged. bpe.py is the definition; the ids are the same. C ABI, loaded by fast.py.
+// Texts must be valid UTF-8.
 
 #include <algorithm>
 #include <new>
@@ -13,18 +14,18 @@
 namespace openqwen {
 namespace {
 
-constexpr uint32_t kIdBits = 21, kRankBits = 22;        // a pair and its rank fill 64 bits
-constexpr uint32_t kNoRank = 0xFFFFFF;                  // fits beside a position of 8 bits
+constexpr uint32_t kIdBits = 21, kRankBits = 22;     // a pair and its rank fill 64 bits
+constexpr uint32_t kNoRank = 0xFFFFFF;               // fits beside a position of 8 bits
 constexpr uint64_t kEmpty = ~uint64_t{0};
-constexpr size_t kShort = 64;                           // bytes of a word that merges within registers and two arrays
-constexpr size_t kCachedBytes = 30, kCachedIds = 8;     // of a word
-constexpr size_t kCacheLines = size_t{1} << 16;         // 4 MiB a context
+constexpr size_t kShort = 64;                        // symbols that one 64-bit mask covers
+constexpr size_t kCachedBytes = 30, kCachedIds = 8;  // most of a word in the cache
+constexpr size_t kCacheLines = size_t{1} << 16;      // 4 MiB a context
 
 struct Merge {
   uint32_t left, right, merged;
 };
 
-// The bytes of each token, one after the other: token i is bytes[offsets[i]] to bytes[offsets[i + 1]].
+// The bytes of each token, one after the other: token i is bytes[offsets[i]:offsets[i + 1]].
 struct Vocabulary {
   const Byte* bytes;
   const int64_t* offsets;
@@ -33,29 +34,37 @@ struct Vocabulary {
   size_t size(uint32_t id) const { return offsets[id + 1] - offsets[id]; }
 };
 
-bool continues(Byte byte) { return (byte & 0xC0) == 0x80; }  // is not the first byte of a character
-size_t character_size(Byte first) { return first < 0x80 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4; }
+bool continues(Byte byte) { return (byte & 0xC0) == 0x80; }  // not the first byte of a character
 
-// Words of other scripts could begin to merge with whole characters, not bytes, if no merge ever joined a piece of one
-// character to a neighbour of that character. A few merges do: a space and the first byte of an ideograph, say. In a
-// word whose text holds the two sides of no such merge, on either side of the border of two characters, none can
-// happen: what comes first of them would need both sides whole, and everything else stays inside one character or
-// joins whole ones. There, merging inside the characters first gives the same ids.
+size_t character_size(Byte first) {
+  return first < 0x80 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+}
+
+// Merges that join a part of one character to a neighbour of that character: a space and the first
+// byte of an ideograph, say.
+//
+// Without them, a word could start from whole characters instead of bytes, which saves most of the
+// work in scripts outside ASCII: every merge would stay inside one character or join whole ones, so
+// merging inside the characters first would give the same ids. A few merges do cross a border. In a
+// word where the two sides of no such merge meet at a border of characters, none of them can
+// happen, and the short cut is right for that word.
 class Straddlers {
  public:
   void add(const Byte* left, const Byte* middle, const Byte* right) {
-    bool left_whole = !continues(*left) && complete(left, middle), right_whole = complete(middle, right);
+    bool left_whole = !continues(*left) && complete(left, middle);
+    bool right_whole = complete(middle, right);
     if (continues(*middle) || (left_whole && right_whole)) return;
     seen_[slot(middle)] = true;
     list_[slot(middle)].push_back({{left, middle}, {middle, right}});
   }
 
-  // Whether the two sides of a straddling merge meet at `border`, inside the word from begin to end.
+  // Whether the two sides of a straddling merge meet at `border`, inside the word begin to end.
   bool meet(const Byte* begin, const Byte* border, const Byte* end) const {
     if (!seen_[slot(border)]) return false;
     for (const auto& [left, right] : list_.at(slot(border))) {
-      if (size_t(border - begin) >= left.size() && size_t(end - border) >= right.size() &&
-          std::equal(left.begin(), left.end(), border - left.size()) && std::equal(right.begin(), right.end(), border)) {
+      bool room = size_t(border - begin) >= left.size() && size_t(end - border) >= right.size();
+      if (room && std::equal(left.begin(), left.end(), border - left.size()) &&
+          std::equal(right.begin(), right.end(), border)) {
         return true;
       }
     }
@@ -72,14 +81,16 @@ class Straddlers {
     return begin == end;
   }
 
-  std::vector<bool> seen_ = std::vector<bool>(1 << 16);  // by the byte before the border and the one behind it
+  // By the byte before the border and the one behind it: most borders need no look at the list.
+  std::vector<bool> seen_ = std::vector<bool>(1 << 16);
   std::unordered_map<size_t, std::vector<std::pair<Bytes, Bytes>>> list_;
 };
 
 // The merges; read-only once built, shared by all threads.
 class Merges {
  public:
-  Merges(const Vocabulary& vocabulary, size_t tokens, const Merge* merges, size_t count) : byte_ids_(256) {
+  Merges(const Vocabulary& vocabulary, size_t tokens, const Merge* merges, size_t count)
+      : byte_ids_(256) {
     for (size_t id = 0; id < tokens; ++id) {
       if (vocabulary.size(id) == 1) byte_ids_[*vocabulary.begin(id)] = id;
     }
@@ -116,8 +127,9 @@ class Merges {
 
   // Ids of one word of `size` bytes at `out`, which has room for as many; returns how many.
   size_t merge(const Byte* word, size_t size, uint32_t* out) const {
-    if (std::all_of(word, word + size, [](Byte byte) { return byte < 0x80; })) return merge_bytes(word, size, out);
-    // Into characters; pieces of those that are no token.
+    bool ascii = std::all_of(word, word + size, [](Byte byte) { return byte < 0x80; });
+    if (ascii) return merge_bytes(word, size, out);
+    // Start from characters; one that is not a token starts from what its bytes merge into.
     const Byte *p = word, *end = word + size;
     size_t count = 0;
     while (p < end) {
@@ -147,7 +159,9 @@ class Merges {
     uint64_t wanted = key(left, right);
     size_t i = slot(wanted);
     // Of a pair that is listed twice the later rank counts, as in the Python encoder.
-    while (table_[i] != kEmpty && table_[i] >> kRankBits != wanted) i = (i + 1) & (table_.size() - 1);
+    while (table_[i] != kEmpty && table_[i] >> kRankBits != wanted) {
+      i = (i + 1) & (table_.size() - 1);
+    }
     table_[i] = wanted << kRankBits | rank;
   }
 
@@ -164,7 +178,9 @@ class Merges {
     for (size_t i = 0; i < size; ++i) out[i] = byte_ids_[word[i]];
     if (size > kShort) return merge_long(out, size);
     uint32_t order[kShort];
-    for (size_t i = 0; i + 1 < size; ++i) order[i] = byte_ranks_[word[i] << 8 | word[i + 1]] << 8 | i;
+    for (size_t i = 0; i + 1 < size; ++i) {
+      order[i] = byte_ranks_[word[i] << 8 | word[i + 1]] << 8 | i;
+    }
     return merge_ordered(out, size, order);
   }
 
@@ -174,8 +190,9 @@ class Merges {
     return merge_ordered(ids, size, order);
   }
 
-  // Merges ids in their place. Each position of `order` holds the rank of the pair that begins there, with the position
-  // itself as the lower byte, so the smallest number is the lowest rank and, among equals, the leftmost.
+  // Merges ids in place; size is at most kShort. order[i] holds the rank of the pair that begins at
+  // i, with i as the lowest byte: the smallest number is the lowest rank and, among equals, the
+  // leftmost. Finding it by a scan over all positions is faster than a heap for words this short.
   size_t merge_ordered(uint32_t* ids, size_t size, uint32_t* order) const {
     uint64_t alive = ~uint64_t{0} >> (64 - size);  // a bit for each symbol that is still there
     size_t padded = (size + 7) & ~size_t{7};
@@ -242,7 +259,8 @@ class Merges {
   Straddlers straddlers_;
 };
 
-// A word and its ids in one cache line. key: the bytes, zeros, the number of ids, the number of bytes.
+// A word and its ids in one cache line. key: the word's bytes, zeros, the number of ids in the
+// second to last byte, the number of bytes in the last.
 struct alignas(64) Line {
   uint64_t key[4];
   uint32_t ids[kCachedIds];
@@ -252,9 +270,11 @@ constexpr uint64_t kCount = uint64_t{0xFF} << 48;  // the number of ids in key[3
 // What one thread needs to encode. A line is overwritten by the next word that falls on it.
 class Context {
  public:
-  Context(const Merges& merges, const Byte* classes) : merges_(merges), scanner_(classes), lines_(kCacheLines) {
+  Context(const Merges& merges, const Byte* classes)
+      : merges_(merges), scanner_(classes), lines_(kCacheLines) {
     for (size_t size = 0; size <= kCachedBytes; ++size) {
-      for (size_t i = 0; i < 32; ++i) reinterpret_cast<Byte*>(masks_[size])[i] = i < size ? 0xFF : 0;
+      Byte* mask = reinterpret_cast<Byte*>(masks_[size]);
+      for (size_t i = 0; i < 32; ++i) mask[i] = i < size ? 0xFF : 0;
     }
   }
 
@@ -279,12 +299,12 @@ class Context {
       const uint64_t* mask = masks_[length];
       for (int i = 0; i < 4; ++i) key[i] &= mask[i];
       key[3] |= uint64_t{length} << 56;
-      uint64_t hash = key[0] * 0x9E3779B97F4A7C15u + key[1] * 0xC2B2AE3D27D4EB4Fu + key[2] * 0xD6E8FEB86659FD93u +
-                      key[3] * 0xA0761D6478BD642Fu;
+      uint64_t hash = key[0] * 0x9E3779B97F4A7C15u + key[1] * 0xC2B2AE3D27D4EB4Fu +
+                      key[2] * 0xD6E8FEB86659FD93u + key[3] * 0xA0761D6478BD642Fu;
+      static_assert(kCacheLines == size_t{1} << 16, "the hash's upper 16 bits choose the line");
       Line& line = lines_[hash >> 48];
-      static_assert(kCacheLines == size_t{1} << 16, "the upper 16 bits of the hash choose the line");
-      uint64_t difference = (line.key[0] ^ key[0]) | (line.key[1] ^ key[1]) | (line.key[2] ^ key[2]) |
-                            ((line.key[3] ^ key[3]) & ~kCount);
+      uint64_t difference = (line.key[0] ^ key[0]) | (line.key[1] ^ key[1]) |
+                            (line.key[2] ^ key[2]) | ((line.key[3] ^ key[3]) & ~kCount);
       if (difference == 0) {
         std::memcpy(out, line.ids, sizeof line.ids);  // all of them: cheaper than counting
         out += line.key[3] >> 48 & 0xFF;
@@ -316,12 +336,12 @@ using openqwen::Context;
 using openqwen::Merge;
 using openqwen::Merges;
 
-// Functions that allocate return null, or -1, where there is no memory.
+// Functions that allocate return null, or -1, when there is no memory.
 extern "C" {
 
 // vocabulary, offsets: see Vocabulary. merges: left, right and merged id of each, best rank first.
-void* openqwen_merges_new(const Byte* vocabulary, const int64_t* offsets, size_t tokens, const uint32_t* merges,
-                          size_t count) try {
+void* openqwen_merges_new(const Byte* vocabulary, const int64_t* offsets, size_t tokens,
+                          const uint32_t* merges, size_t count) try {
   return new Merges({vocabulary, offsets}, tokens, reinterpret_cast<const Merge*>(merges), count);
 } catch (const std::bad_alloc&) {
   return nullptr;
@@ -337,14 +357,15 @@ void* openqwen_context_new(const void* merges, const Byte* classes) try {
 
 void openqwen_context_free(void* context) { delete static_cast<Context*>(context); }
 
-// Texts one after the other: text i is bytes offsets[i] to offsets[i + 1], and its ids are out[out_offsets[i]] to
-// out[out_offsets[i + 1]]. out has room for all bytes + 8. Returns the number of ids.
-int64_t openqwen_encode(void* context, const Byte* texts, const int64_t* offsets, size_t count, uint32_t* out,
-                        int64_t* out_offsets) try {
+// Texts one after the other: text i is texts[offsets[i]:offsets[i + 1]], and its ids become
+// out[out_offsets[i]:out_offsets[i + 1]]. out has room for all bytes + 8. Returns how many ids.
+int64_t openqwen_encode(void* context, const Byte* texts, const int64_t* offsets, size_t count,
+                        uint32_t* out, int64_t* out_offsets) try {
   int64_t total = 0;
   out_offsets[0] = 0;
   for (size_t i = 0; i < count; ++i) {
-    total += static_cast<Context*>(context)->encode(texts + offsets[i], offsets[i + 1] - offsets[i], out + total);
+    size_t size = offsets[i + 1] - offsets[i];
+    total += static_cast<Context*>(context)->encode(texts + offsets[i], size, out + total);
     out_offsets[i + 1] = total;
   }
   return total;

@@ -1,6 +1,8 @@
-// Qwen2's split expression as a scanner over UTF-8, word by word. The Python expression is in pretokenize.py:
-//   (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-// The classes of code points come from Python, so both know one edition of Unicode. The text must be valid UTF-8.
+// Qwen2's split expression as a scanner over UTF-8, word by word. It stands in pretokenize.py:
+//   (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|
+//    ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
+// The classes of code points come from Python, so both paths have the same edition of Unicode. The
+// text must be valid UTF-8.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +11,7 @@
 
 namespace openqwen {
 
-static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "words are read as numbers whose first byte is the lowest");
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first byte read is the lowest");
 
 using Byte = uint8_t;
 
@@ -68,7 +70,8 @@ class Scanner {
   // \p{L}*
   const Byte* letters(const Byte* p, const Byte* end) const {
     for (;;) {
-      // Eight bytes at a time: how many of them, from the first, are ASCII letters?
+      // Eight bytes at a time. Bit 7 of each byte of `letter` says whether it is an ASCII letter:
+      // the two sums carry into it for bytes from 'a' on and for bytes behind 'z'.
       while (end - p >= 8) {
         constexpr uint64_t kOnes = 0x0101010101010101, kHigh = 0x80 * kOnes;
         uint64_t bytes;
@@ -106,7 +109,8 @@ class Scanner {
     return p;
   }
 
-  // \s*[\r\n]+|\s+(?!\S)|\s+ : up to the last line end; else all, but for one space where more text follows.
+  // \s*[\r\n]+|\s+(?!\S)|\s+ : up to the last line end; without one, all of the white space, except
+  // the last character of several where text follows.
   const Byte* spaces(const Byte* start, const Byte* end) const {
     const Byte *p = start, *last = start, *line_end = nullptr;
     while (p < end) {
@@ -129,8 +133,8 @@ class Scanner {
     if (end - p < 2) return nullptr;
     if (p[0] == 0xC5 && p[1] == 0xBF) return p + 2;
     Byte second = p[1] | 0x20;
-    bool found = ((first == 'r' || first == 'v') && second == 'e') || (first == 'l' && second == 'l');
-    return found ? p + 2 : nullptr;
+    bool re_or_ve = (first == 'r' || first == 'v') && second == 'e';
+    return re_or_ve || (first == 'l' && second == 'l') ? p + 2 : nullptr;
   }
 
   const Byte* classes_;

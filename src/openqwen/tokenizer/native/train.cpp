@@ -1,5 +1,6 @@
-// Learning merges: words counted by as many threads as there are, then the most frequent pair merged, again and again.
-// The same merges as train.py, which is the definition. C ABI, loaded by fast_train.py. Texts are valid UTF-8.
+// Training merges: several threads count words, then the most frequent pair is merged, again and
+// again. train.py is the definition; the merges are the same. C ABI, loaded by fast_train.py. Texts
+// must be valid UTF-8.
 
 #include <memory>
 #include <new>
@@ -17,7 +18,7 @@ uint64_t mixed(uint64_t x) {
   return x ^ x >> 32;
 }
 
-// How often each word occurs. Open addressing; the bytes of all words lie in one place.
+// How often each word occurs: a hash table with open addressing; all words' bytes lie in one array.
 class WordCounts {
  public:
   explicit WordCounts(const Byte* classes) : scanner_(classes), table_(1 << 12) {}
@@ -35,7 +36,8 @@ class WordCounts {
     size_t i = hash & (table_.size() - 1);
     for (; table_[i]; i = (i + 1) & (table_.size() - 1)) {
       Word& known = words_[table_[i] - 1];
-      if (known.hash == hash && known.size == size && std::memcmp(bytes_.data() + known.start, word, size) == 0) {
+      if (known.hash == hash && known.size == size &&
+          std::memcmp(bytes_.data() + known.start, word, size) == 0) {
         known.count += times;
         return;
       }
@@ -98,7 +100,7 @@ class Pairs {
   struct Entry {
     Pair pair;
     int64_t count;
-    std::vector<uint32_t> words;  // each may be listed more than once, or no longer hold the pair
+    std::vector<uint32_t> words;  // may be listed twice, or no longer hold the pair
   };
 
   Pairs() : table_(1 << 16) {}
@@ -142,7 +144,8 @@ struct Candidate {
 
 class Trainer {
  public:
-  Trainer(const WordCounts& counts, const uint32_t* byte_ids, int64_t min_frequency) : min_frequency_(min_frequency) {
+  Trainer(const WordCounts& counts, const uint32_t* byte_ids, int64_t min_frequency)
+      : min_frequency_(min_frequency) {
     symbols_.reserve(counts.bytes());
     words_.reserve(counts.words());
     counts.each([&](const Byte* bytes, size_t size, uint64_t count) {
@@ -154,15 +157,16 @@ class Trainer {
     for (const Pairs::Entry& entry : pairs_.entries()) queue_.push({entry.count, entry.pair});
   }
 
-  // The next `most` merges as pairs of ids at `out`; returns how many there are, fewer when no pair is left that is
-  // frequent enough.
+  // Writes the next `most` merges to `out` as pairs of ids and returns how many there are: fewer
+  // when no pair is left that is frequent enough.
   size_t merge(size_t most, uint32_t* out) {
     size_t done = 0;
     while (done < most && !queue_.empty()) {
       Candidate best = queue_.top();
       queue_.pop();
       int64_t count = pairs_[best.pair].count;
-      if (count != best.count) {  // counts only fall after a pair is pushed: put it back in its place
+      if (count != best.count) {
+        // The count has fallen since the pair was pushed (it never rises): push it again.
         queue_.push({count, best.pair});
         continue;
       }
@@ -219,7 +223,7 @@ class Trainer {
     for (Pair child : born_) queue_.push({pairs_[child].count, child});
   }
 
-  // A pair that `merged` is part of occurs once more; it is a candidate from now on.
+  // Count a pair with the new symbol; the first time it becomes a candidate.
   void bear(uint32_t left, uint32_t right, int64_t by, uint32_t word) {
     Pairs::Entry& entry = pairs_[Pair{left} << 32 | right];
     if (entry.words.empty()) born_.push_back(entry.pair);
@@ -243,7 +247,7 @@ using openqwen::Byte;
 using openqwen::Trainer;
 using openqwen::WordCounts;
 
-// Functions that allocate return null, or -1, where there is no memory.
+// Functions that allocate return null, or -1, when there is no memory.
 extern "C" {
 
 void* openqwen_counts_new(const Byte* classes) try {
@@ -254,9 +258,10 @@ void* openqwen_counts_new(const Byte* classes) try {
 
 void openqwen_counts_free(void* counts) { delete static_cast<WordCounts*>(counts); }
 
-// Counts the words of texts that lie one after the other: text i is bytes offsets[i] to offsets[i + 1]. Returns how
-// many different words there are now.
-int64_t openqwen_counts_add(void* counts, const Byte* texts, const int64_t* offsets, size_t count) try {
+// Counts the words of texts one after the other: text i is texts[offsets[i]:offsets[i + 1]].
+// Returns how many different words there are now.
+int64_t openqwen_counts_add(void* counts, const Byte* texts, const int64_t* offsets,
+                            size_t count) try {
   for (size_t i = 0; i < count; ++i) {
     static_cast<WordCounts*>(counts)->add_text(texts + offsets[i], offsets[i + 1] - offsets[i]);
   }
@@ -274,7 +279,8 @@ int64_t openqwen_counts_add_all(void* counts, const void* other) try {
 }
 
 // byte_ids: the id of each byte; merge k makes id 256 + k. The counts may be freed afterwards.
-void* openqwen_trainer_new(const void* counts, const uint32_t* byte_ids, int64_t min_frequency) try {
+void* openqwen_trainer_new(const void* counts, const uint32_t* byte_ids,
+                           int64_t min_frequency) try {
   return new Trainer(*static_cast<const WordCounts*>(counts), byte_ids, min_frequency);
 } catch (const std::bad_alloc&) {
   return nullptr;

@@ -1,0 +1,108 @@
+"""The steps of the corpus as pure functions: document → verdict, and the document as it goes on.
+
+One process, several, or a cluster can drive them and gets the same answers. What a step has to know
+about other documents, such as which one had the same text first, the driver finds out and passes.
+"""
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import NamedTuple
+
+from openqwen.corpus.clean import Span, c4_lines, normalize, without
+from openqwen.corpus.config import FilterConfig
+from openqwen.corpus.documents import Document, utf8_size
+from openqwen.corpus.filters import first_failure
+from openqwen.corpus.measure import Measured
+
+
+class Cut(NamedTuple):
+    """Text that a step cut out of a document: the rule, an example of the text, all bytes cut."""
+
+    rule: str
+    text: str
+    bytes: int
+
+
+class DocumentVerdict(NamedTuple):
+    """What one step decided about one document.
+
+    rule: the rule that drops the document, None where it is kept. why: the value that decided, and
+    its limit. cut: what was cut out of the document, whether the rest is kept or not.
+    """
+
+    step: str
+    rule: str | None = None
+    why: str = ""
+    cut: Cut | None = None
+
+    @property
+    def kept(self) -> bool:
+        """Whether the document goes on to the next step."""
+        return self.rule is None
+
+
+Result = tuple[DocumentVerdict, Document]
+Step = Callable[[Document], Result]
+
+
+def cap(document: Document, left_out: Container[str], max_bytes: Mapping[str, int]) -> Result:
+    """Drop a document whose id is in `left_out`: its source has more than `max_bytes`."""
+    source = document["source"]
+    if document["id"] not in left_out:
+        return DocumentVerdict("cap"), document
+    why = f"source limited to {max_bytes[source]:,} bytes"
+    return DocumentVerdict("cap", f"{source} limit", why), document
+
+
+def clean(document: Document, config: FilterConfig) -> Result:
+    """Normalise the text; cut the lines that C4's rules refuse out of web pages."""
+    text, cut = normalize(document["text"]), None
+    # The line rules count words, so scripts without spaces do not meet them.
+    if document["meta"]["profile"] == "web" and not Measured(text).unspaced:
+        shorter, lines = c4_lines(text, config.web.c4)
+        if lines:
+            cut = Cut("c4 lines", "\n".join(lines), utf8_size(text) - utf8_size(shorter))
+        text = shorter
+    if not text.strip():
+        return DocumentVerdict("clean", "empty", "nothing left after cleaning"), document
+    return DocumentVerdict("clean", cut=cut), {**document, "text": text}
+
+
+def apply_filters(document: Document, config: FilterConfig) -> Result:
+    """Drop a cleaned document that fails one of the rules of its profile."""
+    failure = first_failure(document["text"], document["meta"]["profile"], config)
+    return (DocumentVerdict("filter", *failure) if failure else DocumentVerdict("filter")), document
+
+
+def drop_exact(document: Document, first: str) -> Result:
+    """Drop a document that is not the first with its text; `first` is the id of that one."""
+    if document["id"] == first:
+        return DocumentVerdict("exact"), document
+    return DocumentVerdict("exact", "exact duplicate", f"same text as {first}"), document
+
+
+def drop_near(document: Document, first: str) -> Result:
+    """Drop a document that is not the first of its near-duplicates; `first` is the id of that."""
+    if document["id"] == first:
+        return DocumentVerdict("near"), document
+    return DocumentVerdict("near", "near-duplicate", f"like {first}"), document
+
+
+def cut_repeats(document: Document, repeated: Sequence[Span]) -> Result:
+    """Cut out the parts that an earlier document has: licence headers and stock paragraphs.
+
+    repeated: where those parts stand in the text, in order.
+    """
+    cut = None
+    if repeated:
+        text = document["text"]
+        document = {**document, "text": without(text, repeated)}
+        code = document["meta"]["profile"] == "code"
+        cut = Cut(
+            "repeated comment" if code else "repeated paragraph",
+            text[slice(*repeated[0])],
+            utf8_size(text) - utf8_size(document["text"]),
+        )
+    if document["text"].strip():
+        return DocumentVerdict("paragraphs", cut=cut), document
+    why = "every paragraph stands in an earlier document"
+    return DocumentVerdict("paragraphs", "nothing else", why, cut), document
