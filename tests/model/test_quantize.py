@@ -311,7 +311,7 @@ def test_torch_gets_its_threads_back():
         torch.set_num_threads(3)
         with kernels.alone():
             kernels.follow_torch()
-            assert (torch.get_num_threads(), kernels._width) == (1, 3)
+            assert (torch.get_num_threads(), kernels.pool().threads) == (1, 3)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)

@@ -53,7 +53,7 @@ class Runner:
             range(done * self._cache.page_size, request.computed),
             request.stages[request.stage - 1].way,
         )
-        self._cache.rerotate(request.pages, span, before, request.long_context)
+        self._cache.rotate_keys(request.pages, span, before, request.long_context)
 
     def run(self, reads: Sequence[Read]) -> Tensor:
         """Read the tokens; returns the scores of the wanted ones, in order, [rows, V], float32.

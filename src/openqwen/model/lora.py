@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openqwen.model.quantize import Kind, QuantizedLinear, check, whole
+from openqwen.model.quantize import Kind, QuantizedLinear, check, refuse_quantized
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
 from openqwen.support.files import read_json, refuse_pointer, write_json
 from openqwen.support.settings import Settings
@@ -139,7 +139,7 @@ def add_adapters(model: nn.Module, config: LoraConfig, generator: torch.Generato
     """Freeze the network and give every linear layer named in `config.targets` an adapter, in
     place.
     """
-    whole(model).requires_grad_(False)
+    refuse_quantized(model).requires_grad_(False)
     found = {name.rpartition(".")[2] for name in _linears(model)}
     for target in config.targets:
         if target not in found:
@@ -265,7 +265,7 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     Returns what `save_adapter` needs to write it again. OpenQwenError where the adapter is of
     another kind or network, or the network's matrices are packed.
     """
-    linears = _linears(whole(model))
+    linears = _linears(refuse_quantized(model))
     updates = read_adapter(folder, {name: linear.weight.shape for name, linear in linears.items()})
     model.requires_grad_(False)
     for name, update in updates.items():
