@@ -187,5 +187,5 @@ def test_files_of_other_kinds_are_told_apart(file):
                 load_model(path)
             path.unlink()
     file.write_bytes(b"version https://git-lfs")
-    with pytest.raises(OpenQwenError, match="no GGUF file"):
+    with pytest.raises(OpenQwenError, match="not a GGUF file"):
         load_model(file)
