@@ -2,6 +2,7 @@
 on the batch.
 """
 
+import copy
 from ctypes import c_int32
 
 import pytest
@@ -302,6 +303,16 @@ def test_rows_of_a_table_are_those_of_plain_pytorch(kind):
     for outside in (70, -1):
         with pytest.raises(IndexError):
             table(torch.tensor([3, outside]))
+
+
+@kinds
+def test_a_copy_after_a_call_has_memory_of_its_own(kind):
+    made, x = linear(kind, 128, 70), activations(3, 128)
+    expected = made(x)
+    copied = copy.deepcopy(made)
+    made.packed.zero_()
+    assert torch.equal(copied(x), expected)
+    assert not torch.equal(made(x), expected)
 
 
 @compiled

@@ -31,7 +31,6 @@ class Attention(Protocol):
 
     def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
         """The rotations of queries and keys in one forward call of this model."""
-        ...
 
     def attend(
         self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int
@@ -40,7 +39,6 @@ class Attention(Protocol):
 
         q_THd, k_TKd: not rotated yet. layer: number of the layer, from 0.
         """
-        ...
 
 
 def sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -133,16 +133,16 @@ def _dense(
     v_mKd: Tensor,
     s: int,
 ) -> Tensor:
-    """Queries of one chunk (of `s` tokens), which end with the keys: [n, H, d]."""
+    """Attention of the last n of m tokens, all in one chunk of `s` tokens: [n, H, d].
+
+    Keys of earlier chunks meet inter queries, of the chunk before successive, of the own intra.
+    """
     n, m, kv_heads = len(intra_nHd), len(k_mKd), k_mKd.shape[1]
-    own = (m - 1) // s * s
-    before = max(own - s, 0)
+    chunk = (m - 1) // s * s
+    previous = max(chunk - s, 0)
+    spans = ((inter_nHd, 0, previous), (successive_nHd, previous, chunk), (intra_nHd, chunk, m))
     scores = []
-    for q_nHd, start, end in (
-        (inter_nHd, 0, before),
-        (successive_nHd, before, own),
-        (intra_nHd, own, m),
-    ):
+    for q_nHd, start, end in spans:
         q_KGnd = q_nHd.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
         scores.append(q_KGnd @ k_mKd[start:end].permute(1, 2, 0)[:, None])
     s_KGnm = torch.cat(scores, dim=-1).to(_exact(k_mKd)) / math.sqrt(k_mKd.shape[-1])
