@@ -104,7 +104,7 @@ def growth(model: Qwen2, windows: list[Tensor], chunk: int) -> None:
             read(model, cache, tokens[:half], chunk, LongContext())
             start = time.process_time()
             if name == "turned anew":
-                cache.rerotate(range(cache.pages), range(half), LongContext(), way)
+                cache.rotate_keys(range(cache.pages), range(half), LongContext(), way)
             elif name == "read again":
                 read(model, cache, tokens[:half], chunk, way)
             seconds[name] += time.process_time() - start

@@ -51,7 +51,7 @@ def rotating_a_whole_cache(network, ids, page_size=16):
     cache, logits, read = Cache.of(network, pages, page_size), [], 0
     for number, stage in enumerate(stages):
         if number:
-            cache.rerotate(range(pages), range(read), stages[number - 1].way, stage.way)
+            cache.rotate_keys(range(pages), range(read), stages[number - 1].way, stage.way)
         new = ids[read : stage.until]
         paged = Paged(cache, torch.arange(pages)[None], [read + len(new)], [len(new)], stage.way)
         with torch.inference_mode():

@@ -23,7 +23,7 @@ from openqwen.model import (
 )
 from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.model.quantize import quantize
-from openqwen.model.rope import key_turns, rotate
+from openqwen.model.rope import key_rotation, rotate
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import load_tokenizer
 
@@ -82,7 +82,7 @@ def test_pages_are_copied_over_all_layers(format):
 
 
 def test_an_unknown_format_is_named():
-    with pytest.raises(OpenQwenError, match="'int3' is no format"):
+    with pytest.raises(OpenQwenError, match="no format 'int3'"):
         Cache(CONFIG, 1, 16, "int3")
 
 
@@ -151,9 +151,9 @@ def test_keys_turned_anew_are_those_of_the_other_profile(before, after, format):
     caches = [Cache(CONFIG, 7, 16, format) for _ in range(2)]
     for cache, way in zip(caches, (before, after), strict=True):
         for layer in range(2):
-            cache.write(layer, slots, rotate(k, *key_turns(torch.arange(50), CONFIG, way)), v)
-    caches[0].rerotate(pages, range(20), before, after)
-    caches[0].rerotate(pages, range(20, 50), before, after)
+            cache.write(layer, slots, rotate(k, *key_rotation(torch.arange(50), CONFIG, way)), v)
+    caches[0].rotate_keys(pages, range(20), before, after)
+    caches[0].rotate_keys(pages, range(20, 50), before, after)
     for layer in range(2):
         (mine, values), (wanted, same) = (cache.read(layer, table[None]) for cache in caches)
         assert torch.equal(values, same)

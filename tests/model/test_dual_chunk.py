@@ -67,7 +67,7 @@ def test_parts_hold_every_score_once_under_its_turn(chunk_len):
                     square = torch.ones(len(r), len(k), dtype=torch.bool)
                     square = square.tril() if part.causal else square
                     assert (found[r[:, None], k][square] == -1).all()
-                    found[r[:, None], k] = torch.where(square, part.turn, found[r[:, None], k])
+                    found[r[:, None], k] = torch.where(square, part.rotation, found[r[:, None], k])
             at, key = torch.arange(total - new, total)[:, None], torch.arange(total)
             turn = (at // chunk_len - key // chunk_len).clamp(max=2)
             assert torch.equal(found, torch.where(key <= at, turn, -1))

@@ -156,7 +156,7 @@ def test_parts_that_do_not_stand_alone_are_named(file):
         with pytest.raises(OpenQwenError, match="one of 2 files of a model, and not the first"):
             load(second)
     renamed = first.rename(first.with_name("model"))
-    with pytest.raises(OpenQwenError, match=r"one of 2 files .*names do not show which"):
+    with pytest.raises(OpenQwenError, match=r"one of 2 files .*name does not say which"):
         load_model(renamed)
     with pytest.raises(OpenQwenError, match="one of 2 files of a model, and not the first"):
         load_model(second.parent)
@@ -187,5 +187,5 @@ def test_files_of_other_kinds_are_told_apart(file):
                 load_model(path)
             path.unlink()
     file.write_bytes(b"version https://git-lfs")
-    with pytest.raises(OpenQwenError, match="no GGUF file"):
+    with pytest.raises(OpenQwenError, match="not a GGUF file"):
         load_model(file)

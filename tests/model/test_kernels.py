@@ -65,4 +65,4 @@ def test_a_forked_child_has_a_pool_of_its_own():
 
 def test_the_pool_is_as_wide_as_torch():
     kernels.follow_torch()
-    assert kernels._width == torch.get_num_threads()
+    assert kernels.pool().threads == torch.get_num_threads()

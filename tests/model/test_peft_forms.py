@@ -246,10 +246,10 @@ def test_an_adapted_network_is_packed_with_its_adapter(tmp_path):
         ({"r": 5}, r"holds \[4, 32\] for .*needs \[5, 32\]"),
         ({"r": 0}, "'r' of 'model.layers.0.self_attn.q_proj' is 0"),
         ({"lora_alpha": "16"}, "'lora_alpha' of .* is '16'"),
-        ({"use_dora": True}, "holds None for .*lora_magnitude_vector"),
+        ({"use_dora": True}, "holds nothing for .*lora_magnitude_vector"),
         ({"peft_type": "LOHA"}, "peft_type LOHA"),
-        ({"rank_pattern": {"(": 3}}, "'rank_pattern' maps no expressions"),
-        ({"alpha_pattern": [3]}, "'alpha_pattern' maps no expressions"),
+        ({"rank_pattern": {"(": 3}}, "'rank_pattern' does not map"),
+        ({"alpha_pattern": [3]}, "'alpha_pattern' does not map"),
         ({"rank_pattern": {"q_proj": "x"}}, "'r' of .* is 'x'"),
     ],
 )

@@ -2,6 +2,7 @@
 on the batch.
 """
 
+import copy
 from ctypes import c_int32
 
 import pytest
@@ -304,6 +305,16 @@ def test_rows_of_a_table_are_those_of_plain_pytorch(kind):
             table(torch.tensor([3, outside]))
 
 
+@kinds
+def test_a_copy_after_a_call_has_memory_of_its_own(kind):
+    made, x = linear(kind, 128, 70), activations(3, 128)
+    expected = made(x)
+    copied = copy.deepcopy(made)
+    made.packed.zero_()
+    assert torch.equal(copied(x), expected)
+    assert not torch.equal(made(x), expected)
+
+
 @compiled
 def test_torch_gets_its_threads_back():
     threads = torch.get_num_threads()
@@ -311,7 +322,7 @@ def test_torch_gets_its_threads_back():
         torch.set_num_threads(3)
         with kernels.alone():
             kernels.follow_torch()
-            assert (torch.get_num_threads(), kernels._width) == (1, 3)
+            assert (torch.get_num_threads(), kernels.pool().threads) == (1, 3)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from openqwen.model import ModelConfig, Packed, Qwen2, Yarn, initialize, load_model
-from openqwen.model.rope import _ramp_ends, inverse_frequencies, rotate, turns
+from openqwen.model.rope import _ramp_ends, cos_sin, inverse_frequencies, rotate
 
 HEADS = [  # d, base, original length, and where the ramp starts and ends (qwen2-recipe facts, 4.4)
     (64, 1e6, 32_768, 11, 20),
@@ -52,7 +52,7 @@ def test_yarn_equals_transformers_and_the_table(head_dim, theta, original, low, 
     expected, attention_factor = their_frequencies(head_dim, theta, yarn, max_positions=131_072)
     assert_close(inverse_frequencies(head_dim, theta, yarn), expected, rtol=1e-6, atol=0)
     assert yarn.temperature == pytest.approx(attention_factor, abs=1e-12)
-    cos, sin = turns(torch.arange(50), expected, yarn.temperature)
+    cos, sin = cos_sin(torch.arange(50), expected, yarn.temperature)
     assert_close(cos.square() + sin.square(), torch.full_like(cos, attention_factor**2))
 
 
@@ -120,7 +120,7 @@ def test_rotation_turns_pairs_of_halves():
     frequencies = inverse_frequencies(8, 100.0)
     angles = torch.arange(5)[:, None, None] * frequencies.double()
     turned = torch.complex(*x.chunk(2, -1)) * torch.exp(1j * angles)
-    found = rotate(x, *turns(torch.arange(5), frequencies))
+    found = rotate(x, *cos_sin(torch.arange(5), frequencies))
     assert_close(found, torch.cat((turned.real, turned.imag), -1), rtol=1e-6, atol=1e-6)
 
 

@@ -198,7 +198,7 @@ def test_what_cannot_be_upcycled_is_refused():
         upcycled_config(ModelConfig.named("qwen2-57b-a14b"), Upcycling())
     with pytest.raises(OpenQwenError, match="152064 embedding rows, not 160000"):
         upcycled_config(dense, Upcycling(vocabulary_rows=160_000))
-    with pytest.raises(OpenQwenError, match="cannot be drawn anew"):
+    with pytest.raises(OpenQwenError, match="not from 0 to 1"):
         upcycled_config(dense, Upcycling(reinit=1.5))
     with pytest.raises(OpenQwenError, match="9 of 8 experts"):
         upcycled_config(dense, Upcycling(experts=8, experts_per_token=9))

@@ -196,7 +196,7 @@ def test_what_is_no_gguf_is_said(tmp_path):
     with pytest.raises(OpenQwenError, match="no such file"):
         read_header(tmp_path / "x.gguf")
     (tmp_path / "x.gguf").write_bytes(b"PK" + bytes(40))
-    with pytest.raises(OpenQwenError, match="no GGUF file"):
+    with pytest.raises(OpenQwenError, match="not a GGUF file"):
         read_header(tmp_path / "x.gguf")
     with pytest.raises(OpenQwenError, match="cannot be read"):
         read_header(tmp_path)

@@ -81,7 +81,7 @@ def test_offline_and_not_in_the_cache_or_never_an_id(cache):
     for source, text in zip(absent, said):
         assert f"There is no path '{source}'" in text
         assert "HF_HUB_OFFLINE" in text
-    assert "cannot be fetched" in refused
+    assert "cannot be downloaded" in refused
 
 
 @pytest.fixture

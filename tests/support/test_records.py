@@ -99,7 +99,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line, told):
     path.write_bytes(b'{"ok": 1}\n' + line + b"\n")
     with pytest.raises(OpenQwenError, match=told) as caught:
         list(read_records(path))
-    assert (str(caught.value.where), caught.value.do) == (f"{path}:2", "write one object a line")
+    assert (str(caught.value.where), caught.value.do) == (f"{path}:2", "write one object per line")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_the_hub_cannot_give_is_said(hub):
     hub("a/b", [])
     for source, told in (
         ("hub:a/other:train", r"no data set 'a/other' here(.|\n)*HF_HUB_OFFLINE"),
-        ("hub:a", "names no data set(.|\n)*hub:owner/name"),
+        ("hub:a", "not the name of a data set(.|\n)*hub:owner/name"),
         ("hub:a/b", "no split 'train'"),
     ):
         with pytest.raises(OpenQwenError, match=told):

@@ -1,4 +1,4 @@
-"""The network and nothing else: it knows tensors, not text, data or training."""
+"""The network. It knows tensors, not text, data or training."""
 
 from openqwen.model.attention import Attention, Packed
 from openqwen.model.cache import Cache

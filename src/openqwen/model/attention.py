@@ -1,10 +1,9 @@
-"""Who sees whom, and from where; an argument of the forward call.
+"""Which tokens a token attends to, and by which rotations: an argument of the forward call.
 
-The network asks once a call how queries and keys are turned (`rotation`), then in every layer what
-each token takes from those that it sees (`attend`). `Packed` lays whole documents end to end
-(training, scoring); `Paged` (paged.py) continues sequences whose earlier keys and values lie in a
-cache (generation). Shapes: T tokens, H query heads, K key/value heads, d head width, B documents of
-one bucket, L their padded length.
+The network calls `rotation` once and then `attend` in every layer. `Packed` is for complete
+documents laid end to end (training, scoring); `Paged` (paged.py) is for sequences whose earlier
+keys and values are in a cache (generation). Shapes: T tokens, H query heads, K key/value heads, d
+head width, B documents of one bucket, L their padded length.
 """
 
 import inspect
@@ -23,32 +22,27 @@ from openqwen.model.long_context import LongContext
 from openqwen.model.rope import Rotation, rotate, rotation_of
 
 HALF = (torch.bfloat16, torch.float16)
-LongContexts = (
-    LongContext | Sequence[LongContext | None] | None
-)  # of all sequences, or of each; None: the model's own
+# For all sequences, or for each; None: as the model's configuration says.
+LongContexts = LongContext | Sequence[LongContext | None] | None
 
 
 class Attention(Protocol):
-    """What the decoder needs to know of its sequences."""
+    """What the decoder needs of the sequences in a call."""
 
     def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
-        """What one forward call of this model turns queries and keys by."""
-        ...
+        """The rotations of queries and keys in one forward call of this model."""
 
     def attend(
         self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int
     ) -> Tensor:
-        """Causal attention of every token to what it may see, [T, H, d]; scale 1/√d. q and k come
-        unturned.
+        """Causal attention of every token within its sequence, [T, H, d]; scale 1/√d.
+
+        q_THd, k_TKd: not rotated yet. layer: number of the layer, from 0.
         """
-        ...
 
 
 def sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Grouped-query attention of B padded sequences; causal unless a mask says who is seen.
-
-    Returns [B, L, H, d].
-    """
+    """Grouped-query attention of B padded sequences, [B, L, H, d]; causal if there is no mask."""
     out = F.scaled_dot_product_attention(
         q_BLHd.transpose(1, 2),
         k_BLKd.transpose(1, 2),
@@ -62,16 +56,15 @@ def sdpa(q_BLHd: Tensor, k_BLKd: Tensor, v_BLKd: Tensor, mask: Tensor | None = N
 
 @cache
 def packed_kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """PyTorch's attention of packed sequences in half precision, on CUDA; None elsewhere.
+    """PyTorch's attention for packed sequences in half precision on CUDA; None elsewhere.
 
-    It takes q [T, H, d], k and v [N, K, d], the bounds of the queries' and of the keys' sequences
-    [B + 1] in int32, and the longest length of each, and needs no padding. The last query of a
-    sequence sees all of its keys.
+    It needs no padding. Its arguments are q [T, H, d], k and v [N, K, d], the bounds of the
+    sequences among queries and among keys (int32 [B + 1] each), and the longest length of each. The
+    last query of a sequence sees all of its keys.
     """
     if device.type != "cuda":
         return None
-    # Imported here: it brings PyTorch's compiler along, more than a second that a CPU need not
-    # wait.
+    # Imported here because it imports PyTorch's compiler, which takes more than a second.
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
@@ -84,21 +77,22 @@ def packed_kernel(device: torch.device) -> Callable[..., Tensor] | None:
 def divided(
     q_THd: Tensor, near_THd: Tensor, rotation: Rotation, rows: list[int]
 ) -> dict[int, dual_chunk.Queries]:
-    """The three turns of the queries of each sequence that is divided into chunks; `near_THd` are
-    turned already.
+    """The three rotations of the queries of each sequence that is divided into chunks, by number.
+
+    near_THd: the queries rotated for their own chunk.
     """
+    queries: dict[int, dual_chunk.Queries] = {}
     if rotation.successive is None or rotation.inter is None:
-        return {}
+        return queries
     split = (x.split(rows) for x in (near_THd, q_THd, *rotation.successive, *rotation.inter))
-    return {
-        i: (near, rotate(q, *turns[:2]), rotate(q, *turns[2:]))
-        for i, (near, q, *turns) in enumerate(zip(*split))
-        if rotation.chunk_lens[i]
-    }
+    for i, (near, q, *cos_sin) in enumerate(zip(*split)):
+        if rotation.chunk_lens[i]:
+            queries[i] = near, rotate(q, *cos_sin[:2]), rotate(q, *cos_sin[2:])
+    return queries
 
 
 def for_each(long_context: LongContexts, count: int) -> list[LongContext | None]:
-    """One for each of `count` sequences."""
+    """The context of each of `count` sequences."""
     if long_context is None or isinstance(long_context, LongContext):
         return [long_context] * count
     if len(long_context) != count:
@@ -107,34 +101,30 @@ def for_each(long_context: LongContexts, count: int) -> list[LongContext | None]
 
 
 class _Buckets:
-    """Documents gathered by like length into padded rectangles; those that stand `apart` follow,
-    one by one.
+    """Documents of similar length in padded rectangles; documents in `apart` are left out.
 
-    gathers: [B, L] indices into the T rows, where padding repeats the document's last token. order:
-    [T], where each row's output lies when buckets and then documents apart are laid end to end.
+    gathers: for each bucket the indices [B, L] of its rows; padding repeats a document's last row.
+    order: [T], the place of each row's output when the outputs of all buckets and then those of the
+    documents in `apart` are laid end to end.
     """
 
-    WASTE = 1.25  # a bucket's padded size over its real size, at most
+    WASTE = 1.25  # at most this ratio of a bucket's padded size to its real size
 
     def __init__(self, lengths: Sequence[int], apart: Sequence[int], device: torch.device):
         starts = [0, *accumulate(lengths)]
         order = torch.empty(starts[-1], dtype=torch.long)
         gathers = []
-        lone = set(apart)
-        by_length = sorted(
-            (i for i in range(len(lengths)) if i not in lone), key=lambda i: lengths[i]
-        )
+        by_length = sorted(set(range(len(lengths))) - set(apart), key=lambda i: lengths[i])
         done = 0
         bucket: list[int] = []
         real = 0
         for rank, i in enumerate(by_length):
             bucket.append(i)
             real += lengths[i]
-            follower = lengths[by_length[rank + 1]] if rank + 1 < len(by_length) else None
-            if follower is not None and follower * (len(bucket) + 1) <= self.WASTE * (
-                real + follower
-            ):
-                continue
+            if rank + 1 < len(by_length):
+                longer = lengths[by_length[rank + 1]]
+                if longer * (len(bucket) + 1) <= self.WASTE * (real + longer):
+                    continue  # the next document fits into this bucket
             width = lengths[i]
             steps = torch.arange(width)
             last = torch.tensor([lengths[j] for j in bucket])[:, None] - 1
@@ -151,13 +141,12 @@ class _Buckets:
 
 
 class Packed:
-    """Documents laid end to end, each blind to the others, each from position 0.
+    """Documents laid end to end; each attends to itself alone and starts at position 0.
 
-    Documents of like length are gathered into padded buckets, one fused causal call a bucket.
-    Padding stands on the right, so causality hides it from every real token: no mask is needed and
-    the result is exact. Documents longer than a chunk of Dual Chunk Attention are read one by one.
-    A GPU in half precision needs no
-    buckets: one call of `packed_kernel` reads all documents.
+    Documents of similar length are gathered into padded buckets, with one fused causal call for
+    each bucket. Padding is on the right, so causality hides it from every real token: no mask is
+    needed, and the result is exact. Documents longer than a chunk of Dual Chunk Attention are read
+    one by one. On a GPU in half precision one call of `packed_kernel` reads all documents.
     """
 
     def __init__(self, lengths: Sequence[int], long_context: LongContexts = None):
@@ -168,26 +157,25 @@ class Packed:
         self._contexts = for_each(long_context, len(lengths))
         self._even = len(set(lengths)) == 1
         self._device = torch.device("cpu")
-        self._layouts: dict[tuple[int, ...], _Buckets] = {}  # by the documents that stand apart
+        self._layouts: dict[tuple[int, ...], _Buckets] = {}  # by the documents outside of buckets
         self._bounds: Tensor | None = None
         self._kernel: Callable[..., Tensor] | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], long_context: LongContexts = None) -> "Packed":
-        """Documents of these token counts, in this order.
+        """Documents of these numbers of tokens, in this order.
 
-        long_context: how all of them are read, or each; None means as the model's configuration
-        says.
+        long_context: how all or each of them are read; None: as the model's configuration says.
         """
         return cls(lengths, long_context)
 
     @property
     def positions(self) -> Tensor:
-        """0, 1, 2 … within each document, [T]."""
+        """Each token's position in its document, [T]."""
         return torch.cat([torch.arange(n) for n in self.lengths])
 
     def to(self, device: torch.device | str) -> "Packed":
-        """Move the indices; returns self."""
+        """Move the indices to this device; returns self."""
         self._device = torch.device(device)
         self._layouts.clear()
         self._kernel = packed_kernel(self._device)
@@ -223,13 +211,14 @@ class Packed:
         if apart:
             queries = divided(q_THd, near_THd, rotation, self.lengths)
             ks, vs = k_TKd.split(self.lengths), v_TKd.split(self.lengths)
-            outs += [
-                dual_chunk.attend(queries[i], ks[i], vs[i], rotation.chunk_lens[i]) for i in apart
-            ]
+            for i in apart:
+                chunk_len = rotation.chunk_lens[i]
+                outs.append(dual_chunk.attend(queries[i], ks[i], vs[i], chunk_len))
         return torch.cat(outs).index_select(0, layout.order) if layout.gathers else torch.cat(outs)
 
     def _layout(self, apart: tuple[int, ...]) -> _Buckets:
         if apart not in self._layouts:
-            with torch.inference_mode(False):  # kept: the next call may be one that trains
+            # Not inference tensors, since a later call with the same layout may train.
+            with torch.inference_mode(False):
                 self._layouts[apart] = _Buckets(self.lengths, apart, self._device)
         return self._layouts[apart]

@@ -1,6 +1,6 @@
-"""Checkpoints: the Hugging Face folder in and out, a .gguf file in.
+"""Checkpoints: reads Hugging Face folders and .gguf files, writes Hugging Face folders.
 
-The files decide, never a family name (law 6).
+Everything comes from the files, nothing from the model's name (law 6).
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from openqwen.support.hub import local
 from openqwen.support.progress import notice
 
 _GENERATION = "generation_config.json"
-_PACKED = {"quant_method": "openqwen", "version": 1}  # of model/packed.py
+_PACKED = {"quant_method": "openqwen", "version": 1}  # the packed form of model/packed.py
 
 
 class Vocabulary(Protocol):
@@ -37,16 +37,13 @@ class Vocabulary(Protocol):
     @property
     def eos_id(self) -> int:
         """`<|im_end|>`."""
-        ...
 
     @property
     def endoftext_id(self) -> int:
         """`<|endoftext|>`."""
-        ...
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's own files."""
-        ...
+        """Write the tokenizer's files."""
 
 
 def load_model(
@@ -56,20 +53,25 @@ def load_model(
     advance: Callable[[int], None] = ignore,
     quantize: Kind | None = None,
 ) -> Qwen2:
-    """Read a language model.
+    """Read a language model. Half-precision weights that need no cast are used from the file.
 
-    source: a Hugging Face folder of safetensors files, a GGUF file (of a model in several files the
-    first), a folder that holds one GGUF model, or an id on the hub (`owner/name`,
-    `owner/name@revision`). dtype: float32, bfloat16 or float16; None keeps the files' own, and
-    takes float32 for blocks or where the files mix several. device: "meta" reads nothing, but
-    remembers where all lies: `Qwen2.stored`. Half-precision weights that need no cast are used from
-    the file, not copied. advance: called with the number of weights read since the last call.
-    quantize: "int8" or "int4", on a CPU (`model.quantize`) or a CUDA GPU (torchao); a folder that
-    holds such weights already needs no word of it. Raises OpenQwenError.
+    Args:
+        source: a Hugging Face folder with safetensors files, a GGUF file (of a model in several
+            files the first), a folder with one GGUF model, or an id on the hub (`owner/name`,
+            `owner/name@revision`).
+        dtype: float32, bfloat16 or float16. None keeps that of the files; it means float32 if they
+            have blocks or several dtypes.
+        device: "meta" reads no weights but keeps their places in the files in `Qwen2.stored`.
+        advance: called with the number of weights read since the last call.
+        quantize: "int8" or "int4", on a CPU (model/quantize.py) or a CUDA GPU (torchao). It is not
+            needed for a folder whose weights are quantised already.
+
+    Raises:
+        OpenQwenError: the files are missing, damaged, or not of a Qwen2 model.
     """
     path = local(source)
-    if (kept := _kept_quantized(path, quantize)) is not None:
-        return kept
+    if (packed := _read_packed(path, quantize)) is not None:
+        return packed
     on_gpu = torch.device(device).type == "cuda"
     if quantize is not None:
         dtype = "bfloat16" if on_gpu else None
@@ -85,15 +87,13 @@ def load_model(
 def load_scorer(
     source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu"
 ) -> Scorer:
-    """Read a reward model (`Qwen2ForSequenceClassification`, one label); otherwise as
-    `load_model`.
-    """
+    """Read a reward model, `Qwen2ForSequenceClassification` with one label; see `load_model`."""
     config, stored, where = _read(local(source))
     return fill(lambda: Scorer(config), stored, where, dtype, device)
 
 
 def scorer_from(source: str | Path, generator: torch.Generator) -> Scorer:
-    """A reward model that starts from a language model's decoder, with a fresh output row."""
+    """A reward model with the decoder of a language model and a randomly drawn output row."""
     language_model = load_model(source)
     with without_memory():
         scorer = Scorer(language_model.config)
@@ -113,14 +113,21 @@ def save_checkpoint(
     chat: bool = False,
     advance: Callable[[int], None] = ignore,
 ) -> None:
-    """Write config.json, generation_config.json, the weights and the tokenizer's files, all
-    consistent.
+    """Write config.json, generation_config.json, the weights and the tokenizer's files.
 
-    What a checkpoint said when it was read, it says again: its stop tokens and generation defaults
-    too. A network that came from none ends chat at `<|im_end|>`, and `<|endoftext|>` stops and pads
-    too: with these out of step a model never stops. chat: the network has learnt to end turns, so
-    it stops in that way too, whatever it said before. shard_bytes: the most bytes of one weights
-    file. advance: called with the number of weights written since.
+    Fields of the configuration that were read are written again, stop tokens and generation
+    defaults too. A network that was not read from a checkpoint stops at `<|im_end|>` and
+    `<|endoftext|>`; the latter pads. If the files contradicted each other, a model might never
+    stop.
+
+    Args:
+        model: of any dtype, or quantised.
+        tokenizer: gives the ids and writes its own files.
+        folder: is made if missing.
+        shard_bytes: the largest size of one weights file.
+        chat: the network was trained to end its turns, so `<|im_end|>` stops it, even if the
+            checkpoint that it came from does not say so.
+        advance: called with the number of weights written since the last call.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +141,7 @@ def save_checkpoint(
     ends = _ends(tokenizer, stated, chat)
     if chat or not stated:
         config |= ends
-        if chat or not model.config.generation:  # generation_config.json states the other end
+        if chat or not model.config.generation:  # else generation_config.json has both
             config["eos_token_id"] = tokenizer.eos_id
     if isinstance(model, Qwen2):
         generation = dict(model.config.generation) or ends
@@ -148,10 +155,7 @@ def save_checkpoint(
 
 
 def _ends(tokenizer: Vocabulary, stated: Sequence[int], chat: bool) -> dict[str, Any]:
-    """Where generation stops, and what pads.
-
-    For chat, or where nothing is stated, also Qwen2's two.
-    """
+    """The begin, stop and pad tokens; for chat, or without stated stops, with Qwen2's two stops."""
     both = [tokenizer.eos_id, tokenizer.endoftext_id] if chat or not stated else []
     eos = list(dict.fromkeys([*both, *stated]))
     return {
@@ -162,57 +166,48 @@ def _ends(tokenizer: Vocabulary, stated: Sequence[int], chat: bool) -> dict[str,
 
 
 def _read(path: Path) -> tuple[ModelConfig, dict[str, Stored], Path]:
-    """The configuration, where each tensor lies, and what to name in errors."""
+    """The configuration, the place of each tensor, and the path to name in errors."""
     file = None if has_weights(path) else find_gguf(path)
     config, stored = _read_folder(path) if file is None else read_gguf(file)
-    if config.num_hidden_layers > len(stored):
-        raise OpenQwenError(
-            (
-                f"The configuration has {config.num_hidden_layers} layers, the weights only "
-                f"{len(stored)} tensors."
-            ),
-            where=path,
-        )
-    _announce(config, path)
+    layers = config.num_hidden_layers
+    if layers > len(stored):
+        what = f"The configuration has {layers} layers, the weights only {len(stored)} tensors."
+        raise OpenQwenError(what, where=path)
+    _note_impossible_stops(config, path)
     return config, stored, path
 
 
-def _announce(config: ModelConfig, path: Path) -> None:
-    """A line for stop tokens that can never be written."""
+def _note_impossible_stops(config: ModelConfig, path: Path) -> None:
+    """Print a note if stop tokens are outside the vocabulary."""
     outside = [str(i) for i in config.stated_stops if i not in config.stops]
     if outside:
-        notice(f"eos_token_id {', '.join(outside)} is outside the vocabulary and left out", path)
+        notice(f"eos_token_id {', '.join(outside)} is outside the vocabulary and ignored", path)
 
 
-def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
-    """The model of a folder that `save_checkpoint` wrote of quantised weights; of any other
-    None.
-    """
+def _read_packed(path: Path, kind: Kind | None) -> QuantizedQwen2 | None:
+    """The model of a folder with weights that this package quantised; None for any other source."""
     if not (path / "config.json").is_file() or not has_weights(path):
         return None
     config = _folder_config(path)
-    own = config.other.get("quantization_config") or {}
-    if own.get("quant_method") != _PACKED["quant_method"]:
+    packed = config.other.get("quantization_config") or {}
+    if packed.get("quant_method") != _PACKED["quant_method"]:
         return None
-    if own.get("version") != _PACKED["version"] or asked not in (None, own["kind"]):
+    if packed.get("version") != _PACKED["version"] or kind not in (None, packed["kind"]):
+        stored = f"{packed.get('kind')}, version {packed.get('version')} of the packed form"
+        wanted = f"{kind or packed.get('kind')}, version {_PACKED['version']}"
+        again = command("quantize", "MODEL", "OUTPUT", "--to", "KIND")
         raise OpenQwenError(
-            f"These weights are {own.get('kind')}, version {own.get('version')} of their form; "
-            "asked for is"
-            f" {asked or own.get('kind')}, version {_PACKED['version']}.",
+            f"These weights are {stored}; asked for is {wanted}.",
             where=path,
-            do=(
-                "quantise the source anew: "
-                f"{command('quantize', 'MODEL', 'OUTPUT', '--to', 'KIND')}"
-            ),
+            do=f"quantise the source again: {again}",
         )
-    model = QuantizedQwen2(config, own["kind"])
+    model = QuantizedQwen2(config, packed["kind"])
     try:
+        tensors: dict[str, torch.Tensor] = {}
         for file in weight_files(path):
             refuse_pointer(file)
-        tensors = {
-            name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()
-        }
-        model.allocate()  # memory of our own can lie in large pages, which a file's does not
+            tensors |= load_file(file)
+        model.allocate()  # new memory can be in large pages, a file's pages are small
         matrices = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
         for name, matrix in matrices.items():
             matrix.copy_(tensors[name])
@@ -220,7 +215,7 @@ def _kept_quantized(path: Path, asked: Kind | None) -> QuantizedQwen2 | None:
         model.load_state_dict(matrices | rest, assign=True)
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         raise OpenQwenError(f"The quantised weights cannot be read: {error}", where=path) from None
-    _announce(config, path)
+    _note_impossible_stops(config, path)
     return cast(QuantizedQwen2, model.requires_grad_(False))
 
 
@@ -237,27 +232,24 @@ def _folder_config(path: Path) -> ModelConfig:
 
 def _read_folder(path: Path) -> tuple[ModelConfig, dict[str, Stored]]:
     if not (path / "config.json").is_file():
-        raise OpenQwenError(
-            "There is no checkpoint here: config.json is missing.",
-            where=path,
-            do=(
-                "give a Hugging Face folder with config.json and *.safetensors, a .gguf file, or a "
-                "hub id (owner/name)"
-            ),
-        )
+        what = "There is no checkpoint here: config.json is missing."
+        folder = "a Hugging Face folder with config.json and *.safetensors"
+        do = f"give {folder}, a .gguf file, or a hub id (owner/name)"
+        raise OpenQwenError(what, where=path, do=do)
     config = _folder_config(path)
     if packed := config.other.get("quantization_config"):
         raise OpenQwenError(
-            f"Weights quantised by '{packed.get('quant_method')}' are not read here.",
+            f"Weights quantised by '{packed.get('quant_method')}' cannot be read.",
             where=path / "config.json",
-            do="give the model they were made from; the verb quantize packs it",
+            do="give the model they were made from; `openqwen quantize` can quantise it",
         )
     stored = stored_in_folder(path)
     head, table = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and head and table:
         if same_numbers(head, table):
             del stored["lm_head.weight"]  # some files repeat the embedding
-        else:  # as transformers decides
-            notice("tie_word_embeddings is true, but lm_head.weight differs: it is used", path)
+        else:  # as in transformers
+            text = "tie_word_embeddings is true, but lm_head.weight differs; lm_head.weight is used"
+            notice(text, path)
             config = replace(config, tie_word_embeddings=False)
     return config, stored

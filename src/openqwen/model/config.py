@@ -1,4 +1,4 @@
-"""The numbers that make a Qwen2 network, as `config.json` states them."""
+"""The numbers that define a Qwen2 network, as in `config.json`."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -17,15 +17,14 @@ _ONE_MILLION_NAMES = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of one Qwen2 / Qwen2.5 model, dense or mixture of experts; field names are
-    `config.json`'s own.
+    """A Qwen2 / Qwen2.5 network, dense or mixture of experts; fields are named as in config.json.
 
-    `vocab_size` counts embedding rows: the tokenizer's ids plus padding rows that are never
-    targets. A model with num_experts > 0 is `qwen2_moe`: there intermediate_size is the width of
-    its dense layers, if it has any.
+    `vocab_size` counts embedding rows: the tokenizer's ids and padding rows, which are never
+    targets. A model with num_experts > 0 is `qwen2_moe`; then intermediate_size is the width of its
+    dense layers, if it has any.
 
-    other, generation: what else the checkpoint's config.json and its generation_config.json say.
-    The network does not use it, and saving gives it back.
+    other, generation: all other fields of the checkpoint's config.json, and those of its
+    generation_config.json. The network does not use them; saving writes them again.
     """
 
     vocab_size: int
@@ -61,35 +60,19 @@ class ModelConfig:
         if not self.rope_theta > 1:
             what = f"rope_theta is {self.rope_theta}, not above 1."
             raise OpenQwenError(what, where="model.rope_theta", do="give Qwen2's 10000 or 1000000")
-        if (
-            self.hidden_size % self.num_attention_heads
-            or (self.hidden_size // self.num_attention_heads) % 2
-        ):
-            raise OpenQwenError(
-                (
-                    f"hidden_size {self.hidden_size} does not give {self.num_attention_heads} "
-                    "heads of an even size."
-                ),
-                where="model.hidden_size",
-                do="make hidden_size a multiple of 2 × num_attention_heads",
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise OpenQwenError(
-                (
-                    f"{self.num_attention_heads} query heads cannot share "
-                    f"{self.num_key_value_heads} key/value heads."
-                ),
-                where="model.num_key_value_heads",
-                do="choose a divisor of num_attention_heads",
-            )
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads):
+            what = f"hidden_size {self.hidden_size} does not give {heads} heads of an even size."
+            do = "make hidden_size a multiple of 2 × num_attention_heads"
+            raise OpenQwenError(what, where="model.hidden_size", do=do)
+        if heads % kv_heads:
+            what = f"{heads} query heads cannot share {kv_heads} key/value heads."
+            do = "choose a divisor of num_attention_heads"
+            raise OpenQwenError(what, where="model.num_key_value_heads", do=do)
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise OpenQwenError(
-                (
-                    f"A token cannot pass through {self.num_experts_per_tok} of {self.num_experts} "
-                    "experts."
-                ),
-                where="model.num_experts_per_tok",
-            )
+            chosen = f"{self.num_experts_per_tok} of {self.num_experts} experts"
+            what = f"A token cannot pass through {chosen}."
+            raise OpenQwenError(what, where="model.num_experts_per_tok")
 
     @property
     def head_dim(self) -> int:
@@ -98,24 +81,22 @@ class ModelConfig:
 
     @property
     def long_context(self) -> LongContext:
-        """How the checkpoint wants every sequence read, unless a batch says otherwise."""
+        """How sequences are read by default: by the checkpoint's YARN and Dual Chunk Attention."""
         return LongContext(self.yarn, self.dual_chunk)
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Ids that end an answer: those stated that the vocabulary has."""
+        """Ids that end an answer: the stated ones that are in the vocabulary."""
         return tuple(i for i in self.stated_stops if 0 <= i < self.vocab_size)
 
     @property
     def stated_stops(self) -> tuple[int, ...]:
         """`eos_token_id` of config.json and generation_config.json together, in that order."""
-        own = token_ids(self.other.get("eos_token_id", self.eos_token_id))
-        return tuple(dict.fromkeys([*own, *token_ids(self.generation.get("eos_token_id"))]))
+        ids = token_ids(self.other.get("eos_token_id", self.eos_token_id))
+        return tuple(dict.fromkeys([*ids, *token_ids(self.generation.get("eos_token_id"))]))
 
     def is_sparse(self, layer: int) -> bool:
-        """Whether this layer, counted from 0, has experts; else it has a dense feed-forward
-        network.
-        """
+        """Whether this layer, counted from 0, has experts in place of one feed-forward network."""
         return (
             self.num_experts > 0
             and layer not in self.mlp_only_layers
@@ -124,9 +105,7 @@ class ModelConfig:
 
     @classmethod
     def named(cls, name: str) -> "ModelConfig":
-        """The configuration of a published model: `qwen2-7b`, `qwen2.5-0.5b-instruct`,
-        `Qwen/Qwen2-57B-A14B` …
-        """
+        """The configuration of a published model, such as `qwen2-7b` or `Qwen/Qwen2-57B-A14B`."""
         key = name.lower().removeprefix("qwen/")
         key = _ONE_MILLION_NAMES.get(key, key)
         if key not in published.NAMES:
@@ -141,7 +120,7 @@ class ModelConfig:
     def from_json(cls, values: Mapping[str, Any], where: str = "config.json") -> "ModelConfig":
         """Read a `config.json`.
 
-        OpenQwenError where it is no Qwen2, or asks for what no released Qwen2 does.
+        Raises OpenQwenError where it is not of a Qwen2 model, or needs what no released Qwen2 has.
         """
         _check_kind(values, where)
         rope = _rope(values, where)
@@ -149,23 +128,22 @@ class ModelConfig:
         names = {f.name for f in fields(cls)} - _NOT_IN_FILE
         if values.get("model_type", "qwen2") != "qwen2_moe":
             names -= _EXPERT_FIELDS
-        nothing = {name for name in _REQUIRED if values.get(name) is None}
-        chosen = {k: v for k, v in values.items() if k in names - nothing}
+        absent = {name for name in _REQUIRED if values.get(name) is None}
+        chosen = {k: v for k, v in values.items() if k in names - absent}
         chosen["rope_theta"] = rope["rope_theta"]
         if "num_key_value_heads" in values and "num_attention_heads" in chosen:
-            # Null is as many as query heads.
+            # Null means as many as there are query heads.
             chosen.setdefault("num_key_value_heads", chosen["num_attention_heads"])
         ends = token_ids(chosen.get("eos_token_id"), where)
-        several = isinstance(chosen.get("eos_token_id"), list)  # kept in `other`
+        several = isinstance(chosen.get("eos_token_id"), list)  # then the list is kept in `other`
         chosen["eos_token_id"] = ends[0] if ends else None
         if "mlp_only_layers" in chosen:
             chosen["mlp_only_layers"] = tuple(chosen["mlp_only_layers"] or ())
         if missing := (_REQUIRED | (_EXPERTS_REQUIRED & names)) - chosen.keys():
             raise OpenQwenError(f"config.json lacks {', '.join(sorted(missing))}.", where=where)
         _check_types(chosen, where)
-        other = {
-            k: v for k, v in values.items() if k not in names or (several and k == "eos_token_id")
-        }
+        used = names - {"eos_token_id"} if several else names
+        other = {key: value for key, value in values.items() if key not in used}
         length = chosen.get("max_position_embeddings", cls.max_position_embeddings)
         with located(where):
             return cls(
@@ -176,22 +154,25 @@ class ModelConfig:
             )
 
     def to_json(self, head: str = "ForCausalLM", dtype: str = "float32") -> dict[str, Any]:
-        """The `config.json` that transformers, vLLM and llama.cpp's converter read.
+        """The `config.json` for transformers, vLLM and llama.cpp's converter.
 
-        head: what stands on the decoder, `ForCausalLM` or `ForSequenceClassification`. What was
-        read and not used is given back; RoPE keeps its spelling (`rope_scaling`, or transformers
-        5's `rope_parameters`).
+        Fields that were read and not used are written again. RoPE keeps its spelling:
+        `rope_scaling`, or transformers 5's `rope_parameters`.
+
+        Args:
+            head: of the decoder, `ForCausalLM` or `ForSequenceClassification`.
+            dtype: of the weights.
         """
         skipped = _NOT_IN_FILE if self.num_experts else _NOT_IN_FILE | _EXPERT_FIELDS
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
-        own["eos_token_id"] = self.other.get("eos_token_id", self.eos_token_id)
+        network = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
+        network["eos_token_id"] = self.other.get("eos_token_id", self.eos_token_id)
         if self.num_experts:
-            own["mlp_only_layers"] = list(self.mlp_only_layers)
+            network["mlp_only_layers"] = list(self.mlp_only_layers)
         kind = {
             "architectures": [("Qwen2Moe" if self.num_experts else "Qwen2") + head],
             "model_type": "qwen2_moe" if self.num_experts else "qwen2",
         }
-        values = kind | _USUAL | dict(self.other) | own | kind
+        values = kind | _USUAL | dict(self.other) | network | kind
         if self.dual_chunk:
             values["dual_chunk_attention_config"] = {
                 **self.other.get("dual_chunk_attention_config", {}),
@@ -204,7 +185,7 @@ class ModelConfig:
         return values | self._rope_json(values)
 
     def _rope_json(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The RoPE entries, which replace those in `values`."""
+        """The entries for RoPE; the old ones are removed from `values`."""
         old = values.pop("rope_scaling", None) or {}
         if values.pop("rope_parameters", None) is not None:
             plain = {
@@ -216,15 +197,11 @@ class ModelConfig:
         return {"rope_scaling": {key: "yarn", **self.yarn.to_json()}} if self.yarn else {}
 
     def with_rope(self, theta: float, positions: int) -> "ModelConfig":
-        """The same network with another RoPE base and context length, for the long-sequence
-        phase.
-        """
+        """The same network with another RoPE base and context length, to train long sequences."""
         return replace(self, rope_theta=theta, max_position_embeddings=positions)
 
     def parameters(self, active: bool = False) -> int:
-        """Exact parameter count (qwen2-recipe facts, 1.4); `active`: of those, what one token
-        passes through.
-        """
+        """Exact number of parameters (qwen2-recipe facts, 1.4); active: of those, one token's."""
         layers = sum(self._layer_matrices(n, active) for n in range(self.num_hidden_layers))
         biases = self.hidden_size + 2 * self.num_key_value_heads * self.head_dim
         vectors = self.num_hidden_layers * (biases + 2 * self.hidden_size) + self.hidden_size
@@ -232,24 +209,20 @@ class ModelConfig:
         return layers + vectors + tables * self.vocab_size * self.hidden_size
 
     def flops_per_token(self, context: float) -> float:
-        """Floating-point operations of one token, forward and backward, at a mean causal context of
-        `context` tokens.
+        """Floating-point operations of one token, forward and backward.
 
-        6 per matrix parameter passed (the head counts, the table look-up does not) plus attention's
-        two matmuls.
+        They are 6 for each parameter of the matrices that the token passes (the head counts, the
+        embedding look-up does not), and attention's two products. context: mean number of tokens
+        that a token attends to.
         """
         return self.flops(tokens=1, targets=1, seen=context)
 
     def flops(self, tokens: int, targets: int, seen: float) -> float:
-        """The same of a batch: `targets` of its tokens pass the head; `seen` sums how many keys
-        each token attends.
-        """
+        """The same for a batch with `targets` tokens at the head and `seen` pairs in attention."""
         layers = sum(self._layer_matrices(n, active=True) for n in range(self.num_hidden_layers))
         head = self.vocab_size * self.hidden_size
-        return (
-            6.0 * (tokens * layers + targets * head)
-            + 12.0 * self.num_hidden_layers * self.hidden_size * seen
-        )
+        attention = 12.0 * self.num_hidden_layers * self.hidden_size * seen
+        return 6.0 * (tokens * layers + targets * head) + attention
 
     def _layer_matrices(self, layer: int, active: bool) -> int:
         """Matrix elements of one layer."""
@@ -259,9 +232,8 @@ class ModelConfig:
             return attention + 3 * h * self.intermediate_size
         experts = self.num_experts_per_tok if active else self.num_experts
         widths = experts * self.moe_intermediate_size + self.shared_expert_intermediate_size
-        return (
-            attention + 3 * h * widths + h * self.num_experts + h
-        )  # the router, the shared expert's gate
+        router, shared_gate = h * self.num_experts, h
+        return attention + 3 * h * widths + router + shared_gate
 
 
 _REQUIRED = {
@@ -288,12 +260,7 @@ _EXPERT_FIELDS = _EXPERTS_REQUIRED | {
     "decoder_sparse_step",
     "mlp_only_layers",
 }
-_NOT_IN_FILE = {
-    "yarn",
-    "dual_chunk",
-    "other",
-    "generation",
-}  # in the file under other names, or in another file
+_NOT_IN_FILE = {"yarn", "dual_chunk", "other", "generation"}  # not in config.json by these names
 _USUAL = {  # fields that other software expects, the same in every released Qwen2
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -303,11 +270,11 @@ _USUAL = {  # fields that other software expects, the same in every released Qwe
 
 
 _KINDS: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,)}
-_THETA = 10_000.0  # transformers' and llama.cpp's, where a file is silent
+_THETA = 10_000.0  # the default of transformers and llama.cpp
 
 
 def token_ids(value: Any, where: str | None = None) -> list[int]:
-    """`eos_token_id` as a list: a file may state an id, several or none; else OpenQwenError."""
+    """`eos_token_id` as a list; a file may have an id, a list or null, else OpenQwenError."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(i) is not int for i in ids):
         do = "give an id, a list of ids, or null"
@@ -316,10 +283,11 @@ def token_ids(value: Any, where: str | None = None) -> list[int]:
 
 
 def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """RoPE as config.json states it, `rope_theta` included.
+    """The entries of config.json for RoPE, with `rope_theta`.
 
-    `rope_scaling` counts before transformers 5's `rope_parameters`, as in transformers. It is what
-    Qwen's model cards tell to add, so it keeps the other's theta, which transformers loses.
+    As in transformers, `rope_scaling` takes precedence over transformers 5's `rope_parameters`.
+    Qwen's model cards say to add `rope_scaling`, so theta is still taken from the other, which
+    transformers would lose.
     """
     new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
     for rope in (new, old):
@@ -329,7 +297,7 @@ def _rope(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope = dict(old or new)
     thetas = (part.get("rope_theta") for part in (old, new, values))
     rope["rope_theta"] = next((theta for theta in thetas if theta is not None), _THETA)
-    # Transformers looks at the top level first.
+    # As in transformers, the value at the top level takes precedence.
     if (length := values.get("original_max_position_embeddings")) is not None:
         rope["original_max_position_embeddings"] = length
     share = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
@@ -358,14 +326,11 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
             f"model_type is '{kind}', not one of {', '.join(_MODEL_TYPES)}.", where=where
         )
     if values.get("use_sliding_window"):
-        raise OpenQwenError(
-            "use_sliding_window is true; no released Qwen2 uses a sliding window.", where=where
-        )
+        what = "use_sliding_window is true; no released Qwen2 uses a sliding window."
+        raise OpenQwenError(what, where=where)
     layers = values.get("layer_types") or []
     layers = layers if isinstance(layers, list) else [layers]
     if odd := {str(kind) for kind in layers} - {"full_attention"}:
         raise OpenQwenError(f"layer_types holds {', '.join(sorted(odd))}.", where=where)
-    if values.get("hidden_act", "silu") != "silu":
-        raise OpenQwenError(
-            f"hidden_act is '{values['hidden_act']}'; Qwen2's is silu.", where=where
-        )
+    if (activation := values.get("hidden_act", "silu")) != "silu":
+        raise OpenQwenError(f"hidden_act is '{activation}'; Qwen2's is silu.", where=where)

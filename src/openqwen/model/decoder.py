@@ -1,8 +1,7 @@
-"""The Qwen2 network, top-down: model, layer, attention, norm. Parameter names are the published
-checkpoints' own.
+"""The Qwen2 network, top-down: model, layer, attention, norm.
 
-Packed tokens are the only layout (law 1): `model(tokens[T], positions[T], attention) -> hidden[T,
-D]`.
+Parameters have the names of the published checkpoints. Packed tokens are the only layout (law 1):
+`model(tokens[T], positions[T], attention) -> hidden[T, D]`.
 """
 
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from openqwen.model.rope import Rotation
 
 
 class Decoder(nn.Module):
-    """Embedding, pre-norm layers, final norm: everything below a head."""
+    """Embedding, pre-norm layers, final norm: the network without its head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -36,8 +35,9 @@ class Decoder(nn.Module):
         attention: Attention,
         routing: Routing | None = None,
     ) -> Tensor:
-        """Token ids and their positions in their documents → hidden states [T, D]; `routing` is
-        filled by experts.
+        """Token ids [T] and positions in their documents [T] → hidden states [T, D].
+
+        routing: sparse layers append their router's decisions to it.
         """
         x_TD = self.embed_tokens(tokens_T)
         rotation = attention.rotation(positions_T, self.config)
@@ -46,17 +46,16 @@ class Decoder(nn.Module):
     def through_layers(
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None
     ) -> Tensor:
-        """[T, D] → [T, D], every layer in its turn."""
+        """[T, D] → [T, D], through all layers."""
         for layer in self.layers:
             x_TD = layer(x_TD, rotation, attention, routing)
         return x_TD
 
 
 class Qwen2(nn.Module):
-    """The language model: a decoder and a head, which is the embedding table itself where
-    `tie_word_embeddings`.
+    """The language model: a decoder and a head, which may be the embedding (tie_word_embeddings).
 
-    stored: where its weights lie in files, if it was loaded without memory.
+    stored: the places of its weights in files, if it was loaded on the device "meta".
     """
 
     stored: Mapping[str, Any] | None = None
@@ -75,35 +74,35 @@ class Qwen2(nn.Module):
         attention: Attention,
         routing: Routing | None = None,
     ) -> Tensor:
-        """Token ids [T], positions [T] → hidden states [T, D]. `routing` is filled by experts."""
+        """See `Decoder.forward`."""
         return self.model(tokens_T, positions_T, attention, routing)
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix."""
+        """The output matrix, [V, D]."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
-        """Hidden states → scores over the vocabulary rows, [T, V]."""
+        """Hidden states [T, D] → scores of the vocabulary, [T, V]."""
         if self.lm_head is None:
             return F.linear(hidden_TD, self.head_VD)
-        return self.lm_head(hidden_TD)  # an adapted head's matrix is not made anew for every call
+        return self.lm_head(hidden_TD)  # not by head_VD, which an adapter computes at each access
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what flows between the layers: keys and values too."""
+        """The dtype of hidden states, keys and values."""
         return self.model.embed_tokens.weight.dtype
 
 
 class Scorer(nn.Module):
-    """The reward model: a decoder with one linear output, read at a sequence's last token.
+    """The reward model: a decoder with one linear output, taken at a sequence's last token.
 
-    Saved as transformers' `Qwen2ForSequenceClassification` with one label.
+    It is saved as transformers' `Qwen2ForSequenceClassification` with one label.
     """
 
     def __init__(self, config: ModelConfig):
@@ -115,13 +114,13 @@ class Scorer(nn.Module):
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, last_B: Tensor
     ) -> Tensor:
-        """Scores [B] of the B documents whose last tokens stand at the rows `last_B`."""
+        """Scores [B] of B documents; `last_B` are the rows of their last tokens."""
         scores_B1 = self.score(self.model(tokens_T, positions_T, attention)[last_B])
         return scores_B1.squeeze(-1).clone()  # FSDP2 warns of a network that returns a view
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.embed_tokens.weight.device
 
 
@@ -153,7 +152,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, number: int):
         super().__init__()
         self.number = number
-        self.heads = (-1, config.head_dim)  # however many of them this rank holds
+        self.heads = (-1, config.head_dim)  # −1: under tensor parallelism a rank has some of them
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, kv_width)
@@ -169,10 +168,7 @@ class SelfAttention(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, times a learned weight.
-
-    No mean is taken off, no bias added.
-    """
+    """x / rms(x), computed in float32 and cast back, times a learned weight."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -183,15 +179,12 @@ class RMSNorm(nn.Module):
         """[T, D] → [T, D]."""
         if x_TD.dtype == torch.float32:
             return F.rms_norm(x_TD, self.weight.shape, self.weight.to(x_TD.dtype), self.eps)
-        return self.weight * F.rms_norm(x_TD.float(), self.weight.shape, None, self.eps).to(
-            x_TD.dtype
-        )
+        normed_TD = F.rms_norm(x_TD.float(), self.weight.shape, None, self.eps)
+        return self.weight * normed_TD.to(x_TD.dtype)
 
 
 def initialize(model: Qwen2 | Scorer, generator: torch.Generator) -> None:
-    """The reference code's start: every matrix ~ N(0, initializer_range), biases zero, norm weights
-    one.
-    """
+    """Draw matrices from N(0, initializer_range), set biases to 0 and norms to 1, as in Qwen2."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if parameter.dim() > 1:

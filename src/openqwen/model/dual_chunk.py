@@ -1,12 +1,11 @@
-"""Dual Chunk Attention (An et al. 2024) that trains: one exact softmax, exact gradients, memory
-linear in the length.
+"""Dual Chunk Attention (An et al. 2024) with exact gradients and memory linear in the length.
 
-A sequence is cut into chunks of s = chunk_len tokens. Keys are turned by their position within
-their chunk, so they never depend on who reads them; a query is turned three ways, for the keys of
-its own chunk (intra), of the one before (successive) and of all earlier ones (inter). Both paths
-below compute the one softmax over all keys: `plain` anywhere, `fused` on the CPU and, in half
-precision, on CUDA. Shapes: n queries, the last of m tokens whose keys are given, H query heads, K
-key/value heads, G = H/K, d head width.
+A sequence is cut into chunks of s = chunk_len tokens. Keys are rotated by their position within
+their chunk, so they do not depend on the query that reads them. A query is rotated three ways: for
+keys of its own chunk (intra), of the chunk before (successive) and of all earlier chunks (inter).
+Both paths below compute one softmax over all keys: `plain` runs everywhere, `fused` on the CPU and,
+in half precision, on CUDA. Shapes: n queries, which are the last of m tokens whose keys are given,
+H query heads, K key/value heads, G = H/K, d head width.
 """
 
 import math
@@ -29,16 +28,15 @@ _CPU_FLASH_BACKWARD: Any = getattr(
 
 _ROWS = 256  # queries whose scores `plain` holds at once
 
-Queries = tuple[
-    Tensor, Tensor, Tensor
-]  # turned for the own chunk, for the one before, for all earlier; each [n, H, d]
+# Rotated for keys of the own chunk, of the chunk before, of all earlier chunks; each [n, H, d].
+Queries = tuple[Tensor, Tensor, Tensor]
 
 
 def rotary_positions(positions_T: Tensor, dual: DualChunk) -> tuple[Tensor, Tensor, Tensor]:
-    """Where keys and intra queries, successive queries and inter queries stand for RoPE, each [T].
+    """RoPE positions of keys and intra queries, successive queries, inter queries; each [T].
 
-    The code form (qwen2-recipe facts, 4.3). The paper's, which caps at c − 1, is chunk_size c − 1,
-    local_size w − 1.
+    This is the form of the released code (qwen2-recipe facts, 4.3). The paper caps positions at
+    c − 1, which is the same with chunk_size c − 1 and local_size w − 1.
     """
     within_T = positions_T % dual.chunk_len
     successive_T = (within_T + dual.chunk_len).clamp(max=dual.chunk_size)
@@ -49,10 +47,10 @@ def rotary_positions(positions_T: Tensor, dual: DualChunk) -> tuple[Tensor, Tens
 def attend(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:
     """Causal attention of the last n of m tokens, [n, H, d]; scale 1/√d.
 
-    The first key stands at position 0.
+    The first key is at position 0 of the sequence.
     """
-    way = fused if has_fused(k_mKd.device, k_mKd.dtype) else plain
-    return way(queries, k_mKd, v_mKd, chunk_len)
+    path = fused if has_fused(k_mKd.device, k_mKd.dtype) else plain
+    return path(queries, k_mKd, v_mKd, chunk_len)
 
 
 def has_fused(device: torch.device, dtype: torch.dtype) -> bool:
@@ -63,23 +61,23 @@ def has_fused(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _flash(q_bHnd: Tensor, k_bKmd: Tensor, v_bKmd: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """FlashAttention of b rectangles: the output [b, H, n, d] and the log-sum-exps [b, H, n].
+    """FlashAttention of b rectangles: outputs [b, H, n, d] and log-sum-exps [b, H, n].
 
-    From Hopper on cuDNN's is the faster one, before it PyTorch's own (FlashAttention 2).
+    cuDNN's kernel is faster on Hopper and later, PyTorch's (FlashAttention 2) before.
     """
     if q_bHnd.device.type == "cpu":
         out, lse = _CPU_FLASH(q_bHnd, k_bKmd, v_bKmd, 0.0, causal)
         return out, lse
     if _has_cudnn(q_bHnd.device):
-        found = _aten._scaled_dot_product_cudnn_attention(
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             q_bHnd, k_bKmd, v_bKmd, None, True, 0.0, causal, False
         )
-        return found[0], found[1].squeeze(-1)
+        return out, lse.squeeze(-1)
     q, k, v = (x.transpose(1, 2) for x in (q_bHnd, k_bKmd, v_bKmd))
-    found = _aten._flash_attention_forward(
+    out, lse, *_ = _aten._flash_attention_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False
     )
-    return found[0].transpose(1, 2), found[1]
+    return out.transpose(1, 2), lse
 
 
 def _flash_backward(
@@ -88,32 +86,28 @@ def _flash_backward(
     """Gradients of queries, keys and values, in the layout of `_flash`."""
     none = (None, None)
     if q.device.type == "cpu":
-        found = _CPU_FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, causal)
-        return found[0], found[1], found[2]
+        dq, dk, dv = _CPU_FLASH_BACKWARD(grad, q, k, v, out, lse, 0.0, causal)
+        return dq, dk, dv
     lengths = (q.shape[2], k.shape[2])
     if _has_cudnn(q.device):
-        seed = torch.zeros(
-            (), dtype=torch.int64, device=q.device
-        )  # of dropout, which there is none
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which is off
         rest = (lse.contiguous()[..., None], seed, seed, None, *none, *lengths, 0.0, causal)
-        found = _aten._scaled_dot_product_cudnn_attention_backward(
+        dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
             grad.contiguous(), q, k, v, out.contiguous(), *rest
         )
-        return found[0], found[1], found[2]
-    turned = [x.transpose(1, 2).contiguous() for x in (grad, q, k, v, out)]
+        return dq, dk, dv
+    tensors = [x.transpose(1, 2).contiguous() for x in (grad, q, k, v, out)]
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    found = _aten._flash_attention_backward(
-        *turned, lse.contiguous(), *none, *lengths, 0.0, causal, seed, seed[:0]
+    dq, dk, dv, *_ = _aten._flash_attention_backward(
+        *tensors, lse.contiguous(), *none, *lengths, 0.0, causal, seed, seed[:0]
     )
-    return found[0].transpose(1, 2), found[1].transpose(1, 2), found[2].transpose(1, 2)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 @cache
 def _has_cudnn(device: torch.device) -> bool:
-    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (
-        9,
-        0,
-    )
+    hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.backends.cudnn.is_available() and hopper
 
 
 def plain(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:
@@ -124,17 +118,9 @@ def plain(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Ten
     while start < total:
         end = min(start + _ROWS, (start // chunk_len + 1) * chunk_len, total)
         some = [q_nHd[start - first : end - first] for q_nHd in queries]
-        outs.append(
-            checkpoint(
-                _dense,
-                *some,
-                k_mKd[:end],
-                v_mKd[:end],
-                chunk_len,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        )
+        inputs = (*some, k_mKd[:end], v_mKd[:end], chunk_len)
+        out = checkpoint(_dense, *inputs, use_reentrant=False, preserve_rng_state=False)
+        outs.append(out)
         start = end
     return torch.cat(outs)
 
@@ -147,16 +133,16 @@ def _dense(
     v_mKd: Tensor,
     s: int,
 ) -> Tensor:
-    """Queries of one chunk (of `s` tokens), which end with the keys: [n, H, d]."""
+    """Attention of the last n of m tokens, all in one chunk of `s` tokens: [n, H, d].
+
+    Keys of earlier chunks meet inter queries, of the chunk before successive, of the own intra.
+    """
     n, m, kv_heads = len(intra_nHd), len(k_mKd), k_mKd.shape[1]
-    own = (m - 1) // s * s
-    before = max(own - s, 0)
+    chunk = (m - 1) // s * s
+    previous = max(chunk - s, 0)
+    spans = ((inter_nHd, 0, previous), (successive_nHd, previous, chunk), (intra_nHd, chunk, m))
     scores = []
-    for q_nHd, start, end in (
-        (inter_nHd, 0, before),
-        (successive_nHd, before, own),
-        (intra_nHd, own, m),
-    ):
+    for q_nHd, start, end in spans:
         q_KGnd = q_nHd.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
         scores.append(q_KGnd @ k_mKd[start:end].permute(1, 2, 0)[:, None])
     s_KGnm = torch.cat(scores, dim=-1).to(_exact(k_mKd)) / math.sqrt(k_mKd.shape[-1])
@@ -166,19 +152,18 @@ def _dense(
 
 
 def fused(queries: Queries, k_mKd: Tensor, v_mKd: Tensor, chunk_len: int) -> Tensor:
-    """See `attend`: PyTorch's FlashAttention on each rectangle of the score matrix, merged
-    exactly.
-    """
+    """See `attend`: FlashAttention of each rectangle of the score matrix, merged exactly."""
     out_nHd: Tensor = _Fused.apply(*queries, k_mKd, v_mKd, chunk_len)
     return out_nHd
 
 
 class _Part(NamedTuple):
-    """`blocks` equal rectangles of the score matrix, side by side down the diagonal, all for one
-    turn of the query.
+    """Rectangles of the score matrix that share a rotation of the queries and are done in one call.
+
+    They are `blocks` equal rectangles in a row down the diagonal.
     """
 
-    turn: int  # 0 intra, 1 successive, 2 inter
+    rotation: int  # 0 intra, 1 successive, 2 inter
     rows: slice
     keys: slice
     blocks: int
@@ -194,90 +179,84 @@ class _Part(NamedTuple):
 
 
 def _parts(new: int, total: int, s: int) -> Iterator[_Part]:
-    """All that the last `new` of `total` tokens see, each score once; causal parts, which cover
-    every row, first.
+    """Cover every score of the last `new` of `total` tokens once, by chunks of s tokens.
+
+    The causal parts come first; they cover every row, so later parts have something to merge with.
     """
     first = total - new
+    # The rows fall into the rest of a chunk, complete chunks, and the start of a chunk. All
+    # complete chunks are done in one call, as blocks.
     inner, last = min(-(-first // s) * s, total), max(total // s * s, first)
     groups = [(first, inner, 1), (inner, last, (last - inner) // s), (max(inner, last), total, 1)]
     groups = [(a, b, count) for a, b, count in groups if b > a]
 
-    def part(
-        turn: int, row: int, end: int, key: int, key_end: int, count: int = 1, causal: bool = False
-    ) -> _Part:
-        return _Part(turn, slice(row - first, end - first), slice(key, key_end), count, causal)
+    def part(rotation: int, row: int, end: int, key: int, key_end: int, count: int = 1) -> _Part:
+        causal = rotation == 0 and row == key
+        return _Part(rotation, slice(row - first, end - first), slice(key, key_end), count, causal)
 
-    for a, b, count in groups:
-        yield part(0, a, b, a, b, count, causal=True)
-    if first % s:  # the own chunk's keys from earlier calls
+    for a, b, count in groups:  # intra, the triangles on the diagonal
+        yield part(0, a, b, a, b, count)
+    if first % s:  # intra, keys of the first row's chunk that earlier calls gave
         yield part(0, first, inner, first // s * s, first)
-    for a, b, count in groups:
-        own = max(a // s * s, s)
-        if count > 1 and own < b:
-            yield part(1, own, b, own - s, b - s, (b - own) // s)
-        elif own <= a:
-            yield part(1, a, b, own - s, own)
-    for own in range(max(first // s, 2) * s, total, s):
-        yield part(2, max(own, first), min(own + s, total), 0, own - s)
+    for a, b, count in groups:  # successive; the first chunk has no chunk before it
+        start = max(a // s * s, s)
+        if count > 1 and start < b:
+            yield part(1, start, b, start - s, b - s, (b - start) // s)
+        elif start <= a:
+            yield part(1, a, b, start - s, start)
+    for start in range(max(first // s, 2) * s, total, s):  # inter, from the third chunk on
+        yield part(2, max(start, first), min(start + s, total), 0, start - s)
 
 
 class _Fused(torch.autograd.Function):
-    """Forward: the parts' outputs merged by their log-sum-exps. Backward: each part again, with the
-    merged output and log-sum-exp in place of its own; exp(score − log-sum-exp) then is the true
-    probability, so the gradient is exact."""
+    """The parts of `_parts`, merged into one softmax.
+
+    Forward: each part gives an output and a log-sum-exp; two are merged by the weights exp(lse −
+    common lse). Backward: each part's own backward, given the merged output and log-sum-exp instead
+    of its own. exp(score − lse) is then the probability in the one softmax, so gradients are exact.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, intra: Tensor, successive: Tensor, inter: Tensor, k: Tensor, v: Tensor, s: int
     ) -> Tensor:
-        turned = (intra, successive, inter)
+        queries = (intra, successive, inter)
         out_nHd = torch.empty_like(intra, dtype=_exact(intra))
         lse_nH = out_nHd.new_empty(intra.shape[:2])
         for part in _parts(len(intra), len(k), s):
-            found = _flash(
-                part.of_rows(turned[part.turn]), part.of_keys(k), part.of_keys(v), part.causal
-            )
-            more, more_lse = (x.transpose(1, 2).flatten(0, 1) for x in found)
+            q = part.of_rows(queries[part.rotation])
+            result = _flash(q, part.of_keys(k), part.of_keys(v), part.causal)
+            more, more_lse = (x.transpose(1, 2).flatten(0, 1) for x in result)
             out, lse = out_nHd[part.rows], lse_nH[part.rows]
             if part.causal:
                 out.copy_(more)
                 lse.copy_(more_lse)
                 continue
             both = torch.logaddexp(lse, more_lse)
-            out.mul_((lse - both).exp_()[..., None]).addcmul_(
-                more, (more_lse - both).exp_()[..., None]
-            )
+            weight, more_weight = (lse - both).exp_(), (more_lse - both).exp_()
+            out.mul_(weight[..., None]).addcmul_(more, more_weight[..., None])
             lse.copy_(both)
         out_nHd = out_nHd.to(intra.dtype)
-        ctx.save_for_backward(*turned, k, v, out_nHd, lse_nH)
+        ctx.save_for_backward(*queries, k, v, out_nHd, lse_nH)
         ctx.chunk_len = s
         return out_nHd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_nHd: Tensor) -> tuple[Tensor | None, ...]:
-        *turned, k, v, out, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(x, dtype=_exact(x)) for x in (*turned, k, v)]
+        *queries, k, v, out, lse = ctx.saved_tensors
+        grads = [torch.zeros_like(x, dtype=_exact(x)) for x in (*queries, k, v)]
         for part in _parts(len(out), len(k), ctx.chunk_len):
-            q = turned[part.turn]
-            inputs = (
-                part.of_rows(q),
-                part.of_keys(k),
-                part.of_keys(v),
-                part.of_rows(out),
-                part.of_rows(lse),
-            )
-            found = _flash_backward(part.of_rows(grad_nHd), *inputs, part.causal)
-            for total, where, new in zip(
-                (grads[part.turn], *grads[3:]),
-                (part.rows, part.keys, part.keys),
-                found,
-                strict=True,
-            ):
+            rows = [part.of_rows(x) for x in (grad_nHd, queries[part.rotation], out, lse)]
+            grad, q, part_out, part_lse = rows
+            keys, values = part.of_keys(k), part.of_keys(v)
+            parts = _flash_backward(grad, q, keys, values, part_out, part_lse, part.causal)
+            totals = (grads[part.rotation], *grads[3:])
+            for total, where, new in zip(totals, (part.rows, part.keys, part.keys), parts):
                 total[where] += new.transpose(1, 2).flatten(0, 1)
         return *(g.to(k.dtype) for g in grads), None
 
 
 def _exact(x: Tensor) -> torch.dtype:
-    """What sums are kept in: float32, or float64 where the input is."""
+    """The dtype of sums: float32, or float64 if the input is float64."""
     return torch.promote_types(x.dtype, torch.float32)

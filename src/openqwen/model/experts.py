@@ -1,11 +1,10 @@
-"""Mixture of experts: the feed-forward network of a sparse layer (Qwen2 report, 2.2.2;
-transformers' Qwen2-MoE).
+"""Mixture of experts: the feed-forward network of a sparse layer (Qwen2 report, 2.2.2).
 
-p = softmax(G x) over all experts; a token passes through the k likeliest, weighted by p as it is
-(renormalised only where `norm_topk_prob`), and through the shared expert, weighted by its own
-sigmoid gate. No capacity limit: no token is ever dropped. Parameter names and shapes are
-transformers' fused ones. Shapes: T tokens, D width, E experts, k experts of a token, N = T·k pairs
-of a token and an expert, I width of an expert, O output width.
+As in transformers' Qwen2-MoE: p = softmax(G x) over all experts. A token passes through the k
+experts with the largest p, weighted by p (renormalised only with `norm_topk_prob`), and through the
+shared expert, weighted by its own sigmoid gate. There is no capacity limit: no token is dropped.
+Parameter names and shapes are transformers' fused ones. Shapes: T tokens, D width, E experts, k
+experts of a token, N = T·k pairs of a token and an expert, I width of an expert, J = 2I.
 """
 
 from collections.abc import Sequence
@@ -21,21 +20,21 @@ from openqwen.model.feed_forward import FeedForward
 
 
 class Routing:
-    """Where tokens went: an argument of a forward call, which fills it, one entry a sparse layer
-    from the bottom up.
+    """The routers' decisions in a forward call, one entry for each sparse layer, in order.
 
-    probabilities: the router's softmax over all experts [T, E], differentiable. chosen: the experts
-    of a token [T, k], likeliest first. Without one, a forward call keeps nothing of this. No
-    dataclass: FSDP2 hands copies of those on.
+    It is an argument of the call, which appends to it. It is not a dataclass, because FSDP2 copies
+    dataclasses among the arguments, and the copy would be filled.
+
+    Args:
+        probabilities: the router's softmax over all experts, [T, E] each, differentiable.
+        chosen: the experts of each token, [T, k] each, the most probable first.
     """
 
     def __init__(self, probabilities: Sequence[Tensor] = (), chosen: Sequence[Tensor] = ()):
         self.probabilities, self.chosen = list(probabilities), list(chosen)
 
     def counts_LE(self) -> Tensor:
-        """Tokens that each expert of each sparse layer received, int64 [layers, E]; a layer's sum
-        is T·k.
-        """
+        """Tokens of each expert in each sparse layer, int64 [layers, E]; a layer's sum is T·k."""
         experts = self.probabilities[0].shape[1]
         return torch.stack([torch.bincount(c.flatten(), minlength=experts) for c in self.chosen])
 
@@ -43,8 +42,9 @@ class Routing:
 def route(
     logits_TE: Tensor, active: int, renormalised: bool, routing: Routing | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The `active` likeliest experts of each token: their weights and numbers, [T, k]; both go into
-    `routing`.
+    """Weights and numbers of the `active` most probable experts of each token, [T, k] each.
+
+    The probabilities and the numbers are appended to `routing`.
     """
     p_TE = logits_TE.softmax(-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
     weights_Tk, chosen_Tk = p_TE.topk(active, dim=-1)
@@ -69,7 +69,7 @@ class SparseFeedForward(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
-        """[T, D] → [T, D]; what the router decided goes into `routing`."""
+        """[T, D] → [T, D]; the router's decisions are appended to `routing`."""
         logits_TE = self.gate(x_TD)
         weights_Tk, chosen_Tk = route(logits_TE, self.active, self.renormalised, routing)
         routed_TD = self.experts(x_TD, chosen_Tk, weights_Tk.to(x_TD.dtype))
@@ -77,11 +77,9 @@ class SparseFeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks in two tensors: gate_up_proj [E, 2I, D], gate rows first, and down_proj [E,
-    D, I].
+    """E SwiGLU networks in two tensors: gate_up_proj [E, 2I, D], gate first; down_proj [E, D, I].
 
-    Their values come from a checkpoint or from `initialize`; until then they are whatever memory
-    held.
+    The tensors are not initialised; a checkpoint or `initialize` fills them.
     """
 
     def __init__(self, experts: int, hidden_size: int, width: int):
@@ -90,23 +88,23 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
 
     def forward(self, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-        """Each token through its experts, the answers weighted and summed: [T, D]."""
+        """The weighted sum of each token's experts, [T, D]."""
         return mixture(x_TD, weights_Tk, self.gate_up_proj, self.down_proj, chosen_Tk)
 
 
 def mixture(
     x_TD: Tensor, weights_Tk: Tensor, gate_up_EJD: Tensor, down_EDI: Tensor, chosen_Tk: Tensor
 ) -> Tensor:
-    """Each token through its chosen experts, the answers weighted and summed: [T, D]."""
+    """The weighted sum of each token's chosen experts, [T, D]."""
     return _Mixture.apply(x_TD, weights_Tk, gate_up_EJD, down_EDI, chosen_Tk)
 
 
 class _Mixture(torch.autograd.Function):
-    """Σ_k w_k · down_e(silu(gate_e(x)) · up_e(x)), with its gradient written out.
+    """Σ_k w_k · down_e(silu(gate_e(x)) · up_e(x)), with a hand-written gradient.
 
-    The pairs of a token and an expert are sorted by expert, so that an expert sees its tokens as
-    one matrix. Autograd alone would keep every token k times over before and after the experts;
-    here only gate and up are kept.
+    The pairs of a token and an expert are sorted by expert, so that each expert has one matrix of
+    tokens. Autograd would keep k copies of every token before and after the experts; here only gate
+    and up are kept.
     """
 
     @staticmethod
@@ -119,9 +117,8 @@ class _Mixture(torch.autograd.Function):
         chosen_Tk: Tensor,
     ) -> Tensor:
         order_N = chosen_Tk.flatten().argsort(stable=True)  # sorted place → pair
-        places_Tk = (
-            torch.empty_like(order_N).scatter_(0, order_N, _count_up(order_N)).view_as(chosen_Tk)
-        )
+        places_N = torch.arange(len(order_N), device=order_N.device)
+        places_Tk = torch.empty_like(order_N).scatter_(0, order_N, places_N).view_as(chosen_Tk)
         groups = _Groups(torch.bincount(chosen_Tk.flatten(), minlength=len(down_EDI)))
         tokens_N = order_N // chosen_Tk.shape[1]
         gate_up_NJ = groups.rows(x_TD[tokens_N], gate_up_EJD.transpose(1, 2))
@@ -147,13 +144,12 @@ class _Mixture(torch.autograd.Function):
         h_NI = silu_NI * up_NI
 
         grad_y_ND = grads[0][tokens_N]
-        grad_h_NI = ctx.groups.rows(
-            grad_y_ND, down_EDI
-        )  # not yet weighted: ⟨dy, down h⟩ = ⟨downᵀ dy, h⟩ is dw
+        # Without the weights w, since dw = ⟨dy, down h⟩ = ⟨downᵀ dy, h⟩ needs it so.
+        grad_h_NI = ctx.groups.rows(grad_y_ND, down_EDI)
         grad_weights_Tk = (grad_h_NI * h_NI).sum(-1)[places_Tk]
         grad_h_NI *= weights_N1
-        learned = ctx.needs_input_grad  # frozen experts cost no gradient
-        grad_down_EDI = ctx.groups.outer(grad_y_ND, h_NI.mul_(weights_N1)) if learned[3] else None
+        trained = ctx.needs_input_grad  # no gradient is computed for frozen experts
+        grad_down_EDI = ctx.groups.outer(grad_y_ND, h_NI.mul_(weights_N1)) if trained[3] else None
 
         grad_gate_up_NJ = torch.empty_like(gate_up_NJ)
         grad_gate_NI, grad_up_NI = grad_gate_up_NJ.chunk(2, dim=-1)
@@ -161,16 +157,14 @@ class _Mixture(torch.autograd.Function):
         # silu'(g) = σ(g) + silu(g) (1 − σ(g))
         slope_NI = torch.addcmul(gate_sigmoid_NI + silu_NI, silu_NI, gate_sigmoid_NI, value=-1)
         torch.mul(grad_h_NI.mul_(up_NI), slope_NI, out=grad_gate_NI)
-        grad_gate_up_EJD = ctx.groups.outer(grad_gate_up_NJ, x_TD[tokens_N]) if learned[2] else None
+        grad_gate_up_EJD = ctx.groups.outer(grad_gate_up_NJ, x_TD[tokens_N]) if trained[2] else None
         grad_x_ND = ctx.groups.rows(grad_gate_up_NJ, gate_up_EJD)
         grad_x_TD = F.embedding_bag(places_Tk, grad_x_ND, mode="sum")
         return grad_x_TD, grad_weights_Tk, grad_gate_up_EJD, grad_down_EDI, None
 
 
 class _Groups:
-    """Rows in E consecutive groups, each with a matrix of its own: one matmul a group, or one call
-    for all of them.
-    """
+    """Rows in E consecutive groups, each with its own matrix: one matmul per group, or one call."""
 
     def __init__(self, sizes_E: Tensor):
         self.ends_E = sizes_E.cumsum(0, dtype=torch.int32)
@@ -178,9 +172,9 @@ class _Groups:
 
     @property
     def bounds(self) -> list[tuple[int, int, int]]:
-        """Group, first row, row behind the last; the empty groups left out.
+        """(group, first row, row after the last) of each group that is not empty.
 
-        Asking a GPU for them waits for it.
+        On a GPU this waits for the device.
         """
         if self._bounds is None:
             ends = self.ends_E.tolist()
@@ -207,25 +201,20 @@ class _Groups:
 
 
 def one_call(a: Tensor, b: Tensor) -> bool:
-    """Whether one grouped matmul does for all groups: on a GPU, in bfloat16, widths in multiples of
-    16 bytes.
+    """Whether torch's grouped matmul can do all groups in one call.
 
-    On a CPU it is the same loop and no faster (benchmarks/experts.py).
+    It needs CUDA, bfloat16, and widths that are multiples of 16 bytes. On a CPU it is the same loop
+    and no faster (benchmarks/experts.py).
     """
-    wide = a.shape[1] % 8 == 0 and b.shape[-1] % 8 == 0
-    return (
-        a.is_cuda
-        and a.dtype == torch.bfloat16
-        and wide
-        and grouped_matmul_is_right(a.device, a.dtype)
-    )
+    aligned = a.shape[1] % 8 == 0 and b.shape[-1] % 8 == 0
+    if not (a.is_cuda and a.dtype == torch.bfloat16 and aligned):
+        return False
+    return grouped_matmul_is_right(a.device, a.dtype)
 
 
 @cache
 def grouped_matmul_is_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped matmul runs on this device and equals one matmul a group, an empty
-    one among them.
-    """
+    """Whether torch's grouped matmul runs here and equals one matmul per group, even if empty."""
     if not hasattr(F, "grouped_mm"):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -244,10 +233,4 @@ def grouped_matmul_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     except RuntimeError:
         return False
     pairs = ((rows_too_NB, rows_NB), (outer_too_EAB, outer_EAB))
-    return all(
-        torch.allclose(one.float(), many.float(), rtol=2e-2, atol=2e-2) for one, many in pairs
-    )
-
-
-def _count_up(like_N: Tensor) -> Tensor:
-    return torch.arange(len(like_N), device=like_N.device)
+    return all(torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2) for a, b in pairs)

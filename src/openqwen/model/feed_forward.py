@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class FeedForward(nn.Module):
-    """down(silu(gate(x)) · up(x)), no bias; D wide outside, `width` inside."""
+    """down(silu(gate(x)) · up(x)) without bias; D inputs and outputs, `width` channels inside."""
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
@@ -14,7 +14,5 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, routing: object = None) -> Tensor:
-        """[T, D] → [T, D]. routing: what experts fill; here all tokens go one way, and it is left
-        alone.
-        """
+        """[T, D] → [T, D]. routing: unused; the argument exists for `SparseFeedForward`."""
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))

@@ -1,30 +1,26 @@
-"""ggml's block formats: weights in blocks of 32 or 256 that share scales, to float32 and back.
+"""ggml's block formats, in which 32 or 256 weights share scales, to float32 and back.
 
-The arithmetic is llama.cpp's own package gguf: what it unpacks and packs is the same as there to
-the last bit.
+llama.cpp's own package gguf does the arithmetic, so the results are the same to the bit.
 """
 
 import numpy as np
 
 
 def dequantize(data: memoryview | bytes | np.ndarray, kind: str) -> np.ndarray:
-    """The float32 weights [n] of whole blocks."""
-    from gguf import (
-        GGMLQuantizationType,
-        quants,
-    )  # a tenth of a second that only GGUF files are worth
+    """The float32 weights [n] of complete blocks."""
+    from gguf import GGMLQuantizationType, quants  # the import takes 0.1 s, for GGUF files only
 
-    row = np.frombuffer(data, np.uint8)[
-        None
-    ]  # one row: the package cuts many into groups of sixteen
+    # As one row: the package cuts a matrix into groups of sixteen rows, which is slower.
+    row = np.frombuffer(data, np.uint8)[None]
     return quants.dequantize(row, GGMLQuantizationType[kind])[0]
 
 
 def quantize(weights: np.ndarray, kind: str) -> np.ndarray:
-    """The bytes of float32 weights [n] as llama.cpp rounds them; n is a multiple of the block."""
+    """The bytes of float32 weights [n], rounded as in llama.cpp; n is a multiple of the block.
+
+    Numbers that the type cannot hold become infinite, without a warning.
+    """
     from gguf import GGMLQuantizationType, quants
 
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # what a type cannot hold becomes infinite; who writes it looks
+    with np.errstate(over="ignore", invalid="ignore"):
         return quants.quantize(weights[None], GGMLQuantizationType[kind])[0].view(np.uint8)

@@ -1,14 +1,15 @@
-"""The network's compiled kernels: one library of all files in `native/`, with one pool of threads.
+"""The network's compiled kernels: one library of all files in `native/`, with one thread pool.
 
-Never required (law 7): where there is no compiler, `function` returns None and callers take their
-plain PyTorch path. Sums are rounded in the order in which they are written, so that every path
-gives the same bits.
+They are never required (law 7): without a compiler `function` returns None, and callers take their
+plain PyTorch path. The compiler may not contract or reorder floating-point operations, so that
+every path gives the same bits.
 """
 
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,70 +19,89 @@ import torch
 from openqwen.support import native
 
 _FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-_width = 0  # threads of the pool
-_alone = False
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there are none; built on first use."""
+    """The compiled kernels, built on first use; None where they cannot be built."""
     sources = sorted((Path(__file__).parent / "native").glob("*.[hc]*"))
     return native.load("model", sources, _FLAGS)
 
 
 @cache
 def function(name: str, *arguments: Any, result: Any = None) -> Callable[..., Any] | None:
-    """A kernel by its C name, given the ctypes of its arguments (an address is a `c_void_p`, passed
-    as an int).
+    """A kernel by its C name, with the ctypes of its arguments and result; None without a library.
+
+    An address is a `c_void_p` and is passed as an int.
     """
     if (loaded := library()) is None:
         return None
-    found = getattr(loaded, name)
-    found.argtypes, found.restype = arguments, result
-    return found
+    kernel = getattr(loaded, name)
+    kernel.argtypes, kernel.restype = arguments, result
+    return kernel
+
+
+@dataclass
+class ThreadPool:
+    """The state of the library's thread pool, which serves the whole process.
+
+    threads: how many work, the caller included. fixed: `alone` is active, so the pool keeps its
+    threads although PyTorch has only one.
+    """
+
+    threads: int = 0
+    fixed: bool = False
+
+
+@cache
+def pool() -> ThreadPool:
+    """The one state of the one pool. Like the library it lives as long as the process."""
+    return ThreadPool()
 
 
 def follow_torch() -> None:
-    """Give the pool as many threads as PyTorch has now.
+    """Give the pool as many threads as PyTorch has now; call it before kernels that use the pool.
 
-    Cheap; called before kernels that share their work out.
+    PyTorch's number may change at any time (`torch.set_num_threads`) without notice, so each call
+    compares it, which is cheap.
     """
-    global _width
-    count = _width if _alone else torch.get_num_threads()
-    if count != _width and (setter := function("openqwen_set_threads", ctypes.c_int32)):
+    state, count = pool(), torch.get_num_threads()
+    if state.fixed or count == state.threads:
+        return
+    if setter := function("openqwen_set_threads", ctypes.c_int32):
         setter(count)
-        _width = count
+        state.threads = count
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """While the block lasts PyTorch works on one thread: after each of its operations the others
-    would look for work on the cores that the pool's threads need, for milliseconds (OpenMP's
-    way)."""
-    global _alone
-    if _alone or library() is None:
+    """Within the block PyTorch works on one thread, while the pool keeps as many as PyTorch had.
+
+    After each operation PyTorch's other threads (OpenMP's) spin for milliseconds on the cores that
+    the pool's threads need.
+    """
+    state = pool()
+    if state.fixed or library() is None:
         yield
         return
     follow_torch()
     count = torch.get_num_threads()
     torch.set_num_threads(1)
-    _alone = True
+    state.fixed = True
     try:
         yield
     finally:
-        _alone = False
+        state.fixed = False
         torch.set_num_threads(count)
 
 
-def address(tensor: torch.Tensor | None) -> int | None:
-    """Where a tensor begins, for a `c_void_p`; None where there is none."""
-    return None if tensor is None else tensor.data_ptr()
+def address(tensor: torch.Tensor | None) -> int:
+    """The address of a tensor's first element; 0 for None, which C++ sees as a null pointer."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def linear() -> Callable[..., Any] | None:
-    """`openqwen_linear` of native/linear.cpp, on as many threads as PyTorch has; None where there
-    are no kernels.
-    """
+    """`openqwen_linear` of native/linear.cpp on as many threads as PyTorch has; None without it."""
     follow_torch()
     return _linear()
 

@@ -1,7 +1,7 @@
-"""How a sequence longer than the training window is read: YARN and Dual Chunk Attention, as
-`config.json` states them, or as sequences of each length need them (`stages`).
+"""Settings for sequences longer than the trained window: YARN and Dual Chunk Attention.
 
-The numbers only; the arithmetic is in rope.py and dual_chunk.py.
+They come from `config.json`, or are chosen by a sequence's length (`stages`). The arithmetic is in
+rope.py and dual_chunk.py.
 """
 
 import math
@@ -14,19 +14,24 @@ from openqwen.support.errors import OpenQwenError
 if TYPE_CHECKING:
     from openqwen.model.config import ModelConfig
 
-_STRETCH = 4  # as far as YARN alone goes: the factor of the Qwen team's own configurations
+_STRETCH = 4  # the largest factor of YARN alone: that of the Qwen team's own configurations
 _UNITS = {"k": 1024, "m": 1024**2}
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """Frequencies stretched by `factor` beyond `original_max_position_embeddings` (Peng et al.
-    2023, released form).
+    """YARN (Peng et al. 2023) in its released form, with the fields of transformers.
 
-    attention_factor: what cos and sin are multiplied by, on queries and keys alike; None means
-    0.1 ln(factor) + 1, or with both `mscale` and `mscale_all_dim` the ratio of
-    0.1 mscale ln(factor) + 1 to the same of the other. truncate: the ramp begins and ends at whole
-    dimensions. All as in transformers.
+    Args:
+        factor: ratio of the new context length to the trained one.
+        original_max_position_embeddings: the trained context length in tokens.
+        beta_fast: dimensions that rotate more often over the trained length keep their frequency.
+        beta_slow: dimensions that rotate less often have their frequency divided by `factor`.
+        attention_factor: multiplies cos and sin of queries and keys. None means 0.1 ln(factor) + 1,
+            or with `mscale` and `mscale_all_dim` the ratio of 0.1 m ln(factor) + 1 for both.
+        mscale: see attention_factor.
+        mscale_all_dim: see attention_factor.
+        truncate: the ramp between the two betas begins and ends at integer dimensions.
     """
 
     factor: float
@@ -49,24 +54,22 @@ class Yarn:
 
     @property
     def temperature(self) -> float:
-        """m: scales queries and keys, so attention's logits grow by m²."""
+        """m, the scale of queries and of keys; attention's logits are scaled by m²."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            whole = yarn_temperature(self.factor, self.mscale_all_dim)
-            return yarn_temperature(self.factor, self.mscale) / whole
+            all_dim = yarn_temperature(self.factor, self.mscale_all_dim)
+            return yarn_temperature(self.factor, self.mscale) / all_dim
         return yarn_temperature(self.factor)
 
     def stretched(self, factor: float) -> "Yarn":
-        """The same at another factor; an attention_factor of its own belongs to its own factor."""
-        own = self.attention_factor if factor == self.factor else None
-        return replace(self, factor=factor, attention_factor=own)
+        """The same with another factor, for which a stated attention_factor is not valid."""
+        scale = self.attention_factor if factor == self.factor else None
+        return replace(self, factor=factor, attention_factor=scale)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], max_position_embeddings: int) -> "Yarn | None":
-        """Read `rope_scaling` or `rope_parameters`, old spelling (`type`) or new (`rope_type`);
-        None where plain.
-        """
+        """Read `rope_scaling` or `rope_parameters` (`type` or `rope_type`); None for plain RoPE."""
         kind = values.get("rope_type") or values.get("type") or "default"
         if kind == "default":
             return None
@@ -74,7 +77,7 @@ class Yarn:
         given = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
         given.pop("truncate", None)
         for name in ("beta_fast", "beta_slow"):
-            if given.get(name) == 0:  # transformers takes its default
+            if given.get(name) == 0:  # means the default, as in transformers
                 del given[name]
         for name, value in given.items():
             if type(value) not in (float, int) or not math.isfinite(value):
@@ -82,25 +85,16 @@ class Yarn:
         if "factor" not in given:
             wrong = wrong or "YARN has no factor."
         if wrong:
-            raise OpenQwenError(
-                wrong,
-                do=(
-                    'use {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": '
-                    "32768}, or none"
-                ),
-            )
+            length = '"original_max_position_embeddings": 32768'
+            do = f'use {{"rope_type": "yarn", "factor": 4.0, {length}}}, or no scaling'
+            raise OpenQwenError(wrong, do=do)
         given.setdefault("original_max_position_embeddings", max_position_embeddings)
         return cls(**given, truncate=bool(values.get("truncate", True)))
 
     def to_json(self) -> dict[str, Any]:
-        """The entries of `rope_scaling` without the key that names the kind; defaults are left out,
-        as published.
-        """
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if getattr(self, f.name) != f.default
-        }
+        """The entries of `rope_scaling` without its type; defaults are left out, as published."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
@@ -110,11 +104,13 @@ def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
 
 @dataclass(frozen=True)
 class DualChunk:
-    """Dual Chunk Attention in the code form of ChunkLlama, vLLM and Qwen2.5-1M (An et al. 2024).
+    """Dual Chunk Attention (An et al. 2024) in the form of ChunkLlama's, vLLM's, Qwen2.5-1M's code.
 
-    The names shift from the paper's: chunk_size is the paper's c, local_size its w, and `chunk_len`
-    the real length of a chunk. original_max_position_embeddings: queries of longer sequences are
-    scaled by YARN's m²; 0 never scales.
+    Args:
+        chunk_size: the paper's c; a chunk has `chunk_len` tokens.
+        local_size: the paper's w.
+        original_max_position_embeddings: queries of longer sequences are scaled by YARN's m²; 0
+            means never.
     """
 
     chunk_size: int
@@ -123,13 +119,11 @@ class DualChunk:
 
     def __post_init__(self) -> None:
         if not 0 <= self.local_size < self.chunk_size:
+            sizes = f"chunk_size {self.chunk_size}, local_size {self.local_size}"
             raise OpenQwenError(
-                (
-                    f"Dual chunks of {self.chunk_size} tokens cannot have a local window of "
-                    f"{self.local_size}."
-                ),
+                f"Dual chunks cannot have {sizes}.",
                 where="dual_chunk_attention_config",
-                do="make local_size smaller than chunk_size (Qwen2.5-1M: 262144 and 8192)",
+                do="make local_size smaller than chunk_size (Qwen2.5-1M: 8192 and 262144)",
             )
 
     @property
@@ -138,16 +132,14 @@ class DualChunk:
         return self.chunk_size - self.local_size
 
     def query_scale(self, length: int) -> float:
-        """m² of a sequence of this many tokens: all of the length scaling, put on the query."""
+        """YARN's m² for a sequence of this length; all of it is put on the query, none on keys."""
         if not self.original_max_position_embeddings:
             return 1.0
         return yarn_temperature(length / self.original_max_position_embeddings) ** 2
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DualChunk":
-        """Read `dual_chunk_attention_config`; what is missing is as in vLLM (8,192, 1,024, no
-        scaling).
-        """
+        """Read `dual_chunk_attention_config`; defaults as in vLLM (8,192, 1,024, no scaling)."""
         given = {f.name: values[f.name] for f in fields(cls) if values.get(f.name) is not None}
         for name, value in given.items():
             if type(value) is not int:
@@ -162,13 +154,15 @@ class DualChunk:
 
 @dataclass(frozen=True)
 class LongContext:
-    """How one sequence is read. The default is plain RoPE attention. Sequences of one batch may
-    differ.
+    """How one sequence is read; plain RoPE by default. Sequences of one batch may differ.
 
-    tokens: the length that Dual Chunk Attention's query scale counts with. None takes the
-    sequence's own at each call, as vLLM does: then generating token by token scales a query by the
-    length at its step, one pass scales all by the final length, and the two differ. A number,
-    settled at admission, makes them the same.
+    Args:
+        yarn: its YARN scaling.
+        dual_chunk: its Dual Chunk Attention.
+        tokens: the length from which Dual Chunk Attention computes the scale of queries. None means
+            the sequence's length at each call, as in vLLM. Generating token by token then scales
+            each query by the length at its step, and one pass scales all by the final length, so
+            the two differ. With a number, chosen when a request is admitted, they are the same.
     """
 
     yarn: Yarn | None = None
@@ -177,70 +171,64 @@ class LongContext:
 
 
 class ContextStep(NamedTuple):
-    """Sequences of up to `until` tokens are read in this `way`; None: as the model's configuration
-    says.
-    """
+    """Sequences of up to `until` tokens are read in this `way`; None: as the configuration says."""
 
     until: int
     way: LongContext | None
 
 
 def stages(config: "ModelConfig", max_context: int | None = None) -> list[ContextStep]:
-    """The ways to read sequences of any length up to max_context (None: what the checkpoint
-    states), shortest first: stretched by 1, 2, 4 … At factor 1 every bit is that of a model that
-    knows no longer context.
+    """How to read sequences by length, with factors 1, 2, 4 … up to max_context, shortest first.
 
-    YARN stretches up to four times the trained window. Dual Chunk Attention reads what is longer
-    than the window where the checkpoint's configuration has it, or where max_context is beyond
-    that.
+    At factor 1 the results are to the bit those of a model without long context. YARN serves up to
+    four times the trained window. Dual Chunk Attention serves sequences longer than the window if
+    the checkpoint's configuration has it, or if max_context is beyond four windows.
+
+    max_context: tokens; None: what the checkpoint states.
     """
     most, window = max_context or stated_context(config), trained_window(config)
     dual = config.dual_chunk or _chunks(window, most)
-    found, factor = list[ContextStep](), 1
-    while not found or found[-1].until < most:
+    steps, factor = list[ContextStep](), 1
+    while not steps or steps[-1].until < most:
         way, tokens = LongContext(), factor * window
         if dual and (factor > 1 or config.dual_chunk):
             way = LongContext(config.yarn if config.dual_chunk else None, dual, tokens)
         elif factor > 1:
             way = LongContext((config.yarn or Yarn(1.0, window)).stretched(float(factor)))
-        found.append(ContextStep(min(tokens, most), way))
+        steps.append(ContextStep(min(tokens, most), way))
         factor *= 2
-    return found
+    return steps
 
 
 def describe(config: "ModelConfig", max_context: int | None = None) -> str:
-    """One line: what this maximum means for short and long requests."""
+    """One line on how requests of each length are read with this maximum."""
     most, window = max_context or stated_context(config), trained_window(config)
     plain = f"context {most:,}: requests of up to {min(most, window):,} tokens are read as trained"
     if most <= window:
         return plain
     if dual := config.dual_chunk or _chunks(window, most):
         return f"{plain}, longer ones by Dual Chunk Attention in chunks of {dual.chunk_len:,}"
-    factors = [
-        f"{stage.way.yarn.factor:g}"
-        for stage in stages(config, most)
-        if stage.way and stage.way.yarn
-    ]
+    yarns = [step.way and step.way.yarn for step in stages(config, most)]
+    factors = [f"{yarn.factor:g}" for yarn in yarns if yarn]
     return f"{plain}, longer ones by YARN × {' or '.join(factors)}, chosen for each request"
 
 
 def context_tokens(text: str) -> int:
-    """Tokens of "128k", "1m" (1,024 and 1,024² to the unit) or "40000".
+    """The number of tokens in "128k", "1m" (k is 1,024, m is 1,024²) or "40000".
 
-    OpenQwenError for anything else.
+    Raises OpenQwenError for anything else.
     """
-    digits, unit = (
-        (text[:-1], _UNITS[text[-1].lower()]) if text[-1:].lower() in _UNITS else (text, 1)
-    )
+    digits, unit = text, 1
+    if text[-1:].lower() in _UNITS:
+        digits, unit = text[:-1], _UNITS[text[-1].lower()]
     if not digits.isascii() or not digits.isdigit() or int(digits) == 0:
-        raise OpenQwenError(
-            f"'{text}' is no length of a context.", do="write 32k, 128k, 1m or a number of tokens"
-        )
+        what = f"'{text}' is not a context length."
+        raise OpenQwenError(what, do="write 32k, 128k, 1m or a number of tokens")
     return int(digits) * unit
 
 
 def trained_window(config: "ModelConfig") -> int:
-    """Tokens up to which the network reads as it was trained, with nothing stretched."""
+    """The length in tokens up to which the network was trained without any scaling."""
     if dual := config.dual_chunk:
         return dual.original_max_position_embeddings or dual.chunk_size
     if config.yarn:
@@ -252,13 +240,13 @@ def trained_window(config: "ModelConfig") -> int:
 
 
 def stated_context(config: "ModelConfig") -> int:
-    """The longest context that the checkpoint's configuration speaks of."""
-    stretched = (
-        int(config.yarn.factor * config.yarn.original_max_position_embeddings) if config.yarn else 0
-    )
+    """The longest context in tokens that the checkpoint's configuration states."""
+    if (yarn := config.yarn) is None:
+        return config.max_position_embeddings
+    stretched = int(yarn.factor * yarn.original_max_position_embeddings)
     return max(config.max_position_embeddings, stretched)
 
 
 def _chunks(window: int, most: int) -> DualChunk | None:
-    """Chunks of a model whose configuration has none, in the proportions of Qwen2.5-1M."""
+    """Chunks for a model whose configuration has none, in the proportions of Qwen2.5-1M."""
     return DualChunk(window, window // 32, window) if most > _STRETCH * window else None

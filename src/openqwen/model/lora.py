@@ -1,8 +1,7 @@
-"""Low-rank adapters: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), in the file format of the
-PEFT library.
+"""Low-rank adapters: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), in PEFT's file format.
 
 A frozen matrix W gets a learned update s·B·A of low rank, s = alpha / rank. DoRA learns the length
-of each row apart: W' = m · (W + s·B·A) / ‖W + s·B·A‖, rows taken one by one, the norm treated as a
+m of each row separately: W' = m · (W + s·B·A) / ‖W + s·B·A‖, row by row, with the norm as a
 constant in the gradient (section 4.3).
 """
 
@@ -20,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openqwen.model.quantize import Kind, QuantizedLinear, check, whole
+from openqwen.model.quantize import Kind, QuantizedLinear, check, refuse_quantized
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
 from openqwen.support.files import read_json, refuse_pointer, write_json
 from openqwen.support.settings import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_PREFIX = "base_model.model."  # PEFT's wrapper around the network, in the names of its files
+_PREFIX = "base_model.model."  # of PEFT's tensor names: its wrapper around the network
 # Settings of PEFT that change what an adapter computes, and that are not supported.
 _UNLIKE = [
     "alora_invocation_tokens",
@@ -48,9 +47,9 @@ _KINDS = {
     # These leave W as it is.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
-# After these, the file's A and B belong to another W than the base model's.
+# These initialisations change W, so the file's A and B do not fit the base model's W.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-_CONVERSION = "path_initial_model_for_weight_conversion"  # PEFT's way back to the base model's W
+_CONVERSION = "path_initial_model_for_weight_conversion"  # PEFT then converts A and B to that W
 
 
 class LoraConfig(Settings):
@@ -62,28 +61,24 @@ class LoraConfig(Settings):
         _TARGETS, min_length=1, description="names of the linear layers that get an adapter"
     )
     dora: bool = Field(
-        False, description="DoRA: learn the length of each row of a matrix apart from its direction"
+        False, description="DoRA: learn the length of each row separately from its direction"
     )
     base: Literal["none", "int8", "int4"] = Field(
         "none",
         description=(
-            "while adapters learn, the matrices under them are held in 8 or 4 bits (CPU); none: as "
+            "quantise the frozen matrices under adapters to 8 or 4 bits (CPU); none: keep them as "
             "loaded"
         ),
     )
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and its update.
-
-    At the start the update is zero: A is random, B is zero.
-    """
+    """A frozen linear layer with an update, which is zero at the start: A is random, B is zero."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig, generator: torch.Generator):
         super().__init__()
-        self.base = (
-            base.requires_grad_(False) if config.base == "none" else _packed(base, config.base)
-        )
+        base.requires_grad_(False)
+        self.base = base if config.base == "none" else _packed(base, config.base)
         self.scale = config.alpha / config.rank
         weight = base.weight
         bound = base.in_features**-0.5  # as PEFT: kaiming uniform with a = √5
@@ -103,7 +98,7 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole matrix W', [out, in], made anew; its gradient reaches the adapter."""
+        """The updated matrix W', [out, in], computed at each access, differentiable."""
         matrix_OI = self._direction()
         if self.magnitude is None:
             return matrix_OI
@@ -111,7 +106,7 @@ class LoraLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The frozen layer's own."""
+        """The bias of the frozen layer."""
         return self.base.bias
 
     def _direction(self) -> Tensor:
@@ -120,7 +115,7 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The plain layer that computes the same; of one whose base is not packed."""
+        """The linear layer with the update added to its matrix; the base must not be packed."""
         assert isinstance(self.base, nn.Linear)
         self.base.weight.copy_(self.weight)
         return self.base.requires_grad_(True)
@@ -128,32 +123,28 @@ class LoraLinear(nn.Module):
 
 def _packed(linear: nn.Linear, kind: Kind) -> QuantizedLinear:
     check(kind, linear.weight.device)
-    matrix = QuantizedLinear(
-        linear.in_features, {"": linear.out_features}, kind, bias=linear.bias is not None
-    )
-    matrix.fill([linear.weight.detach()], [] if linear.bias is None else [linear.bias.detach()])
+    biases = [] if linear.bias is None else [linear.bias.detach()]
+    matrix = QuantizedLinear(linear.in_features, {"": linear.out_features}, kind, bool(biases))
+    matrix.fill([linear.weight.detach()], biases)
     return matrix
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> None:
-    """Freeze the network and give every linear layer named in `config.targets` an adapter, in
-    place.
-    """
-    whole(model).requires_grad_(False)
-    found = {name.rpartition(".")[2] for name in _linears(model)}
+    """Freeze the network and add an adapter to each layer in `config.targets`, in place."""
+    linears = _linears(refuse_quantized(model).requires_grad_(False))
+    names = {name.rpartition(".")[2] for name in linears}
     for target in config.targets:
-        if target not in found:
-            near = suggestion(target, found)
-            raise OpenQwenError(
-                f"The network has no linear layer called '{target}'.{near}", where="lora.targets"
-            )
-    for name, module in _linears(model).items():
+        if target not in names:
+            near = suggestion(target, names)
+            what = f"The network has no linear layer called '{target}'.{near}"
+            raise OpenQwenError(what, where="lora.targets")
+    for name, module in linears.items():
         if name.rpartition(".")[2] in config.targets:
             _replace(model, name, LoraLinear(module, config, generator))
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Put every adapter into its matrix, in place: a plain network again, all of it trainable."""
+    """Add every update to its matrix and remove the adapters, in place; all is trainable again."""
     for name, module in list(_adapters(model)):
         _replace(model, name, module.merged())
     model.requires_grad_(True)
@@ -162,7 +153,8 @@ def merge_adapters(model: nn.Module) -> None:
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which PEFT and vLLM load.
 
-    base: the model adapted. Layers with a rank or alpha of their own are listed as PEFT's patterns.
+    Layers whose rank or alpha differs from `config` are listed in PEFT's patterns. base: path or id
+    of the model under the adapter.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + n: t.detach().cpu().contiguous() for n, t in _tensors(model)}
@@ -186,10 +178,14 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) 
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """What an adapter does to one linear layer.
+    """The update of one linear layer.
 
-    A [rank, in], B [out, rank], s, DoRA's lengths of the rows [out], and the matrix W itself
-    [out, in] where the file repeats it, as PEFT's do of the head.
+    Args:
+        a: A, [rank, in].
+        b: B, [out, rank].
+        scale: s.
+        magnitude: DoRA's lengths of the rows, [out].
+        base: the matrix W, [out, in], if the file has it; PEFT writes it for the head.
     """
 
     a: Tensor
@@ -200,35 +196,33 @@ class LayerUpdate:
 
     @property
     def rank(self) -> int:
-        """The rows of A."""
+        """Number of rows of A."""
         return len(self.a)
 
 
 def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str, LayerUpdate]:
-    """What a PEFT folder changes, by the name of the linear layer.
+    """The updates in a PEFT folder, by the names of the linear layers.
 
-    The tensors in the file say which layers have an update: whichever way `target_modules` and its
-    like were written, PEFT stored one for each layer that they meant.
+    The names of the tensors say which layers have an update. `target_modules` and similar settings
+    have many forms; PEFT has already applied them when it writes the tensors.
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
         shapes: outputs and inputs of each linear layer of the network.
 
     Raises:
-        OpenQwenError: the adapter is of another kind, or made for another network.
+        OpenQwenError: the adapter is of an unsupported kind, or was made for another network.
     """
     values, tensors = _read_config(folder / CONFIG), _read_tensors(folder)
     updates: dict[str, LayerUpdate] = {}
     layers = [name.rpartition(".lora_")[0] for name in tensors if ".lora_" in name]
     for layer in dict.fromkeys(layers):
         if layer not in shapes:
-            raise OpenQwenError(
-                f"This network has no linear layer '{layer}' that the adapter could change.",
-                where=folder,
-                do="merge it in PEFT (merge_and_unload), or train it without lm_head"
-                if layer == "lm_head"
-                else "use the network that it was trained for",
-            )
+            what = f"This network has no linear layer '{layer}', but the adapter updates it."
+            do = "use the network that it was trained for"
+            if layer == "lm_head":
+                do = "merge it in PEFT (merge_and_unload), or train it without lm_head"
+            raise OpenQwenError(what, where=folder, do=do)
         outputs, inputs = shapes[layer]
         rank, scale = _rank_and_scale(values, layer, folder / CONFIG)
         wanted = {
@@ -237,41 +231,39 @@ def read_adapter(folder: Path, shapes: Mapping[str, Sequence[int]]) -> dict[str,
             f"{layer}.lora_magnitude_vector": [outputs] if values.get("use_dora") else None,
             f"{layer}.base_layer.weight": [outputs, inputs],
         }
-        found = [tensors.pop(name, None) for name in wanted]
-        for (name, need), tensor in zip(wanted.items(), found):
-            held = None if tensor is None else list(tensor.shape)
-            if need != held and (held or not name.endswith("base_layer.weight")):
-                what = f"The adapter holds {held} for '{name}'; this network needs {need}."
+        stored = [tensors.pop(name, None) for name in wanted]
+        for (name, need), tensor in zip(wanted.items(), stored):
+            shape = None if tensor is None else list(tensor.shape)
+            if need != shape and (shape or not name.endswith("base_layer.weight")):
+                held, needed = shape or "nothing", need or "nothing"
+                what = f"The adapter holds {held} for '{name}'; this network needs {needed}."
                 raise OpenQwenError(what, where=folder)
-        a, b, magnitude, base = found
+        a, b, magnitude, base = stored
         assert a is not None
         assert b is not None
         updates[layer] = LayerUpdate(a, b, scale, magnitude, base)
     if tensors or not updates:
-        what = "no update of a layer"
+        what = "The adapter has no update of a layer."
         if tensors:
-            what = f"'{next(iter(tensors))}', which is not supported"
-        raise OpenQwenError(
-            f"The adapter holds {what}.",
-            where=folder / WEIGHTS,
-            do="merge it in PEFT (merge_and_unload)",
-        )
+            what = f"The adapter has '{next(iter(tensors))}', which is not supported."
+        do = "merge it in PEFT (merge_and_unload)"
+        raise OpenQwenError(what, where=folder / WEIGHTS, do=do)
     return updates
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
-    """Give the network the adapter in a PEFT folder, in place.
+    """Add the adapter in a PEFT folder to the network, in place.
 
-    Returns what `save_adapter` needs to write it again. OpenQwenError where the adapter is of
-    another kind or network, or the network's matrices are packed.
+    Returns the configuration that `save_adapter` needs to write it again. Raises OpenQwenError
+    where the adapter is not supported or does not fit, or the network is quantised.
     """
-    linears = _linears(whole(model))
+    linears = _linears(refuse_quantized(model))
     updates = read_adapter(folder, {name: linear.weight.shape for name, linear in linears.items()})
     model.requires_grad_(False)
     for name, update in updates.items():
         dora = update.magnitude is not None
-        own = LoraConfig(rank=update.rank, alpha=update.scale * update.rank, dora=dora)
-        layer = LoraLinear(linears[name], own, torch.Generator())
+        config = LoraConfig(rank=update.rank, alpha=update.scale * update.rank, dora=dora)
+        layer = LoraLinear(linears[name], config, torch.Generator())
         _replace(model, name, layer)
         with torch.no_grad():
             layer.lora_A.copy_(update.a)
@@ -280,13 +272,13 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
                 layer.magnitude.copy_(update.magnitude)
             if update.base is not None:
                 linears[name].weight.copy_(update.base)
-    # The last layer's rank and alpha; those of others that differ become patterns.
-    return own.model_copy(update={"targets": list(updates)})
+    # With the last layer's rank and alpha; saving lists other layers' in patterns if they differ.
+    return config.model_copy(update={"targets": list(updates)})
 
 
 def _rank_and_scale(values: Mapping[str, Any], layer: str, where: Path) -> tuple[int, float]:
-    """Of one layer. Patterns match the end of its name; the first that does counts."""
-    found = []
+    """Rank and scale s of one layer, by the first pattern that matches the end of its name."""
+    numbers = []
     for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         value = 8 if values.get(key) is None else values[key]
         for name, special in (values.get(pattern) or {}).items():
@@ -296,54 +288,50 @@ def _rank_and_scale(values: Mapping[str, Any], layer: str, where: Path) -> tuple
         if not isinstance(value, int | float) or value <= 0:
             what = f"'{key}' of '{layer}' is {value!r}, not a number above 0."
             raise OpenQwenError(what, where=where)
-        found.append(value)
-    rank, alpha = int(found[0]), found[1]
+        numbers.append(value)
+    rank, alpha = int(numbers[0]), numbers[1]
     return rank, alpha / (rank**0.5 if values.get("use_rslora") else rank)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """PEFT's settings of an adapter whose kind is supported."""
+    """PEFT's settings of an adapter; OpenQwenError where its kind is not supported."""
     values = read_json(path)
     if not isinstance(values, dict):
-        what = "This file is no adapter's configuration."
+        what = "This file is not an adapter's configuration."
         raise OpenQwenError(what, where=path, do="give a folder that PEFT saved")
     start = values.get("init_lora_weights")
     if str(start).lower().startswith(_CHANGED_BASE):
+        reason = f"init_lora_weights: {start} changed them at the start"
+        what = f"The weights under this adapter are not its base model's ({reason})."
         merged = "merged (merge_and_unload)"
-        raise OpenQwenError(
-            f"The weights under this adapter are not its base model's (init_lora_weights: {start}"
-            " changed them at the start).",
-            where=path,
-            do=f"save it from the PEFT model that was trained: {merged}, or with {_CONVERSION}",
-        )
+        do = f"save it from the PEFT model that was trained: {merged}, or with {_CONVERSION}"
+        raise OpenQwenError(what, where=path, do=do)
     for key in ("rank_pattern", "alpha_pattern"):
         try:
             list(map(re.compile, dict(values.get(key) or {})))
         except (re.error, TypeError, ValueError) as error:
-            what = f"'{key}' maps no expressions to numbers: {error}."
+            what = f"'{key}' does not map regular expressions to numbers: {error}."
             raise OpenQwenError(what, where=path) from None
     unlike = [key for key in _UNLIKE if values.get(key)]
     for key, kinds in _KINDS.items():
         if values.get(key) not in kinds:
             unlike.append(f"{key} {values.get(key)}")
     if unlike:
-        raise OpenQwenError(
-            f"This adapter is of a kind that is not supported: {', '.join(unlike)}.",
-            where=path,
-            do="merge it in PEFT (merge_and_unload), and load the merged model",
-        )
+        what = f"This adapter is of a kind that is not supported: {', '.join(unlike)}."
+        do = "merge it in PEFT (merge_and_unload), and load the merged model"
+        raise OpenQwenError(what, where=path, do=do)
     return values
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Under PEFT's names without the prefix."""
+    """The tensors of an adapter by PEFT's names, without the prefix."""
     try:
         refuse_pointer(folder / WEIGHTS)
         tensors = load_file(folder / WEIGHTS)
     except (SafetensorError, OSError) as error:
         if (folder / "adapter_model.bin").is_file():
             what = "they are a pickle (adapter_model.bin), which can run any code"
-            do = "save it anew with PEFT"
+            do = "save it again with PEFT, as safetensors"
         else:
             what, do = str(error), "fetch the file again"
         what = f"The adapter's weights cannot be read: {what}."
@@ -362,7 +350,7 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The adapters' parameters under PEFT's names, without its prefix."""
+    """Yield the adapters' parameters with PEFT's names, without the prefix."""
     for name, module in _adapters(model):
         yield f"{name}.lora_A.weight", module.lora_A
         yield f"{name}.lora_B.weight", module.lora_B

@@ -1,9 +1,8 @@
-"""Attention to pages on a GPU: FlashAttention for prompts, a Triton kernel for requests that
-decode.
+"""Attention to a paged cache on a GPU: FlashAttention for prompts, a Triton kernel for decoding.
 
-`GpuPaged` serves any mixture of both within a call. `PagedDecode` serves calls in which every
-sequence has one new token; all that it needs lies on the GPU, so a CUDA graph can hold the call.
-Shapes as in paged.py; N keys of all sequences that read, laid end to end.
+`GpuPaged` is for calls with any mixture of both. `PagedDecode` is for calls in which every sequence
+has one new token; all its inputs are on the GPU, so a CUDA graph can record the call. Shapes as in
+paged.py; N keys of all sequences with several new tokens, laid end to end.
 """
 
 import importlib
@@ -23,18 +22,17 @@ from openqwen.model.rope import Rotation, rotate, rotation_of
 
 @cache
 def decode_kernel() -> Callable[..., Tensor] | None:
-    """The Triton kernel, where Triton is installed."""
+    """The Triton kernel `paged_decode`; None where Triton is not installed."""
     try:
-        found: Callable[..., Tensor] = importlib.import_module(
-            "openqwen.model.paged_triton"
-        ).paged_decode
+        module = importlib.import_module("openqwen.model.paged_triton")
     except ImportError:
         return None
-    return found
+    kernel: Callable[..., Tensor] = module.paged_decode
+    return kernel
 
 
 def suits(store: Cache) -> bool:
-    """Whether these paths read this cache: half precision, on CUDA, not rounded to 8 bits."""
+    """Whether these paths can read this cache: half precision on CUDA, not int8."""
     width = store.config.head_dim
     if store.format != "float" or store.device.type != "cuda" or width & (width - 1):
         return False
@@ -42,52 +40,52 @@ def suits(store: Cache) -> bool:
 
 
 class GpuPaged:
-    """Who sees whom in one call, laid out once for all layers."""
+    """The indices of one call, computed once for all layers.
+
+    Arguments as in `Paged`. Sequences with one new token go to the decoding kernel, the others to
+    `packed_kernel`, which reads copies of their keys and values.
+    """
 
     def __init__(self, store: Cache, tables_BP: Tensor, totals: Sequence[int], new: Sequence[int]):
         device, size = store.device, store.page_size
         self._cache = store
         ends = [0, *accumulate(new)]
         decoding = [i for i, count in enumerate(new) if count == 1]
-        reading = [i for i, count in enumerate(new) if count > 1]
+        prefilling = [i for i, count in enumerate(new) if count > 1]
         self._decode_rows = torch.tensor([ends[i] for i in decoding], device=device)
         self._tables_BP = tables_BP[decoding].contiguous()
         self._totals_B = torch.tensor([totals[i] for i in decoding], device=device)
-        rows = [torch.arange(ends[i], ends[i + 1]) for i in reading]
-        self._read_rows = torch.cat(rows).to(device) if rows else None
-        self._lengths = [_bounds([x[i] for i in reading], device) for x in (new, totals)]
-        self._longest = [max((x[i] for i in reading), default=0) for x in (new, totals)]
-        keys_N = [torch.arange(totals[i], device=device) for i in reading]
-        pages_N = [tables_BP[i][at // size] for i, at in zip(reading, keys_N, strict=True)]
-        self._pages_N = torch.cat(pages_N) if reading else None
-        self._slots_N = torch.cat(keys_N) % size if reading else None
+        rows = [torch.arange(ends[i], ends[i + 1]) for i in prefilling]
+        self._prefill_rows = torch.cat(rows).to(device) if rows else None
+        self._lengths = [_bounds([x[i] for i in prefilling], device) for x in (new, totals)]
+        self._longest = [max((x[i] for i in prefilling), default=0) for x in (new, totals)]
+        keys_N = [torch.arange(totals[i], device=device) for i in prefilling]
+        pages_N = [tables_BP[i][at // size] for i, at in zip(prefilling, keys_N, strict=True)]
+        self._pages_N = torch.cat(pages_N) if prefilling else None
+        self._slots_N = torch.cat(keys_N) % size if prefilling else None
 
     def attend(self, q_THd: Tensor, layer: int) -> Tensor:
-        """Attention of turned queries to the cache, which holds their own keys already: [T, H,
-        d].
-        """
+        """Attention of rotated queries to the cache, which has their keys already, [T, H, d]."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         out_THd = torch.empty_like(q_THd)
         if len(self._decode_rows):
             decode = decode_kernel()
             assert decode is not None
-            few = q_THd[self._decode_rows]
-            found = decode(few, keys, values, self._tables_BP, self._totals_B)
-            out_THd[self._decode_rows] = found
-        if self._read_rows is not None:
+            q_BHd = q_THd[self._decode_rows]
+            out_BHd = decode(q_BHd, keys, values, self._tables_BP, self._totals_B)
+            out_THd[self._decode_rows] = out_BHd
+        if self._prefill_rows is not None:
             kernel = packed_kernel(q_THd.device)
             assert kernel is not None
             k_NKd = keys[self._pages_N, :, :, self._slots_N]
             v_NKd = values[self._pages_N, :, self._slots_N]
-            q = q_THd[self._read_rows]
-            out_THd[self._read_rows] = kernel(q, k_NKd, v_NKd, *self._lengths, *self._longest)
+            q = q_THd[self._prefill_rows]
+            out_THd[self._prefill_rows] = kernel(q, k_NKd, v_NKd, *self._lengths, *self._longest)
         return out_THd
 
 
 class PagedDecode:
-    """One new token of each of B sequences. totals_B: int64, tokens of each, the new one among
-    them.
-    """
+    """One new token of each of B sequences. totals_B: int64, tokens of each with the new one."""
 
     def __init__(
         self, store: Cache, tables_BP: Tensor, totals_B: Tensor, context: LongContext | None
@@ -109,12 +107,10 @@ class PagedDecode:
         store, decode = self._cache, decode_kernel()
         assert decode is not None
         store.write(layer, self._slots_B, rotate(k_TKd, *rotation.key), v_TKd)
-        query = rotate(q_THd, *rotation.query)
-        return decode(
-            query, store.keys[layer], store.values[layer], self._tables_BP, self._totals_B
-        )
+        query, keys, values = rotate(q_THd, *rotation.query), store.keys[layer], store.values[layer]
+        return decode(query, keys, values, self._tables_BP, self._totals_B)
 
 
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Where each of several sequences laid end to end begins, and the end: int32 [B + 1]."""
+    """The starts of sequences laid end to end, and the end of the last one, int32 [B + 1]."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

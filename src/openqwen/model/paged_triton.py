@@ -1,7 +1,6 @@
-"""Attention of one new token a sequence to pages, as a Triton kernel (FlashDecoding, Dao et al.
-2023).
+"""Attention of one new token per sequence to a paged cache, in Triton (FlashDecoding, Dao 2023).
 
-The keys of a sequence are cut into splits that run beside each other; each gives its output and its
+The keys of a sequence are cut into splits that run in parallel. Each gives an output and a
 log-sum-exp, and `paged_decode` merges them. Shapes: B sequences, H query heads, K key/value heads,
 G = H / K, d head width, P pages of a sequence, S slots of a page.
 """
@@ -11,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SPLITS = 16  # parts of a sequence, so that one request alone fills a GPU
+_SPLITS = 16  # of a sequence, so that one request alone can use the whole GPU
 
 
 @triton.jit
@@ -66,8 +65,8 @@ def _decode(
         weight = weight * kept + tl.sum(p, 1)
         acc = acc * kept[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         top = higher
-    # A split beyond the sequence's end has weight 0: its log-sum-exp is −inf, and the merge leaves
-    # it out.
+    # A split beyond the sequence's end has no keys. Its log-sum-exp is −inf, so its weight in the
+    # merge is 0.
     empty = first >= end
     acc = acc / tl.where(empty, 1.0, weight)[:, None]
     row = ((b * K + head) * G + g) * SPLITS + split
@@ -78,10 +77,16 @@ def _decode(
 def paged_decode(
     q_BHd: Tensor, keys: Tensor, values: Tensor, tables_BP: Tensor, totals_B: Tensor
 ) -> Tensor:
-    """Each query over all keys of its sequence, [B, H, d]; scale 1/√d. Nothing waits for the GPU.
+    """Attention of each query to all keys of its sequence, [B, H, d]; scale 1/√d.
 
-    keys: [pages, K, d, S]; values: [pages, K, S, d], as `Cache` keeps a layer's. tables_BP: int64,
-    the pages of each sequence in order. totals_B: int64, keys of each, at least 1.
+    It never waits for the GPU.
+
+    Args:
+        q_BHd: queries, rotated.
+        keys: of a layer as in `Cache`, [pages, K, d, S].
+        values: [pages, K, S, d].
+        tables_BP: int64, the pages of each sequence in order.
+        totals_B: int64, keys of each sequence, at least 1.
     """
     batch, heads, width = q_BHd.shape
     kv_heads, size = values.shape[1:3]

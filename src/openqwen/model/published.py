@@ -14,14 +14,14 @@ NAMES = tuple(_TABLE["models"])
 
 
 def config_json(name: str) -> dict[str, Any]:
-    """The fields of the published `config.json` that make the network.
+    """The fields of a published `config.json` that define the network.
 
-    KeyError for a name that is none of `NAMES`.
+    Raises KeyError if the name is not in `NAMES`.
     """
-    own = dict(_TABLE["models"][name])
+    model = dict(_TABLE["models"][name])
     values = {
-        **_TABLE["shapes"][own.pop("shape")],
-        **own,
+        **_TABLE["shapes"][model.pop("shape")],
+        **model,
         "rope_theta": 1_000_000.0,
         "bos_token_id": 151_643,
         "eos_token_id": 151_645 if "-instruct" in name else 151_643,

@@ -1,16 +1,15 @@
-"""A language model with weights of 8 or 4 bits: half or a quarter of bfloat16's bytes, multiplied
-as integers on a CPU.
+"""Language models with weights of 8 or 4 bits, multiplied as integers on a CPU.
 
-Weights are signed numbers with a scale for each group of inputs (model/packed.py); activations
-become signed bytes on the way into each matrix. Every output row is a function of its input row and
-the weights alone, to the bit: what else is in the batch, and how many threads there are, never
-shows. Matrices that read the same input are one (q, k and v; gate and up). The network is frozen,
-but gradients flow through it to its input, so adapters can learn on top of it.
+They take half or a quarter of bfloat16's memory. Weights are integers with one scale for each group
+of inputs (model/packed.py); activations are rounded to signed bytes on the way into each matrix. An
+output row depends on its input row and the weights alone, to the bit: not on the rest of the batch,
+nor on the number of threads. Matrices that read the same input are merged into one (q, k and v;
+gate and up). The network is frozen, but gradients flow through it to its input, so that adapters
+can learn on top of it.
 """
 
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import addressof, c_int64, c_void_p
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -25,34 +24,41 @@ from openqwen.model.experts import Routing, SparseFeedForward, route
 from openqwen.model.packed import FORMATS, choose, in_bytes, pack, rows_of, unpack
 from openqwen.model.paged import Paged
 from openqwen.model.rope import Rotation
+from openqwen.model.structs import NO_TRANSFORM, RMS_NORM, SWIGLU, LayerCall, LinearCall
 from openqwen.model.weights import without_memory
 from openqwen.support.errors import OpenQwenError
 
 Kind = Literal["int8", "int4"]
 Network = TypeVar("Network", bound=nn.Module)
-Before = Callable[[Tensor], Tensor] | None  # an RMSNorm, `swiglu`, or nothing
+# What a matrix does to its input first: an RMSNorm, `swiglu`, or None for nothing.
+Transform = Callable[[Tensor], Tensor] | None
 
-# What stays in 8 bits in a network of 4: the embedding, of which a token reads one row; q, k and v,
-# whose inputs and biases have outliers; and the feed-forward networks of the first sixth of the
-# layers. In the 0.5B these last two cost
-# 0.6 bits a weight and take the loss of perplexity from 7.4 % to 3.3 % (docs/log.md).
+# A network of 4 bits keeps some matrices in 8: the embedding, of which a token reads one row; q, k
+# and v, whose inputs and biases have outliers; and the feed-forward networks of the first sixth of
+# the layers. In the 0.5B the last two cost 0.6 bits a weight and reduce the increase of perplexity
+# from 7.4 % to 3.3 % (docs/log.md).
 _CAREFUL: Kind = "int8"
-_FIRST = 6  # one of so many layers
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# that pass through a feed-forward network at once: what lies between its matrices stays in the
-# cache
+_CAREFUL_LAYERS = 6  # one layer in so many, the first ones
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # their numbers in quantize.cpp
+# Rows that pass through a feed-forward network at once, so that what lies between its matrices
+# stays in the processor's cache. native/layers.cpp has the same number.
 _ROWS = 256
 
 
 def swiglu(x_TJ: Tensor) -> Tensor:
-    """silu(gate) · up of [T, gate and up]: [T, width]."""
+    """silu(gate) · up. Input [T, 2 · width], the gate first; output [T, width]."""
     gate, up = x_TJ.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 class PackedMatrix(nn.Module):
-    """[outputs, inputs] in packed form, with a bias perhaps. parts: names and outputs of what it
-    was merged from.
+    """A matrix [outputs, inputs] in packed form, with an optional bias.
+
+    Args:
+        inputs: number of inputs.
+        parts: name and number of outputs of each matrix that this one is merged from, in order.
+        kind: "int8" or "int4".
+        bias: whether there is one.
     """
 
     packed: Tensor
@@ -60,26 +66,22 @@ class PackedMatrix(nn.Module):
 
     def __init__(self, inputs: int, parts: Mapping[str, int], kind: Kind, bias: bool = False):
         super().__init__()
-        self.inputs, self.outputs, self.parts, self.form = (
-            inputs,
-            sum(parts.values()),
-            dict(parts),
-            FORMATS[kind],
-        )
-        self.register_buffer(
-            "packed", torch.empty(self.form.shape(self.outputs, inputs), dtype=torch.uint8)
-        )
+        self.inputs, self.outputs = inputs, sum(parts.values())
+        self.parts, self.form = dict(parts), FORMATS[kind]
+        shape = self.form.shape(self.outputs, inputs)
+        self.register_buffer("packed", torch.empty(shape, dtype=torch.uint8))
         self.register_buffer("bias", torch.empty(self.outputs) if bias else None)
-        self._call, self._called = torch.empty(0), (0, 0, cast(Before, None))
+        # The structure for the kernel, and the addresses and transform that it was filled from.
+        self._call, self._filled_from = LinearCall(), (0, 0, cast(Transform, None))
 
     @property
     def weight(self) -> Tensor:
-        """The matrix in float32 [outputs, inputs], made anew."""
+        """The matrix unpacked to float32, [outputs, inputs]; a new tensor at each access."""
         return unpack(self.packed, self.form, self.outputs, self.inputs)
 
     @torch.no_grad()
     def fill(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
-        """Take the values of these matrices, one after the other."""
+        """Quantise the concatenation of these matrices [.., inputs] and biases into this one."""
         weight = torch.cat(list(weights)) if len(weights) > 1 else weights[0].contiguous()
         if weight.dtype not in _TYPES:
             weight = weight.float()
@@ -95,17 +97,18 @@ class PackedMatrix(nn.Module):
             self.packed.copy_(pack(*choose(weight, self.form), self.form))
 
     def times(
-        self, x_TK: Tensor, before: Before = None, residual_TN: Tensor | None = None
+        self, x_TK: Tensor, transform: Transform = None, residual_TN: Tensor | None = None
     ) -> Tensor:
-        """residual + W before(x) + bias: [T, outputs]. Differentiable by x and the residual."""
+        """residual + W transform(x) + bias, [T, outputs], differentiable by x and the residual."""
         if not (torch.is_grad_enabled() and x_TK.requires_grad):
-            return self._times(x_TK, before, residual_TN)
-        y_TN = _Times.apply(x_TK if before is None else before(x_TK), self)
+            return self._times(x_TK, transform, residual_TN)
+        y_TN = _Times.apply(x_TK if transform is None else transform(x_TK), self)
         return y_TN if residual_TN is None else residual_TN + y_TN
 
-    def _times(self, x_TK: Tensor, before: Before, residual_TN: Tensor | None) -> Tensor:
+    def _times(self, x_TK: Tensor, transform: Transform, residual_TN: Tensor | None) -> Tensor:
         if (kernel := kernels.linear()) is None:
-            x_TK = in_bytes(x_TK.float() if before is None else before(x_TK.float()), self.form)
+            x_TK = x_TK.float() if transform is None else transform(x_TK.float())
+            x_TK = in_bytes(x_TK, self.form)
             y_TN = F.linear(x_TK, self.weight, self.bias)
             return y_TN if residual_TN is None else residual_TN + y_TN
         if x_TK.dtype is not torch.float32 or not x_TK.is_contiguous():
@@ -114,35 +117,40 @@ class PackedMatrix(nn.Module):
             residual_TN = residual_TN.contiguous()
         rows = x_TK.shape[0]
         out_TN = torch.empty(rows, self.outputs)
-        residual = None if residual_TN is None else residual_TN.data_ptr()
-        kernel(self._address(before), x_TK.data_ptr(), rows, residual, out_TN.data_ptr())
+        residual = kernels.address(residual_TN)
+        kernel(self.call(transform), x_TK.data_ptr(), rows, residual, out_TN.data_ptr())
         return out_TN
 
-    def _address(self, before: Before) -> int:
-        """Of `struct Linear` in native/linear.cpp; made anew when memory moved."""
-        # Each token asks a hundred times; past nn.Module's own lookup it costs a fifth.
-        norm = before if isinstance(before, RMSNorm) else None
+    def call(self, transform: Transform) -> int:
+        """The address of this matrix's `LinearCall`, which is filled again where memory moved."""
+        # A decoded token asks a hundred times. Reading _buffers and _parameters directly takes a
+        # fifth of the time of nn.Module's attribute lookup.
+        norm = transform if isinstance(transform, RMSNorm) else None
         weight = 0 if norm is None else cast(Tensor, norm._parameters["weight"]).data_ptr()
-        called = (cast(Tensor, self._buffers["packed"]).data_ptr(), weight, before)
-        if called != self._called:
-            if {x.dtype for x in (self.bias, norm and norm.weight) if x is not None} - {
-                torch.float32
-            }:
+        fill_from = (cast(Tensor, self._buffers["packed"]).data_ptr(), weight, transform)
+        if fill_from != self._filled_from:
+            dtypes = {x.dtype for x in (self.bias, norm and norm.weight) if x is not None}
+            if dtypes - {torch.float32}:
                 raise OpenQwenError(
-                    "A quantised model was cast.", do="leave it in float32, which it computes in"
+                    "A quantised model was cast to another dtype.",
+                    do="leave it in float32, in which it computes",
                 )
-            kind = 1 if norm is not None else 2 if before is swiglu else 0
-            bias, eps = kernels.address(self.bias) or 0, 0.0 if norm is None else norm.eps
-            values = (called[0], bias, weight, self.inputs, self.outputs, self.form.bits, kind, eps)
-            self._call = torch.frombuffer(
-                bytearray(struct.pack("=7qd", *values)), dtype=torch.int64
-            ).clone()
-            self._called = called
-        return self._call.data_ptr()
+            self._call = LinearCall(
+                packed=fill_from[0],
+                bias=kernels.address(self.bias),
+                norm=weight,
+                inputs=self.inputs,
+                outputs=self.outputs,
+                bits=self.form.bits,
+                transform=RMS_NORM if norm else SWIGLU if transform is swiglu else NO_TRANSFORM,
+                eps=norm.eps if norm else 0.0,
+            )
+            self._filled_from = fill_from
+        return addressof(self._call)
 
 
 class _Times(torch.autograd.Function):
-    """W x + b with whole numbers, its gradient with the weights that they stand for."""
+    """W x + bias, multiplied as integers; the gradient is that of the unpacked float32 matrix."""
 
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, matrix: PackedMatrix) -> Tensor:
@@ -158,17 +166,17 @@ class QuantizedLinear(PackedMatrix):
     """A linear layer of packed weights; see `PackedMatrix.times`."""
 
     def forward(
-        self, x_TK: Tensor, before: Before = None, residual_TN: Tensor | None = None
+        self, x_TK: Tensor, transform: Transform = None, residual_TN: Tensor | None = None
     ) -> Tensor:
         """[T, inputs] → [T, outputs]."""
-        return self.times(x_TK, before, residual_TN)
+        return self.times(x_TK, transform, residual_TN)
 
 
 class QuantizedEmbedding(PackedMatrix):
-    """A table of packed rows, which may be the output matrix as well."""
+    """A table of packed rows. It may be the output matrix too."""
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        """Token ids [T] → their rows [T, D], float32."""
+        """Token ids [T] → rows [T, D], float32. Raises IndexError for ids outside the table."""
         kernel = kernels.function(
             "openqwen_rows", c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p
         )
@@ -177,44 +185,36 @@ class QuantizedEmbedding(PackedMatrix):
         kernels.follow_torch()
         if len(tokens_T) and not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < self.outputs:
             raise IndexError(f"token ids go from 0 to {self.outputs - 1}")
-        tokens_T, out_TD = tokens_T.long().contiguous(), torch.empty(len(tokens_T), self.inputs)
-        kernel(
-            self.packed.data_ptr(),
-            self.form.bits,
-            self.inputs,
-            tokens_T.data_ptr(),
-            len(tokens_T),
-            out_TD.data_ptr(),
-        )
+        tokens_T, count = tokens_T.long().contiguous(), len(tokens_T)
+        out_TD = torch.empty(count, self.inputs)
+        table = (self.packed.data_ptr(), self.form.bits, self.inputs)
+        kernel(*table, tokens_T.data_ptr(), count, out_TD.data_ptr())
         return out_TD
 
 
 class QuantizedFeedForward(nn.Module):
-    """SwiGLU of two packed matrices."""
+    """The SwiGLU feed-forward network with two packed matrices."""
 
     def __init__(self, hidden_size: int, width: int, kind: Kind):
         super().__init__()
-        self.gate_up_proj = QuantizedLinear(
-            hidden_size, {"gate_proj": width, "up_proj": width}, kind
-        )
+        gate_up = {"gate_proj": width, "up_proj": width}
+        self.gate_up_proj = QuantizedLinear(hidden_size, gate_up, kind)
         self.down_proj = QuantizedLinear(width, {"down_proj": hidden_size}, kind)
 
     def forward(
-        self, x_TD: Tensor, before: Before = None, residual_TD: Tensor | None = None
+        self, x_TD: Tensor, transform: Transform = None, residual_TD: Tensor | None = None
     ) -> Tensor:
-        """residual + down(swiglu(gate_up(before(x)))): [T, D]."""
-        residuals = (
-            [None] * -(-len(x_TD) // _ROWS) if residual_TD is None else residual_TD.split(_ROWS)
-        )
-        parts = [
-            self.down_proj(self.gate_up_proj(x, before), swiglu, residual)
-            for x, residual in zip(x_TD.split(_ROWS), residuals)
-        ]
+        """residual + down(swiglu(gate_up(transform(x)))), [T, D]."""
+        parts = []
+        for first in range(0, len(x_TD), _ROWS):
+            residual = None if residual_TD is None else residual_TD[first : first + _ROWS]
+            inner = self.gate_up_proj(x_TD[first : first + _ROWS], transform)
+            parts.append(self.down_proj(inner, swiglu, residual))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class QuantizedSparseFeedForward(nn.Module):
-    """A mixture of experts (model/experts.py) of packed matrices; the router stays in float32."""
+    """A mixture of experts (model/experts.py) with packed matrices; the router stays in float32."""
 
     def __init__(self, config: ModelConfig, kind: Kind):
         super().__init__()
@@ -224,16 +224,14 @@ class QuantizedSparseFeedForward(nn.Module):
             QuantizedFeedForward(config.hidden_size, width, kind) for _ in range(config.num_experts)
         )
         self.shared_expert = QuantizedFeedForward(config.hidden_size, shared, kind)
-        self.register_buffer(
-            "gates", torch.empty(config.num_experts + 1, config.hidden_size)
-        )  # the shared one's last
+        # The router's rows, and last the gate of the shared expert.
+        self.register_buffer("gates", torch.empty(config.num_experts + 1, config.hidden_size))
 
     def forward(self, x_TD: Tensor, routing: Routing | None = None) -> Tensor:
-        """[T, D] → [T, D]; what the router decided goes into `routing`."""
+        """[T, D] → [T, D]; the router's decisions are appended to `routing`."""
         gates = self.get_buffer("gates")
-        logits_TE = torch.stack(
-            [gates.mv(x_D) for x_D in x_TD]
-        )  # row by row: in a batch they would round otherwise
+        # One product for each row: in one for all, a row's rounding would depend on their number.
+        logits_TE = torch.stack([gates.mv(x_D) for x_D in x_TD])
         weights_Tk, chosen_Tk = route(logits_TE[:, :-1], self.active, self.renormalised, routing)
         y_TkD = x_TD.new_zeros(*chosen_Tk.shape, x_TD.shape[1])
         for number in chosen_Tk.unique().tolist():
@@ -244,24 +242,19 @@ class QuantizedSparseFeedForward(nn.Module):
 
 
 class QuantizedLayer(nn.Module):
-    """As `decoder.Layer`, with norms, activations and residuals passed to the matrices that they
-    stand beside.
-    """
+    """As `decoder.Layer`; the matrices compute the norms, activations and residuals beside them."""
 
     def __init__(self, config: ModelConfig, number: int, kind: Kind):
         super().__init__()
         width, self.number, head = config.hidden_size, number, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        parts = {
-            "q_proj": self.heads * head,
-            "k_proj": self.kv_heads * head,
-            "v_proj": self.kv_heads * head,
-        }
+        kv_width = self.kv_heads * head
+        parts = {"q_proj": self.heads * head, "k_proj": kv_width, "v_proj": kv_width}
         self.input_layernorm = RMSNorm(config)
         self.qkv_proj = QuantizedLinear(width, parts, _CAREFUL, bias=True)
         self.o_proj = QuantizedLinear(width, {"o_proj": width}, kind)
         self.post_attention_layernorm = RMSNorm(config)
-        within = _CAREFUL if number * _FIRST < config.num_hidden_layers else kind
+        within = _CAREFUL if number * _CAREFUL_LAYERS < config.num_hidden_layers else kind
         self.mlp = (
             QuantizedSparseFeedForward(config, within)
             if config.is_sparse(number)
@@ -272,67 +265,73 @@ class QuantizedLayer(nn.Module):
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None
     ) -> Tensor:
         """[T, D] → [T, D]."""
-        heads_THd = self.qkv_proj(x_TD, self.input_layernorm).unflatten(
-            1, (self.heads + 2 * self.kv_heads, -1)
-        )
-        q_THd, k_TKd, v_TKd = heads_THd.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        x_TD = self.o_proj(
-            attention.attend(q_THd, k_TKd, v_TKd, rotation, self.number).flatten(1), None, x_TD
-        )
+        counts = [self.heads, self.kv_heads, self.kv_heads]
+        heads_THd = self.qkv_proj(x_TD, self.input_layernorm).unflatten(1, (sum(counts), -1))
+        q_THd, k_TKd, v_TKd = heads_THd.split(counts, dim=1)
+        attended_THd = attention.attend(q_THd, k_TKd, v_TKd, rotation, self.number)
+        x_TD = self.o_proj(attended_THd.flatten(1), None, x_TD)
         if isinstance(self.mlp, QuantizedSparseFeedForward):
             return x_TD + self.mlp(self.post_attention_layernorm(x_TD), routing)
         return self.mlp(x_TD, self.post_attention_layernorm, x_TD)
 
 
 class QuantizedDecoder(Decoder):
-    """As `Decoder`. Over a compiled cache of pages, where no gradient is asked for, all layers are
-    one compiled call: the same kernels in the same order, and so the same bits, without Python
-    between them."""
+    """As `Decoder`, with one compiled call for all layers where that is possible.
+
+    It needs a paged cache that the kernels read, and no gradient. The call runs the same kernels in
+    the same order as the layers one by one, so the bits are the same.
+    """
+
+    _layer_calls: tuple[list[int], Any] = ([], None)  # the addresses, and the array made of them
 
     def through_layers(
         self, x_TD: Tensor, rotation: Rotation, attention: Attention, routing: Routing | None
     ) -> Tensor:
         """See `Decoder.through_layers`."""
         kernel = kernels.function("openqwen_layers", c_void_p, c_void_p, c_int64, c_void_p)
-        plain = (
-            kernel is None
-            or not isinstance(attention, Paged)
-            or (torch.is_grad_enabled() and x_TD.requires_grad)
-        )
-        matrices = [] if plain else self._matrices()
-        call = cast(Paged, attention).compiled(rotation, len(x_TD)) if matrices else None
+        differentiable = torch.is_grad_enabled() and x_TD.requires_grad
+        call = layers = None
+        if kernel and isinstance(attention, Paged) and not differentiable:
+            layers = self._calls()
+            call = attention.compiled(rotation, len(x_TD)) if layers else None
         if kernel is None or call is None:
             return super().through_layers(x_TD, rotation, attention, routing)
         x_TD = x_TD.clone(memory_format=torch.contiguous_format)
-        layers = torch.tensor(matrices)
-        kernel(call, layers.data_ptr(), len(self.layers), x_TD.data_ptr())
+        kernel(call, layers, len(self.layers), x_TD.data_ptr())
         return x_TD
 
-    def _matrices(self) -> list[int]:
-        """Each layer's `struct Layer` of native/layers.h; none where something else stands in a
-        matrix's place.
+    def _calls(self) -> int | None:
+        """The address of an array of each layer's `LayerCall`.
+
+        None where a layer has anything but plain packed matrices: experts, an adapter, a hook.
         """
-        found = []
+        addresses = []
         for layer in self.layers:
-            own: Any = layer._modules
-            mlp: Any = own["mlp"]
+            modules: Any = layer._modules
+            mlp: Any = modules["mlp"]
             if type(mlp) is not QuantizedFeedForward:
-                return []
+                return None
             pairs = (
-                (own["qkv_proj"], own["input_layernorm"]),
-                (own["o_proj"], None),
-                (mlp._modules["gate_up_proj"], own["post_attention_layernorm"]),
+                (modules["qkv_proj"], modules["input_layernorm"]),
+                (modules["o_proj"], None),
+                (mlp._modules["gate_up_proj"], modules["post_attention_layernorm"]),
                 (mlp._modules["down_proj"], swiglu),
             )
-            for matrix, before in pairs:
+            for matrix, transform in pairs:
                 if type(matrix) is not QuantizedLinear or matrix._forward_hooks:
-                    return []
-                found.append(matrix._address(before))
-        return found
+                    return None
+                addresses.append(matrix.call(transform))
+        # Addresses rarely change, so the array of the last call usually serves again.
+        if addresses != self._layer_calls[0]:
+            array = (LayerCall * len(self.layers))()
+            for number, call in enumerate(array):
+                call.qkv, call.o, call.gate_up, call.down = addresses[4 * number : 4 * number + 4]
+            self._layer_calls = addresses, array
+        return addressof(self._layer_calls[1])
 
 
 class QuantizedQwen2(Qwen2):
-    """The language model in packed weights: float32 in between, on a CPU, frozen."""
+    """The language model with packed weights: on a CPU, frozen, float32 between the matrices."""
 
     def __init__(self, config: ModelConfig, kind: Kind):
         nn.Module.__init__(self)
@@ -352,13 +351,14 @@ class QuantizedQwen2(Qwen2):
         self.requires_grad_(False)
 
     def allocate(self) -> None:
-        """Memory for all matrices in one piece, in the order in which a token reads them: in long
-        runs over large pages a memory gives up to a third more bytes a second."""
+        """Give all matrices memory in one piece, in the order in which a token reads them.
+
+        Main memory delivers up to a third more bytes a second in long runs over large pages.
+        """
         matrices = [module for module in self.modules() if isinstance(module, PackedMatrix)]
-        memory = torch.empty(sum(matrix.packed.nbytes for matrix in matrices), dtype=torch.uint8)
-        for matrix, piece in zip(
-            matrices, memory.split([matrix.packed.nbytes for matrix in matrices])
-        ):
+        sizes = [matrix.packed.nbytes for matrix in matrices]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        for matrix, piece in zip(matrices, memory.split(sizes)):
             matrix.packed = piece.view(matrix.packed.shape)
 
     @property
@@ -367,9 +367,7 @@ class QuantizedQwen2(Qwen2):
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix in float32, made anew: for training on top of it; `logits` reads the
-        packed one.
-        """
+        """The output matrix unpacked to float32, for training on top; `logits` reads it packed."""
         return self._head.weight
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
@@ -383,18 +381,18 @@ class QuantizedQwen2(Qwen2):
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32, of what flows between the matrices."""
+        """float32, the type of hidden states, keys and values."""
         return torch.float32
 
 
 def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
-    """The same network with weights of 8 or 4 bits, in memory of its own: the source may be
-    dropped.
+    """The same network with weights of 8 or 4 bits, in new memory.
 
-    Raises OpenQwenError where the model is not on a CPU, or the kind is unknown.
+    Raises OpenQwenError where the model is not on a CPU or is quantised already, or the kind is
+    unknown.
     """
     check(kind, model.device)
-    whole(model)
+    refuse_quantized(model)
     quantized = QuantizedQwen2(model.config, kind)
     quantized.allocate()
     refresh(quantized, model)
@@ -402,7 +400,7 @@ def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
 
 
 def check(kind: str, device: torch.device) -> None:
-    """Raise OpenQwenError where there is no such kind, or the device is not a CPU."""
+    """Raise OpenQwenError where the kind is unknown or the device is not a CPU."""
     if kind not in FORMATS:
         raise OpenQwenError(
             f"Weights cannot be quantised to '{kind}'.", do=f"choose one of {', '.join(FORMATS)}"
@@ -414,19 +412,20 @@ def check(kind: str, device: torch.device) -> None:
         )
 
 
-def whole(model: Network) -> Network:
-    """The model, if its weights are not quantised yet; OpenQwenError otherwise."""
+def refuse_quantized(model: Network) -> Network:
+    """Return the model; OpenQwenError where its weights are quantised."""
     if isinstance(model, QuantizedQwen2):
         raise OpenQwenError(
-            f"These weights are {model.kind} already; what they were is lost.",
-            do="give the model they were made from",
+            f"These weights are {model.kind} already; their exact values are lost.",
+            do="give the model that they were made from",
         )
     return model
 
 
 def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:
-    """Quantise anew, in place, the weights of a source of the same shape, which a trainer has moved
-    meanwhile.
+    """Quantise the source's current weights into `quantized`, in place.
+
+    The source has the same shape; a trainer may have changed its weights.
     """
     for matrix, parts in _matrices(quantized, source):
         weights = [part if isinstance(part, Tensor) else part.weight for part in parts]
@@ -440,16 +439,14 @@ def refresh(quantized: QuantizedQwen2, source: Qwen2) -> None:
                 module.weight.detach().float().clone(), requires_grad=False
             )
         if isinstance(module, SparseFeedForward):
-            gates = (
-                torch.cat([module.gate.weight, module.shared_expert_gate.weight]).detach().float()
-            )
-            modules[name].register_buffer("gates", gates)
+            gates = torch.cat([module.gate.weight, module.shared_expert_gate.weight])
+            modules[name].register_buffer("gates", gates.detach().float())
 
 
 def _matrices(
     quantized: QuantizedQwen2, source: Qwen2
 ) -> Iterator[tuple[PackedMatrix, Sequence[nn.Linear | Tensor]]]:
-    """Each packed matrix and the parts of the source that it is merged from."""
+    """Yield each packed matrix with the parts of the source that it is merged from."""
     yield cast(Any, quantized.model.embed_tokens), [source.model.embed_tokens.weight]
     if quantized.lm_head is not None:
         yield quantized._head, [source.head_VD]
@@ -460,22 +457,23 @@ def _matrices(
         yield layer.o_proj, [attention.o_proj]
         if isinstance(plain.mlp, SparseFeedForward):
             networks = [(layer.mlp.shared_expert, plain.mlp.shared_expert)]
-            experts = plain.mlp.experts
+            fused = plain.mlp.experts
             for expert, gate_up, down in zip(
-                layer.mlp.experts, experts.gate_up_proj, experts.down_proj
+                layer.mlp.experts, fused.gate_up_proj, fused.down_proj
             ):
                 yield expert.gate_up_proj, [gate_up]
                 yield expert.down_proj, [down]
-        for mine, theirs in networks:
-            yield mine.gate_up_proj, [theirs.gate_proj, theirs.up_proj]
-            yield mine.down_proj, [theirs.down_proj]
+        for packed_mlp, mlp in networks:
+            yield packed_mlp.gate_up_proj, [mlp.gate_proj, mlp.up_proj]
+            yield packed_mlp.down_proj, [mlp.down_proj]
 
 
 def bits_per_weight(quantized: QuantizedQwen2) -> float:
-    """Of what one decoded token reads: every matrix and scale, without the embedding table unless
-    it is the output.
+    """Bits per weight of what one decoded token reads, scales included.
+
+    The embedding table counts only where it is the output matrix too.
     """
-    matrices = [
-        m for m in quantized.modules() if isinstance(m, QuantizedLinear) or m is quantized._head
-    ]
+    matrices = [module for module in quantized.modules() if isinstance(module, QuantizedLinear)]
+    if quantized.lm_head is None:
+        matrices.append(cast(Any, quantized._head))
     return 8 * sum(m.packed.nbytes for m in matrices) / sum(m.inputs * m.outputs for m in matrices)

@@ -1,5 +1,6 @@
-"""Rotary position embedding (Su et al. 2021), in Qwen2's rotate-half layout, with YARN (Peng et al.
-2023) if wanted.
+"""Rotary position embedding (RoPE, Su et al. 2021) in Qwen2's rotate-half layout, with YARN.
+
+YARN is that of Peng et al. 2023. Shapes: T tokens, H heads, d head width, f = d/2 frequencies.
 """
 
 import math
@@ -14,33 +15,33 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.dual_chunk import rotary_positions
 from openqwen.model.long_context import LongContext, Yarn
 
-Turns = tuple[Tensor, Tensor]  # cos and sin of each token's angles, each [T, 1, d/2], float32
+CosSin = tuple[Tensor, Tensor]  # of each token's angles, each [T, 1, d/2], float32
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """What one forward call turns its queries and keys by; made by the attention, which knows who
-    sees whom.
+    """The rotations of queries and keys in one forward call; the attention makes them.
 
-    chunk_lens: for each sequence its chunk length where Dual Chunk Attention divides it, else 0;
-    empty where it divides none. successive, inter: how the rows of divided sequences turn queries
-    for the chunk before their own and for those before that; `query` is then for their own chunk.
+    key, query: of each row. In sequences that Dual Chunk Attention divides, `query` is for keys of
+    the query's own chunk. successive, inter: there, for keys of the chunk before and of all earlier
+    chunks. chunk_lens: for each sequence its chunk length, 0 where it is not divided; empty where
+    none is.
     """
 
-    key: Turns
-    query: Turns
-    successive: Turns | None = None
-    inter: Turns | None = None
+    key: CosSin
+    query: CosSin
+    successive: CosSin | None = None
+    inter: CosSin | None = None
     chunk_lens: tuple[int, ...] = ()
 
 
 def inverse_frequencies(
     head_dim: int, theta: float, yarn: Yarn | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """θ_k = theta^(−2k/d) for k < d/2, in float32 whatever the weights' type. Shape [d/2].
+    """θ_k = theta^(−2k/d) for k < d/2, [d/2], in float32 whatever the weights' type.
 
-    YARN divides the slow ones by its factor and leaves the fast ones, with a ramp between them that
-    is linear in k, as in the released code; the paper's is linear in the number of turns
+    YARN divides the low frequencies by its factor and keeps the high ones. The ramp between them is
+    linear in k, as in the released code; the paper's is linear in the number of rotations
     (qwen2-recipe facts, 4.4).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
@@ -54,16 +55,14 @@ def inverse_frequencies(
 
 
 def _ramp_ends(head_dim: int, theta: float, yarn: Yarn) -> tuple[float, float]:
-    """Where YARN's ramp over k starts and ends: the dimensions that turn beta_fast and beta_slow
-    times in training.
+    """Start and end of YARN's ramp over k.
+
+    They are the dimensions that rotate beta_fast and beta_slow times over the trained length.
     """
 
-    def dimension(turns: float) -> float:
-        return (
-            head_dim
-            * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi))
-            / (2 * math.log(theta))
-        )
+    def dimension(rotations: float) -> float:
+        tokens_per_radian = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return head_dim * math.log(tokens_per_radian) / (2 * math.log(theta))
 
     low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
     if yarn.truncate:
@@ -72,36 +71,30 @@ def _ramp_ends(head_dim: int, theta: float, yarn: Yarn) -> tuple[float, float]:
     return low, high if high != low else high + 0.001
 
 
-def turns(positions_T: Tensor, frequencies: Tensor, scale: float | Tensor = 1.0) -> Turns:
-    """cos and sin of every angle position × frequency, times `scale` (one number, or [T, 1]); each
-    [T, 1, d/2].
+def cos_sin(positions_T: Tensor, frequencies: Tensor, scale: float | Tensor = 1.0) -> CosSin:
+    """cos and sin of position × frequency, each times `scale`, [T, 1, d/2].
 
-    frequencies: [d/2], or [T, d/2] where tokens differ.
+    frequencies: [d/2], or [T, d/2] where tokens differ. scale: one number, or [T, 1].
     """
     angles = positions_T.to(torch.float32)[:, None] * frequencies
     return (angles.cos() * scale)[:, None], (angles.sin() * scale)[:, None]
 
 
 def rotate(x_THd: Tensor, cos_T1f: Tensor, sin_T1f: Tensor) -> Tensor:
-    """Turn each pair (x_k, x_{k+d/2}) by its angle: first half against second half, not
-    interleaved.
-    """
+    """Rotate each pair (x_k, x_{k+d/2}) by its angle; the pairs are not interleaved. [T, H, d]."""
     a, b = x_THd.chunk(2, dim=-1)
     cos, sin = cos_T1f.to(x_THd.dtype), sin_T1f.to(x_THd.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def key_turns(positions_T: Tensor, config: ModelConfig, context: LongContext | None) -> Turns:
-    """What the keys at these positions of a sequence are turned by, read as `context` says (None:
-    the model's).
-    """
+def key_rotation(positions_T: Tensor, config: ModelConfig, context: LongContext | None) -> CosSin:
+    """The rotation of a sequence's keys at these positions; context None: the model's."""
     chosen = context or config.long_context
     if chosen.dual_chunk:
         positions_T = positions_T % chosen.dual_chunk.chunk_len
-    frequencies = inverse_frequencies(
-        config.head_dim, config.rope_theta, chosen.yarn, positions_T.device
-    )
-    return turns(positions_T, frequencies, chosen.yarn.temperature if chosen.yarn else 1.0)
+    head_dim, theta, yarn = config.head_dim, config.rope_theta, chosen.yarn
+    frequencies = inverse_frequencies(head_dim, theta, yarn, positions_T.device)
+    return cos_sin(positions_T, frequencies, yarn.temperature if yarn else 1.0)
 
 
 def rotation_of(
@@ -111,12 +104,18 @@ def rotation_of(
     rows: Sequence[int],
     lengths: Sequence[int],
 ) -> Rotation:
-    """The rotation of sequences laid end to end: of each its context (None: the model's), its rows
-    in this call, and its length with what came before."""
+    """The rotation of several sequences laid end to end.
+
+    Args:
+        positions_T: the position of each row in its sequence.
+        config: of the model.
+        contexts: how each sequence is read; None: as the model's configuration says.
+        rows: how many rows of this call each sequence has.
+        lengths: tokens of each sequence, with those of earlier calls.
+    """
     chosen = [config.long_context if c is None else c for c in contexts]
-    frequencies, temperature = _frequencies(
-        config, [c.yarn for c in chosen], rows, positions_T.device
-    )
+    yarns = [c.yarn for c in chosen]
+    frequencies, temperature = _frequencies(config, yarns, rows, positions_T.device)
     duals = [c.dual_chunk for c in chosen]
     counted = [c.tokens or n for c, n in zip(chosen, lengths, strict=True)]
     scales = [dual.query_scale(n) if dual else 1.0 for dual, n in zip(duals, counted, strict=True)]
@@ -126,23 +125,22 @@ def rotation_of(
     )
     query_temperature: float | Tensor = temperature
     if any(scale != 1 for scale in scales):
-        query_temperature = (
-            temperature * _of_rows(torch.tensor(scales), rows, positions_T.device)[:, None]
-        )
+        scales_T = _of_rows(torch.tensor(scales), rows, positions_T.device)
+        query_temperature = temperature * scales_T[:, None]
     if not any(chunk_lens):
-        key = turns(positions_T, frequencies, temperature)
+        key = cos_sin(positions_T, frequencies, temperature)
         same = query_temperature is temperature
-        return Rotation(key, key if same else turns(positions_T, frequencies, query_temperature))
+        return Rotation(key, key if same else cos_sin(positions_T, frequencies, query_temperature))
     within_T, successive_T, inter_T = positions_T.clone(), positions_T.clone(), positions_T.clone()
     for dual, chunk_len, (start, end) in zip(duals, chunk_lens, pairwise((0, *accumulate(rows)))):
         if dual and chunk_len:
-            found = rotary_positions(positions_T[start:end], dual)
-            within_T[start:end], successive_T[start:end], inter_T[start:end] = found
+            chunked = rotary_positions(positions_T[start:end], dual)
+            within_T[start:end], successive_T[start:end], inter_T[start:end] = chunked
     return Rotation(
-        key=turns(within_T, frequencies, temperature),
-        query=turns(within_T, frequencies, query_temperature),
-        successive=turns(successive_T, frequencies, query_temperature),
-        inter=turns(inter_T, frequencies, query_temperature),
+        key=cos_sin(within_T, frequencies, temperature),
+        query=cos_sin(within_T, frequencies, query_temperature),
+        successive=cos_sin(successive_T, frequencies, query_temperature),
+        inter=cos_sin(inter_T, frequencies, query_temperature),
         chunk_lens=chunk_lens,
     )
 
@@ -150,13 +148,9 @@ def rotation_of(
 def _frequencies(
     config: ModelConfig, yarns: Sequence[Yarn | None], rows: Sequence[int], device: torch.device
 ) -> tuple[Tensor, float | Tensor]:
-    """Frequencies [d/2] and temperature of all rows, or [T, d/2] and [T, 1] where sequences
-    differ.
-    """
-    kinds = list(dict.fromkeys(yarns))
-    tables = [
-        inverse_frequencies(config.head_dim, config.rope_theta, yarn, device) for yarn in kinds
-    ]
+    """Frequencies [d/2] and a temperature; [T, d/2] and [T, 1] where sequences differ."""
+    head_dim, theta, kinds = config.head_dim, config.rope_theta, list(dict.fromkeys(yarns))
+    tables = [inverse_frequencies(head_dim, theta, yarn, device) for yarn in kinds]
     temperatures = [yarn.temperature if yarn else 1.0 for yarn in kinds]
     if len(kinds) == 1:
         return tables[0], temperatures[0]
@@ -165,5 +159,5 @@ def _frequencies(
 
 
 def _of_rows(values_B: Tensor, rows: Sequence[int], device: torch.device) -> Tensor:
-    """A number of each sequence, given to each of its rows, [T]."""
+    """Repeat each sequence's number for each of its rows, [T]."""
     return values_B.repeat_interleave(torch.tensor(rows)).to(device)

@@ -1,5 +1,6 @@
-"""Tensors at rest: where each lies in its file, and how its bytes become a torch tensor, lazily and
-in small pieces.
+"""Tensors in files: where each one lies, and how its bytes become a torch tensor.
+
+They are mapped, which reads nothing until it is used, or copied in small pieces.
 """
 
 import json
@@ -24,20 +25,17 @@ from openqwen.support.progress import notice
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-PLAIN = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}  # the others are blocks
-_PIECE = 2**17  # weights that are unpacked at once: the working memory stays in the cache
+# Types that are stored as they are; all others are blocks that must be unpacked.
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE = 2**17  # weights that are unpacked at once, so that they stay in the processor's cache
 _WORK = 2**24  # bytes, more than unpacking a piece of any type needs
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a run of bytes in a file.
+    """A tensor as a range of bytes in a file.
 
-    type: F32, F16, BF16, or one of ggml's block formats; another name for what is not read.
+    type: F32, F16, BF16 or one of ggml's block formats; tensors of any other type cannot be read.
     """
 
     path: Path
@@ -47,36 +45,28 @@ class Stored:
     size: int
 
     def part(self, first: int, rows: int | None = None) -> "Stored":
-        """`rows` entries along the first dimension from `first` on; with None that one entry, a
-        dimension less.
-        """
+        """As x[first : first + rows], or with None as x[first], which has one dimension less."""
         row = self.size // self.shape[0]
         shape = self.shape[1:] if rows is None else (rows, *self.shape[1:])
-        return replace(
-            self,
-            shape=shape,
-            offset=self.offset + first * row,
-            size=row * (1 if rows is None else rows),
-        )
+        size = row * (1 if rows is None else rows)
+        return replace(self, shape=shape, offset=self.offset + first * row, size=size)
 
 
 def usable_in_place(stored: Stored, dtype: torch.dtype) -> bool:
-    """Whether the bytes in the file can be a network's memory as they are.
+    """Whether a network can use the bytes in the file as its memory.
 
-    MKL's float32 matrix-vector product rounds differently where the matrix does not begin at a
+    MKL's float32 matrix-vector product rounds differently where a matrix does not begin at a
     multiple of 64 bytes, as most do in a file. Answers must depend on the weights alone, so such a
-    matrix is copied. Half precision has no such trait.
+    matrix is copied. Products in half precision do not depend on the address.
     """
-    return (
-        PLAIN.get(stored.type) == dtype
-        and stored.offset % (64 if dtype == torch.float32 else dtype.itemsize) == 0
-    )
+    alignment = 64 if dtype == torch.float32 else dtype.itemsize
+    return PLAIN.get(stored.type) == dtype and stored.offset % alignment == 0
 
 
 class Reader:
-    """Reads stored tensors.
+    """Reads stored tensors in a `with` block, which keeps the files open.
 
-    The files stay open inside the `with`; a tensor that was mapped stays valid after it.
+    Mapped tensors stay valid after the block.
     """
 
     def __init__(self) -> None:
@@ -85,9 +75,10 @@ class Reader:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def __enter__(self) -> "Reader":
-        # The C library keeps freed blocks as large as the largest that it ever mapped and gave
-        # back. Without this it fetches the memory in which pieces are unpacked zeroed from the
-        # system for every piece, which takes as long as all the rest of a load.
+        # The C library keeps freed blocks for reuse only up to the size of the largest block that
+        # it ever returned to the system. So one large block is made and freed first. Without it,
+        # every piece would be unpacked in new memory that the system fills with zeros, which takes
+        # as long as the rest of a load.
         bytearray(_WORK)
         return self
 
@@ -97,24 +88,16 @@ class Reader:
         self._stack.close()
 
     def mapped(self, stored: Stored) -> Tensor:
-        """The file's own memory as a tensor: nothing is read before it is used, and writing to it
-        leaves the file.
-        """
+        """The file's pages as a tensor: read when used; writing to it does not change the file."""
         if stored.path not in self._maps:
             file = self._file(stored.path)
             self._maps[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        flat = torch.frombuffer(
-            self._maps[stored.path],
-            dtype=PLAIN[stored.type],
-            count=math.prod(stored.shape),
-            offset=stored.offset,
-        )
+        pages, dtype, count = self._maps[stored.path], PLAIN[stored.type], math.prod(stored.shape)
+        flat = torch.frombuffer(pages, dtype=dtype, count=count, offset=stored.offset)
         return flat.view(stored.shape)
 
     def copy(self, stored: Stored, target: Tensor) -> None:
-        """Read the tensor into `target`, contiguous and of the same shape, unpacked and cast piece
-        by piece.
-        """
+        """Read, unpack and cast the tensor into `target`, contiguous and of the same shape."""
         weights, size = BLOCKS[stored.type]
         file, flat = self._file(stored.path), target.view(-1)
         file.seek(stored.offset)
@@ -123,9 +106,8 @@ class Reader:
             piece = flat[begin : begin + _PIECE]
             view = memoryview(buffer)[: piece.numel() // weights * size]
             if file.readinto(view) != len(view):
-                raise OpenQwenError(
-                    "This file became shorter while it was read.", where=stored.path
-                )
+                what = "This file became shorter while it was read."
+                raise OpenQwenError(what, where=stored.path)
             if stored.type in PLAIN:
                 piece.copy_(torch.frombuffer(view, dtype=PLAIN[stored.type]))
             else:
@@ -155,29 +137,30 @@ def same_numbers(one: Stored, other: Stored) -> bool:
 
 
 def stored_in_folder(folder: Path) -> dict[str, Stored]:
-    """The tensors of a Hugging Face folder, sharded or not, by the names in the files.
+    """The tensors of a Hugging Face folder, sharded or not, by their names in the files.
 
-    Experts that a file keeps fused (transformers 5 in memory) are named one by one, as in the
-    published files.
+    Fused experts, as transformers 5 has them in memory, are named one by one, as in the published
+    files.
     """
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for path in weight_files(folder):
         for name, stored in _directory(path).items():
-            if name in found:
-                raise OpenQwenError(f"'{name}' is also in {found[name].path.name}.", where=path)
-            found[name] = stored
-    return {name: stored for fused in found for name, stored in _unfused(fused, found[fused])}
+            if name in tensors:
+                raise OpenQwenError(f"'{name}' is also in {tensors[name].path.name}.", where=path)
+            tensors[name] = stored
+    return {name: part for fused in tensors for name, part in _unfused(fused, tensors[fused])}
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds safetensors files of a model."""
+    """Whether a folder has safetensors files of a model."""
     return (folder / INDEX).is_file() or (folder / WEIGHTS).is_file()
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files; nothing else is read, a pickle least of all.
+    """The safetensors files of a folder; no other format is read, and pickles are refused.
 
-    Where one whole file lies beside an index of shards, the file is read, as transformers does.
+    Where a folder has a single file and an index of shards, the single file is read, as in
+    transformers.
     """
     if (folder / WEIGHTS).is_file():
         if (folder / INDEX).is_file():
@@ -185,31 +168,21 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         names = _indexed(folder / INDEX)
-        if missing := [
-            name for name in names if Path(name).name != name or not (folder / name).is_file()
-        ]:
-            raise OpenQwenError(
-                (
-                    f"{len(missing)} of {len(names)} files that the index names are missing, first "
-                    f"'{missing[0]}'."
-                ),
-                where=folder / INDEX,
-                do="fetch the missing files",
-            )
+        # A name with a folder in it could point outside of the model's folder.
+        here = [name for name in names if Path(name).name == name and (folder / name).is_file()]
+        if missing := sorted(set(names) - set(here)):
+            count = f"{len(missing)} of {len(names)}"
+            what = f"{count} files that the index names are missing, first '{missing[0]}'."
+            raise OpenQwenError(what, where=folder / INDEX, do="fetch the missing files")
         return [folder / name for name in names]
-    pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-    if pickles:
-        raise OpenQwenError(
-            (
-                f"The weights are a pickle ({pickles[0].name}), which can run any code, and is "
-                "never loaded."
-            ),
-            where=folder,
-            do="convert it where you trust it: in transformers, "
-            "AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(new_folder) writes safetensors",
-        )
-    raise OpenQwenError(f"There are no weights here: neither {WEIGHTS} nor {INDEX}.", where=folder)
+    if pickles := sorted(p for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth")):
+        name = pickles[0].name
+        what = f"The weights are a pickle ({name}), which can run any code and is never loaded."
+        convert = "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        do = f"convert it to safetensors, if you trust it: in transformers, {convert}"
+        raise OpenQwenError(what, where=folder, do=do)
+    what = f"There are no weights here: neither {WEIGHTS} nor {INDEX}."
+    raise OpenQwenError(what, where=folder)
 
 
 def _indexed(path: Path) -> list[str]:
@@ -224,9 +197,9 @@ def _indexed(path: Path) -> list[str]:
 
 
 def _directory(path: Path) -> dict[str, Stored]:
-    """Where the tensors of a safetensors file lie.
+    """The places of the tensors in a safetensors file.
 
-    The library checks the header before its offsets are believed.
+    `safe_open` checks the header first, so its offsets can be trusted.
     """
     try:
         refuse_pointer(path)

@@ -1,6 +1,4 @@
-"""Weights between a network and files: which tensors a checkpoint publishes, filling a network,
-writing shards.
-"""
+"""Weights between a network and files: published names, filling a network, writing shards."""
 
 import json
 import math
@@ -25,60 +23,56 @@ from openqwen.support.progress import notice
 SHARD_BYTES = 5 * 10**9
 _WRITTEN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
-# Tensors that do not change what the network computes: those outside it (heads of other training,
-# such as TRL's value head) and RoPE's tables, which old files keep. GGUF's `rope_freqs` would.
+# Tensors that do not change what the network computes, so they may be ignored: those outside of it
+# (such as TRL's value head) and RoPE's tables in old files. GGUF's `rope_freqs` does change it.
 _UNUSED = re.compile(r"(?!model\.|lm_head\.bias|blk\.|rope_freqs).*|.*\.rotary_emb\.\w+")
-_BLOCK = 2**20  # weights that `read_block` holds beside the block
-_LISTED = 3  # tensors that an error names, of each kind
+_BLOCK = 2**20  # weights of working memory in `read_block`
+_LISTED = 3  # tensors of each kind that an error names
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def ignore(weights: int) -> None:
-    """The `advance` of those who do not look: called with the number of weights done since the last
-    call.
-    """
+    """A callback for `advance` that does nothing."""
 
 
 def published_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint's files as (name, view of the network's memory), in the published
-    order.
+    """Yield a checkpoint's tensors as (name, view of the network's memory), in published order.
 
-    A sparse layer keeps its experts fused, `experts.gate_up_proj` [E, 2i, h] (gate first) and
-    `experts.down_proj` [E, h, i]; the files name each: `experts.3.up_proj.weight`. All else has the
-    same name and shape in both.
+    The network has a layer's experts fused, `experts.gate_up_proj` [E, 2i, h] (gate first) and
+    `experts.down_proj` [E, h, i]. The files have one tensor for each expert and matrix, such as
+    `experts.3.up_proj.weight`. All other names and shapes are the same.
     """
     state = model.state_dict()
     for name in _norms_last(state):
-        stem, _, own = name.rpartition(".")
+        stem, _, kind = name.rpartition(".")
         if not stem.endswith(".experts"):
             yield name, state[name]
-        elif own == "gate_up_proj":
+        elif kind == "gate_up_proj":
             down = f"{stem}.down_proj"
             pieces = [*_pieces(name, state[name]), *_pieces(down, state[down])]
             yield from sorted(pieces, key=lambda piece: int(piece[0].split(".")[-3]))
 
 
 def _norms_last(names: Iterable[str]) -> list[str]:
-    """The names, each layer's norms after its matrices: shards are cut in that order."""
+    """The names with each layer's norms after its matrices, the order of published shards."""
     groups: dict[str, int] = {}
 
     def place(name: str) -> tuple[int, bool]:
         layer = _LAYER.match(name)
-        return groups.setdefault(layer[0] if layer else name, len(groups)), name.endswith(
-            "layernorm.weight"
-        )
+        group = groups.setdefault(layer[0] if layer else name, len(groups))
+        return group, name.endswith("layernorm.weight")
 
     return sorted(names, key=place)
 
 
 def _pieces(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """The published tensors inside one of the network's, each as a view of it."""
-    stem, _, own = name.rpartition(".")
+    """The published tensors in one of the network's tensors, each as a view of it."""
+    stem, _, kind = name.rpartition(".")
     if not stem.endswith(".experts"):
         return [(name, tensor)]
     experts = [(f"{stem}.{number}", expert) for number, expert in enumerate(tensor)]
-    if own == "down_proj":
+    if kind == "down_proj":
         return [(f"{expert}.down_proj.weight", view_hI) for expert, view_hI in experts]
     return [
         (f"{expert}.{half}_proj.weight", view_Ih)
@@ -95,32 +89,41 @@ def fill(
     device: str | torch.device = "cpu",
     advance: Callable[[int], None] = ignore,
 ) -> Network:
-    """Build a network without memory of its own and give it the stored tensors.
+    """Build a network and give it the stored tensors.
 
-    dtype: of the weights; None keeps the files' own where they agree on one, else takes float32,
-    which holds them all.
-    device: with "meta" nothing is read. On the CPU a tensor that is `usable_in_place` is not
-    copied: the network uses the file's pages, private to it once written. Raises OpenQwenError that
-    counts and names missing, extra and mis-shaped tensors.
+    On the CPU a tensor that is `usable_in_place` is not copied: the network uses the file's pages,
+    of which it gets private copies when it writes to them.
+
+    Args:
+        build: makes the network.
+        stored: tensors by their published names.
+        where: path to name in errors.
+        dtype: of the weights. None keeps the files' dtype if they have only one, else it means
+            float32.
+        device: "meta" reads nothing.
+        advance: called with the number of weights read since the last call.
+
+    Raises:
+        OpenQwenError: tensors are missing, superfluous, or have another shape or type.
     """
     with without_memory():
         model = build()
     wanted = {name: tuple(tensor.shape) for name, tensor in published_tensors(model)}
     _check(wanted, stored, where)
-    to = _dtype(dtype, {stored[name].type for name in wanted})
+    weight_dtype = _dtype(dtype, {stored[name].type for name in wanted})
     if str(device) == "meta":
-        return model.to(to)
+        return model.to(weight_dtype)
     with Reader() as reader:
         for name, parameter in list(model.named_parameters()):
-            whole = stored.get(name)
-            if whole and usable_in_place(whole, to) and str(device) == "cpu":
-                weight = reader.mapped(whole)
+            tensor = stored.get(name)
+            if tensor and usable_in_place(tensor, weight_dtype) and str(device) == "cpu":
+                weight = reader.mapped(tensor)
             else:
-                weight = torch.empty_like(parameter, dtype=to, device=device)
+                weight = torch.empty_like(parameter, dtype=weight_dtype, device=device)
                 for piece, view in _pieces(name, weight.detach()):
                     reader.copy(stored[piece], view)
-            path, _, own = name.rpartition(".")
-            setattr(model.get_submodule(path), own, nn.Parameter(weight.detach()))
+            path, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(path), attribute, nn.Parameter(weight.detach()))
             advance(weight.numel())
     return model
 
@@ -133,41 +136,44 @@ def read_block(
     offset: Sequence[int],
     block: Tensor,
 ) -> None:
-    """Read the part of a parameter of this shape that begins at `offset` into `block`, and nothing
-    else of it.
+    """Read a part of a parameter into `block`, and nothing else of the parameter.
 
-    Only the first and the last dimension may be cut.
+    A rank uses it to read its shard. Only the first and the last dimension may be cut.
+
+    Args:
+        reader: an open one.
+        stored: tensors by their published names.
+        name: of the parameter.
+        shape: of the complete parameter.
+        offset: where the part begins in each dimension.
+        block: takes the part; its shape is that of the part.
     """
     row = math.prod(shape[1:-1]) if len(shape) > 1 else 1
     first, columns = offset[0] * row, slice(offset[-1], offset[-1] + block.shape[-1])
     flat = block.view(-1, *block.shape[-1:]) if len(shape) > 1 else block
     begin = 0
     for piece, _ in _pieces(name, torch.empty(tuple(shape), device="meta")):
-        whole = stored[piece]
-        start, end = max(first, begin), min(first + len(flat), begin + whole.shape[0])
-        step = max(1, _BLOCK // max(1, math.prod(whole.shape[1:])))
+        tensor = stored[piece]
+        start, end = max(first, begin), min(first + len(flat), begin + tensor.shape[0])
+        step = max(1, _BLOCK // max(1, math.prod(tensor.shape[1:])))
         for at in range(start, end, step):
-            some = whole.part(at - begin, min(step, end - at))
-            buffer = torch.empty(some.shape, dtype=block.dtype)
-            reader.copy(some, buffer)
-            flat[at - first : at - first + len(buffer)] = (
-                buffer[:, columns] if len(shape) > 1 else buffer
-            )
-        begin += whole.shape[0]
+            part = tensor.part(at - begin, min(step, end - at))
+            buffer = torch.empty(part.shape, dtype=block.dtype)
+            reader.copy(part, buffer)
+            rows = buffer[:, columns] if len(shape) > 1 else buffer
+            flat[at - first : at - first + len(rows)] = rows
+        begin += tensor.shape[0]
 
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Networks that are built inside have shapes but no values, and cost nothing."""
+    """Build networks within the block on the meta device: with shapes, without memory or values."""
     with torch.device("meta"), _NoInitialization():
         yield
 
 
 class _NoInitialization(TorchFunctionMode):
-    """Random numbers that nobody will see are not drawn.
-
-    On the meta device torch loads its compiler to draw them.
-    """
+    """Skip the functions of torch.nn.init: on the meta device they would import the compiler."""
 
     def __torch_function__(
         self,
@@ -185,40 +191,31 @@ class _NoInitialization(TorchFunctionMode):
 def _check(
     wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored], where: Path
 ) -> None:
-    """Every tensor that the network needs is there with its shape, and no other that would change
-    it.
-    """
+    """Raise OpenQwenError unless the network's tensors are there, and no others that matter."""
     missing = [f"'{name}' {list(shape)}" for name, shape in wanted.items() if name not in stored]
     others = [name for name in stored if name not in wanted]
-    inside = [name for name in others if not _UNUSED.fullmatch(name)]
-    extra = [f"'{name}' {list(stored[name].shape)}" for name in inside]
-    shapes = [
-        f"'{name}' {list(stored[name].shape)} in place of {list(shape)}"
-        for name, shape in wanted.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    types = {name: stored[name].type for name in wanted if name in stored}
-    odd = [f"'{name}': {kind}" for name, kind in types.items() if kind not in BLOCKS]
+    unexpected = [name for name in others if not _UNUSED.fullmatch(name)]
+    extra = [f"'{name}' {list(stored[name].shape)}" for name in unexpected]
+    shapes, odd = [], []
+    for name, shape in wanted.items():
+        if name not in stored:
+            continue
+        if stored[name].shape != shape:
+            shapes.append(f"'{name}' {list(stored[name].shape)} in place of {list(shape)}")
+        if stored[name].type not in BLOCKS:
+            odd.append(f"'{name}': {stored[name].type}")
     kinds = (
         (missing, "missing tensors"),
         (extra, "extra tensors"),
         (shapes, "tensors of another shape"),
         (odd, f"tensors of a type other than {', '.join(PLAIN)}"),
     )
-    if told := [f"{len(names)} {kind}: {_listing(names)}" for names, kind in kinds if names]:
-        raise OpenQwenError(
-            (
-                "These are not the weights of the network that the configuration describes. "
-                f"{'; '.join(told)}."
-            ),
-            where=where,
-            do=(
-                "check that the configuration belongs to these weights, and that every file of "
-                "them is there"
-            ),
-        )
+    if faults := [f"{len(names)} {kind}: {_listing(names)}" for names, kind in kinds if names]:
+        what = "These are not the weights of the network that the configuration describes."
+        do = "check that the configuration belongs to these weights, and that no file is missing"
+        raise OpenQwenError(f"{what} {'; '.join(faults)}.", where=where, do=do)
     if others:
-        text = f"{len(others)} tensors are left out, which the network does not use"
+        text = f"{len(others)} tensors that the network does not use are ignored"
         notice(f"{text}: {_listing(others)}", where)
 
 
@@ -244,11 +241,11 @@ def save_weights(
     shard_bytes: int = SHARD_BYTES,
     advance: Callable[[int], None] = ignore,
 ) -> None:
-    """Write safetensors files of at most `shard_bytes` (a larger tensor has its own) and their
-    index, as transformers.
+    """Write safetensors files of at most `shard_bytes` and their index, as transformers does.
 
-    Each is written aside and renamed, weights of an earlier save that are not replaced are removed
-    last: a network may be saved into the folder whose files it uses.
+    A tensor larger than that has its own file. Each file is written aside and then renamed, and
+    files of an earlier save that were not replaced are removed at the end. So a network can be
+    saved into the folder whose files it uses as memory.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -279,10 +276,7 @@ def save_weights(
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     aside = path.with_name(f".{path.name}.aside")
+    contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with disk_errors(path):
-        save_file(
-            {name: t.cpu().contiguous() for name, t in tensors.items()},
-            aside,
-            metadata={"format": "pt"},
-        )
+        save_file(contiguous, aside, metadata={"format": "pt"})
         os.replace(aside, path)

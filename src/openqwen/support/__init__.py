@@ -1,1 +1,1 @@
-"""What every room needs and no room owns: errors, files, progress, named generators."""
+"""What all rooms use: errors, files, progress, random generators, settings, devices, stages."""

@@ -1,4 +1,4 @@
-"""How the user calls this program from where they stand."""
+"""Commands that a message can show to the user, as they work in the user's shell."""
 
 import shlex
 import shutil
@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 def command(*words: str | Path) -> str:
-    """`openqwen` with these words, quoted for a shell: what the user can type here and now.
+    """The command `openqwen WORDS`, quoted for a shell, as the user can type it in this folder.
 
-    It begins with `openqwen` where the shell finds this very program by that name, else with its
-    path (below the current folder a relative one: `.venv/bin/openqwen`), or with `PYTHON -m
-    openqwen.cli` where it was called so.
+    It begins with `openqwen` where the shell finds this program by that name, else with its path
+    (relative if below the current folder: `.venv/bin/openqwen`), or with `PYTHON -m openqwen.cli`
+    if the program was started like that.
     """
     return shlex.join([*_program(), *map(str, words)])
 
 
 def pip_install(package: str) -> str:
-    """The command that installs a package, or an extra of this one, where this program runs."""
+    """The command that installs a package into this program's environment."""
     return shlex.join([_near(Path(sys.executable)), "-m", "pip", "install", package])
 
 
@@ -33,8 +33,9 @@ def _program() -> list[str]:
 
 
 def _near(path: Path) -> str:
-    """The path from the current folder where it lies below it; links stay, since they choose the
-    environment.
+    """The path, relative if below the current folder.
+
+    Links are not resolved: the link to a Python interpreter decides which environment it uses.
     """
     path = path.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,4 +1,4 @@
-"""Where the tensors live: a GPU where there is one, without being asked; the CPU otherwise."""
+"""Devices: which one to use, its precision, its memory, its peak speed."""
 
 import ctypes
 import os
@@ -13,16 +13,16 @@ import torch
 
 
 def best_device() -> torch.device:
-    """CUDA, else the CPU.
+    """CUDA where it is available, else the CPU.
 
-    Apple's MPS is not chosen by itself: its float32 results are not reproducible bit by bit.
+    Apple's MPS is never chosen by default: its float32 results are not reproducible bit by bit.
     """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Within, a GPU's float32 products may round their factors to TF32, for speed, or may not."""
+    """Allow or forbid, within the block, that a GPU rounds factors of float32 products to TF32."""
     before = torch.get_float32_matmul_precision()
     rounded = allowed and torch.cuda.is_available()
     torch.set_float32_matmul_precision("high" if rounded else "highest")
@@ -33,25 +33,23 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that a program could still take; half of all where the system does not
-    tell.
-    """
+    """Bytes of main memory that are available; half of all memory where the system does not say."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as file:
-            return next(
-                int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable")
-            )
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+            for line in file:
+                if line.startswith("MemAvailable"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Main memory that is freed in here stays with the process until the end, where the C library
-    is glibc.
+    """Keep main memory that is freed within the block with the process, if the C library is glibc.
 
-    Large tensors that come and go in every step of training would else be given back and fetched,
-    page by zeroed page.
+    Otherwise large tensors, which every training step makes and frees, are given back to the system
+    and fetched again, and the system fills each page with zeros.
     """
     libc = ctypes.CDLL(None)
     if not (sys.platform == "linux" and hasattr(libc, "mallopt")):
@@ -69,7 +67,7 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes held so far: of the GPU by tensors, else of main memory by this process."""
+    """The peak memory so far in bytes: of tensors on a GPU, else of this whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -78,11 +76,10 @@ def peak_memory(device: torch.device) -> int:
 
 @cache
 def peak_flops(device: torch.device) -> float:
-    """Operations a second of this device's best large matrix product, measured once: what a share
-    of the peak is of.
+    """Peak floating-point operations per second, measured once; MFU is a share of this number.
 
-    float32 on a CPU, bfloat16 on a GPU; the best of five products of 2,048 (8,192) rows and
-    columns.
+    It is the best of five square matrix products: float32 with 2,048 rows on a CPU, bfloat16 with
+    8,192 rows on a GPU.
     """
     size, dtype = (8_192, torch.bfloat16) if device.type == "cuda" else (2_048, torch.float32)
     a = torch.ones(size, size, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Errors that a person reads: what is wrong, where, and what to do (law 9)."""
+"""Error messages for users: what is wrong, where, and what to do (law 9)."""
 
 import difflib
 import errno
@@ -8,10 +8,12 @@ from pathlib import Path
 
 
 class OpenQwenError(Exception):
-    """A problem that the user can mend. The command line prints it without a traceback.
+    """A problem that the user can solve. The command line prints it without a traceback.
 
-    what: one sentence that names the fault. where: the file, line, field or stage. do: the next
-    step.
+    Args:
+        what: one sentence that says what is wrong.
+        where: the file, line, field or stage.
+        do: what the user can do.
     """
 
     def __init__(self, what: str, where: str | Path | None = None, do: str | None = None):
@@ -26,7 +28,7 @@ class OpenQwenError(Exception):
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Put `where`, such as a file and a record, before the place that an error names."""
+    """Prefix the `where` of errors from the block with this one, such as a file and a record."""
     try:
         yield
     except OpenQwenError as error:
@@ -35,38 +37,25 @@ def located(where: str) -> Iterator[None]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The nearest of the known names, as the sentence to append to an error, or an empty string."""
+    """ " Did you mean 'NAME'?" to append to an error; "" where no known name is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-# Every way in which "there is no room left" reaches a program: disk, quota, file-size limit.
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# The system's errors for "no space left": the disk, the user's quota, the limit of a file's size.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk under `path` into an error that says so; other errors pass through."""
+    """Turn the system's errors of a full disk into an OpenQwenError; others pass through."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        # safetensors raises its own class, with the system's error as text.
+        if not full and not any(f"os error {code})" in str(error) for code in _FULL):
             raise
-        raise _full(path) from error
-    except Exception as error:  # safetensors wraps the system's error in its own class, as text
-        if "os error" not in str(error) or not any(
-            f"os error {code})" in str(error) for code in FULL
-        ):
-            raise
-        raise _full(path) from error
-
-
-def _full(path: Path) -> OpenQwenError:
-    return OpenQwenError(
-        "There is no space left to write.",
-        where=path,
-        do=(
-            "free some space and run the same command again: finished stages and the last saved "
-            "state are intact"
-        ),
-    )
+        what = "There is no space left to write."
+        do = "free some space and run the same command again; finished stages and the last saved"
+        raise OpenQwenError(what, path, f"{do} state are intact") from error

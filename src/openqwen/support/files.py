@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, digests, and JSON Lines with errors that name the line."""
+"""Files: atomic writing, strict JSON and JSON Lines, digests, folders."""
 
 import gzip
 import hashlib
@@ -18,15 +18,17 @@ from openqwen.support.errors import OpenQwenError, disk_errors
 
 _CHUNK = 2**20
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_DEEPEST = 100  # levels of JSON; what walks through a value later recurses a few times a level
+# Most levels of JSON. Code that walks through a value recurses a few times per level, and Python
+# allows about a thousand calls.
+_DEEPEST = 100
 
 
 @contextmanager
 def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """A file (UTF-8, or "wb") to write aside, then flushed to the disk and renamed, or removed
-    where something fails.
+    """Open a file (UTF-8, or "wb") for writing, atomically: a reader sees the old file or the new.
 
-    A reader sees the old file or the new one, never half.
+    The block writes to a temporary file, which is then flushed to the disk and renamed. Where the
+    block fails it is removed.
     """
     aside = path.with_name(f".{path.name}.aside")
     try:
@@ -52,13 +54,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether git-lfs has left its few lines of text here in place of the file itself."""
+    """Whether the file is a git-lfs pointer: a few lines of text in place of the real content."""
     with open(path, "rb") as file:
         return file.read(len(_POINTER)) == _POINTER
 
 
 def refuse_pointer(path: Path) -> None:
-    """OpenQwenError where the file is a git-lfs pointer; OSError where it cannot be opened."""
+    """Raise OpenQwenError if the file is a git-lfs pointer, OSError if it cannot be opened."""
     if is_pointer(path):
         raise OpenQwenError(
             "This is a git-lfs pointer: the file itself was not fetched.",
@@ -68,23 +70,21 @@ def refuse_pointer(path: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of strict JSON, which can be written again, rendered and encoded.
+    """The value of strict JSON; whatever it returns can be written as JSON in UTF-8 again.
 
-    Raises ValueError, in plain words. Besides what Python refuses: NaN and infinite numbers,
-    integers of thousands of digits, more than 100 levels, and surrogates that stand alone, which
-    are no text.
+    Raises ValueError with a plain message. It also refuses what Python's parser accepts: NaN and
+    infinite numbers, more than 100 levels, and lone surrogates, which UTF-8 cannot encode.
     """
     try:
         value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError(f"it has more than {_DEEPEST} levels") from None
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"byte 0x{error.object[error.start]:02x} at {error.start} is not UTF-8"
-        ) from None
+        byte = error.object[error.start]
+        raise ValueError(f"byte 0x{byte:02x} at {error.start} is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(str(error)) from None
-    except ValueError:  # of an integer
+    except ValueError:  # the parser's own limit for integers
         raise ValueError("an integer has thousands of digits") from None
     _check(value, _DEEPEST)
     return value
@@ -95,10 +95,10 @@ def _check(value: Any, levels: int) -> None:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError("a text holds a lone surrogate, half of a character") from None
+            raise ValueError("a text has a lone surrogate, half of a character") from None
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValueError(f"{value} is not a number of JSON; write null")
+            raise ValueError(f"{value} is not a number in JSON; write null")
     elif isinstance(value, dict | list):
         if not levels:
             raise ValueError(f"it has more than {_DEEPEST} levels")
@@ -109,7 +109,7 @@ def _check(value: Any, levels: int) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; an error names the file and the line."""
+    """The value in a JSON file. OpenQwenError names the file and the line."""
     try:
         refuse_pointer(path)
         return json.loads(path.read_text(encoding="utf-8"))
@@ -120,17 +120,16 @@ def read_json(path: Path) -> Any:
 
 
 def open_binary(path: Path) -> io.BufferedReader:
-    """Open for reading, unpacking .gz and .zst on the way; a truncated archive raises OSError when
-    it is read.
-    """
+    """Open for reading; .gz and .zst are unpacked. Reading a truncated archive raises OSError."""
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
     return io.BufferedReader(pa.input_stream(str(path), compression=compression), _CHUNK)
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSONL file (.gz and .zst too), split on newline bytes only.
+    """Yield the objects of a JSONL file (.gz and .zst too).
 
-    str.splitlines() would also cut at U+2028 and U+0085 inside a string.
+    Lines end at newline bytes only: str.splitlines() would also cut at U+2028 and U+0085, which may
+    occur inside a string.
     """
     for _, record in numbered_jsonl(path):
         yield record
@@ -153,18 +152,16 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = parse_json(line)
     except ValueError as error:
-        raise OpenQwenError(
-            f"This line is not JSON: {error}.", where, "write one object a line"
-        ) from None
+        what = f"This line is not JSON: {error}."
+        raise OpenQwenError(what, where, "write one object per line") from None
     if not isinstance(record, dict):
-        raise OpenQwenError(
-            "This line is JSON but not an object.", where, "write one object a line"
-        )
+        what = "This line is JSON but not an object."
+        raise OpenQwenError(what, where, "write one object per line")
     return record
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    """Write records atomically, one JSON object a line; returns how many."""
+    """Write records atomically, one JSON object per line; returns their number."""
     count = 0
     with whole_file(path) as file:
         for record in records:
@@ -180,10 +177,10 @@ def sha256(path: Path) -> str:
 
 
 def replace_folder(aside: Path, target: Path) -> None:
-    """Put a finished folder in the place of what stands there, if anything does, flushed to the
-    disk first.
+    """Move a finished folder to `target`, where it replaces an older one.
 
-    A kill on the way leaves what stood there as `.NAME.old`.
+    Its files are flushed to the disk first. If the process is killed in between, the older folder
+    remains as `.NAME.old`.
     """
     old = target.with_name(f".{target.name}.old")
     with disk_errors(target):
@@ -204,17 +201,16 @@ def replace_folder(aside: Path, target: Path) -> None:
 
 
 def fresh_folder(path: Path) -> Path:
-    """An empty folder at `path`, whatever stood there before."""
+    """Make an empty folder at `path`; anything that was there is removed."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
     return path
 
 
 def gzip_bits_per_byte(texts: Iterable[str]) -> float:
-    """Bits that `gzip -9` needs for a byte of the texts, packed as one stream: what a language
-    model must beat.
+    """Bits per byte of the texts, compressed by `gzip -9` as one stream.
 
-    Raises OpenQwenError where there is no text.
+    A language model should need fewer. Raises OpenQwenError where there is no text.
     """
     raw = "".join(texts).encode()
     if not raw:

@@ -1,4 +1,4 @@
-"""Every random draw has a named generator, and all of them are saved (law 4)."""
+"""Named random generators. Every random draw uses one, and all are saved (law 4)."""
 
 import hashlib
 from typing import Any
@@ -12,9 +12,9 @@ def _key(seed: int, name: str) -> int:
 
 
 class Generators:
-    """Independent streams of random numbers, one a name, all grown from one seed.
+    """Independent streams of random numbers, one for each name, from one seed.
 
-    The stream of a name depends on (seed, name) alone: drawing more from one never moves another.
+    A stream depends on (seed, name) alone, so drawing from one never changes another.
     """
 
     def __init__(self, seed: int):
@@ -27,18 +27,16 @@ class Generators:
         return self._streams[name]
 
     def torch(self, name: str) -> torch.Generator:
-        """A fresh torch generator for a single use, such as initialising weights."""
+        """A new torch generator for a single use, such as initialising weights; it is not saved."""
         return torch.Generator().manual_seed(_key(self.seed, name) % 2**63)
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready: the seed and each stream's position."""
-        return {
-            "seed": self.seed,
-            "streams": {n: _plain(g.bit_generator.state) for n, g in self._streams.items()},
-        }
+        """The seed and each stream's position, as values that JSON can hold."""
+        streams = {n: _plain(g.bit_generator.state) for n, g in self._streams.items()}
+        return {"seed": self.seed, "streams": streams}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state()` was taken."""
+        """Continue from a saved `state()`: the next draws are those that followed it."""
         self.seed = state["seed"]
         self._streams.clear()
         for name, position in state["streams"].items():
@@ -50,7 +48,7 @@ class Generators:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy arrays and integers inside a Philox state, as lists and ints."""
+    """A Philox state with NumPy's arrays and integers replaced by lists and ints."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):

@@ -1,8 +1,7 @@
-"""The GGUF container, versions 2 and 3: a header of typed metadata, a directory of tensors, their
-bytes.
+"""The GGUF container, versions 2 and 3: typed metadata, a directory of tensors, their bytes.
 
-The form is llama.cpp's (ggml/docs/gguf.md). What the metadata mean, and how the bytes of a tensor
-are to be read, is the business of those who ask: model/gguf.py and the tokenizer.
+The format is llama.cpp's (ggml/docs/gguf.md). model/gguf.py and the tokenizer interpret what is in
+it.
 """
 
 import math
@@ -22,11 +21,9 @@ from openqwen.support.files import refuse_pointer, whole_file
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, where the metadata give no general.alignment
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
-_MOST_ENTRIES = (
-    1_000_000  # metadata keys, and tensors; a real file has some dozens and some thousands
-)
+_MOST_ENTRIES = 1_000_000  # of metadata, and of tensors; a real file has at most thousands
 
-# ggml's number of each type that can be unpacked: its name, weights a block, bytes a block.
+# ggml's number of each type that can be unpacked -> its name, weights per block, bytes per block.
 TYPES: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -59,29 +56,23 @@ _UNREAD = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28:
 _NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 BLOCKS = {name: (weights, size) for name, weights, size in TYPES.values()}
 
-_SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+# GGUF's number of each type of metadata -> NumPy's name of it.
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4")))
+_SCALARS |= dict(enumerate(("<u8", "<i8", "<f8"), 10))
 _BOOL, _STRING, _ARRAY = 7, 8, 9
-_SPLIT = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")  # the name of one of a model's several files
+_SPLIT = re.compile(r"(.*-)(\d{5})(-of-\d{5}\.gguf)")  # the name of a file of a split model
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where one tensor lies. shape: outermost first, as in torch. offset, size: bytes, from the
-    start of the file.
+    """The place of one tensor in the file.
 
-    type: ggml's name such as "Q4_K", or "type 99" for a number without a name. Where it is none of
-    `BLOCKS`, the tensor cannot be read, and its size is 0.
+    Args:
+        shape: outermost dimension first, as in torch.
+        type: ggml's name such as "Q4_K", or "type 99" for an unknown number. If it is not in
+            `BLOCKS` the tensor cannot be read, and its size is 0.
+        offset: bytes from the start of the file.
+        size: bytes.
     """
 
     shape: tuple[int, ...]
@@ -92,10 +83,10 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """All of a file but its weights.
+    """Everything in a file except the weights.
 
-    metadata: integers, floats, booleans and text as Python's, arrays of text as lists, arrays of
-    numbers as NumPy's.
+    metadata: numbers, booleans and text as Python's types, arrays of text as lists, arrays of
+    numbers as NumPy arrays.
     """
 
     path: Path
@@ -104,32 +95,27 @@ class GgufHeader:
 
 
 class _DamagedError(Exception):
-    """What is wrong inside a file; `read_header` adds which file."""
+    """What is wrong in a file; `read_header` adds the file's name."""
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only model in a folder.
+    """The GGUF file at this path: the file itself, or the only model in a folder; None without one.
 
-    Of a model in several files it is the first.
-    A file is known by its first bytes or by its name. None where there is no GGUF file. Raises
-    OpenQwenError where a folder holds several models.
+    Of a model in several files it is the first. A file is recognised by its first bytes or by its
+    name. Raises OpenQwenError where a folder has several models.
     """
     if not path.is_dir():
         return path if path.suffix == ".gguf" or _begins_as_gguf(path) else None
-    found = sorted(path.glob("*.gguf"))
-    models = [file for file in found if _number(file) == 1] or found
+    files = sorted(path.glob("*.gguf"))
+    models = [file for file in files if _number(file) == 1] or files
     if len(models) > 1:
-        names = ", ".join(file.name for file in models)
-        raise OpenQwenError(
-            f"This folder holds {len(models)} models: {names}.",
-            where=path,
-            do="give the path of one",
-        )
+        what = f"This folder has {len(models)} models: {', '.join(file.name for file in models)}."
+        raise OpenQwenError(what, where=path, do="give the path of one of them")
     return models[0] if models else None
 
 
 def _number(path: Path) -> int:
-    """Which of its model's files this is by its name, from 1."""
+    """The number of this file among its model's files, from 1, by its name."""
     match = _SPLIT.fullmatch(path.name)
     return int(match[2]) if match else 1
 
@@ -143,57 +129,49 @@ def _begins_as_gguf(path: Path) -> bool:
 
 
 def read_first_header(path: Path) -> GgufHeader:
-    """As `read_header`, of a model's only file or the first of several, which has the metadata."""
+    """As `read_header`, for a model's only file or the first of several, which has the metadata."""
     header = read_header(path)
     if header.metadata.get("split.no", 0) or (_files(header) > 1 and _number(path) != 1):
-        raise OpenQwenError(
-            f"This is one of {_files(header)} files of a model, and not the first.",
-            where=path,
-            do="give the first, ...-00001-of-....gguf, with the others beside it",
-        )
+        what = f"This is one of {_files(header)} files of a model, and not the first."
+        do = "give the first, ...-00001-of-....gguf, with the others in the same folder"
+        raise OpenQwenError(what, where=path, do=do)
     return header
 
 
 def other_files(first: GgufHeader) -> Iterator[GgufHeader]:
-    """The headers of the other files of a model in several files."""
-    match = _SPLIT.fullmatch(first.path.name)
-    if _files(first) > 1 and match is None:
-        raise OpenQwenError(
-            f"This is one of {_files(first)} files of a model; their names do not show which.",
-            where=first.path,
-            do="name them ...-00001-of-....gguf, as they were published",
-        )
-    for number in range(2, _files(first) + 1):
-        assert match is not None
+    """Yield the headers of a model's other files, if it has several."""
+    if (count := _files(first)) == 1:
+        return
+    if (match := _SPLIT.fullmatch(first.path.name)) is None:
+        what = f"This is one of {count} files of a model; its name does not say which."
+        do = "name them ...-00001-of-....gguf, as they were published"
+        raise OpenQwenError(what, where=first.path, do=do)
+    for number in range(2, count + 1):
         yield read_header(first.path.with_name(f"{match[1]}{number:05d}{match[3]}"))
 
 
 def _files(header: GgufHeader) -> int:
-    """How many files the model has."""
+    """The number of files of the model."""
     count = header.metadata.get("split.count", 1)
     if not isinstance(count, int):
-        raise OpenQwenError(
-            f"This GGUF file is damaged: its split.count is {count!r}.",
-            where=header.path,
-            do="fetch it again",
-        )
-    return count
+        what = f"This GGUF file is damaged: its split.count is {count!r}."
+        raise OpenQwenError(what, where=header.path, do="fetch it again")
+    return max(count, 1)
 
 
 def read_header(path: str | Path) -> GgufHeader:
-    """Read the metadata and the directory, and check that every tensor lies inside the file.
+    """Read the metadata and the directory; check that every tensor lies inside the file.
 
-    Nothing in the file is believed before it is checked: a count can ask for no more memory than
-    the file has bytes. Raises OpenQwenError.
+    Every number of the file is checked before it is used, so a damaged or hostile file cannot make
+    it allocate more memory than the file has bytes. Raises OpenQwenError.
     """
     path = Path(path)
     try:
         refuse_pointer(path)
         with open(path, "rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
-                raise OpenQwenError(
-                    "This is no GGUF file.", where=path, do="give a .gguf file of a Qwen2 model"
-                )
+                do = "give a .gguf file of a Qwen2 model"
+                raise OpenQwenError("This is not a GGUF file.", where=path, do=do)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _header(path, data)
     except FileNotFoundError:
@@ -201,9 +179,8 @@ def read_header(path: str | Path) -> GgufHeader:
     except OSError as error:
         raise OpenQwenError(f"This file cannot be read: {error.strerror}.", where=path) from None
     except _DamagedError as error:
-        raise OpenQwenError(
-            f"This GGUF file is damaged: {error}.", where=path, do="fetch or convert it again"
-        ) from None
+        what = f"This GGUF file is damaged: {error}."
+        raise OpenQwenError(what, where=path, do="fetch or convert it again") from None
 
 
 def _header(path: Path, data: mmap.mmap) -> GgufHeader:
@@ -211,9 +188,8 @@ def _header(path: Path, data: mmap.mmap) -> GgufHeader:
     version = cursor.number("<u4")
     if version not in (2, 3):
         kind = "is big-endian" if version >= 1 << 16 else f"has version {version}"
-        raise OpenQwenError(
-            f"This GGUF file {kind}.", where=path, do="convert it to little-endian GGUF version 3"
-        )
+        do = "convert it to little-endian GGUF version 3"
+        raise OpenQwenError(f"This GGUF file {kind}.", where=path, do=do)
     tensor_count, entry_count = cursor.number("<u8"), cursor.number("<u8")
     for count, what in ((entry_count, "metadata entries"), (tensor_count, "tensors")):
         if count > _MOST_ENTRIES:
@@ -241,9 +217,7 @@ def _header(path: Path, data: mmap.mmap) -> GgufHeader:
 
 
 def _place(cursor: "_Cursor", name: str) -> tuple[tuple[int, ...], int, int]:
-    """The (shape, type number, offset in the data) of the directory's next entry, whose name is
-    read.
-    """
+    """Read the next entry of the directory, after its name: shape, type number, offset."""
     dimensions = cursor.number("<u4")
     if dimensions > _MOST_DIMENSIONS:
         raise _DamagedError(f"the tensor '{name}' has {dimensions} dimensions")
@@ -278,14 +252,14 @@ def _tensor(
 
 
 class _Cursor:
-    """Reads the header from front to back; whatever would pass the end of the file is an error."""
+    """Reads the header from front to back; reading past the end of the file is an error."""
 
     def __init__(self, data: mmap.mmap):
         self._data, self._end = data, len(data)
         self.at = len(MAGIC)
 
     def _take(self, size: int, what: str) -> int:
-        """Move on by `size` bytes; returns where they begin."""
+        """Advance by `size` bytes; returns where they begin."""
         begin = self.at
         if size > self._end - begin:
             raise _DamagedError(f"it ends at byte {self._end}, inside {what}")
@@ -293,10 +267,8 @@ class _Cursor:
         return begin
 
     def number(self, form: str, what: str = "its header") -> int:
-        size = int(form[2])
-        return int.from_bytes(
-            self._data[self._take(size, what) : self.at], "little", signed=form[1] == "i"
-        )
+        begin = self._take(int(form[2]), what)
+        return int.from_bytes(self._data[begin : self.at], "little", signed=form[1] == "i")
 
     def text(self, what: str) -> str:
         length = self.number("<u8", what)
@@ -332,9 +304,7 @@ class _Cursor:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to write. shape: outermost first. data: its bytes, made piece by piece when its turn
-    comes.
-    """
+    """A tensor to write. shape: outermost dimension first. data: yields its bytes in pieces."""
 
     name: str
     shape: tuple[int, ...]
@@ -351,9 +321,9 @@ class NewTensor:
 def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTensor]) -> None:
     """Write a version 3 file, atomically.
 
-    metadata: text, booleans, integers, floats (stored as float32), lists of text, and NumPy arrays
-    and scalars, which keep their type. Integers are stored as uint32, as llama.cpp expects of every
-    count and id.
+    metadata: text, booleans, integers (stored as uint32, which llama.cpp expects for every count
+    and id), floats (stored as float32), lists of text, and NumPy arrays and scalars, which keep
+    their type.
     """
     offsets, end = [], 0
     for tensor in tensors:
@@ -372,9 +342,8 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Sequence[NewTen
             for piece in tensor.data():
                 file.write(piece)
             if file.tell() != start + offset + tensor.size:
-                raise ValueError(
-                    f"{tensor.name} gave {file.tell() - start - offset} bytes, not {tensor.size}"
-                )
+                size = file.tell() - start - offset
+                raise ValueError(f"{tensor.name} gave {size} bytes, not {tensor.size}")
             file.write(bytes(_aligned(tensor.size) - tensor.size))
 
 
@@ -388,7 +357,7 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: Any) -> bytes:
-    """A type number and the value's bytes."""
+    """The number of the value's type, and its bytes."""
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)
     if isinstance(value, list):

@@ -1,9 +1,8 @@
-"""Our own C++, compiled on the machine that runs it: at set-up or on first use, once, into the
-user's cache.
+"""Builds this package's C++ on the machine that runs it, once, and loads it.
 
-A plain shared library with a C ABI. It is never required: where there is no compiler, callers get
-None and take their Python path. OPENQWEN_NATIVE=0 turns it off, CXX names the compiler,
-OPENQWEN_CACHE moves the cache.
+The result is a shared library with a C ABI in the user's cache. It is never required: without a
+compiler callers get None and take their Python path. OPENQWEN_NATIVE=0 turns it off, CXX names the
+compiler, OPENQWEN_CACHE moves the cache.
 """
 
 import ctypes
@@ -22,22 +21,24 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread")
-_TUNED = ("-march=native",)  # left out where the compiler does not know the processor
+_TUNED = ("-march=native",)  # left out if the compiler does not know the processor
 _TIMEOUT = 600  # seconds
 
 
 def load(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> ctypes.CDLL | None:
-    """The library built of `sources` (headers too: a change of any builds anew), or None where that
-    cannot be.
+    """The library of these sources, built if needed; None where it cannot be built.
 
-    name: of the library's file. flags: for the compiler, after ours. The reason for None is logged
-    once, as a warning. Functions called through it run without Python's lock.
+    The reason for None is logged once, as a warning. Functions of the library run without Python's
+    global lock.
+
+    Args:
+        name: of the library's file.
+        sources: .cpp files and headers; a change of any of them causes a new build.
+        flags: for the compiler, after the default ones.
     """
-    return (
-        _load(name, tuple(sources), tuple(flags))
-        if os.environ.get("OPENQWEN_NATIVE", "1") != "0"
-        else None
-    )
+    if os.environ.get("OPENQWEN_NATIVE", "1") == "0":
+        return None
+    return _load(name, tuple(sources), tuple(flags))
 
 
 @cache
@@ -47,8 +48,8 @@ def _load(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> ctype
     except _UnavailableError as error:
         reason = str(error)
     except OSError as error:
-        reason = f"{error} (OPENQWEN_CACHE names another folder for what is built)"
-    _log.warning("The compiled %s is not used, plain Python is: %s.", name, reason)
+        reason = f"{error} (set OPENQWEN_CACHE to a folder that can be written)"
+    _log.warning("The compiled library '%s' is not used, plain Python is: %s.", name, reason)
     return None
 
 
@@ -57,17 +58,16 @@ class _UnavailableError(Exception):
 
 
 def _built(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Path:
-    """The path of the library; built first if it is not there.
+    """The path of the library, after building it if it is missing.
 
-    Two processes do not build it twice.
+    A lock keeps two processes from building it at the same time.
     """
     stem = f"{name}-{_key(sources, flags)}"
     try:
         compiler = _compiler()
     except _UnavailableError:
-        if earlier := sorted(
-            _cache().glob(f"{stem}-*.so")
-        ):  # the compiler went after it had done its work
+        # The compiler may have been removed after it built the library.
+        if earlier := sorted(_cache().glob(f"{stem}-*.so")):
             return earlier[0]
         raise
     library = _cache() / f"{stem}-{_identity(compiler)}.so"
@@ -101,7 +101,7 @@ def _compile(
 
 
 def _compiler() -> list[str]:
-    """The command of a C++ compiler: CXX, the machine's, or the one in the package ziglang."""
+    """The command of a C++ compiler: from CXX, of the machine, or of the package ziglang."""
     if named := os.environ.get("CXX", "").split():
         return named
     for name in ("c++", "g++", "clang++"):
@@ -115,7 +115,7 @@ def _compiler() -> list[str]:
 
 
 def _key(sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
-    """A digest of what the library is made of and for: the sources, the flags, the processor."""
+    """A digest of the sources, the flags and the processor."""
     digest = hashlib.sha256()
     for path in sources:
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
@@ -124,7 +124,7 @@ def _key(sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
 
 
 def _identity(compiler: list[str]) -> str:
-    """A digest that another compiler, or another version of it, does not share."""
+    """A digest that differs between compilers and between versions of a compiler."""
     program = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
     stamp = program.stat() if program.exists() else None
     parts = [*compiler, program, stamp and stamp.st_size, stamp and stamp.st_mtime_ns]
@@ -132,16 +132,14 @@ def _identity(compiler: list[str]) -> str:
 
 
 def _processor() -> list[str]:
-    """What `-march=native` looks at: a cache on a network drive may serve different machines."""
-    known = [platform.system(), platform.machine()]
+    """What `-march=native` depends on, since different machines may share one cache folder."""
+    machine = [platform.system(), platform.machine()]
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return [*known, platform.processor()]
-    return known + [
-        next((line for line in lines if line.startswith(name)), "")
-        for name in ("model name", "flags")
-    ]
+        return [*machine, platform.processor()]
+    names = ("model name", "flags")
+    return machine + [next((s for s in lines if s.startswith(name)), "") for name in names]
 
 
 def _cache() -> Path:

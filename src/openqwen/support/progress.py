@@ -1,6 +1,4 @@
-"""How far, how fast, and how long still (law 8): a live line on a terminal, a line now and then in
-a log.
-"""
+"""Progress and remaining time (law 8): a live line on a terminal, regular lines in a log."""
 
 import sys
 import time
@@ -13,30 +11,35 @@ from rich.live import Live
 from rich.text import Text
 
 console = Console(stderr=False, highlight=False, soft_wrap=True)
-_aside = Console(stderr=True, highlight=False, soft_wrap=True)
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 _BAR = 24  # characters
 _LOG_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 def notice(text: str, where: str | Path) -> None:
-    """One line on stderr: what was decided where a file contradicts itself or holds too much."""
-    _aside.print(f"note: {text} ({where})", style="dim", markup=False)
+    """Print a note on stderr, such as how a contradiction in a file was resolved."""
+    _errors.print(f"note: {text} ({where})", style="dim", markup=False)
 
 
 def duration(seconds: float) -> str:
-    """`42s`, `3m05s`, `2h07m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    """Seconds as `42s`, `3m05s` or `2h07m`."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m{rounded % 60:02d}s"
+    return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"
 
 
 class Progress:
-    """One piece of work: `total` units (None where it cannot be known), advanced as they are
-    done.
+    """The progress of one piece of work; made by `progress`.
+
+    Args:
+        label: its name.
+        total: units in all; None where that is unknown.
+        unit: name of a unit.
+        done: units that were done before, which do not count for the rate.
     """
 
     def __init__(self, label: str, total: float | None, unit: str, done: float = 0):
@@ -47,7 +50,7 @@ class Progress:
         self._live: Live | None = None
 
     def advance(self, amount: float = 1, **notes: object) -> None:
-        """Move on by `amount` units; `notes` (loss="3.21") stand at the end of the line."""
+        """Count `amount` more units as done; notes (loss="3.21") are shown behind the numbers."""
         self.done += amount
         self.notes |= {k: str(v) for k, v in notes.items()}
         now = time.monotonic()
@@ -80,7 +83,7 @@ class Progress:
 def progress(
     label: str, total: float | None = None, unit: str = "steps", done: float = 0
 ) -> Iterator[Progress]:
-    """Show the progress of the block it encloses; nothing stays on a terminal afterwards."""
+    """Show progress during the block; on a terminal nothing remains afterwards. See `Progress`."""
     work = Progress(label, total, unit, done)
     if not sys.stdout.isatty():
         yield work

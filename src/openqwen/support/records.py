@@ -15,10 +15,10 @@ Record = dict[str, Any]
 
 
 def read_records(source: str | Path) -> Iterator[tuple[str, Record]]:
-    """Records with their places ("FILE, record N", from 1).
+    """Yield each record with its place, "FILE, record N", counted from 1.
 
-    source: a file or `hub:owner/name[@revision][:split]`. Raises OpenQwenError, which names the
-    file and the line or record that cannot be read.
+    source: a file or `hub:owner/name[@revision][:split]`. Raises OpenQwenError that names the file
+    and the line or record that cannot be read.
     """
     for path in data_files(source):
         for number, record in enumerate(_reader(path)(path), 1):
@@ -43,7 +43,7 @@ def count_records(source: str | Path) -> int | None:
 
 
 def data_files(source: str | Path) -> list[Path]:
-    """The files of a source, in order: itself, or those of a split on the hub, now fetched."""
+    """The files of a source, in order: the file itself, or those of a split, downloaded."""
     if str(source).startswith(HUB):
         return dataset_files(str(source))
     path = Path(source)
@@ -61,7 +61,7 @@ def _reader(path: Path) -> Any:
 
 
 def _list(path: Path) -> Iterator[Record]:
-    """Of one JSON list, as Alpaca's file is; lines of objects may bear this ending too."""
+    """Records of a JSON list, as in Alpaca's file, or of JSON Lines with the ending .json."""
     try:
         with open_binary(path) as file:
             text = file.read()
@@ -93,7 +93,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _present(value: Any) -> Any:
-    """Without null fields: structs hold every field that any row has, null where it is absent."""
+    """The value without null fields: Parquet stores a field that a record lacks as null."""
     if isinstance(value, dict):
         return {key: _present(inner) for key, inner in value.items() if inner is not None}
     return [_present(inner) for inner in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What every typed configuration shares."""
+"""The base class of every configuration."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,10 +7,10 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Settings(BaseModel):
-    """A configuration object: each field has its meaning and default; an unknown key is an error.
+    """A configuration: fields with descriptions and defaults; an unknown key is an error.
 
-    A mapping given for a field changes the keys that it names; the others keep the values of the
-    field's own default, at every depth. An object given for a field replaces the default.
+    A mapping given for a field changes the keys that it names; all others keep the values of the
+    field's default, at every depth. An object given for a field replaces the default.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -20,22 +20,22 @@ class Settings(BaseModel):
     def _onto_defaults(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
-        fields = cls.model_fields
-        return {
-            name: _onto(fields[name].get_default(call_default_factory=True), value)
-            if name in fields and isinstance(value, Mapping)
-            else value
-            for name, value in given.items()
-        }
+        values = dict(given)
+        for name, value in given.items():
+            if name in cls.model_fields and isinstance(value, Mapping):
+                default = cls.model_fields[name].get_default(call_default_factory=True)
+                values[name] = _onto(default, value)
+        return values
 
 
 def _onto(default: Any, given: Any) -> Any:
-    """A given mapping over a default: settings keep what is not named, other mappings are replaced.
+    """Merge a given value into a default.
 
-    An entry of a replaced mapping, such as one network of a sweep, keeps what its namesake has.
+    Settings keep the fields that a given mapping does not name. Any other mapping is replaced, but
+    an entry of it, such as one network of a sweep, is merged into the default's entry of that name.
     """
     if not isinstance(given, Mapping) or not isinstance(default, BaseModel | Mapping):
         return given
-    own = dict(default)
-    named = {name: _onto(own.get(name), value) for name, value in given.items()}
-    return {**own, **named} if isinstance(default, BaseModel) else named
+    defaults = dict(default)
+    merged = {name: _onto(defaults.get(name), value) for name, value in given.items()}
+    return {**defaults, **merged} if isinstance(default, BaseModel) else merged

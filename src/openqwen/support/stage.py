@@ -1,12 +1,12 @@
 """What a stage is: a function from artifacts to an artifact.
 
-It is declared at the end of the file that does its work:
+Each stage is declared once, at the end of the file that does its work:
 
     STAGE = Stage(name="sft", help="Supervised fine-tuning.", config=SftConfig, run=run_sft, ...)
 
-The command line, the recipe's settings, the runner, the report, the planner and torchrun's ranks
-are all derived from that declaration. `recipe/graph.py` has one line for it, which says where in a
-recipe it stands.
+The command line, the recipe's settings, the runner, the report, the planner and the ranks under
+torchrun are derived from that declaration. One line in `recipe/graph.py` gives its place in a
+recipe.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,9 +18,9 @@ from pydantic import BaseModel
 
 CONVERSATION = 45  # tokens of a short conversation, for estimates
 
-CHAT = "chat"  # among the outputs of a stage: its model can be talked to
+CHAT = "chat"  # an output of stages whose model can chat
 _FILE = "a .jsonl, .json or .parquet file, hub:owner/name[:split]"
-# What to give for the inputs that several stages have.
+# Descriptions of inputs that several stages have.
 CORPUS = "A corpus artifact."
 TOKENIZER = "A folder with a tokenizer."
 TOKENS = "Token shards."
@@ -33,12 +33,18 @@ PROMPTS = f"Prompts: {_FILE}, or an instruct artifact."
 
 @dataclass(frozen=True)
 class StageRun:
-    """What one run of a stage gets.
+    """The arguments of one run of a stage.
 
-    inputs: role -> folder or file to read. output: an empty folder for the payload, renamed into
-    place when the stage returns. scratch: a folder that survives kills until the stage is finished;
-    training states go here, and a stage that finds one continues from it. Same config, seed and
-    input bytes must give the same output bytes.
+    The same config, seed and input bytes must give the same output bytes.
+
+    Args:
+        config: the stage's settings.
+        inputs: role -> folder or file to read.
+        output: an empty folder for the payload, renamed into place when the stage returns.
+        scratch: a folder that survives kills until the stage is finished. Training states are saved
+            here; a stage that finds one continues from it.
+        seed: of all random generators.
+        label: the stage's name in messages.
     """
 
     config: Any
@@ -49,20 +55,24 @@ class StageRun:
     label: str
 
     def data(self, role: str) -> Path:
-        """An input of records: the file itself, or `<role>.jsonl` in the artifact that holds it."""
+        """The file of an input of records: the input itself, or `<role>.jsonl` in an artifact."""
         given = self.inputs[role]
         return given / f"{role}.jsonl" if given.is_dir() else given
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What a stage has to do, before it has ever run; `recipe/estimate.py` makes seconds of it.
+    """An estimate of a stage's work before it runs; `recipe/estimate.py` converts it to seconds.
 
-    seconds: of work that is no network's. answers: short answers to sample. rows: length of a row
-    -> tokens to train on in such rows. micro_tokens: of the largest forward call. longest: tokens
-    of the longest record. beside: whole networks that stand beside the one that trains. data_from:
-    the section of the recipe that says how much data is made; a recipe without it trains on the
-    user's own.
+    Args:
+        seconds: of work without a network.
+        answers: short answers to sample.
+        rows: length of a row -> tokens to train on in rows of that length.
+        micro_tokens: tokens of the largest forward call.
+        longest: tokens of the longest record.
+        beside: other networks in memory while one trains, such as a reference model.
+        data_from: the section of the recipe that says how much data is made; a recipe without that
+            section trains on the user's data.
     """
 
     seconds: float = 0.0
@@ -76,15 +86,20 @@ class Effort:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's declaration.
+    """The declaration of a stage.
 
-    help: one line for the command line; a stage without it runs in a recipe only. config: its
-    settings; their section in a recipe bears the stage's name. inputs: role -> what to give for it.
-    outputs: the roles that its artifact can fill in later stages. run: returns the metrics, the
-    most telling first. trains_on_ranks: under torchrun every rank calls `run`, otherwise only the
-    first; its settings are a `TrainingConfig`. estimate: its effort, from a recipe's settings and
-    the roles that it is given. `name` and `help` are literals: `openqwen --help` reads them without
-    loading the file.
+    `name` and `help` must be literals: `openqwen --help` reads them without importing the file.
+
+    Args:
+        name: on the command line, in a recipe and in messages.
+        help: one line for the command line; a stage without it runs in recipes only.
+        config: class of its settings, whose section in a recipe has the stage's name.
+        inputs: role -> description of what to give.
+        outputs: roles that its artifact can fill in later stages.
+        run: does the work and returns metrics, the most important first.
+        trains_on_ranks: under torchrun every rank calls `run`, otherwise only the first one does.
+            Its settings are a `TrainingConfig`.
+        estimate: computes its effort from the recipe's settings and the roles that are given.
     """
 
     name: str

@@ -11,7 +11,7 @@ import tyro
 
 from openqwen.model import Qwen2, load_model, save_checkpoint
 from openqwen.model.gguf import Rounded, not_stored, save_gguf
-from openqwen.model.quantize import whole
+from openqwen.model.quantize import refuse_quantized
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, replace_folder
 from openqwen.support.hub import local
@@ -58,7 +58,7 @@ def convert(
     refuse(target, overwrite)
     path = local(source)
     with progress("reading", unit="weights") as work:
-        model = whole(load_model(path, dtype=None, advance=work.advance))
+        model = refuse_quantized(load_model(path, dtype=None, advance=work.advance))
     tokenizer = load_tokenizer(path)
     before = _dtype(model)
     target.parent.mkdir(parents=True, exist_ok=True)

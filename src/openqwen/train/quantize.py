@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from openqwen.model import load_model
-from openqwen.model.quantize import bits_per_weight, whole
+from openqwen.model.quantize import bits_per_weight, refuse_quantized
 from openqwen.model.quantize import quantize as quantized
 from openqwen.support.hub import local
 from openqwen.support.progress import console, progress
@@ -35,7 +35,7 @@ def quantize(
     refuse(target, overwrite)
     path = local(source)
     with progress("reading", unit="weights") as work:
-        model = whole(load_model(path, dtype=None, advance=work.advance))
+        model = refuse_quantized(load_model(path, dtype=None, advance=work.advance))
     tokenizer = load_tokenizer(path)
     made = quantized(model, to)
     target.parent.mkdir(parents=True, exist_ok=True)

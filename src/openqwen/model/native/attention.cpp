@@ -1,12 +1,16 @@
-// Grouped-query attention straight from the pages of a cache, for any number of sequences with any number of new
-// tokens each: rotary turn, page write, one exact softmax (Dao et al. 2022's blocks), Dual Chunk Attention included.
+// Grouped-query attention that reads the pages of a cache in place, for any number of sequences
+// with any number of new tokens each. It rotates queries and keys, writes the new keys and values
+// to their pages, and computes one exact softmax in blocks (Dao et al. 2022), with Dual Chunk
+// Attention too.
 //
-// Shapes: H query heads, K key/value heads, G = H / K, d head width, S slots of a page. Keys lie transposed in a page,
-// [K, d, S]: sixteen keys are one vector, and a score needs no sum across lanes. Values lie [K, S, d].
+// Shapes: H query heads, K key/value heads, G = H / K, d head width, S slots of a page. A page
+// holds keys transposed, [K, d, S], so that sixteen keys are one vector and a score needs no sum
+// across lanes. Values lie [K, S, d].
 //
-// A row is one query head of one token. Its result is a pure function of its own query and keys: a score is a chain of
-// fused multiply-adds over d, keys are taken in blocks of 256 by absolute position, each block has its own maximum,
-// sum and output, and blocks are merged in ascending order. Who shares a tile, a call or a thread changes no bit.
+// A row is one query head of one token. Its result depends on its own query and keys alone, to the
+// bit: a score is a chain of fused multiply-adds over d; keys are taken in blocks of 256 by
+// absolute position; each block has its own maximum, sum and output; blocks are merged in ascending
+// order. So it does not matter which rows share a tile, a call or a thread.
 #include <algorithm>
 #include <limits>
 #include <vector>
@@ -18,27 +22,30 @@
 namespace openqwen {
 namespace {
 
-constexpr int kBlock = 256;      // keys of one softmax block
+constexpr int kBlock = 256;  // keys of one softmax block
 constexpr int kTiles = kBlock / kLanes;
-constexpr int kTileRows = 64;    // rows that share a pass over the keys, at least one token's
+constexpr int kTileRows = 64;  // rows that share a pass over the keys; one token may have more
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// ---- writing -------------------------------------------------------------------------------------------------------
+// ---- writing -----------------------------------------------------------------------------------
 
 int8_t round_to_int8(float x) { return static_cast<int8_t>(std::lrintf(x)); }
 
-// The scale that maps the row onto −127 … 127; NaN where the row has one, so that it is not lost.
+// The scale that maps a row onto −127 … 127. It is NaN where a number of the row is NaN or
+// infinite, which int8 could not store.
 float scale_of(const float* x, int64_t n) {
   float most = 0, broken = 0;
   for (int64_t i = 0; i < n; ++i) {
     most = std::max(most, std::fabs(x[i]));
-    broken += x[i] - x[i];
+    broken += x[i] - x[i];  // 0, or NaN
   }
   return most / 127 + broken;
 }
 
-// x[d] turned by cos and sin [d/2], times `scale`, to out[i · stride].
-void turn(const float* x, const float* cos, const float* sin, int64_t d, float scale, float* out, int64_t stride) {
+// Rotates x [d] by cos and sin [d/2], multiplies by `scale` and writes element i to out[i ·
+// stride].
+void rotate(const float* x, const float* cos, const float* sin, int64_t d, float scale, float* out,
+            int64_t stride) {
   const int64_t half = d / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float a = x[i], b = x[i + half];
@@ -47,23 +54,24 @@ void turn(const float* x, const float* cos, const float* sin, int64_t d, float s
   }
 }
 
-// One new token's key and value of one head into its page.
-void write(const PagedCall& c, int64_t layer, int64_t row, int64_t page, int64_t slot, int64_t head, const float* k,
-           const float* v, float* scratch) {
+// Writes the key and the value of one head of one new token to its page.
+void write(const PagedCall& c, int64_t layer, int64_t row, int64_t page, int64_t slot, int64_t head,
+           const float* k, const float* v, float* scratch) {
   const int64_t d = c.width, S = c.slots, half = d / 2;
-  const int64_t place = (layer * c.pages + page) * c.kv_heads + head;  // of the head's part of the page
-  const float *cos = c.key_turn[0] + row * half, *sin = c.key_turn[1] + row * half;
+  const int64_t place =
+      (layer * c.pages + page) * c.kv_heads + head;  // the head's part of the page
+  const float *cos = c.key_cos + row * half, *sin = c.key_sin + row * half;
   if (!c.key_scales) {
-    turn(k, cos, sin, d, 1, static_cast<float*>(c.keys) + place * d * S + slot, S);
+    rotate(k, cos, sin, d, 1, static_cast<float*>(c.keys) + place * d * S + slot, S);
     std::memcpy(static_cast<float*>(c.values) + (place * S + slot) * d, v, d * sizeof(float));
     return;
   }
-  if (c.key_bias) {
+  if (c.key_bias) {  // the bias may be a hundred times the rest; it is never rounded, see read_keys
     const float* bias = c.key_bias + (layer * c.kv_heads + head) * d;
     for (int64_t i = 0; i < d; ++i) scratch[d + i] = k[i] - bias[i];
     k = scratch + d;
   }
-  turn(k, cos, sin, d, 1, scratch, 1);
+  rotate(k, cos, sin, d, 1, scratch, 1);
   const float scale = scale_of(scratch, d), inverse = scale > 0 ? 1 / scale : 0;
   int8_t* key = static_cast<int8_t*>(c.keys) + place * d * S + slot;
   for (int64_t i = 0; i < d; ++i) key[i * S] = round_to_int8(scratch[i] * inverse);
@@ -74,9 +82,10 @@ void write(const PagedCall& c, int64_t layer, int64_t row, int64_t page, int64_t
   c.value_scales[place * S + slot] = value_scale;
 }
 
-// ---- micro-kernels -------------------------------------------------------------------------------------------------
+// ---- micro-kernels -----------------------------------------------------------------------------
 
-// Scores of R rows against sixteen keys. q: [d, kRows] of which R are real; keys: d rows of sixteen, `stride` apart.
+// Scores of R rows with sixteen keys. q: [d, kRows], of which R rows are used; keys: d vectors of
+// sixteen, `stride` apart.
 template <int R>
 void score(const float* q, const float* keys, int64_t stride, int64_t d, float* out) {
   Lanes sums[R];
@@ -91,7 +100,8 @@ void score(const float* q, const float* keys, int64_t stride, int64_t d, float* 
 inline Lanes read(const float* p) { return load(p); }
 inline Lanes read(const int8_t* p) { return from_int8(p); }
 
-// out[R, d] = weights[R, count] · values[count, d], values in tiles of sixteen; V vectors of d at once.
+// out[R, d] = weights[R, count] · values[count, d], with the values in tiles of sixteen. The R × V
+// sums stay in registers while all values pass by; V vectors of d are done at a time.
 template <int R, int V, class Value>
 void weigh(const float* weights, const Value* const* tiles, int count, int64_t d, float* out) {
   for (int64_t at = 0; at < d; at += V * kLanes) {
@@ -113,30 +123,35 @@ void weigh(const float* weights, const Value* const* tiles, int count, int64_t d
 }
 
 template <int R>
-void score_rows(int rows, const float* q, const float* keys, int64_t stride, int64_t d, float* out) {
+void score_rows(int rows, const float* q, const float* keys, int64_t stride, int64_t d,
+                float* out) {
   if (rows == R) return score<R>(q, keys, stride, d, out);
   if constexpr (R > 1) score_rows<R - 1>(rows, q, keys, stride, d, out);
 }
 
 template <int R, class Value>
-void weigh_rows(int rows, const float* weights, const Value* const* tiles, int count, int64_t d, float* out) {
+void weigh_rows(int rows, const float* weights, const Value* const* tiles, int count, int64_t d,
+                float* out) {
   if (rows == R)
-    return d % (2 * kLanes) ? weigh<R, 1>(weights, tiles, count, d, out) : weigh<R, 2>(weights, tiles, count, d, out);
+    return d % (2 * kLanes) ? weigh<R, 1>(weights, tiles, count, d, out)
+                            : weigh<R, 2>(weights, tiles, count, d, out);
   if constexpr (R > 1) weigh_rows<R - 1>(rows, weights, tiles, count, d, out);
 }
 
-// ---- one block of keys ---------------------------------------------------------------------------------------------
+// ---- one task ----------------------------------------------------------------------------------
 
-// Some query tokens of one sequence, all in one chunk, with the heads that share one key head; and some blocks of keys.
+// Some query tokens of one sequence, all in one chunk, with the query heads that share one key
+// head, and some blocks of their keys.
 struct Task {
-  int64_t sequence, row, at, tokens, head;  // row: of its first token in the call; at: its position
-  int64_t first_block, last_block;          // [first, last)
-  float* parts;                             // where blocks leave their results unmerged, or null
+  int64_t sequence, row, at, tokens, head;  // row: of the first token in the call; at: its position
+  int64_t first_block, last_block;          // the last is excluded
+  float* parts;                             // where to write each block's result unmerged, or null
 };
 
 struct Scratch {
-  std::vector<float> queries[kTurns], scores, block, total, keys, values, bias;
-  std::vector<float> most, sums, block_most, block_sums;  // of each row: what its scores are taken less, and Σ exp
+  std::vector<float> queries[kRotations], scores, block, total, keys, values, bias;
+  // For each row the largest score and Σ exp(score − largest): so far, and of the current block.
+  std::vector<float> most, sums, block_most, block_sums;
 
   void fit(int64_t rows, int64_t d) {
     const size_t padded = (rows + kRows - 1) / kRows * kRows;
@@ -154,15 +169,20 @@ struct Scratch {
 class Attention {
  public:
   Attention(const PagedCall& call, int64_t layer, const Task& task, Scratch& scratch)
-      : c(call), t(task), s(scratch), layer(layer), group(c.heads / c.kv_heads), rows(t.tokens * group) {
+      : c(call),
+        t(task),
+        s(scratch),
+        layer(layer),
+        group(c.heads / c.kv_heads),
+        rows(t.tokens * group) {
     s.fit(rows, c.width);
     chunk_len = c.chunk_lens ? c.chunk_lens[t.sequence] : 0;
     chunk = chunk_len ? t.at / chunk_len : 0;
   }
 
-  // q: [rows of the call, H, d], token rows `stride` apart; out: [rows of the call, H, d].
+  // q: [rows of the call, H, d], rows `stride` apart; out: [rows of the call, H, d].
   void run(const float* q, int64_t stride, float* out) {
-    turn_queries(q, stride);
+    rotate_queries(q, stride);
     begin();
     const int64_t d = c.width;
     float *most = s.block_most.data(), *sums = s.block_sums.data(), *block = s.block.data();
@@ -180,36 +200,41 @@ class Attention {
     if (!t.parts) finish(out);
   }
 
-  // What `run` left in `parts`, all blocks of the row, in ascending order.
+  // Merges what `run` wrote to `parts`: all blocks of the rows, in ascending order.
   void collect(const float* parts, int64_t blocks, float* out) {
     begin();
-    for (int64_t b = 0; b < blocks; ++b, parts += rows * (c.width + 2)) merge(parts, parts + rows, parts + 2 * rows);
+    for (int64_t b = 0; b < blocks; ++b, parts += rows * (c.width + 2))
+      merge(parts, parts + rows, parts + 2 * rows);
     finish(out);
   }
 
  private:
-  // Turned the ways that this chunk needs, times 1/√d, packed [rows / kRows, d, kRows].
-  void turn_queries(const float* q, int64_t stride) {
+  // Rotates the queries in each way that their chunk needs, times 1/√d, packed [rows / kRows, d,
+  // kRows].
+  void rotate_queries(const float* q, int64_t stride) {
     const int64_t d = c.width, half = d / 2;
     const float scale = 1 / std::sqrt(static_cast<float>(d));
-    for (int way = 0; way <= std::min<int64_t>(chunk, kTurns - 1); ++way)
+    for (int way = 0; way <= std::min<int64_t>(chunk, kRotations - 1); ++way)
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t token = t.row + i / group, head = t.head * group + i % group;
-        const float* const* tables = c.query_turns[way];
+        const float *cos = c.query_cos[way] + token * half, *sin = c.query_sin[way] + token * half;
         float* packed = s.queries[way].data() + i / kRows * kRows * d + i % kRows;
-        turn(q + token * stride + head * d, tables[0] + token * half, tables[1] + token * half, d, scale, packed,
-             kRows);
+        rotate(q + token * stride + head * d, cos, sin, d, scale, packed, kRows);
       }
   }
 
-  // One block: its maximum and sum of each row, and its output in s.block. A row that sees none of it: −∞.
+  // Attends to one block of keys: the maximum and the sum of each row, and its output in s.block. A
+  // row that sees none of the block has the maximum −∞.
   void attend(int64_t block, float* most, float* sums) {
     const int64_t d = c.width, S = c.slots, start = block * kBlock;
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, t.at + t.tokens - start));  // keys seen by any row
+    // Keys that at least one row sees.
+    const int count = static_cast<int>(std::min<int64_t>(kBlock, t.at + t.tokens - start));
     const int tiles = (count + kLanes - 1) / kLanes;
     const float* values[kTiles];
-    const int8_t* bytes[kTiles];  // values of int8 that few rows read, as they lie in the page
+    const int8_t* bytes[kTiles];  // values of int8, as they lie in the page
     const float* value_scales[kTiles];
+    // Few rows read int8 values once, so they convert them on the way. More rows would convert them
+    // again for each kRows, so they are converted once, to s.values.
     const bool few = c.key_scales && rows <= kRows;
     for (int n = 0; n < tiles; ++n) {
       const int64_t at = start + n * kLanes;
@@ -227,29 +252,37 @@ class Attention {
         if (!few) values[n] = read_values(bytes[n], std::min(count - n * kLanes, kLanes), n);
         value_scales[n] = c.value_scales + place * S + slot;
       }
+      // By how many chunks the keys are behind the query chooses its rotation. A tile of sixteen
+      // lies in one chunk, since chunk_len is a multiple of 16.
       const int64_t ahead = chunk_len ? chunk - at / chunk_len : 0;
-      const float* queries = s.queries[std::min<int64_t>(ahead, kTurns - 1)].data();
+      const float* queries = s.queries[std::min<int64_t>(ahead, kRotations - 1)].data();
       for (int64_t r = 0; r < rows; r += kRows)
-        score_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), queries + r * d, keys, stride, d,
-                          s.scores.data() + r * kBlock + n * kLanes);
+        score_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), queries + r * d,
+                          keys, stride, d, s.scores.data() + r * kBlock + n * kLanes);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t limit = std::min<int64_t>(count, t.at + r / group + 1 - start);
-      most[r] = weights(s.scores.data() + r * kBlock, static_cast<int>(std::max<int64_t>(limit, 0)), tiles,
-                        value_scales, &sums[r]);
+      most[r] = weights(s.scores.data() + r * kBlock, static_cast<int>(std::max<int64_t>(limit, 0)),
+                        tiles, value_scales, &sums[r]);
     }
-    if (few) return weigh_rows<kRows>(static_cast<int>(rows), s.scores.data(), bytes, count, d, s.block.data());
+    if (few)
+      return weigh_rows<kRows>(static_cast<int>(rows), s.scores.data(), bytes, count, d,
+                               s.block.data());
     for (int64_t r = 0; r < rows; r += kRows)
-      weigh_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)), s.scores.data() + r * kBlock, values,
-                        count, d, s.block.data() + r * d);
+      weigh_rows<kRows>(static_cast<int>(std::min<int64_t>(kRows, rows - r)),
+                        s.scores.data() + r * kBlock, values, count, d, s.block.data() + r * d);
   }
 
-  // Scores → exp(score − maximum), times the values' scales where they have them; only the first `limit` are seen.
-  float weights(float* scores, int limit, int tiles, const float* const* value_scales, float* total) {
+  // Replaces scores by exp(score − maximum), of which the first `limit` are seen and the others are
+  // 0; returns the maximum and puts the sum into `total`. The scales of int8 values are multiplied
+  // in here, after the sum, so that the values need only be converted.
+  float weights(float* scores, int limit, int tiles, const float* const* value_scales,
+                float* total) {
     const int full = limit / kLanes;
     Lanes top = all(kNone);
     for (int n = 0; n < full; ++n) top = larger(top, load(scores + n * kLanes));
-    if (limit % kLanes) top = larger(top, first(load(scores + full * kLanes), limit % kLanes, kNone));
+    if (limit % kLanes)
+      top = larger(top, first(load(scores + full * kLanes), limit % kLanes, kNone));
     const float most = limit ? largest(top) : 0;
     const Lanes shift = all(most);
     Lanes sums = all(0);
@@ -266,20 +299,25 @@ class Attention {
     return limit ? most : kNone;
   }
 
-  // Sixteen keys of int8 → s.keys, [d, 16], with their bias at its position.
+  // Converts sixteen keys of int8 to s.keys, [d, 16], and adds the key bias, rotated to their
+  // positions.
+  //
+  // A rotated key is R(p)(W x + b) = R(p) W x + R(p) b. Only the first term was rounded to int8.
   void read_keys(int64_t place, int64_t slot, int64_t at) {
     const int64_t d = c.width, S = c.slots, half = d / 2;
     const int8_t* keys = static_cast<const int8_t*>(c.keys) + place * d * S + slot;
     const Lanes scale = load(c.key_scales + place * S + slot);
     if (!c.key_bias) {
-      for (int64_t i = 0; i < d; ++i) store(s.keys.data() + i * kLanes, scale * from_int8(keys + i * S));
+      for (int64_t i = 0; i < d; ++i)
+        store(s.keys.data() + i * kLanes, scale * from_int8(keys + i * S));
       return;
     }
-    // R(p) b for p = base + 0 … 15: turned to the base once, then by the steps, which all tiles share.
+    // R(p) b for p = base + 0 … 15: b is rotated to the base once, then by 0 … 15 steps. Rotations
+    // add up, so two small tables serve all positions and no cos or sin is computed here.
     const float* base = c.bias_bases[t.sequence] + (chunk_len ? at % chunk_len : at) / kLanes * d;
     const float* steps = c.bias_steps[t.sequence];
     float* bias = s.bias.data();
-    turn(c.key_bias + (layer * c.kv_heads + t.head) * d, base, base + half, d, 1, bias, 1);
+    rotate(c.key_bias + (layer * c.kv_heads + t.head) * d, base, base + half, d, 1, bias, 1);
     for (int64_t i = 0; i < half; ++i) {
       const Lanes cos = load(steps + i * kLanes), sin = load(steps + (half + i) * kLanes);
       const Lanes a = all(bias[i]), b = all(bias[i + half]);
@@ -289,7 +327,8 @@ class Attention {
     }
   }
 
-  // The `seen` first values of the block's n-th tile as floats, not yet times their scales, [16, d].
+  // Converts the first `seen` values of the block's n-th tile to floats, [16, d], without their
+  // scales.
   const float* read_values(const int8_t* values, int seen, int n) {
     float* out = s.values.data() + n * kLanes * c.width;
     for (int64_t i = 0; i < seen * c.width; i += kLanes) store(out + i, from_int8(values + i));
@@ -302,7 +341,8 @@ class Attention {
     std::fill_n(s.total.begin(), rows * c.width, 0.0f);
   }
 
-  // The one softmax over what came before and one block more.
+  // Extends the softmax by one block: sums and outputs of both sides are scaled to their common
+  // maximum. Always called in ascending order of the blocks, so the rounding is always the same.
   void merge(const float* most, const float* sums, const float* block) {
     const int64_t d = c.width;
     for (int64_t r = 0; r < rows; ++r) {
@@ -317,12 +357,14 @@ class Attention {
     }
   }
 
+  // Divides by the sums and writes the rows to `out`.
   void finish(float* out) {
     const int64_t d = c.width;
     for (int64_t r = 0; r < rows; ++r) {
       float* row = out + ((t.row + r / group) * c.heads + t.head * group + r % group) * d;
       const Lanes share = all(1 / s.sums[r]);
-      for (int64_t i = 0; i < d; i += kLanes) store(row + i, load(s.total.data() + r * d + i) * share);
+      for (int64_t i = 0; i < d; i += kLanes)
+        store(row + i, load(s.total.data() + r * d + i) * share);
     }
   }
 
@@ -333,11 +375,11 @@ class Attention {
 };
 
 Scratch& scratch() {
-  static thread_local Scratch own;
-  return own;
+  static thread_local Scratch scratch;
+  return scratch;
 }
 
-// Every sequence's new tokens in tiles that do not cross a chunk, each with each key head.
+// One task for each key head and each run of new tokens, which stay within one chunk.
 std::vector<Task> tasks_of(const PagedCall& c) {
   const int64_t group = c.heads / c.kv_heads, most = std::max<int64_t>(1, kTileRows / group);
   std::vector<Task> tasks;
@@ -358,9 +400,11 @@ std::vector<Task> tasks_of(const PagedCall& c) {
   return tasks;
 }
 
-// Long sequences with few new tokens leave cores idle: their keys are read in parts, merged after all are done.
+// A task whose blocks are done as several tasks, because there are too few tasks for all threads:
+// long sequences with few new tokens. Each block leaves its result in `parts`, and they are merged
+// in order at the end, so that the bits are those of one task.
 struct Split {
-  Task whole;
+  Task task;
   std::vector<float> parts;
 };
 
@@ -391,39 +435,46 @@ std::vector<Split> split(const PagedCall& c, std::vector<Task>& tasks) {
   return splits;
 }
 
-void write_all(const PagedCall& c, int64_t layer, const float* k, int64_t k_stride, const float* v, int64_t v_stride) {
+void write_all(const PagedCall& c, int64_t layer, const float* k, int64_t k_stride, const float* v,
+               int64_t v_stride) {
   std::vector<std::pair<int64_t, int64_t>> places;  // page and slot of each row
   places.reserve(c.rows);
   for (int64_t b = 0; b < c.sequences; ++b)
     for (int64_t at = c.totals[b] - c.counts[b]; at < c.totals[b]; ++at)
       places.emplace_back(c.tables[b * c.table_width + at / c.slots], at % c.slots);
-  constexpr int64_t kSome = 32;  // rows that a thread takes at once
-  parallel_for(c.rows, kSome, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kGrain = 32;  // rows that a thread takes at once
+  parallel_for(c.rows, kGrain, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(2 * c.width);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t head = 0; head < c.kv_heads; ++head)
-        write(c, layer, row, places[row].first, places[row].second, head, k + row * k_stride + head * c.width,
-              v + row * v_stride + head * c.width, scratch.data());
+        write(c, layer, row, places[row].first, places[row].second, head,
+              k + row * k_stride + head * c.width, v + row * v_stride + head * c.width,
+              scratch.data());
   });
 }
 
 }  // namespace
 }  // namespace openqwen
 
-// q: [rows, H, d], k and v: [rows, K, d], unturned; their rows (tokens) `stride` floats apart. out: [rows, H, d].
-extern "C" void openqwen_paged_attention(const openqwen::PagedCall* call, int64_t layer, const float* q,
-                                         int64_t q_stride, const float* k, int64_t k_stride, const float* v,
-                                         int64_t v_stride, float* out) {
+// Attention of the call's new tokens in one layer; their keys and values enter the cache first.
+//
+// q: [rows, H, d], k and v: [rows, K, d], not rotated; rows are `stride` floats apart. out: [rows,
+// H, d].
+extern "C" void openqwen_paged_attention(const openqwen::PagedCall* call, int64_t layer,
+                                         const float* q, int64_t q_stride, const float* k,
+                                         int64_t k_stride, const float* v, int64_t v_stride,
+                                         float* out) {
   using namespace openqwen;
   const PagedCall& c = *call;
   write_all(c, layer, k, k_stride, v, v_stride);
   std::vector<Task> tasks = tasks_of(c);
   const std::vector<Split> splits = split(c, tasks);
   const int64_t count = static_cast<int64_t>(tasks.size());
-  Pool::shared().run(count, [&](int64_t n) {  // the last of a sequence have most to do: they go first
+  // The last tokens of a sequence see the most keys, so their tasks start first.
+  Pool::shared().run(count, [&](int64_t n) {
     const Task& task = tasks[count - 1 - n];
     Attention(c, layer, task, scratch()).run(q, q_stride, out);
   });
   for (const Split& s : splits)
-    Attention(c, layer, s.whole, scratch()).collect(s.parts.data(), s.whole.last_block, out);
+    Attention(c, layer, s.task, scratch()).collect(s.parts.data(), s.task.last_block, out);
 }

@@ -1,5 +1,6 @@
-// All layers of a packed network in one call: what lies between their matrices and attention never meets Python.
-// The steps are quantize.py's QuantizedLayer's own, with the same kernels, so the bits are the same. C ABI.
+// All layers of a packed network in one call, so that no Python runs between the matrices.
+//
+// The steps and their kernels are those of QuantizedLayer in quantize.py, so the bits are the same.
 
 #include "layers.h"
 
@@ -9,30 +10,36 @@
 namespace openqwen {
 namespace {
 
-constexpr int64_t kSome = 256;  // rows that pass through a feed-forward network at once, so that they stay in the cache
+// Rows that pass through a feed-forward network at once, so that what lies between its two matrices
+// stays in the processor's cache. quantize.py has the same number.
+constexpr int64_t kFeedForwardRows = 256;
 
 }  // namespace
 }  // namespace openqwen
 
-// x: [rows, D], the embedded tokens, in place; `call` has as many rows.
-extern "C" void openqwen_layers(const openqwen::PagedCall* call, const openqwen::Layer* layers, int64_t count, float* x) {
+// x: [rows, D], the embedded tokens; overwritten by the last layer's output. `call` has as many
+// rows.
+extern "C" void openqwen_layers(const openqwen::PagedCall* call, const openqwen::LayerCall* layers,
+                                int64_t count, float* x) {
   using namespace openqwen;
-  const int64_t rows = call->rows, q = call->heads * call->width, kv = call->kv_heads * call->width, all = q + 2 * kv;
-  thread_local std::vector<float> heads, attended, inner;
-  heads.resize(rows * all);
-  attended.resize(rows * q);
+  const int64_t rows = call->rows;
+  const int64_t q_width = call->heads * call->width, kv_width = call->kv_heads * call->width;
+  const int64_t qkv_width = q_width + 2 * kv_width;
+  thread_local std::vector<float> qkv, attended, inner;
+  qkv.resize(rows * qkv_width);
+  attended.resize(rows * q_width);
   for (int64_t n = 0; n < count; ++n) {
-    const Layer& layer = layers[n];
-    openqwen_linear(layer.qkv, x, rows, nullptr, heads.data());
-    openqwen_paged_attention(call, n, heads.data(), all, heads.data() + q, all, heads.data() + q + kv, all,
-                             attended.data());
+    const LayerCall& layer = layers[n];
+    openqwen_linear(layer.qkv, x, rows, nullptr, qkv.data());
+    const float *q = qkv.data(), *k = q + q_width, *v = k + kv_width;
+    openqwen_paged_attention(call, n, q, qkv_width, k, qkv_width, v, qkv_width, attended.data());
     openqwen_linear(layer.o, attended.data(), rows, x, x);
-    inner.resize(std::min(rows, kSome) * layer.gate_up->outputs);
-    for (int64_t m = 0; m < rows; m += kSome) {
-      float* some = x + m * layer.o->outputs;
-      const int64_t these = std::min(kSome, rows - m);
-      openqwen_linear(layer.gate_up, some, these, nullptr, inner.data());
-      openqwen_linear(layer.down, inner.data(), these, some, some);
+    inner.resize(std::min(rows, kFeedForwardRows) * layer.gate_up->outputs);
+    for (int64_t first = 0; first < rows; first += kFeedForwardRows) {
+      float* part = x + first * layer.o->outputs;
+      const int64_t part_rows = std::min(kFeedForwardRows, rows - first);
+      openqwen_linear(layer.gate_up, part, part_rows, nullptr, inner.data());
+      openqwen_linear(layer.down, inner.data(), part_rows, part, part);
     }
   }
 }

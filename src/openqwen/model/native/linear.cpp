@@ -1,8 +1,9 @@
-// y = W f(x) + b (+ residual), W quantised; f: nothing, RMSNorm, or SwiGLU. C ABI, called by kernels.py.
+// y = W f(x) + bias (+ residual) with a quantised W; f is nothing, RMSNorm or SwiGLU.
 //
-// Activations become signed bytes on the way in, a scale for each group of each row. Bytes are multiplied and added
-// exactly within a group; groups add up in float32 in their order. An output is therefore a function of its own row and
-// of the weights alone: the same bits in any batch, on any number of threads, by any of the three instruction sets.
+// f(x) is rounded to signed bytes, with one scale for each group of each row. Within a group bytes
+// are multiplied and added exactly, as integers; the groups' sums are scaled and added in float32,
+// in ascending order. So an output depends on its own row and on the weights alone: the same bits
+// in any batch, on any number of threads, with any of the three instruction sets.
 
 #include <algorithm>
 #include <atomic>
@@ -18,17 +19,18 @@
 namespace openqwen {
 namespace {
 
-constexpr int64_t kSlab = 512;                  // rows whose activations are held as bytes at one time
-constexpr int64_t kCached = 384 * 1024;         // bytes of activations that stay near a core while tiles pass by
-constexpr int64_t kTransform = 32 * 1024;       // inputs that one thread turns into bytes at a time, at least
+constexpr int64_t kSlab = 512;                 // rows that are held as bytes at one time
+constexpr int64_t kCached = 384 * 1024;        // bytes of activations that stay in a core's cache
+constexpr int64_t kRoundedInputs = 32 * 1024;  // inputs that a thread rounds at a time, at least
 
-// A group of a row: its scale, and −zero · Σ q, where every sum of products begins.
+// A group of a row of activations q · scale. Weights are stored as w + kZero, and
+// Σ w q = Σ (w + kZero) q − kZero Σ q, so every sum of products starts at offset = −kZero Σ q.
 struct Group {
   float scale;
   int32_t offset;
 };
 
-// `count` numbers, or sixteen if there are more; zeros where there are fewer.
+// The first `count` numbers, at most sixteen; the other lanes are 0.
 Lanes load_up_to(const float* x, int64_t count) {
   if (count >= kLanes) return load(x);
   float some[kLanes] = {};
@@ -36,8 +38,8 @@ Lanes load_up_to(const float* x, int64_t count) {
   return load(some);
 }
 
-// Both write whole sixteens to `out`: beyond the width, zeros.
-void rms_norm(const float* x, const Linear& linear, float* out) {
+// rms_norm and swiglu write full vectors of sixteen to `out`; beyond the width they write zeros.
+void rms_norm(const float* x, const LinearCall& linear, float* out) {
   const int64_t width = linear.inputs;
   Lanes squares = all(0);
   for (int64_t k = 0; k < width; k += kLanes) {
@@ -59,14 +61,14 @@ void swiglu(const float* x, int64_t width, float* out) {
   }
 }
 
-// out: the group's bytes.
+// Rounds a group to bytes. A group with a NaN or an infinite number gets the scale NaN.
 template <class Format>
 Group to_bytes(const float* x, int8_t* out) {
   Lanes most = all(0), nothing = all(0);
   for (int k = 0; k < Format::kGroup; k += kLanes) {
     const Lanes v = load(x + k);
     most = larger(magnitude(v), most);
-    nothing = nothing + v * all(0);  // not a number, where one of them is none or infinite
+    nothing = nothing + v * all(0);  // 0 · v is NaN where v is NaN or infinite
   }
   const float top = largest(most), scale = top / 127.0f + sum(nothing);
   if (scale != scale) return {scale, 0};
@@ -80,37 +82,42 @@ Group to_bytes(const float* x, int8_t* out) {
   return {scale, -kZero * int32_t(sum(total))};
 }
 
-// The bytes of a slab of rows, [rows, groups · kGroup], and their groups, [rows, groups].
+// The bytes of some rows, [rows, groups · kGroup], and their groups, [rows, groups].
 struct Activations {
   std::vector<int8_t> bytes;
   std::vector<Group> groups;
 };
 
 template <class Format>
-void prepare(const Linear& linear, const float* x, int64_t rows, Activations& to) {
+void prepare(const LinearCall& linear, const float* x, int64_t rows, Activations& to) {
   const int64_t groups = pieces(linear.inputs, Format::kGroup), padded = groups * Format::kGroup;
-  const int64_t stride = linear.before == kSwiglu ? 2 * linear.inputs : linear.inputs;
+  const int64_t stride = linear.transform == kSwiglu ? 2 * linear.inputs : linear.inputs;
   to.bytes.resize(rows * padded);
   to.groups.resize(rows * groups);
-  parallel_for(rows, pieces(kTransform, padded), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, pieces(kRoundedInputs, padded), [&](int64_t begin, int64_t end) {
     thread_local std::vector<float> row;
     row.assign(padded, 0.0f);
     for (int64_t m = begin; m < end; ++m) {
       const float* from = x + m * stride;
-      if (linear.before == kNorm) rms_norm(from, linear, row.data());
-      if (linear.before == kSwiglu) swiglu(from, linear.inputs, row.data());
-      if (linear.before == kNothing) std::copy(from, from + linear.inputs, row.data());
+      if (linear.transform == kRmsNorm) rms_norm(from, linear, row.data());
+      if (linear.transform == kSwiglu) swiglu(from, linear.inputs, row.data());
+      if (linear.transform == kNoTransform) std::copy(from, from + linear.inputs, row.data());
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t at = g * Format::kGroup;
-        to.groups[m * groups + g] = to_bytes<Format>(row.data() + at, to.bytes.data() + m * padded + at);
+        to.groups[m * groups + g] =
+            to_bytes<Format>(row.data() + at, to.bytes.data() + m * padded + at);
       }
     }
   });
 }
 
 // A few rows times one tile: [Rows, 32].
+//
+// Each weight is loaded and unpacked once for all rows. A row has two accumulators, one for each
+// half of the tile, which stay in registers over the whole group.
 template <class V, class Format, int Rows>
-void block(const uint8_t* tile, const int8_t* bytes, const Group* group, int64_t groups, float (*out)[kTile]) {
+void block(const uint8_t* tile, const int8_t* bytes, const Group* group, int64_t groups,
+           float (*out)[kTile]) {
   const int64_t width = groups * Format::kGroup;
   typename V::F sum[Rows][2];
 #pragma GCC unroll 8
@@ -166,8 +173,8 @@ void block(const uint8_t* tile, const int8_t* bytes, const Group* group, int64_t
 }
 
 template <class V, class Format, int Rows = V::kRows>
-void block_of(int64_t rows, const uint8_t* tile, const int8_t* bytes, const Group* group, int64_t groups,
-              float (*out)[kTile]) {
+void block_of(int64_t rows, const uint8_t* tile, const int8_t* bytes, const Group* group,
+              int64_t groups, float (*out)[kTile]) {
   if constexpr (Rows > 1) {
     if (rows < Rows) return block_of<V, Format, Rows - 1>(rows, tile, bytes, group, groups, out);
   }
@@ -175,32 +182,39 @@ void block_of(int64_t rows, const uint8_t* tile, const int8_t* bytes, const Grou
 }
 
 template <class V, class Format>
-void multiply(const Linear& linear, const Activations& from, int64_t rows, const float* residual, float* out) {
-  const int64_t groups = pieces(linear.inputs, Format::kGroup), tiles = pieces(linear.outputs, kTile);
+void multiply(const LinearCall& linear, const Activations& from, int64_t rows,
+              const float* residual, float* out) {
+  const int64_t groups = pieces(linear.inputs, Format::kGroup);
+  const int64_t tiles = pieces(linear.outputs, kTile);
   const int64_t width = groups * Format::kGroup, n = linear.outputs;
-  const int64_t near = std::max<int64_t>(kCached / width / V::kRows, 1) * V::kRows, parts = pieces(rows, near);
-  // One block of rows waits for memory, which likes long runs; more rows are worth sharing out finely.
-  const int64_t grain = rows <= V::kRows ? pieces(tiles, 4) : std::clamp<int64_t>(tiles / 16, 1, 16);
+  // Rows are taken in parts whose activations stay in the cache while all tiles pass by.
+  const int64_t part_rows = std::max<int64_t>(kCached / width / V::kRows, 1) * V::kRows;
+  const int64_t parts = pieces(rows, part_rows);
+  // With few rows, as in decoding, the product waits for memory, which is fastest in long runs.
+  // With more rows it waits for arithmetic, which finer pieces share out more evenly.
+  const int64_t grain =
+      rows <= V::kRows ? pieces(tiles, 4) : std::clamp<int64_t>(tiles / 16, 1, 16);
   const int64_t ranges = pieces(tiles, grain);
   Pool::shared().run(parts * ranges, [&](int64_t piece) {
-    const int64_t first = piece / ranges * near, last = std::min(first + near, rows);
+    const int64_t first = piece / ranges * part_rows, last = std::min(first + part_rows, rows);
     const int64_t begin = piece % ranges * grain, end = std::min(begin + grain, tiles);
-    alignas(64) float found[V::kRows][kTile];
+    alignas(64) float sums[V::kRows][kTile];
     for (int64_t t = begin; t < end; ++t) {
       const uint8_t* tile = linear.packed + t * groups * Format::kBytes;
       const int64_t column = t * kTile, columns = std::min<int64_t>(kTile, n - column);
       for (int64_t m = first; m < last; m += V::kRows) {
         const int64_t count = std::min<int64_t>(V::kRows, last - m);
-        block_of<V, Format>(count, tile, from.bytes.data() + m * width, from.groups.data() + m * groups, groups, found);
+        block_of<V, Format>(count, tile, from.bytes.data() + m * width,
+                            from.groups.data() + m * groups, groups, sums);
         for (int64_t r = 0; r < count; ++r) {
           const int64_t at = (m + r) * n + column;
           if (linear.bias) {
-            for (int64_t i = 0; i < columns; ++i) found[r][i] += linear.bias[column + i];
+            for (int64_t i = 0; i < columns; ++i) sums[r][i] += linear.bias[column + i];
           }
           if (residual) {
-            for (int64_t i = 0; i < columns; ++i) found[r][i] += residual[at + i];
+            for (int64_t i = 0; i < columns; ++i) sums[r][i] += residual[at + i];
           }
-          std::copy(found[r], found[r] + columns, out + at);
+          std::copy(sums[r], sums[r] + columns, out + at);
         }
       }
     }
@@ -213,20 +227,22 @@ void read_row(const uint8_t* packed, int64_t inputs, int64_t row, float* out) {
   const uint8_t* record = packed + row / kTile * groups * Format::kBytes;
   for (int64_t g = 0; g < groups; ++g, record += Format::kBytes) {
     const float scale = from_bits(uint32_t(record[2 * lane] | record[2 * lane + 1] << 8) << 16);
-    const int64_t first = g * Format::kGroup, count = std::min<int64_t>(Format::kGroup, inputs - first);
+    const int64_t first = g * Format::kGroup;
+    const int64_t count = std::min<int64_t>(Format::kGroup, inputs - first);
     for (int64_t k = 0; k < count; ++k) {
       const bool high = Format::kNibbles && k >= Format::kGroup / 2;
       const int64_t at = high ? k - Format::kGroup / 2 : k;
       const uint8_t stored = record[kScales + at / 4 * 4 * kTile + lane * 4 + at % 4];
-      const int32_t whole = Format::kNibbles ? kCode[high ? stored >> 4 : stored & 15] : int32_t(stored) - kZero;
+      const int32_t whole =
+          Format::kNibbles ? kCode[high ? stored >> 4 : stored & 15] : int32_t(stored) - kZero;
       out[first + k] = float(whole) * scale;
     }
   }
 }
 
-using Multiply = void (*)(const Linear&, const Activations&, int64_t, const float*, float*);
+using Multiply = void (*)(const LinearCall&, const Activations&, int64_t, const float*, float*);
 
-// By instruction set, the best last.
+// One for each instruction set, the best last.
 template <class Format>
 constexpr Multiply kPaths[] = {
     multiply<Portable, Format>,
@@ -242,9 +258,10 @@ constexpr int kBest = sizeof(kPaths<Int8>) / sizeof(Multiply) - 1;
 std::atomic<int> path{kBest};
 
 template <class Format>
-void run(const Linear& linear, const float* x, int64_t rows, const float* residual, float* out) {
+void run(const LinearCall& linear, const float* x, int64_t rows, const float* residual,
+         float* out) {
   thread_local Activations activations;
-  const int64_t stride = linear.before == kSwiglu ? 2 * linear.inputs : linear.inputs;
+  const int64_t stride = linear.transform == kSwiglu ? 2 * linear.inputs : linear.inputs;
   for (int64_t m = 0; m < rows; m += kSlab) {
     const int64_t count = std::min(kSlab, rows - m), at = m * linear.outputs;
     prepare<Format>(linear, x + m * stride, count, activations);
@@ -257,22 +274,25 @@ void run(const Linear& linear, const float* x, int64_t rows, const float* residu
 
 extern "C" {
 
-// x [rows, inputs] ([rows, 2 · inputs] before SwiGLU) → out [rows, outputs]; residual: as out, or null, and may be out.
-void openqwen_linear(const openqwen::Linear* linear, const float* x, int64_t rows, const float* residual, float* out) {
+// x: [rows, inputs], with SwiGLU [rows, 2 · inputs]. out: [rows, outputs]. residual: as out, or
+// null; it may be out itself.
+void openqwen_linear(const openqwen::LinearCall* linear, const float* x, int64_t rows,
+                     const float* residual, float* out) {
   auto run = linear->bits == 8 ? openqwen::run<openqwen::Int8> : openqwen::run<openqwen::Int4>;
   run(*linear, x, rows, residual, out);
 }
 
-// The rows `tokens` of a packed matrix in floats: out [count, inputs].
-void openqwen_rows(const uint8_t* packed, int64_t bits, int64_t inputs, const int64_t* tokens, int64_t count,
-                   float* out) {
+// The rows `tokens` of a packed matrix as floats, [count, inputs].
+void openqwen_rows(const uint8_t* packed, int64_t bits, int64_t inputs, const int64_t* tokens,
+                   int64_t count, float* out) {
   auto read = bits == 8 ? openqwen::read_row<openqwen::Int8> : openqwen::read_row<openqwen::Int4>;
   openqwen::parallel_for(count, 16, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) read(packed, inputs, tokens[m], out + m * inputs);
   });
 }
 
-// 0 portable, 1 AVX2, 2 AVX512-VNNI; one that was not built becomes the best below it. Returns the one in use.
+// Chooses an instruction set: 0 portable, 1 AVX2, 2 AVX512-VNNI; one that was not built becomes the
+// best one below it. Returns the one in use. For tests.
 int32_t openqwen_set_path(int32_t wanted) {
   openqwen::path = std::clamp(wanted, 0, openqwen::kBest);
   return openqwen::path;

@@ -1,9 +1,14 @@
-// Quantised matrices at rest. [N, K] is cut into tiles of 32 outputs; a tile is one record after the other along K, a
-// record holds a group of inputs: the outputs' scales (32 bfloat16), then their weights as unsigned bytes or nibbles.
+// The packed form of quantised matrices.
 //
-// A byte's weight is scale · (byte − 128), a nibble's scale · kCode[nibble]. 64 bytes hold 4 inputs of 16 outputs (8 as
-// nibbles: the group's first half low, its second half high), and the tile's two sixteens follow each other. N is padded
-// with scales of zero; K with zeros (their bytes meet activations of zero).
+// A matrix [N outputs, K inputs] is cut into tiles of 32 outputs. A tile is a sequence of records
+// along K. A record holds one group of inputs: first the scales of the 32 outputs (bfloat16), then
+// their weights as unsigned bytes or nibbles. So a product reads memory from front to back.
+//
+// A byte stands for scale · (byte − 128), a nibble for scale · kCode[nibble]. Each run of 64 bytes
+// holds 4 inputs of 16 outputs, which is what one AVX-512 dot-product instruction takes; the runs
+// of the tile's two halves of 16 outputs alternate. As nibbles 64 bytes hold 8 inputs: those of the
+// group's first half in the low nibbles, those of its second half in the high ones.
+// N is padded with scales of zero. K is padded with zeros, which meet activations of zero.
 
 #pragma once
 
@@ -14,7 +19,7 @@ namespace openqwen {
 constexpr int kTile = 32;
 constexpr int kScales = 2 * kTile;  // bytes
 
-constexpr int kZero = 128;  // what is added to a weight to make it an unsigned byte
+constexpr int kZero = 128;  // added to a signed weight to make it an unsigned byte
 
 struct Int8 {
   static constexpr bool kNibbles = false;
@@ -26,9 +31,11 @@ struct Int4 {
   static constexpr int kGroup = 32, kBytes = kScales + kTile * kGroup / 2;
 };
 
-// The sixteen levels with the least squared error for normally distributed weights, scaled by the best of a few
-// multiples of their group's largest (Lloyd's algorithm): a tenth less error than even steps.
-constexpr int8_t kCode[16] = {-127, -100, -78, -61, -47, -34, -21, -9, 2, 13, 25, 36, 50, 65, 82, 106};
+// The sixteen levels with the least squared error for normally distributed weights, when each group
+// is scaled by the best of a few multiples of its largest weight (Lloyd's algorithm). Their error
+// is a tenth less than that of evenly spaced levels.
+constexpr int8_t kCode[16] = {-127, -100, -78, -61, -47, -34, -21, -9,
+                              2,    13,   25,  36,  50,  65,  82,  106};
 
 inline int64_t pieces(int64_t length, int64_t size) { return (length + size - 1) / size; }
 

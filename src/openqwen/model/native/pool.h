@@ -1,9 +1,10 @@
-// A few threads that wait for work, shared by all kernels of this library.
+// A pool of threads that all kernels of this library share.
 //
-// parallel_for cuts a range into pieces that depend on the range and the grain alone, never on the number of threads;
-// who takes which piece is left to chance, so a body whose pieces are independent gives the same bits on any machine.
-// Between calls the threads look for work for a moment, then sleep. A call that comes from another thread while the
-// pool is taken, or from inside a body, runs alone. After fork() the child starts threads of its own.
+// parallel_for cuts a range into pieces that depend on the range and the grain alone, never on the
+// number of threads. Any thread may take any piece, so a body whose pieces are independent gives
+// the same bits on every machine. Between calls the threads spin for a moment, then sleep. A call
+// from another thread while the pool is busy, and a call from inside a body, run on their own
+// thread only. After fork() the child starts its own threads.
 
 #pragma once
 
@@ -40,17 +41,20 @@ class Pool {
     rest_.notify_all();
   }
 
-  // Calls body(i) for each i of 0 … count − 1, on any thread and in any order; returns when all are done.
+  // Calls body(i) for each i of 0 … count − 1, on any thread and in any order. Returns when all are
+  // done.
   template <class Body>
   void run(int64_t count, const Body& body) {
     bool taken = false;
-    if (count < 2 || threads() < 2 || !taken_.compare_exchange_strong(taken, true, std::memory_order_acquire)) {
+    if (count < 2 || threads() < 2 ||
+        !taken_.compare_exchange_strong(taken, true, std::memory_order_acquire)) {
       for (int64_t i = 0; i < count; ++i) body(i);
       return;
     }
     const uint64_t round = ((next_.load(std::memory_order_relaxed) >> 32) + 1) << 32;
     next_.store(round | kClosed, std::memory_order_seq_cst);
-    call_.store([](const void* what, int64_t i) { (*static_cast<const Body*>(what))(i); }, std::memory_order_relaxed);
+    call_.store([](const void* what, int64_t i) { (*static_cast<const Body*>(what))(i); },
+                std::memory_order_relaxed);
     body_.store(&body, std::memory_order_relaxed);
     count_.store(count, std::memory_order_relaxed);
     left_.store(count, std::memory_order_relaxed);
@@ -59,17 +63,19 @@ class Pool {
     work();
     for (int spins = 0; left_.load(std::memory_order_acquire) != 0; ++spins) {
       relax();
-      if (spins > 20'000) std::this_thread::yield();  // somebody else has the other core
+      if (spins > 20'000) std::this_thread::yield();  // another process has the core
     }
     taken_.store(false, std::memory_order_release);
   }
 
  private:
-  static constexpr std::chrono::microseconds kAwake{150};  // longer than what Python does between two calls
+  // How long threads spin before they sleep: longer than Python takes between two calls.
+  static constexpr std::chrono::microseconds kAwake{150};
 
   static std::atomic<Pool*>& slot() {
     static std::atomic<Pool*> one{[] {
-      // The child of fork() has none of the threads; what the parent's held is left to it, as it was.
+      // The child of fork() has none of the parent's threads. The parent's pool may be locked by
+      // one of them, so the child leaves it alone and makes a new one.
       pthread_atfork(nullptr, nullptr, [] { slot().store(new Pool(shared().threads())); });
       return new Pool(1);
     }()};
@@ -78,8 +84,11 @@ class Pool {
 
   explicit Pool(int width) : width_(width) {}
 
-  // Takes pieces of the present call until none is left. While the fields change, `next_` is closed; and a piece is taken
-  // only if `next_` is as it was before they were read. So call, body and count are always those of one call.
+  // Takes pieces of the current call until none is left.
+  //
+  // No lock: `run` closes `next_` (kClosed) before it changes call, body and count, and opens it
+  // with a new round number after. A piece is taken only if `next_` still has the value that it had
+  // before the three were read, so they always belong to the same call, that of the piece.
   void work() {
     uint64_t at = next_.load(std::memory_order_acquire);
     for (;;) {
@@ -91,7 +100,8 @@ class Pool {
         at = next_.load(std::memory_order_acquire);
       } else if (i >= count) {
         return;
-      } else if (next_.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+      } else if (next_.compare_exchange_weak(at, at + 1, std::memory_order_acq_rel,
+                                             std::memory_order_acquire)) {
         call(body, i);
         left_.fetch_sub(1, std::memory_order_acq_rel);
         at = next_.load(std::memory_order_acquire);
@@ -146,7 +156,8 @@ class Pool {
   std::condition_variable wake_, rest_;
   int started_ = 0;  // threads; whoever has `taken_` starts more
 
-  // The present call: its number (upper half) and its next piece, or kClosed while what follows is being changed.
+  // The current call: its round number (upper half) and its next piece (lower half), or kClosed
+  // while the three fields below change.
   alignas(64) std::atomic<uint64_t> next_{0};
   std::atomic<void (*)(const void*, int64_t)> call_{nullptr};
   std::atomic<const void*> body_{nullptr};
@@ -157,12 +168,12 @@ class Pool {
   std::atomic<bool> taken_{false};
 };
 
-// body(begin, end) for each run of `grain` of 0 … count − 1, the last one shorter.
+// Calls body(begin, end) for consecutive ranges of `grain` numbers of 0 … count − 1; the last may
+// be shorter.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
-  Pool::shared().run((count + grain - 1) / grain, [&](int64_t i) {
-    body(i * grain, std::min((i + 1) * grain, count));
-  });
+  Pool::shared().run((count + grain - 1) / grain,
+                     [&](int64_t i) { body(i * grain, std::min((i + 1) * grain, count)); });
 }
 
 }  // namespace openqwen

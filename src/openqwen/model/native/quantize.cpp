@@ -1,8 +1,8 @@
-// A matrix to its packed form (packed.h). C ABI, called by kernels.py.
+// Packs a matrix (packed.h).
 //
-// A byte's scale is the group's largest weight over 127. A nibble's is searched for: of a few candidates, each refitted by
-// least squares, the one that leaves the least squared error. packed.py does the same in plain PyTorch; the two may choose
-// differently between candidates that are equally good.
+// In 8 bits a group's scale is its largest weight / 127. In 4 bits it is searched: a few candidates
+// are each refitted by least squares, and the one with the least squared error is taken. packed.py
+// does the same in plain PyTorch; the two may choose differently between equally good candidates.
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,9 @@ enum Type : int64_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 float half_to_float(uint16_t half) {
   const uint32_t sign = uint32_t(half & 0x8000) << 16, rest = half & 0x7FFF;
-  const float magnitude = from_bits(rest << 13) * from_bits(0x77800000);  // 2^112: subnormal halves come out right too
+  // Times 2^112, the difference of the exponents' biases; as a product it is right for subnormal
+  // halves too.
+  const float magnitude = from_bits(rest << 13) * from_bits(0x77800000);
   return from_bits(to_bits(rest < 0x7C00 ? magnitude : from_bits(rest << 13 | 0x7F800000)) | sign);
 }
 
@@ -51,18 +53,21 @@ float largest(const float* w, int count) {
   return most;
 }
 
-// The scale of a group of bytes; its weights in `stored`.
+// Returns the scale of a group in 8 bits and writes its weights to `stored`.
 float choose(const float* w, uint8_t* stored) {
-  // Rounded up, lest the largest weight fall outside.
+  // Rounded up to bfloat16, so that the largest weight stays within 127.
   const float exact = std::fabs(largest(w, Int8::kGroup)) / 127.0f;
-  const float scale = from_bits((to_bits(exact) + 0xFFFF) & 0xFFFF0000), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  const float scale = from_bits((to_bits(exact) + 0xFFFF) & 0xFFFF0000),
+              inverse = scale > 0 ? 1.0f / scale : 0.0f;
   for (int k = 0; k < Int8::kGroup; ++k) {
-    stored[k] = uint8_t(int32_t(std::min(std::max(nearest(w[k] * inverse), -127.0f), 127.0f)) + 128);
+    stored[k] =
+        uint8_t(int32_t(std::min(std::max(nearest(w[k] * inverse), -127.0f), 127.0f)) + 128);
   }
   return scale;
 }
 
-// What a group's largest weight may become, in the code's units: a negative one reverses the group's sign.
+// The candidates: values, in units of the code, that a group's largest weight may become. A
+// negative one reverses the sign of the group, because the code is not symmetric.
 constexpr float kLargest[] = {-135.0f, -122.0f, -110.0f, 100.0f, 112.0f, 125.0f};
 constexpr int kLanes = 16;  // outputs whose groups are searched at once
 
@@ -77,7 +82,8 @@ inline Lanes all(float x) { return Lanes{} + x; }
 inline Lanes absolute(Lanes x) { return reinterpret_cast<Lanes>(same_bits(x) & 0x7FFFFFFF); }
 inline Lanes inverse_of(Lanes x) { return chosen(absolute(x) > 1e-30f, 1.0f / x, Lanes{}); }
 
-// Of the code's levels the one that is nearest to each x, and its place among them.
+// The level of the code that is nearest to each x; `nearest_place` gives its index. A level is
+// built from the differences at the thresholds that x exceeds, which needs no table look-up.
 inline Lanes nearest_level(Lanes x) {
   Lanes level = all(kCode[0]);
 #pragma GCC unroll 15
@@ -95,7 +101,7 @@ inline Places nearest_place(Lanes x) {
   return place;
 }
 
-// w [kGroup]: for each lane the scale, and the places in the code [kGroup].
+// w: [kGroup]. Returns the scale of each lane and writes the indices into the code, [kGroup].
 Lanes search(const Lanes* w, Places* place) {
   Lanes most{}, best = all(-1.0f), scale{};
   for (int k = 0; k < Int4::kGroup; ++k) most = chosen(absolute(w[k]) > absolute(most), w[k], most);
@@ -124,33 +130,34 @@ void put_scale(uint8_t* record, int row, float scale) {
   std::memcpy(record + 2 * row, &high, 2);
 }
 
-// Where the four inputs from k on of an output lie among a record's weights.
+// The address, among a record's weights, of the four inputs from k on of one output.
 uint8_t* place(uint8_t* weights, int row, int k) {
   return weights + (k / 4 * 2 + row / 16) * 64 + row % 16 * 4;
 }
 
-// 32 outputs' weights [kTile, padded] → one record for each group.
+// Packs the weights of 32 outputs, [kTile, padded], one record for each group.
 void tile_of(Int8, const std::vector<float>& w, int64_t padded, uint8_t* tile) {
   uint8_t stored[Int8::kGroup];
   for (int64_t at = 0; at < padded; at += Int8::kGroup, tile += Int8::kBytes) {
     for (int r = 0; r < kTile; ++r) {
       put_scale(tile, r, choose(w.data() + r * padded + at, stored));
-      for (int k = 0; k < Int8::kGroup; k += 4) std::memcpy(place(tile + kScales, r, k), stored + k, 4);
+      for (int k = 0; k < Int8::kGroup; k += 4)
+        std::memcpy(place(tile + kScales, r, k), stored + k, 4);
     }
   }
 }
 
 void tile_of(Int4, const std::vector<float>& w, int64_t padded, uint8_t* tile) {
   constexpr int kHalf = Int4::kGroup / 2;
-  Lanes turned[Int4::kGroup];
+  Lanes columns[Int4::kGroup];
   Places code[Int4::kGroup];
   for (int64_t at = 0; at < padded; at += Int4::kGroup, tile += Int4::kBytes) {
     for (int first = 0; first < kTile; first += kLanes) {
       for (int i = 0; i < kLanes; ++i) {
         const float* from = w.data() + (first + i) * padded + at;
-        for (int k = 0; k < Int4::kGroup; ++k) turned[k][i] = from[k];
+        for (int k = 0; k < Int4::kGroup; ++k) columns[k][i] = from[k];
       }
-      const Lanes scale = search(turned, code);
+      const Lanes scale = search(columns, code);
       for (int i = 0; i < kLanes; ++i) put_scale(tile, first + i, scale[i]);
       for (int k = 0; k < kHalf; ++k) {
         const Places both = code[k] | code[kHalf + k] << 4;
@@ -169,7 +176,8 @@ void quantize(const void* matrix, int64_t type, int64_t n, int64_t k, uint8_t* p
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * kTile, count = std::min<int64_t>(kTile, n - first);
       if (count < kTile) std::fill(rows.begin(), rows.end(), 0.0f);
-      for (int64_t r = 0; r < count; ++r) read(matrix, type, (first + r) * k, k, rows.data() + r * padded);
+      for (int64_t r = 0; r < count; ++r)
+        read(matrix, type, (first + r) * k, k, rows.data() + r * padded);
       tile_of(Format{}, rows, padded, packed + t * groups * Format::kBytes);
     }
   });
@@ -181,8 +189,10 @@ void quantize(const void* matrix, int64_t type, int64_t n, int64_t k, uint8_t* p
 extern "C" {
 
 // matrix [n, k] of float32 (type 0), bfloat16 (1) or float16 (2); packed: see packed.h.
-void openqwen_quantize(const void* matrix, int64_t type, int64_t n, int64_t k, int64_t bits, uint8_t* packed) {
-  auto quantize = bits == 8 ? openqwen::quantize<openqwen::Int8> : openqwen::quantize<openqwen::Int4>;
+void openqwen_quantize(const void* matrix, int64_t type, int64_t n, int64_t k, int64_t bits,
+                       uint8_t* packed) {
+  auto quantize =
+      bits == 8 ? openqwen::quantize<openqwen::Int8> : openqwen::quantize<openqwen::Int4>;
   quantize(matrix, type, n, k, packed);
 }
 }

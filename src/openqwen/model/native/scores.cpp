@@ -1,15 +1,17 @@
-// Of rows of scores, the sum of exp((x − peak) / temperature) over each block: what normalisers and draws are made of,
-// in two passes that write nothing as wide as the vocabulary. C ABI.
+// Sums of exponentials over blocks of the vocabulary, from which normalisers and random draws are
+// made. Two passes over a row of scores; neither writes anything as wide as the vocabulary.
 
 #include "lanes.h"
 #include "pool.h"
 
 extern "C" {
 
-// scores: `rows` rows of `width` floats, `stride` apart; width a multiple of block, block of 16. peaks: [rows], the
-// largest of each; sums: [rows, width / block].
-void openqwen_block_sums(const float* scores, int64_t rows, int64_t stride, int64_t width, int64_t block,
-                         const float* temperatures, float* peaks, float* sums) {
+// For each row the largest score, and over each block the sum of exp((x − peak) / temperature).
+//
+// scores: `rows` rows of `width` floats, `stride` apart; width is a multiple of block, and block of
+// 16. peaks: [rows]; sums: [rows, width / block].
+void openqwen_block_sums(const float* scores, int64_t rows, int64_t stride, int64_t width,
+                         int64_t block, const float* temperatures, float* peaks, float* sums) {
   using namespace openqwen;
   parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
@@ -21,7 +23,8 @@ void openqwen_block_sums(const float* scores, int64_t rows, int64_t stride, int6
       float* out = sums + row * (width / block);
       for (int64_t start = 0; start < width; start += block) {
         Lanes total = all(0);
-        for (int64_t i = start; i < start + block; i += kLanes) total = total + exp((load(x + i) - top) * inverse);
+        for (int64_t i = start; i < start + block; i += kLanes)
+          total = total + exp((load(x + i) - top) * inverse);
         *out++ = sum(total);
       }
     }

@@ -1,7 +1,10 @@
-// Sixteen lanes in three builds: AVX512-VNNI, AVX2, portable C++. All give the same bits: whole numbers add exactly, and
-// floating-point steps are single operations (fma among them) in the order in which a kernel writes them.
+// Integer products in sixteen lanes, in three builds: AVX512-VNNI, AVX2, portable C++.
 //
-// W: 64 unsigned bytes, four of each lane. A: four signed bytes, the same in every lane. I, F: int32, float of each lane.
+// All give the same bits: integers add exactly, and floating-point steps are single operations (fma
+// among them) in the order in which a kernel writes them.
+//
+// W: 64 unsigned bytes of weights, four for each lane. A: four signed bytes of activations, the
+// same in every lane. I, F: an int32 or a float for each lane.
 
 #pragma once
 
@@ -29,16 +32,23 @@ inline uint32_t to_bits(float value) {
   return bits;
 }
 
-// Round to the nearest whole number, halves to even, for |x| < 2²²; plain operations, so that loops vectorise.
+// x rounded to the nearest integer, halves to even, for |x| < 2²². Adding 1.5 · 2²³ leaves no bits
+// for a fraction. Unlike a library call these plain operations let loops vectorise.
 inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
 struct Portable {
   static constexpr int kRows = 1;  // of a register block
-  struct I { int32_t lane[16]; };
-  struct F { float lane[16]; };
+  struct I {
+    int32_t lane[16];
+  };
+  struct F {
+    float lane[16];
+  };
   using W = const uint8_t*;
   using A = const int8_t*;
-  struct Nibbles { uint8_t byte[64]; };
+  struct Nibbles {
+    uint8_t byte[64];
+  };
 
   static F zero() { return {}; }
   static I splat(int32_t value) {
@@ -67,12 +77,14 @@ struct Portable {
   static I dot(I sum, const Nibbles& w, A a) { return dot(sum, w.byte, a); }
   static F bfloat16(const uint8_t* from) {
     F out;
-    for (int i = 0; i < 16; ++i) out.lane[i] = from_bits(uint32_t(from[2 * i] | from[2 * i + 1] << 8) << 16);
+    for (int i = 0; i < 16; ++i)
+      out.lane[i] = from_bits(uint32_t(from[2 * i] | from[2 * i + 1] << 8) << 16);
     return out;
   }
-  // sum + whole · (w · a)
+  // sum + products · (w · a): a group's integer sum of products, scaled by both scales.
   static F add(F sum, const I& whole, const F& w, float a) {
-    for (int i = 0; i < 16; ++i) sum.lane[i] = std::fma(float(whole.lane[i]), w.lane[i] * a, sum.lane[i]);
+    for (int i = 0; i < 16; ++i)
+      sum.lane[i] = std::fma(float(whole.lane[i]), w.lane[i] * a, sum.lane[i]);
     return sum;
   }
   static void store(float* to, const F& value) { std::memcpy(to, value.lane, 64); }
@@ -87,10 +99,20 @@ inline __m128i code_bytes() {
 
 struct Avx2 {
   static constexpr int kRows = 2;
-  struct I { __m256i half[2]; };
-  struct F { __m256 half[2]; };
-  struct W { __m256i half[2]; };
-  struct A { __m256i even, odd; };  // bytes 0 and 2, bytes 1 and 3, as 16-bit numbers
+  struct I {
+    __m256i half[2];
+  };
+  struct F {
+    __m256 half[2];
+  };
+  struct W {
+    __m256i half[2];
+  };
+  // Bytes 0 and 2, and bytes 1 and 3, as 16-bit numbers: AVX2's own product of bytes saturates at
+  // 16 bits, so bytes are multiplied as 16-bit numbers instead.
+  struct A {
+    __m256i even, odd;
+  };
 
   static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static I splat(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
@@ -103,7 +125,9 @@ struct Avx2 {
     return {_mm256_shuffle_epi8(code, _mm256_and_si256(w.half[0], mask)),
             _mm256_shuffle_epi8(code, _mm256_and_si256(w.half[1], mask))};
   }
-  static W high(W w) { return low({_mm256_srli_epi16(w.half[0], 4), _mm256_srli_epi16(w.half[1], 4)}); }
+  static W high(W w) {
+    return low({_mm256_srli_epi16(w.half[0], 4), _mm256_srli_epi16(w.half[1], 4)});
+  }
   static A four(const int8_t* from) {
     int32_t bytes;
     std::memcpy(&bytes, from, 4);
@@ -114,8 +138,8 @@ struct Avx2 {
     for (int h = 0; h < 2; ++h) {
       const __m256i even = _mm256_and_si256(w.half[h], _mm256_set1_epi16(255));
       const __m256i odd = _mm256_srli_epi16(w.half[h], 8);
-      sum.half[h] = _mm256_add_epi32(
-          sum.half[h], _mm256_add_epi32(_mm256_madd_epi16(even, a.even), _mm256_madd_epi16(odd, a.odd)));
+      sum.half[h] = _mm256_add_epi32(sum.half[h], _mm256_add_epi32(_mm256_madd_epi16(even, a.even),
+                                                                   _mm256_madd_epi16(odd, a.odd)));
     }
     return sum;
   }
@@ -130,8 +154,8 @@ struct Avx2 {
   }
   static F add(F sum, I whole, F w, float a) {
     for (int h = 0; h < 2; ++h) {
-      sum.half[h] = _mm256_fmadd_ps(
-          _mm256_cvtepi32_ps(whole.half[h]), _mm256_mul_ps(w.half[h], _mm256_set1_ps(a)), sum.half[h]);
+      sum.half[h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole.half[h]),
+                                    _mm256_mul_ps(w.half[h], _mm256_set1_ps(a)), sum.half[h]);
     }
     return sum;
   }
@@ -154,7 +178,8 @@ struct Avx512 {
   static I splat(int32_t value) { return _mm512_set1_epi32(value); }
   static W load(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static W low(W w) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(code_bytes()), _mm512_and_si512(w, _mm512_set1_epi8(15)));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(code_bytes()),
+                               _mm512_and_si512(w, _mm512_set1_epi8(15)));
   }
   static W high(W w) { return low(_mm512_srli_epi16(w, 4)); }
   static A four(const int8_t* from) {
