@@ -85,7 +85,7 @@ def verify() -> Iterator[Row]:
         for proof in all_proofs(model, tokenizer, samples, seed=0):
             yield {
                 "what": f"{name}: {proof.statement}",
-                "seen": proof.seen,
+                "seen": proof.difference,
                 "bound": proof.bound,
                 "holds": proof.holds,
             }

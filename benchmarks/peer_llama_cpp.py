@@ -1,5 +1,4 @@
-"""llama.cpp's side of `openqwen bench engine`: a script for the peer's own Python, which imports
-nothing of ours.
+"""llama.cpp's side of `bench_engine.py`; it runs under the peer's Python without OpenQwen.
 
 Read on standard input: {"model", "threads", "prefill": [ids], "prompts": [[ids], ...], "written",
 "new"}. Printed: JSON with seconds for reading `prefill`, for each of the `written` tokens after it,
