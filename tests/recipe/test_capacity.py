@@ -117,7 +117,7 @@ def test_the_smallest_change_that_fits():
     [
         (
             ["--gpus", "8xH100", "--model", "qwen2.5-7b"],
-            ["7.616B weights on 8 x H100", "as written", "hours"],
+            ["7.616B weights on 8 x H100", "as written", "tokens/s"],
         ),
         (["--gpus", "2x4090", "--model", "qwen2.5-72b"], ["does not fit on 4,096"]),
         (["--gpus", "4090", "--model", "qwen2.5-7b"], ["would fit", "recompute", "16 x,"]),
