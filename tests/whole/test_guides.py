@@ -20,7 +20,11 @@ RESULTS = {
         "base/scores/scores.json",
         "runs/mine/report.html",
     ],
-    "serve": ["served/model.safetensors", "served/config.json", "pirate/adapter_config.json"],
+    "serve": [
+        "served/model.safetensors",
+        "served/config.json",
+        "pirate/adapter/adapter_config.json",
+    ],
     "data": ["made-again/demonstrations.jsonl", "pairs/preferences.jsonl", "better/manifest.json"],
 }
 
