@@ -105,9 +105,7 @@ def _in_turn(
 
 
 def _work(model: Qwen2) -> Seconds:
-    """Bytes of weights that a written token reads; operations on weights that a token of a prompt
-    takes.
-    """
+    """Return the bytes of weights read per generated token, and the operations per prompt token."""
     config, head = (
         model.config,
         model.model.embed_tokens if model.lm_head is None else model.lm_head,
