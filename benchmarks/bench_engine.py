@@ -1,9 +1,9 @@
-"""`openqwen bench engine MODEL`: reading, writing, batches, speculation and warm prefixes, beside
-llama.cpp.
+"""Speed of the engine beside llama.cpp: prefill, decode, batches, speculation, warm prefixes.
 
-Each of ours runs next to its peer, the same work in turn as often as `rounds` says; medians.
-llama.cpp reads files that are converted from the same checkpoint for the occasion: Q8_0 beside
-int8, Q4_0 beside int4.
+    python benchmarks/bench_engine.py MODEL --peer PYTHON
+
+Both sides do the same work in turn, `rounds` times; medians are printed. llama.cpp reads files that
+are converted from the same checkpoint: Q8_0 beside int8, Q4_0 beside int4.
 """
 
 import json
@@ -56,7 +56,8 @@ def bench(
         tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL"),
     ],
     peer: Annotated[
-        Path | None, tyro.conf.arg(help="A Python that has llama-cpp-python; none: ours alone.")
+        Path | None,
+        tyro.conf.arg(help="A Python that has llama-cpp-python; none: only OpenQwen is measured."),
     ] = None,
     kinds: Annotated[tuple[Kind, ...], tyro.conf.arg(help="Forms of the weights.")] = (
         "int8",
@@ -104,9 +105,7 @@ def _in_turn(
 
 
 def _work(model: Qwen2) -> Seconds:
-    """Bytes of weights that a written token reads; operations on weights that a token of a prompt
-    takes.
-    """
+    """Return the bytes of weights read per generated token, and the operations per prompt token."""
     config, head = (
         model.config,
         model.model.embed_tokens if model.lm_head is None else model.lm_head,
@@ -308,3 +307,7 @@ def _table(ours: dict[str, Seconds], theirs: dict[str, Seconds]) -> Table:
         )
         table.add_row("start to first token", kind, f"{mine['start']:.1f} s", "", "")
     return table
+
+
+if __name__ == "__main__":
+    tyro.cli(bench)

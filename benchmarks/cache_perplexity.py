@@ -1,5 +1,4 @@
-"""What the cache's formats cost the real checkpoint: perplexity with float32, int8 and int8 with
-the key bias left in.
+"""Perplexity with a cache in float32, in int8, and in int8 with the key bias left in.
 
     python benchmarks/cache_perplexity.py [--kilobytes 100] [--window 2048] [--chunk 512] [--growth]
 
@@ -52,9 +51,7 @@ def read(
     way: LongContext | None = None,
     start: int = 0,
 ) -> Tensor:
-    """Negative log-likelihoods of tokens[start + 1:], read through the cache, which holds what
-    comes before `start`.
-    """
+    """Return the negative log-likelihoods of tokens[start + 1:]; the cache holds those before."""
     table, losses = torch.arange(cache.pages)[None], []
     for at in range(start, len(tokens), chunk):
         some = tokens[at : at + chunk]

@@ -1,10 +1,9 @@
-"""The ceilings of this machine: bytes a second that can be read from memory, and operations a
-second on bytes (VNNI).
+"""Measure this machine's memory bandwidth and its peak of 8-bit operations (VNNI).
 
     python benchmarks/ceilings.py
 
-What an engine reaches is told as a share of these. Best of several tries: other work on the machine
-only lowers them.
+The engine's speed is given as a share of these. The best of several tries counts, because other
+work on the machine only lowers them.
 """
 
 import ctypes

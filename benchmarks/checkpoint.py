@@ -1,5 +1,4 @@
-"""Reading and writing a Hugging Face folder, against transformers: seconds, and memory over the
-size of the weights.
+"""Time and memory of reading and writing a Hugging Face folder, beside transformers.
 
     python benchmarks/checkpoint.py [--size qwen2.5-0.5b] [--repeat 3] [--threads 1]
 
@@ -55,9 +54,7 @@ def loader(side: str, dtype: str) -> Callable[[Path], Any]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process had in memory (of Linux its own, whereas ru_maxrss begins at
-    the parent's).
-    """
+    """Return this process's peak memory in bytes (on Linux, ru_maxrss starts at the parent's)."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * next(

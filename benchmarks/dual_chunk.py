@@ -1,5 +1,6 @@
-"""Dual Chunk Attention beside plain attention of equal length. `python benchmarks/dual_chunk.py
-[--lengths 4096 8192]`
+"""Dual Chunk Attention beside plain attention of the same length.
+
+    python benchmarks/dual_chunk.py [--lengths 4096 8192]
 
 One document through `Packed`, rotation included, at Qwen2-0.5B's heads (14 query, 2 key/value, of
 64), float32, one thread. Chunks of 1/4, 1/8 and 1/16 of the length. Three tables:
@@ -28,9 +29,7 @@ CONFIG = ModelConfig(8, HEADS * WIDTH, 8, 1, HEADS, KV_HEADS)
 
 
 def chunks(length: int, share: int) -> LongContext:
-    """Chunks of length / share, with a local window of 1/16 of a chunk; share 0: plain
-    attention.
-    """
+    """Return chunks of length / share with a window of 1/16 of a chunk; share 0: plain attention."""
     if not share:
         return LongContext()
     return LongContext(
@@ -61,9 +60,7 @@ def passes(length: int, share: int, backward: bool) -> Callable[[], None]:
 
 
 def seconds(run: Callable[[], None]) -> float:
-    """Processor time of one call: with one thread the same as wall time, but for what else the
-    machine does.
-    """
+    """Return the processor time of one call; other work on the machine does not count."""
     start = time.process_time()
     run()
     return time.process_time() - start

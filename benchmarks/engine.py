@@ -1,9 +1,8 @@
-"""What the engine adds to its model: tokens/s and where a step's time goes, by batch, sampling and
-guesses.
+"""The engine's overhead over its model, by batch size, sampling and speculation.
 
     python benchmarks/engine.py MODEL [--quantize int8] [--threads 1] [--cache int8]
 
-Wall seconds count for tokens/s, processor seconds of the calling thread for the parts of a step:
+Tokens/s are by wall time; the parts of a step are by processor time of the calling thread:
 `model` is the forward call with the head, `sample` the sampler, `rest` all else (planning, pages,
 text).
 """

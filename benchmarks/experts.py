@@ -1,4 +1,6 @@
-"""Speed of the experts against the loops that others run. `python benchmarks/experts.py [--full]`
+"""Speed of the experts beside other implementations.
+
+    python benchmarks/experts.py [--full]
 
 Four ways to compute the same routed output of one layer with 60 experts, 4 of them active, medians
 of alternating runs:
@@ -45,9 +47,7 @@ class Separate(nn.Module):
 
 
 def published_loop(model: Separate, x_TD: Tensor, chosen_Tk: Tensor, weights_Tk: Tensor) -> Tensor:
-    """Each expert gathers its tokens by its row of a one-hot mask and adds its answers into
-    place.
-    """
+    """Gather the tokens of each expert by a one-hot mask, and add its outputs into place."""
     out_TD = torch.zeros_like(x_TD)
     mask_EkT = F.one_hot(chosen_Tk, num_classes=EXPERTS).permute(2, 1, 0)
     for e in range(EXPERTS):

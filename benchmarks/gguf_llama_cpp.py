@@ -1,4 +1,4 @@
-"""GGUF files against llama.cpp: what we write loads there, and both answer alike; its own file too.
+"""GGUF files in llama.cpp: what OpenQwen writes loads there and gives the same answers.
 
     python benchmarks/gguf_llama_cpp.py --peer PYTHON [--source SOURCE] [--types f16 q8_0 q4_0] [--tokens 48]
 
@@ -26,9 +26,7 @@ QUESTIONS = [
 
 
 def peer(path: str, job: str) -> None:
-    """Runs in the peer's environment: tokenizes each text and continues it greedily; prints
-    JSON.
-    """
+    """Tokenize each text and continue it greedily, in the peer's environment; print JSON."""
     from llama_cpp import Llama
 
     work = json.loads(job)

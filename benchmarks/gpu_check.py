@@ -1,7 +1,6 @@
-"""Run the phases of `gpu_phases.py`, each in a process of its own with a time limit; print a table,
-write one JSON.
+"""Run each phase of `gpu_phases.py` in its own process; print a table and write a JSON file.
 
-A phase that fails or takes too long does not stop the next. `scripts/gpu_check.sh` calls this.
+Each phase has a time limit. A phase that fails or takes too long does not stop the next. `scripts/gpu_check.sh` calls this.
 """
 
 import argparse

@@ -1,5 +1,4 @@
-"""The phases of the GPU check: each measures one thing on this machine's GPU and writes its rows as
-JSON lines.
+"""The phases of the GPU check; each measures one thing and writes its rows as JSON lines.
 
 Weights are random, in published shapes. Rates are medians; the roofs (matrix products and copies of
 the same card) are measured in the same run, and shares are shares of these.
@@ -57,9 +56,7 @@ def roofs() -> Iterator[Row]:
 
 
 def parity() -> Iterator[Row]:
-    """Logits, gradients and log-probabilities on the GPU against the CPU in float64; relative
-    differences.
-    """
+    """Compare logits, gradients and log-probabilities with those of the CPU in float64."""
     torch.set_float32_matmul_precision("highest")
     for name, config in small_networks().items():
         model = Qwen2(config)
@@ -86,16 +83,14 @@ def verify() -> Iterator[Row]:
         for proof in all_proofs(model, tokenizer, samples, seed=0):
             yield {
                 "what": f"{name}: {proof.statement}",
-                "seen": proof.seen,
+                "seen": proof.difference,
                 "bound": proof.bound,
                 "holds": proof.holds,
             }
 
 
 def train() -> Iterator[Row]:
-    """Pre-training steps in bfloat16 over float32 weights: tokens a second and MFU against the
-    measured roof.
-    """
+    """Measure tokens/s and MFU of pre-training in bfloat16 over float32 weights."""
     peak = roof("bf16_tflops") * 1e12
     uneven = [600, 3000, 8192, 1500, 7000, 900, 5000, 6576]
     plans = [
@@ -130,9 +125,7 @@ def train() -> Iterator[Row]:
 
 
 def experts() -> Iterator[Row]:
-    """One sparse layer of 57B-A14B against a dense layer of the same active size: forward and
-    backward.
-    """
+    """Time a sparse layer of 57B-A14B beside a dense layer of the same active size."""
     config = ModelConfig.named("qwen2-57b-a14b")
     width = config.num_experts_per_tok * config.moe_intermediate_size
     width += config.shared_expert_intermediate_size
@@ -153,9 +146,7 @@ def experts() -> Iterator[Row]:
 
 
 def dual_chunk() -> Iterator[Row]:
-    """Dual Chunk Attention of one sequence against FlashAttention of the same length, 7B's
-    heads.
-    """
+    """Time Dual Chunk Attention beside FlashAttention of the same length, with 7B's heads."""
     dual = DualChunk(chunk_size=8192, local_size=1024, original_max_position_embeddings=8192)
     for length in (32768, 131072):
         yield _dual_chunk_row(length, dual.chunk_len)
@@ -219,9 +210,7 @@ def decode() -> Iterator[Row]:
 
 
 def _read_bytes(model: Qwen2) -> int:
-    """Bytes of the weights that a token passes: all but the embedding table, which is the head
-    where tied.
-    """
+    """Return the bytes of weights that a token reads: all but an embedding table that is not tied."""
     passed = sum(p.nbytes for n, p in model.named_parameters() if "embed_tokens" not in n)
     return passed + (model.model.embed_tokens.weight.nbytes if model.lm_head is None else 0)
 
@@ -297,9 +286,7 @@ def small_tokenizer() -> Tokenizer:
 
 
 def gradient_of(model: Qwen2, low: bool) -> dict[str, Tensor]:
-    """Logits, log-probabilities and all gradients of three packed documents, on the CPU in
-    float64.
-    """
+    """Return logits, log-probabilities and gradients of three packed documents, in float64."""
     generator = torch.Generator().manual_seed(2)
     lengths = (700, 45, 260)
     samples = [(torch.randint(512, (n,), generator=generator).tolist(), [1] * n) for n in lengths]
@@ -322,9 +309,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 def steps_of(
     config: ModelConfig, lengths: Sequence[int], recompute: str, compiled: bool
 ) -> list[Row]:
-    """The log of six steps of the trainer on random documents of these lengths, one micro-batch a
-    step.
-    """
+    """Return the trainer's log of six steps on random documents, one micro-batch per step."""
     model = Qwen2(config).to(CUDA)
     generator = torch.Generator(CUDA).manual_seed(0)
     initialize(model, generator)

@@ -1,5 +1,4 @@
-"""Attention over a paged cache: the compiled path against the plain one, in processor time of one
-thread.
+"""Attention over a paged cache: processor time of the compiled and the plain path.
 
     OMP_NUM_THREADS=1 python benchmarks/paged.py [--heads 14] [--kv-heads 2] [--width 64] [--layers 24]
         [--repeat 5]

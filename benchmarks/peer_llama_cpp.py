@@ -1,5 +1,4 @@
-"""llama.cpp's side of `openqwen bench engine`: a script for the peer's own Python, which imports
-nothing of ours.
+"""llama.cpp's side of `bench_engine.py`; it runs under the peer's Python without OpenQwen.
 
 Read on standard input: {"model", "threads", "prefill": [ids], "prompts": [[ids], ...], "written",
 "new"}. Printed: JSON with seconds for reading `prefill`, for each of the `written` tokens after it,
@@ -17,9 +16,7 @@ _BATCH = 2_048
 
 
 class Context:
-    """A model with room for several sequences, fed by batches of (token, position, sequence,
-    wanted).
-    """
+    """A model with several sequences; its batches hold (token, position, sequence, wanted)."""
 
     def __init__(self, path: str, threads: int, room: int, sequences: int):
         cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
@@ -92,9 +89,7 @@ def _one(context: Context, ids: list[int], written: int) -> tuple[float, float]:
 
 
 def _together(context: Context, prompts: list[list[int]], new: int) -> float:
-    """Seconds for all prompts side by side: read, then `new` tokens of each, all sequences in one
-    batch a step.
-    """
+    """Return the seconds for reading all prompts and generating `new` tokens of each, batched."""
     context.clear()
     start = time.perf_counter()
     tokens = [context.prompt(ids, sequence) for sequence, ids in enumerate(prompts)]

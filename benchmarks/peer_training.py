@@ -1,10 +1,9 @@
-"""The peer's side of `openqwen bench train`; runs under the peer's Python and imports nothing of
-ours.
+"""The peer's side of `bench_train.py`; it runs under the peer's Python without OpenQwen.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-sft.txt      # beside PyTorch, CPU build
-    openqwen bench train --kind sft --data gsm8k_train.jsonl.gz --model MODEL --peer peers/bin/python
+    python benchmarks/bench_train.py --kind sft --data gsm8k_train.jsonl.gz --model MODEL --peer peers/bin/python
 
-Called with a job file that the verb writes; prints the median useful tokens/s of the steps after
+`bench_train.py` calls it with a job file. It prints the median useful tokens/s of the steps after
 the first and the most memory that the process held.
 """
 

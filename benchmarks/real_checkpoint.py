@@ -1,5 +1,4 @@
-"""The real checkpoint against transformers: the same logits, the same answers, the same after
-conversion; speeds.
+"""The real checkpoint beside transformers: logits, answers, conversion and speed.
 
     python benchmarks/real_checkpoint.py [--peer PYTHON] [--threads 1] [--repeat 3] [--only parity round-trip speed]
 
@@ -136,9 +135,7 @@ def round_trip() -> None:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process had in memory (of Linux its own, whereas ru_maxrss begins at
-    the parent's).
-    """
+    """Return this process's peak memory in bytes (on Linux, ru_maxrss starts at the parent's)."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * next(

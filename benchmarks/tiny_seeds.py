@@ -1,11 +1,10 @@
-"""The tables of docs/expected.md, from finished runs of the tiny recipe that differ in their seed
-alone.
+"""Print the tables of docs/expected.md from runs of the tiny recipe with several seeds.
 
     for seed in 1 2 3; do openqwen run tiny --seed $seed --output runs/tiny-$seed; done
     python benchmarks/tiny_seeds.py runs/tiny-1 runs/tiny-2 runs/tiny-3
 
-An interval in square brackets is of 95 % over the problems of one run; behind "mean" stands the
-mean over the runs, and behind it the least and the largest of them.
+Square brackets hold the 95 % interval over the problems of one run. "mean" is the mean over the
+runs, followed by the smallest and the largest of them.
 """
 
 import sys

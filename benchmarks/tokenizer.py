@@ -1,5 +1,4 @@
-"""Encoding speed, against tokenizers, tiktoken and quicktok-v1, with the vocabulary of a real
-checkpoint.
+"""Encoding speed beside tokenizers, tiktoken and quicktok-v1, with a real vocabulary.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/requirements-tokenizer.txt -e .
     taskset -c 0 peers/bin/python benchmarks/tokenizer.py --model qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
@@ -57,9 +56,7 @@ def sources(count: int) -> dict[str, list[str]]:
 
 
 def encoders(tokenizer: Tokenizer) -> dict[str, tuple[Encode, EncodeBatch]]:
-    """(one text, many texts on so many threads) by name; peers that are not installed are left out
-    and named.
-    """
+    """Return name -> (encode one text, encode many on n threads); names missing peers."""
     found: dict[str, tuple[Encode, EncodeBatch]] = {
         f"OpenQwen, {tokenizer.path}": (
             tokenizer.encode,

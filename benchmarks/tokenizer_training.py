@@ -1,5 +1,4 @@
-"""Training a vocabulary, against the `tokenizers` library: time, memory, and whether the merges are
-the same.
+"""Train a vocabulary beside the `tokenizers` library: time, memory, equal merges.
 
     PYTHONPATH=src python benchmarks/tokenizer_training.py --megabytes 500 --vocabulary 50000
 

@@ -1,4 +1,6 @@
-"""Does an upcycled model train on from its parent's loss? `python benchmarks/upcycle.py`
+"""Check whether an upcycled model trains on from its parent's loss.
+
+    python benchmarks/upcycle.py
 
 A tiny dense model learns the source code of Python's standard library (about three minutes on one
 core). Then every row of the table reads the same further tokens in the same order: the parent
@@ -73,9 +75,7 @@ def train_on(
     rate: float,
     steps: int,
 ) -> list[float]:
-    """Train at a constant rate after 10 steps of warm-up; the held-out loss at the steps of
-    CHECKS.
-    """
+    """Train with a constant learning rate; return the held-out loss at the steps of CHECKS."""
     config = OptimizerConfig(
         learning_rate=rate, schedule="constant", warmup_share=10 / steps, beta2=0.98
     )

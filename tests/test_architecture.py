@@ -1,5 +1,6 @@
-"""The house: arrows go one way, files stay small, nothing unsafe is loaded. Beauty is a budget."""
+"""Rules of the source: imports go one way, names are unique, files stay small, nothing is unsafe."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -13,9 +14,18 @@ OTHERS = [
     if p.suffix in (".cpp", ".h", ".js", ".css", ".html")
 ]
 LONGEST_FILE = 500
-# The budget of all rooms is 34,000 lines; each new one brings its own (docs/log.md). Lower this
-# number with every line that goes.
-LONGEST_PACKAGE = 30_945
+WIDEST_LINE = 100
+# The budget of all rooms is 34,000 lines; each new room brings its own (docs/log.md). Lower this
+# number with every line that is deleted.
+LONGEST_PACKAGE = 30_122
+MODULES = {
+    ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
+    for path in FILES
+}
+# Not yet wrapped, by the end of the path.
+WIDE = ("serve/page/", "native/", "train/sweep.html")
+# Not yet renamed.
+SHARED_NAMES = {"Choice"}
 
 
 def test_imports_follow_the_layers():
@@ -29,6 +39,61 @@ def test_files_and_package_stay_small():
     lines = {path: len(text.splitlines()) for path, text in texts.items()}
     assert {str(p): n for p, n in lines.items() if n > LONGEST_FILE} == {}
     assert sum(lines[path] for path in FILES) <= LONGEST_PACKAGE
+
+
+def test_lines_fit_an_editor():
+    """Ruff holds Python files to the same width."""
+    wide = []
+    for path in OTHERS:
+        if any(part in str(path) for part in WIDE):
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines()
+        wide += [f"{path}:{n}" for n, line in enumerate(lines, 1) if len(line) > WIDEST_LINE]
+    assert wide == []
+
+
+def test_no_two_classes_share_a_name():
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    shared = {name: modules for name, modules in places.items() if len(modules) > 1}
+    assert {name: modules for name, modules in shared.items() if name not in SHARED_NAMES} == {}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports inside functions count; those under `if TYPE_CHECKING` do not."""
+    waiting = {module: imported_by(path) - {module} for module, path in MODULES.items()}
+    # Take away modules whose imports are all taken away, until only circles and their users stay;
+    # then the same from the other side, until only circles stay.
+    while free := {module for module, imports in waiting.items() if not imports & waiting.keys()}:
+        waiting = {module: waiting[module] for module in waiting.keys() - free}
+    while used := set().union(*waiting.values()) & waiting.keys():
+        if used == waiting.keys():
+            break
+        waiting = {module: waiting[module] for module in used}
+    assert {module: sorted(imports & waiting.keys()) for module, imports in waiting.items()} == {}
+
+
+def imported_by(path: Path) -> set[str]:
+    """The package's modules that a file imports."""
+    names: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports of this package are absolute"
+            for alias in node.names:  # a module of a package, or something that a module defines
+                inner = f"{node.module}.{alias.name}"
+                names.add(inner if inner in MODULES else str(node.module))
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+        else:
+            nodes += ast.iter_child_nodes(node)
+    return names & MODULES.keys()
 
 
 def test_nothing_is_unpickled_or_run_from_text():

@@ -1,13 +1,12 @@
-"""`openqwen VERB ...`: one command, one verb a stage.
+"""`openqwen VERB ...`: one command with one verb for each stage.
 
-A verb's code is loaded when that verb is used.
+The code of a verb is loaded when that verb is used.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
 import os
-import runpy
 import sys
 import tempfile
 import traceback
@@ -16,49 +15,45 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from openqwen.recipe import graph, together
+from openqwen.recipe import graph, ranks
 from openqwen.support.command import command, pip_install
 from openqwen.support.errors import OpenQwenError, suggestion
 
 RECIPE_VERBS = {
-    "run": "Run a whole recipe: raw text in, an aligned chat model out. Resumable.",
+    "run": "Run a whole recipe, from raw text to a chat model. It can be interrupted and resumed.",
     "chat": "Talk to a model in the terminal.",
     "serve": "Serve a model over HTTP: OpenAI's API and a chat page.",
-    "convert": "Turn a checkpoint into another form: folder, .gguf file, hub id; other precision.",
-    "quantize": "Pack weights in 8 or 4 bits, for a CPU.",
+    "convert": "Convert a checkpoint: folder, .gguf file or hub id to folder or .gguf file.",
+    "quantize": "Store weights in 8 or 4 bits, for a CPU.",
     "report": "Write the HTML report of a run folder.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
-    "bench": "Measure a claimed speed on this machine, beside a peer: train, engine or serve.",
-    "plan": "Say what fits on which devices, how fast and how long, before anyone pays for it.",
-    "verify": (
-        "Prove on your model and data: packed, cut, resumed and generated are what they should be."
-    ),
+    "plan": "Estimate memory, speed and time of each training stage on given devices.",
+    "sandbox": "Run a program that nobody trusts, or try this machine's sandbox.",
+    "verify": "Prove on your model and data that packing, cutting, resuming and caching are exact.",
 }
-BENCHES = [
-    "train",
-    "engine",
-    "serve",
-]  # in recipe/bench/; engine with the peers' scripts in benchmarks/
-# Verbs whose flags are the arguments of one function: where it is.
+# Verbs whose flags are the arguments of one function, and the function's module.
 _FUNCTIONS = {
     "chat": "openqwen.serve.terminal",
     "convert": "openqwen.train.convert",
     "quantize": "openqwen.train.quantize",
     "preview": "openqwen.train.preview",
     "plan": "openqwen.recipe.plan_devices",
+    "sandbox": "openqwen.sandbox.command",
     "verify": "openqwen.recipe.verify",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 the user's fault, 70 ours, 130
-    interrupted.
+    """Run the command line and return the exit status.
+
+    Returns:
+        0: success. 1: an error that the user can mend. 70: a bug. 130: interrupted by Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        with _bugs_written_to(Path(tempfile.gettempdir())):
-            if together.many():
-                return together.lead_or_follow(lambda: _dispatch(arguments))
+        with _bug_report_in(Path(tempfile.gettempdir())):
+            if ranks.under_torchrun():
+                return ranks.lead_or_follow(lambda: _dispatch(arguments))
             return _dispatch(arguments)
     except OpenQwenError as error:
         return _fail(str(error))
@@ -66,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.strerror}.\n  where: {error.filename}")
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output went away; nothing may be flushed at exit
+    except BrokenPipeError:  # whoever read our output has closed it; nothing may be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
@@ -80,64 +75,61 @@ def _dispatch(arguments: Sequence[str]) -> int:
     elif verb in _FUNCTIONS:
         _call(verb, rest)
     elif verb in RECIPE_VERBS:
-        {"run": _run, "serve": _serve, "report": _report, "bench": _bench}[verb](rest)
+        {"run": _run, "serve": _serve, "report": _report}[verb](rest)
     elif verb == "pretrain" and "--sweep" in rest:
         _stage("sweep", [text for text in rest if text != "--sweep"])
     elif verb in graph.verbs():
-        _stage(verb, _named(rest, "--model", "--output") if verb == "upcycle" else rest)
+        _stage(verb, _with_flags(rest, "--model", "--output") if verb == "upcycle" else rest)
+    elif verb == "bench":  # until 0.2
+        do = "run benchmarks/bench_train.py, bench_engine.py or bench_serve.py of a source checkout"
+        raise OpenQwenError("The verb 'bench' was removed.", do=do)
     else:
         near = suggestion(verb, [*RECIPE_VERBS, *graph.verbs()])
-        raise OpenQwenError(
-            f"There is no verb '{verb}'.{near}", do=f"{command('--help')} lists them"
-        )
+        do = f"{command('--help')} lists them"
+        raise OpenQwenError(f"There is no verb '{verb}'.{near}", do=do)
     return 0
 
 
 def _overview() -> str:
     stages = graph.verbs()
     width = max(map(len, [*RECIPE_VERBS, *stages])) + 2
-    lines = [
-        "openqwen: raw text in, an aligned chat model out.",
-        "",
-        f"usage: {command('VERB', '...')}",
-        "",
-    ]
-    for verbs in (RECIPE_VERBS, stages):
-        lines += [f"  {name:<{width}}{text}" for name, text in verbs.items()] + [""]
-    return "\n".join(
-        [*lines, f"{command('VERB', '--help')} shows every flag with its meaning and default."]
-    )
+    lines = ["openqwen: from raw text to an aligned chat model.", ""]
+    lines += [f"usage: {command('VERB', '...')}", ""]
+    for title, verbs in (("Recipes and models:", RECIPE_VERBS), ("Stages:", stages)):
+        lines += [title, *(f"  {name:<{width}}{text}" for name, text in verbs.items()), ""]
+    lines.append(f"{command('VERB', '--help')} shows every flag with its meaning and default.")
+    return "\n".join(lines)
 
 
 def _call(verb: str, arguments: Sequence[str]) -> None:
-    """Read the command line into a function's arguments, and call it."""
+    """Parse the command line into the arguments of the verb's function, and call it."""
     import tyro
 
     function = getattr(importlib.import_module(_FUNCTIONS[verb]), verb)
     flag = {"chat": "--model", "plan": "--recipe"}.get(verb)
-    given = _bare(arguments, flag) if flag else list(arguments)
-    if tyro.cli(function, args=given, prog=command(verb), description=RECIPE_VERBS[verb]) is False:
-        raise OpenQwenError(
-            "A proof does not hold.",
-            do="see the line marked ✗; report it with the model and the data",
-        )
+    args = _without_flag(arguments, flag) if flag else list(arguments)
+    if tyro.cli(function, args=args, prog=command(verb), description=RECIPE_VERBS[verb]) is False:
+        do = "see the line marked ✗; report it with the model and the data"
+        raise OpenQwenError("A proof does not hold.", do=do)
 
 
 def _run(arguments: Sequence[str]) -> None:
     from openqwen.recipe import display
     from openqwen.recipe.flags import RunOptions, parse
     from openqwen.recipe.paths import paths
+    from openqwen.recipe.report import finish
     from openqwen.recipe.runner import run_recipe
     from openqwen.recipe.settings import find_recipe, load_settings
 
     about = f"{RECIPE_VERBS['run']} `--corpus FOLDER` is short for `--corpus.folder FOLDER`."
     if not arguments:
-        raise OpenQwenError("Which recipe?", do=f"name one, such as: {command('run', 'tiny')}")
+        do = f"name one, such as: {command('run', 'tiny')}"
+        raise OpenQwenError("No recipe is named.", do=do)
     if arguments[0] in ("--help", "-h"):
         parse(["--help"], RunOptions, graph.recipe_class()(), command("run", "RECIPE"), about)
     if arguments[0].startswith("-"):
         do = f"{command('run', 'RECIPE', arguments[0])} ..."
-        raise OpenQwenError("The recipe comes first.", where=arguments[0], do=do)
+        raise OpenQwenError("The recipe must be the first argument.", where=arguments[0], do=do)
     path = find_recipe(arguments[0])
     recipe: Any = load_settings(path, graph.recipe_class())
     flags = [
@@ -146,7 +138,7 @@ def _run(arguments: Sequence[str]) -> None:
     ]
     options, recipe = parse(flags, RunOptions, recipe, command("run", arguments[0]), about)
     output = options.output or Path("runs") / path.stem
-    with _bugs_written_to(output):
+    with _bug_report_in(output):
         if not options.dry_run:
             display.note(paths())
         run_recipe(
@@ -158,48 +150,29 @@ def _run(arguments: Sequence[str]) -> None:
             dry_run=options.dry_run,
             thorough=options.verify,
             command=command("run", *arguments),
-            continue_command=command("run", *_without(arguments, "--from")),
-            finish=graph.finish,
+            continue_command=command("run", *_drop(arguments, "--from")),
+            finish=finish,
         )
 
 
 def _stage(name: str, arguments: Sequence[str]) -> None:
-    """A stage alone: a flag for each input, the output folder, the seed, and every field of its
-    configuration.
-    """
-    import tyro
+    """Run one stage alone.
 
+    Its flags: one for each input, the output folder, the seed, every field of its configuration.
+    """
     from openqwen.recipe.flags import parse
     from openqwen.recipe.runner import run_alone
     from openqwen.recipe.settings import find_recipe, load_settings
     from openqwen.support.hub import local
 
     stage = graph.load_stage(name)
-    fields: list[Any] = [
-        (role.replace("-", "_"), Annotated[Path, tyro.conf.arg(help=text)])
-        for role, text in stage.inputs.items()
-    ]
-    fields.append(
-        ("output", Annotated[Path, tyro.conf.arg(help="The folder to make.", metavar="FOLDER")])
-    )
-    fields.append(
-        (
-            "seed",
-            Annotated[int, tyro.conf.arg(help="Of every random draw.")],
-            dataclasses.field(default=0),
-        )
-    )
-    flags: type[Any] = dataclasses.make_dataclass("StageOptions", fields)
     settings, about, section = stage.config(), stage.help, name.replace("-", "_")
     if section in graph.sections():
-        about += (
-            " `--recipe RECIPE`: with that recipe's settings for this stage, which the flags then "
-            "change."
-        )
+        about += " `--recipe RECIPE` takes that recipe's settings for this stage as defaults."
         if recipe := _value(arguments, "--recipe"):
             settings = getattr(load_settings(find_recipe(recipe), graph.recipe_class()), section)
-            arguments = _without(arguments, "--recipe")
-    options, config = parse(arguments, flags, settings, command(name), about)
+            arguments = _drop(arguments, "--recipe")
+    options, config = parse(arguments, _stage_options(stage.inputs), settings, command(name), about)
     outside = {role: getattr(options, role.replace("-", "_")) for role in stage.inputs}
     outside |= {role: local(outside[role]) for role in graph.MODELS & outside.keys()}
     outside |= graph.outside_of(config)
@@ -207,19 +180,19 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     run_alone(node, options.output, options.seed, command(name, *arguments))
 
 
-def _named(arguments: Sequence[str], *flags: str) -> list[str]:
-    """The arguments with the bare ones at the start given their flags, in this order."""
-    count = next((n for n, text in enumerate(arguments) if text.startswith("-")), len(arguments))
-    bare = min(count, len(flags))
-    return [text for pair in zip(flags, arguments[:bare]) for text in pair] + list(arguments[bare:])
+def _stage_options(inputs: Any) -> type[Any]:
+    """Return the class of the flags of a stage that are not fields of its configuration."""
+    import tyro
 
-
-def _bare(arguments: Sequence[str], flag: str) -> list[str]:
-    """The arguments with this flag's value in front, without the flag: `--model X` is another way
-    to write X.
-    """
-    value = _value(arguments, flag)
-    return [value, *_without(arguments, flag)] if value else list(arguments)
+    fields: list[Any] = []
+    for role, text in inputs.items():
+        kind = Annotated[Path, tyro.conf.arg(help=text)]
+        fields.append((role.replace("-", "_"), kind))
+    output = tyro.conf.arg(help="The folder to make.", metavar="FOLDER")
+    seed = tyro.conf.arg(help="Seed of every random draw.")
+    fields.append(("output", Annotated[Path, output]))
+    fields.append(("seed", Annotated[int, seed], dataclasses.field(default=0)))
+    return dataclasses.make_dataclass("StageOptions", fields)
 
 
 def _serve(arguments: Sequence[str]) -> None:
@@ -231,7 +204,7 @@ def _serve(arguments: Sequence[str]) -> None:
     text = "A Hugging Face folder, a .gguf file or a hub id."
     model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=text, metavar="MODEL")]
     options: type[Any] = dataclasses.make_dataclass("ServeOptions", [("model", model)])
-    given, about = _bare(arguments, "--model"), RECIPE_VERBS["serve"]
+    given, about = _without_flag(arguments, "--model"), RECIPE_VERBS["serve"]
     flags, config = parse(given, options, ServeConfig(), command("serve"), about)
     try:
         from openqwen.serve.server import serve
@@ -241,31 +214,12 @@ def _serve(arguments: Sequence[str]) -> None:
     serve(flags.model, config)
 
 
-def _bench(arguments: Sequence[str]) -> None:
-    import tyro
-
-    if not arguments or arguments[0] not in BENCHES:
-        do = f"name one of {', '.join(BENCHES)}, such as: {command('bench', 'train', '--help')}"
-        raise OpenQwenError("Which speed?", do=do)
-    if arguments[0] == "engine":
-        script = Path(__file__).parents[2] / "benchmarks" / "bench_engine.py"
-        if not script.is_file():
-            raise OpenQwenError(
-                "This benchmark is not installed.", where=script, do="run it from a source checkout"
-            )
-        measure = runpy.run_path(str(script))["bench"]
-        arguments = ["engine", *_bare(arguments[1:], "--model")]
-    else:
-        measure = importlib.import_module(f"openqwen.recipe.bench.{arguments[0]}").bench
-    tyro.cli(measure, args=list(arguments[1:]), prog=command("bench", arguments[0]))
-
-
 def _report(arguments: Sequence[str]) -> None:
     import tyro
 
     if not arguments:
         do = f"name one, such as: {command('report', 'runs/tiny')}"
-        raise OpenQwenError("Which run folder?", do=do)
+        raise OpenQwenError("No run folder is named.", do=do)
     text = "The folder of a run, such as runs/tiny."
     kind: Any = Annotated[Path, tyro.conf.arg(name="folder", help=text, metavar="RUN_FOLDER")]
     about = RECIPE_VERBS["report"]
@@ -277,41 +231,48 @@ def _report(arguments: Sequence[str]) -> None:
     print(write_report(folder))
 
 
+def _with_flags(arguments: Sequence[str], *flags: str) -> list[str]:
+    """Put these flags, in order, before the positional arguments at the start."""
+    count = next((n for n, text in enumerate(arguments) if text.startswith("-")), len(arguments))
+    count = min(count, len(flags))
+    pairs = zip(flags, arguments[:count])
+    return [text for pair in pairs for text in pair] + list(arguments[count:])
+
+
+def _without_flag(arguments: Sequence[str], flag: str) -> list[str]:
+    """Turn `--model X` into the positional argument X, at the start."""
+    value = _value(arguments, flag)
+    return [value, *_drop(arguments, flag)] if value else list(arguments)
+
+
 def _value(arguments: Sequence[str], flag: str) -> str:
-    """What is given for a flag, in either spelling; nothing where it is not given."""
+    """Return the value of a flag (`--flag value` or `--flag=value`), or an empty string."""
     pairs = zip(arguments, [*arguments[1:], ""])
     return next((a.partition("=")[2] or b for a, b in pairs if a.partition("=")[0] == flag), "")
 
 
-def _without(arguments: Sequence[str], flag: str) -> list[str]:
-    """The arguments without a flag and its value, in both spellings (`--flag value`,
-    `--flag=value`).
-    """
+def _drop(arguments: Sequence[str], flag: str) -> list[str]:
+    """Remove a flag and its value, in both spellings (`--flag value`, `--flag=value`)."""
     kept: list[str] = []
-    pieces = iter(arguments)
-    for text in pieces:
+    rest = iter(arguments)
+    for text in rest:
         if text == flag:
-            next(pieces, None)
+            next(rest, None)
         elif not text.startswith(f"{flag}="):
             kept.append(text)
     return kept
 
 
 def _fail(message: str) -> int:
-    red, plain = (
-        ("\033[31m", "\033[0m")
-        if sys.stderr.isatty() and "NO_COLOR" not in os.environ
-        else ("", "")
-    )
+    colored = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    red, plain = ("\033[31m", "\033[0m") if colored else ("", "")
     print(f"{red}error:{plain} {message}", file=sys.stderr)
     return 1
 
 
 @contextlib.contextmanager
-def _bugs_written_to(folder: Path) -> Iterator[None]:
-    """An error that nobody foresaw: its traceback goes into a file, and the user is told where
-    (exit status 70).
-    """
+def _bug_report_in(folder: Path) -> Iterator[None]:
+    """Write the traceback of an unexpected error to a file, name the file, exit with status 70."""
     try:
         yield
     except (OpenQwenError, PermissionError, BrokenPipeError):

@@ -550,7 +550,7 @@ def test_a_run_without_any_stage(tmp_path):
 
 
 def test_no_folder_is_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(OpenQwenError, match="no run folder"):
+    with pytest.raises(OpenQwenError, match="no such run folder"):
         write_report(tmp_path / "missing")
 
 

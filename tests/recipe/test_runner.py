@@ -98,7 +98,7 @@ def test_other_code_is_told_but_reused(call, monkeypatch):
     call("run", "tiny.yaml")
     assert call.ran == []
     assert (
-        "Made by other code: corpus, learn, online-score (--from corpus makes them anew)."
+        "Made by another version of the code: corpus, learn, online-score (--from corpus remakes them)."
         in call.out
     )
 
@@ -190,7 +190,7 @@ def test_dry_run_plans_and_changes_nothing(call):
     lines = {line.split()[0]: line for line in call.out.splitlines() if line.split()}
     assert "reuse" in lines["corpus"]
     assert "train.steps 20 -> 7" in lines["learn"]
-    assert "its input learn is made anew" in lines["online-score"]
+    assert "its input learn is remade" in lines["online-score"]
     assert "2 of 3 to make" in call.out
 
 
@@ -203,7 +203,7 @@ def test_a_file_where_the_run_folder_goes(call):
 def test_a_folder_where_a_link_goes(call):
     (RUN / "learn").mkdir(parents=True)
     assert call("run", "tiny.yaml") == 1
-    assert "where a stage's link goes" in call.err
+    assert "A stage's link cannot be made here" in call.err
 
 
 def test_stages_that_train_can_be_told_to_other_ranks():

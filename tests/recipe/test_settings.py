@@ -43,7 +43,7 @@ def test_empty_file_and_merge_keys(load):
         ("seed: many", ["seed is 'many'", "integer", "r.yaml:1"]),
         ("learn: {train: {steps: 0}}", ["learn.train.steps is 0", "greater than 0"]),
         ("learn: 3", ["learn is 3"]),
-        ("seed: x\nlern: 1", ["seed is 'x'", "mend these too", "lern"]),
+        ("seed: x\nlern: 1", ["seed is 'x'", "fix these too", "lern"]),
         ("seed: 1\nseed: 2", ["the key 'seed' is given twice", "r.yaml:2:1"]),
         ("learn:\n  train: {a: 1, a: 2}", ["'a' is given twice", "r.yaml:2"]),
         ("seed: [1,\nlearn: 3", ["not valid YAML", "r.yaml:2"]),

@@ -40,7 +40,7 @@ class Runner:
         self._cache.copy(sources, request.pages[done : done + len(sources)])
         positions = range(done * self._cache.page_size, request.computed)
         before = request.scalings[request.scaling - 1].way
-        self._cache.rerotate(request.pages, positions, before, request.long_context)
+        self._cache.rotate_keys(request.pages, positions, before, request.long_context)
 
     def run(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
         """Compute the scheduled tokens.

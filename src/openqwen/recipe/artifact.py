@@ -1,6 +1,4 @@
-"""An artifact is a folder with a payload and a manifest that says what it is, from what, and how it
-came to be.
-"""
+"""Artifacts: folders with a payload and a manifest that says what they were made from and how."""
 
 import functools
 import hashlib
@@ -22,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 import openqwen
 from openqwen.recipe.graph import Node
-from openqwen.recipe.together import run_stage
+from openqwen.recipe.ranks import run_stage
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, read_json, replace_folder, sha256, write_json
 from openqwen.support.hub import HUB, pinned
@@ -32,12 +30,12 @@ from openqwen.support.stage import StageRun
 
 MANIFEST = "manifest.json"
 
-# Their bytes hold the clock (tokens per second), so they are checked for damage but no later stage
-# depends on them.
+# These files hold measured times (tokens per second) and differ between equal runs. They are
+# checked for damage, but no later stage depends on them.
 LOGS = frozenset({"metrics.jsonl"})
 
 _SOURCES = {".py", ".toml", ".json", ".jinja"}
-_HASH_UP_TO = 2**30  # bytes; of larger files only the size is checked, unless `thorough`
+_HASH_UP_TO = 2**30  # bytes; for larger files only the size is checked, unless `thorough`
 
 
 class FileEntry(BaseModel):
@@ -48,16 +46,14 @@ class FileEntry(BaseModel):
 
 
 class InputEntry(BaseModel):
-    """What one input was: the stage that made it, or the path it came from, and the digest of its
-    content.
-    """
+    """An input: the stage that made it or the path it came from, and the digest of its content."""
 
     stage: str
     digest: str
 
 
 class Manifest(Settings):
-    """The label of an artifact; `key` is what it depends on, `digest` what it holds."""
+    """What an artifact is; `key`: hash of what it depends on, `digest`: hash of its payload."""
 
     stage: str
     kind: str
@@ -84,14 +80,14 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Source:
-    """An input as a stage gets it: where it lies, and its line in the manifest."""
+    """An input of a stage: its path, and its entry in the manifest."""
 
     path: Path
     entry: InputEntry
 
 
 def artifact_key(node: Node, seed: int, digests: Mapping[str, str]) -> str:
-    """SHA-256 over everything the artifact depends on; digests: role -> content of that input."""
+    """Return the SHA-256 of everything an artifact depends on; digests: role -> input's digest."""
     parts = {
         "stage": node.name,
         "kind": node.stage.name,
@@ -100,36 +96,31 @@ def artifact_key(node: Node, seed: int, digests: Mapping[str, str]) -> str:
         "inputs": dict(digests),
         "version": version(),
     }
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def open_artifact(folder: Path, do: str) -> Artifact:
-    """Read the manifest of a finished artifact; `do` is the advice if it cannot be read."""
+    """Read the manifest of a finished artifact; do: the advice of the error if that fails."""
     path = folder / MANIFEST
     try:
         manifest = Manifest.model_validate(read_json(path))
     except OpenQwenError as error:
         raise OpenQwenError(f"This artifact is damaged: {error.what}", where=path, do=do) from None
     except ValidationError as error:
-        raise OpenQwenError(
-            f"This manifest is damaged: {error.errors()[0]['msg']}.", where=path, do=do
-        ) from None
+        what = f"This manifest is damaged: {error.errors()[0]['msg']}."
+        raise OpenQwenError(what, where=path, do=do) from None
     return Artifact(folder, manifest)
 
 
 def verify(artifact: Artifact, do: str, thorough: bool = False) -> None:
-    """Raise unless every file is there with the size and content that the manifest says."""
+    """Raise an error unless every file has the size and content that the manifest states."""
     for name, entry in artifact.manifest.files.items():
         path = artifact.folder / name
         fault = _fault(path, entry, thorough)
         if fault is not None:
-            raise OpenQwenError(
-                f"The artifact of '{artifact.manifest.stage}' is damaged: {fault}.",
-                where=path,
-                do=do,
-            )
+            what = f"The artifact of '{artifact.manifest.stage}' is damaged: {fault}."
+            raise OpenQwenError(what, where=path, do=do)
 
 
 def _fault(path: Path, entry: FileEntry, thorough: bool) -> str | None:
@@ -139,17 +130,16 @@ def _fault(path: Path, entry: FileEntry, thorough: bool) -> str | None:
     if size != entry.bytes:
         return f"{path.name} has {size:,} bytes, but {entry.bytes:,} were written"
     if size <= _HASH_UP_TO or thorough:
-        found = sha256(path)
-        if found != entry.sha256:
-            return f"{path.name} has sha256 {found[:12]}…, but {entry.sha256[:12]}… was written"
+        actual = sha256(path)
+        if actual != entry.sha256:
+            return f"{path.name} has sha256 {actual[:12]}…, but {entry.sha256[:12]}… was written"
     return None
 
 
 def make(
     node: Node, sources: Mapping[str, Source], seed: int, key: str, work: Path, target: Path
 ) -> Artifact:
-    """Run a stage aside in `work`, then put its artifact at `target`, replacing what stands there
-    only at the end.
+    """Run a stage in the folder `work`, then rename its artifact to `target`.
 
     A kill at any point leaves either the old `target` or the new one (see `recover`), and the
     scratch folder in `work`.
@@ -184,20 +174,17 @@ def make(
 
 
 def _entries(folder: Path) -> dict[str, FileEntry]:
-    return {
-        name: FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
-        for name, path in _payload(folder)
-    }
+    entries = {}
+    for name, path in _payload(folder):
+        entries[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+    return entries
 
 
 def _payload(folder: Path) -> list[tuple[str, Path]]:
-    """Every file under a folder but its manifest, as (relative name, path), in one fixed order."""
-    files = {
-        str(path.relative_to(folder).as_posix()): path
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    return [(name, files[name]) for name in sorted(files) if name != MANIFEST]
+    """Return (relative name, path) of every file but the manifest, sorted by name."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    files = sorted((path.relative_to(folder).as_posix(), path) for path in paths)
+    return [(name, path) for name, path in files if name != MANIFEST]
 
 
 def _digest(hashes: Mapping[str, str]) -> str:
@@ -206,9 +193,9 @@ def _digest(hashes: Mapping[str, str]) -> str:
 
 
 def content_digest(path: Path) -> str:
-    """The digest of a file's or folder's content; an artifact's own digest if it is one.
+    """Return the digest of a file's or folder's content; for an artifact it is `Manifest.digest`.
 
-    Of files over 1 GB, size and time of change stand in for the content.
+    For files over 1 GB, size and time of change are hashed instead of the content.
     """
     if path.is_file():
         return _hash(path)
@@ -223,7 +210,7 @@ def _hash(path: Path) -> str:
 
 
 def outside_source(path: Path, role: str) -> Source:
-    """A file, a folder or a data set on the hub that no stage of this run made, as an input."""
+    """Return an input that no stage of this run made: a file, a folder or a data set of the hub."""
     if str(path).startswith(HUB):
         path = Path(pinned(str(path)))
         digest = _digest({str(n): _hash(file) for n, file in enumerate(data_files(path))})
@@ -234,7 +221,7 @@ def outside_source(path: Path, role: str) -> Source:
 
 
 def recover(store: Path) -> None:
-    """Finish or undo what a kill in the middle of `make`'s last step left behind."""
+    """Finish or undo the last step of `make` where a kill interrupted it."""
     for old in store.glob(".*.old"):
         target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if target.exists():
@@ -244,8 +231,9 @@ def recover(store: Path) -> None:
 
 
 def _start_clock(work: Path, scratch: Path) -> float:
-    """Seconds that killed attempts put into the saved state: each from its start to its last
-    save.
+    """Start the clock, and return the seconds of killed attempts that the saved state contains.
+
+    Of each attempt, the time from its start to its last save counts.
     """
     clock = work / "clock.json"
     before = 0.0
@@ -258,33 +246,28 @@ def _start_clock(work: Path, scratch: Path) -> float:
 
 
 def last_save(scratch: Path) -> float | None:
-    """When a file under the scratch folder last changed (seconds of the epoch), None where there is
-    no file.
-    """
-    return max(
-        (path.stat().st_mtime for path in scratch.rglob("*") if path.is_file()), default=None
-    )
+    """Return when a file in the scratch folder last changed (Unix time), or None without files."""
+    files = (path for path in scratch.rglob("*") if path.is_file())
+    return max((path.stat().st_mtime for path in files), default=None)
 
 
 @functools.cache
 def version() -> str:
-    """The version of the installed package."""
+    """Return the version of the installed package."""
     return importlib.metadata.version("openqwen")
 
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 over the package's Python sources and the data files that they read."""
+    """Return the SHA-256 of the package's Python sources and of the data files that they read."""
     root = Path(str(openqwen.__file__)).parent
     sources = [path for path in root.rglob("*") if path.suffix in _SOURCES]
     return _digest({path.relative_to(root).as_posix(): sha256(path) for path in sources})
 
 
 def machine() -> dict[str, Any]:
-    """On what an artifact was made.
-
-    A stage that never loaded torch is not charged with loading it here.
-    """
+    """Describe the machine and its libraries, for the manifest."""
+    # torch takes seconds to import, so its settings are read only if the stage has imported it.
     torch = sys.modules.get("torch")
     cuda = torch is not None and torch.cuda.is_available()
     pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,4 @@
-"""Settings from the command line: every field of a settings class is a dotted flag
-(`--sft.train.learning-rate`).
-"""
+"""Read settings from the command line: each field is a flag, `--sft.train.learning-rate`."""
 
 import copy
 import dataclasses
@@ -26,22 +24,26 @@ class RunOptions:
     """The flags of `openqwen run` that are not settings of the recipe."""
 
     output: Annotated[
-        Path | None, tyro.conf.arg(help="The run folder; none: runs/RECIPE.", metavar="FOLDER")
+        Path | None,
+        tyro.conf.arg(help="The run folder; default: runs/RECIPE.", metavar="FOLDER"),
     ] = None
-    until: Annotated[str | None, tyro.conf.arg(help="Stop after this stage.", metavar="STAGE")] = (
-        None
-    )
+    until: Annotated[
+        str | None,
+        tyro.conf.arg(help="Stop after this stage.", metavar="STAGE"),
+    ] = None
     from_: Annotated[
         str | None,
-        tyro.conf.arg(
-            help="Make this stage and all later ones anew.", metavar="STAGE", name="from"
-        ),
+        tyro.conf.arg(help="Remake this stage and all later ones.", metavar="STAGE", name="from"),
     ] = None
     dry_run: Annotated[
-        bool, _Flag, tyro.conf.arg(help="Print what would happen, and do nothing.")
+        bool,
+        _Flag,
+        tyro.conf.arg(help="Print what the run would do, and change nothing."),
     ] = False
     verify: Annotated[
-        bool, _Flag, tyro.conf.arg(help="Check files over 1 GB byte by byte too.")
+        bool,
+        _Flag,
+        tyro.conf.arg(help="Check the content of files over 1 GB too."),
     ] = False
 
 
@@ -52,18 +54,25 @@ def parse(
     prog: str,
     description: str,
 ) -> tuple[Options, Settings]:
-    """Read the command line into a dataclass of options and a settings object, whose present values
-    are the defaults.
+    """Parse the command line into options and settings.
 
     `--help` prints every field with its meaning and default, and exits. A value of the wrong type
-    exits with status 2 and the help of its flag; an unknown flag or a value out of range is an
-    OpenQwenError.
+    exits with status 2 and the help of its flag.
+
+    Args:
+        arguments: The command line.
+        options: A dataclass of flags that are not settings.
+        settings: The settings; their present values are the defaults.
+        prog, description: Shown by `--help`.
+
+    Returns: The options and the settings.
+
+    Raises:
+        OpenQwenError: For an unknown flag, or a value out of range.
     """
     mirror = _mirror(settings)
-    fields = [
-        (name, Annotated[kind, tyro.conf.arg(name="")])
-        for name, kind in [("own", options), ("all", mirror)]
-    ]
+    unnamed = tyro.conf.arg(name="")
+    fields = [("options", Annotated[options, unnamed]), ("settings", Annotated[mirror, unnamed])]
     both: Any = dataclasses.make_dataclass("Arguments", fields)
     parsed, unknown = tyro.cli(
         both,
@@ -76,13 +85,12 @@ def parse(
     if unknown:
         known = [f"--{dotted}" for dotted in [*_dotted(options), *_dotted(mirror)]]
         raise _unknown(unknown, known, prog)
-    return parsed.own, validate(type(settings), _plain(parsed.all), "the command line")
+    values = validate(type(settings), _plain(parsed.settings), "the command line")
+    return parsed.options, values
 
 
 def _mirror(settings: BaseModel) -> type:
-    """The settings as a dataclass without their checks: tyro reads it, and pydantic checks the
-    whole once, after.
-    """
+    """Return a dataclass of the settings for tyro, without checks; pydantic checks the result."""
     fields: list[Any] = []
     for name, info in type(settings).model_fields.items():
         value = getattr(settings, name)
@@ -95,20 +103,17 @@ def _mirror(settings: BaseModel) -> type:
         else:
             kind: Any = info.annotation
             leaf = Annotated[kind, tyro.conf.arg(help=info.description)]
-            fields.append(
-                (name, leaf, dataclasses.field(default_factory=functools.partial(copy.copy, value)))
-            )
-    # `kw_only`, so that nested settings, which have no default of their own, may follow plain
-    # fields.
+            default = dataclasses.field(default_factory=functools.partial(copy.copy, value))
+            fields.append((name, leaf, default))
+    # Nested settings have no default. `kw_only` allows them after fields that have one.
     return dataclasses.make_dataclass(type(settings).__name__, fields, kw_only=True)
 
 
 def _is_table(value: Any) -> bool:
-    """Whether it is named settings, such as one entry a source."""
-    named = isinstance(value, dict) and bool(value)
-    return named and all(
-        isinstance(v, BaseModel) and str(k).isidentifier() for k, v in value.items()
-    )
+    """Return whether a value is a dict of settings, such as one entry for each source."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(v, BaseModel) and str(k).isidentifier() for k, v in value.items())
 
 
 def _plain(mirrored: Any) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def _plain(mirrored: Any) -> dict[str, Any]:
 
 
 def _dotted(kind: Any, prefix: str = "") -> list[str]:
-    """Every flag of a dataclass of settings, as a user types it."""
+    """Return every flag of a dataclass of settings as a user types it, without the dashes."""
     names = []
     for field in dataclasses.fields(kind):
         name = prefix + field.name.rstrip("_").replace("_", "-")
@@ -135,11 +140,9 @@ def _unknown(unknown: Sequence[str], known: Sequence[str], prog: str) -> OpenQwe
         near = suggestion(f"--{unknown[0]}", known)
         return OpenQwenError(f"Unexpected argument '{unknown[0]}'.{near}", "the command line", do)
     name = flag.partition("=")[0].replace("_", "-")
-    if name in known:  # a table has a flag for each entry and none of its own
-        return OpenQwenError(
-            f"'{name}' is a table.", where="the command line", do=f"set an entry: {name}.KEY VALUE"
-        )
-    near = suggestion(name, known) or suggestion(
-        name, {f"--{text.rpartition('.')[2]}" for text in known}
-    )
+    if name in known:  # a table has flags for its entries only
+        do = f"set an entry: {name}.KEY VALUE"
+        return OpenQwenError(f"'{name}' is a table.", where="the command line", do=do)
+    last_words = {f"--{text.rpartition('.')[2]}" for text in known}
+    near = suggestion(name, known) or suggestion(name, last_words)
     return OpenQwenError(f"There is no flag '{name}'.{near}", where="the command line", do=do)

@@ -1,6 +1,4 @@
-"""The run folder: finished artifacts in `.store`, work in progress in `.work`, a link a stage to
-its current one.
-"""
+"""The run folder: artifacts in `.store`, work in progress in `.work`, a link for each stage."""
 
 import contextlib
 import os
@@ -14,62 +12,48 @@ from openqwen.support.errors import OpenQwenError
 
 
 class RunFolder:
-    """Paths and bookkeeping of one run folder.
-
-    Reading makes nothing; only `prepare` makes folders.
-    """
+    """Paths and records of one run folder; only `prepare_root` and `prepare` make folders."""
 
     def __init__(self, root: Path):
         self.root = root
         self.store = root / ".store"
         self.work = root / ".work"
         self.lock = root / ".lock"
-        self._anew = self.work / "anew"  # an empty file for each stage that a `--from` asked for
+        self._anew = self.work / "anew"  # an empty file for each stage that `--from` requested
 
     def prepare_root(self) -> None:
-        """Make the run folder itself, for the lock to lie in."""
+        """Make the run folder itself, which holds the lock."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise OpenQwenError(
-                f"The run folder cannot be made: {error.strerror}.",
-                where=self.root,
-                do="choose another --output",
-            ) from None
+            what = f"The run folder cannot be made: {error.strerror}."
+            raise OpenQwenError(what, self.root, "choose another --output") from None
 
     def prepare(self) -> None:
-        """Make the folders, and clear away what killed runs left half-written.
-
-        Only under the lock.
-        """
+        """Make the folders and delete half-written files of killed runs; call it under the lock."""
         self.store.mkdir(exist_ok=True)
         self.work.mkdir(exist_ok=True)
         recover(self.store)
         for aside in self.work.glob(".*"):
             aside.unlink()
         for work in self.work.glob("*-*"):
-            finished = (self.store / work.name).exists() and work.name[
-                : -len("-0123456789ab")
-            ] not in self.pending()
+            stage = work.name[: -len("-0123456789ab")]
+            finished = (self.store / work.name).exists() and stage not in self.pending()
             shutil.rmtree(work if finished else work / "output", ignore_errors=True)
 
     def stored(self, stage: str, key: str) -> Path:
-        """Where the finished artifact of that key lies, or will."""
+        """Return the path of the finished artifact with that key, whether or not it exists."""
         return self.store / f"{stage}-{key[:12]}"
 
     def working(self, stage: str, key: str) -> Path:
-        """Where the artifact of that key is made."""
+        """Return the folder in which the artifact with that key is made."""
         return self.work / f"{stage}-{key[:12]}"
 
     def link(self, stage: str, artifact: Path) -> None:
-        """Point runs/x/<stage> at an artifact, in one step."""
+        """Make the stage's link point at an artifact, atomically."""
         link = self.root / stage
         if link.exists() and not link.is_symlink():
-            raise OpenQwenError(
-                "Something that is not a link stands where a stage's link goes.",
-                link,
-                "move it away",
-            )
+            raise OpenQwenError("A stage's link cannot be made here.", link, "move this file away")
         path = os.path.relpath(artifact, self.root)
         if link.is_symlink() and os.readlink(link) == path:
             return
@@ -79,25 +63,23 @@ class RunFolder:
         os.replace(aside, link)
 
     def current(self, stage: str) -> Artifact | None:
-        """The artifact that the stage's link shows, None where there is none that can be read."""
+        """Return the artifact that the stage's link points at, or None if it cannot be read."""
         return _read(self.root / stage)
 
     def former(self, stage: str) -> Artifact | None:
-        """The current artifact of a stage, or the youngest finished one."""
-        found = [_read(path) for path in sorted(self._of(self.store, stage))]
-        youngest = max(
-            (a for a in found if a is not None), key=lambda a: a.manifest.created, default=None
-        )
-        return self.current(stage) or youngest
+        """Return the current artifact of a stage, or else the youngest finished one, or None."""
+        if current := self.current(stage):
+            return current
+        artifacts = [_read(path) for path in sorted(self._of(self.store, stage))]
+        readable = [artifact for artifact in artifacts if artifact is not None]
+        return max(readable, key=lambda artifact: artifact.manifest.created, default=None)
 
     def pending(self) -> list[str]:
-        """Stages that a `--from` asked for and that were not made anew yet."""
+        """Return the stages that `--from` requested and that are not remade yet."""
         return sorted(path.name for path in self._anew.glob("*"))
 
     def demand(self, stages: Iterable[str]) -> None:
-        """Have these stages made anew, from their beginning, by this run or the ones that continue
-        it.
-        """
+        """Request that this run, or one that continues it, makes these stages from their start."""
         for stage in stages:
             self._anew.mkdir(exist_ok=True)
             for work in self._of(self.work, stage):
@@ -105,9 +87,9 @@ class RunFolder:
             (self._anew / stage).touch()
 
     def fulfil(self, stage: str) -> None:
-        """The stage was made anew."""
+        """Record that a requested stage was remade."""
         (self._anew / stage).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # others wait, or there is none
+        with contextlib.suppress(OSError):  # other stages are pending, or none ever was
             self._anew.rmdir()
 
     @staticmethod

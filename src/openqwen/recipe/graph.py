@@ -1,12 +1,11 @@
-"""The recipe itself: which stages there are, and what flows between them. One line a stage.
+"""The graph of a recipe: its stages, one line each, and what flows between them.
 
     corpus → tokenizer → tokens → pretrain → extend → instruct → sft → prefer → reward
     → dpo, online-dpo
 
-Both preference stages start from the SFT model, so that each can be told from the other.
-After each stage that makes a model stands an `evaluate-…` stage that scores it.
-What a stage is, its own file says (`support/stage.py`). This file names those files, and loads none
-of them by itself.
+DPO and online DPO both start from the SFT model, so that their effects can be compared. After each
+stage that makes a model, an `evaluate-…` stage scores it. Each stage is declared in its own file
+(see `support/stage.py`). This file names those files and imports none of them at start.
 """
 
 import ast
@@ -20,14 +19,13 @@ from typing import Any
 
 from pydantic import BaseModel, Field, create_model
 
-from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.settings import Settings
 from openqwen.support.stage import CHAT, Stage
 
-# What the scores of an aligned model stand beside: `start` is the model that it was trained from.
+# The scores that those of an aligned model are compared with; `start`: the model it started from.
 _ALIGNED = {"base": "evaluate-extend", "start": "evaluate-sft", "reward": "reward"}
-# Name, file, and for each input the earlier line that makes it; None: the stage runs in no recipe.
+# Name, module, and for each input the earlier stage that makes it; None: the stage is in no recipe.
 GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ("corpus", "openqwen.instruct.corpus", {}),
     ("tokenizer", "openqwen.corpus.vocabulary", {"corpus": "corpus"}),
@@ -74,15 +72,15 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ),
 ]
 
-MODELS = {"model", "reward"}  # inputs and settings that may be a hub id too
+MODELS = {"model", "reward"}  # inputs and settings that may be a hub id instead of a path
 
 
 @dataclass(frozen=True)
 class Node:
-    """A stage in its place in a recipe.
+    """A stage at its place in a recipe.
 
-    inputs: role -> name of an earlier node. outside: role -> file or folder that no stage makes; it
-    is part of what the artifact depends on. estimate: the seconds it should take.
+    inputs: role -> name of an earlier node. outside: role -> file or folder that no stage makes;
+    the artifact depends on its content too. estimate: returns the expected seconds.
     """
 
     name: str
@@ -94,65 +92,65 @@ class Node:
 
 
 def verbs() -> dict[str, str]:
-    """Name -> help of every stage that the command line offers. No stage is loaded."""
-    found: dict[str, str] = {}
-    for _, file, _ in GRAPH:
-        name, text = _declared(file)
+    """Return name -> help of every stage that is a verb, without importing any stage."""
+    helps: dict[str, str] = {}
+    for _, module, _ in GRAPH:
+        name, text = _declared(module)
         if text:
-            found[name] = found.pop(name, text)  # of several lines, the last one gives the place
-    return found
+            helps[name] = helps.pop(name, text)  # a stage of several lines stands at its last one
+    return helps
 
 
 def load_stage(name: str) -> Stage:
-    """The stage of that name; its file, and no other, is loaded."""
-    return _load(next(file for _, file, _ in GRAPH if _declared(file)[0] == name))
+    """Import the module of the stage of that name, and no other, and return the stage."""
+    return _load(next(module for _, module, _ in GRAPH if _declared(module)[0] == name))
 
 
-def _load(file: str) -> Stage:
-    stage: Stage = importlib.import_module(file).STAGE
+def _load(module: str) -> Stage:
+    stage: Stage = importlib.import_module(module).STAGE
     return stage
 
 
 @functools.cache
-def _declared(file: str) -> tuple[str, str]:
-    """Name and help of the stage in a file. It is read and not loaded: torch takes seconds."""
+def _declared(module: str) -> tuple[str, str]:
+    """Return name and help of a module's stage from its text; importing torch takes seconds."""
     places: Sequence[str] | None = None
     source = ""
-    for part in file.split("."):
+    for part in module.split("."):
         spec = PathFinder.find_spec(part, places)
         if spec is None:
-            raise ModuleNotFoundError(f"the graph names {file}, which does not exist")
+            raise ModuleNotFoundError(f"the graph names {module}, which does not exist")
         source, places = spec.origin or "", spec.submodule_search_locations
     last = ast.parse(Path(source).read_text(encoding="utf-8")).body[-1]
     if not isinstance(last, ast.Assign) or not isinstance(last.value, ast.Call):
         raise ValueError(f"{source} does not end with STAGE = Stage(...)")
-    told = {
-        k.arg: ast.literal_eval(k.value) for k in last.value.keywords if k.arg in ("name", "help")
-    }
-    return told["name"], told["help"]
+    keywords = {keyword.arg: keyword.value for keyword in last.value.keywords}
+    return ast.literal_eval(keywords["name"]), ast.literal_eval(keywords["help"])
 
 
 def sections() -> dict[str, Stage]:
-    """The settings of a recipe: a section bears the name of the first stage that reads it.
+    """Return the sections of a recipe's settings: name -> the first stage that reads the section.
 
-    Stages of one configuration class share their section; a stage without settings has none.
+    Stages with the same configuration class share a section; a stage without settings has none.
     """
     first: dict[type[BaseModel], Stage] = {}
-    for _, file, inputs in GRAPH:
-        stage = _load(file)
+    for _, module, inputs in GRAPH:
+        stage = _load(module)
         if inputs is not None and stage.config.model_fields:
-            first[stage.config] = first.pop(stage.config, stage)  # the last line gives the place
+            first[stage.config] = first.pop(stage.config, stage)  # it stands at its last line
     return {stage.name.replace("-", "_"): stage for stage in first.values()}
 
 
 def recipe_class() -> type[Settings]:
-    """The class of everything a run depends on; the same graph gives the same class."""
+    """Return the settings class of a recipe; the same graph gives the same class."""
     return _class_of(tuple((name, stage.config, stage.help) for name, stage in sections().items()))
 
 
 @functools.cache
 def _class_of(sections: tuple[tuple[str, type[BaseModel], str], ...]) -> type[Settings]:
-    fields: dict[str, Any] = {"seed": (int, Field(1, ge=0, description="of every random draw"))}
+    fields: dict[str, Any] = {
+        "seed": (int, Field(1, ge=0, description="seed of every random draw"))
+    }
     for name, config, text in sections:
         fields[name] = (config, Field(default_factory=config, description=text))
     return create_model(
@@ -161,55 +159,48 @@ def _class_of(sections: tuple[tuple[str, type[BaseModel], str], ...]) -> type[Se
 
 
 def nodes_of(recipe: Any) -> list[Node]:
-    """The stages of a recipe, in the order they run."""
+    """Return the stages of a recipe, in the order in which they run."""
     from openqwen.recipe.estimate import seconds
 
     section_of = {stage.config: name for name, stage in sections().items()}
     nodes: list[Node] = []
-    for name, file, inputs in GRAPH:
+    for name, module, inputs in GRAPH:
         if inputs is None:
             continue
-        stage = _load(file)
-        config = (
-            getattr(recipe, section_of[stage.config])
-            if stage.config in section_of
-            else stage.config()
-        )
+        stage = _load(module)
+        section = section_of.get(stage.config)
+        config = getattr(recipe, section) if section else stage.config()
         estimate = functools.partial(seconds, stage, recipe, inputs) if stage.estimate else None
         nodes.append(Node(name, stage, config, inputs, outside_of(config), estimate))
     return nodes
 
 
 def outside_of(config: BaseModel) -> dict[str, Path]:
-    """What a configuration names by its path: the artifact depends on its content too.
+    """Return the paths in a configuration: the artifact depends on their content too.
 
-    A hub id is no path.
+    A hub id is not a path.
     """
     paths = {name: value for name, value in config if isinstance(value, Path)}
     return {name: path for name, path in paths.items() if name not in MODELS or path.exists()}
 
 
-def finish(run_folder: Path) -> list[str]:
-    """Write the report; the lines that end a run."""
-    from openqwen.recipe.report import write_report
-
-    lines = [f"report   {write_report(run_folder)}"]
-    made = [
-        (name, _load(file)) for name, file, _ in reversed(GRAPH) if (run_folder / name).exists()
-    ]
-    chat = next((name for name, stage in made if CHAT in stage.outputs), None)
-    return [*lines, f"chat     {command('chat', run_folder / chat)}"] if chat else lines
+def last_chat_model(run_folder: Path) -> Path | None:
+    """Return the folder of the last stage in a run folder whose model can be talked to, or None."""
+    for name, module, _ in reversed(GRAPH):
+        if (run_folder / name).exists() and CHAT in _load(module).outputs:
+            return run_folder / name
+    return None
 
 
 def select(nodes: Sequence[Node], until: str | None) -> list[Node]:
-    """The stages up to and with `until`; all of them where it is None."""
+    """Return the stages up to and including `until`; all of them where it is None."""
     if until is None:
         return list(nodes)
     return list(nodes[: position(nodes, until, "--until") + 1])
 
 
 def position(nodes: Sequence[Node], name: str, flag: str) -> int:
-    """The index of the stage of that name; an unknown one is an error that suggests the nearest."""
+    """Return the index of a stage; an unknown name is an error that suggests the nearest one."""
     names = [node.name for node in nodes]
     if name not in names:
         raise OpenQwenError(
@@ -221,7 +212,7 @@ def position(nodes: Sequence[Node], name: str, flag: str) -> int:
 
 
 def check_graph(nodes: Sequence[Node]) -> None:
-    """Names are unique, and an input is what a stage that comes before makes."""
+    """Raise ValueError unless names are unique and earlier stages make every input."""
     seen: dict[str, Node] = {}
     for node in nodes:
         if node.name in seen:

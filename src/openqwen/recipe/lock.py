@@ -1,4 +1,4 @@
-"""One run a folder: a lock that dies with its process, and a note of who holds it."""
+"""Allow one run per folder, by a lock that the kernel releases with its process."""
 
 import fcntl
 import getpass
@@ -15,12 +15,11 @@ from openqwen.support.errors import OpenQwenError
 
 @contextmanager
 def hold(path: Path, command: str) -> Iterator[None]:
-    """Hold the lock file at `path` for the length of the block; if somebody else does, an error
-    says who.
+    """Hold the lock file at `path` during the block, or raise an error that names the holder.
 
-    A POSIX record lock: the kernel drops it with the process, however that ends, and forked workers
-    that outlive their parent do not keep it. What a dead process wrote into the file is therefore
-    never believed.
+    It is a POSIX record lock: the kernel releases it when the process ends in any way, and forked
+    workers that outlive their parent do not keep it. The text in the file is only read while
+    somebody holds the lock.
     """
     with open(path, "a+", encoding="utf-8") as file:
         try:
@@ -51,14 +50,10 @@ def _held(path: Path) -> OpenQwenError:
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         since = datetime.fromisoformat(note["started"])
-        holder = (
-            f"process {note['pid']} of {note['user']} on {note['host']}, since "
-            f"{since:%Y-%m-%d %H:%M:%S}"
-        )
-        do = (
-            f"wait for it, stop it (kill {note['pid']}), or choose another --output; it runs: "
-            f"{note['command']}"
-        )
-    except (ValueError, KeyError, TypeError):  # the holder is writing its note right now
+        holder = f"process {note['pid']} of {note['user']} on {note['host']}"
+        holder += f", since {since:%Y-%m-%d %H:%M:%S}"
+        do = f"wait for it, stop it (kill {note['pid']}), or choose another --output"
+        do += f"; it runs: {note['command']}"
+    except (ValueError, KeyError, TypeError):  # the holder is writing its note at this moment
         holder, do = "another process", "wait for it, or choose another --output"
-    return OpenQwenError(f"Another run works in this folder: {holder}.", where=path.parent, do=do)
+    return OpenQwenError(f"Another run uses this folder: {holder}.", where=path.parent, do=do)

@@ -1,4 +1,4 @@
-"""Which of the fast paths this machine takes: all are detected, none is required (law 7)."""
+"""Report which fast paths this machine takes; all are detected, none is required."""
 
 import torch
 
@@ -9,7 +9,7 @@ from openqwen.tokenizer import fast
 
 
 def paths() -> str:
-    """One line to print at the start of a run."""
+    """Return one line on the device and its fast paths, printed at the start of a run."""
     device = best_device()
     if device.type == "cuda":
         where = torch.cuda.get_device_name()

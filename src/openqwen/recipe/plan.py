@@ -1,4 +1,4 @@
-"""What a run will do with each stage, and why: reuse it, run it, or resume it."""
+"""Decide what a run does with each stage, and why: reuse it, run it, or resume it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ _SHOW_CHANGES = 3
 class Decision:
     """What happens to one stage.
 
-    key: None while an input is still to be made. artifact: what is reused. seconds: how long it
-    should take, None where nobody can tell.
+    key: None while an input is still to be made. artifact: the reused one, or None. seconds: the
+    expected time, None where it is unknown.
     """
 
     node: Node
@@ -41,17 +41,16 @@ class Decision:
 def make_plan(
     folder: RunFolder, nodes: Sequence[Node], seed: int, anew: Sequence[str], thorough: bool
 ) -> list[Decision]:
-    """The whole plan, changing nothing on the disk.
+    """Return the decision for every stage, without changing anything on the disk.
 
-    A stage whose input will be made is assumed to follow.
+    A stage whose input will be made is expected to run too.
     """
     steps: list[Decision] = []
     digests: dict[str, str | None] = {}
     for node in nodes:
         try:
-            step = decide(
-                folder, node, seed, input_digests(node, digests), node.name in anew, thorough
-            )
+            given = input_digests(node, digests)
+            step = decide(folder, node, seed, given, node.name in anew, thorough)
         except OpenQwenError as error:
             step = Decision(node, "blocked", f"{error.what} {(error.do or '').capitalize()}.")
         steps.append(step)
@@ -60,13 +59,11 @@ def make_plan(
 
 
 def input_digests(node: Node, made: Mapping[str, str | None]) -> dict[str, str | None]:
-    """role -> digest of that input; made: stage name -> digest, None while it is still to be
-    made.
-    """
+    """Return role -> digest of that input; made: stage -> digest, None if it is yet to be made."""
     digests = {role: made[name] for role, name in node.inputs.items()}
-    return digests | {
-        role: outside_source(path, role).entry.digest for role, path in node.outside.items()
-    }
+    for role, path in node.outside.items():
+        digests[role] = outside_source(path, role).entry.digest
+    return digests
 
 
 def decide(
@@ -77,24 +74,22 @@ def decide(
     anew: bool,
     thorough: bool = False,
 ) -> Decision:
-    """What to do with one stage; a stored artifact that would be reused but is damaged is an
-    error.
-    """
+    """Return what to do with one stage; raise an error if the artifact to reuse is damaged."""
     seconds = _estimate(folder, node)
     known = {role: digest for role, digest in digests.items() if digest is not None}
     if len(known) < len(digests):
         waiting = [name for role, name in node.inputs.items() if digests[role] is None]
-        return Decision(node, "run", f"its input {waiting[0]} is made anew", seconds=seconds)
+        return Decision(node, "run", f"its input {waiting[0]} is remade", seconds=seconds)
     key = artifact_key(node, seed, known)
     stored = folder.stored(node.name, key)
     if stored.exists() and not anew:
-        advice = f"run the same command with --from {node.name} to make it anew"
+        advice = f"run the same command with --from {node.name} to remake it"
         artifact = open_artifact(stored, advice)
         verify(artifact, advice, thorough)
         return Decision(node, "reuse", "nothing it depends on changed", key, artifact, 0.0)
     current = folder.current(node.name)
     if anew:
-        why = "asked for by --from"
+        why = "requested by --from"
     elif current is None:
         why = NOT_MADE
     else:
@@ -111,32 +106,30 @@ def _estimate(folder: RunFolder, node: Node) -> float | None:
 
 
 def changes(manifest: Manifest, node: Node, seed: int, digests: Mapping[str, str]) -> list[str]:
-    """In what an artifact differs from what the stage would make now, in words: `train.steps 10 ->
-    20`.
-    """
-    told = _config_changes(_flat(manifest.config), _flat(node.config.model_dump(mode="json")))
+    """Describe how an artifact differs from what the stage would make: `train.steps 10 -> 20`."""
+    texts = _config_changes(_flat(manifest.config), _flat(node.config.model_dump(mode="json")))
     if manifest.seed != seed:
-        told.append(f"seed {manifest.seed} -> {seed}")
+        texts.append(f"seed {manifest.seed} -> {seed}")
     for role, digest in digests.items():
         former = manifest.inputs.get(role)
         if former is None or former.digest != digest:
-            told.append(f"its input {node.inputs.get(role, role)} changed")
+            texts.append(f"its input {node.inputs.get(role, role)} changed")
     if manifest.code.get("version") != version():
-        told.append(f"openqwen {manifest.code.get('version')} -> {version()}")
-    rest = len(told) - _SHOW_CHANGES
-    return [*told[:_SHOW_CHANGES], f"and {rest} more"] if rest > 0 else told
+        texts.append(f"openqwen {manifest.code.get('version')} -> {version()}")
+    rest = len(texts) - _SHOW_CHANGES
+    return [*texts[:_SHOW_CHANGES], f"and {rest} more"] if rest > 0 else texts
 
 
 def _config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    told = []
+    texts = []
     for path in [*new, *(path for path in old if path not in new)]:
         if path not in old:
-            told.append(f"{path} is new")
+            texts.append(f"{path} is new")
         elif path not in new:
-            told.append(f"{path} is gone")
+            texts.append(f"{path} is gone")
         elif old[path] != new[path]:
-            told.append(f"{path} {_brief(old[path])} -> {_brief(new[path])}")
-    return told
+            texts.append(f"{path} {_brief(old[path])} -> {_brief(new[path])}")
+    return texts
 
 
 def _brief(value: Any) -> str:
@@ -145,7 +138,7 @@ def _brief(value: Any) -> str:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {dotted path: leaf}."""
+    """Flatten nested mappings to {dotted path: leaf}."""
     flat: dict[str, Any] = {}
     for name, inner in value.items():
         if isinstance(inner, dict):

@@ -1,6 +1,6 @@
-"""Runs a recipe, or one stage alone.
+"""Run a recipe, or one stage alone.
 
-Each stage is reused, resumed or run, in order, and nothing finished is ever lost.
+Each stage in turn is reused, resumed or run. No finished stage is ever lost.
 """
 
 import shutil
@@ -46,28 +46,34 @@ def run_recipe(
 ) -> None:
     """Make or reuse the artifact of every stage, up to `until`.
 
-    start_from: make that stage and all later ones anew. dry_run: print the plan and change nothing.
-    thorough: check the content of files over 1 GB too. command: what the lock says of this run;
-    continue_command: what to type after an interruption. finish: called with the run folder after
-    the last stage; its lines are printed. Raises OpenQwenError (a damaged artifact, a held folder,
-    a full disk, a stage's own), KeyboardInterrupt.
+    Args:
+        nodes: The stages, in order.
+        run_folder: Where artifacts and links go.
+        seed: Seed of every random draw.
+        until: The last stage to make; None: all.
+        start_from: Remake this stage and all later ones.
+        dry_run: Print the plan and change nothing.
+        thorough: Check the content of files over 1 GB too.
+        command: What the lock file says about this run.
+        continue_command: What the user types to continue after an interruption.
+        finish: Called with the run folder after the last stage; returns lines to print.
+
+    Raises:
+        OpenQwenError: A damaged artifact, a folder in use, a full disk, or an error of a stage.
     """
     check_graph(nodes)
     chosen = select(nodes, until)
     demanded: list[str] = []
     if start_from is not None:
-        demanded = [
-            node.name for node in nodes[position(nodes, start_from, "--from") : len(chosen)]
-        ]
+        later = nodes[position(nodes, start_from, "--from") : len(chosen)]
+        demanded = [node.name for node in later]
         if not demanded:
-            raise OpenQwenError(
-                "Nothing is left to run.", f"--until {until} --from {start_from}", "swap the two"
-            )
+            where = f"--until {until} --from {start_from}"
+            raise OpenQwenError("Nothing is left to run.", where, "swap the two")
     folder = RunFolder(run_folder)
     if dry_run:
-        display.plan_table(
-            make_plan(folder, chosen, seed, [*demanded, *folder.pending()], thorough)
-        )
+        anew = [*demanded, *folder.pending()]
+        display.plan_table(make_plan(folder, chosen, seed, anew, thorough))
         return
     folder.prepare_root()
     with disk_errors(run_folder), hold(folder.lock, command):
@@ -112,36 +118,35 @@ class _Run:
         sources = {role: outside_source(path, role) for role, path in node.outside.items()}
         for role, name in node.inputs.items():
             artifact = self.made[name]
-            sources[role] = Source(
-                artifact.folder, InputEntry(stage=name, digest=artifact.manifest.digest)
-            )
+            entry = InputEntry(stage=name, digest=artifact.manifest.digest)
+            sources[role] = Source(artifact.folder, entry)
         return sources
 
     def _make(self, step: Decision, sources: dict[str, Source]) -> Artifact:
         name, key = step.node.name, step.key
         assert key is not None
         work, target = self.folder.working(name, key), self.folder.stored(name, key)
+        finished = len(self.made)
         with disk_errors(self.folder.root / name):
-            return _make(
-                step, sources, self.seed, work, target, len(self.made), self.continue_command
-            )
+            return _make(step, sources, self.seed, work, target, finished, self.continue_command)
 
     def _close(self) -> None:
-        # For the report, which otherwise knows the artifacts alone.
+        # The report reads this file: the artifacts do not say which stages were reused.
         write_json(self.folder.root / "run.json", {"reused": sorted(self.reused)})
         display.results_table([(a.manifest, name in self.reused) for name, a in self.made.items()])
         other = [n for n, a in self.made.items() if a.manifest.code.get("digest") != code_digest()]
         if other:
+            names = ", ".join(other)
             display.note(
-                f"Made by other code: {', '.join(other)} (--from {other[0]} makes them anew)."
+                f"Made by another version of the code: {names} (--from {other[0]} remakes them)."
             )
 
 
 def run_alone(node: Node, output: Path, seed: int, command: str) -> None:
-    """Make the stage's artifact at `output` from its outside inputs; the work in progress lies in
-    `.<output>.work`.
+    """Make the artifact of one stage at `output`; work in progress lies in `.<output>.work`.
 
-    An `output` that holds this very artifact is reused; one that holds anything else is refused.
+    If `output` holds this artifact already, it is reused. If it holds anything else, an
+    OpenQwenError is raised.
     """
     output = output.absolute()
     work = output.with_name(f".{output.name}.work")
@@ -154,43 +159,37 @@ def run_alone(node: Node, output: Path, seed: int, command: str) -> None:
         try:
             work.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise OpenQwenError(
-                f"The folder cannot be made: {error.strerror}.", output, "choose another"
-            ) from None
+            what = f"The folder cannot be made: {error.strerror}."
+            raise OpenQwenError(what, output, "choose another --output") from None
         with hold(work / ".lock", command):
-            # Another run may have finished between the look above and the lock.
+            # Another run may have finished between the check above and the lock.
             if not _reused(node, output, key, seed, digests):
                 aside = work / key[:12]
                 resumed = last_save(aside / "scratch") is not None
                 step = Decision(node, "resume" if resumed else "run", f"into {output}", key)
                 display.heading(1, 1, step)
-                if output.exists():  # empty: the artifact takes its place by a rename
+                if output.exists():  # it is empty, and the artifact is renamed to it
                     output.rmdir()
                 _make(step, sources, seed, aside, output, finished=0, continue_command=command)
             shutil.rmtree(work, ignore_errors=True)
 
 
 def _reused(node: Node, output: Path, key: str, seed: int, digests: dict[str, str]) -> bool:
-    """Whether `output` is what would be made; an error if it is something else, False if it is
-    absent or empty.
+    """Return whether `output` is the wanted artifact; False if it is absent or empty.
+
+    Raises OpenQwenError if it is something else.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
+    do = "choose another --output"
     if not (output / MANIFEST).is_file():
-        raise OpenQwenError(
-            "The output holds something else.", where=output, do="choose another --output"
-        )
+        raise OpenQwenError("The output holds something else.", where=output, do=do)
     advice = "remove the folder and run the same command again"
     artifact = open_artifact(output, advice)
     if artifact.manifest.key != key:
-        told = changes(artifact.manifest, node, seed, digests) or [
-            f"it is of stage '{artifact.manifest.stage}'"
-        ]
-        raise OpenQwenError(
-            f"The output holds another artifact: {', '.join(told)}.",
-            where=output,
-            do="choose another --output",
-        )
+        stage = f"it is of stage '{artifact.manifest.stage}'"
+        why = ", ".join(changes(artifact.manifest, node, seed, digests)) or stage
+        raise OpenQwenError(f"The output holds another artifact: {why}.", where=output, do=do)
     verify(artifact, advice)
     display.heading(1, 1, Decision(node, "reuse", "", key, artifact))
     return True
@@ -205,9 +204,7 @@ def _make(
     finished: int,
     continue_command: str,
 ) -> Artifact:
-    """Make a stage's artifact aside in `work`; where that stops, say what is kept and how to go
-    on.
-    """
+    """Make a stage's artifact in `work`; if that stops, print what is kept and how to continue."""
     node, key = step.node, step.key
     assert key is not None
     work.mkdir(exist_ok=True)
@@ -216,14 +213,12 @@ def _make(
     except BaseException as stop:
         kept = [f"{finished} finished stage{'s' * (finished != 1)}"] if finished else []
         if (saved := last_save(work / "scratch")) is not None:
-            kept.append(
-                f"the state that {node.name} saved at {datetime.fromtimestamp(saved):%H:%M:%S}"
-            )
+            time = datetime.fromtimestamp(saved)
+            kept.append(f"the state that {node.name} saved at {time:%H:%M:%S}")
         interrupted = isinstance(stop, KeyboardInterrupt)
         what = "Interrupted" if interrupted else "Stopped"
-        console.print(
-            f"\n{what} in {node.name}. Kept: {' and '.join(kept) or 'nothing yet'}.", markup=False
-        )
+        state = " and ".join(kept) or "nothing yet"
+        console.print(f"\n{what} in {node.name}. Kept: {state}.", markup=False)
         if interrupted and continue_command:
             console.print(f"Continue with: {continue_command}", markup=False)
         raise

@@ -1,6 +1,4 @@
-"""A recipe's settings: YAML into one typed, documented object, with errors that name the file, the
-line and the key.
-"""
+"""Read a recipe's YAML into typed settings; errors name the file, the line and the key."""
 
 import re
 from collections.abc import Mapping
@@ -18,9 +16,7 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, and reads 1e-3 as the number it is (YAML 1.1 reads
-    a string).
-    """
+    """Safe YAML that refuses duplicate keys and reads 1e-3 as a number (YAML 1.1: a string)."""
 
 
 _Loader.add_implicit_resolver(
@@ -36,9 +32,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
             continue
         if key.value in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{key.value}' is given twice", key.start_mark
-            )
+            what = f"the key '{key.value}' is given twice"
+            raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
         seen.add(key.value)
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
@@ -48,32 +43,22 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def find_recipe(name: str) -> Path:
-    """A path as it is; a bare name from `recipes/` here, or from the ones shipped beside the
-    package.
-    """
+    """Return a recipe's path: a file, or a name in `./recipes/` or in the package's recipes."""
     path = Path(name)
     if path.is_file():
         return path
-    folders = [Path("recipes"), Path(str(openqwen.__file__)).parents[2] / "recipes"]
-    shipped = {
-        found.stem: found for folder in reversed(folders) for found in sorted(folder.glob("*.yaml"))
-    }
-    if name in shipped:
-        return shipped[name]
-    listed = (
-        f"name a YAML file, or one of: {', '.join(sorted(shipped))}"
-        if shipped
-        else "name a YAML file"
-    )
-    raise OpenQwenError(
-        f"There is no recipe '{name}'.{suggestion(path.stem, shipped)}", where=path, do=listed
-    )
+    recipes: dict[str, Path] = {}
+    for folder in (Path(str(openqwen.__file__)).parent / "recipes", Path("recipes")):
+        recipes |= {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    if name in recipes:
+        return recipes[name]
+    do = f"name a YAML file, or one of: {', '.join(sorted(recipes))}"
+    what = f"There is no recipe '{name}'.{suggestion(path.stem, recipes)}"
+    raise OpenQwenError(what, where=path, do=do)
 
 
 def load_settings(path: Path, settings: type[Settings]) -> Settings:
-    """Read a YAML file into a settings class; every fault is an OpenQwenError with file, line and
-    dotted key.
-    """
+    """Read a YAML file into a settings class; raises OpenQwenError with file, line and key."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -81,15 +66,13 @@ def load_settings(path: Path, settings: type[Settings]) -> Settings:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise OpenQwenError(
-            f"This is not valid YAML: {error.problem or error.context}.", where=where
-        ) from None
+        what = f"This is not valid YAML: {error.problem or error.context}."
+        raise OpenQwenError(what, where=where) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OpenQwenError(
-            f"This is not valid YAML: {' '.join(str(error).split())}", where=path
-        ) from None
+        what = f"This is not valid YAML: {' '.join(str(error).split())}"
+        raise OpenQwenError(what, where=path) from None
     if not isinstance(data, dict):
-        raise OpenQwenError("A recipe is a mapping of keys to values.", where=path)
+        raise OpenQwenError("A recipe must be a mapping of keys to values.", where=path)
     lines: dict[str, int] = {}
     if node is not None:
         _find_lines(node, "", lines)
@@ -97,7 +80,7 @@ def load_settings(path: Path, settings: type[Settings]) -> Settings:
 
 
 def _find_lines(node: yaml.Node, prefix: str, lines: dict[str, int]) -> None:
-    """Dotted key -> line in the file."""
+    """Add dotted key -> line in the file for every key below this node."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             dotted = f"{prefix}{key.value}"
@@ -111,19 +94,17 @@ def validate(
     where: Path | str,
     lines: Mapping[str, int] | None = None,
 ) -> Settings:
-    """Build the settings object; `where` and `lines` (dotted key -> line) place the errors."""
+    """Build the settings; where, lines (dotted key -> line): the place that errors name."""
     try:
         return settings.model_validate(data)
     except ValidationError as failure:
         errors = failure.errors(include_url=False)
-    told = [_sentence(settings, error) for error in errors]
+    first, *others = [_sentence(settings, error) for error in errors]
     dotted = _dotted(errors[0])
     line = (lines or {}).get(dotted)
     place = f"{where}:{line}" if line else f"{where}"
-    do = None
-    if len(told) > 1:
-        do = "mend these too: " + " ".join(told[1:])
-    raise OpenQwenError(told[0], where=f"{place}, key {dotted}" if dotted else place, do=do)
+    do = f"fix these too: {' '.join(others)}" if others else None
+    raise OpenQwenError(first, where=f"{place}, key {dotted}" if dotted else place, do=do)
 
 
 def _dotted(error: ErrorDetails) -> str:
@@ -131,7 +112,7 @@ def _dotted(error: ErrorDetails) -> str:
 
 
 def _sentence(settings: type[BaseModel], error: ErrorDetails) -> str:
-    """`sft.steps is 'many', but an integer is expected.` from pydantic's own account."""
+    """Return one sentence for an error of pydantic: `seed is 'x', but it should be integer.`"""
     dotted = _dotted(error)
     if error["type"] == "extra_forbidden":
         return f"There is no key '{dotted}'.{_nearest(settings, error['loc'])}"
@@ -139,11 +120,8 @@ def _sentence(settings: type[BaseModel], error: ErrorDetails) -> str:
         return f"The key '{dotted}' is missing."
     message = error["msg"].removeprefix("Value error, ")
     if message.startswith("Input should be "):
-        expected = (
-            message.removeprefix("Input should be ")
-            .split(", unable to")[0]
-            .removeprefix("a valid ")
-        )
+        expected = message.removeprefix("Input should be ").split(", unable to")[0]
+        expected = expected.removeprefix("a valid ")
         return f"{dotted} is {_brief(error['input'])}, but it should be {expected}."
     return f"{dotted}: {message}." if dotted else f"{message}."
 
@@ -154,14 +132,11 @@ def _brief(value: Any) -> str:
 
 
 def _nearest(settings: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    """The suggestion for an unknown key: the nearest of its own level, or all of them."""
+    """Return the suggestion for an unknown key: the nearest key of its level, or all of them."""
     level: Any = settings
     for part in loc[:-1]:
-        level = (
-            _model_of(level.model_fields[part].annotation)
-            if level and part in level.model_fields
-            else None
-        )
+        inner = level and level.model_fields.get(part)
+        level = inner and _model_of(inner.annotation)
     known = list(level.model_fields) if level else []
     key = str(loc[-1])
     near = suggestion(key.replace("-", "_"), known)
@@ -169,7 +144,7 @@ def _nearest(settings: type[BaseModel], loc: tuple[int | str, ...]) -> str:
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The settings class inside an annotation such as `Train | None`."""
+    """Return the settings class in an annotation such as `Train | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((model for arg in get_args(annotation) if (model := _model_of(arg))), None)

@@ -1,8 +1,7 @@
-"""`openqwen verify`: the proofs of training and generation on the user's own model and data (law
-10).
+"""`openqwen verify`: proofs about training and generation on the user's own model and data.
 
-Each proof computes one thing in two ways and compares. Bounds are relative, for float32; bits are
-compared where bits are promised.
+Each proof computes one quantity in two ways and compares the results. Bounds are relative errors
+for float32; where equal bits are promised, bits are compared.
 """
 
 import copy
@@ -34,34 +33,32 @@ from openqwen.train.packed_batch import PackedBatch, Sample
 from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 _LOSS, _GRADIENT, _LOG_PROB = 1e-5, 1e-4, 1e-4  # relative, relative, absolute
-_SPEAK = 32  # tokens of each answer that the engine writes
+_NEW_TOKENS = 32  # of each answer that the engine generates
 
 
 @dataclass(frozen=True)
 class Proof:
-    """One statement, the largest difference that was seen, and the one allowed (0: the same
-    bits).
-    """
+    """A statement, the largest difference measured, and the largest allowed (0: the same bits)."""
 
     statement: str
-    seen: float
+    difference: float
     bound: float
 
     @property
     def holds(self) -> bool:
         """Whether the statement is true here."""
-        return self.seen <= self.bound
+        return self.difference <= self.bound
 
 
 def verify(model: Path, data: Path, records: int = 16, seed: int = 0, ranks: int = 2) -> bool:
-    """Print the proofs; returns whether all hold.
+    """Print the proofs, and return whether all of them hold.
 
     Args:
         model: The model's folder.
         data: A JSONL, JSON or Parquet file of demonstrations, or hub:owner/name:split.
-        records: How many of them to use, from the start.
-        seed: Of every random draw.
-        ranks: Processes that share the work in the last proof; 0 leaves it out.
+        records: How many demonstrations to use, from the start of the file.
+        seed: Seed of every random draw.
+        ranks: Processes of the last proof, which divides the network over them; 0: no such proof.
     """
     tokenizer = load_tokenizer(model)
     network = load_model(model, device=best_device()).eval()
@@ -70,9 +67,8 @@ def verify(model: Path, data: Path, records: int = 16, seed: int = 0, ranks: int
         for where, record in islice(read_records(data), records)
     ]
     if len(samples) < 2:
-        raise OpenQwenError(
-            "Packing needs at least two demonstrations.", where=data, do="give more, or --records 2"
-        )
+        what = "Packing needs at least two demonstrations."
+        raise OpenQwenError(what, where=data, do="give more, or --records 2")
     proofs: list[Proof] = []
     with progress("verify", total=6 + (ranks > 0), unit="proofs") as bar:
         for proof in all_proofs(network, tokenizer, samples, seed):
@@ -83,17 +79,15 @@ def verify(model: Path, data: Path, records: int = 16, seed: int = 0, ranks: int
             proofs.append(ranks_do_not_matter(network, model, samples, ranks))
     console.print(_table(proofs))
     if short:
-        console.print(
-            f"Not tried: {ranks} processes; they need {short / 2**30:.1f} GiB more memory than "
-            "is free."
-        )
+        lack = f"{short / 2**30:.1f} GiB"
+        console.print(f"Not tried: {ranks} processes; they need {lack} more memory than is free.")
     return all(proof.holds for proof in proofs)
 
 
 def all_proofs(
     model: Qwen2, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int
 ) -> Iterator[Proof]:
-    """Yield each proof when it is done."""
+    """Yield the proofs, each as soon as it is computed."""
     yield from packed_equals_unpacked(model, samples)
     yield cuts_do_not_matter(model, samples, seed)
     yield resumed_equals_uninterrupted(model, samples, seed)
@@ -101,58 +95,41 @@ def all_proofs(
 
 
 def packed_equals_unpacked(model: Qwen2, samples: Sequence[Sample]) -> Iterator[Proof]:
-    """All documents in one row against each alone: the loss, then its gradient."""
-    together = _gradient(model, [samples])
+    """Compare all documents in one row with each document alone: the loss, then its gradient."""
+    packed = _gradient(model, [samples])
     alone = _gradient(model, [[sample] for sample in samples])
-    yield Proof(
-        "packed documents give the loss of each alone", _relative(together[0], alone[0]), _LOSS
-    )
-    yield Proof(
-        "packed documents give the gradient of each alone",
-        _relative(together[1], alone[1]),
-        _GRADIENT,
-    )
+    loss, gradient = (_relative(a, b) for a, b in zip(packed, alone, strict=True))
+    yield Proof("packed documents give the loss of each alone", loss, _LOSS)
+    yield Proof("packed documents give the gradient of each alone", gradient, _GRADIENT)
 
 
 def cuts_do_not_matter(model: Qwen2, samples: Sequence[Sample], seed: int) -> Proof:
-    """Micro-batches of several sizes, in another order, dealt to three ranks and summed, against
-    one batch.
-    """
-    whole = _gradient(model, [samples])[1]
+    """Compare one batch with micro-batches of several sizes, reordered and divided over 3 ranks."""
+    expected = _gradient(model, [samples])[1]
     order = Generators(seed)["verify.cuts"].permutation(len(samples))
     shuffled = [samples[i] for i in order]
     sizes = [len(ids) for ids, _ in shuffled]
     worst = 0.0
     for budget in (max(sizes), 2 * max(sizes)):
         micros = [shuffled[cut] for cut in cut_to_budget(sizes, budget)]
-        ranks = [micros[rank::3] for rank in range(3)]
-        worst = max(
-            worst, _relative(_gradient(model, [m for rank in ranks for m in rank])[1], whole)
-        )
+        reordered = [micro for rank in range(3) for micro in micros[rank::3]]
+        worst = max(worst, _relative(_gradient(model, reordered)[1], expected))
     return Proof("any cut into micro-batches and ranks: one gradient", worst, _GRADIENT)
 
 
 def ranks_do_not_matter(
     model: Qwen2, source: Path, samples: Sequence[Sample], ranks: int = 2
 ) -> Proof:
-    """A micro-batch for each document, dealt to real processes that hold shards, against one batch
-    in this one.
-    """
-    found = gradient_over_ranks(source, [[sample] for sample in samples], ranks)
-    whole = _gradient(model, [samples])[1]
-    theirs = [found[name].to(model.device) for name, _ in model.named_parameters()]
+    """Compare one batch here with one micro-batch per document over processes that hold shards."""
+    by_name = gradient_over_ranks(source, [[sample] for sample in samples], ranks)
+    sharded = [by_name[name].to(model.device) for name, _ in model.named_parameters()]
+    error = _relative(sharded, _gradient(model, [samples])[1])
     number = {2: "two"}.get(ranks, str(ranks))
-    return Proof(
-        f"{number} processes that share the network: one gradient",
-        _relative(theirs, whole),
-        _GRADIENT,
-    )
+    return Proof(f"{number} processes that share the network: one gradient", error, _GRADIENT)
 
 
 def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: int) -> Proof:
-    """Four steps in one go against four steps with a kill after the second: the weights, bit by
-    bit.
-    """
+    """Compare the weights of 4 steps in one run with those of a run killed after 2 and resumed."""
 
     class Kill(Exception):
         pass
@@ -175,56 +152,50 @@ def resumed_equals_uninterrupted(model: Qwen2, samples: Sequence[Sample], seed: 
 
     with tempfile.TemporaryDirectory(prefix="openqwen-verify-") as name:
         folder = Path(name)
-        whole = train(folder / "whole")
+        uninterrupted = train(folder / "uninterrupted")
         try:
-            train(folder / "cut", killed_at=2)
+            train(folder / "killed", killed_at=2)
         except Kill:
-            resumed = train(folder / "cut")
-    pairs = zip(whole.parameters(), resumed.parameters(), strict=True)
-    apart = max(float((a - b).detach().abs().max()) for a, b in pairs)
-    return Proof("a resumed run gives an uninterrupted one's weights", apart, 0.0)
+            resumed = train(folder / "killed")
+    pairs = zip(uninterrupted.parameters(), resumed.parameters(), strict=True)
+    largest = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    return Proof("a resumed run gives the weights of an uninterrupted one", largest, 0.0)
 
 
 def trainer_equals_engine(
     model: Qwen2, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int
 ) -> Iterator[Proof]:
-    """What the engine samples: its log-probabilities against the trainer's; its greedy tokens
-    against no cache.
-    """
+    """Compare log-probabilities with the trainer's, and greedy tokens with those without cache."""
     prompts = [_prompt(sample) for sample in samples[:8]]
     engine = Engine(model, tokenizer)
-    sampled = engine.generate(prompts, Sampling(max_tokens=_SPEAK, temperature=1.0, seed=seed))
-    yield Proof(
-        "the engine's log-probabilities are the trainer's",
-        max(_gap(model, output) for output in sampled),
-        _LOG_PROB,
-    )
-    greedy = engine.generate(prompts, Sampling(max_tokens=_SPEAK))
-    wrong = sum(_surprises(model, output, tokenizer.vocab_size) for output in greedy)
+    sampled = engine.generate(prompts, Sampling(max_tokens=_NEW_TOKENS, temperature=1.0, seed=seed))
+    gap = max(_gap(model, output) for output in sampled)
+    yield Proof("the engine's log-probabilities are the trainer's", gap, _LOG_PROB)
+    greedy = engine.generate(prompts, Sampling(max_tokens=_NEW_TOKENS))
+    wrong = sum(_not_likeliest(model, output, tokenizer.vocab_size) for output in greedy)
     yield Proof("greedy answers with the cache are those without", wrong, 0.0)
 
 
 def _prompt(sample: Sample) -> list[int]:
-    """The ids before the first token that is learned."""
+    """Return the ids before the first token that is learned."""
     ids, mask = sample
     return list(ids[: max(1, next((n for n, learned in enumerate(mask) if learned), len(ids)))])
 
 
 @torch.no_grad()
 def _gap(model: Qwen2, output: Output) -> float:
-    """The largest difference of a token's log-probability."""
+    """Return the largest difference of a token's log-probability between engine and trainer."""
     if not output.token_ids:
         return 0.0
     ids = output.prompt_ids + output.token_ids
-    rows = PackedBatch.of(
-        [(ids, [0] * len(output.prompt_ids) + [1] * len(output.token_ids))], model.device
-    )
+    learned = [0] * len(output.prompt_ids) + [1] * len(output.token_ids)
+    rows = PackedBatch.of([(ids, learned)], model.device)
     return float((token_log_probs(model, rows).cpu() - torch.tensor(output.logprobs)).abs().max())
 
 
 @torch.no_grad()
-def _surprises(model: Qwen2, output: Output, vocabulary: int) -> int:
-    """Tokens of a greedy answer that are not the likeliest; a tie within rounding is none."""
+def _not_likeliest(model: Qwen2, output: Output, vocabulary: int) -> int:
+    """Count the tokens of a greedy answer that are not the likeliest, up to rounding."""
     if not output.token_ids:
         return 0
     ids = torch.tensor(output.prompt_ids + output.token_ids, device=model.device)[:-1]
@@ -239,7 +210,7 @@ def _surprises(model: Qwen2, output: Output, vocabulary: int) -> int:
 def _gradient(
     model: Qwen2, micros: Sequence[Sequence[Sample]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """([mean loss], mean gradient) of all targets, summed over micro-batches."""
+    """Return ([mean loss], mean gradient) over all targets of the micro-batches."""
     model.zero_grad()
     total, count = torch.zeros((), device=model.device), 0
     for micro in micros:
@@ -248,20 +219,18 @@ def _gradient(
         total += loss.sum.detach()
         count += loss.count
     if not count:
-        raise OpenQwenError(
-            "The demonstrations hold nothing to learn.", do="give some with an assistant turn"
-        )
+        what = "The demonstrations contain nothing to learn."
+        raise OpenQwenError(what, do="give some with an assistant turn")
     gradients = [p.grad.clone() / count for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     return [total / count], gradients
 
 
 def _relative(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """‖a − b‖ / ‖b‖ over all tensors."""
-    apart, size = map(
-        torch.nn.utils.get_total_norm, ([x - y for x, y in zip(a, b, strict=True)], b)
-    )
-    return float(apart) / max(float(size), 1e-30)
+    """Return ‖a − b‖ / ‖b‖ over all tensors."""
+    norm = torch.nn.utils.get_total_norm
+    difference = norm([x - y for x, y in zip(a, b, strict=True)])
+    return float(difference) / max(float(norm(b)), 1e-30)
 
 
 def _table(proofs: Sequence[Proof]) -> Table:
@@ -269,5 +238,6 @@ def _table(proofs: Sequence[Proof]) -> Table:
     for proof in proofs:
         mark = "[green]✓[/]" if proof.holds else "[red]✗[/]"
         allowed = f"{proof.bound:.0e}" if proof.bound else "none"
-        table.add_row(mark, proof.statement, f"{proof.seen:.1e}" if proof.seen else "none", allowed)
+        difference = f"{proof.difference:.1e}" if proof.difference else "none"
+        table.add_row(mark, proof.statement, difference, allowed)
     return table

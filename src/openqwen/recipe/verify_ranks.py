@@ -1,6 +1,4 @@
-"""The proof that ranks do not matter: two real processes on the user's model and data, against this
-one.
-"""
+"""The gradient of the user's model and data, computed by several processes that hold shards."""
 
 import os
 import tempfile
@@ -18,33 +16,35 @@ from openqwen.train.losses import next_token
 from openqwen.train.packed_batch import PackedBatch, Sample
 from openqwen.train.parallel import ParallelConfig, join, load_for_training
 
-_BESIDE = 2**30  # bytes of two processes besides weights and gradients
+_OTHER = 2**30  # bytes that two processes need besides weights and gradients
 
 
 def missing_memory(config: ModelConfig) -> float:
-    """Bytes that the proof lacks here; 0 where there is room.
+    """Return how many bytes of free memory the proof lacks, or 0.
 
-    Both processes hold halves, and rank 0 gathers.
+    Both processes hold half of the weights and gradients, and rank 0 gathers all.
     """
-    return max(0.0, 4 * 4 * config.parameters() + _BESIDE - free_memory())
+    return max(0.0, 4 * 4 * config.parameters() + _OTHER - free_memory())
 
 
 def gradient_over_ranks(
     source: Path, micros: Sequence[Sequence[Sample]], ranks: int = 2
 ) -> dict[str, Tensor]:
-    """Mean gradient of all targets by name: gloo processes on the CPU, the network sharded,
-    micro-batches dealt.
+    """Return the mean gradient of all targets by parameter name.
+
+    The processes use gloo on the CPU; the network is sharded and micro-batches are divided.
     """
     with tempfile.TemporaryDirectory(prefix="openqwen-verify-") as folder:
-        place = Path(folder) / "gradient.safetensors"
-        arguments = (ranks, get_free_port(), source, micros, place)
+        file = Path(folder) / "gradient.safetensors"
+        arguments = (ranks, get_free_port(), source, micros, file)
         torch.multiprocessing.spawn(_rank, arguments, nprocs=ranks)
-        return load_file(place)
+        return load_file(file)
 
 
 def _rank(
-    rank: int, ranks: int, port: int, source: Path, micros: Sequence[Sequence[Sample]], place: Path
+    rank: int, ranks: int, port: int, source: Path, micros: Sequence[Sequence[Sample]], file: Path
 ) -> None:
+    """Compute the gradient on one rank; rank 0 writes it to the file."""
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(ranks),
@@ -63,8 +63,8 @@ def _rank(
         count += loss.count * counts
     (total,) = world.total([count])
     gradients = {n: p.grad / total for n, p in model.named_parameters() if p.grad is not None}
-    found = world.full_state_dict(gradients)
+    gathered = world.full_state_dict(gradients)
     if world.main:
-        save_file(found, place)
+        save_file(gathered, file)
     world.barrier()
     torch.distributed.destroy_process_group()

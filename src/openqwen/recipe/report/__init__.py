@@ -1,6 +1,4 @@
-"""The report: one self-contained HTML file that shows what a run did, drawn from its artifacts
-alone.
-"""
+"""The report of a run: one self-contained HTML file, made from the run's artifacts."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from openqwen.recipe.graph import last_chat_model
 from openqwen.recipe.report import data, scores, training
 from openqwen.recipe.report.lineage import draw_lineage
 from openqwen.recipe.report.run import Run, load_run
@@ -22,15 +21,16 @@ from openqwen.recipe.report.text import (
     visible,
     yaml_text,
 )
+from openqwen.support.command import command
 from openqwen.support.files import write_text
 
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run folder, atomically, and return its path.
 
-    The page holds what the folder holds: stages that have not run are left out. It depends on the
-    artifacts alone (no clock, no network), so the same artifacts give the same bytes. Raises
-    OpenQwenError where the folder is missing or an artifact's JSON is damaged.
+    Stages that have not run are left out. The page depends on the artifacts alone, so the same
+    artifacts give the same bytes. Raises OpenQwenError if the folder is missing or an artifact's
+    JSON is damaged.
     """
     run = load_run(Path(run_folder))
     page = environment().get_template("page.html.j2").render(_contents(run))
@@ -39,13 +39,19 @@ def write_report(run_folder: Path) -> Path:
     return target
 
 
+def finish(run_folder: Path) -> list[str]:
+    """Write the report, and return the lines that a run prints at its end."""
+    lines = [f"report   {write_report(run_folder)}"]
+    if chat := last_chat_model(run_folder):
+        lines.append(f"chat     {command('chat', chat)}")
+    return lines
+
+
 def _contents(run: Run) -> dict[str, Any]:
-    """Everything the page shows, section by section; a section without artifacts is None or
-    empty.
-    """
+    """Return the content of each section; a section without artifacts is None or empty."""
     return {
         "run": run,
-        "told": scores.headlines(run),
+        "headlines": scores.headlines(run),
         "lineage": draw_lineage(run),
         "table": scores.score_table(run),
         "gains": scores.gain_table(run),
@@ -62,7 +68,7 @@ def _contents(run: Run) -> dict[str, Any]:
 
 
 def environment() -> Environment:
-    """Jinja with every value escaped and, before that, its invisible characters made visible."""
+    """Return a Jinja environment that makes invisible characters visible and escapes values."""
     loader = PackageLoader("openqwen.recipe.report")
     environment = Environment(
         loader=loader,

@@ -1,7 +1,7 @@
-"""Charts in numbers: scales, ticks and points. `templates/charts.html.j2` draws them as SVG.
+"""Scales, ticks and points of charts; `templates/charts.html.j2` draws them as SVG.
 
 Every chart is drawn at about the width at which it is shown (340 px), so that its text stays
-readable on a phone. Colours come from the page's style sheet, so that they follow light and dark.
+readable on a phone. Colours come from the page's style sheet and follow light and dark mode.
 """
 
 import math
@@ -12,24 +12,20 @@ import numpy as np
 
 from openqwen.recipe.report.text import count, number, scientific
 
-POINTS = 400  # of one curve at most
-WIDTH, LEFT, RIGHT, TOP = (
-    340,
-    46,
-    328,
-    10,
-)  # of the picture, and the sides of the part with the curves
+POINTS = 400  # the most points of one curve
+WIDTH = 340  # of the picture
+LEFT, RIGHT, TOP = 46, 328, 10  # the sides of the area with the curves
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class LineChart:
-    """Curves over training steps, as places in the picture.
+    """Curves over training steps, in coordinates of the picture.
 
-    bottom: where the steps' axis lies. y_ticks: (place, text). x_rows: what stands under the axis,
-    (name, (place, text) of each tick). reference: the place of a level and its name. curves: class
-    of the style sheet and points.
+    bottom: y of the steps' axis. y_ticks: (y, text). x_rows: rows under the axis, each a name and
+    (x, text) of its ticks. reference: y and name of a reference level. curves: class in the style
+    sheet, and points.
     """
 
     title: str
@@ -50,11 +46,16 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     height: int = 180,
 ) -> LineChart | None:
-    """Curves by the class that they have in the style sheet ("raw", "smooth"); None where nothing
-    is finite.
+    """Return a chart of curves, or None where no value is finite.
 
-    tokens: seen by each step, written under the steps. reference: a level and its name, such as
-    chance. y_range: fixed bounds; otherwise the curves' own.
+    Args:
+        steps: The x values.
+        curves: Class in the style sheet ("raw", "smooth") -> y values.
+        title: The chart's title.
+        tokens: The tokens seen up to each step, shown under the steps.
+        reference: A reference level and its name, such as chance.
+        y_range: Fixed bounds; None: those of the curves.
+        height: Of the picture.
     """
     points = {style: downsampled(steps, values) for style, values in curves.items()}
     xs, ys = ([point[i] for drawn in points.values() for point in drawn] for i in (0, 1))
@@ -65,41 +66,30 @@ def line_chart(
     across, up = _scale(min(xs), max(xs), LEFT, RIGHT), _scale(y_low, y_high, bottom, TOP)
     marks = ticks(y_low, y_high)
     apart = marks[1] - marks[0] if len(marks) > 1 else abs(marks[0]) or 1.0
-    # A mark in the corner would meet the row's name.
-    along = [x for x in ticks(min(xs), max(xs)) if across(x) > LEFT + 24 and x == int(x)] or [
-        max(xs)
-    ]
+    # A tick in the corner would overlap the row's name.
+    whole = [x for x in ticks(min(xs), max(xs)) if x == int(x)]
+    along = [x for x in whole if across(x) > LEFT + 24] or [max(xs)]
     rows = [("step", [(across(x), count(x)) for x in along])]
     if tokens is not None:
-        rows.append(
-            (
-                "tokens",
-                [
-                    (across(x), count(n))
-                    for x, n in zip(along, np.interp(along, steps, tokens).tolist())
-                ],
-            )
-        )
+        seen = np.interp(along, steps, tokens).tolist()
+        rows.append(("tokens", [(across(x), count(n)) for x, n in zip(along, seen)]))
+    drawn = {style: [(across(x), up(y)) for x, y in curve] for style, curve in points.items()}
     return LineChart(
         title,
         height,
         bottom,
-        [(up(value), _tick(value, apart)) for value in marks],
-        rows,
-        (up(reference[0]), reference[1]) if reference else None,
-        [
-            (style, [(across(x), up(y)) for x, y in drawn])
-            for style, drawn in points.items()
-            if drawn
-        ],
+        y_ticks=[(up(value), _tick(value, apart)) for value in marks],
+        x_rows=rows,
+        reference=(up(reference[0]), reference[1]) if reference else None,
+        curves=[(style, curve) for style, curve in drawn.items() if curve],
     )
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """From values in [low, high] to places in [start, end]."""
-    return lambda value: (
-        start + (end - start) * ((value - low) / (high - low) if high > low else 0.5)
-    )
+    """Return the linear function from values in [low, high] to coordinates in [start, end]."""
+    if not high > low:
+        return lambda value: (start + end) / 2
+    return lambda value: start + (end - start) * ((value - low) / (high - low))
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
@@ -109,20 +99,17 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 
 
 def smoothed(values: Sequence[float] | np.ndarray, share: float = 1 / 40) -> np.ndarray:
-    """The mean over `share` of the curve (two values at least) before and after each place.
+    """Return the moving mean over `share` of the curve (at least 2 values) on both sides.
 
-    At the start the window is as short after a place as before it, so that a steep beginning is not
-    flattened. Values that are not finite are left out; where a window has no other, the mean is
-    NaN.
+    At the start the window reaches as far forwards as backwards, so that a steep beginning is not
+    flattened. Values that are not finite are left out; the mean of no values is NaN.
     """
     n = len(values)
     reach, place, finite = max(2, round(n * share)), np.arange(n), np.isfinite(values)
     sums = np.cumsum([0.0, *np.where(finite, values, 0.0)])
     counts = np.cumsum([0, *finite])
-    low, high = (
-        np.maximum(place - reach, 0),
-        np.minimum(place + np.minimum(reach, place), n - 1) + 1,
-    )
+    low = np.maximum(place - reach, 0)
+    high = np.minimum(place + np.minimum(reach, place), n - 1) + 1
     with np.errstate(invalid="ignore"):
         return (sums[high] - sums[low]) / (counts[high] - counts[low])
 
@@ -130,36 +117,30 @@ def smoothed(values: Sequence[float] | np.ndarray, share: float = 1 / 40) -> np.
 def downsampled(
     x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, points: int = POINTS
 ) -> list[Point]:
-    """At most `points` finite points: the lowest and the highest of each stretch, so that spikes
-    survive.
-    """
+    """Return at most `points` finite points: the lowest and the highest of each stretch."""
     pairs = np.array([x, y], float).T
     pairs = pairs[np.isfinite(pairs).all(axis=1)]
     if len(pairs) > points:
-        stretches = np.array_split(np.arange(len(pairs)), points // 2)
-        ends = {
-            i
-            for part in stretches
-            for i in (part[pairs[part, 1].argmin()], part[pairs[part, 1].argmax()])
-        }
-        pairs = pairs[sorted(ends)]
+        kept: set[int] = set()
+        for part in np.array_split(np.arange(len(pairs)), points // 2):
+            kept |= {part[pairs[part, 1].argmin()], part[pairs[part, 1].argmax()]}
+        pairs = pairs[sorted(kept)]
     return [(a, b) for a, b in pairs.tolist()]
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round values that lie within [low, high], a step of 1, 2 or 5 times a power of ten apart."""
+    """Return round values within [low, high], spaced by 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [
-        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
 
 
 def _tick(value: float, step: float) -> str:
-    """A tick with the decimals that its distance from the next one calls for."""
+    """Format a tick with as many decimals as the distance between ticks needs."""
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     if abs(value) < step / 2:
         return "0"

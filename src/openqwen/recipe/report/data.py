@@ -1,4 +1,4 @@
-"""What happened to text: the corpus, demonstrations and preferences, and samples of answers."""
+"""The report's sections on data: corpus, demonstrations, preferences, sampled answers."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,79 +6,65 @@ from typing import Any
 
 from openqwen.recipe.report.run import EVALUATE, Run
 
-# How much of each kind the page shows; it says so where there is more.
+# The most entries of each kind that the page shows; it says where there are more.
 REASONS, EXAMPLES, SKIPPED_EXAMPLES, KINDS, PROMPTS = 40, 3, 5, 16, 12
 
 _TASKLESS = "–"
 
 
 def corpus_total(report: dict[str, Any]) -> tuple[int, int]:
-    """(documents, bytes) of the finished corpus, its held-out part included."""
+    """Return (documents, bytes) of the finished corpus, including its held-out part."""
     sources = report["sources"].values()
-    documents = sum(found["documents"] + found["heldout_documents"] for found in sources)
-    return documents, sum(found["bytes"] + found["heldout_bytes"] for found in sources)
+    documents = sum(source["documents"] + source["heldout_documents"] for source in sources)
+    return documents, sum(source["bytes"] + source["heldout_bytes"] for source in sources)
 
 
 def corpus(run: Run) -> dict[str, Any] | None:
-    """The funnel of documents and bytes, the reasons of each step, skipped inputs, sources and the
-    mixture.
-    """
+    """Return what was read, dropped (by step and reason) and skipped, and the corpus's sources."""
     report = run.json("corpus", "corpus.json")
     if report is None:
         return None
-    skipped = [
-        {
-            "reason": reason,
-            "count": found["count"],
-            "examples": found["examples"][:SKIPPED_EXAMPLES],
-        }
-        for reason, found in sorted(
-            report["skipped"].items(), key=lambda item: (-item[1]["count"], item[0])
-        )
-    ]
+    skipped = []
+    by_count = lambda item: (-item[1]["count"], item[0])  # noqa: E731
+    for reason, inputs in sorted(report["skipped"].items(), key=by_count):
+        examples = inputs["examples"][:SKIPPED_EXAMPLES]
+        skipped.append({"reason": reason, "count": inputs["count"], "examples": examples})
+    steps = [step for step in report["steps"] if step["reasons"]]
     return {
         "read": report["read"],
         "total": corpus_total(report),
         "funnel": _funnel(report),
-        "steps": [
-            {**step, "reasons": _reasons(step["reasons"])}
-            for step in report["steps"]
-            if step["reasons"]
-        ],
+        "steps": [{**step, "reasons": _reasons(step["reasons"])} for step in steps],
         "skipped": skipped,
         "sources": _sources(run, report["sources"]),
     }
 
 
 def _funnel(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was read, what each step kept, and the finished corpus, as shares of the bytes read.
+    """Return what was read, what each step kept, and the finished corpus, as shares of the bytes.
 
-    joined: documents that a step had beyond what the one before it kept, such as instruction data,
-    which meets only some of the steps; negative where documents pass by it.
+    joined: documents that a step received beyond those that the step before it kept. Instruction
+    data, for one, passes through some of the steps only; then `joined` may be negative too.
     """
     read, (documents, size) = report["read"], corpus_total(report)
-    rows = [
-        {"name": "read", "kept": read["documents"], "kept_bytes": read["bytes"]},
-        *report["steps"],
-    ]
-    rows.append({"name": "corpus", "kept": documents, "kept_bytes": size})
-    whole = read["bytes"] or 1
+    rows = [{"name": "read", "kept": read["documents"], "kept_bytes": read["bytes"]}]
+    rows += [*report["steps"], {"name": "corpus", "kept": documents, "kept_bytes": size}]
     before = read["documents"]
     funnel = []
     for row in rows:
         joined = row["kept"] + row.get("dropped", 0) - before
-        funnel.append(
-            {"dropped": None, **row, "share": row["kept_bytes"] / whole, "joined": joined}
-        )
+        share = row["kept_bytes"] / (read["bytes"] or 1)
+        funnel.append({"dropped": None, **row, "share": share, "joined": joined})
         before = row["kept"]
     return funnel
 
 
 def _reasons(reasons: dict[str, Any]) -> list[dict[str, Any]]:
-    """Most frequent first."""
+    """Return the reasons, the most frequent first."""
     ordered = sorted(reasons.items(), key=lambda item: (-item[1]["documents"], item[0]))[:REASONS]
     return [
-        {**found, "name": name, "examples": found["examples"][:EXAMPLES]} for name, found in ordered
+        {**dropped, "name": name, "examples": dropped["examples"][:EXAMPLES]}
+        for name, dropped in ordered
     ]
 
 
@@ -86,23 +72,21 @@ def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
     tokens = run.json("tokens", "tokens.json") or {}
     statistics = run.json("tokenizer", "statistics.json") or {}
     density = statistics.get("bytes_per_token") or {}
-    weights = sum(found.get("weight") or 0 for found in sources.values()) or 1
+    weights = sum(source.get("weight") or 0 for source in sources.values()) or 1
     return [
         {
             "name": name,
-            **found,
-            "share": (found.get("weight") or 0) / weights,
+            **source,
+            "share": (source.get("weight") or 0) / weights,
             "tokens": (tokens.get(name) or {}).get("tokens"),
             "bytes_per_token": density.get(name),
         }
-        for name, found in sorted(sources.items(), key=lambda item: (-item[1]["bytes"], item[0]))
+        for name, source in sorted(sources.items(), key=lambda item: (-item[1]["bytes"], item[0]))
     ]
 
 
 def demonstrations(run: Run) -> dict[str, Any] | None:
-    """Counts by task and method, how many sampled answers were right, and one example of each
-    kind.
-    """
+    """Return counts by task and method, the share of right samples, and one example of a kind."""
     stage = run.stage("instruct")
     if stage is None:
         return None
@@ -121,7 +105,7 @@ def demonstrations(run: Run) -> dict[str, Any] | None:
 
 
 def preferences(run: Run) -> dict[str, Any] | None:
-    """Counts by task, who wrote the answers, and one pair of each kind."""
+    """Return counts by task, the authors of answers, and one pair of each kind."""
     stage = run.stage("prefer")
     if stage is None:
         return None
@@ -143,48 +127,41 @@ def _kind(record: dict[str, Any]) -> tuple[str, str]:
 
 
 def _tasks(record: dict[str, Any]) -> list[str]:
-    """The kinds of task in a record: a preference has one, a conversation one a turn."""
+    """Return the tasks of a record: a preference has one, a conversation has one for each turn."""
     origin = record.get("origin") or {}
     return [str(task) for task in origin.get("tasks") or [origin.get("task") or _TASKLESS]]
 
 
 def _by_task(groups: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """For each task, how many records of each group are about it; the most frequent task first."""
+    """Return for each task its number of records in each group; the most frequent task first."""
     counts = [Counter(task for record in group for task in _tasks(record)) for group in groups]
-    together = sum(counts, Counter[str]())
-    most = max(together.values(), default=1)
+    totals = sum(counts, Counter[str]())
+    most = max(totals.values(), default=1)
     return [
-        {"task": task, "counts": [found[task] for found in counts], "share": total / most}
-        for task, total in sorted(together.items(), key=lambda item: (-item[1], item[0]))
+        {"task": task, "counts": [group[task] for group in counts], "share": total / most}
+        for task, total in sorted(totals.items(), key=lambda item: (-item[1], item[0]))
     ]
 
 
 def _one_each(records: Iterable[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The first record of each (method, task), in the order of the file."""
-    first: dict[tuple[str, str], dict[str, Any]] = {}
+    """Return the first record of each (method, task), in the order of the file."""
+    first: dict[str, dict[str, Any]] = {}
     for record in records:
-        first.setdefault(_kind(record), record)
-    return [
-        (" · ".join(part for part in kind if part != _TASKLESS), r)
-        for kind, r in list(first.items())[:KINDS]
-    ]
+        kind = " · ".join(part for part in _kind(record) if part != _TASKLESS)
+        first.setdefault(kind, record)
+    return list(first.items())[:KINDS]
 
 
 def samples(run: Run) -> list[dict[str, Any]]:
-    """For each kind of prompt, the prompts, and for each prompt what each evaluated stage
-    answered.
-    """
+    """Return for each kind of prompt its prompts, with the answer of each evaluated stage."""
     kinds: dict[str, dict[str, dict[str, str]]] = {}
     for name in run.evaluated:
         for sample in run.json(EVALUATE + name, "samples.json") or []:
             prompts = kinds.setdefault(sample["kind"], {})
             prompts.setdefault(sample["prompt"], {})[name] = sample["answer"]
-    return [
-        {
-            "kind": kind,
-            "prompts": [
-                {"prompt": p, "answers": answers} for p, answers in list(prompts.items())[:PROMPTS]
-            ],
-        }
-        for kind, prompts in kinds.items()
-    ]
+    shown = []
+    for kind, prompts in kinds.items():
+        first = list(prompts.items())[:PROMPTS]
+        answered = [{"prompt": prompt, "answers": answers} for prompt, answers in first]
+        shown.append({"kind": kind, "prompts": answered})
+    return shown

@@ -4,18 +4,16 @@ from dataclasses import dataclass
 
 from openqwen.recipe.report.run import EVALUATE, FinishedStage, Run
 
-_BOX, _HIGH = 196, 50
-_ACROSS, _DOWN = 272, 74
-_EDGE = 34  # room at the left for arrows that pass by other boxes
+_BOX, _HIGH = 196, 50  # width and height of a box
+_ACROSS, _DOWN = 272, 74  # distance of columns and of rows
+_EDGE = 34  # margin at the left for arrows that pass other boxes
 _KINDS = ("data", "model", "evaluation")
 _DATA, _MODEL, _EVALUATION = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Box:
-    """A stage's place in the grid: data, models and evaluations are columns, rows follow the
-    inputs.
-    """
+    """A stage's place in the grid: a column for its kind, and a row below its inputs."""
 
     stage: FinishedStage
     column: int
@@ -36,9 +34,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Picture:
-    """Boxes, the columns' headings with their places, and arrows: an SVG path, and whether it is
-    faint.
-    """
+    """The drawing: boxes, headings with their x, and arrows (an SVG path, whether it is faint)."""
 
     width: int
     height: int
@@ -48,11 +44,10 @@ class Picture:
 
 
 def draw_lineage(run: Run) -> Picture | None:
-    """Stages as boxes, arrows from inputs; None where there are none.
+    """Return stages as boxes with arrows from their inputs, or None without stages.
 
-    An arrow that longer ways already imply is faint. At an evaluation only the models end in
-    arrows: each reads the corpus, the tokenizer and so on as well, and the page's table of inputs
-    has them all.
+    An arrow is faint where a longer path implies it. Evaluations have arrows from models only; the
+    page's table of inputs lists the corpus, the tokenizer and so on.
     """
     boxes = _places(run)
     if not boxes:
@@ -69,17 +64,15 @@ def draw_lineage(run: Run) -> Picture | None:
             (name, _EDGE + i * _ACROSS) for i, name in enumerate(("data", "models", "evaluation"))
         ],
         boxes=list(boxes.values()),
-        arrows=sorted(
-            arrows, key=lambda arrow: not arrow[1]
-        ),  # faint ones first, so that they lie below
+        # Faint arrows come first and are drawn below the others.
+        arrows=sorted(arrows, key=lambda arrow: not arrow[1]),
     )
 
 
 def _places(run: Run) -> dict[str, Box]:
-    """A stage stands below its inputs, or right of them in the same row where its column is further
-    right.
+    """Place each stage below its inputs, or beside them if its column is further right.
 
-    An evaluation stands beside the stage that it looks at.
+    An evaluation stands beside the stage that it evaluates.
     """
     boxes: dict[str, Box] = {}
     taken: set[tuple[int, int]] = set()
@@ -96,33 +89,29 @@ def _places(run: Run) -> dict[str, Box]:
 
 
 def _inputs(boxes: dict[str, Box], run: Run, box: Box) -> list[tuple[str, bool]]:
-    """(input, whether other inputs already imply it) for the arrows that end at a box."""
+    """Return (input, whether other inputs imply it) for each arrow that ends at a box."""
     inputs = [name for name in box.stage.inputs if name in boxes]
     implied = set().union(*(_ancestors(run, name) for name in inputs))
     if box.column == _EVALUATION:
-        return [
-            (name, False) for name in inputs if boxes[name].column == _MODEL and name not in implied
-        ]
+        models = [name for name in inputs if boxes[name].column == _MODEL]
+        return [(name, False) for name in models if name not in implied]
     return [(name, name in implied) for name in inputs]
 
 
 def _ancestors(run: Run, name: str) -> set[str]:
     stage = run.stage(name)
-    return (
-        set().union(*({given, *_ancestors(run, given)} for given in stage.inputs))
-        if stage
-        else set()
-    )
+    inputs = stage.inputs if stage else []
+    return set(inputs).union(*(_ancestors(run, given) for given in inputs))
 
 
 def _arrow(source: Box, target: Box) -> str:
-    """Straight between neighbours, otherwise a curve through the space between the columns."""
+    """Return a straight path between neighbours, else a curve through the space between columns."""
     if source.column == target.column:
         return _same_column(source, target)
     right = target.column > source.column
     x1, x2 = (source.x + _BOX, target.x) if right else (source.x, target.x + _BOX)
     y1, y2 = source.y + _HIGH / 2, target.y + _HIGH / 2
-    if y1 != y2:  # keep the middle of the edge for the arrow along the row
+    if y1 != y2:  # the middle of the edge is for the arrow along the row
         y1, y2 = y1 + 9, y2 - 9
     bend = 44 if right else -44
     return f"M{x1},{y1} C{x1 + bend},{y1} {x2 - bend},{y2} {x2},{y2}"

@@ -1,6 +1,4 @@
-"""Reading a run folder: its stages in the order of the recipe, and the JSON that each left
-behind.
-"""
+"""Read a run folder: its stages in the order of the recipe, and the JSON files of each."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +15,10 @@ EVALUATE = "evaluate-"
 
 @dataclass
 class FinishedStage:
-    """One finished artifact and what its manifest says.
+    """A finished artifact and its manifest.
 
-    reused: whether the last run found it already made; None where the run left no record of that.
-    stale: names of inputs that have been made anew since this artifact was built from them.
+    reused: whether the last run reused it; None if that is not recorded. stale: names of inputs
+    that have changed since this artifact was made from them.
     """
 
     name: str
@@ -39,27 +37,19 @@ class FinishedStage:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What identifies the artifact, for showing."""
-        names = {
-            "kind": "kind",
-            "seed": "seed",
-            "key": "key",
-            "digest": "digest",
-            "made": "created",
-            "code": "code",
-        }
-        return {
-            name: self.manifest[key]
-            for name, key in names.items()
-            if self.manifest.get(key) is not None
-        }
+        """The entries of the manifest that identify the artifact."""
+        names = {name: name for name in ("kind", "seed", "key", "digest")}
+        names |= {"made": "created", "code": "code"}
+        values = {name: self.manifest.get(key) for name, key in names.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
     @property
     def inputs(self) -> list[str]:
-        """Names of the stages it was made from, each once."""
-        named = (self.manifest.get("inputs") or {}).values()
-        # A folder from outside may bear its name.
-        return list(dict.fromkeys(given["stage"] for given in named if given["stage"] != self.name))
+        """Names of the stages from which it was made, each once."""
+        entries = (self.manifest.get("inputs") or {}).values()
+        names = dict.fromkeys(entry["stage"] for entry in entries)
+        names.pop(self.name, None)  # a folder from outside the run may have this stage's name
+        return list(names)
 
     @property
     def is_evaluation(self) -> bool:
@@ -70,12 +60,12 @@ class FinishedStage:
         return (self.folder / "metrics.jsonl").is_file()
 
     def json(self, name: str) -> Any:
-        """The value in one of its JSON files, or None where it has no such file."""
+        """Return the content of one of its JSON files, or None if there is no such file."""
         path = self.folder / name
         return read_json(path) if path.is_file() else None
 
     def jsonl(self, name: str) -> list[dict[str, Any]]:
-        """The records of one of its JSONL files; none where it has no such file."""
+        """Return the records of one of its JSONL files; none if there is no such file."""
         path = self.folder / name
         return list(read_jsonl(path)) if path.is_file() else []
 
@@ -95,21 +85,21 @@ class Run:
         return self._by_name.get(name)
 
     def json(self, stage: str, name: str) -> Any:
-        """A stage's JSON file, or None where the stage or the file is missing."""
-        found = self.stage(stage)
-        return found.json(name) if found else None
+        """Return the content of a stage's JSON file, or None if stage or file is missing."""
+        finished = self.stage(stage)
+        return finished.json(name) if finished else None
 
     def scores(self, stage: str) -> dict[str, Any]:
-        """What the evaluation of a stage wrote; empty where it was not evaluated."""
+        """Return the scores of a stage; empty if it was not evaluated."""
         return self.json(EVALUATE + stage, "scores.json") or {}
 
     def scored(self, key: str) -> dict[str, Any]:
-        """This score of every evaluated stage that has it, in order."""
+        """Return stage -> this score, for the evaluated stages that have it, in order."""
         values = {name: self.scores(name).get(key) for name in self.evaluated}
         return {name: value for name, value in values.items() if value is not None}
 
     def first(self, key: str) -> Any:
-        """This score of the first evaluated stage that has it, or None."""
+        """Return this score of the first evaluated stage that has it, or None."""
         return next(iter(self.scored(key).values()), None)
 
     @property
@@ -123,14 +113,14 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Find the finished stages of a run folder.
+    """Read the finished stages of a run folder.
 
-    An optional `run.json` names the recipe and the stages that the last run reused:
+    An optional `run.json` holds the recipe's name and the stages that the last run reused:
     {"recipe": "tiny", "reused": ["corpus", ...]}.
     """
     if not folder.is_dir():
         do = f"run a recipe first: {command('run', 'RECIPE')}"
-        raise OpenQwenError("There is no run folder here.", where=folder, do=do)
+        raise OpenQwenError("There is no such run folder.", where=folder, do=do)
     record = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
     stages = [
         FinishedStage(name=path.name, folder=path, manifest=_manifest(path))
@@ -148,34 +138,31 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _in_order(stages: list[FinishedStage]) -> list[FinishedStage]:
-    """Inputs before what is made from them; among equals, the recipe's order."""
+    """Sort stages so that inputs come first; otherwise keep the recipe's order."""
     rank = {name: place for place, name in enumerate(name for name, _, _ in GRAPH)}
     waiting = sorted(stages, key=lambda stage: (rank.get(stage.name, len(rank)), stage.name))
     ordered: list[FinishedStage] = []
     while waiting:
         missing = {stage.name for stage in waiting}
-        # Manifests that name each other in a circle cannot be ordered: take the first and go on.
-        ready = next(
-            (stage for stage in waiting if not missing.intersection(stage.inputs)), waiting[0]
-        )
+        # Damaged manifests may name each other in a circle: then the first one is taken.
+        free = (stage for stage in waiting if not missing.intersection(stage.inputs))
+        ready = next(free, waiting[0])
         ordered.append(ready)
         waiting.remove(ready)
     return ordered
 
 
 def _mark(stages: list[FinishedStage], reused: list[str] | None) -> None:
-    """Note which stages were reused, and which were made from inputs that have changed since."""
+    """Record which stages were reused, and which inputs of each have changed since it was made."""
     digests = {stage.name: stage.digest for stage in stages}
     changed: set[str] = set()
     for stage in stages:
         stage.reused = None if reused is None else stage.name in reused
-        given = (stage.manifest.get("inputs") or {}).values()
-        stage.stale = sorted(
-            {
-                i["stage"]
-                for i in given
-                if digests.get(i["stage"], i["digest"]) != i["digest"] or i["stage"] in changed
-            }
-        )
+        stale = set()
+        for entry in (stage.manifest.get("inputs") or {}).values():
+            name, digest = entry["stage"], entry["digest"]
+            if name in changed or digests.get(name, digest) != digest:
+                stale.add(name)
+        stage.stale = sorted(stale)
         if stage.stale:
             changed.add(stage.name)

@@ -1,4 +1,4 @@
-"""The results: what the cards at the top tell, the one table of scores, accuracy by task."""
+"""The report's results: the cards at the top, the table of scores, accuracy by task."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +14,7 @@ REWARD_TARGET = 0.65  # the pair accuracy that the recipe promises
 
 @dataclass(frozen=True)
 class Score:
-    """A column of the table. lower: whether less is better. scale: what a difference is multiplied
-    by for showing.
-    """
+    """A column of the table; lower: whether less is better, scale: factor of shown differences."""
 
     key: str
     title: str
@@ -28,7 +26,7 @@ class Score:
 
 @dataclass
 class ScoreCell:
-    """A score as text, its 95 % interval, its change (see `_row`), and whether that is better."""
+    """A score, its 95 % interval, its change (see `_row`), and whether the change is better."""
 
     text: str
     interval: str = ""
@@ -69,23 +67,21 @@ SCORES = (
 
 
 def score_table(run: Run) -> dict[str, Any]:
-    """Rows for every stage that is not itself an evaluation, a row of reference levels, and the
-    sums of time.
+    """Return a row for each stage that is no evaluation, reference levels, and sums of time.
 
-    A score that no stage has yet gets no column.
+    A score that no stage has gets no column.
     """
     present = [score for score in SCORES if run.scored(score.key)]
     levels = {
         "bits_per_byte": run.first("gzip_bits_per_byte"),
-        "checked_accuracy": run.first("chance"),
-        "retention": 1.0,
-    }
-    levels |= dict.fromkeys(
-        ("test_pair_accuracy", "test_near_accuracy", "win_rate", "win_rate_checked"), 0.5
-    )
-    levels |= {
-        "test_accuracy": run.first("chance"),
         "test_bits_per_byte": run.first("test_gzip_bits_per_byte"),
+        "checked_accuracy": run.first("chance"),
+        "test_accuracy": run.first("chance"),
+        "test_pair_accuracy": 0.5,
+        "test_near_accuracy": 0.5,
+        "win_rate": 0.5,
+        "win_rate_checked": 0.5,
+        "retention": 1.0,
     }
     before: dict[str, float] = {}
     rows = [_row(run, stage, present, before) for stage in run.stages if not stage.is_evaluation]
@@ -104,9 +100,10 @@ def score_table(run: Run) -> dict[str, Any]:
 def _row(
     run: Run, stage: FinishedStage, present: list[Score], before: dict[str, float]
 ) -> ScoreRow:
-    """The row of a stage; `before` holds the last value of each score and is brought up to date.
+    """Return the row of a stage; before: the last value of each score, updated here.
 
-    A change is against the score of the stage's own start where it names one, else the last value.
+    A change is relative to the model that the stage started from, if its scores name it, otherwise
+    to the last value.
     """
     records = stage.jsonl("metrics.jsonl") if stage.is_model else []
     row = ScoreRow(stage, run.stage(EVALUATE + stage.name), *throughput(records))
@@ -122,13 +119,10 @@ def _row(
         cell = ScoreCell(score.show(value), "" if low is None else f"{show(low)} to {show(high)}")
         if score.key in start:
             change = value - start[score.key]
+            cell.change = "±0"
             if abs(change) * score.scale >= 0.5 * 10**-score.digits:
-                cell.change, cell.better = (
-                    signed(change * score.scale, score.digits),
-                    (change < 0) == score.lower,
-                )
-            else:
-                cell.change = "±0"
+                cell.change = signed(change * score.scale, score.digits)
+                cell.better = (change < 0) == score.lower
         before[score.key] = value
         row.cells.append(cell)
     return row
@@ -138,9 +132,9 @@ TEMPERATURES = (("greedy", "test"), ("at 0.7", "test_at_0.7"), ("at 1.0", "test_
 
 
 def gain_table(run: Run) -> list[tuple[str, list[tuple[float, float, float] | None]]]:
-    """What each stage gained on its own start at each temperature, in points with a 95 % interval.
+    """Return what each stage gained on its start at each temperature, in points with intervals.
 
-    Above them stands the control: what the start gains on itself at 1.0 when sampled cooler.
+    The first rows are the control: what a start gains on itself at 1.0 when sampled at 0.9.
     """
     rows: list[tuple[str, list[tuple[float, float, float] | None]]] = []
     for name in run.scored("test_cooler_gain"):
@@ -160,9 +154,7 @@ def _points(scores: dict[str, Any], key: str) -> tuple[float, float, float] | No
 
 
 def task_table(run: Run) -> dict[str, Any] | None:
-    """Accuracy of each task at each evaluated stage, with how far it is from chance to perfect
-    (`share`).
-    """
+    """Return each task's accuracy at each stage; share: 0 at chance, 100 at perfect."""
     stages, by_task = _by_name(run, "checked_by_task")
     if not by_task:
         return None
@@ -173,9 +165,8 @@ def task_table(run: Run) -> dict[str, Any] | None:
             _heat(result["accuracy"], result.get("chance", 0.0)) if result else None
             for result in results
         ]
-        rows.append(
-            {"name": task, "chance": known.get("chance"), "n": known.get("n"), "cells": cells}
-        )
+        row = {"name": task, "chance": known.get("chance"), "n": known.get("n"), "cells": cells}
+        rows.append(row)
     chance = run.first("chance")
     total = [run.scores(name).get("checked_accuracy") for name in stages]
     cells = [_heat(value, chance or 0.0) if value is not None else None for value in total]
@@ -192,7 +183,7 @@ def _heat(accuracy: float, chance: float) -> dict[str, Any]:
 
 
 def source_table(run: Run) -> dict[str, Any] | None:
-    """Bits per byte of each source at each evaluated stage."""
+    """Return the bits per byte of each source at each evaluated stage."""
     stages, by_source = _by_name(run, "bits_per_byte_by_source")
     gzip = run.first("gzip_bits_per_byte_by_source") or {}
     rows = [
@@ -202,28 +193,22 @@ def source_table(run: Run) -> dict[str, Any] | None:
 
 
 def _by_name(run: Run, key: str) -> tuple[list[str], dict[str, list[Any]]]:
-    """(stages that have this score, for each name in it its value at each of them, None where it
-    has none).
-    """
+    """Return (stages with this score, name in it -> its value or None at each of them)."""
     scored = run.scored(key)
     names = sorted({name for values in scored.values() for name in values})
     return list(scored), {name: [values.get(name) for values in scored.values()] for name in names}
 
 
 def headlines(run: Run) -> dict[str, Any]:
-    """What the cards and the summary tell, most fundamental first; what was not measured is empty
-    or None.
+    """Return the values of the cards and the summary; what was not measured is empty or None.
 
-    base: bits per byte of the stages before alignment. win, retention: of the last stage that has
-    them, and the ratios of all. Each list holds (stage, value) pairs.
+    base: bits per byte before alignment. win: the scores of the last stage with a win rate.
+    retention: the ratios of all stages. Lists hold (stage, value) pairs.
     """
     wins, retention = run.scored("win_rate"), run.scored("retention")
+    bits = run.scored("bits_per_byte")
     return {
-        "base": [
-            (name, v)
-            for name, v in run.scored("bits_per_byte").items()
-            if name in ("pretrain", "extend")
-        ],
+        "base": [(name, bits[name]) for name in ("pretrain", "extend") if name in bits],
         "gzip": run.first("gzip_bits_per_byte"),
         "chance": run.first("chance"),
         "solved": _solved(run),
@@ -236,12 +221,11 @@ def headlines(run: Run) -> dict[str, Any]:
 
 
 def _solved(run: Run) -> dict[str, Any] | None:
-    """Tasks solved on the test split: how accuracy rose, and what the last stage gained on its
-    start.
+    """Return the accuracies on the test split, and what the last stage gained on its start.
 
-    above: whether SFT's interval lies above chance and the base model; None before SFT. moved:
-    whether all is as it should be: that, and a gain whose interval lies above zero; at 1.0 it must
-    lie above what cooler sampling alone gains.
+    above: whether SFT's interval lies above chance and above the base model; None before SFT.
+    moved: whether `above` holds and some gain's interval lies above zero; at temperature 1.0 it
+    must lie above what cooler sampling alone gains.
     """
     results = run.scored("test_accuracy")
     if not results:
@@ -249,16 +233,15 @@ def _solved(run: Run) -> dict[str, Any] | None:
     floors = [("chance", run.first("chance")), ("base", run.first("checked_accuracy"))]
     points = [(name, value) for name, value in [*floors, *results.items()] if value is not None]
     name, scores = list(results)[-1], run.scores(list(results)[-1])
-    found = [(title, key, _points(scores, f"{key}_gain")) for title, key in TEMPERATURES]
-    gains = [(title, *gain) for title, _, gain in found if gain]
+    by_temperature = [(title, key, _points(scores, f"{key}_gain")) for title, key in TEMPERATURES]
+    gains = [(title, *gain) for title, _, gain in by_temperature if gain]
     control = 100 * run.scores(scores.get("start", "")).get("test_cooler_gain", 0.0)
     above = moved = None
     if "sft" in results:
-        above = run.scores("sft").get("test_accuracy_low", 0.0) > max(
-            v for _, v in floors if v is not None
-        )
+        floor = max(value for _, value in floors if value is not None)
+        above = run.scores("sft").get("test_accuracy_low", 0.0) > floor
         bars = {"test_sampled": control}
-        beyond = any(gain[1] > bars.get(key, 0.0) for _, key, gain in found if gain)
+        beyond = any(gain[1] > bars.get(key, 0.0) for _, key, gain in by_temperature if gain)
         moved = above and (not gains or beyond)
-    told = {"stage": name, "scores": scores, "points": points, "gains": gains}
-    return told | {"above": above, "moved": moved}
+    solved = {"stage": name, "scores": scores, "points": points, "gains": gains}
+    return solved | {"above": above, "moved": moved}

@@ -1,4 +1,4 @@
-"""What happened in training: the curves of each stage that has a metrics.jsonl."""
+"""The training curves of each stage that has a metrics.jsonl."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,12 +7,12 @@ import numpy as np
 
 from openqwen.recipe.report.charts import LineChart, line_chart, smoothed
 from openqwen.recipe.report.run import FinishedStage, Run
-from openqwen.recipe.report.text import number, scientific
+from openqwen.recipe.report.text import finite, number, scientific
 
 
 @dataclass
 class Curve:
-    """One chart with its name and the value at which it ends; no chart where nothing is finite."""
+    """A chart with its name and its final value; chart is None where no value is finite."""
 
     name: str
     final: str
@@ -23,9 +23,9 @@ class Curve:
 class StageCurves:
     """The charts of one stage.
 
-    empty: steps that found nothing to learn from, which an online stage may have. experts:
-    {"layers", "load"}, the load of each expert of each sparse layer over an even share; None for a
-    dense network.
+    empty: steps without anything to learn, which online stages may have. experts: {"layers",
+    "load"}, the load of each expert of each sparse layer over an even share; None for a dense
+    network.
     """
 
     stage: FinishedStage
@@ -37,7 +37,7 @@ class StageCurves:
     experts: dict[str, Any] | None
 
 
-# (field, title, level of reference, fixed bounds); a stage shows those that its metrics have.
+# (field, title, reference level, fixed bounds); a stage shows the fields that its metrics have.
 _EXTRAS: tuple[tuple[str, str, tuple[float, str] | None, tuple[float, float] | None], ...] = (
     ("validation_loss", "Held-out loss", None, None),
     ("accuracy", "Accuracy (chosen above rejected)", (0.5, "chance"), (0.0, 1.0)),
@@ -58,16 +58,13 @@ _EXTRAS: tuple[tuple[str, str, tuple[float, str] | None, tuple[float, float] | N
 
 
 def curves(run: Run) -> list[StageCurves]:
-    """The charts of each training stage, in the order of the recipe."""
+    """Return the charts of each training stage, in the order of the recipe."""
     logs = [(stage, stage.jsonl("metrics.jsonl")) for stage in run.stages if stage.is_model]
     return [_stage_curves(stage, records) for stage, records in logs if records]
 
 
 def _stage_curves(stage: FinishedStage, records: list[dict[str, Any]]) -> StageCurves:
-    steps, tokens = (
-        column(records, "step") + 1,
-        column(records, "tokens"),
-    )  # the log counts from zero
+    steps, tokens = column(records, "step") + 1, column(records, "tokens")  # the log starts at 0
     learnt = tokens > 0
     loss = np.where(learnt, column(records, "loss"), np.nan)
     charts = [_curve("Loss", steps, loss, None, None, np.nancumsum(tokens))]
@@ -94,29 +91,24 @@ def _curve(
 ) -> Curve:
     final = f"final {number(tail_mean(values))}"
     drawn = {"raw": values, "smooth": smoothed(values)}
-    return Curve(
-        title, final, line_chart(steps, drawn, f"{title}: {final}", tokens, reference, bounds)
-    )
+    chart = line_chart(steps, drawn, f"{title}: {final}", tokens, reference, bounds)
+    return Curve(title, final, chart)
 
 
 def tail_mean(values: np.ndarray) -> float:
-    """The mean over the last twentieth of the steps, as the trainer's own summary has it."""
+    """Return the mean over the last twentieth of the steps, as the trainer's summary does."""
     tail = values[-max(1, len(values) // 20) :]
     tail = tail[np.isfinite(tail)]
     return float(tail.mean()) if len(tail) else np.nan
 
 
 def column(records: list[dict[str, Any]], field: str) -> np.ndarray:
-    """One field of every record; NaN where it is missing or no finite number."""
-    values = (record.get(field) for record in records)
-    numbers = [
-        float(v) if isinstance(v, int | float) and not isinstance(v, bool) else np.nan
-        for v in values
-    ]
-    return np.where(np.isfinite(numbers), numbers, np.nan)
+    """Return one field of every record; NaN where it is missing or not a finite number."""
+    numbers = (finite(record.get(field)) for record in records)
+    return np.array([np.nan if number is None else number for number in numbers], dtype=float)
 
 
 def throughput(records: list[dict[str, Any]]) -> tuple[float, float | None]:
-    """(tokens trained on, tokens a second over all steps); no speed where the log has no times."""
+    """Return (tokens trained on, tokens per second); the speed is None if the log has no times."""
     tokens, seconds = (float(np.nansum(column(records, field))) for field in ("tokens", "seconds"))
     return tokens, (tokens / seconds if seconds > 0 else None)

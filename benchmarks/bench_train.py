@@ -1,9 +1,11 @@
-"""`openqwen bench train`: fine-tuning against TRL's SFTTrainer, pre-training against transformers'
-Trainer.
+"""Training speed: SFT beside TRL's SFTTrainer, pre-training beside transformers' Trainer.
 
-Both sides see the same examples in the same batches, move all weights in float32 with AdamW and
-clipping, and run in processes of their own, in turn. A useful token is one of an example, padding
-apart. The peer's side is a script that imports nothing of ours and runs under the peer's Python.
+    python benchmarks/bench_train.py --kind sft --data gsm8k_train.jsonl.gz --model MODEL --peer PYTHON
+
+Both sides see the same examples in the same batches, update all weights in float32 with AdamW and
+gradient clipping, and run in turn, each in a process of its own. Useful tokens are those of the
+examples; padding is not counted. The peer's side is `peer_training.py`, which runs under the peer's
+Python.
 """
 
 import json
@@ -18,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
 from rich.table import Table
 
 from openqwen.model import ModelConfig, Qwen2, initialize
@@ -40,13 +43,11 @@ from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
 Kind = Literal["sft", "pretrain"]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-_PEER = Path(__file__).parents[4] / "benchmarks" / "peer_training.py"
-_GOALS = {
-    "sft": (2.0, 3.5, 0.8),
-    "pretrain": (1.5, 2.5, math.inf),
-}  # least speed, hoped-for speed, most memory
+_PEER = Path(__file__).with_name("peer_training.py")
+# The ratios to the peer that are wanted: least speed, hoped-for speed, most memory.
+_GOALS = {"sft": (2.0, 3.5, 0.8), "pretrain": (1.5, 2.5, math.inf)}
 _CONTEXT, _RATE = 1_024, 1e-5
-_SMALL = {  # 31 million parameters with a vocabulary of 16,384
+SMALL = {  # 31 million parameters with a vocabulary of 16,384
     "hidden_size": 512,
     "intermediate_size": 1_408,
     "num_hidden_layers": 8,
@@ -67,25 +68,22 @@ def bench(
     repeats: int = 1,
     recompute: Recompute = "nothing",
 ) -> None:
-    """Measure training and print tokens/s, the share of this machine's matrix peak, and the most
-    memory held.
+    """Print tokens/s, the share of this machine's matrix peak, and the peak memory of training.
 
     Args:
-        kind: sft: fine-tune `model` on demonstrations; pretrain: a new network.
-        data: sft: demonstrations, such as GSM8K's; pretrain: of documents' `text`.
+        kind: sft: fine-tune `model` on demonstrations; pretrain: train a new network.
+        data: sft: demonstrations, such as GSM8K's; pretrain: JSON Lines with a field `text`.
         model: sft: the folder of a float32 checkpoint.
         peer: The Python that has TRL (sft) or transformers and accelerate (pretrain);
-            none: we run alone.
+            without it only OpenQwen is measured.
         batch: Examples of a step; 4 for sft, 16 for pretrain.
         steps: Steps of a run; the first is not counted.
         repeats: Runs of each side, in turn; medians are printed.
-        recompute: Activations that our side computes again.
+        recompute: Activations that OpenQwen computes again in the backward pass.
     """
     if kind == "sft" and model is None:
         raise OpenQwenError(
-            "Which model shall be fine-tuned?",
-            where="--model",
-            do="give the folder of a checkpoint",
+            "No model is given to fine-tune.", where="--model", do="give the folder of a checkpoint"
         )
     runs: dict[str, list[dict[str, float]]] = {"OpenQwen": [], "peer": []}
     with tempfile.TemporaryDirectory(prefix="openqwen-bench-") as name:
@@ -99,7 +97,7 @@ def bench(
         _prepare(job, data)
         write_json(Path(name) / "job.json", job)
         for _ in range(repeats):
-            runs["OpenQwen"].append(_run([sys.executable, "-m", __name__], name, dict(os.environ)))
+            runs["OpenQwen"].append(_run([sys.executable, __file__], name, dict(os.environ)))
             if peer:
                 without = {"PYTHONPATH", HUGE_PAGES}  # importing us sets the latter
                 environment = {
@@ -110,9 +108,7 @@ def bench(
 
 
 def _prepare(job: dict[str, Any], data: Path) -> None:
-    """Write what both sides read into the job's folder: conversations, or token ids and a network's
-    configuration.
-    """
+    """Write what both sides read: conversations, or token ids and a network's configuration."""
     folder, count = Path(job["folder"]), job["batch"] * job["steps"]
     if job["kind"] == "sft":
         rows = [{"messages": demonstration(row)[0]} for _, row in islice(read_records(data), count)]
@@ -131,12 +127,12 @@ def _prepare(job: dict[str, Any], data: Path) -> None:
         )
     write_json(folder / "rows.json", ids)
     write_json(
-        folder / "config.json", _SMALL | {"vocab_size": -(-tokenizer.vocab_size // 128) * 128}
+        folder / "config.json", SMALL | {"vocab_size": -(-tokenizer.vocab_size // 128) * 128}
     )
 
 
 def _pieces(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Documents' token ids; of one longer than the context its first piece."""
+    """Yield the token ids of each document, cut to the context length."""
     for text in texts:
         ids = [*tokenizer.encode(text[: 16 * _CONTEXT]), tokenizer.eos_id][: _CONTEXT + 1]
         if len(ids) > 1:
@@ -191,7 +187,7 @@ def _table(kind: Kind, runs: dict[str, list[dict[str, float]]], job: dict[str, A
 
 
 def ours(job: dict[str, Any]) -> dict[str, float]:
-    """Our side of a job, in this process."""
+    """Run OpenQwen's side of a job in this process."""
     folder = Path(job["folder"])
     optimizer = OptimizerConfig(
         learning_rate=job["rate"], recompute=job["recompute"], precision="float32"
@@ -232,4 +228,7 @@ def _pretrain(job: dict[str, Any], settings: TrainingConfig, place: Place) -> No
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(ours(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
+    if len(sys.argv) == 2 and sys.argv[1].endswith("job.json"):  # called by `_run`
+        print("\n" + json.dumps(ours(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))
+    else:
+        tyro.cli(bench)

@@ -1,8 +1,10 @@
-"""`openqwen bench serve`: a running server under load from clients that leave, err and come back;
-names as in vLLM's.
+"""Load a running server with clients that cancel, send malformed requests and reconnect.
 
-A few prompts of random lengths are first answered alone, greedily; under load every whole answer
-must be the same. Where two tokens are equally likely to within rounding, either is right.
+    openqwen serve MODEL & python benchmarks/bench_serve.py --seconds 600
+
+A few prompts of random lengths are first answered one at a time, greedily. Under load every
+complete answer must be the same. Where two tokens are equally likely up to rounding, either is
+right. Metrics have the names of vLLM's benchmark.
 """
 
 import asyncio
@@ -15,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median, quantiles
 from typing import Any
+
+import httpx
+import tyro
 
 from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
@@ -54,7 +59,7 @@ class _Answer:
     logprobs: list[float] = field(default_factory=list)
 
     def differs(self, other: "_Answer") -> bool:
-        """Whether it is another answer, ties apart."""
+        """Whether the answers differ by more than a tie of two tokens."""
         for mine, theirs, p, q in zip(self.ids, other.ids, self.logprobs, other.logprobs):
             if mine != theirs:
                 return abs(p - q) > _TIE
@@ -74,12 +79,22 @@ def bench(
     seed: int = 0,
     output: Path | None = None,
 ) -> None:
-    """Load a server for so many seconds; an error where an answer was wrong, missing or a 5xx, or
-    pages leaked.
+    """Load a server, print the figures, and fail where an answer was wrong or pages leaked.
 
-    prompt_words, tokens: longest prompt and answer, lengths are random up to it. cancelled,
-    malformed: shares. A server that is killed and comes back is waited for. output: a JSON file for
-    the figures.
+    A server that is killed and comes back is waited for.
+
+    Args:
+        url: The server's address.
+        seconds: Length of the load.
+        connections: Clients at once.
+        prompts: Different prompts.
+        prompt_words: Words of the longest prompt; lengths are random up to it.
+        tokens: Tokens of the longest answer; lengths are random up to it.
+        cancelled: Share of requests that the client cancels.
+        malformed: Share of requests that are malformed.
+        key: API key.
+        seed: Seed of all random draws.
+        output: A JSON file for the figures.
     """
     load = _Load(url, connections, tokens, (cancelled, malformed), key, seed)
     result = asyncio.run(load.run(seconds, prompts, prompt_words))
@@ -90,9 +105,7 @@ def bench(
     if output:
         write_json(output, result)
     if result["failed"] or result["pages_held_at_end"]:
-        raise OpenQwenError(
-            "The server did not stand the load.", where=url, do="see the figures above"
-        )
+        raise OpenQwenError("The server failed under load.", url, "see the figures above")
 
 
 class _Load:
@@ -105,8 +118,6 @@ class _Load:
         key: str | None,
         seed: int,
     ):
-        import httpx
-
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=connections + 1)
         self.http = httpx.AsyncClient(base_url=url, headers=headers, timeout=300, limits=limits)
@@ -176,7 +187,7 @@ class _Load:
                 self.tally.fault(f"prompt {which} has another answer under load")
 
     async def _answer(self, body: dict[str, Any], leave: int | None) -> _Answer:
-        """Ask, and read the answer to its end or to so many tokens."""
+        """Send a request and read the answer to its end, or cancel it after `leave` tokens."""
         answer, start, reason = _Answer(), time.monotonic(), None
         first = last = 0.0
         async with self.http.stream("POST", "/v1/completions", json=body) as response:
@@ -217,7 +228,7 @@ class _Load:
 
     async def _leaks(self, before: dict[str, float]) -> dict[str, Any]:
         after = await self._metrics()
-        for _ in range(100):  # those who left last are being cleared away
+        for _ in range(100):  # the last cancelled requests are still being removed
             if not after["openqwen:pages_held"]:
                 break
             await asyncio.sleep(0.1)
@@ -255,3 +266,7 @@ class _Load:
                 )
                 out[f"p99_{name}_ms"] = quantiles(milliseconds, n=100)[-1]
         return out | ({"faults": tally.faults[:5]} if tally.faults else {})
+
+
+if __name__ == "__main__":
+    tyro.cli(bench)

@@ -1,3 +1,0 @@
-"""`openqwen bench`: claimed speeds measured on this machine, beside a peer where one is given (law
-10).
-"""
