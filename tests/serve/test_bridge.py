@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from openqwen.engine import Sampling, Stats
+from openqwen.http.errors import ApiError
 from openqwen.serve.app import application
 from openqwen.serve.bridge import Bridge
-from openqwen.http.errors import ApiError
 
 
 class Panic(BaseException):
