@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CLIENTS = ["openai-python", "vercel-ai", "langchain", "pydantic-ai", "litellm", "lm-eval", "aider"]
+NODE = ["openai-js", "vercel-ai"]
+CLIENTS = ["openai-python", *NODE, "langchain", "pydantic-ai", "litellm", "lm-eval", "aider"]
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -63,16 +64,17 @@ def _environment(client: str, cache: Path) -> list[str] | None:
     The environment is made where it is not there.
     """
     folder = cache / client
-    if client == "vercel-ai":
+    if client in NODE:
         if not shutil.which("npm"):
             return None
         folder.mkdir(parents=True, exist_ok=True)
         # Node looks for modules from the script upwards.
-        for name in ("package.json", "try_vercel_ai.mjs"):
+        script = f"try_{client.replace('-', '_')}.mjs"
+        for name in ("package.json", "checks.mjs", script):
             shutil.copy(HERE / name, folder)
         npm = ["npm", "install", "--no-audit", "--no-fund", "--silent"]
         subprocess.run(npm, cwd=folder, check=True)
-        return ["node", str(folder / "try_vercel_ai.mjs")]
+        return ["node", str(folder / script)]
     python, wanted = folder / "bin/python", HERE / f"requirements-{client}.txt"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)

@@ -425,7 +425,10 @@ def test_one_failure_cancels_what_is_in_flight(server):
 def test_ctrl_c_cancels_what_is_in_flight(server):
     free = held(server)
     code = (
+        "import signal\n"
         "from openqwen.engine import Endpoint\n"
+        # A suite that a shell runs in the background inherits SIGINT as ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try:\n"
         f"    Endpoint({server.url!r}, 'm', concurrency=4).generate(['a'] * 9)\n"
         "except KeyboardInterrupt:\n"

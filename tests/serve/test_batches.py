@@ -234,12 +234,12 @@ def test_a_batch_that_cannot_be_ended_fails_and_the_next_goes_on(tmp_path, caplo
 
 def test_the_end_of_all_batches_is_told(tmp_path, caplog, monkeypatch):
     batches, request = begun(tmp_path)
-    monkeypatch.setattr(batches, "_work_or_fail", None)
+    monkeypatch.setattr(batches, "_process_or_fail", None)
 
     async def go():
         await batches.add_batch(request)
         await worked(batches, lambda: False)
 
     asyncio.run(go())
-    assert batches.fault == "Batches are no longer worked through: TypeError."
+    assert batches.fault == "Batches are no longer processed: TypeError."
     assert batches.fault in caplog.text

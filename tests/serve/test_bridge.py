@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from openqwen.engine import Sampling, Stats
+from openqwen.http.errors import ApiError
 from openqwen.serve.app import application
 from openqwen.serve.bridge import Bridge
-from openqwen.serve.errors import ApiError
 
 
 class Panic(BaseException):
@@ -85,7 +85,7 @@ async def health(bridge):
         "update_weights",
     ):
         setattr(api, name, None)
-    batches = SimpleNamespace(fault="Batches are no longer worked through: TypeError.")
+    batches = SimpleNamespace(fault="Batches are no longer processed: TypeError.")
     for name in ("file", "delete", "batch", "cancel", "add_batch"):
         setattr(batches, name, None)
     app = application(api, batches, None)

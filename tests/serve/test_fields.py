@@ -214,7 +214,15 @@ def test_an_error_names_the_item_and_the_reason(server, body, param, said):
     message, where = words(server, "/v1/chat/completions", body)
     assert where == param
     assert said in message
-    for private in ("Value error", "Said", "Answer", "TextPart", "list[", "dictionary", "union"):
+    for private in (
+        "Value error",
+        "PromptMessage",
+        "AssistantMessage",
+        "TextPart",
+        "list[",
+        "dictionary",
+        "union",
+    ):
         assert private not in message
 
 

@@ -164,7 +164,7 @@ PATH = {
             {"tools": [tool("save", None, {"a": {"type": "hiccup"}})], "tool_choice": "required"},
             [
                 (
-                    'The schema of tools[0] ("save") cannot be followed: properties.a: Invalid '
+                    'The schema of tools[0] ("save") cannot be enforced: properties.a: Invalid '
                     "type: hiccup."
                 )
             ],
@@ -186,7 +186,7 @@ PATH = {
         ),
     ],
 )
-def test_what_cannot_be_followed_is_named(client, options, words, param):
+def test_what_cannot_be_enforced_is_named(client, options, words, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="tiny", messages=TALK, max_tokens=4, **options)
     for word in words:

@@ -45,7 +45,7 @@ def test_keys(start, tiny):
 
 def test_beyond_loopback_a_key_is_made(start, tiny):
     server = start(tiny, "--host", "0.0.0.0")
-    key = server.log.split("one was made: ")[1].split()[0]
+    key = server.log.split("A new one was made: ")[1].split()[0]
     url = server.url.replace("0.0.0.0", "127.0.0.1")
     assert httpx.get(f"{url}/v1/models").status_code == 401
     assert (
@@ -221,7 +221,7 @@ def test_a_port_that_is_taken(start, tiny, server, capsys):
     from openqwen.cli import main
 
     assert main(["serve", str(tiny), "--port", server.url.rpartition(":")[2]]) == 1
-    assert "Cannot listen there" in capsys.readouterr().err
+    assert "Cannot listen here" in capsys.readouterr().err
 
 
 def test_nothing_is_read_from_the_disk(server):

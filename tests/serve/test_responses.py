@@ -108,7 +108,7 @@ def test_a_response_that_goes_on_from_another(client):
         {"role": "user", "content": "And then?"},
     ]
     assert last.response.output_text == ask(client, input=third).output_text
-    with pytest.raises(openai.BadRequestError, match="send the conversation whole") as refused:
+    with pytest.raises(openai.BadRequestError, match="send the whole conversation") as refused:
         ask(client, input="Why?", previous_response_id=alone.id)
     assert refused.value.code == "previous_response_not_found"
 

@@ -12,14 +12,14 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from anyio.from_thread import start_blocking_portal
 
 from openqwen.engine.generator import Generator, Output, Prompt, Sampling
 from openqwen.engine.openai_api import (
@@ -132,10 +132,7 @@ class Endpoint(Generator):
                 answer = answer_call(prompt, sampling, seed, self.model)
                 scored = sampling.prompt_logprobs is not None
                 calls.append((answer, score_call(prompt, self.model) if scored else None))
-        # In another thread, since the thread of a notebook has an event loop already. An exception
-        # that leaves the block cancels what runs there.
-        with start_blocking_portal() as portal:
-            return portal.call(self._answer_all, calls, progress)
+        return _run_in_thread(self._answer_all(calls, progress))
 
     async def _answer_all(
         self, calls: list[tuple[ApiCall, ApiCall | None]], progress: Progress | None
@@ -271,6 +268,33 @@ class Endpoint(Generator):
         """The message in an error's body: at most 500 characters, without the key."""
         text = _error_text(raw)
         return (text.replace(self._key, "***") if self._key else text)[:500]
+
+
+def _run_in_thread(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine in a thread with an event loop of its own; a notebook's already runs one.
+
+    An exception in the calling thread, such as Ctrl-C, cancels the coroutine.
+    """
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Result]]] = Future()
+
+    async def main() -> Result:
+        task = asyncio.ensure_future(work)
+        started.set_result((asyncio.get_running_loop(), task))
+        return await task
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(asyncio.run, main())
+        try:
+            # A signal that arrives just before a thread starts to wait does not wake it. So the
+            # wait is a short one, and Python calls the signal's handler between two of them.
+            while not wait([result], timeout=0.2).done:
+                pass
+        except BaseException:
+            loop, task = started.result()
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(task.cancel)
+            raise
+        return result.result()
 
 
 def _checked_url(url: str) -> str:

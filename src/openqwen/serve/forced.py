@@ -1,4 +1,4 @@
-"""Grammars of answers in which functions may or must be called, in llguidance's notation."""
+"""Grammars of answers that may or must hold tool calls, in llguidance's notation."""
 
 import json
 import re
@@ -6,56 +6,61 @@ from typing import Any
 
 from openqwen.engine import Structure
 from openqwen.engine.schema import LENIENT, faults, ready
-from openqwen.serve.errors import ApiError
+from openqwen.http.errors import ApiError
 from openqwen.serve.tools import TAGS
 
 Json = dict[str, Any]
-# The blanks of calls in Qwen2.5's training data. Where any are allowed, a model may never end.
+# The white space of calls in Qwen2.5's training data. Where a grammar allows any amount of it, a
+# model may never stop writing it.
 _AS_TRAINED: Json = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def followed(schema: Json, strict: bool, where: str, name: str) -> Json:
-    """The schema as a grammar can follow it.
+def enforceable(schema: Json, strict: bool, where: str, name: str) -> Json:
+    """The schema in the form that a grammar can enforce.
 
-    where: the request's field. name: of the tool or the format.
+    Args:
+        schema: the client's JSON schema.
+        strict: whether each keyword of it must be enforced.
+        where: the field of the request.
+        name: the name of the tool or of the response format.
 
-    Raises: ApiError that tells the places of what cannot be followed.
+    Raises:
+        ApiError: a part of the schema cannot be enforced; the message names each.
     """
     schema = ready(schema, strict)
-    if found := "; ".join(faults(schema, strict))[:400]:
-        whose = f'{where.partition(".")[0]} ("{name}")'
+    if problems := "; ".join(faults(schema, strict))[:400]:
+        owner = f'{where.partition(".")[0]} ("{name}")'
+        message = f"The schema of {owner} cannot be enforced: {problems}."
         if strict:
-            message = f"{whose} is strict, but its schema has what cannot be enforced: {found}. "
-            message += "Leave that out, or send strict: false."
-        else:
-            message = f"The schema of {whose} cannot be followed: {found}."
+            message = f"{owner} is strict, but parts of its schema cannot be enforced: {problems}. "
+            message += "Leave them out, or send strict: false."
         raise ApiError(400, message, where)
     return schema
 
 
 def only_calls(tools: list[Any], name: str | None, several: bool) -> Structure:
-    """Nothing but calls. name: of the one function to call. several: more than one may come."""
+    """Tool calls and no text. name: the only function to call. several: allow several calls."""
     chosen = {n: tool for n, tool in enumerate(tools) if name in (None, tool["function"]["name"])}
     return Structure("grammar", "\n".join(["start: calls", *_calls(chosen, several, forced=True)]))
 
 
 def calls_or_json(tools: list[Any], schema: Json, several: bool) -> Structure:
-    """JSON that fits a schema, or calls."""
+    """JSON that fits a schema, or tool calls."""
     start = ["start: answer | calls", f"answer: {_json(schema, whitespace_flexible=False)}"]
     rules = _calls(dict(enumerate(tools)), several, more="call")
     return Structure("grammar", "\n".join([*start, *rules]))
 
 
 def calls_or_text(tools: list[Any], several: bool) -> Structure:
-    """Any text, which calls may follow; or one call without tags, as `ToolCalls` reads it."""
+    """Any text and then tool calls, or one call without tags, as `ToolCalls` reads it."""
     names = [re.escape(tool["function"]["name"]) for tool in tools]
     tags, blank = "|".join(tag[1:-1] for tag in TAGS), r"[ \n]{0,9}"
-    begun = rf"\s*(```(json|xml)?\s*)?(<({tags})>\s*)?\[?\s*"
-    begun += rf'\{{\s*"name"\s*:\s*"({"|".join(names)})"'
+    call_start = rf"\s*(```(json|xml)?\s*)?(<({tags})>\s*)?\[?\s*"
+    call_start += rf'\{{\s*"name"\s*:\s*"({"|".join(names)})"'
     before = rf"{blank}(```(json|xml)?\n{blank})?(<({tags})>{blank})?"
     bodies = " | ".join(f"HEAD{number} arguments{number}" for number in range(len(names)))
     rules = ["start: TEXT calls? | calls | untagged", f"untagged: ({bodies}) TAIL"]
-    rules += [f"TEXT: /(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/ & ~/{begun}(?s:.*)/"]
+    rules += [f"TEXT: /(?s:.+)/ & ~/(?s:.*)<tool_call>(?s:.*)/ & ~/{call_start}(?s:.*)/"]
     for number, name in enumerate(names):
         head = rf'{before}\{{{blank}"name": ?"{name}",{blank}"arguments": ?'
         rules.append(f"HEAD{number}: /{head}/")
@@ -69,11 +74,12 @@ def _calls(
     forced: bool = False,
     more: str = "(call | object)",
 ) -> list[str]:
-    """Rules of `calls`. Arguments fit the schemas of functions that are forced or strict.
+    """The rules of `calls`.
 
-    more: how further calls are written. Qwen2.5-Coder leaves out their tags.
+    Arguments must fit their function's schema where the call is forced or the function strict.
+    more: the rule of further calls; Qwen2.5-Coder writes them without tags.
     """
-    # A newline promises no further call: Qwen2.5-Coder writes one before it ends its turn, too.
+    # A newline need not be followed by a call: Qwen2.5-Coder also writes one before its turn ends.
     rules = [rf'calls: call ("\n" {more})* "\n"?' if several else "calls: call"]
     rules.append(r'call: <tool_call> "\n" object "\n" </tool_call>')
     objects = []
@@ -82,10 +88,10 @@ def _calls(
         strict = bool(function.get("strict"))
         schema: Json = {"type": "object"}
         if forced or strict:
-            given = function.get("parameters")
-            given = {"properties": {}} if given is None else given
+            parameters = function.get("parameters")
+            schema |= {"properties": {}} if parameters is None else parameters
             where = f"tools[{number}].function.parameters"
-            schema = followed(schema | given, strict, where, function["name"])
+            schema = enforceable(schema, strict, where, function["name"])
         head = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
         objects.append(f'{head} arguments{number} "}}"')
         rules.append(f"arguments{number}: {_json(schema, **_AS_TRAINED)}")

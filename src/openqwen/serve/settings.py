@@ -1,4 +1,4 @@
-"""How the server is run: every field is a flag of `openqwen serve`."""
+"""Settings of the server: each field is a flag of `openqwen serve`."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,54 +10,51 @@ from openqwen.support.settings import Settings
 
 
 class ServeConfig(Settings):
-    """Secure unless told otherwise: loopback only, closed to other origins, everything limited."""
+    """The defaults are safe: loopback only, no other web origins, and a limit on everything."""
 
     host: str = Field(
         "127.0.0.1",
-        description="address to listen on; beyond loopback a key is required of clients",
+        description="address to listen on; beyond loopback, clients need an API key",
     )
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     api_key: list[str] = Field(
-        [], description="keys that clients may use; also from OPENQWEN_API_KEY, with commas"
+        [], description="API keys that clients may use; OPENQWEN_API_KEY adds more, by commas"
     )
     name: list[str] = Field(
-        [], description="names under which clients ask for the model; none: the source's own name"
+        [], description="names by which clients ask for the model; default: the source's name"
     )
     adapters: list[str] = Field(
         [],
-        description=(
-            "LoRA adapters that clients may name in place of the model: NAME=FOLDER, in PEFT's "
-            "format"
-        ),
+        description="LoRA adapters in PEFT's format, as NAME=FOLDER; clients send NAME as model",
     )
     device: str | None = Field(
-        None, description="where the model runs; none: a GPU where there is one"
+        None, description="device of the model; default: a GPU where there is one"
     )
     quantize: Literal["int8", "int4"] | None = Field(
-        None, description="weights in 8 or 4 bits, packed while loading"
+        None, description="weights in 8 or 4 bits, quantized while loading"
     )
     max_context: str | None = Field(
-        None, description="longest prompt and answer in tokens, such as 128k or 1m"
+        None, description="most tokens of prompt and answer together, such as 128k or 1m"
     )
-    reward: str | None = Field(None, description="a reward model to serve at /score besides")
+    reward: str | None = Field(None, description="a reward model, served at /score")
     weights: Path | None = Field(
         None, description="folder whose subfolders 1, 2, ... /update_weights may load"
     )
     data: Path | None = Field(
-        None, description="folder for files and batches; none: gone when the server ends"
+        None, description="folder for files and batches; default: a temporary one"
     )
     origin: list[str] = Field(
-        [], description="web origins besides our own that may call the API (CORS)"
+        [], description="other web origins whose pages may call the API (CORS)"
     )
-    max_body: int = Field(16 << 20, gt=0, description="bytes of a request, at most")
-    max_files: int = Field(1 << 30, gt=0, description="bytes of all files kept, at most")
+    max_body: int = Field(16 << 20, gt=0, description="largest request, in bytes")
+    max_files: int = Field(1 << 30, gt=0, description="largest size of all files, in bytes")
     queue: int = Field(
         256,
         gt=0,
-        description="answers being made or waited for, at most; more are told to come back",
+        description="most answers in progress or waiting; further requests get status 429",
     )
-    timeout: float = Field(600.0, gt=0, description="seconds that one answer may take")
-    idle: float = Field(20.0, gt=0, description="seconds that a client may take to send a request")
+    timeout: float = Field(600.0, gt=0, description="time limit of one answer, in seconds")
+    idle: float = Field(20.0, gt=0, description="time limit of sending a request, in seconds")
     drain: float = Field(30.0, ge=0, description="seconds that running answers get after SIGTERM")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine")
-    user: str | None = Field(None, description="unprivileged user to become when started by root")
+    user: str | None = Field(None, description="unprivileged user to become when started as root")
