@@ -190,7 +190,7 @@ def test_commands(terminal, tmp_path):
     assert "There is no setting 'topk'. Did you mean 'top_k'?" in terminal.say("/set topk 5")
     terminal.say("/set top_k 7")
     assert "top_k               7" in terminal.say("/set")
-    assert "There is nothing to take back." in terminal.say("/undo")
+    assert "There is no message to remove." in terminal.say("/undo")
     terminal.say("/system Be kind.")
     assert "Be kind." in terminal.say("/system")
     first = terminal.say("Hello")
@@ -204,10 +204,10 @@ def test_commands(terminal, tmp_path):
     file = tmp_path / "with space.json"
     assert "2 messages written" in terminal.say(f'/save "{file}"')
     terminal.say("/new")
-    assert "There is nothing to take back." in terminal.say("/undo")
-    assert "There is such a file already." in terminal.say(f"/save {SOURCE}/openqwen/cli.py")
-    assert "This is no saved conversation." in terminal.say(f"/load {SOURCE}/openqwen/cli.py")
-    assert "It cannot be read: No such file or directory." in terminal.say("/load /nowhere")
+    assert "There is no message to remove." in terminal.say("/undo")
+    assert "This file exists already." in terminal.say(f"/save {SOURCE}/openqwen/cli.py")
+    assert "This is not a saved conversation." in terminal.say(f"/load {SOURCE}/openqwen/cli.py")
+    assert "This file cannot be read: No such file or directory." in terminal.say("/load /nowhere")
     assert "2 messages read" in terminal.say(f'/load "{file}"')
     assert "Be kind." in terminal.say("/system")
 
@@ -220,7 +220,7 @@ def test_lines_are_there_in_the_next_chat(model, tmp_path):
     too_long = terminal.say("word " * 60)  # is said, and taken back
     assert "do:" in too_long
     terminal.say("/undo")
-    assert "There is nothing to take back." in terminal.say("/undo")
+    assert "There is no message to remove." in terminal.say("/undo")
     terminal.type("/quit\n")
     assert terminal.process.wait(30) == 0
     terminal.close()

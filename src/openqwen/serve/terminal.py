@@ -1,6 +1,4 @@
-"""`openqwen chat MODEL`: a conversation in the terminal, streamed; from a pipe too, a message a
-line.
-"""
+"""`openqwen chat MODEL`: a conversation in the terminal, or through a pipe, one message a line."""
 
 import dataclasses
 import json
@@ -28,24 +26,22 @@ from openqwen.tokenizer import load_tokenizer
 
 _COMMANDS = {
     "help": ("", "this list"),
-    "new": ("", "begin afresh, with the same system prompt"),
+    "new": ("", "begin a new conversation with the same system prompt"),
     "system": ("[TEXT]", "show or set the system prompt"),
-    "set": ("[NAME VALUE]", "show or set how answers are made: /set temperature 0.7"),
-    "undo": ("", "take back the last message and its answer"),
-    "retry": ("", "answer the last message anew"),
+    "set": ("[NAME VALUE]", "show or set the sampling: /set temperature 0.7"),
+    "undo": ("", "remove the last message and its answer"),
+    "retry": ("", "answer the last message again"),
     "save": ("FILE", "write the conversation as JSON"),
-    "load": ("FILE", "go on with a saved conversation"),
-    "quit": ("", "end, as Ctrl-D does"),
+    "load": ("FILE", "continue a saved conversation"),
+    "quit": ("", "end the chat, as Ctrl-D does"),
 }
 _KEYS = (
-    'A line that ends in \\ goes on in the next; """ begins and ends a text of many lines; pasted '
-    "lines are one "
-    "message. Ctrl-C stops an answer, Ctrl-D ends the chat."
+    'A line that ends in \\ continues in the next one; """ begins and ends a text of many lines; '
+    "pasted lines are one message. Ctrl-C stops an answer, Ctrl-D ends the chat."
 )
-_EXAMPLES = {int: "20", float: "0.7", bool: "true"}  # of what /set takes
-_UNSEEN = {
-    code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"
-}  # no steering of terminals
+_EXAMPLES = {int: "20", float: "0.7", bool: "true"}  # of values for /set
+# Control characters, which would act on the terminal.
+_CONTROL = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 
 
 def chat(
@@ -55,71 +51,70 @@ def chat(
         tyro.conf.arg(help="A Hugging Face folder, a .gguf file or a hub id.", metavar="MODEL"),
     ],
     system: Annotated[
-        str | None, tyro.conf.arg(help="System prompt; none: the checkpoint's own.")
+        str | None, tyro.conf.arg(help="System prompt; default: the checkpoint's.")
     ] = None,
     temperature: Annotated[float, tyro.conf.arg(help="0 takes the likeliest token.")] = 0.0,
     max_tokens: Annotated[int, tyro.conf.arg(help="Longest answer, in tokens.")] = 1024,
-    seed: Annotated[int, tyro.conf.arg(help="Of the sampling.")] = 0,
+    seed: Annotated[int, tyro.conf.arg(help="Seed of the sampling.")] = 0,
     quantize: Annotated[
         Literal["int8", "int4"] | None,
-        tyro.conf.arg(help="Weights in 8 or 4 bits, packed while loading."),
+        tyro.conf.arg(help="Weights in 8 or 4 bits, quantized while loading."),
     ] = None,
     max_context: Annotated[
         str | None,
         tyro.conf.arg(
-            help="Tokens of the whole conversation, such as 128k; none: as the model says."
+            help="Most tokens of a conversation, such as 128k; default: the model's own limit."
         ),
     ] = None,
 ) -> None:
     """Talk to a model."""
-    most = None if max_context is None else context_tokens(max_context)
+    limit = None if max_context is None else context_tokens(max_context)
     network = load_model(model, device=best_device(), quantize=quantize)
-    engine = Engine(network, load_tokenizer(model), EngineConfig(max_context=most))
+    engine = Engine(network, load_tokenizer(model), EngineConfig(max_context=limit))
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    talk = Chat(engine, sampling, system)
+    conversation = Chat(engine, sampling, system)
     with _history():
         if sys.stdin.isatty():
-            console.print(
-                f"{Path(model).name}. {_KEYS} /help lists commands.", style="dim", soft_wrap=False
-            )
-        while talk.turn():
+            welcome = f"{Path(model).name}. {_KEYS} /help lists the commands."
+            console.print(welcome, style="dim", soft_wrap=False)
+        while conversation.turn():
             pass
 
 
 class Chat:
-    """A conversation. messages: as the chat template reads them, without the system prompt."""
+    """A conversation. messages: in the chat template's form, without the system prompt."""
 
     def __init__(self, engine: Engine, sampling: Sampling, system: str | None = None):
         self.engine, self.sampling, self.system = engine, sampling, system
         self.messages: list[dict[str, str]] = []
-        self._typed = sys.stdin.isatty()
-        self._answers: list[Request] = []
-        self._files: set[Path] = set()  # that may be written over
+        self._interactive = sys.stdin.isatty()
+        self._answers = 0  # so far; each has a seed of its own
+        self._files: set[Path] = set()  # saved or loaded here, so /save may overwrite them
 
     def turn(self) -> bool:
-        """Read a message or a command and do it; False at the end."""
+        """Read a message or a command and answer it; returns False at the end."""
         try:
-            text = _read(self._typed)
+            text = _read(self._interactive)
         except EOFError:
-            if self._typed:
+            if self._interactive:
                 console.print()
             return False
         except KeyboardInterrupt:
             console.print("\n[dim]Ctrl-D or /quit ends the chat.[/dim]")
-            return self._typed
+            return self._interactive
         try:
             if text.startswith("/"):
                 return self._command(text[1:])
             if text.strip():
-                self._ask(text.strip())
+                self._send(text.strip())
         except OpenQwenError as error:
             console.print(str(error), style="red", markup=False)
         return True
 
     # ---- Answers
 
-    def _ask(self, text: str) -> None:
-        """Answer a message; one that cannot be answered is taken back."""
+    def _send(self, text: str) -> None:
+        """Answer a message; a message that the engine refuses is removed."""
         self.messages.append({"role": "user", "content": text})
         try:
             answer = self._answer()
@@ -129,25 +124,29 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer})
 
     def _answer(self) -> str:
-        """Print an answer as it comes; returns what was written, all of it or up to Ctrl-C."""
-        start = [] if self.system is None else [{"role": "system", "content": self.system}]
-        seed = self.sampling.seed + len(self._answers)
-        request = self.engine.submit([*start, *self.messages], self.sampling, seed)
-        self._answers.append(request)
-        if self._typed:
+        """Print an answer while it is generated; returns its text, which Ctrl-C may cut short."""
+        seed = self.sampling.seed + self._answers
+        request = self.engine.submit(self._with_system(), self.sampling, seed)
+        self._answers += 1
+        if self._interactive:
             console.print("qwen › ", end="", style="bold")
-        said = ""
+        answer = ""
         with _ctrl_c() as pressed:
             while request.finish_reason is None:
                 if pressed():
                     self.engine.cancel(request)
                 for event in self.engine.step():
-                    said += event.text
-                    console.print(event.text.translate(_UNSEEN), end="", markup=False)
+                    answer += event.text
+                    console.print(event.text.translate(_CONTROL), end="", markup=False)
         console.print()
-        if self._typed:
-            console.print(f"[dim]{_facts(request)}[/dim]")
-        return said
+        if self._interactive:
+            console.print(f"[dim]{_summary(request)}[/dim]")
+        return answer
+
+    def _with_system(self) -> list[dict[str, str]]:
+        """The conversation, with the system prompt if there is one."""
+        start = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*start, *self.messages]
 
     # ---- Commands
 
@@ -156,12 +155,12 @@ class Chat:
         if name == "quit":
             return False
         if name not in _COMMANDS:
-            near = suggestion(name, _COMMANDS)
+            what = f"There is no command /{name}.{suggestion(name, _COMMANDS)}"
             raise OpenQwenError(
-                f"There is no command /{name}.{near}", do="/help; a message may begin with a space"
+                what, do="see /help; put a space before a message that begins with /"
             )
-        act: Callable[[str], None] = getattr(self, f"_{name}")
-        act(rest.strip())
+        command: Callable[[str], None] = getattr(self, f"_{name}")
+        command(rest.strip())
         return True
 
     def _help(self, _: str) -> None:
@@ -176,9 +175,8 @@ class Chat:
         if text:
             self.system = text
         else:
-            console.print(
-                "The checkpoint's own." if self.system is None else self.system, markup=False
-            )
+            shown = "The checkpoint's own." if self.system is None else self.system
+            console.print(shown, markup=False)
 
     def _set(self, text: str) -> None:
         names = [f.name for f in dataclasses.fields(Sampling) if type(f.default) in _EXAMPLES]
@@ -189,27 +187,25 @@ class Chat:
             return
         name, _, value = text.partition(" ")
         if name not in names:
-            raise OpenQwenError(
-                f"There is no setting '{name}'.{suggestion(name, names)}", do="/set lists them"
-            )
+            what = f"There is no setting '{name}'.{suggestion(name, names)}"
+            raise OpenQwenError(what, do="/set lists the settings")
         kind = type(getattr(self.sampling, name))
         try:
             parsed = kind(json.loads(value))
         except (ValueError, TypeError):
-            raise OpenQwenError(
-                f"{name} cannot be '{value}'.", do=f"give one like {_EXAMPLES[kind]}"
-            ) from None
+            do = f"give a value such as {_EXAMPLES[kind]}"
+            raise OpenQwenError(f"{name} cannot be '{value}'.", do=do) from None
         self.sampling = dataclasses.replace(self.sampling, **{name: parsed})
 
     def _undo(self, _: str) -> None:
         if not self.messages:
-            raise OpenQwenError("There is nothing to take back.")
+            raise OpenQwenError("There is no message to remove.")
         while self.messages and self.messages.pop()["role"] != "user":
             pass
 
     def _retry(self, _: str) -> None:
         if not self.messages:
-            raise OpenQwenError("There is no message to answer anew.")
+            raise OpenQwenError("There is no message to answer again.")
         kept = list(self.messages)
         while self.messages[-1]["role"] != "user":
             self.messages.pop()
@@ -222,12 +218,12 @@ class Chat:
     def _save(self, name: str) -> None:
         path = _path(name)
         if path.exists() and path not in self._files:
-            raise OpenQwenError("There is such a file already.", where=path, do="give another name")
-        start = [] if self.system is None else [{"role": "system", "content": self.system}]
+            raise OpenQwenError("This file exists already.", where=path, do="give another name")
         try:
-            write_json(path, {"messages": [*start, *self.messages]})
+            write_json(path, {"messages": self._with_system()})
         except OSError as error:
-            raise OpenQwenError(f"It cannot be written: {error.strerror}.", where=path) from None
+            what = f"This file cannot be written: {error.strerror}."
+            raise OpenQwenError(what, where=path) from None
         self._files.add(path)
         console.print(f"[dim]{len(self.messages)} messages written.[/dim]")
 
@@ -237,18 +233,19 @@ class Chat:
             messages = parse_json(path.read_bytes())["messages"]
             read = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
         except OSError as error:
-            raise OpenQwenError(f"It cannot be read: {error.strerror}.", where=path) from None
+            what = f"This file cannot be read: {error.strerror}."
+            raise OpenQwenError(what, where=path) from None
         except (ValueError, TypeError, KeyError):
-            need = 'it must hold {"messages": [{"role": ..., "content": ...}, ...]}'
-            raise OpenQwenError("This is no saved conversation.", where=path, do=need) from None
+            do = 'give a file of {"messages": [{"role": ..., "content": ...}, ...]}'
+            raise OpenQwenError("This is not a saved conversation.", where=path, do=do) from None
         self.system = read.pop(0)["content"] if read and read[0]["role"] == "system" else None
         self.messages = read
         self._files.add(path)
         console.print(f"[dim]{len(read)} messages read.[/dim]")
 
 
-def _facts(request: Request) -> str:
-    """`48 tokens · 27.1 tokens/s · first after 0.31 s`."""
+def _summary(request: Request) -> str:
+    """The line below an answer, such as `48 tokens · 27.1 tokens/s · first after 0.31 s`."""
     count = len(request.token_ids)
     parts = [f"{count} tokens" if count != 1 else "1 token"]
     end = request.finished or time.monotonic()
@@ -257,12 +254,12 @@ def _facts(request: Request) -> str:
             parts.append(f"{(count - 1) / (end - request.first_token):.1f} tokens/s")
         parts.append(f"first after {request.first_token - request.arrived:.2f} s")
     if request.cached_tokens:
-        parts.append(
-            f"{request.cached_tokens:,} of {len(request.prompt_ids):,} prompt tokens were in "
-            "the cache"
-        )
-    ends = {"length": "the longest answer (/set max_tokens)", "cancelled": "stopped"}
-    return " · ".join([*parts, *filter(None, [ends.get(request.finish_reason or "")])])
+        cached, prompt = request.cached_tokens, len(request.prompt_ids)
+        parts.append(f"{cached:,} of {prompt:,} prompt tokens from the cache")
+    ends = {"length": "reached the longest answer (/set max_tokens)", "cancelled": "stopped"}
+    if ending := ends.get(request.finish_reason or ""):
+        parts.append(ending)
+    return " · ".join(parts)
 
 
 def _path(name: str) -> Path:
@@ -271,16 +268,13 @@ def _path(name: str) -> Path:
     return Path(shlex.split(name)[0] if name[0] in "'\"" else name).expanduser()
 
 
-def _read(typed: bool) -> str:
-    """A message: one line, several joined by backslashes or pasted at once, or a text between
-    triple quotes.
-    """
-    line = input("you  › " if typed else "")
-    while (
-        typed and select.select([sys.stdin], [], [], 0.03)[0]
-    ):  # nobody types so fast: the rest of a paste
+def _read(interactive: bool) -> str:
+    """A message: one line, lines joined by backslashes, pasted lines, or text in triple quotes."""
+    line = input("you  › " if interactive else "")
+    # Input that follows at once was not typed: it is the rest of a paste.
+    while interactive and select.select([sys.stdin], [], [], 0.03)[0]:
         line += "\n" + input()
-    more = "…    › " if typed else ""
+    more = "…    › " if interactive else ""
     if line.lstrip().startswith('"""'):
         text = line.lstrip()[3:]
         while '"""' not in text:
@@ -293,18 +287,19 @@ def _read(typed: bool) -> str:
 
 @contextmanager
 def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C breaks nothing off but is noted: the engine ends its step.
+    """Record Ctrl-C without interrupting, so that the engine finishes its step.
 
-    A second one interrupts.
+    Gives a function that tells whether Ctrl-C was pressed. A second Ctrl-C, more than a second
+    later, does interrupt.
     """
     times: list[float] = []
 
-    def note(*_: object) -> None:
+    def record(*_: object) -> None:
         times.append(time.monotonic())
-        if len(times) > 1 and times[-1] - times[0] > 1:
+        if times[-1] - times[0] > 1:
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.signal(signal.SIGINT, record)
     try:
         yield lambda: bool(times)
     finally:
@@ -313,7 +308,7 @@ def _ctrl_c() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Lines typed in earlier chats under the arrow keys, from a file that only the user reads."""
+    """Keep typed lines for the arrow keys of later chats, in a file that only the user reads."""
     if not sys.stdin.isatty():
         yield
         return
@@ -322,11 +317,8 @@ def _history() -> Iterator[None]:
     except ImportError:
         yield
         return
-    file = (
-        Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-        / "openqwen"
-        / "chat_history"
-    )
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    file = state / "openqwen" / "chat_history"
     readline.set_history_length(1000)
     with suppress(OSError):
         readline.read_history_file(file)

@@ -4,7 +4,17 @@ import * as api from "./api.js";
 import { elsewhere, endElsewhere } from "./tabs.js";
 import { before, messages, stamp } from "./tree.js";
 
-const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_tokens", "seed"];
+const NUMBERS = [
+  "temperature",
+  "top_p",
+  "top_k",
+  "min_p",
+  "repetition_penalty",
+  "presence_penalty",
+  "frequency_penalty",
+  "max_tokens",
+  "seed",
+];
 export const running = new Map(); // turn id -> AbortController, of this tab's answers
 let leaving = false; // the page goes, and its connections with it: no fault of theirs
 
@@ -16,10 +26,11 @@ for (const name of ["beforeunload", "pagehide"]) {
 }
 
 export const isRunning = (node) => running.has(node.id) || elsewhere(node);
-export const stop = (node) => (running.has(node.id) ? running.get(node.id).abort() : endElsewhere(node));
+export const stop = (node) =>
+  running.has(node.id) ? running.get(node.id).abort() : endElsewhere(node);
 export const anyRunning = () => running.size > 0;
 
-/** Function definitions typed by hand: OpenAI's list of tools, or bare functions. Throws what is wrong, in words. */
+/** The tools in the user's JSON: OpenAI's list, or bare functions. Throws what is wrong. */
 export function parseTools(text) {
   if (!text.trim()) return [];
   let value;
@@ -32,9 +43,13 @@ export function parseTools(text) {
     const definition = tool?.type === "function" ? tool.function : tool;
     const where = `Tool ${number + 1}`;
     if (typeof definition?.name !== "string") throw new Error(`${where} has no name.`);
-    if (!/^[\w.-]{1,64}$/.test(definition.name)) throw new Error(`${where}: a name is letters, digits, _ . - and at most 64 long.`);
+    if (!/^[\w.-]{1,64}$/.test(definition.name))
+      throw new Error(`${where}: a name is letters, digits, _ . - and at most 64 long.`);
     const { parameters } = definition;
-    if (parameters !== undefined && (typeof parameters !== "object" || parameters === null || Array.isArray(parameters))) {
+    if (
+      parameters !== undefined &&
+      (typeof parameters !== "object" || parameters === null || Array.isArray(parameters))
+    ) {
       throw new Error(`${where} (${definition.name}): "parameters" must be a JSON schema object.`);
     }
     return { type: "function", function: definition };
@@ -43,8 +58,14 @@ export function parseTools(text) {
 
 /** The body of a request that asks for what follows `turns`. */
 export function request(settings, turns, model) {
-  const body = { ...(model && { model }), messages: messages(settings, turns), stream: true, stream_options: { include_usage: true } };
-  for (const name of NUMBERS) if (String(settings[name]).trim() !== "") body[name] = Number(settings[name]);
+  const body = {
+    ...(model && { model }),
+    messages: messages(settings, turns),
+    stream: true,
+    stream_options: { include_usage: true },
+  };
+  for (const name of NUMBERS)
+    if (String(settings[name]).trim() !== "") body[name] = Number(settings[name]);
   const stops = settings.stop.split("\n").filter((line) => line !== "");
   if (stops.length) body.stop = stops;
   const tools = parseTools(settings.tools);
@@ -53,7 +74,7 @@ export function request(settings, turns, model) {
   return body;
 }
 
-/** Fill `node` with the model's answer to the turns above it. `onchange` follows every piece; resolves when over. */
+/** Fill `node` with the answer to the turns above it; `onchange` is called for each piece. */
 export async function answer(conversation, node, onchange) {
   const control = new AbortController();
   running.set(node.id, control);
@@ -72,7 +93,13 @@ export async function answer(conversation, node, onchange) {
   } catch (error) {
     node.finish = leaving ? "interrupted" : error.name === "AbortError" ? "stopped" : "error";
     if (node.finish === "error") {
-      const { message, advice = "Change the settings.", status = 0, retry = null, long = false } = error;
+      const {
+        message,
+        advice = "Change the settings.",
+        status = 0,
+        retry = null,
+        long = false,
+      } = error;
       node.error = { message, advice, status, retry, long };
     }
   } finally {
@@ -111,7 +138,10 @@ function take(node, chunk, clock) {
   if (choice.finish_reason) node.finish = choice.finish_reason;
 }
 
-/** Counts and speed: tokens after the first over the time since the first; pieces stand for tokens until usage comes. */
+/**
+ * Counts and speed: tokens after the first over the time since the first.
+ * Pieces are counted as tokens until the usage arrives.
+ */
 function count(node, usage, clock) {
   const tokens = usage?.completion_tokens ?? clock.pieces;
   const seconds = (clock.last - clock.first) / 1000;

@@ -3,16 +3,18 @@
 import { answer, anyRunning, isRunning, parseTools, request, running, stop } from "./answer.js";
 import * as api from "./api.js";
 import { showKeys, showPrompt } from "./dialogs.js";
-import { announce, h, icon, iconButton, number, toast } from "./dom.js";
+import { dropDraft, focusField, grow, keepDraft, loadDraft } from "./composer.js";
+import { announce, at, icon, number, toast } from "./dom.js";
+import { buildFrame } from "./frame.js";
 import { fillPanel } from "./panel.js";
 import { fillFoot, fillSidebar } from "./sidebar.js";
 import { Store } from "./store.js";
 import { join } from "./tabs.js";
-import { add, before, merge, newConversation, newId, path, ROOT, select, titleOf, versions } from "./tree.js";
+import { add, before, merge, newConversation, newId } from "./tree.js";
+import { path, ROOT, select, titleOf, versions } from "./tree.js";
 import { keyForm, pair, reconcile, Turn, welcome } from "./view.js";
 
-const at = (id) => document.getElementById(id);
-const TRIES = 10; // times that a busy server is asked again by itself
+const TRIES = 10; // automatic requests to a busy server
 const LOCKED = "A key is needed";
 
 const store = new Store((id) => {
@@ -23,13 +25,13 @@ const store = new Store((id) => {
 let current = null;
 let catalog = [];
 let canRender = false;
-let link = "Connecting"; // to the server: "" where it told its models, else how it stands
+let link = "Connecting"; // to the server: "" once its models are known, else the status
 const gate = keyForm(connect);
-let follow = true; // the view stays at the end while text comes
+let follow = true; // the view stays at the end while text arrives
 let frame = 0;
 const views = new Map(); // turn id -> Turn
 const waits = new Map(); // turn id -> {seconds, timer}
-const tries = new Map(); // turn id -> how often it was asked again
+const tries = new Map(); // turn id -> number of automatic requests
 
 // ---- What is on the screen
 
@@ -55,21 +57,36 @@ function drawNow() {
     const group = node.pair ? versions(current, node).find((all) => all.includes(node)) : [node];
     const shown = group.map((one) => {
       const view = viewOf(one);
-      const results = last && one === node && one.calls?.length && !isRunning(one) && !one.error && one.done !== false;
-      view.update({ conversation: current, last, chosen: one === node, results, waiting: waits.get(one.id)?.seconds, canRender });
+      const results =
+        last &&
+        one === node &&
+        one.calls?.length &&
+        !isRunning(one) &&
+        !one.error &&
+        one.done !== false;
+      view.update({
+        conversation: current,
+        last,
+        chosen: one === node,
+        results,
+        waiting: waits.get(one.id)?.seconds,
+        canRender,
+      });
       view.element.classList.toggle("last", last);
       return view.element;
     });
     if (group.length === 1) return shown[0];
     const view = viewOf(node);
-    const frameOfPair = (views.get(node.pair) ?? { element: pair([]) });
+    const frameOfPair = views.get(node.pair) ?? { element: pair([]) };
     views.set(node.pair, frameOfPair);
     view.element.classList.add("chosen");
     for (const other of shown) if (other !== view.element) other.classList.remove("chosen");
     reconcile(frameOfPair.element, shown);
     return frameOfPair.element;
   });
-  const shown = elements.length ? elements : [welcome(link || current.settings.model, store.durable)];
+  const shown = elements.length
+    ? elements
+    : [welcome(link || current.settings.model, store.durable)];
   reconcile(at("turns"), link === LOCKED ? [...shown, gate.element] : shown);
   const busy = liveTurns().length > 0;
   at("turns").setAttribute("aria-busy", String(busy));
@@ -96,14 +113,20 @@ function drawFoot(turns, busy) {
   const used = turns.findLast((node) => node.stats?.prompt)?.stats;
   const limit = catalog.find((model) => model.id === settings.model)?.context;
   const all = used ? number.format(used.prompt + used.tokens) : "";
-  at("usage").textContent = used ? (limit ? `${all} of ${number.format(limit)} tokens` : `${all} tokens`) : "";
-  at("model").textContent = settings.compare ? `${settings.model} and ${settings.second || "no second model yet"}` : settings.model || "no model";
+  at("usage").textContent = used
+    ? limit
+      ? `${all} of ${number.format(limit)} tokens`
+      : `${all} tokens`
+    : "";
+  at("model").textContent = settings.compare
+    ? `${settings.model} and ${settings.second || "no second model yet"}`
+    : settings.model || "no model";
   at("send").hidden = busy;
   at("stop").hidden = !busy;
   at("send").disabled = !at("composer-text").value.trim();
 }
 
-/** asked: by the person; otherwise a menu or a title being changed is left alone. */
+/** asked: by the user; if not, an open menu or a title being edited is left alone. */
 function drawSidebar(asked = true) {
   if (!asked && at("conversations").querySelector(".menu[open], li input")) return;
   const busy = (conversation) => Object.values(conversation.nodes).some(isRunning);
@@ -118,36 +141,45 @@ function open(conversation) {
   current = conversation;
   follow = true;
   sessionStorage.setItem("openqwen.open", current.id);
-  at("composer-text").value = localStorage.getItem(`openqwen.draft.${current.id}`) ?? "";
-  grow();
+  loadDraft(current.id);
   settleModel();
   drawNow();
   drawSidebar();
   if (!at("panel").hidden) showPanel(true);
 }
 
-/** A conversation not yet begun, with the settings of the one before. */
+/** A new conversation with the settings of the current one. */
 function fresh() {
   return newConversation(current?.settings ?? store.list()[0]?.settings);
 }
 
-/** A model that the server no longer has gives way to the first that it has. */
+/** Replace a model that the server no longer has by the first that it has. */
 function settleModel() {
   const ids = catalog.map((model) => model.id);
   const { settings } = current;
   if (ids.length && !ids.includes(settings.model)) settings.model = ids[0];
-  if (ids.length && !settings.base && !ids.includes(settings.second)) settings.second = ids.find((id) => id !== settings.model) ?? ids[0];
+  if (ids.length && !settings.base && !ids.includes(settings.second))
+    settings.second = ids.find((id) => id !== settings.model) ?? ids[0];
 }
 
 // ---- What can be done
 
-/** Ask for what follows a turn; with a second model, both. */
+/** Request an answer to a turn; from both models, if there is a second one. */
 async function generate(conversation, parent) {
   const { settings } = conversation;
   const asked = [{ model: settings.model }];
-  if (settings.compare && settings.second) asked.push({ model: settings.second, base: settings.base });
+  if (settings.compare && settings.second)
+    asked.push({ model: settings.second, base: settings.base });
   const together = asked.length > 1 ? newId() : undefined;
-  const nodes = asked.map((fields) => add(conversation, parent, { role: "assistant", content: "", done: false, ...fields, ...(together && { pair: together }) }));
+  const nodes = asked.map((fields) =>
+    add(conversation, parent, {
+      role: "assistant",
+      content: "",
+      done: false,
+      ...fields,
+      ...(together && { pair: together }),
+    }),
+  );
   select(conversation, nodes[0]);
   follow = true;
   announce("The model answers");
@@ -155,7 +187,7 @@ async function generate(conversation, parent) {
 }
 
 async function run(conversation, node) {
-  const kept = () => store.conversations.has(conversation.id); // not deleted meanwhile
+  const kept = () => store.conversations.has(conversation.id); // not deleted since
   const changed = () => {
     if (kept()) store.changed(conversation, node, true);
     if (conversation === current) draw();
@@ -164,14 +196,16 @@ async function run(conversation, node) {
   drawNow();
   drawSidebar(false);
   await over;
-  if (node.error?.retry && (tries.get(node.id) ?? 0) < TRIES) wait(conversation, node, Math.ceil(node.error.retry));
+  if (node.error?.retry && (tries.get(node.id) ?? 0) < TRIES)
+    wait(conversation, node, Math.ceil(node.error.retry));
   else if (node.error?.status === 401) lock();
-  else if (!node.error) announce(`Answer finished, ${node.stats?.tokens ?? 0} tokens`); // an error is an alert by itself
+  // An error is announced as an alert.
+  else if (!node.error) announce(`Answer finished, ${node.stats?.tokens ?? 0} tokens`);
   if (kept()) await store.changed(conversation, node);
   drawSidebar(false);
 }
 
-/** A busy server is asked again when it said. */
+/** Send the request again after the time that a busy server asks for. */
 function wait(conversation, node, seconds) {
   const tick = () => {
     const entry = waits.get(node.id);
@@ -192,7 +226,7 @@ function endWait(node) {
 
 function again(conversation, node) {
   endWait(node);
-  node.model ||= conversation.settings.model; // not known when it was first asked
+  node.model ||= conversation.settings.model; // not known at the first request
   run(conversation, node);
 }
 
@@ -209,10 +243,13 @@ function send(text) {
     refuse(error);
     return;
   }
-  const user = add(current, path(current).at(-1)?.id ?? ROOT, { role: "user", content: text.trim() });
+  const user = add(current, path(current).at(-1)?.id ?? ROOT, {
+    role: "user",
+    content: text.trim(),
+  });
   store.changed(current, user);
   at("composer-text").value = "";
-  keepDraft();
+  keepDraft(current.id);
   grow();
   generate(current, user.id);
 }
@@ -232,11 +269,15 @@ const act = {
   },
   remove(conversation) {
     store.remove(conversation.id);
-    localStorage.removeItem(`openqwen.draft.${conversation.id}`);
+    dropDraft(conversation.id);
     Object.values(conversation.nodes).forEach((node) => (stop(node), endWait(node)));
     if (conversation === current) open(store.list()[0] ?? fresh());
     drawSidebar();
-    toast(`“${titleOf(conversation)}” is deleted.`, "Undo", () => (store.changed(conversation), open(conversation)));
+    toast(
+      `“${titleOf(conversation)}” is deleted.`,
+      "Undo",
+      () => (store.changed(conversation), open(conversation)),
+    );
   },
   bring(conversations) {
     for (const one of conversations) {
@@ -244,7 +285,11 @@ const act = {
       store.changed(ours ? Object.assign(ours, merge(ours, one)) : one);
     }
     open(store.conversations.get(conversations[0].id));
-    toast(conversations.length === 1 ? "One conversation is imported." : `${conversations.length} conversations are imported.`);
+    toast(
+      conversations.length === 1
+        ? "One conversation is imported."
+        : `${conversations.length} conversations are imported.`,
+    );
   },
   shorten(node) {
     const asked = before(current, node).findLast((turn) => turn.role === "user");
@@ -264,7 +309,11 @@ const act = {
   },
   edit(node, text) {
     const { role, model } = node;
-    const edited = add(current, node.parent, role === "user" ? { role, content: text } : { role, model, content: text, finish: "edited" });
+    const edited = add(
+      current,
+      node.parent,
+      role === "user" ? { role, content: text } : { role, model, content: text, finish: "edited" },
+    );
     store.changed(current, edited);
     if (role === "user") generate(current, edited.id);
     draw();
@@ -282,7 +331,12 @@ const act = {
   giveResults(node, texts) {
     let parent = node.id;
     node.calls.forEach((call, n) => {
-      const result = add(current, parent, { role: "tool", callId: call.id, name: call.name, content: texts[n] });
+      const result = add(current, parent, {
+        role: "tool",
+        callId: call.id,
+        name: call.name,
+        content: texts[n],
+      });
       store.changed(current, result);
       parent = result.id;
     });
@@ -293,9 +347,20 @@ const act = {
     const draft = at("composer-text").value.trim();
     if (!node && draft) turns.push({ role: "user", content: draft });
     try {
-      const { model, messages, tools } = request(current.settings, turns, node?.model ?? current.settings.model);
+      const { model, messages, tools } = request(
+        current.settings,
+        turns,
+        node?.model ?? current.settings.model,
+      );
       if (!messages.length) toast("There is no prompt yet: write a message first.");
-      else showPrompt(await api.render(api.base(node?.base ?? ""), { model, messages, ...(tools && { tools }) }));
+      else
+        showPrompt(
+          await api.render(api.base(node?.base ?? ""), {
+            model,
+            messages,
+            ...(tools && { tools }),
+          }),
+        );
     } catch (error) {
       toast(`${error.message} ${error.advice ?? ""}`);
     }
@@ -307,24 +372,6 @@ function stopAll() {
 }
 
 // ---- Fields, keys, side panels
-
-function grow() {
-  const area = at("composer-text");
-  area.style.height = "auto";
-  area.style.height = `${Math.min(area.scrollHeight, innerHeight * 0.4)}px`;
-}
-
-/** Not where it would bring up a keyboard on the glass. */
-function focusField() {
-  if (!matchMedia("(pointer: coarse)").matches) at("composer-text").focus();
-}
-
-function keepDraft() {
-  const name = `openqwen.draft.${current.id}`;
-  const text = at("composer-text").value;
-  if (text) localStorage.setItem(name, text);
-  else localStorage.removeItem(name);
-}
 
 function showPanel(shown) {
   at("panel").hidden = !shown;
@@ -366,24 +413,27 @@ function onkey(event) {
     const last = path(current).findLast((node) => node.role === "user");
     if (!last || liveTurns().length) return;
     views.get(last.id).edit();
-  } else if (event.key === "Enter" && event.target === field && !event.shiftKey && !event.isComposing && !matchMedia("(pointer: coarse)").matches) {
+  } else if (
+    event.key === "Enter" &&
+    event.target === field &&
+    !event.shiftKey &&
+    !event.isComposing &&
+    !matchMedia("(pointer: coarse)").matches
+  ) {
     send(field.value);
   } else return;
   event.preventDefault();
 }
 
 function build() {
-  at("top").append(
-    iconButton("menu", "Conversations", () => showSidebar(true), { id: "open-sidebar" }),
-    h("h1", { id: "title" }),
-    iconButton("prompt", "Prompt as the model reads it", () => act.showPrompt(null), { id: "show-prompt", hidden: true }),
-    iconButton("plus", "New conversation", act.fresh, { id: "new" }),
-    iconButton("sliders", "Settings", () => showPanel(at("panel").hidden), { id: "open-panel", "aria-expanded": "false", "aria-controls": "panel" }));
-  at("composer-foot").append(
-    h("button", { type: "button", id: "model", class: "quiet text", title: "Choose the model", onclick: () => showPanel(true) }),
-    h("span", { id: "usage", class: "hint" }),
-    h("button", { id: "send", class: "round", "aria-label": "Send", title: "Send" }, icon("send")),
-    h("button", { type: "button", id: "stop", class: "round", "aria-label": "Stop", title: "Stop (Esc)", hidden: true, onclick: stopAll }, icon("stop")));
+  buildFrame({
+    openSidebar: () => showSidebar(true),
+    togglePanel: () => showPanel(at("panel").hidden),
+    openPanel: () => showPanel(true),
+    showPrompt: () => act.showPrompt(null),
+    fresh: act.fresh,
+    stopAll,
+  });
   at("to-end").append(icon("down"));
   at("to-end").onclick = () => {
     follow = true;
@@ -395,32 +445,43 @@ function build() {
     drawJump();
   };
   at("composer").onsubmit = (event) => (event.preventDefault(), send(at("composer-text").value));
-  at("composer-text").oninput = () => (grow(), keepDraft(), draw());
+  at("composer-text").oninput = () => (grow(), keepDraft(current.id), draw());
   at("shade").onclick = () => showSidebar(false);
   document.addEventListener("keydown", onkey);
-  addEventListener("beforeunload", (event) => anyRunning() && store.durable === false && event.preventDefault());
-  store.onfull = () => toast("The browser's storage is full: export conversations and delete some, or the newest will be lost.");
+  addEventListener(
+    "beforeunload",
+    (event) => anyRunning() && store.durable === false && event.preventDefault(),
+  );
+  const full = "The browser's storage is full. Export conversations and delete some";
+  store.onfull = () => toast(`${full}, or the newest will be lost.`);
   fillFoot(at("sidebar-foot"), () => store.list(), act);
 }
 
-/** Ask for the key, and say so where one was given. */
+/** Ask the user for a key; if there is one, say that it is wrong. */
 function lock() {
   link = LOCKED;
   gate.say(api.key.get() ? "The server does not accept this key." : "");
   draw();
 }
 
-/** Learn which models there are, and whether prompts can be rendered; ask again what stopped for want of a key. */
+/**
+ * Ask the server for its models, and whether it renders prompts.
+ * Requests that failed for lack of a key are sent again.
+ */
 async function connect() {
   try {
     catalog = await api.models();
     link = "";
     settleModel();
     const body = { model: current.settings.model, messages: [{ role: "user", content: "?" }] };
-    canRender = await api.render(api.HOME, body).then(() => true, () => false);
+    canRender = await api.render(api.HOME, body).then(
+      () => true,
+      () => false,
+    );
     const last = path(current).at(-1);
     const refused = Object.values(current.nodes).filter((node) => node.error?.status === 401);
-    for (const node of refused) if (node === last || (node.pair && node.pair === last.pair)) again(current, node);
+    for (const node of refused)
+      if (node === last || (node.pair && node.pair === last.pair)) again(current, node);
   } catch (error) {
     link = "No connection";
     if (error.status === 401) lock();

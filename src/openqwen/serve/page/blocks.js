@@ -1,4 +1,4 @@
-/** Markdown's blocks: text to a tree of plain objects. CommonMark's rules with GitHub's tables, and no HTML. */
+/** Markdown's blocks as a tree of plain objects: CommonMark with GitHub's tables, without HTML. */
 
 const FENCE = /^( {0,3})(`{3,}|~{3,})[ \t]*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+(.*?))??(?:[ \t]+#+)?[ \t]*$/;
@@ -47,7 +47,8 @@ function one(lines, at, depth) {
   if (indentOf(line) >= 4) return indented(lines, at);
   if (FENCE.test(line)) return fenced(lines, at);
   const heading = HEADING.exec(line);
-  if (heading) return [{ kind: "heading", level: heading[1].length, text: heading[2] ?? "" }, at + 1];
+  if (heading)
+    return [{ kind: "heading", level: heading[1].length, text: heading[2] ?? "" }, at + 1];
   if (RULE.test(line)) return [{ kind: "rule" }, at + 1];
   if (depth < 12) {
     if (QUOTE.test(line)) return quote(lines, at, depth);
@@ -63,7 +64,17 @@ function indented(lines, at) {
   let end = at;
   while (end < lines.length && (indentOf(lines[end]) >= 4 || blank(lines[end]))) end += 1;
   while (blank(lines[end - 1])) end -= 1;
-  return [{ kind: "code", language: "", text: lines.slice(at, end).map((line) => line.slice(4)).join("\n") }, end];
+  return [
+    {
+      kind: "code",
+      language: "",
+      text: lines
+        .slice(at, end)
+        .map((line) => line.slice(4))
+        .join("\n"),
+    },
+    end,
+  ];
 }
 
 function fenced(lines, at) {
@@ -71,16 +82,23 @@ function fenced(lines, at) {
   const close = new RegExp(`^ {0,3}\\${fence[0]}{${fence.length},}[ \\t]*$`);
   let end = at + 1;
   while (end < lines.length && !close.test(lines[end])) end += 1;
-  const inside = lines.slice(at + 1, end).map((line) => line.slice(Math.min(indent.length, indentOf(line))));
-  return [{ kind: "code", language: info.trim().split(/[\s{]/)[0], text: inside.join("\n") }, Math.min(end + 1, lines.length)];
+  const inside = lines
+    .slice(at + 1, end)
+    .map((line) => line.slice(Math.min(indent.length, indentOf(line))));
+  return [
+    { kind: "code", language: info.trim().split(/[\s{]/)[0], text: inside.join("\n") },
+    Math.min(end + 1, lines.length),
+  ];
 }
 
 /** A formula set apart, or null. */
 function math(lines, at) {
   if (!MATH.test(lines[at])) return null;
   const close = lines[at].includes("$$") ? "$$" : "\\]";
-  let text = lines[at].trim().slice(2), end = at + 1;
-  while (!text.includes(close) && end < lines.length && !blank(lines[end])) text += `\n${lines[end++]}`;
+  let text = lines[at].trim().slice(2),
+    end = at + 1;
+  while (!text.includes(close) && end < lines.length && !blank(lines[end]))
+    text += `\n${lines[end++]}`;
   const stop = text.indexOf(close);
   if (stop < 0 || text.slice(stop + 2).trim()) return null;
   return [{ kind: "math", text: text.slice(0, stop).trim() }, end];
@@ -91,26 +109,35 @@ function quote(lines, at, depth) {
   let end = at;
   for (; end < lines.length; end++) {
     if (QUOTE.test(lines[end])) inside.push(lines[end].replace(QUOTE, ""));
-    else if (blank(lines[end]) || starts(lines, end) || ITEM.test(lines[end]) || !lazy(inside)) break;
+    else if (blank(lines[end]) || starts(lines, end) || ITEM.test(lines[end]) || !lazy(inside))
+      break;
     else inside.push(lines[end]);
   }
   return [{ kind: "quote", children: read(inside, depth + 1) }, end];
 }
 
-/** Whether a line without the container's mark may go on the paragraph that the container's last line is in. */
+/** Whether a line without the container's mark may continue the container's last paragraph. */
 function lazy(inside) {
   let at = inside.length - 1;
-  while (at > 0 && indentOf(inside[at]) >= 4 && !blank(inside[at - 1])) at -= 1; // indented, but not code
+  // Indented lines, but not code.
+  while (at > 0 && indentOf(inside[at]) >= 4 && !blank(inside[at - 1])) at -= 1;
   const last = inside[at] ?? "";
   const fences = inside.filter((line) => FENCE.test(line)).length;
-  return !blank(last) && fences % 2 === 0 && indentOf(last) < 4 && !HEADING.test(last) && !RULE.test(last);
+  return (
+    !blank(last) &&
+    fences % 2 === 0 &&
+    indentOf(last) < 4 &&
+    !HEADING.test(last) &&
+    !RULE.test(last)
+  );
 }
 
 function list(lines, at, depth) {
   const kind = (marker) => marker.at(-1);
   const first = ITEM.exec(lines[at]);
   const items = [];
-  let end = at, loose = false;
+  let end = at,
+    loose = false;
   while (end < lines.length) {
     const found = ITEM.exec(lines[end]);
     if (!found || RULE.test(lines[end]) || kind(found[2]) !== kind(first[2])) break;
@@ -126,7 +153,10 @@ function list(lines, at, depth) {
   }
   while (end > at + 1 && blank(lines[end - 1])) end -= 1;
   const ordered = /\d/.test(first[2]);
-  return [{ kind: "list", ordered, start: ordered ? parseInt(first[2], 10) : 1, loose, items }, end];
+  return [
+    { kind: "list", ordered, start: ordered ? parseInt(first[2], 10) : 1, loose, items },
+    end,
+  ];
 }
 
 /** Lines of an item without their indentation, and the line after it. */
@@ -165,7 +195,14 @@ function starts(lines, at) {
   if (indentOf(line) >= 4) return false;
   const item = ITEM.exec(line);
   const interrupts = item && item[4] && (!/\d/.test(item[2]) || parseInt(item[2], 10) === 1);
-  return FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || interrupts || tableAt(lines, at);
+  return (
+    FENCE.test(line) ||
+    HEADING.test(line) ||
+    RULE.test(line) ||
+    QUOTE.test(line) ||
+    interrupts ||
+    tableAt(lines, at)
+  );
 }
 
 function paragraph(lines, at) {
@@ -173,31 +210,60 @@ function paragraph(lines, at) {
   for (; end < lines.length && !blank(lines[end]); end++) {
     const under = UNDERLINE.exec(lines[end]);
     if (under) {
-      const text = lines.slice(at, end).map((line) => line.trimStart()).join("\n").trimEnd();
+      const text = lines
+        .slice(at, end)
+        .map((line) => line.trimStart())
+        .join("\n")
+        .trimEnd();
       return [{ kind: "heading", level: under[1][0] === "=" ? 1 : 2, text }, end + 1];
     }
     if (starts(lines, end) || math(lines, end)) break;
   }
-  return [{ kind: "paragraph", text: lines.slice(at, end).map((line) => line.trimStart()).join("\n").trimEnd() }, end];
+  return [
+    {
+      kind: "paragraph",
+      text: lines
+        .slice(at, end)
+        .map((line) => line.trimStart())
+        .join("\n")
+        .trimEnd(),
+    },
+    end,
+  ];
 }
 
 /** A row's cells: a `|` in code or after a backslash divides none. */
 export function cells(row) {
-  const parts = row.trim().replace(/^\|/, "").match(/(?:\\.|[^|\\]|\\$)*(?:\||$)/g) ?? [];
+  const parts =
+    row
+      .trim()
+      .replace(/^\|/, "")
+      .match(/(?:\\.|[^|\\]|\\$)*(?:\||$)/g) ?? [];
   const all = parts.map((part) => part.replace(/\|$/, "").trim().replace(/\\\|/g, "|"));
   const last = parts.findIndex((part) => !part.endsWith("|"));
-  const kept = last < 0 ? all : all.slice(0, parts[last] === "" || !parts[last].trim() ? last : last + 1);
+  const kept =
+    last < 0 ? all : all.slice(0, parts[last] === "" || !parts[last].trim() ? last : last + 1);
   return kept;
 }
 
 function tableAt(lines, at) {
   const next = lines[at + 1];
   if (!lines[at].includes("|") || next === undefined || !DELIMITERS.test(next)) return false;
-  return (next.includes("|") || next.includes(":")) && cells(lines[at]).length === cells(next).length;
+  return (
+    (next.includes("|") || next.includes(":")) && cells(lines[at]).length === cells(next).length
+  );
 }
 
 function table(lines, at) {
-  const aligned = cells(lines[at + 1]).map((cell) => (/^:.*:$/.test(cell) ? "center" : cell.endsWith(":") ? "right" : cell.startsWith(":") ? "left" : ""));
+  const aligned = cells(lines[at + 1]).map((cell) =>
+    /^:.*:$/.test(cell)
+      ? "center"
+      : cell.endsWith(":")
+        ? "right"
+        : cell.startsWith(":")
+          ? "left"
+          : "",
+  );
   const rows = [];
   let end = at + 2;
   for (; end < lines.length && !blank(lines[end]); end++) {

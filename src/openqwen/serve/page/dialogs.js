@@ -3,8 +3,17 @@
 import { copyButton, h, iconButton, number } from "./dom.js";
 
 function show(title, kind, ...content) {
-  const dialog = h("dialog", { "aria-label": title, class: kind },
-    h("header", {}, h("h2", {}, title), iconButton("close", "Close", () => dialog.close())), content);
+  const dialog = h(
+    "dialog",
+    { "aria-label": title, class: kind },
+    h(
+      "header",
+      {},
+      h("h2", {}, title),
+      iconButton("close", "Close", () => dialog.close()),
+    ),
+    content,
+  );
   dialog.addEventListener("close", () => dialog.remove());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   document.body.append(dialog);
@@ -13,16 +22,55 @@ function show(title, kind, ...content) {
 
 /** The text that the model reads, control tokens marked. */
 export function showPrompt({ prompt, tokens }) {
-  const parts = prompt.split(/(<\|[a-z_]+\|>|<\/?tools?>|<\/?tool_call>|<\/?tool_response>)/).map((part, n) => (n % 2 ? h("span", { class: "control" }, part) : part));
-  show("Prompt", "wide", h("div", { class: "row" }, h("span", { class: "hint" }, `${number.format(tokens)} tokens, as the chat template renders them`), copyButton(() => prompt, "Copy the prompt")),
-    h("pre", { class: "prompt", tabindex: "0" }, parts));
+  const parts = prompt
+    .split(/(<\|[a-z_]+\|>|<\/?tools?>|<\/?tool_call>|<\/?tool_response>)/)
+    .map((part, n) => (n % 2 ? h("span", { class: "control" }, part) : part));
+  show(
+    "Prompt",
+    "wide",
+    h(
+      "div",
+      { class: "row" },
+      h(
+        "span",
+        { class: "hint" },
+        `${number.format(tokens)} tokens, as the chat template renders them`,
+      ),
+      copyButton(() => prompt, "Copy the prompt"),
+    ),
+    h("pre", { class: "prompt", tabindex: "0" }, parts),
+  );
 }
 
 const KEYS = [
-  ["Send", "Enter"], ["New line", "Shift Enter"], ["Stop the answer", "Esc"], ["Edit the last message", "↑ in an empty field"],
-  ["Regenerate the last answer", "Ctrl Shift Enter"], ["New conversation", "Ctrl Shift O"], ["Settings", "Ctrl ,"], ["To the message field", "/"], ["This list", "Ctrl /"],
+  ["Send", "Enter"],
+  ["New line", "Shift Enter"],
+  ["Stop the answer", "Esc"],
+  ["Edit the last message", "↑ in an empty field"],
+  ["Regenerate the last answer", "Ctrl Shift Enter"],
+  ["New conversation", "Ctrl Shift O"],
+  ["Settings", "Ctrl ,"],
+  ["To the message field", "/"],
+  ["This list", "Ctrl /"],
 ];
 
 export function showKeys() {
-  show("Keys", "narrow", h("dl", { class: "keys" }, KEYS.map(([what, keys]) => [h("dt", {}, what), h("dd", {}, keys.split(" ").map((one) => (/^(in|an|empty|field)$/.test(one) ? `${one} ` : h("kbd", {}, one))))]).flat()));
+  show(
+    "Keys",
+    "narrow",
+    h(
+      "dl",
+      { class: "keys" },
+      KEYS.map(([what, keys]) => [
+        h("dt", {}, what),
+        h(
+          "dd",
+          {},
+          keys
+            .split(" ")
+            .map((one) => (/^(in|an|empty|field)$/.test(one) ? `${one} ` : h("kbd", {}, one))),
+        ),
+      ]).flat(),
+    ),
+  );
 }

@@ -1,4 +1,7 @@
-/** Building the page from nodes. Text is always a text node: nothing a model or a file says can become HTML. */
+/** Builds the page from nodes. Text becomes a text node, so a model's text is never HTML. */
+
+/** The element of an id. */
+export const at = (id) => document.getElementById(id);
 
 /** An element with attributes, listeners (`onclick`) and children; null and false are left out. */
 export function h(tag, props = {}, ...children) {
@@ -9,7 +12,9 @@ export function h(tag, props = {}, ...children) {
     else if (name === "value") node.value = value;
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(
+    ...children.flat().filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return node;
 }
 
@@ -27,7 +32,9 @@ const DRAWINGS = {
   check: "M5 12.5l4.5 4.5L19 7.5",
   tokens: "M4 7h5v4H4zM11 7h9v4h-9zM4 14h9v4H4zM15 14h5v4h-5z",
   sliders: "M4 8h8M18 8h2M4 16h3M13 16h7M15 5.5v5M10 13.5v5",
-  light: "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4M17.3 17.3l1.4 1.4M5.3 18.7l1.4-1.4M17.3 6.7l1.4-1.4",
+  light:
+    "M12 8a4 4 0 1 0 0 8 4 4 0 0 0 0-8zM12 2.5v2M12 19.5v2M2.5 12h2M19.5 12h2M5.3 5.3l1.4 1.4" +
+    "M17.3 17.3l1.4 1.4M5.3 18.7l1.4-1.4M17.3 6.7l1.4-1.4",
   dark: "M19.5 14.5A8 8 0 0 1 9.5 4.5a8 8 0 1 0 10 10z",
   auto: "M12 4a8 8 0 1 0 0 16 8 8 0 0 0 0-16zM12 4v16M12 8h5.5M12 12h8M12 16h6.5",
   left: "M14 6l-6 6 6 6",
@@ -51,10 +58,14 @@ export function icon(name) {
 
 /** A button that shows a drawing and is called `label`. */
 export function iconButton(name, label, onclick, props = {}) {
-  return h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick, ...props }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "quiet", "aria-label": label, title: label, onclick, ...props },
+    icon(name),
+  );
 }
 
-/** Copy text; works without a secure context too (a server on the local network), where there is no clipboard API. */
+/** Copy text, also without the clipboard API, which exists in a secure context only. */
 export async function copy(text) {
   if (navigator.clipboard && window.isSecureContext) return navigator.clipboard.writeText(text);
   const area = h("textarea", { value: text, class: "offscreen", readonly: true });
@@ -75,22 +86,39 @@ export function copyButton(text, label, drawn = false) {
     clearTimeout(timer);
     timer = setTimeout(() => button.replaceChildren(face(false)), 1600);
   };
-  const button = h("button", { type: "button", class: drawn ? "quiet" : "quiet text", "aria-label": label, title: drawn && label, onclick }, face(false));
+  const button = h(
+    "button",
+    {
+      type: "button",
+      class: drawn ? "quiet" : "quiet text",
+      "aria-label": label,
+      title: drawn && label,
+      onclick,
+    },
+    face(false),
+  );
   return button;
 }
 
 /** Tell a screen reader. */
 export function announce(text) {
-  document.getElementById("status").textContent = text;
+  at("status").textContent = text;
 }
 
 /** A line at the foot of the page for some seconds, with one action perhaps ("Undo"). */
 export function toast(text, action = null, onaction = null) {
-  const place = document.getElementById("toasts");
+  const place = at("toasts");
   const box = h("div", { class: "toast" }, h("span", {}, text));
   const gone = setTimeout(() => box.remove(), 8000);
   const done = () => (clearTimeout(gone), box.remove());
-  if (action) box.append(h("button", { type: "button", class: "quiet text", onclick: () => (done(), onaction()) }, action));
+  if (action)
+    box.append(
+      h(
+        "button",
+        { type: "button", class: "quiet text", onclick: () => (done(), onaction()) },
+        action,
+      ),
+    );
   place.replaceChildren(box);
 }
 

@@ -6,9 +6,33 @@ const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const SPACE = /^\s?$/u;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const WIDE = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}]/u;
-const BARE = /^(https?:\/\/|www\.)[^\s<>\p{Script=Han}\u3000-\u303f\uff00-\uffef]+/iu; // Chinese goes on without a space
-const ENTITY = /^&(?:#(\d{1,7})|#x([0-9a-f]{1,6})|(amp|lt|gt|quot|apos|nbsp|copy|hellip|mdash|ndash|times|rarr|larr));/i;
-const NAMED = { amp: "&", lt: "<", gt: ">", quot: '"', apos: "'", nbsp: "\u00a0", copy: "©", hellip: "…", mdash: "—", ndash: "–", times: "×", rarr: "→", larr: "←" };
+// Chinese continues without a space.
+const BARE = /^(https?:\/\/|www\.)[^\s<>\p{Script=Han}\u3000-\u303f\uff00-\uffef]+/iu;
+const ENTITY = new RegExp(
+  "^&(?:#(\\d{1,7})|#x([0-9a-f]{1,6})" +
+    "|(amp|lt|gt|quot|apos|nbsp|copy|hellip|mdash|ndash|times|rarr|larr));",
+  "i",
+);
+// A link's target: an address, bare or in angle brackets, and a title.
+const TARGET = new RegExp(
+  String.raw`^\(\s*(?:<([^<>\n]*)>|((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*))` +
+    String.raw`(?:\s+(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'))?\s*\)`,
+);
+const NAMED = {
+  amp: "&",
+  lt: "<",
+  gt: ">",
+  quot: '"',
+  apos: "'",
+  nbsp: "\u00a0",
+  copy: "©",
+  hellip: "…",
+  mdash: "—",
+  ndash: "–",
+  times: "×",
+  rarr: "→",
+  larr: "←",
+};
 
 /** An address that a click may open, or null: no scripts, no data, no files. */
 export function safeAddress(text) {
@@ -26,7 +50,7 @@ function link(address, children, title = null) {
   return h("a", { href, title, rel: "noopener noreferrer nofollow", target: "_blank" }, children);
 }
 
-/** Nodes of one block's text. live: its end is still being written, so what is open counts as closed there. */
+/** Nodes of one block's text. live: its end is being written, so open marks count as closed. */
 export function inline(text, live = false, links = true) {
   return new Line(text, live, links).read();
 }
@@ -41,7 +65,8 @@ class Line {
   }
 
   read() {
-    while (this.at < this.text.length) if (!this.step(this.text[this.at])) this.plain += this.text[this.at++];
+    while (this.at < this.text.length)
+      if (!this.step(this.text[this.at])) this.plain += this.text[this.at++];
     this.flush();
     this.emphasise();
     this.root.normalize();
@@ -62,17 +87,33 @@ class Line {
 
   step(char) {
     switch (char) {
-      case "\\": return this.escape();
-      case "`": return this.code();
-      case "*": case "_": case "~": return this.mark(char);
-      case "[": return this.link(this.at);
-      case "!": return this.text[this.at + 1] === "[" && this.link(this.at + 1);
-      case "<": return this.pointed();
-      case "&": return this.entity();
-      case "\n": return this.newline();
-      case "$": return this.math("$$", "$$");
-      case "h": case "H": case "w": case "W": return this.bare();
-      default: return false;
+      case "\\":
+        return this.escape();
+      case "`":
+        return this.code();
+      case "*":
+      case "_":
+      case "~":
+        return this.mark(char);
+      case "[":
+        return this.link(this.at);
+      case "!":
+        return this.text[this.at + 1] === "[" && this.link(this.at + 1);
+      case "<":
+        return this.pointed();
+      case "&":
+        return this.entity();
+      case "\n":
+        return this.newline();
+      case "$":
+        return this.math("$$", "$$");
+      case "h":
+      case "H":
+      case "w":
+      case "W":
+        return this.bare();
+      default:
+        return false;
     }
   }
 
@@ -91,7 +132,10 @@ class Line {
     const start = this.at + open.length;
     const end = this.text.indexOf(close, start);
     if (end <= start) return false;
-    return this.put(h("span", { class: "math" }, this.text.slice(start, end).trim()), end + close.length);
+    return this.put(
+      h("span", { class: "math" }, this.text.slice(start, end).trim()),
+      end + close.length,
+    );
   }
 
   code() {
@@ -118,7 +162,7 @@ class Line {
     if (char === "~" && count !== 2) return false;
     const previous = this.at ? before(this.text, this.at) : "";
     const next = String.fromCodePoint(this.text.codePointAt(end) ?? 32);
-    // East Asian text has no spaces between words: a letter of it counts as a boundary, as punctuation does.
+    // East Asian text has no spaces between words, so its letters count as boundaries.
     const edge = (c) => SPACE.test(c) || PUNCTUATION.test(c) || WIDE.test(c);
     const left = !SPACE.test(next) && (!PUNCTUATION.test(next) || edge(previous));
     const right = !SPACE.test(previous) && (!PUNCTUATION.test(previous) || edge(next));
@@ -140,15 +184,25 @@ class Line {
     if (close === undefined) return false;
     const label = this.text.slice(start + 1, close);
     if (this.text[close + 1] !== "(") return false;
-    const target = /^\(\s*(?:<([^<>\n]*)>|((?:[^\s()\\]|\\.|\((?:[^\s()\\]|\\.)*\))*))(?:\s+(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)'))?\s*\)/.exec(this.text.slice(close + 1, close + 4000));
-    if (!target) return this.live && !this.text.slice(close).includes(")") && this.put(h("span", {}, inline(label, true, false)), this.text.length);
+    const target = TARGET.exec(this.text.slice(close + 1, close + 4000));
+    if (!target)
+      return (
+        this.live &&
+        !this.text.slice(close).includes(")") &&
+        this.put(h("span", {}, inline(label, true, false)), this.text.length)
+      );
     const address = (target[1] ?? target[2]).replace(/\\([!-/:-@[-`{-~])/g, "$1");
     if (!safeAddress(address)) return false; // shown as it was written
-    return this.put(link(address, [inline(label, false, false)], target[3] ?? target[4]), close + 1 + target[0].length);
+    return this.put(
+      link(address, [inline(label, false, false)], target[3] ?? target[4]),
+      close + 1 + target[0].length,
+    );
   }
 
   pointed() {
-    const found = /^<((?:https?:\/\/|mailto:)[^\s<>]+)>/i.exec(this.text.slice(this.at, this.at + 2000));
+    const found = /^<((?:https?:\/\/|mailto:)[^\s<>]+)>/i.exec(
+      this.text.slice(this.at, this.at + 2000),
+    );
     if (found) return this.put(link(found[1], [found[1]]), this.at + found[0].length);
     const breaks = /^<br ?\/?>/i.exec(this.text.slice(this.at, this.at + 6));
     return breaks ? this.put(h("br"), this.at + breaks[0].length) : false;
@@ -159,8 +213,12 @@ class Line {
     const found = BARE.exec(this.text.slice(this.at, this.at + 2000));
     if (!found) return false;
     let address = found[0].replace(/[?!.,:;*_~'"]+$/, "");
-    while (address.endsWith(")") && address.split(")").length > address.split("(").length) address = address.slice(0, -1);
-    return this.put(link(/^www/i.test(address) ? `http://${address}` : address, [address]), this.at + address.length);
+    while (address.endsWith(")") && address.split(")").length > address.split("(").length)
+      address = address.slice(0, -1);
+    return this.put(
+      link(/^www/i.test(address) ? `http://${address}` : address, [address]),
+      this.at + address.length,
+    );
   }
 
   entity() {
@@ -168,7 +226,11 @@ class Line {
     if (!found) return false;
     const code = found[1] ? Number(found[1]) : found[2] ? parseInt(found[2], 16) : 0;
     const valid = code > 0 && code <= 0x10ffff && !(code >= 0xd800 && code < 0xe000);
-    this.plain += found[3] ? NAMED[found[3].toLowerCase()] : valid ? String.fromCodePoint(code) : "\ufffd";
+    this.plain += found[3]
+      ? NAMED[found[3].toLowerCase()]
+      : valid
+        ? String.fromCodePoint(code)
+        : "\ufffd";
     this.at += found[0].length;
     return true;
   }
@@ -203,21 +265,31 @@ class Line {
       }
     }
     if (!this.live) return;
-    for (const mark of this.marks.reverse()) if (mark.count > 1 && mark.opens && mark.node.nextSibling) wrap(mark, null);
+    for (const mark of this.marks.reverse())
+      if (mark.count > 1 && mark.opens && mark.node.nextSibling) wrap(mark, null);
   }
 }
 
 function matches(opener, closer) {
   if (!opener.count || !opener.opens || opener.char !== closer.char) return false;
   const both = opener.closes || closer.opens;
-  return !(both && (opener.length + closer.length) % 3 === 0 && (opener.length % 3 || closer.length % 3));
+  return !(
+    both &&
+    (opener.length + closer.length) % 3 === 0 &&
+    (opener.length % 3 || closer.length % 3)
+  );
 }
 
 /** Put all between two marks into an element; without a closing mark, all to the end. */
 function wrap(opener, closer) {
   const used = opener.count > 1 && (!closer || closer.count > 1) ? 2 : 1;
   const element = h(opener.char === "~" ? "del" : used > 1 ? "strong" : "em");
-  for (let node = opener.node.nextSibling; node && node !== closer?.node; node = opener.node.nextSibling) element.append(node);
+  for (
+    let node = opener.node.nextSibling;
+    node && node !== closer?.node;
+    node = opener.node.nextSibling
+  )
+    element.append(node);
   opener.node.after(element);
   for (const mark of [opener, closer]) {
     if (!mark) continue;
@@ -235,13 +307,16 @@ function before(text, at) {
 function closing(text, from, length) {
   const runs = /`+/g;
   runs.lastIndex = from;
-  for (let run = runs.exec(text); run; run = runs.exec(text)) if (run[0].length === length) return run.index;
+  for (let run = runs.exec(text); run; run = runs.exec(text))
+    if (run[0].length === length) return run.index;
   return -1;
 }
 
 /** For each `[` that has one, its `]`; code and escapes are skipped. */
 function brackets(text) {
-  const partner = new Map(), open = [], missing = new Set();
+  const partner = new Map(),
+    open = [],
+    missing = new Set();
   for (let i = 0; i < text.length; i++) {
     if (text[i] === "\\") i += 1;
     else if (text[i] === "`") {

@@ -1,4 +1,4 @@
-/** Conversations, kept in this browser: IndexedDB, and for the last moment before a page goes, localStorage. */
+/** Conversations, kept in IndexedDB; in localStorage for the moment before the page is closed. */
 
 import { merge, newId } from "./tree.js";
 
@@ -6,7 +6,7 @@ const JOURNAL = "openqwen.journal.";
 const OURS = JOURNAL + newId();
 const channel = "BroadcastChannel" in window ? new BroadcastChannel("openqwen") : null;
 
-/** Holds every conversation in memory and writes changes through. `onchange(id)` when another tab changed one. */
+/** Keeps all conversations in memory and on disk. `onchange(id)`: another tab changed one. */
 export class Store {
   constructor(onchange) {
     this.conversations = new Map();
@@ -30,11 +30,13 @@ export class Store {
     try {
       this.database = await new Promise((resolve, reject) => {
         const request = indexedDB.open("openqwen", 1);
-        request.onupgradeneeded = () => request.result.createObjectStore("conversations", { keyPath: "id" });
+        request.onupgradeneeded = () =>
+          request.result.createObjectStore("conversations", { keyPath: "id" });
         request.onsuccess = () => resolve(request.result);
         request.onerror = () => reject(request.error);
       });
-      for (const one of await this.transact("readonly", (store) => store.getAll())) this.conversations.set(one.id, one);
+      for (const one of await this.transact("readonly", (store) => store.getAll()))
+        this.conversations.set(one.id, one);
     } catch {
       this.durable = false;
     }
@@ -114,7 +116,8 @@ export class Store {
     const theirs = await this.transact("readonly", (store) => store.get(id));
     const ours = this.conversations.get(id);
     if (!theirs) this.conversations.delete(id);
-    else if (ours) Object.assign(ours, merge(ours, theirs), { nodes: keepLive(ours.nodes, theirs.nodes) });
+    else if (ours)
+      Object.assign(ours, merge(ours, theirs), { nodes: keepLive(ours.nodes, theirs.nodes) });
     else this.conversations.set(id, theirs);
   }
 

@@ -1,4 +1,4 @@
-/** Answers that other tabs of this browser are writing: only they know of them, so they are asked. */
+/** Asks other tabs of this browser which answers they are receiving. */
 
 const PATIENCE = 1500; // milliseconds in which a tab that writes an answer says so
 const channel = "BroadcastChannel" in window ? new BroadcastChannel("openqwen.answers") : null;

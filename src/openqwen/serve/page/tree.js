@@ -1,13 +1,27 @@
-/** A conversation is a tree: editing or regenerating a turn adds a sibling, and one child of each turn is selected. */
+/** A conversation is a tree: to edit or regenerate a turn adds a sibling; one child is selected. */
 
 export const ROOT = "root";
 const ROLES = ["user", "assistant", "tool"];
 
 /** How answers are made; an empty field leaves the choice to the model's own defaults. */
 export const DEFAULTS = {
-  model: "", system: "", temperature: "", top_p: "", top_k: "", min_p: "", repetition_penalty: "",
-  presence_penalty: "", frequency_penalty: "", max_tokens: "2048", seed: "", stop: "", tools: "", logprobs: false,
-  compare: false, second: "", base: "",
+  model: "",
+  system: "",
+  temperature: "",
+  top_p: "",
+  top_k: "",
+  min_p: "",
+  repetition_penalty: "",
+  presence_penalty: "",
+  frequency_penalty: "",
+  max_tokens: "2048",
+  seed: "",
+  stop: "",
+  tools: "",
+  logprobs: false,
+  compare: false,
+  second: "",
+  base: "",
 };
 
 let latest = 0;
@@ -20,18 +34,36 @@ export function stamp() {
 
 /** Random, without needing a secure context as crypto.randomUUID does. */
 export function newId() {
-  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) =>
+    byte.toString(16).padStart(2, "0"),
+  ).join("");
 }
 
 export function newConversation(settings = DEFAULTS) {
   const now = stamp();
-  return { id: newId(), title: "", created: now, updated: now, settings: { ...DEFAULTS, ...settings }, nodes: {}, selected: {} };
+  return {
+    id: newId(),
+    title: "",
+    created: now,
+    updated: now,
+    settings: { ...DEFAULTS, ...settings },
+    nodes: {},
+    selected: {},
+  };
 }
 
 /** Add a turn under `parent` and select it. */
 export function add(conversation, parent, fields) {
   const now = stamp();
-  const node = { id: newId(), parent, role: "user", content: "", created: now, updated: now, ...fields };
+  const node = {
+    id: newId(),
+    parent,
+    role: "user",
+    content: "",
+    created: now,
+    updated: now,
+    ...fields,
+  };
   conversation.nodes[node.id] = node;
   conversation.selected[parent] = node.id;
   conversation.updated = now;
@@ -62,7 +94,8 @@ export function path(conversation) {
 /** The turns above `node`, first to last. */
 export function before(conversation, node) {
   const turns = [];
-  for (let at = conversation.nodes[node.parent]; at; at = conversation.nodes[at.parent]) turns.unshift(at);
+  for (let at = conversation.nodes[node.parent]; at; at = conversation.nodes[at.parent])
+    turns.unshift(at);
   return turns;
 }
 
@@ -85,14 +118,21 @@ export function select(conversation, node) {
 /** Turns as the server takes them. */
 export function messages(settings, turns) {
   const system = settings.system ? [{ role: "system", content: settings.system }] : [];
-  return [...system, ...turns.map((node) => {
-    const message = { role: node.role, content: node.content };
-    if (node.role === "tool") message.tool_call_id = node.callId;
-    if (node.calls?.length) {
-      message.tool_calls = node.calls.map(({ id, name, text }) => ({ id, type: "function", function: { name, arguments: text || "{}" } }));
-    }
-    return message;
-  })];
+  return [
+    ...system,
+    ...turns.map((node) => {
+      const message = { role: node.role, content: node.content };
+      if (node.role === "tool") message.tool_call_id = node.callId;
+      if (node.calls?.length) {
+        message.tool_calls = node.calls.map(({ id, name, text }) => ({
+          id,
+          type: "function",
+          function: { name, arguments: text || "{}" },
+        }));
+      }
+      return message;
+    }),
+  ];
 }
 
 /** The title until somebody gives one: how the first question begins. */
@@ -102,15 +142,16 @@ export function titleOf(conversation) {
   return first.length > 60 ? `${first.slice(0, 58).trimEnd()}…` : first || "New conversation";
 }
 
-/** Two states of one conversation as one: no turn of either is lost, the newer state of a turn wins. */
+/** Merge two states of a conversation: all turns are kept, and the newer state of a turn wins. */
 export function merge(ours, theirs) {
   const nodes = { ...theirs.nodes };
-  for (const [id, node] of Object.entries(ours.nodes)) if (!(nodes[id]?.updated > node.updated)) nodes[id] = node;
+  for (const [id, node] of Object.entries(ours.nodes))
+    if (!(nodes[id]?.updated > node.updated)) nodes[id] = node;
   const [older, newer] = ours.updated >= theirs.updated ? [theirs, ours] : [ours, theirs];
   return { ...newer, nodes, selected: { ...older.selected, ...newer.selected } };
 }
 
-/** Conversations out of a file: our own export, or records with OpenAI's `messages`. Throws what is wrong, in words. */
+/** The conversations of a file: our own export, or OpenAI's `messages`. Throws what is wrong. */
 export function fromFile(text) {
   let records;
   try {
@@ -118,12 +159,16 @@ export function fromFile(text) {
     records = value?.conversations ?? (Array.isArray(value) ? value : [value]);
   } catch {
     try {
-      records = text.trim().split("\n").map((line) => JSON.parse(line));
+      records = text
+        .trim()
+        .split("\n")
+        .map((line) => JSON.parse(line));
     } catch {
       throw new Error("This file is neither JSON nor JSON lines.");
     }
   }
-  if (!Array.isArray(records) || !records.length) throw new Error("This file holds no conversations.");
+  if (!Array.isArray(records) || !records.length)
+    throw new Error("This file holds no conversations.");
   return records.map((record, number) => {
     if (Array.isArray(record?.messages)) return fromMessages(record);
     if (record?.nodes && typeof record.nodes === "object") return checked(record, number);
@@ -132,7 +177,9 @@ export function fromFile(text) {
 }
 
 function fromMessages({ messages: list, tools }) {
-  const conversation = newConversation(tools ? { ...DEFAULTS, tools: JSON.stringify(tools, null, 2) } : DEFAULTS);
+  const conversation = newConversation(
+    tools ? { ...DEFAULTS, tools: JSON.stringify(tools, null, 2) } : DEFAULTS,
+  );
   let parent = ROOT;
   for (const { role, content, tool_calls: calls, tool_call_id: callId } of list) {
     if (role === "system") conversation.settings.system = String(content ?? "");
@@ -147,27 +194,51 @@ function fromMessages({ messages: list, tools }) {
 
 function imported(call, number) {
   const { name, arguments: given } = call?.function ?? {};
-  return { id: String(call?.id ?? `call-${number}`), name: String(name ?? ""), text: typeof given === "string" ? given : JSON.stringify(given ?? {}) };
+  return {
+    id: String(call?.id ?? `call-${number}`),
+    name: String(name ?? ""),
+    text: typeof given === "string" ? given : JSON.stringify(given ?? {}),
+  };
 }
 
 /** Only what we know of, and of the right kind: the file may come from anywhere. */
 function checked(record, number) {
   const conversation = newConversation();
   const wrong = (what) => new Error(`Conversation ${number + 1}: ${what}.`);
-  if (typeof record.id === "string" && /^[0-9a-f]{24}$/.test(record.id)) conversation.id = record.id;
+  if (typeof record.id === "string" && /^[0-9a-f]{24}$/.test(record.id))
+    conversation.id = record.id;
   conversation.title = typeof record.title === "string" ? record.title : "";
-  for (const time of ["created", "updated"]) if (Number.isFinite(record[time])) conversation[time] = record[time];
+  for (const time of ["created", "updated"])
+    if (Number.isFinite(record[time])) conversation[time] = record[time];
   for (const [name, initial] of Object.entries(DEFAULTS)) {
-    if (typeof record.settings?.[name] === typeof initial) conversation.settings[name] = record.settings[name];
+    if (typeof record.settings?.[name] === typeof initial)
+      conversation.settings[name] = record.settings[name];
   }
   for (const [id, node] of Object.entries(record.nodes)) {
-    if (!ROLES.includes(node?.role) || typeof node.content !== "string") throw wrong(`turn ${id} has no role or text`);
-    if (node.parent !== ROOT && !Object.hasOwn(record.nodes, node.parent)) throw wrong(`turn ${id} hangs on none`);
-    const kept = { id, parent: node.parent, role: node.role, content: node.content, created: Number(node.created) || 0, updated: Number(node.updated) || 0 };
-    for (const name of ["model", "finish", "pair", "callId", "name"]) if (typeof node[name] === "string") kept[name] = node[name];
-    if (Array.isArray(node.calls)) kept.calls = node.calls.map(({ id: call, name, text }) => ({ id: String(call), name: String(name), text: String(text) }));
+    if (!ROLES.includes(node?.role) || typeof node.content !== "string")
+      throw wrong(`turn ${id} has no role or text`);
+    if (node.parent !== ROOT && !Object.hasOwn(record.nodes, node.parent))
+      throw wrong(`turn ${id} hangs on none`);
+    const kept = {
+      id,
+      parent: node.parent,
+      role: node.role,
+      content: node.content,
+      created: Number(node.created) || 0,
+      updated: Number(node.updated) || 0,
+    };
+    for (const name of ["model", "finish", "pair", "callId", "name"])
+      if (typeof node[name] === "string") kept[name] = node[name];
+    if (Array.isArray(node.calls))
+      kept.calls = node.calls.map(({ id: call, name, text }) => ({
+        id: String(call),
+        name: String(name),
+        text: String(text),
+      }));
     if (node.stats && typeof node.stats === "object") {
-      kept.stats = Object.fromEntries(Object.entries(node.stats).filter(([, value]) => Number.isFinite(value)));
+      kept.stats = Object.fromEntries(
+        Object.entries(node.stats).filter(([, value]) => Number.isFinite(value)),
+      );
     }
     conversation.nodes[id] = kept;
   }
