@@ -17,15 +17,13 @@ LONGEST_FILE = 500
 WIDEST_LINE = 100
 # The budget of all rooms is 34,000 lines; each new room brings its own (docs/log.md). Lower this
 # number with every line that is deleted.
-LONGEST_PACKAGE = 30_122
+LONGEST_PACKAGE = 32_453
 MODULES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
     for path in FILES
 }
 # Not yet wrapped, by the end of the path.
-WIDE = ("serve/page/", "native/", "train/sweep.html")
-# Not yet renamed.
-SHARED_NAMES = {"Choice"}
+WIDE = ("train/sweep.html",)
 
 
 def test_imports_follow_the_layers():
@@ -59,7 +57,7 @@ def test_no_two_classes_share_a_name():
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(module)
     shared = {name: modules for name, modules in places.items() if len(modules) > 1}
-    assert {name: modules for name, modules in shared.items() if name not in SHARED_NAMES} == {}
+    assert shared == {}
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -105,7 +103,8 @@ def test_nothing_is_unpickled_or_run_from_text():
         for p in FILES
         for m in unsafe.finditer(p.read_text(encoding="utf-8"))
     ]
-    assert found == []
+    # The sandbox runs programs and their tests: in processes that have given up everything.
+    assert found == ["checker.py: exec(", "program.py: exec("]
 
 
 def test_no_mark_of_unfinished_work():
