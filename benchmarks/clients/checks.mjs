@@ -18,8 +18,8 @@ export async function metric(base, name, label = "") {
 
 export async function post(path, body = {}) {
   const headers = { "content-type": "application/json" };
-  const answer = await fetch(strict + path, { method: "POST", headers, body: JSON.stringify(body) });
-  return answer.text();
+  const options = { method: "POST", headers, body: JSON.stringify(body) };
+  return (await fetch(strict + path, options)).text();
 }
 
 export async function until(condition) {
