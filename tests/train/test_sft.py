@@ -1,7 +1,6 @@
 """Fine-tuning on demonstrations: what is kept, what adapters leave behind, what is refused."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from openqwen.model import ModelConfig, Packed, Qwen2, initialize, load_model, save_checkpoint
 from openqwen.model.lora import LoraConfig, add_adapters, load_adapter
 from openqwen.recipe.graph import recipe_class
-from openqwen.recipe.settings import load_settings
+from openqwen.recipe.settings import find_recipe, load_settings
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from openqwen.train.conversations import encode_answer, encode_demonstration, whole_turns
@@ -227,8 +226,7 @@ def test_a_bad_step_is_named_by_its_records(start, tmp_path, monkeypatch):
 
 
 def test_the_shipped_recipe_is_the_report_s():
-    path = Path(__file__).parents[2] / "recipes" / "qwen2-sft.yaml"
-    config = load_settings(path, recipe_class()).sft
+    config = load_settings(find_recipe("qwen2-sft"), recipe_class()).sft
     assert (config.epochs, config.max_length) == (2, 32_768)
     assert (config.train.learning_rate, config.train.weight_decay, config.train.clip) == (
         7e-6,
