@@ -10,7 +10,7 @@ def test_the_load_of_experts_is_drawn(tmp_path):
     stage = tmp_path / "run" / "pretrain"
     stage.mkdir(parents=True)
     manifest = {"stage": "pretrain", "kind": "pretrain", "key": "0", "digest": "ab" * 32, "seed": 1}
-    manifest |= dict.fromkeys(("config", "inputs", "files", "code", "machine", "metrics"), {})
+    manifest |= {key: {} for key in ("config", "inputs", "files", "code", "machine", "metrics")}
     manifest |= {"created": "2026-11-26T00:00:00Z", "seconds": 1.0}
     (stage / "manifest.json").write_text(json.dumps(manifest))
     step = {"step": 0, "loss": 2.0, "tokens": 512, "seconds": 0.5, "load_entropy": 0.93}
