@@ -75,11 +75,13 @@ def test_the_models_name_chooses_the_adapter(served, tiny, adapters):
 def test_a_name_that_is_not_served_is_not_found(served):
     client = served[0].client()
     with pytest.raises(
-        openai.NotFoundError, match="no model 'painter' here. Known models: tiny, poet, clerk"
+        openai.NotFoundError, match=r"no model 'painter' here\. Known models: tiny, poet, clerk"
     ) as caught:
         client.completions.create(model="painter", prompt="x")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
-    with pytest.raises(openai.NotFoundError, match="only tiny"):  # embeddings are the model's own
+    with pytest.raises(
+        openai.NotFoundError, match="models: tiny[.]"
+    ):  # embeddings are the model's own
         client.embeddings.create(model="poet", input="x")
 
 
