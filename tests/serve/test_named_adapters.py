@@ -80,7 +80,7 @@ def test_a_name_that_is_not_served_is_not_found(served):
         client.completions.create(model="painter", prompt="x")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     with pytest.raises(
-        openai.NotFoundError, match="models: tiny[.]"
+        openai.NotFoundError, match=r"models: tiny[.]"
     ):  # embeddings are the model's own
         client.embeddings.create(model="poet", input="x")
 
