@@ -10,7 +10,7 @@ and in both:
     "prefix"?: text before the program, such as HumanEval's prompt. The answer may go on with it or
         define the function anew.
     "block"?: "first" or "last" of the fenced blocks is the program; without it the first for tests
-        and the last for cases. Blocks that name `entry` go before those that do not.
+        and the last for cases. Blocks that define `entry` go before those that do not.
     "language"?: "python", or another of sandbox/languages.py. "limits"?: fields of Limits.
 """
 
@@ -67,7 +67,10 @@ def program_of(answer: str, reference: dict[str, Any]) -> str:
     entry = reference.get("entry")
     blocks = _blocks(answer)
     if entry:
-        blocks = [block for block in blocks if re.search(rf"\b{entry}\b", block)] or blocks
+        defines = re.compile(
+            rf"\b(?:def|class)\s+{re.escape(entry)}\b|^{re.escape(entry)}\s*=", re.M
+        )
+        blocks = [block for block in blocks if defines.search(block)] or blocks
     first = reference.get("block", "last" if "inputs" in reference else "first") == "first"
     code = blocks[0 if first else -1] if blocks else ""
     if not code.strip():
@@ -79,8 +82,9 @@ def _blocks(answer: str) -> list[str]:
     fences = list(_FENCE.finditer(answer))
     if not fences:
         return [answer]
-    if fences[0].group().strip() == "```" and len(fences) % 2:
-        return [answer[: fences[0].start()]]
+    before = answer[: fences[0].start()]
+    if before.strip() and fences[0].group().strip() == "```" and len(fences) % 2:
+        return [before]
     opening, closing = fences[::2], [fence.start() for fence in fences[1::2]]
     ends = [*closing, len(answer)]  # the last block may have been cut off
     return [answer[fence.end() : end] for fence, end in zip(opening, ends)]
@@ -117,7 +121,7 @@ def fault(reference: dict[str, Any]) -> str:
         if not isinstance(reference.get(key, ""), str):
             return f"'{key}' must be a text"
     if reference.get("block", "first") not in ("first", "last"):
-        return "'block' must be \"first\" or \"last\""
+        return '\'block\' must be "first" or "last"'
     language = reference.get("language", "python")
     if language != "python" and language not in TABLE:
         return f"'language' must be one of {', '.join(['python', *TABLE])}"
@@ -132,7 +136,7 @@ def fault(reference: dict[str, Any]) -> str:
             return "'tests' are for Python, and without 'inputs'"
         return ""
     inputs, outputs = reference.get("inputs"), reference.get("outputs")
-    if not _texts(inputs) or not _texts(outputs) or len(inputs) != len(outputs):
+    if not (_texts(inputs) and _texts(outputs)) or len(inputs or []) != len(outputs or []):
         return "give 'tests', or as many texts in 'inputs' as in 'outputs'"
     return ""
 

@@ -139,8 +139,8 @@ def _regex_fault(reference: dict[str, Any]) -> str:
     return _answer_fault(reference)
 
 
-# exact, json, regex: each compares the whole answer, without white space around it, with reference["answer"]:
-# exact: the same text. json: an equal JSON value, no key twice.
+# exact, json, regex compare the whole answer, without white space around it, with
+# reference["answer"]. exact: the same text. json: an equal JSON value, no key twice.
 # regex: reference["pattern"] matches all of it; `answer` is an example. Python's `re` has no time
 # limit: a pattern must not backtrack without bounds.
 # choice, math, code: see their files.

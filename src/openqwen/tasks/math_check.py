@@ -23,7 +23,7 @@ def compare(reference: str, answer: str) -> str:
     bare = "$" not in reference and "boxed" not in reference
     gold = _parsed(f"${reference}$" if bare else reference) or _parsed(reference)
     given = _parsed(answer)
-    if not given and "\n" not in answer:
+    if not given and not re.search(r"\n|\b(?<!\\)[A-Za-z]{3,}\b", answer):  # a bare formula
         given = _parsed(f"${answer}$")
     if not gold:
         return "the reference cannot be read"
@@ -36,7 +36,7 @@ def compare(reference: str, answer: str) -> str:
 
 def _parsed(text: str) -> list[Any]:
     # Its list of units holds \mathrm{e}: 1 - 1/\mathrm{e} would be read as 1.
-    text = re.sub(r"\\(?:mathrm|text|operatorname)\{([eid])\}", r" \1 ", text)
+    text = re.sub(r"\\(?:mathrm|text|operatorname)\{([eid])\}", r"{\1}", text)
     return list(parse(text, _TARGETS, parsing_timeout=_SOFT))
 
 
@@ -45,7 +45,7 @@ def _false_positive(gold: list[Any], given: list[Any]) -> str:
     if gold[-1] == given[-1]:  # the same text
         return ""
     for parsed in (gold, given):
-        if isinstance(parsed[-1], str) and re.search(r"[-+*/^=(]\s*$", parsed[-1]):
+        if isinstance(parsed[-1], str) and re.search(r"[-+*/^=({]\s*$", parsed[-1]):
             return "a formula was read in part only"
     a, b = gold[0], given[0]
     if isinstance(b, Eq) and not isinstance(a, Eq) and b.lhs.free_symbols and not _is_name(b.lhs):
@@ -53,8 +53,10 @@ def _false_positive(gold: list[Any], given: list[Any]) -> str:
     if not (getattr(a, "is_number", False) and getattr(b, "is_number", False)):
         return ""
     percent = "%" in gold[-1] + given[-1]
-    return "" if any(_near(a * k, b) for k in ([1, 100, 0.01] if percent else [1])) else (
-        "not equal: the numbers differ by less than math-verify's tolerance"
+    return (
+        ""
+        if any(_near(a * k, b) for k in ([1, 100, 0.01] if percent else [1]))
+        else ("not equal: the numbers differ by less than math-verify's tolerance")
     )
 
 
@@ -66,8 +68,10 @@ def _near(a: Any, b: Any) -> bool:
     """Whether two numbers agree to twelve digits, or to five where one of them is a decimal."""
     digits = 5 if a.has(Float) or b.has(Float) else 12
     a, b = N(a, 40), N(b, 40)
-    difference, scale = Abs(a - b), max(Abs(a), Abs(b))
-    return bool(difference <= scale * 10**-digits or scale < 10**-100)
+    scale = max(Abs(a), Abs(b))
+    if a == 0 or b == 0:  # the other is zero too, but for rounding
+        return bool(scale < 10**-100)
+    return bool(Abs(a - b) <= scale * 10**-digits)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from openqwen.sandbox import Limits, Pool, Program, Verdict, best_tier
 from openqwen.tasks.numbers import (
     Number,
     equal_numbers,
+    last_boxed,
     last_number,
     marked_answer,
     parse_number,
@@ -62,7 +63,9 @@ def has_math_verify() -> bool:
     elif best_tier() == "none":
         missing = "this machine has no sandbox for math-verify (openqwen sandbox --check)"
     if missing:
-        warnings.warn(f"The grader 'math' compares only numbers and texts: {missing}.", stacklevel=2)
+        warnings.warn(
+            f"The grader 'math' compares only numbers and texts: {missing}.", stacklevel=2
+        )
     return not missing
 
 
@@ -84,7 +87,7 @@ def _quick_grade(reference: str, answer: str) -> Grade | None:
 
 def _number(answer: str, marked: str | None) -> Number | None:
     if marked is not None:
-        return phrase_number(marked)
+        return parse_number(marked) if marked == last_boxed(answer) else phrase_number(marked)
     if number := parse_number(answer):
         return number
     # LaTeX without a mark: its last number may be a part of a formula.
@@ -93,7 +96,8 @@ def _number(answer: str, marked: str | None) -> Number | None:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+|\\[,;!]|\\left|\\right|\\d(?=frac)|^\$|\$$|\.$", "", text.strip())
+    text = re.sub(r"\\[dt]frac", r"\\frac", text.strip())
+    return re.sub(r"\s+|\\[,;!]|\\left|\\right|^\$|\$$|\.$", "", text)
 
 
 def _verify(pairs: Sequence[tuple[str, str]]) -> list[Grade]:

@@ -16,11 +16,14 @@ _NUMBER = re.compile(
     rf"(?:(?P<whole>\d+)?\s*{_FRACTION}"
     r"|(?:(?P<whole2>\d+)\s+)?(?P<top2>\d+)\s*/\s*(?P<bottom2>\d+)(?!\d|\.\d)"
     rf"|(?P<plain>{_PLAIN}))"
-    r"\s*(?P<percent>%|percent(?:age)?\b|pct\b)?"
+    r"(?:\s*(?P<percent>%|percent(?:age)?\b|pct\b))?"
 )
 # Words behind a number that are its unit. "2 pi" and "5 or 6" are no numbers with a unit.
 _UNIT = re.compile(r"(?:\s*[$€£¥])?(?:\s+(?!(?:pi|sqrt|or|and|to)\b)[A-Za-z]{2}[A-Za-z ./²³]*)?")
 _LATEX_UNIT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{(?!\s*[ei]\s*\})[^{}\d]*\}(?:\^\{?\d\}?)?$")
+_VARIABLE = re.compile(r"\d[A-Za-z]\b|\b[x-z]\b")
+# What shows that a number is the first part of a formula, of a list or of a decimal with a comma.
+_GOES_ON = re.compile(r",\d|\s*[+*/^(]|\s*-\s*\d|[A-Za-z]\b|\s*(?:pi|sqrt)\b|\s*[π√]")
 _NAME = re.compile(r"[A-Za-z](?:_?\w)?\s*=\s*")
 _PHRASE = re.compile(r"(?:[Aa]nswer|ANSWER)\s*(?:is|are|[:=：])\s*:?|答案(?:是|为|[:：])")
 # In a text, digits that are a part of a word are no number.
@@ -66,9 +69,11 @@ def last_number(text: str) -> Number | None:
 
 
 def marked_answer(text: str) -> str | None:
-    """The final answer where a text marks it: the content of the last \\boxed{…}, else the line of
-    the first "####" (as GSM8K reads it), else what follows the last "answer is" or "answer:". Such
-    a phrase with a number goes before a box that stands earlier.
+    """The final answer where a text marks it.
+
+    It is the content of the last \\boxed{…}; else the line of the first "####" with a number, as
+    GSM8K reads it; else what follows the last "answer is" or "answer:". Such a phrase with a number
+    goes before a box that stands earlier.
     """
     phrase = ""
     if starts := [match.end() for match in _PHRASE.finditer(text)]:
@@ -78,7 +83,7 @@ def marked_answer(text: str) -> str | None:
     if boxed is not None:
         later = starts and starts[-1] > text.rindex("boxed") and re.search(r"\d", phrase)
         return phrase if later else boxed
-    if mark := re.search(r"####[ \t]*(\S.*)", text):
+    if mark := re.search(r"####[ \t]*([-+$\\\d.].*)", text):
         return mark[1].strip()
     return phrase or None
 
@@ -87,22 +92,23 @@ def phrase_number(phrase: str) -> Number | None:
     """The number of a phrase such as "3 + 4 = 7 apples in all": the first after the last "="."""
     if number := parse_number(phrase):
         return number
-    tail = _without_latex(phrase).rpartition("=")[2]
-    match = None if "\\" in tail else _INSIDE.search(tail)
-    if match is None or re.match(r",\d|\s*[-+*/^(]", tail[match.end() :]):
-        return None
-    return _value(match)
+    left, _, right = _without_latex(phrase).rpartition("=")
+    match = None if "\\" in right or _VARIABLE.search(left) else _INSIDE.search(right)
+    return None if match is None or _GOES_ON.match(right, match.end()) else _value(match)
 
 
 def last_boxed(text: str) -> str | None:
     """The content of the last \\boxed{…} whose braces are balanced."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if not depth:
-                return text[start:end].strip()
-    return None
+    opened: list[re.Match[str]] = []
+    last = (0, "")  # where the content starts, and the content
+    for token in re.finditer(r"\\boxed\s*\{|\{|\}", text):
+        if token[0] != "}":
+            opened.append(token)
+        elif opened:
+            start = opened.pop()
+            if start[0] != "{":
+                last = max(last, (start.end(), text[start.end() : token.start()]))
+    return last[1].strip() if last[0] else None
 
 
 def equal_numbers(reference: Number, answer: Number) -> bool:
@@ -122,7 +128,7 @@ def equal_numbers(reference: Number, answer: Number) -> bool:
 
 
 def _without_latex(text: str) -> str:
-    text = re.sub(r"\\[!,;:]|\\left|\\right", "", text).replace("\\ ", " ").replace("~", " ")
+    text = re.sub(r"\\[!,;:] ?|\\left|\\right", "", text).replace("\\ ", " ").replace("~", " ")
     text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("−", "-")
     text = re.sub(r"\^\{?\\circ\}?|°", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
