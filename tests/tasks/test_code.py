@@ -1,17 +1,24 @@
-"""Programs against their tests and cases, and the reference programs of HumanEval and MBPP."""
+"""Programs against their tests and cases, and the reference programs of HumanEval and MBPP.
 
+OPENQWEN_PUBLISHED may name a folder (test_mathematics.py) that also holds qwen2.5-coder/: the
+folders 1.5b-base and 7b-base of QwenLM/Qwen2.5-Coder, qwencoder-eval/base/outptus.
+"""
+
+import os
 from pathlib import Path
 
 import pytest
 
 from openqwen.sandbox import Verdict, best_tier
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import read_json, read_jsonl
 from openqwen.tasks import Task, code, grade
 from openqwen.tasks.code import program_of
 from openqwen.tasks.readers import read_problems
 
 pytestmark = pytest.mark.skipif(best_tier() == "none", reason="no sandbox here")
 DATA = Path("/work/shared/data/eval")
+GRADED = Path(os.environ.get("OPENQWEN_PUBLISHED", "absent")) / "qwen2.5-coder"
 ADD = {"tests": "assert add(2, 3) == 5\nassert add(-1, 1) == 0", "entry": "add"}
 ECHO = {"inputs": ["1 2\n", "30 4\n"], "outputs": ["3\n", "34"]}
 GOOD = "def add(a, b):\n    return a + b\n"
@@ -215,3 +222,21 @@ def test_all_reference_programs_pass_and_changed_ones_fail(name, file, count):
     tasks = references((name, DATA / file), slice(None))
     assert len(tasks) == count
     check_references(tasks)
+
+
+@pytest.mark.skipif(
+    not (DATA.is_dir() and GRADED.is_dir()), reason=f"{DATA} or {GRADED} is not here"
+)
+@pytest.mark.parametrize(("size", "right"), [("1.5b", 72), ("7b", 101)])
+def test_published_verdicts_on_completions_of_humaneval(size, right):
+    """Completions of Qwen2.5-Coder's base models, with evalplus's verdicts by HumanEval's tests."""
+    folder = GRADED / f"{size}-base" / "evalplus" / "humaneval"
+    results = read_json(folder / "generated_eval_results.json")["eval"]
+    tasks = references(("humaneval", DATA / "HumanEval.jsonl.gz"), slice(None))
+    completions = {
+        one["task_id"]: one["completion"] for one in read_jsonl(folder / "generated.jsonl")
+    }
+    verdicts = [results[one.id][0]["base_status"] == "pass" for one in tasks]
+    assert (len(tasks), sum(verdicts)) == (164, right)
+    graded = grade(tasks, [completions[one.id] for one in tasks])
+    assert [one.passed for one in graded] == verdicts

@@ -1,4 +1,10 @@
-"""Numbers, and mathematics by math-verify."""
+"""Numbers, and mathematics by math-verify.
+
+OPENQWEN_PUBLISHED may name a folder with published verdicts that the grader is held to:
+    math_verify_tests/             the folder `tests` of math-verify's source distribution
+    example_model_solutions.jsonl  of openai/grade-school-math, grade_school_math/data
+    math_cot_100.jsonl             of QwenLM/Qwen2.5-Math, evaluation/data/eval_rm_maj_example
+"""
 
 import ast
 import gzip
@@ -15,12 +21,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openqwen.sandbox import Verdict, best_tier
+from openqwen.support.files import read_jsonl
 from openqwen.tasks import Task, grade, mathematics
 from openqwen.tasks.numbers import last_boxed, marked_answer, parse_number
 from openqwen.tasks.readers import read_problems
 
 DATA = Path("/work/shared/data/eval")
-CASES = os.environ.get("OPENQWEN_MATH_VERIFY_TESTS")
+PUBLISHED = Path(os.environ.get("OPENQWEN_PUBLISHED", "absent"))
+needs_published = pytest.mark.skipif(
+    not PUBLISHED.is_dir(), reason="OPENQWEN_PUBLISHED is no folder with published verdicts"
+)
 needs_math_verify = pytest.mark.skipif(
     find_spec("math_verify") is None or best_tier() == "none",
     reason="math-verify is not installed (pip install openqwen[math]), or there is no sandbox",
@@ -235,11 +245,10 @@ OTHERS = {
 
 
 @needs_math_verify
-@pytest.mark.skipif(
-    not CASES, reason="OPENQWEN_MATH_VERIFY_TESTS is not math-verify's tests folder"
-)
+@needs_published
 def test_published_cases_of_math_verify():
-    cases = [case for path in sorted(Path(CASES).glob("test_*.py")) for case in published(path)]
+    paths = sorted((PUBLISHED / "math_verify_tests").glob("test_*.py"))
+    cases = [case for path in paths for case in published(path)]
     assert len(cases) > 250
     verdicts = grades(*((reference, answer) for reference, answer, _ in cases))
     different = {
@@ -248,6 +257,34 @@ def test_published_cases_of_math_verify():
         if verdict.passed != bool(right)
     }
     assert different == OTHERS
+
+
+@needs_published
+def test_openai_s_verdicts_on_solutions_of_gsm8k():
+    """Four models' solutions to the 1,319 test questions, each with OpenAI's verdict."""
+    pairs, verdicts = [], []
+    for record in read_jsonl(PUBLISHED / "example_model_solutions.jsonl"):
+        answer = record["ground_truth"].rpartition("A:")[2].strip()
+        for name, one in record.items():
+            if name not in ("question", "ground_truth"):
+                pairs.append((answer, one["solution"]))
+                verdicts.append(one["is_correct"])
+    assert (len(pairs), sum(verdicts)) == (5276, 2001)
+    assert [one.passed for one in grades(*pairs)] == verdicts
+
+
+@needs_published
+@needs_math_verify
+def test_qwen_s_verdicts_on_answers_to_math():
+    """Eight answers to each of a hundred problems, with the verdicts of Qwen's evaluation."""
+    pairs, verdicts = [], []
+    for record in read_jsonl(PUBLISHED / "math_cot_100.jsonl"):
+        pairs += [(record["gt"], answer) for answer in record["code"]]
+        verdicts += record["score"]
+    assert len(pairs) == 800
+    graded = zip(pairs, grades(*pairs), verdicts, strict=True)
+    different = [reference for (reference, _), one, right in graded if one.passed != right]
+    assert different == ["10{,}000"], "Qwen's refuses 10000"
 
 
 def published(path):
