@@ -51,6 +51,7 @@ NUMBERS = [
     ("$1,234.50", "1234.5"),
     ("1 000", "1000"),
     (".5", "1/2"),
+    ("٤", "4"),
     ("1/2", "1/2"),
     ("-1/2", "-1/2"),
     ("1 1/2", "3/2"),
@@ -119,6 +120,29 @@ def test_marks():
     assert last_boxed("boxed{1}") is None
     assert marked_answer("no mark") is None
     assert last_boxed("\\boxed{" * 2000) is None
+
+
+HOSTILE = [
+    "9" * 400,
+    "9" * 10**6,
+    "1," * 10**5,
+    "1 " * 10**5,
+    "1/" * 10**5,
+    "$" * 10**5,
+    "#### " * 10**5,
+    "answer is " * 10**5,
+    "\\boxed{" * 10**5,
+    "{" * 10**5,
+    "5" + " a" * 10**5,
+    "\x00",
+    "\ud800",
+    "-" * 10**5,
+]
+
+
+@pytest.mark.parametrize("answer", HOSTILE, ids=lambda text: repr(text[:8]))
+def test_hostile_answers_fail(answer):
+    assert [one.passed for one in grades(("4", answer), ("1.5e3", answer))] == [False, False]
 
 
 def test_nothing_to_grade():

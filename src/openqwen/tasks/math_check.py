@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Abs, Eq, Float, N
+from sympy import Abs, Eq, Float, N, Rational
 
 _TARGETS = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 _SOFT = 3  # seconds after which math-verify gives up, where Python code runs
@@ -42,22 +42,21 @@ def _parsed(text: str) -> list[Any]:
 
 def _false_positive(gold: list[Any], given: list[Any]) -> str:
     """Why a pair is not equal although math-verify accepts it, or ""."""
-    if gold[-1] == given[-1]:  # the same text
-        return ""
     for parsed in (gold, given):
         if isinstance(parsed[-1], str) and re.search(r"[-+*/^=({]\s*$", parsed[-1]):
             return "a formula was read in part only"
+    if gold[-1] == given[-1]:  # the same text
+        return ""
     a, b = gold[0], given[0]
     if isinstance(b, Eq) and not isinstance(a, Eq) and b.lhs.free_symbols and not _is_name(b.lhs):
         return "an equation is not its right side"
     if not (getattr(a, "is_number", False) and getattr(b, "is_number", False)):
         return ""
-    percent = "%" in gold[-1] + given[-1]
-    return (
-        ""
-        if any(_near(a * k, b) for k in ([1, 100, 0.01] if percent else [1]))
-        else ("not equal: the numbers differ by less than math-verify's tolerance")
-    )
+    percent = "%" in f"{gold[-1]} {given[-1]}"
+    factors = [1, 100, Rational(1, 100)] if percent else [1]
+    if any(_near(a * factor, b) for factor in factors):
+        return ""
+    return "not equal: the numbers differ by less than math-verify's tolerance"
 
 
 def _is_name(expression: Any) -> bool:

@@ -77,7 +77,7 @@ def _quick_grade(reference: str, answer: str) -> Grade | None:
         number = _number(answer, marked)
         if number:
             right = equal_numbers(expected, number)
-            return _RIGHT if right else Grade(False, 0.0, f"{float(number.value):g} is not right")
+            return _RIGHT if right else Grade(False, 0.0, f"{str(number.value)[:40]} is not right")
     if _plain(final) == _plain(reference):
         return _RIGHT
     if not final.strip() or (expected and not re.search(r"\\|\d", final)):
