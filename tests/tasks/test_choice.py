@@ -27,6 +27,8 @@ CASES = [
     ("The answer is A. No, wait: the answer is B.", "B"),
     ("Option A is wrong; B is right", "B"),
     ("A, because B is wrong", "A"),
+    ("(A) is wrong, (B) is right", "B"),
+    ("(B) is correct.", "B"),
     ("答案是B", "B"),
     ("答案：C", "C"),
     ("所以选C。", "C"),

@@ -4,7 +4,7 @@ The first rule that matches decides, by its last match in the answer:
 1. a box: \\boxed{B}, \\boxed{\\text{(B)}}, \\boxed{B. Paris};
 2. a phrase: "answer is (B)", "answer: B", "correct option is B", "答案是B" (MMLU-Pro's two rules
    and their Chinese forms);
-3. a first line that begins with the letter: "B", "(B)", "**B**", "B. Paris";
+3. a first line that begins with the letter: "B", "(B)", "**B**", "B. Paris", not "(A) is wrong";
 4. a letter in parentheses, brackets or bold: "(B)", "[[B]]", "**B**";
 5. a letter alone, as a word. "A" and "I" before a small letter are words of English.
 An answer that offers two letters at once, as "A or B", chooses none.
@@ -66,7 +66,9 @@ def _rules(letters: str) -> list[re.Pattern[str]]:
     article = r"(?!(?<=[AI])\s+[a-z])"
     return [
         re.compile(rf"(?:{phrases}){opened}(?:(?i:option|choice|the)\s+)*{opened}{letter}{second}"),
-        re.compile(rf"\A[\s*(\[]*{letter}(?:(?=[).:\]*,]|\s*(?:\n|\Z))){second}"),
+        re.compile(
+            rf"\A[\s*(\[]*{letter}(?!\W{{0,3}}(?:is|are|was)\b)(?:(?=[).:\]*,]|\s*(?:\n|\Z))){second}"
+        ),
         re.compile(rf"(?:\(|\[|\*\*)(?P<letter>{upper})(?:\)|\]|\*\*|[.:])"),
         re.compile(rf"{word}{article}{second}"),
     ]
