@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openqwen.sandbox import Verdict, best_tier
+from openqwen.sandbox import Limits, Program, Verdict, best_tier
 from openqwen.support.files import read_jsonl
 from openqwen.tasks import Task, grade, mathematics
 from openqwen.tasks.numbers import last_boxed, marked_answer, parse_number
@@ -226,13 +226,23 @@ def test_mathematics():
 
 @needs_math_verify
 def test_what_never_ends_costs_one_verdict(monkeypatch):
-    monkeypatch.setattr(mathematics, "_SECONDS", 2)
+    def program(source, pairs):
+        source = 'print("equal", flush=True)\nwhile True: pass'
+        return Program(source, limits=Limits(seconds=1, wall_seconds=30))
+
+    monkeypatch.setattr(mathematics, "_program", program)
+    verdicts = grades(*((rf"\sqrt{{{n}}}", "x") for n in range(2, 5)))
+    assert [one.passed for one in verdicts] == [True, False, True]
+    assert verdicts[1].reason == "math-verify did not end (timeout)"
+
+
+@needs_math_verify
+def test_huge_values_cost_no_other_verdict():
     hanging = (r"\sqrt{2}", r"\boxed{(10^{9})!}")
     fine = (r"\sqrt{8}", r"\boxed{2\sqrt2}")
     tower = (r"\sqrt{2}", r"\boxed{9^{9^{9^9}}}")
     verdicts = grades(fine, hanging, tower, ("x^2", r"\boxed{x \cdot x}"), fine)
     assert [one.passed for one in verdicts] == [True, False, False, True, True]
-    assert {one.reason for one in verdicts[1:3]} == {"math-verify did not end (timeout)"}
 
 
 @needs_math_verify
