@@ -6,9 +6,12 @@ import pytest
 from openqwen.engine import Output
 from openqwen.evaluate import CHATS, CONTINUATIONS, EvaluateConfig, answer_samples, checked_accuracy
 from openqwen.evaluate.checked import sampled_right
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.progress import Progress
+from openqwen.tasks import GRADERS, Grade
 from openqwen.tasks.checkable import KINDS, generate_tasks, split_of
+from openqwen.tasks.graders import Grader
 from openqwen.tasks.plain import plain_prompt
 
 
@@ -48,6 +51,22 @@ def test_accuracy_chance_and_answers_by_task():
     for item, answer in zip(items, result["answers"]):
         assert answer["prompt"] == item.prompt
         assert answer["correct"] == (item.question in right)
+
+
+def test_answers_whose_grader_failed_are_left_out(monkeypatch):
+    def judge(tasks, answers):
+        right = [Grade(answer == "yes", 1.0, "") for answer in answers]
+        return [Grade(False, 0.0, "no sandbox", "infra"), *right[1:]]
+
+    items = generate_tasks(Generators(0)["items"], 4, split="test", kinds=["add"])
+    monkeypatch.setitem(GRADERS, "exact", Grader(judge, GRADERS["exact"].fault))
+    engine = FakeEngine({items[1].question: "yes"})
+    result = checked_accuracy(engine, items, 16)
+    assert result["checked_accuracy"] == result["checked_by_task"]["add"]["accuracy"] == 1 / 3
+    assert result["checked_by_task"]["add"]["n"] == 3
+    assert [answer["correct"] for answer in result["answers"]] == [None, True, False, False]
+    with pytest.raises(OpenQwenError, match="No answer could be graded: no sandbox"):
+        checked_accuracy(engine, items[:1], 16)
 
 
 def test_sampled_answers_are_drawn_once_each_at_temperature_1():

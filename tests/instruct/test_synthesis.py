@@ -11,8 +11,9 @@ from openqwen.instruct.synthesize.pretraining_tasks import task_documents
 from openqwen.instruct.synthesize.rejection import rejection_sample, sample_answers
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.support.generators import Generators
-from openqwen.tasks import GradedAnswer, grade
+from openqwen.tasks import GRADERS, Grade, GradedAnswer, grade
 from openqwen.tasks.checkable import KINDS, generate_tasks, split_of
+from openqwen.tasks.graders import Grader
 from openqwen.tasks.plain import PLAIN_FORMATS, plain_answer, plain_prompt
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from problems import problem
@@ -240,6 +241,19 @@ def test_pairs_contrast_right_with_wrong_samples():
     )
     assert (chosen, rejected) == (TASK.reference["answer"], WRONG)
     assert (origin["chosen"], origin["rejected"], origin["task"]) == ("model", "model", "add")
+
+
+def failed_grader(tasks, answers):
+    return [Grade(False, 0.0, "no sandbox", "infra") for _ in answers]
+
+
+def test_answers_whose_grader_failed_are_no_data(monkeypatch):
+    monkeypatch.setitem(GRADERS, "exact", Grader(failed_grader, GRADERS["exact"].fault))
+    assert TASK.grader == "exact"
+    assert pairs(output("5"), output(TASK.reference["answer"]), program_rejected=False) == []
+    engine = FakeEngine(lambda prompt, seed: output(TASK.reference["answer"]))
+    demonstrations, acceptance = rejection_sample(engine, [TASK], 4, 1.0, 16, seed=0)
+    assert (demonstrations, acceptance["samples"], acceptance["correct"]) == ([], 0, 0)
 
 
 def test_pairs_tell_the_temperature_of_each_answer_that_the_model_gave():

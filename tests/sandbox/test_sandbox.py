@@ -1,6 +1,7 @@
 """What a program may do, how its run ends, and that its tests stay its judge's."""
 
 import os
+from importlib.metadata import version
 
 import pytest
 
@@ -184,6 +185,11 @@ def test_packages_are_let_in_by_name():
         verdict = one(pool, source, tests="assert f(3) == [0, 1, 2]")
         assert verdict.passed, verdict
         assert "No module" in one(pool, "import pydantic").reason
+        # Before the fork, and with the metadata in which packages look up versions.
+        source = "import sys; from importlib.metadata import version; print(version('numpy'))"
+        assert (
+            one(pool, f"{source}; assert 'numpy' in sys.modules").stdout == f"{version('numpy')}\n"
+        )
     with pytest.raises(OpenQwenError, match="No module 'nonsense' is installed"):
         Pool(1, packages=("nonsense",))
 

@@ -107,13 +107,29 @@ def test_a_grader_gets_one_batch_and_grades_keep_their_order(monkeypatch):
     monkeypatch.setitem(GRADERS, "mine", Grader(judge, lambda reference: ""))
     monkeypatch.setitem(GRADERS, "other", Grader(judge, lambda reference: ""))
     names = ["mine", "exact", "other", "mine", "exact", "mine"]
-    tasks = [Task(str(n), GOOD["prompt"], name, {"answer": "4"}) for n, name in enumerate(names)]
+    references = [{"answer": "4", "number": number} for number in range(len(names))]
+    tasks = [Task(str(n), GOOD["prompt"], name, references[n]) for n, name in enumerate(names)]
     grades = grade(tasks, ["yes", "4", "no", "no", "5", "yes"])
     assert calls == [[("0", "yes"), ("3", "no"), ("5", "yes")], [("2", "no")]]
     assert [one.passed for one in grades] == [True, True, False, False, False, True]
     assert [one.score for one in grades] == [0.3, 1.0, 0.2, 0.2, 0.0, 0.3]
     assert [grades[n].reason for n in (0, 2, 3, 5)] == ["0", "2", "3", "5"]
     assert grade([], []) == []
+
+
+def test_an_answer_that_occurs_twice_is_graded_once(monkeypatch):
+    calls = []
+
+    def judge(tasks, answers):
+        calls.append(list(answers))
+        return [Grade(answer == "4", 0.5, "") for answer in answers]
+
+    monkeypatch.setitem(GRADERS, "mine", Grader(judge, lambda reference: ""))
+    one = task("mine", answer="4")
+    other = Task("u", [{"role": "user", "content": "3 + 1?"}], "mine", {"answer": "4"})
+    grades = grade([one, one, one, other], ["4", "5", "4", "4"])
+    assert calls == [["4", "5", "4"]]
+    assert [each.passed for each in grades] == [True, False, True, True]
 
 
 def test_as_many_answers_as_tasks():

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -376,14 +377,17 @@ def _checked_name(name: str) -> str:
 
 
 def _package_paths(name: str) -> list[str]:
-    """The folders or the file of an installed module, and the libraries that its wheel brought."""
+    """The paths of an installed module: its folder or file, its wheel's libraries and metadata."""
     spec = find_spec(name)
     if spec is None or spec.origin is None or not name.isidentifier():
         raise OpenQwenError(f"No module '{name}' is installed.", do="install it, or leave it out")
     path = Path(spec.origin)
     path = path.parent if spec.submodule_search_locations else path
     libraries = path.parent / f"{name}.libs"
-    return [str(path), *([str(libraries)] if libraries.is_dir() else [])]
+    paths = [path, *([libraries] if libraries.is_dir() else [])]
+    for owner in metadata.packages_distributions().get(name, ()):  # a module may ask for a version
+        paths += path.parent.glob(f"{owner.replace('-', '_')}-*.dist-info")
+    return [str(path) for path in paths]
 
 
 def _memory(data: bytes) -> int:

@@ -37,7 +37,8 @@ def main(descriptor: int, strict: bool, packages: list[str]) -> None:
     kernel.die_with_parent()
     kernel.set_dumpable(False)
     sys.path.extend(shell.packages_path())
-    confine.warm_up([*_MODULES, *(os.path.basename(path) for path in packages if "." not in path)])
+    names = [os.path.basename(path) for path in packages]
+    confine.warm_up([*_MODULES, *(name for name in names if "." not in name)])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     shell.size = confine.own_size()
     kernel.forbid_privileges()

@@ -3,15 +3,18 @@
 from openqwen.tasks.answers import GradedAnswer, answer_tasks
 from openqwen.tasks.files import read_tasks, write_tasks
 from openqwen.tasks.graders import GRADERS, grade
+from openqwen.tasks.readers import READERS, read_problems
 from openqwen.tasks.task import Grade, Task
 
 __all__ = [
     "GRADERS",
+    "READERS",
     "Grade",
     "GradedAnswer",
     "Task",
     "answer_tasks",
     "grade",
+    "read_problems",
     "read_tasks",
     "write_tasks",
 ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openqwen.support.errors import OpenQwenError, suggestion
+from openqwen.tasks import choice, code, mathematics
 from openqwen.tasks.task import Grade, Task
 
 _LONGEST = 200  # characters of an answer that is read, or four times the reference's
@@ -32,19 +33,26 @@ class Grader:
 def grade(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
     """Grade one answer to each task, in order. Each grader is called once, with all its answers.
 
+    An answer that occurs twice to the same prompt and reference is graded once.
+
     Raises:
         OpenQwenError: a task's grader is unknown, or its reference does not fit the grader.
         ValueError: there are not as many answers as tasks.
     """
-    indices_of: dict[str, list[int]] = {}
-    for index, (task, _) in enumerate(zip(tasks, answers, strict=True)):
+    keys = []
+    index_of: dict[str, dict[str, int]] = {}  # grader -> content -> where it occurs first
+    for index, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
         check_task(task, f"task {task.id}")
-        indices_of.setdefault(task.grader, []).append(index)
-    grades: dict[int, Grade] = {}
-    for name, indices in indices_of.items():
-        batch = GRADERS[name].judge([tasks[i] for i in indices], [answers[i] for i in indices])
-        grades.update(zip(indices, batch, strict=True))
-    return [grades[index] for index in range(len(tasks))]
+        key = json.dumps([task.prompt, task.reference, answer])
+        index_of.setdefault(task.grader, {}).setdefault(key, index)
+        keys.append((task.grader, key))
+    grades: dict[tuple[str, str], Grade] = {}
+    for name, indices in index_of.items():
+        batch = GRADERS[name].judge(
+            [tasks[i] for i in indices.values()], [answers[i] for i in indices.values()]
+        )
+        grades.update(zip(((name, key) for key in indices), batch, strict=True))
+    return [grades[key] for key in keys]
 
 
 def check_task(task: Task, where: str) -> None:
@@ -131,12 +139,16 @@ def _regex_fault(reference: dict[str, Any]) -> str:
     return _answer_fault(reference)
 
 
-# Each compares the whole answer, without white space around it, with reference["answer"]:
-# exact: the same text. json: an equal JSON value, no key twice.
+# exact, json, regex compare the whole answer, without white space around it, with
+# reference["answer"]. exact: the same text. json: an equal JSON value, no key twice.
 # regex: reference["pattern"] matches all of it; `answer` is an example. Python's `re` has no time
 # limit: a pattern must not backtrack without bounds.
+# choice, math, code: see their files.
 GRADERS: dict[str, Grader] = {
+    "choice": Grader(choice.judge, choice.fault),
+    "code": Grader(code.judge, code.fault),
     "exact": Grader(_short(_exact), _answer_fault),
     "json": Grader(_short(_json), _json_fault),
+    "math": Grader(mathematics.judge, _answer_fault),
     "regex": Grader(_short(_regex), _regex_fault),
 }

@@ -1,7 +1,7 @@
 """A task as data, and the grade of one answer to it."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,18 @@ class Task:
 
 
 class Grade(NamedTuple):
-    """A grader's verdict on one answer: right or not, a score from 0 to 1, and why it failed."""
+    """A grader's verdict on one answer: right or not, a score from 0 to 1, and why it failed.
+
+    status: "graded"; "no_answer": nothing in the answer could be graded, which counts as wrong;
+    "infra": the grader itself failed, which says nothing of the answer.
+    """
 
     passed: bool
     score: float
     reason: str
+    status: Literal["graded", "no_answer", "infra"] = "graded"
+
+    @property
+    def counts(self) -> bool:
+        """False: the grade must be left out of rewards, statistics and training data."""
+        return self.status != "infra"

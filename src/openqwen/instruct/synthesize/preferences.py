@@ -76,8 +76,8 @@ def build_preferences(
     answers = sample_answers(
         generator, tasks, config.samples, config.temperatures, config.max_tokens, seed, "prefer"
     )
-    right = [answer.grade.passed for group in answers for answer in group]
-    accuracy = sum(right) / len(right)
+    right = [a.grade.passed for group in answers for a in group if a.grade.counts]
+    accuracy = sum(right) / max(1, len(right))
 
     pairs: dict[str, list[dict[str, Any]]] = {}
     remaining = iter(answers)
@@ -123,7 +123,7 @@ def make_pairs(
     # Answers that ended come first: the ids of a text are those of its first answer.
     ordered = sorted(answers, key=lambda answer: not _ended(answer))
     right = list(dict.fromkeys(a.text for a in ordered if a.grade.passed and _ended(a)))
-    wrong = list(dict.fromkeys(a.text for a in ordered if not a.grade.passed))
+    wrong = list(dict.fromkeys(a.text for a in ordered if not a.grade.passed and a.grade.counts))
     chosen_by = rejected_by = "model"
     if not right and config.program_chosen:
         right, chosen_by = [task.reference["answer"]], "program"

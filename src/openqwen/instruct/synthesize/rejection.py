@@ -68,7 +68,7 @@ def rejection_sample(
     correct: Counter[str] = Counter()
     for task, group in zip(tasks, answers, strict=True):
         right = [answer.text for answer in group if answer.grade.passed]
-        sampled[task.kind] += len(group)
+        sampled[task.kind] += sum(answer.grade.counts for answer in group)
         correct[task.kind] += len(right)
         for text in dict.fromkeys(right):
             messages = [*task.prompt, {"role": "assistant", "content": text}]
