@@ -3,9 +3,10 @@
 The names below are loaded when they are first used, so that importing the package costs nothing.
 """
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from openqwen.support.lazy import lazy_names
 
 # PyTorch takes large tensors from pages of 2 MB. Without it, the page faults of tensors that come
 # and go in every step of a real model take half of the time on a CPU (docs/log.md). Read once, at
@@ -37,8 +38,4 @@ _ROOMS = {
     "load_tokenizer": "tokenizer",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module 'openqwen' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"openqwen.{_ROOMS[name]}"), name)
+__getattr__ = lazy_names(__name__, _ROOMS)

@@ -94,11 +94,11 @@ def test_uniform_model_has_the_closed_form():
 
 
 def test_fewer_tokens_than_bytes():
-    class Pairs(ByteTokenizer):
+    class PairTokenizer(ByteTokenizer):
         def encode(self, text, allow_control=False):
             return list(range(len(text.encode()) // 2))
 
-    result = bits_per_byte(Uniform(64), Pairs(), documents("ab" * 21, "cd" * 4), context=8)
+    result = bits_per_byte(Uniform(64), PairTokenizer(), documents("ab" * 21, "cd" * 4), context=8)
     assert result.overall == pytest.approx(6 * 25 / 50)
 
 

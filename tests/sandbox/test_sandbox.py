@@ -5,8 +5,8 @@ from importlib.metadata import version
 
 import pytest
 
-from openqwen.sandbox import Limits, Pool, Program, best_tier, run
-from openqwen.sandbox.languages import available
+from openqwen.sandbox import Limits, Pool, Program, best_tier, languages, run
+from openqwen.sandbox.languages import Language, available
 from openqwen.support.errors import OpenQwenError
 
 pytestmark = pytest.mark.skipif(best_tier() != "strict", reason="no user namespaces here")
@@ -79,7 +79,7 @@ def test_a_traceback_shows_the_program_alone(pool):
 
 @pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "", "a\0b"])
 def test_names_of_files_stay_below(pool, name):
-    with pytest.raises(OpenQwenError, match="no name of a file"):
+    with pytest.raises(OpenQwenError, match="not a valid file name"):
         one(pool, "1", files={name: ""})
 
 
@@ -177,6 +177,21 @@ def test_a_failed_test_is_named(pool):
     assert (verdict.status, verdict.reason) == ("failed", "a test failed: line 2 of the tests two")
     verdict = one(pool, "def g(x): return x", tests="def check(c): assert c(1) == 1", entry="f")
     assert verdict.reason == "the program has no function 'f'"
+
+
+def test_modules_that_the_tests_use_are_not_the_programs(pool):
+    source = "class math:\n    isclose = lambda *a: True\ndef f(x): return 0.0"
+    verdict = one(pool, source, tests="assert math.isclose(f(1), 3.0)")
+    assert (verdict.status, "a test failed" in verdict.reason) == ("failed", True), verdict
+    verdict = one(pool, "import math\ndef f(x): return x", tests="assert math.isclose(f(3), 3.0)")
+    assert verdict.passed, verdict
+
+
+def test_a_sandbox_that_fails_is_no_fault_of_the_program(monkeypatch):
+    with Pool(1) as pool:
+        monkeypatch.setattr(languages, "language_of", lambda name: Language("m", (("gone",),), "x"))
+        verdict = one(pool, "", language="bash")
+        assert (verdict.status, "FileNotFoundError" in verdict.reason) == ("infra", True), verdict
 
 
 def test_packages_are_let_in_by_name():

@@ -17,7 +17,7 @@ from openqwen.tasks.code import program_of
 from openqwen.tasks.readers import read_problems
 
 pytestmark = pytest.mark.skipif(best_tier() == "none", reason="no sandbox here")
-DATA = Path("/work/shared/data/eval")
+DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
 GRADED = Path(os.environ.get("OPENQWEN_PUBLISHED", "absent")) / "qwen2.5-coder"
 ADD = {"tests": "assert add(2, 3) == 5\nassert add(-1, 1) == 0", "entry": "add"}
 ECHO = {"inputs": ["1 2\n", "30 4\n"], "outputs": ["3\n", "34"]}

@@ -26,7 +26,7 @@ from openqwen.tasks import Task, grade, mathematics
 from openqwen.tasks.numbers import last_boxed, marked_answer, parse_number
 from openqwen.tasks.readers import read_problems
 
-DATA = Path("/work/shared/data/eval")
+DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
 PUBLISHED = Path(os.environ.get("OPENQWEN_PUBLISHED", "absent"))
 needs_published = pytest.mark.skipif(
     not PUBLISHED.is_dir(), reason="OPENQWEN_PUBLISHED is no folder with published verdicts"

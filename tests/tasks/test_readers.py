@@ -8,7 +8,7 @@ import pytest
 from openqwen.support.errors import OpenQwenError
 from openqwen.tasks import read_problems, read_tasks, write_tasks
 
-DATA = Path("/work/shared/data/eval")
+DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
 MATH = {
     "problem": "What is $1/4 + 1/4$?",

@@ -3,10 +3,10 @@
 What needs torch or httpx is loaded when it is first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from openqwen.engine.generator import FinishReason, Generator, Output, Prompt, Sampling, Structure
+from openqwen.support.lazy import lazy_names
 
 if TYPE_CHECKING:
     from openqwen.engine.config import EngineConfig
@@ -38,8 +38,4 @@ _FILES = {
     "Stats": "request",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module 'openqwen.engine' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"openqwen.engine.{_FILES[name]}"), name)
+__getattr__ = lazy_names(__name__, _FILES)

@@ -8,8 +8,9 @@ confines itself (confine.py) before it reads the program. The names are loaded w
 used: the processes inside of the sandbox have the standard library alone.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from openqwen.support.lazy import lazy_names
 
 if TYPE_CHECKING:
     from openqwen.sandbox.limits import Limits, Verdict
@@ -28,8 +29,4 @@ _FILES = {
     "best_tier": "tiers",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _FILES:
-        raise AttributeError(f"module 'openqwen.sandbox' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"openqwen.sandbox.{_FILES[name]}"), name)
+__getattr__ = lazy_names(__name__, _FILES)

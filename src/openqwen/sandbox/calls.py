@@ -1,9 +1,9 @@
 """Calls between the checker and the program, two processes that do not trust each other.
 
 Messages are JSON with a length before them. Plain values cross by value: an instance of a subclass
-of `int`, `str`, `list` … crosses as that type, so no method of the program's decides a comparison
-in the checker. Everything else crosses as a handle, whose methods run where it lives. A handle
-equals only itself: what it would say of equality is the program's word.
+of `int`, `str`, `list` … crosses as that type, so that no method of the program decides a
+comparison in the checker. Everything else crosses as a handle; its methods run in the process that
+owns the object. A handle equals only itself, whatever the object's `__eq__` would say.
 """
 
 import builtins
@@ -21,7 +21,7 @@ _LISTS: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
 
 
 class RemoteError(Exception):
-    """The other side sent what is no message, or ended."""
+    """The other side ended, or it sent an invalid message."""
 
 
 class Handle:
@@ -200,9 +200,9 @@ class Peer:
         try:
             message = json.loads(self._read(size))
         except (ValueError, RecursionError):
-            raise RemoteError("the program sent what is no message") from None
+            raise RemoteError("the program sent an invalid message") from None
         if not isinstance(message, dict):
-            raise RemoteError("the program sent what is no message")
+            raise RemoteError("the program sent an invalid message")
         return message
 
     def _read(self, size: int) -> bytes:

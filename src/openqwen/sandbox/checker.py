@@ -1,11 +1,14 @@
-"""The process that holds the tests: it calls the program's functions and judges what comes back.
+"""The process that runs the tests: it calls the program's functions and checks the results.
 
-It is another process than the program, in another PID namespace; the program never sees the tests,
-the expected values or the nonce, and its exit status means nothing. Standard library alone.
+It is a separate process in its own PID namespace. The program never sees the tests, the expected
+values or the nonce, and its exit status is not the verdict. Modules of the standard library that
+the tests use are imported here. Other names that the program defines are taken from it: where
+tests call a helper of the program, its result is the program's word. Standard library alone.
 """
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import sys
@@ -46,7 +49,8 @@ def _failure(peer: Peer, source: str, entry: object) -> str | None:
         if entry is not None and entry not in names:
             return f"the program has no function {entry!r}"
         for name in _wanted(tree, entry) & names:
-            space[name] = peer.named(name)
+            own = name in sys.stdlib_module_names and name != entry
+            space[name] = importlib.import_module(name) if own else peer.named(name)
         exec(compile(tree, "tests.py", "exec"), space)
         # A `check` of the program's, which the tests call by themselves, is no such function.
         if entry is not None and isinstance(space.get("check"), types.FunctionType):
@@ -61,9 +65,9 @@ def _failure(peer: Peer, source: str, entry: object) -> str | None:
 
 
 def _wanted(tree: ast.Module, entry: object) -> set[str]:
-    """Names that the tests read and the program gives.
+    """Names that the tests use and may take from the program.
 
-    A built-in is the tests' own unless it is the function that they are for: a program that
+    Built-in functions are the checker's own, except for the function under test: a program that
     defines `abs` or `len` must not decide what the tests compare.
     """
     found = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

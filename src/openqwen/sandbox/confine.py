@@ -1,4 +1,4 @@
-"""How a forked process gives up what it has, before it reads a program. Standard library alone.
+"""How a forked process confines itself before it reads a program. Standard library alone.
 
 The tier "strict": namespaces for users, processes, mounts, network, IPC, names and control groups.
 The root is a small read-only tmpfs with the system's libraries and Python's standard library; /box
@@ -22,7 +22,7 @@ SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/etc/
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 BOX = "/box"
-# The longest path of an interpreter's own library: what every Python program may read.
+# Python's standard library, which every program may read.
 LIBRARY = os.path.dirname(os.__file__)
 _PACKAGES = ("site-packages", "dist-packages")
 _EXTRA = "/packages"  # modules of the caller that a pool lets in by name
@@ -31,8 +31,7 @@ _EXTRA = "/packages"  # modules of the caller that a pool lets in by name
 class Shell:
     """What a zygote prepares once for all its runs: the root and the filter.
 
-    strict: whether namespaces are used. packages: folders of modules to let in. root: whether the
-    caller is the superuser, who writes the user map from outside.
+    strict: whether namespaces are used. packages: paths of modules that programs may import.
     """
 
     def __init__(self, strict: bool, packages: Sequence[str]):

@@ -15,24 +15,28 @@ _OWN_PROCESSES = 8
 
 @functools.cache
 def kind() -> str | None:
-    """ "v1", "v2", or None where no group can be made with a limit of memory."""
-    for version, folders in (("v1", _V1), ("v2", (_V2,))):
+    """The version of control groups that can limit memory here: v1, v2, or None."""
+    for version in ("v1", "v2"):
         try:
-            group = Group(version, folders)
+            group = Group(version)
+        except OSError:
+            continue
+        try:
             group.limit(64, 16)
-            group.close()
             return version
         except OSError:
             continue
+        finally:
+            group.close()
     return None
 
 
 class Group:
     """One worker's groups. limit() before a run, exceeded() after it."""
 
-    def __init__(self, version: str, folders: tuple[Path, ...] | None = None):
+    def __init__(self, version: str):
         self.version = version
-        folders = folders or (_V1 if version == "v1" else (_V2,))
+        folders = _V1 if version == "v1" else (_V2,)
         name = f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self.folders = [folder / name for folder in folders]
         self._kills = 0

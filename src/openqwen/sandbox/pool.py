@@ -303,9 +303,7 @@ def _verdict(
     judged = result.get("nonce") == nonce
     stdout, stderr = (read[name].decode("utf-8", "replace") for name in ("stdout", "stderr"))
     status, reason = _ending(program, ending, report | result, stderr, group)
-    if status == "infra" and judged:
-        status, reason = "failed", str(result["reason"])
-    elif status in ("passed", "failed") and program.tests is not None:
+    if status in ("passed", "failed") and program.tests is not None:
         status = "passed" if judged and result["passed"] is True else "failed"
         reason = str(result.get("reason", "")) if judged else "the tests did not end"
         if report.get("status") != 0 and stderr.strip():
@@ -370,8 +368,8 @@ def _checked_name(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
         raise OpenQwenError(
-            f"{name!r} is no name of a file in the working folder.",
-            do="give relative names without '..'",
+            f"{name!r} is not a valid file name in the working folder.",
+            do="give a relative name without '..'",
         )
     return str(path)
 

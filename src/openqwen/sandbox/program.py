@@ -50,11 +50,12 @@ def become_program(shell: confine.Shell, header: dict[str, Any], given: dict[str
 def _compile(
     shell: confine.Shell, limits: dict[str, Any], command: list[str], work: str, report: int
 ) -> None:
-    """Run a compiler; where it fails, report that and end."""
+    """Run a compiler. If it fails, report that and exit."""
     child = os.fork()
     if not child:
         try:
             confine.give_up(shell, limits | {"seconds": _COMPILE_SECONDS}, work, programs=True)
+            _close_others({0, 1, 2})
             _start(command, work)
         finally:
             os._exit(127)
@@ -64,7 +65,7 @@ def _compile(
 
 
 def _start(command: list[str], work: str) -> None:
-    """Become another program. Its signals are as a shell sets them."""
+    """Replace this process by another program, with a shell's signal settings."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     os.execvpe(command[0], command, {**os.environ, "HOME": work, "TMPDIR": work})

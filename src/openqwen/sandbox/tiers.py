@@ -67,7 +67,7 @@ def best_tier() -> Tier:
 def required(tier: Tier) -> Tier:
     """`tier`, where this machine reaches it. Raises OpenQwenError where it does not."""
     if tier not in ("strict", "process"):
-        raise OpenQwenError(f"'{tier}' is no tier of the sandbox.", do="take strict or process")
+        raise OpenQwenError(f"'{tier}' is not a tier of the sandbox.", do="use strict or process")
     if _ORDER.index(best_tier()) < _ORDER.index(tier):
         missing = [name for name, active, _ in protections().lines() if not active]
         raise OpenQwenError(

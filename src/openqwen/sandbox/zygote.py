@@ -60,8 +60,9 @@ def _ask_for_map(host: socket.socket) -> None:
 def _serve(
     shell: confine.Shell, host: socket.socket, header: dict[str, Any], descriptors: list[int]
 ) -> None:
-    """One run: fork, tell the pool whom it may kill, wait until nothing of it is left, and say how
-    the program ended.
+    """One run: fork, send process handles to the pool, wait until all have ended, report.
+
+    The pool kills through the handles where a limit is met.
     """
     given = dict(zip(header["names"], descriptors))
     try:

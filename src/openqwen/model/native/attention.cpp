@@ -166,9 +166,9 @@ struct Scratch {
   }
 };
 
-class Attention {
+class PagedAttention {
  public:
-  Attention(const PagedCall& call, int64_t layer, const Task& task, Scratch& scratch)
+  PagedAttention(const PagedCall& call, int64_t layer, const Task& task, Scratch& scratch)
       : c(call),
         t(task),
         s(scratch),
@@ -409,7 +409,7 @@ struct Split {
 };
 
 std::vector<Split> split(const PagedCall& c, std::vector<Task>& tasks) {
-  const int64_t threads = Pool::shared().threads();
+  const int64_t threads = WorkerPool::shared().threads();
   const int64_t wanted = 4 * threads, count = static_cast<int64_t>(tasks.size());
   std::vector<Split> splits;
   if (threads < 2 || count == 0 || count >= wanted) return splits;
@@ -471,10 +471,10 @@ extern "C" void openqwen_paged_attention(const openqwen::PagedCall* call, int64_
   const std::vector<Split> splits = split(c, tasks);
   const int64_t count = static_cast<int64_t>(tasks.size());
   // The last tokens of a sequence see the most keys, so their tasks start first.
-  Pool::shared().run(count, [&](int64_t n) {
+  WorkerPool::shared().run(count, [&](int64_t n) {
     const Task& task = tasks[count - 1 - n];
-    Attention(c, layer, task, scratch()).run(q, q_stride, out);
+    PagedAttention(c, layer, task, scratch()).run(q, q_stride, out);
   });
   for (const Split& s : splits)
-    Attention(c, layer, s.task, scratch()).collect(s.parts.data(), s.task.last_block, out);
+    PagedAttention(c, layer, s.task, scratch()).collect(s.parts.data(), s.task.last_block, out);
 }

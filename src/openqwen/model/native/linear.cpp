@@ -195,7 +195,7 @@ void multiply(const LinearCall& linear, const Activations& from, int64_t rows,
   const int64_t grain =
       rows <= V::kRows ? pieces(tiles, 4) : std::clamp<int64_t>(tiles / 16, 1, 16);
   const int64_t ranges = pieces(tiles, grain);
-  Pool::shared().run(parts * ranges, [&](int64_t piece) {
+  WorkerPool::shared().run(parts * ranges, [&](int64_t piece) {
     const int64_t first = piece / ranges * part_rows, last = std::min(first + part_rows, rows);
     const int64_t begin = piece % ranges * grain, end = std::min(begin + grain, tiles);
     alignas(64) float sums[V::kRows][kTile];

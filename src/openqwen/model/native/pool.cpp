@@ -4,7 +4,7 @@
 
 extern "C" {
 
-void openqwen_set_threads(int32_t count) { openqwen::Pool::shared().set_threads(count); }
+void openqwen_set_threads(int32_t count) { openqwen::WorkerPool::shared().set_threads(count); }
 
 // out[i] = i², for the tests of the pool.
 void openqwen_pool_squares(int64_t* out, int64_t count, int64_t grain) {

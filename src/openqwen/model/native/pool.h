@@ -28,9 +28,9 @@ inline void relax() {
 #endif
 }
 
-class Pool {
+class WorkerPool {
  public:
-  static Pool& shared() { return *slot().load(std::memory_order_acquire); }
+  static WorkerPool& shared() { return *slot().load(std::memory_order_acquire); }
 
   int threads() const { return width_.load(std::memory_order_relaxed); }
 
@@ -72,17 +72,17 @@ class Pool {
   // How long threads spin before they sleep: longer than Python takes between two calls.
   static constexpr std::chrono::microseconds kAwake{150};
 
-  static std::atomic<Pool*>& slot() {
-    static std::atomic<Pool*> one{[] {
+  static std::atomic<WorkerPool*>& slot() {
+    static std::atomic<WorkerPool*> one{[] {
       // The child of fork() has none of the parent's threads. The parent's pool may be locked by
       // one of them, so the child leaves it alone and makes a new one.
-      pthread_atfork(nullptr, nullptr, [] { slot().store(new Pool(shared().threads())); });
-      return new Pool(1);
+      pthread_atfork(nullptr, nullptr, [] { slot().store(new WorkerPool(shared().threads())); });
+      return new WorkerPool(1);
     }()};
     return one;
   }
 
-  explicit Pool(int width) : width_(width) {}
+  explicit WorkerPool(int width) : width_(width) {}
 
   // Takes pieces of the current call until none is left.
   //
@@ -172,7 +172,7 @@ class Pool {
 // be shorter.
 template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
-  Pool::shared().run((count + grain - 1) / grain,
+  WorkerPool::shared().run((count + grain - 1) / grain,
                      [&](int64_t i) { body(i * grain, std::min((i + 1) * grain, count)); });
 }
 

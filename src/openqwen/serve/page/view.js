@@ -83,7 +83,7 @@ export class Turn {
       parts.push(this.markdown.element);
     }
     (node.calls ?? []).forEach((call, n) => {
-      this.calls[n] ??= new Call();
+      this.calls[n] ??= new CallView();
       this.calls[n].update(call, running);
       parts.push(this.calls[n].element);
     });
@@ -257,7 +257,7 @@ export function statistics(node, running) {
 }
 
 /** A function call that the model makes. */
-class Call {
+class CallView {
   constructor() {
     this.name = h("strong", {});
     this.text = h("code", {});

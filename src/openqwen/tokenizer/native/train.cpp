@@ -95,7 +95,7 @@ class WordCounts {
 using Pair = uint64_t;  // left id << 32 | right id: the order of numbers is the order of pairs
 
 // How often each pair of neighbours occurs, and in which words.
-class Pairs {
+class PairCounts {
  public:
   struct Entry {
     Pair pair;
@@ -103,7 +103,7 @@ class Pairs {
     std::vector<uint32_t> words;  // may be listed twice, or no longer hold the pair
   };
 
-  Pairs() : table_(1 << 16) {}
+  PairCounts() : table_(1 << 16) {}
 
   Entry& operator[](Pair pair) {
     if (2 * entries_.size() >= table_.size()) grow();
@@ -142,9 +142,9 @@ struct Candidate {
   }
 };
 
-class Trainer {
+class BpeTrainer {
  public:
-  Trainer(const WordCounts& counts, const uint32_t* byte_ids, int64_t min_frequency)
+  BpeTrainer(const WordCounts& counts, const uint32_t* byte_ids, int64_t min_frequency)
       : min_frequency_(min_frequency) {
     symbols_.reserve(counts.bytes());
     words_.reserve(counts.words());
@@ -154,7 +154,7 @@ class Trainer {
       const uint32_t* word = symbols_.data() + words_.back().start;
       for (size_t i = 0; i + 1 < size; ++i) change(word[i], word[i + 1], count, words_.size() - 1);
     });
-    for (const Pairs::Entry& entry : pairs_.entries()) queue_.push({entry.count, entry.pair});
+    for (const PairCounts::Entry& entry : pairs_.entries()) queue_.push({entry.count, entry.pair});
   }
 
   // Writes the next `most` merges to `out` as pairs of ids and returns how many there are: fewer
@@ -187,7 +187,7 @@ class Trainer {
   };
 
   void change(uint32_t left, uint32_t right, int64_t by, uint32_t word) {
-    Pairs::Entry& entry = pairs_[Pair{left} << 32 | right];
+    PairCounts::Entry& entry = pairs_[Pair{left} << 32 | right];
     entry.count += by;
     if (by > 0 && (entry.words.empty() || entry.words.back() != word)) entry.words.push_back(word);
   }
@@ -225,7 +225,7 @@ class Trainer {
 
   // Count a pair with the new symbol; the first time it becomes a candidate.
   void bear(uint32_t left, uint32_t right, int64_t by, uint32_t word) {
-    Pairs::Entry& entry = pairs_[Pair{left} << 32 | right];
+    PairCounts::Entry& entry = pairs_[Pair{left} << 32 | right];
     if (entry.words.empty()) born_.push_back(entry.pair);
     entry.count += by;
     if (entry.words.empty() || entry.words.back() != word) entry.words.push_back(word);
@@ -235,7 +235,7 @@ class Trainer {
   uint32_t next_id_ = 256;
   std::vector<uint32_t> symbols_;
   std::vector<Word> words_;
-  Pairs pairs_;
+  PairCounts pairs_;
   std::priority_queue<Candidate> queue_;
   std::vector<Pair> born_;
 };
@@ -244,7 +244,7 @@ class Trainer {
 }  // namespace openqwen
 
 using openqwen::Byte;
-using openqwen::Trainer;
+using openqwen::BpeTrainer;
 using openqwen::WordCounts;
 
 // Functions that allocate return null, or -1, when there is no memory.
@@ -281,16 +281,16 @@ int64_t openqwen_counts_add_all(void* counts, const void* other) try {
 // byte_ids: the id of each byte; merge k makes id 256 + k. The counts may be freed afterwards.
 void* openqwen_trainer_new(const void* counts, const uint32_t* byte_ids,
                            int64_t min_frequency) try {
-  return new Trainer(*static_cast<const WordCounts*>(counts), byte_ids, min_frequency);
+  return new BpeTrainer(*static_cast<const WordCounts*>(counts), byte_ids, min_frequency);
 } catch (const std::bad_alloc&) {
   return nullptr;
 }
 
-void openqwen_trainer_free(void* trainer) { delete static_cast<Trainer*>(trainer); }
+void openqwen_trainer_free(void* trainer) { delete static_cast<BpeTrainer*>(trainer); }
 
-// See Trainer::merge; out has room for 2 * most ids.
+// See BpeTrainer::merge; out has room for 2 * most ids.
 int64_t openqwen_trainer_merge(void* trainer, size_t most, uint32_t* out) try {
-  return static_cast<Trainer*>(trainer)->merge(most, out);
+  return static_cast<BpeTrainer*>(trainer)->merge(most, out);
 } catch (const std::bad_alloc&) {
   return -1;
 }
