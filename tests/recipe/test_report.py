@@ -193,9 +193,7 @@ def test_tokens_and_speed_are_of_the_whole_stage(page):
 
 
 def test_reused_and_stale_stages_are_told(tmp_path):
-    folder = build_run(
-        tmp_path / "tiny", "extend", {"recipe": "tiny", "reused": ["corpus", "tokenizer"]}
-    )
+    folder = build_run(tmp_path / "tiny", "extend", {"reused": ["corpus", "tokenizer"]})
     changed = manifest("tokens") | {"digest": digest("another")}
     dump(folder / "tokens/manifest.json", changed)
     run = load_run(folder)

@@ -154,7 +154,8 @@ def test_joined_rows_of_several_lengths_hold_their_shares():
 def test_rows_longer_than_any_document_are_refused_with_the_sources():
     sources = {"a": Source([20, 30]), "b": Source([5])}
     with pytest.raises(
-        OpenQwenError, match=r"rows of 25, but the sources with documents so long \(a\) give 20%"
+        OpenQwenError,
+        match=r"rows of 25, but the sources with documents that long \(a\) have only 20%",
     ):
         pieces(
             sources,

@@ -90,9 +90,8 @@ def build_corpus(
 
 def _read(config: CorpusConfig, path: Path) -> tuple[list[DocumentEntry], dict[str, Any]]:
     """Write all documents to `path`; returns their entries and corpus.json's part on reading."""
-    reader: FolderReader | InstallationReader
     if config.folder is None:
-        reader = InstallationReader(config.max_document_bytes)
+        reader: FolderReader = InstallationReader(config.max_document_bytes)
     else:
         reader = FolderReader(config.folder, config.max_document_bytes)
 

@@ -23,27 +23,20 @@ _SITE = frozenset({"site-packages", "dist-packages"})
 _LIBRARY = sys.stdlib_module_names | {"test"}
 
 
-class InstallationReader:
-    """Iterates over the documents of this Python's library.
-
-    `skips`, `files` and `bytes` are as in `FolderReader`.
-    """
+class InstallationReader(FolderReader):
+    """Iterates over the documents of this Python's library."""
 
     def __init__(self, max_bytes: int):
-        self._library = FolderReader(Path(sysconfig.get_path("stdlib")), max_bytes, exclude=_SITE)
-        self.skips = self._library.skips
-        self.files = 0
-        self.bytes = 0
+        super().__init__(Path(sysconfig.get_path("stdlib")), max_bytes, exclude=_SITE)
 
     def __iter__(self) -> Iterator[Document]:
-        for file, path in self._library.listing():
+        for file, path in self.listing():
             if path.split("/")[0].removesuffix(".py") in _LIBRARY:
                 yield from self._documents(file, path)
-        self.files, self.bytes = self._library.files, self._library.bytes
         yield from _topics()
 
     def _documents(self, file: Path, path: str) -> Iterator[Document]:
-        for document in self._library.read(file, path):
+        for document in self.read(file, path):
             path = document["id"]
             code = document["meta"]["profile"] == "code"
             document |= {"id": f"python/{path}", "source": "code" if code else "docs"}

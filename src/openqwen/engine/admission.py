@@ -59,9 +59,11 @@ class Admission:
             ids = list(cast(Sequence[int], prompt))
         if not 1 <= len(ids) <= most:
             raise OpenQwenError(
-                f"A prompt has {len(ids)} tokens; 1 to {most} are possible here.",
+                f"A prompt has {len(ids)} tokens; it must have 1 to {most}.",
                 where="prompt",
-                do="shorten it, or raise the engine's max_context and cache_bytes",
+                do="shorten it, or raise the engine's max_context and cache_bytes"
+                if ids
+                else "give a text that is not empty",
             )
         size = self._model.config.vocab_size
         if wrong := [i for i in (min(ids), max(ids)) if not 0 <= i < size]:

@@ -8,7 +8,10 @@ from openqwen.support.settings import Settings
 
 
 class EngineConfig(Settings):
-    """Limits of the engine's memory and work. No setting changes the distribution of an answer."""
+    """Limits of the engine's memory and work.
+
+    Only max_context, grow and an int8 cache change the distribution of an answer.
+    """
 
     model_config = ConfigDict(frozen=True)
 

@@ -72,7 +72,7 @@ class Drafter:
     finds them.
     """
 
-    def __init__(self, longest: int, model: "DraftModel | None" = None):
+    def __init__(self, longest: int, model: "DraftModel | None"):
         self._longest, self.model = longest, model
 
     def draft(self, scheduled: Sequence[ScheduledRequest]) -> None:
@@ -82,14 +82,14 @@ class Drafter:
             if item.max_drafts:
                 request = item.request
                 request.draft_length = request.draft_length or DraftLength(self._longest)
-                lengths[request] = request.draft_length.next(item.max_drafts)
+                if request.matcher and (forced := request.matcher.forced()):
+                    item.drafts, lengths[request] = forced[: item.max_drafts], 0
+                else:
+                    lengths[request] = request.draft_length.next(item.max_drafts)
         written = self.model.draft(lengths) if self.model and lengths else {}
         for item in scheduled:
-            if (request := item.request) not in lengths:
-                continue
-            if request.matcher and (forced := request.matcher.forced()):
-                item.drafts = forced[: item.max_drafts]
-            elif length := lengths[request]:
+            request = item.request
+            if length := lengths.get(request):
                 drafts = written[request] if self.model else _looked_up(request, length)
                 item.drafts = request.matcher.fitting(drafts) if request.matcher else drafts
 
@@ -149,8 +149,9 @@ class DraftModel:
         twin, ids = self._twins[request], request.tokens(0, request.total)
         # The last draft's tokens were computed; those that were not accepted are dropped.
         most = min(twin.computed, len(ids) - 1)
-        known = twin.tokens(0, most)
-        twin.computed = next((n for n in range(most) if known[n] != ids[n]), most)
+        first = min(len(twin.prompt_ids), most)  # a request only appends: those before are equal
+        known = enumerate(twin.tokens(first, most), first)
+        twin.computed = next((n for n, token in known if token != ids[n]), most)
         twin.prompt_ids, twin.token_ids = ids, []
         missing = max(0, self._pool.pages_for(len(ids) + length) - len(twin.pages))
         if missing > self._pool.available:

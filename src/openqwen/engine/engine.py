@@ -68,10 +68,11 @@ class Engine(Generator):
         self._scheduler = Scheduler(PagePool(pages, page_size), config)
         self._runner = Runner(model, self.adapters, vocabulary, pages, page_size, config.cache)
         self._structures = Structures(tokenizer, self._stops)
-        self._drafter = Drafter(config.speculate)
+        drafter = None
         if draft is not None:
             tokens = config.draft_below * self._admission.longest
-            self._drafter.model = DraftModel(draft, vocabulary, page_size, tokens)
+            drafter = DraftModel(draft, vocabulary, page_size, tokens)
+        self._drafter = Drafter(config.speculate, drafter)
         self._threads = kernels.alone if isinstance(model, QuantizedQwen2) else nullcontext
         self._pending: list[Event] = []
         self._paused = False
@@ -264,8 +265,10 @@ class Engine(Generator):
 
     def embed(self, prompts: Sequence[Prompt]) -> Tensor:
         """The normalized hidden state of each prompt's last token: [B, D], float32."""
-        context = self._admission.context
-        return embeddings(self.model, [self._admission.token_ids(p, context) for p in prompts])
+        most, scalings = self._admission.context, self._admission.scalings
+        ids = [self._admission.token_ids(prompt, most) for prompt in prompts]
+        contexts = [next(s.way for s in scalings if s.until >= len(tokens)) for tokens in ids]
+        return embeddings(self.model, ids, contexts)
 
     def _sampling_rows(self, request: Request, drafts: list[int]) -> Iterator[SamplingRow]:
         """How to sample the next token, and the one after each draft token."""

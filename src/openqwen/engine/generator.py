@@ -41,7 +41,7 @@ class Sampling:
 
     Args:
         max_tokens: most tokens of the answer; None: as many as the context holds.
-        temperature: 0 takes the likeliest token.
+        temperature: 0, or less than 0.001, takes the likeliest token.
         top_k: keep this many of the likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens whose probabilities add up to this share of what is left.
         min_p: keep the tokens that are at least this share as likely as the likeliest.
@@ -82,6 +82,11 @@ class Sampling:
     prompt_logprobs: int | None = None
     structure: Structure | None = None
     long_context: "LongContext | None" = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken. Logits over a tiny temperature would overflow."""
+        return self.temperature < 1e-3
 
     def __post_init__(self) -> None:
         finite = math.isfinite

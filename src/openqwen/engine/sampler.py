@@ -80,7 +80,7 @@ def sample(logits_RV: Tensor, rows: Sequence[SamplingRow], vocabulary: int) -> S
     for cut in (False, True):
         sampled = []
         for r, row in enumerate(rows):
-            if row.sampling.temperature > 0 and row.sampling.cut == cut:
+            if not row.sampling.greedy and row.sampling.cut == cut:
                 sampled.append(r)
         if sampled:
             part_RV = scores_RV if len(sampled) == len(rows) else scores_RV[sampled]

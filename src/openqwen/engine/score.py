@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openqwen.engine.generator import TopTokens
 from openqwen.engine.sampler import normalizers, top_tokens
-from openqwen.model import Packed, Qwen2
+from openqwen.model import LongContext, Packed, Qwen2
 from openqwen.support.batching import cut_to_budget
 
 SCORES = 2**24  # scores (tokens × vocabulary) computed at a time: 64 MiB of float32
@@ -50,11 +50,18 @@ def score_tokens(
 
 
 @torch.no_grad()  # not inference_mode: its tensors could not enter a training step
-def embeddings(model: Qwen2, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """The normalized hidden state of each prompt's last token: [B, D], float32."""
+def embeddings(
+    model: Qwen2, prompts: Sequence[Sequence[int]], contexts: Sequence[LongContext | None]
+) -> Tensor:
+    """The normalized hidden state of each prompt's last token: [B, D], float32.
+
+    contexts: the RoPE scaling that each prompt is read under.
+    """
     states: list[Tensor] = []
     for cut in cut_to_budget([len(ids) for ids in prompts], _PACKED):
-        packed = Packed.from_lengths([len(ids) for ids in prompts[cut]]).to(model.device)
+        packed = Packed.from_lengths([len(ids) for ids in prompts[cut]], contexts[cut]).to(
+            model.device
+        )
         tokens_T = torch.tensor([i for ids in prompts[cut] for i in ids], device=model.device)
         hidden_TD = model(tokens_T, packed.positions.to(model.device), packed)
         last_B = torch.tensor(packed.lengths, device=model.device).cumsum(0) - 1

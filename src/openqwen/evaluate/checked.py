@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from openqwen.engine import Generator, Sampling
+from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
-from openqwen.tasks import Task, answer_tasks
+from openqwen.tasks import GradedAnswer, Task, answer_tasks
 
 
 def sampled_right(
@@ -25,6 +26,7 @@ def sampled_right(
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     answers = answer_tasks(generator, tasks, sampling, range(len(tasks)), plain, progress)
+    _check_graded(tasks, answers)
     return [answer.grade.passed for answer in answers]
 
 
@@ -37,8 +39,6 @@ def checked_accuracy(
 ) -> dict[str, Any]:
     """Answer every task greedily; returns accuracies and the graded answers.
 
-    An answer whose grader failed is in no accuracy and in no count; its "correct" is None.
-
     Returns:
         {"checked_accuracy", "chance", "checked_by_task": {kind: {"accuracy", "chance", "n"}},
         "answers"}, where answers[i] is {"task", "prompt", "answer", "correct", "finish_reason"} of
@@ -49,11 +49,8 @@ def checked_accuracy(
     sampling = Sampling(max_tokens=max_tokens)
     answers = answer_tasks(generator, tasks, sampling, plain=plain, progress=progress)
     by_kind: dict[str, dict[str, float]] = {}
-    counted = [pair for pair in zip(tasks, answers, strict=True) if pair[1].grade.counts]
-    if not counted:
-        what = f"No answer could be graded: {answers[0].grade.reason}."
-        raise OpenQwenError(what, f"task {tasks[0].id}", "see `openqwen sandbox --check`")
-    for task, answer in counted:
+    _check_graded(tasks, answers)
+    for task, answer in zip(tasks, answers, strict=True):
         row = by_kind.setdefault(task.kind, {"accuracy": 0.0, "chance": 0.0, "n": 0})
         row["accuracy"] += answer.grade.passed
         row["chance"] += task.reference.get("chance", 0.0)
@@ -62,17 +59,25 @@ def checked_accuracy(
         row["accuracy"] /= row["n"]
         row["chance"] /= row["n"]
     return {
-        "checked_accuracy": sum(answer.grade.passed for _, answer in counted) / len(counted),
-        "chance": sum(task.reference.get("chance", 0.0) for task, _ in counted) / len(counted),
+        "checked_accuracy": sum(answer.grade.passed for answer in answers) / len(answers),
+        "chance": sum(task.reference.get("chance", 0.0) for task in tasks) / len(tasks),
         "checked_by_task": dict(sorted(by_kind.items())),
         "answers": [
             {
                 "task": task.kind,
                 "prompt": answer.prompt,
                 "answer": answer.output.text,
-                "correct": answer.grade.passed if answer.grade.counts else None,
+                "correct": answer.grade.passed,
                 "finish_reason": answer.output.finish_reason,
             }
             for task, answer in zip(tasks, answers)
         ],
     }
+
+
+def _check_graded(tasks: Sequence[Task], answers: Sequence[GradedAnswer]) -> None:
+    """Raise OpenQwenError where a grader failed: scores of two models need the same tasks."""
+    for task, answer in zip(tasks, answers, strict=True):
+        if not answer.grade.counts:
+            what = f"An answer could not be graded: {answer.grade.reason}."
+            raise OpenQwenError(what, f"task {task.id}", f"run {command('sandbox', '--check')}")

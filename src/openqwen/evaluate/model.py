@@ -189,7 +189,9 @@ def _win_rates(
 
 def _effort(recipe: Any, roles: Collection[str]) -> Effort:
     config: EvaluateConfig = recipe.evaluate
-    answers = 2 * config.checked + (3 * config.test if "base" in roles else 0)
+    # Greedy, at 0.7 and at 1.0; a model without an earlier one to compare with at 0.9 too.
+    tests = 3 if "start" in roles else 4
+    answers = 2 * config.checked + (tests * config.test if "base" in roles else 0)
     return Effort(answers=answers, rows={CONVERSATION: _SCORED * config.heldout_bytes})
 
 

@@ -1,16 +1,17 @@
 """The `evaluate-reward` stage: the scores of a reward model."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 from openqwen.evaluate.config import EvaluateConfig
-from openqwen.evaluate.model import STAGE as EVALUATE
 from openqwen.evaluate.preferences import near_misses, pair_accuracy
 from openqwen.model import load_scorer
 from openqwen.support.device import best_device
 from openqwen.support.files import read_jsonl, write_json
-from openqwen.support.stage import PREFERENCES, REWARD, Stage, StageRun
+from openqwen.support.stage import CONVERSATION, PREFERENCES, REWARD, Effort, Stage, StageRun
 from openqwen.tokenizer import load_tokenizer
+from openqwen.train.preferences import COMPARED
 from openqwen.train.reward import score
 
 
@@ -33,6 +34,11 @@ def evaluate_reward(run: StageRun) -> dict[str, float]:
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
+def _effort(recipe: Any, roles: Collection[str]) -> Effort:
+    # Two splits of pairs, forward only: a third of a training token each.
+    return Effort(rows={CONVERSATION: 2 * recipe.prefer.heldout_prompts * COMPARED / 3})
+
+
 STAGE = Stage(
     name="evaluate-reward",
     help="",
@@ -40,5 +46,5 @@ STAGE = Stage(
     inputs={"reward": REWARD, "preferences": PREFERENCES},
     outputs=[],
     run=evaluate_reward,
-    estimate=EVALUATE.estimate,
+    estimate=_effort,
 )

@@ -21,7 +21,11 @@ class ConcurrencyLimit:
         self._seconds: deque[float] = deque(maxlen=64)  # what the latest pieces of work took
 
     def take(self, count: int) -> None:
-        """Take places; ApiError 429 where too few are free."""
+        """Take places. Raises ApiError: 429 where too few are free, 400 where there never are."""
+        if count > self.limit:
+            message = f"This request asks for {count} answers; the server takes {self.limit} at "
+            message += "once. Send fewer prompts or a smaller n."
+            raise ApiError(400, message, code="too_many_answers")
         if self.taken + count > self.limit:
             mean = sum(self._seconds) / len(self._seconds) if self._seconds else 1.0
             retry = min(max(round(mean), 1), 60)

@@ -1,6 +1,6 @@
 """The `corpus` stage: raw documents, with the solved tasks that Qwen2 mixes into pre-training.
 
-It stands in this room, and not in `corpus/`, because the documents of tasks are made here.
+It is in this package, not in `corpus/`, because the documents of tasks are made here.
 """
 
 from collections.abc import Collection

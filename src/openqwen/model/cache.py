@@ -71,8 +71,7 @@ class Cache:
     def of(cls, model: "Qwen2", pages: int, page_size: int, format: Format = "float") -> "Cache":
         """A cache for this model: its dtype, its device, its key biases."""
         bias_NKd = torch.stack(list(_key_biases(model))).unflatten(1, (-1, model.config.head_dim))
-        dtype = model.model.norm.weight.dtype
-        return cls(model.config, pages, page_size, format, dtype, model.device, bias_NKd)
+        return cls(model.config, pages, page_size, format, model.dtype, model.device, bias_NKd)
 
     @staticmethod
     def bytes_per_page(

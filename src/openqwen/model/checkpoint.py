@@ -1,6 +1,6 @@
 """Checkpoints: reads Hugging Face folders and .gguf files, writes Hugging Face folders.
 
-Everything comes from the files, nothing from the model's name (law 6).
+Everything comes from the files, nothing from the model's name.
 """
 
 from collections.abc import Callable, Sequence

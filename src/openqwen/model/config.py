@@ -201,7 +201,7 @@ class ModelConfig:
         return replace(self, rope_theta=theta, max_position_embeddings=positions)
 
     def parameters(self, active: bool = False) -> int:
-        """Exact number of parameters (qwen2-recipe facts, 1.4); active: of those, one token's."""
+        """Exact number of parameters; active: of those, one token's."""
         layers = sum(self._layer_matrices(n, active) for n in range(self.num_hidden_layers))
         biases = self.hidden_size + 2 * self.num_key_value_heads * self.head_dim
         vectors = self.num_hidden_layers * (biases + 2 * self.hidden_size) + self.hidden_size

@@ -1,6 +1,6 @@
 """The Qwen2 network, top-down: model, layer, attention, norm.
 
-Parameters have the names of the published checkpoints. Packed tokens are the only layout (law 1):
+Parameters have the names of the published checkpoints. Packed tokens are the only layout:
 `model(tokens[T], positions[T], attention) -> hidden[T, D]`.
 """
 

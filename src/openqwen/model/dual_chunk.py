@@ -35,7 +35,7 @@ Queries = tuple[Tensor, Tensor, Tensor]
 def rotary_positions(positions_T: Tensor, dual: DualChunk) -> tuple[Tensor, Tensor, Tensor]:
     """RoPE positions of keys and intra queries, successive queries, inter queries; each [T].
 
-    This is the form of the released code (qwen2-recipe facts, 4.3). The paper caps positions at
+    This is the form of the released code (ChunkLlama, vLLM). The paper caps positions at
     c − 1, which is the same with chunk_size c − 1 and local_size w − 1.
     """
     within_T = positions_T % dual.chunk_len

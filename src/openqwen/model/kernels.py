@@ -1,6 +1,6 @@
 """The network's compiled kernels: one library of all files in `native/`, with one thread pool.
 
-They are never required (law 7): without a compiler `function` returns None, and callers take their
+They are never required: without a compiler `function` returns None, and callers take their
 plain PyTorch path. The compiler may not contract or reorder floating-point operations, so that
 every path gives the same bits.
 """

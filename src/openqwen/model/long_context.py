@@ -233,8 +233,7 @@ def trained_window(config: "ModelConfig") -> int:
         return dual.original_max_position_embeddings or dual.chunk_size
     if config.yarn:
         return config.yarn.original_max_position_embeddings
-    # Base models of Qwen2 and Qwen2.5 state 131,072 but were trained on 32,768 (qwen2-recipe facts,
-    # 4.4).
+    # Base models of Qwen2 and Qwen2.5 state 131,072 but were trained on 32,768.
     overstated = config.max_position_embeddings == 131_072 and config.rope_theta == 1_000_000.0
     return 32_768 if overstated else config.max_position_embeddings
 

@@ -55,7 +55,7 @@ _CONVERSION = "path_initial_model_for_weight_conversion"  # PEFT then converts A
 class LoraConfig(Settings):
     """The shape of an adapter."""
 
-    rank: int = Field(16, ge=0, description="rank of the update of each matrix")
+    rank: int = Field(16, ge=0, description="rank of the update of each matrix; 0: no adapters")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
     targets: list[str] = Field(
         _TARGETS, min_length=1, description="names of the linear layers that get an adapter"

@@ -202,8 +202,10 @@ class _Call:
         room = tables_BP.shape[1] * cache.page_size
         outside = int(tables_BP.min()) < 0 or int(tables_BP.max()) >= cache.pages
         if outside or rows != sum(paged.new) or max(paged.totals) > room:
-            what = f"pages do not hold {paged.totals} tokens, or there are not {sum(paged.new)} new"
-            raise ValueError(f"{what} ones")
+            raise ValueError(
+                f"{rows} rows for {sum(paged.new)} new tokens, or pages that do not exist or are "
+                f"too few for {max(paged.totals)} tokens"
+            )
         self._kept: list[object] = []  # alive as long as their addresses are used
         call = PagedCall(
             heads=config.num_attention_heads,

@@ -89,6 +89,7 @@ class PackedMatrix(nn.Module):
             self.packed = torch.empty(self.packed.shape, dtype=torch.uint8)
         if self.bias is not None:
             self.bias = torch.cat(list(biases)).float()
+            self._filled_from = (0, 0, None)  # the bias has moved
         if kernel := kernels.function("openqwen_quantize", c_void_p, *[c_int64] * 4, c_void_p):
             kernels.follow_torch()
             sizes = (_TYPES[weight.dtype], *weight.shape, self.form.bits)
@@ -177,14 +178,14 @@ class QuantizedEmbedding(PackedMatrix):
 
     def forward(self, tokens_T: Tensor) -> Tensor:
         """Token ids [T] → rows [T, D], float32. Raises IndexError for ids outside the table."""
+        if len(tokens_T) and not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < self.outputs:
+            raise IndexError(f"token ids go from 0 to {self.outputs - 1}")
         kernel = kernels.function(
             "openqwen_rows", c_void_p, *[c_int64] * 2, c_void_p, c_int64, c_void_p
         )
         if kernel is None:
             return rows_of(self.packed, self.form, tokens_T, self.inputs)
         kernels.follow_torch()
-        if len(tokens_T) and not 0 <= int(tokens_T.min()) <= int(tokens_T.max()) < self.outputs:
-            raise IndexError(f"token ids go from 0 to {self.outputs - 1}")
         tokens_T, count = tokens_T.long().contiguous(), len(tokens_T)
         out_TD = torch.empty(count, self.inputs)
         table = (self.packed.data_ptr(), self.form.bits, self.inputs)

@@ -41,8 +41,7 @@ def inverse_frequencies(
     """θ_k = theta^(−2k/d) for k < d/2, [d/2], in float32 whatever the weights' type.
 
     YARN divides the low frequencies by its factor and keeps the high ones. The ramp between them is
-    linear in k, as in the released code; the paper's is linear in the number of rotations
-    (qwen2-recipe facts, 4.4).
+    linear in k, as in the released code; the paper's is linear in the number of rotations.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     plain = 1.0 / theta**exponents

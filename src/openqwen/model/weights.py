@@ -136,7 +136,7 @@ def read_block(
     offset: Sequence[int],
     block: Tensor,
 ) -> None:
-    """Read a part of a parameter into `block`, and nothing else of the parameter.
+    """Read a part of a parameter into `block`: only the rows that it lies in are read.
 
     A rank uses it to read its shard. Only the first and the last dimension may be cut.
 
@@ -278,5 +278,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     aside = path.with_name(f".{path.name}.aside")
     contiguous = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with disk_errors(path):
-        save_file(contiguous, aside, metadata={"format": "pt"})
-        os.replace(aside, path)
+        try:
+            save_file(contiguous, aside, metadata={"format": "pt"})
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)

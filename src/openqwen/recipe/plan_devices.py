@@ -108,15 +108,16 @@ def plan(
 
 def _devices(text: str) -> tuple[int, str, Device]:
     """Return count, name and device of `8xH100`."""
-    number, name = re.fullmatch(r"(?:(\d+)x)?(.+)", text).groups()  # type: ignore[union-attr]
-    if name.lower() == "cpu":
-        here = Device(free_memory() / GIB / int(number or 1), peak_flops(best_device()), SHARE, 5e9)
-        return int(number or 1), "cpu", here
-    if name.upper() not in DEVICES or number == "0":
+    match = re.fullmatch(r"(?:(\d+)x)?(.+)", text)
+    count, name = (int(match[1] or 1), match[2]) if match else (0, text)
+    if count and name.lower() == "cpu":
+        here = Device(free_memory() / GIB / count, peak_flops(best_device()), SHARE, 5e9)
+        return count, "cpu", here
+    if not count or name.upper() not in DEVICES:
         near = suggestion(name, DEVICES)
         known = f"give a number and a kind, such as 8xH100; known: {', '.join(DEVICES)}, cpu"
         raise OpenQwenError(f"There is no device '{text}'.{near}", "--gpus", known)
-    return int(number or 1), name.upper(), DEVICES[name.upper()]
+    return count, name.upper(), DEVICES[name.upper()]
 
 
 def trainings(recipe: Any) -> Iterator[Training]:

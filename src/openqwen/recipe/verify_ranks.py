@@ -22,7 +22,7 @@ _OTHER = 2**30  # bytes that two processes need besides weights and gradients
 def missing_memory(config: ModelConfig) -> float:
     """Return how many bytes of free memory the proof lacks, or 0.
 
-    Both processes hold half of the weights and gradients, and rank 0 gathers all.
+    The processes together hold the weights and gradients once, and rank 0 gathers all.
     """
     return max(0.0, 4 * 4 * config.parameters() + _OTHER - free_memory())
 

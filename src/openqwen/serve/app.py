@@ -1,6 +1,7 @@
 """The routes: OpenAI's, a few of vLLM's and llama.cpp's, and the chat page."""
 
 import asyncio
+import functools
 from collections.abc import Coroutine
 from importlib.resources import files
 from typing import Annotated, Any, Literal
@@ -34,6 +35,7 @@ _UPLOAD = {
 _FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD}}}}
 
 
+@functools.cache
 def page() -> PageFiles:
     """The files of the chat page."""
     return PageFiles(files("openqwen.serve") / "page")

@@ -266,9 +266,7 @@ class Options(RequestBody):
             return float(next(value for value in values if value is not None))
 
         temperature = value("temperature", 1.0)
-        # Logits divided by a tiny temperature overflow.
-        greedy = temperature < 1e-3
-        greedy |= defaults.get("do_sample") is False and self.temperature is None
+        greedy = defaults.get("do_sample") is False and self.temperature is None
         return Sampling(
             max_tokens=max_tokens,
             temperature=0.0 if greedy else temperature,

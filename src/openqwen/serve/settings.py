@@ -18,7 +18,9 @@ class ServeConfig(Settings):
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     api_key: list[str] = Field(
-        [], description="API keys that clients may use; OPENQWEN_API_KEY adds more, by commas"
+        [],
+        description="API keys that clients may use; more may be given in OPENQWEN_API_KEY, "
+        "separated by commas",
     )
     name: list[str] = Field(
         [], description="names by which clients ask for the model; default: the source's name"
@@ -47,14 +49,16 @@ class ServeConfig(Settings):
         [], description="other web origins whose pages may call the API (CORS)"
     )
     max_body: int = Field(16 << 20, gt=0, description="largest request, in bytes")
-    max_files: int = Field(1 << 30, gt=0, description="largest size of all files, in bytes")
+    max_files: int = Field(1 << 30, gt=0, description="most bytes of all uploaded files together")
     queue: int = Field(
         256,
         gt=0,
         description="most answers in progress or waiting; further requests get status 429",
     )
     timeout: float = Field(600.0, gt=0, description="time limit of one answer, in seconds")
-    idle: float = Field(20.0, gt=0, description="time limit of sending a request, in seconds")
+    idle: float = Field(
+        20.0, gt=0, description="seconds that a client may take to send its request"
+    )
     drain: float = Field(30.0, ge=0, description="seconds that running answers get after SIGTERM")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine")
     user: str | None = Field(None, description="unprivileged user to become when started as root")

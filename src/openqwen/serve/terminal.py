@@ -204,7 +204,7 @@ class Chat:
             pass
 
     def _retry(self, _: str) -> None:
-        if not self.messages:
+        if not any(message["role"] == "user" for message in self.messages):
             raise OpenQwenError("There is no message to answer again.")
         kept = list(self.messages)
         while self.messages[-1]["role"] != "user":
@@ -265,7 +265,10 @@ def _summary(request: Request) -> str:
 def _path(name: str) -> Path:
     if not name:
         raise OpenQwenError("Which file?", do="/save FILE or /load FILE")
-    return Path(shlex.split(name)[0] if name[0] in "'\"" else name).expanduser()
+    try:
+        return Path(shlex.split(name)[0] if name[0] in "'\"" else name).expanduser()
+    except (ValueError, RuntimeError) as error:  # an open quote, an unknown user
+        raise OpenQwenError(f"This is not a file name: {error}.", where=name) from None
 
 
 def _read(interactive: bool) -> str:

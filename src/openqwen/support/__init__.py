@@ -1,1 +1,1 @@
-"""What all rooms use: errors, files, progress, random generators, settings, devices, stages."""
+"""What all packages use: errors, files, progress, random generators, settings, devices, stages."""

@@ -1,4 +1,4 @@
-"""Error messages for users: what is wrong, where, and what to do (law 9)."""
+"""Error messages for users: what is wrong, where, and what to do."""
 
 import difflib
 import errno

@@ -1,4 +1,4 @@
-"""Named random generators. Every random draw uses one, and all are saved (law 4)."""
+"""Named random generators. Every random draw uses one, and all are saved."""
 
 import hashlib
 from typing import Any

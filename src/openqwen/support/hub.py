@@ -152,7 +152,7 @@ def _fetched(repository: str, revision: str | None, kind: str, patterns: Sequenc
             )
         )
     except GatedRepoError:
-        what = f"{hub} gives '{name}' only to users who accepted its terms."
+        what = f"'{name}' is only for users who accepted its terms on {hub}."
         do = "accept them there, and set HF_TOKEN"
     except RevisionNotFoundError:
         what = f"'{repository}' has no revision '{revision}'."

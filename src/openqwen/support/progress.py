@@ -1,4 +1,4 @@
-"""Progress and remaining time (law 8): a live line on a terminal, regular lines in a log."""
+"""Progress and remaining time: a live line on a terminal, regular lines in a log."""
 
 import sys
 import time

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from openqwen.sandbox import Limits, Pool, Program, Verdict, best_tier
+from openqwen.support.command import command, pip_install
 from openqwen.tasks.numbers import (
     Number,
     equal_numbers,
@@ -46,7 +47,9 @@ def judge(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
         grade = _quick_grade(reference, text)
         if grade is None:
             unclear[index] = (reference, text[-_TAIL:])
-        grades.append(grade or Grade(False, 0.0, "not the same text; math-verify is not installed"))
+        grades.append(
+            grade or Grade(False, 0.0, "not the same text; math-verify cannot be used here")
+        )
     if unclear and has_math_verify():
         grades_of_unclear = _verify(list(unclear.values()))
         for index, grade in zip(unclear, grades_of_unclear, strict=True):
@@ -59,9 +62,9 @@ def has_math_verify() -> bool:
     """Whether math-verify can be used; warns once where it cannot."""
     missing = ""
     if find_spec("math_verify") is None:
-        missing = "math-verify is not installed (pip install openqwen[math])"
+        missing = f"math-verify is not installed ({pip_install('openqwen[math]')})"
     elif best_tier() == "none":
-        missing = "this machine has no sandbox for math-verify (openqwen sandbox --check)"
+        missing = f"this machine has no sandbox for math-verify ({command('sandbox', '--check')})"
     if missing:
         warnings.warn(
             f"The grader 'math' compares only numbers and texts: {missing}.", stacklevel=2

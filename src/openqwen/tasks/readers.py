@@ -11,8 +11,8 @@ from openqwen.tasks.graders import check_task
 from openqwen.tasks.numbers import last_boxed
 from openqwen.tasks.task import Task
 
-# (id, text of the prompt, grader, reference) of a record. ValueError says what is wrong.
-_Parts = tuple[str, str, str, dict[str, Any]]
+# (id, text of the prompt, grader, reference, more of the origin). ValueError says what is wrong.
+_Parts = tuple[str, str, str, dict[str, Any], dict[str, Any]]
 
 
 def read_problems(name: str, path: Path) -> list[Task]:
@@ -36,17 +36,15 @@ def read_problems(name: str, path: Path) -> list[Task]:
     for number, (where, record) in enumerate(_records(path), 1):
         origin = {"method": name, "kind": name, "file": path.name, "record": number}
         try:
-            ending, text, grader, reference = READERS[name](record)
+            ending, text, grader, reference, more = READERS[name](record)
         except KeyError as error:
             what = f"A record of {name} needs the field {error}."
             raise OpenQwenError(what, where, f"give a file of {name} as published") from None
         except (ValueError, TypeError, AttributeError, SyntaxError) as error:
             what = f"This is not a record of {name}: {error}."
             raise OpenQwenError(what, where, f"give a file of {name} as published") from None
-        if name == "mbpp":
-            origin["split"] = _mbpp_split(record["task_id"])
         identity = ending or f"{name}/{number}"
-        task = Task(identity, [{"role": "user", "content": text}], grader, reference, origin)
+        task = Task(identity, [{"role": "user", "content": text}], grader, reference, origin | more)
         check_task(task, where)
         tasks.append(task)
     if not tasks:
@@ -70,7 +68,7 @@ def _gsm8k(record: dict[str, Any]) -> _Parts:
     if not mark:
         raise ValueError("'answer' has no line #### with the number")
     reference = {"answer": answer.strip(), "solution": solution.strip()}
-    return "", record["question"], "math", reference
+    return "", record["question"], "math", reference, {}
 
 
 def _math(record: dict[str, Any]) -> _Parts:
@@ -79,7 +77,7 @@ def _math(record: dict[str, Any]) -> _Parts:
         raise ValueError("'solution' has no \\boxed{…}")
     reference = {"answer": answer, "solution": record["solution"]}
     ending = record.get("unique_id", "")
-    return (f"math/{ending}" if ending else ""), record["problem"], "math", reference
+    return (f"math/{ending}" if ending else ""), record["problem"], "math", reference, {}
 
 
 def _humaneval(record: dict[str, Any]) -> _Parts:
@@ -89,7 +87,7 @@ def _humaneval(record: dict[str, Any]) -> _Parts:
         "prefix": record["prompt"],
         "solution": record["canonical_solution"],
     }
-    return record["task_id"], record["prompt"], "code", reference
+    return record["task_id"], record["prompt"], "code", reference, {}
 
 
 def _mbpp(record: dict[str, Any]) -> _Parts:
@@ -101,7 +99,8 @@ def _mbpp(record: dict[str, Any]) -> _Parts:
         "setup": record["test_setup_code"],
         "solution": record["code"],
     }
-    return f"mbpp/{record['task_id']}", text, "code", reference
+    more = {"split": _mbpp_split(record["task_id"])}
+    return f"mbpp/{record['task_id']}", text, "code", reference, more
 
 
 def _mbpp_entry(code: str, tests: str) -> str:

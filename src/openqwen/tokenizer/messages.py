@@ -93,7 +93,7 @@ def preference(record: Record) -> Preference:
             asked = _with_system(record, shared)
     for name, side in zip(_SIDES, sides):
         if len(side) != 1 or side[0]["role"] != "assistant":
-            do = f"give {name} as such, or a text"
+            do = f"give {name} as one assistant message or as a text"
             raise OpenQwenError("An answer is one assistant message.", name, do)
     return Preference(asked, sides[0][0], sides[1][0], as_tools(record))
 

@@ -75,8 +75,7 @@ def global_balance(routing: Routing, load: Load) -> Loss:
     """The balance under a given load, summed over this call's tokens (Qwen's post of 2025-01).
 
     It is computed for each layer and averaged over layers. With the load of the whole optimizer
-    batch it is linear in the tokens, so loss and gradient do not depend on how the batch is cut
-    (law 2).
+    batch it is linear in the tokens, so loss and gradient do not depend on how the batch is cut.
     """
     layers, experts = load.counts_LE.shape
     f_LE = load.counts_LE / load.tokens

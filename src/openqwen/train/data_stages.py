@@ -25,7 +25,6 @@ from openqwen.train.validation import ValidationConfig
 
 _BALANCE = "load of the balancing loss: of the whole step, of each micro-batch, or no such loss"
 _THETA = 10_000.0  # RoPE base of a new network, as in Qwen2
-_RATE = ("learning_rate", "schedule", "final_share", "warmup_share")
 
 
 class DataStage(Settings):
@@ -139,7 +138,9 @@ class StagedConfig(TrainingConfig):
             data = self.data.model_copy(
                 update={k: v for k, v in given.items() if k in DataConfig.model_fields}
             )
-            train = self.train.model_copy(update={k: given[k] for k in _RATE if k in given})
+            train = self.train.model_copy(
+                update={k: v for k, v in given.items() if k in OptimizerConfig.model_fields}
+            )
             has_context = data.context is not None or bool(data.lengths)
             positions = data.row if has_context or start is None else start.max_position_embeddings
             data = data.model_copy(update={"context": min(data.row, positions)})

@@ -11,12 +11,12 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from openqwen.model import Qwen2
 from openqwen.support.batching import cut_to_budget
-from openqwen.support.errors import disk_errors
+from openqwen.support.files import whole_file
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.support.settings import Settings
@@ -175,10 +175,8 @@ def _cached_reference(
         label, precision = f"{place.label} reference", config.train.precision
         values = reference_log_probs(model, data, config.micro_tokens, label, precision, world)
         if world.main:
-            aside = path.with_suffix(".aside")
-            with disk_errors(path):
-                save_file({"log_probs": values}, aside)
-            aside.rename(path)
+            with whole_file(path, "wb") as file:
+                file.write(save({"log_probs": values}))
         world.barrier()
     return load_file(path)["log_probs"]
 

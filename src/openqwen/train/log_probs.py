@@ -1,4 +1,4 @@
-"""`log_probs`, chunked over tokens, for SFT, DPO, online DPO and every later stage (law 3).
+"""`log_probs`, chunked over tokens, for SFT, DPO, online DPO and every later stage.
 
 The head is applied only to the hidden states that predict a target, so other tokens cost nothing.
 Logits are kept for the backward pass while all of them fit a small budget; beyond it they are

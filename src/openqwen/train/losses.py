@@ -1,4 +1,4 @@
-"""Losses return (sum, count); only the trainer divides (law 2).
+"""Losses return (sum, count); only the trainer divides.
 
 A sharded network needs the `World` whose mesh it is sharded over, so that the ranks that hold the
 same rows divide the work of the head.

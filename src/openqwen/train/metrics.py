@@ -17,7 +17,6 @@ _NOT_AVERAGED = {
     "tokens",
     "tokens_per_second",
     "flops_per_second",
-    "mfu",
     "learning_rate",
     "gradient_norm",
     "peak_memory",
@@ -73,6 +72,4 @@ def summarize(metrics: Sequence[Entry]) -> Entry:
     if HELD_OUT in metrics[-1]:
         summary[HELD_OUT] = metrics[-1][HELD_OUT]
         summary[f"best_{HELD_OUT}"] = min(m.get(HELD_OUT, math.inf) for m in metrics)
-    if "mfu" in tail[-1]:
-        summary["mfu"] = sum(m.get("mfu", 0.0) for m in tail) / len(tail)
     return summary

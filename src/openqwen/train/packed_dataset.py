@@ -201,12 +201,13 @@ class PackedDataset:
 
         A document grows by the markers, so it is cut once here to learn its new size.
         """
-        if name not in self._names or self._tokenizer is None:
+        if name not in self._names:
             known = suggestion(name, self._names)
             raise OpenQwenError(
                 f"fill_in_middle names '{name}'; there is no such source.{known}",
                 where="data.fill_in_middle",
             )
+        assert self._tokenizer is not None
         marker_ids(self._tokenizer)
         here = np.flatnonzero(self._source == self._names.index(name))
         for document in here[generator.random(len(here)) < share]:
@@ -306,9 +307,9 @@ def _from_long_documents(
             tokens[name][length] = share * total * quota / available
         if available < share * total:
             raise OpenQwenError(
-                f"{share:.0%} of the tokens shall be in rows of {length:,}, but the sources with "
-                f"documents so long ({', '.join(able) or 'none'}) give {available / total:.0%} of "
-                "the tokens.",
+                f"data.lengths asks for {share:.0%} of the tokens in rows of {length:,}, but the "
+                f"sources with documents that long ({', '.join(able) or 'none'}) have only "
+                f"{available / total:.0%}.",
                 where="data.lengths",
                 do="give these sources a larger share of the mixture, shorten the rows, or join "
                 "documents (isolated: false)",

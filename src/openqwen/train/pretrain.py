@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from openqwen.model import ModelConfig, Qwen2, Routing, initialize
+from openqwen.model import ModelConfig, Qwen2, Routing, initialize, load_model
 from openqwen.support.batching import cut_to_budget
 from openqwen.support.command import command
 from openqwen.support.device import best_device
@@ -333,7 +333,8 @@ def pretrain_on_shards(run: StageRun, start: Path | None, tokenizer: Tokenizer) 
     )
     held, tokens = list[Sample](), config.validation.tokens
     if tokens:
-        context = min(stage.data.row for stage in config.resolved())
+        before = None if start is None else load_model(start, device="meta").config
+        context = min(stage.data.row for stage in config.resolved(before))
         order = Generators(run.seed)["data.validation"]
         held = held_out(run.inputs["corpus"], tokenizer, context, tokens, order)
     return pretrain(config, sources, tokenizer, tokenizer.vocab_size, start, Place.of(run), held)

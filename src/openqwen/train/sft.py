@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openqwen.model import Qwen2, Scorer, load_model
 from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
@@ -54,6 +54,12 @@ class SftValidationConfig(ValidationConfig):
     file: Path | None = Field(
         None, description="a file of held-out demonstrations, in place of a share"
     )
+
+    @model_validator(mode="after")
+    def _has_records(self) -> Self:
+        if (self.every or self.outcome == "best") and not (self.share or self.file):
+            raise ValueError("nothing is held out: give validation.share, such as 0.05, or file")
+        return self
 
 
 class SftConfig(MicroBatchConfig, TrainingConfig):

@@ -87,7 +87,7 @@ class StateWriter:
             self.wait()
 
     def save_best(self, step: int, model: nn.Module) -> None:
-        """Keep the weights after step `step` as the best, in place of those kept before."""
+        """Keep the weights after step `step` as the best."""
         self.wait()
         if self.world.main:
             fresh_folder(self.scratch / _ASIDE)
@@ -95,8 +95,6 @@ class StateWriter:
         with disk_errors(self.scratch):
             self._write_tensors(_tensors(model, []))
         if self.world.main:
-            for old in self.scratch.glob(_BEST.format(0).replace("0", "[0-9]")):
-                shutil.rmtree(old)
             replace_folder(self.scratch / _ASIDE, self.scratch / _BEST.format(step))
 
     def wait(self) -> None:
@@ -142,8 +140,18 @@ class StateWriter:
         if self.world.main and not target.exists():
             write_json(aside / "state.json", values)
             replace_folder(aside, target)
-            for old in _states(self.scratch)[: -self.keep]:
-                shutil.rmtree(old)
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        """Remove all but the last states, and the best weights that none of these needs."""
+        states = _states(self.scratch)
+        for old in states[: -self.keep]:
+            shutil.rmtree(old)
+        # A run that resumes from the oldest state needs the best weights from before it.
+        first = states[-self.keep :][0].name.removeprefix("state-")
+        best = sorted(self.scratch.glob(_BEST.format(0).replace("0", "[0-9]")))
+        for old in [path for path in best if path.name.removeprefix("best-") < first][:-1]:
+            shutil.rmtree(old)
 
 
 def load_state(

@@ -31,7 +31,7 @@ from openqwen.train.parallel import World, join
 # The samples of a record. Arguments: the record, its place for errors, what to count in.
 Encode = Callable[[Record, str, Counter[str]], Sequence[Sample]]
 
-_FORMAT = 1  # another one makes caches of before be made anew
+_FORMAT = 1  # raise it when the files change: caches with another number are rebuilt
 _INDEX = "index.json"
 _LEARNED = np.uint32(2**31)
 
@@ -122,7 +122,7 @@ def _is_current(folder: Path, made_from: Mapping[str, Any]) -> bool:
     except (OpenQwenError, KeyError, TypeError, AttributeError):
         damaged = [_INDEX]
     if damaged:
-        notice(f"the token cache is damaged ({', '.join(damaged)}) and is made anew", folder)
+        notice(f"the token cache is damaged ({', '.join(damaged)}) and is rebuilt", folder)
     return not damaged
 
 

@@ -42,7 +42,7 @@ def _tensorboard(
     stack: ExitStack, folder: Path, label: str, first: int
 ) -> Callable[[dict[str, float], int], None]:
     writer = stack.enter_context(
-        _library("tensorboard").SummaryWriter(str(folder), purge_step=first or None)
+        _library("tensorboard").SummaryWriter(str(folder), purge_step=first)
     )
 
     def send(values: dict[str, float], step: int) -> None:

@@ -104,7 +104,7 @@ class Trainer(Generic[Micro]):
         loss: Micro-batch -> its loss.
         steps: Number of optimizer steps.
         generators: All generators that `batch` or `loss` draws from; they are saved.
-        log_mfu: Log MFU. Leave it out where a step does other work too, such as sampling.
+        log_mfu: Log MFU, of all devices together; not where a step does other work too.
         name: Step -> the records that it reads, for error messages.
         held_out: Returns micro-batches that nothing is learned from.
         validation: When the loss on `held_out` is measured, and what it decides.
@@ -200,7 +200,8 @@ class Trainer(Generic[Micro]):
                 track(entry)
                 metrics.append(entry)
                 bar.advance(1, **_notes(entry))
-                if self.validation.outcome == "best" and best_step(metrics) == step:
+                measured = HELD_OUT in entry and self.validation.outcome == "best"
+                if measured and best_step(metrics) == step:
                     writer.save_best(step, self.model)
                 waited = time.monotonic() - last_save >= self.config.save.seconds
                 if self.world.broadcast(step + 1 < self.steps and waited):
@@ -362,7 +363,8 @@ class Trainer(Generic[Micro]):
         }
         if self.log_mfu:
             flops = sum(r.flops(self.model.config) for r in rows) / seconds
-            entry |= {"flops_per_second": flops, "mfu": flops / peak_flops(self._device)}
+            peak = peak_flops(self._device) * self.world.size
+            entry |= {"flops_per_second": flops, "mfu": flops / peak}
         return entry
 
     @property

@@ -54,9 +54,9 @@ class WorkerPool {
     const uint64_t round = ((next_.load(std::memory_order_relaxed) >> 32) + 1) << 32;
     next_.store(round | kClosed, std::memory_order_seq_cst);
     call_.store([](const void* what, int64_t i) { (*static_cast<const Body*>(what))(i); },
-                std::memory_order_relaxed);
-    body_.store(&body, std::memory_order_relaxed);
-    count_.store(count, std::memory_order_relaxed);
+                std::memory_order_release);
+    body_.store(&body, std::memory_order_release);
+    count_.store(count, std::memory_order_release);
     left_.store(count, std::memory_order_relaxed);
     next_.store(round, std::memory_order_seq_cst);
     if (started_ < threads() - 1 || asleep_.load(std::memory_order_seq_cst) > 0) summon();
@@ -92,9 +92,9 @@ class WorkerPool {
   void work() {
     uint64_t at = next_.load(std::memory_order_acquire);
     for (;;) {
-      const auto call = call_.load(std::memory_order_relaxed);
-      const void* body = body_.load(std::memory_order_relaxed);
-      const int64_t count = count_.load(std::memory_order_relaxed), i = at & kClosed;
+      const auto call = call_.load(std::memory_order_acquire);
+      const void* body = body_.load(std::memory_order_acquire);
+      const int64_t count = count_.load(std::memory_order_acquire), i = at & kClosed;
       if (i == kClosed) {
         relax();
         at = next_.load(std::memory_order_acquire);

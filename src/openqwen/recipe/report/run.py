@@ -115,8 +115,8 @@ class Run:
 def load_run(folder: Path) -> Run:
     """Read the finished stages of a run folder.
 
-    An optional `run.json` holds the recipe's name and the stages that the last run reused:
-    {"recipe": "tiny", "reused": ["corpus", ...]}.
+    An optional `run.json` holds the stages that the last run reused:
+    {"reused": ["corpus", ...]}.
     """
     if not folder.is_dir():
         do = f"run a recipe first: {command('run', 'RECIPE')}"
@@ -129,7 +129,7 @@ def load_run(folder: Path) -> Run:
     ]
     stages = _in_order(stages)
     _mark(stages, record.get("reused"))
-    return Run(folder, record.get("recipe") or folder.resolve().name, stages)
+    return Run(folder, folder.resolve().name, stages)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 They stand on a mesh of four dimensions (see `Mesh`). Two of them divide the micro-batches of a
 step, the other two divide the work of one micro-batch. Losses, counts and gradients are summed over
 all ranks before anything is divided, so the gradient is the one that a single process computes, up
-to rounding (law 2).
+to rounding.
 """
 
 import copy
