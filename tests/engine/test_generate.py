@@ -7,7 +7,7 @@ import torch
 from tiny import model, plain_greedy, prompts, scores, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
-from openqwen.model import DualChunk, LongContext, Yarn
+from openqwen.model import DualChunk, LongContext, Packed, Yarn
 from openqwen.model.quantize import quantize
 from openqwen.support.errors import OpenQwenError
 
@@ -306,6 +306,19 @@ def test_embeddings_are_the_last_hidden_states(network):
     logits = network.logits(found[2])
     truth = scores(network, asked[2])[-1]
     assert torch.corrcoef(torch.stack([logits, truth]))[0, 1] > 1 - 1e-5
+
+
+def test_embeddings_are_read_under_the_scaling_that_their_length_needs():
+    network = model()
+    window = network.config.max_position_embeddings
+    short, long = prompts(2, seed=9)[0], (prompts(2, seed=9)[1] * window)[: 2 * window]
+    engine = Engine(network, WORDS, EngineConfig(max_context=4 * window))
+    way = next(s.way for s in engine._admission.scalings if s.until >= len(long))
+    packed = Packed.from_lengths([len(long)], [way])
+    truth = network(torch.tensor(long), packed.positions, packed)[-1]
+    found = engine.embed([short, long])
+    torch.testing.assert_close(found[1], torch.nn.functional.normalize(truth, dim=0))
+    torch.testing.assert_close(found[:1], Engine(network, WORDS).embed([short]))
 
 
 def test_a_request_at_yarn_factor_one_or_below_one_chunk_is_the_plain_one_to_the_bit():

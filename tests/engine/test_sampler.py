@@ -231,3 +231,11 @@ def test_block_sums_in_plain_pytorch_and_in_cpp(width, temperature, seed, masked
             assert sampler.normalizers(scores_RV, temperature_R).tolist() == pytest.approx(
                 truth_R.tolist(), rel=1e-6
             )
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-38, 1e-6])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature):
+    scores_RV = random_scores(3, 320)
+    sampling = Sampling(temperature=temperature, top_p=0.9)
+    rows = [SamplingRow(sampling, seed, 0) for seed in range(3)]
+    assert sample(scores_RV.clone(), rows, 320).tokens == scores_RV.argmax(1).tolist()

@@ -146,3 +146,6 @@ def test_a_recipe_that_makes_no_data_is_told_a_rate_alone(tmp_path, capsys):
 def test_an_unknown_device_is_named(capsys):
     assert main(["plan", "tiny", "--gpus", "8xH10"]) == 1
     assert "H100" in capsys.readouterr().err
+    for text in ("0xcpu", "0xH100", ""):
+        assert main(["plan", "tiny", "--gpus", text]) == 1
+        assert f"There is no device '{text}'" in capsys.readouterr().err

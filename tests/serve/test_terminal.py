@@ -203,8 +203,11 @@ def test_commands(terminal, tmp_path):
     terminal.say("/undo")
     file = tmp_path / "with space.json"
     assert "2 messages written" in terminal.say(f'/save "{file}"')
+    assert "This is not a file name: No closing quotation." in terminal.say('/save "foo')
+    assert "This is not a file name" in terminal.say("/load ~nobody-here/x")
     terminal.say("/new")
     assert "There is no message to remove." in terminal.say("/undo")
+    assert "There is no message to answer again." in terminal.say("/retry")
     assert "This file exists already." in terminal.say(f"/save {SOURCE}/openqwen/cli.py")
     assert "This is not a saved conversation." in terminal.say(f"/load {SOURCE}/openqwen/cli.py")
     assert "This file cannot be read: No such file or directory." in terminal.say("/load /nowhere")
