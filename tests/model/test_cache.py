@@ -47,7 +47,7 @@ def test_what_is_written_is_read(page_size):
     slots = torch.randperm(3 * page_size, generator=torch.Generator().manual_seed(2))[:9]
     for format, limit in (("float", 0.0), ("int8", 1 / 250)):
         cache = Cache(CONFIG, 3, page_size, format)
-        cache.write(1, slots, k, v)
+        cache.write(1, (slots // page_size, slots % page_size), k, v)
         for found, written in zip(cache.read(1, torch.arange(3)[None]), (k, v), strict=True):
             assert found.shape == (1, 3 * page_size, 2, 16)
             error = (found[0, slots] - written).abs().amax(-1)
@@ -71,7 +71,8 @@ def test_bytes_of_a_page_are_those_of_the_memory(format, dtype):
 def test_pages_are_copied_over_all_layers(format):
     cache = Cache(CONFIG, 4, 4, format)
     for layer in range(2):
-        cache.write(layer, torch.arange(8), random(8, 2, 16, seed=layer), random(8, 2, 16, seed=9))
+        k, v = random(8, 2, 16, seed=layer), random(8, 2, 16, seed=9)
+        cache.write(layer, (torch.arange(8) // 4, torch.arange(8) % 4), k, v)
     before = [cache.read(layer, torch.tensor([[0, 1]])) for layer in range(2)]
     cache.copy([0, 1], [3, 2])
     for layer in range(2):
@@ -145,13 +146,13 @@ WAYS = [
 @pytest.mark.parametrize("before", WAYS)
 def test_keys_turned_anew_are_those_of_the_other_profile(before, after, format):
     k, v = random(50, 2, 16), random(50, 2, 16, seed=1)
-    pages, slots = [6, 1, 4, 2], None
+    pages = [6, 1, 4, 2]
     table = torch.tensor(pages)
-    slots = table[torch.arange(50) // 16] * 16 + torch.arange(50) % 16
+    places = table[torch.arange(50) // 16], torch.arange(50) % 16
     caches = [Cache(CONFIG, 7, 16, format) for _ in range(2)]
     for cache, way in zip(caches, (before, after), strict=True):
         for layer in range(2):
-            cache.write(layer, slots, rotate(k, *key_rotation(torch.arange(50), CONFIG, way)), v)
+            cache.write(layer, places, rotate(k, *key_rotation(torch.arange(50), CONFIG, way)), v)
     caches[0].rotate_keys(pages, range(20), before, after)
     caches[0].rotate_keys(pages, range(20, 50), before, after)
     for layer in range(2):

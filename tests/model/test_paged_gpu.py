@@ -6,12 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from openqwen.model import Cache, ModelConfig, Paged, paged_gpu
+from openqwen.model.rope import rotate
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -54,10 +56,25 @@ def decode(
     return torch.stack(outs).to(q_BHd.dtype)
 
 
+def write(
+    k_BKd: Tensor,
+    v_BKd: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    places: tuple[Tensor, Tensor],
+) -> None:
+    """What the Triton kernel that writes does."""
+    page_B, slot_B = places
+    keys[page_B, :, :, slot_B] = rotate(k_BKd, *rotation)
+    values[page_B, :, slot_B] = v_BKd
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     monkeypatch.setattr(paged_gpu, "packed_kernel", lambda *_: packed)
-    monkeypatch.setattr(paged_gpu, "decode_kernel", lambda: decode)
+    plain = SimpleNamespace(paged_decode=decode, paged_write=write)
+    monkeypatch.setattr(paged_gpu, "triton_kernels", lambda: plain)
 
 
 def filled() -> tuple[Cache, Tensor]:
@@ -119,8 +136,9 @@ def test_a_cpu_takes_none_of_it():
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {here!r})
-from test_paged_gpu import decode
-from openqwen.model.paged_triton import paged_decode
+from test_paged_gpu import decode, write
+from openqwen.model.int8_triton import product
+from openqwen.model.paged_triton import paged_decode, paged_write
 generator = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(*shape, generator=generator)
 for group, width, slots in ((7, 64, 16), (1, 32, 16), (5, 128, 4)):
@@ -128,11 +146,23 @@ for group, width, slots in ((7, 64, 16), (1, 32, 16), (5, 128, 4)):
     tables, totals = torch.randperm(40, generator=generator).view(4, 10), torch.tensor([1, 9, 4 * slots, 10 * slots])
     found = paged_decode(q, keys, values, tables, totals)
     torch.testing.assert_close(found, decode(q, keys, values, tables, totals), rtol=1e-5, atol=1e-5)
+    k, v, rotation = draw(4, 2, width), draw(4, 2, width), (draw(4, 1, width // 2), draw(4, 1, width // 2))
+    places, again = (torch.tensor([3, 39, 0, 5]), torch.tensor([0, 3, 1, 2])), (keys.clone(), values.clone())
+    paged_write(k, v, rotation, keys, values, places)
+    write(k, v, rotation, *again, places)
+    torch.testing.assert_close(keys, again[0])
+    assert torch.equal(values, again[1])
+for rows, outputs, inputs in ((1, 50, 1500), (2, 96, 256), (20, 33, 300)):
+    x, weight = draw(rows, inputs), torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8, generator=generator)
+    scale, bias = draw(outputs).abs(), draw(outputs)
+    for shift in (None, bias):
+        wanted = torch.nn.functional.linear(x, weight * scale[:, None], shift)
+        torch.testing.assert_close(product(x, weight, scale, shift), wanted, rtol=1e-3, atol=0.5)
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_triton_kernel_in_the_interpreter_equals_plain_attention():
+def test_the_triton_kernels_in_the_interpreter_equal_plain_pytorch():
     code = SCRIPT.format(here=os.path.dirname(__file__))
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(

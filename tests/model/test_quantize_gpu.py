@@ -1,7 +1,4 @@
-"""Quantised weights on a GPU are torchao's.
-
-Its 8 bits compute on a CPU as well, slowly, and are tested there.
-"""
+"""Quantised weights on a GPU: 8 bits compute on a CPU as well, by plain PyTorch."""
 
 import builtins
 
@@ -23,7 +20,6 @@ def network():
 
 @torch.no_grad()
 def test_eight_bits_stay_near_their_source_and_generate():
-    pytest.importorskip("torchao", reason="torchao is not installed")
     model, tokens = network(), torch.arange(20)
     rows = Packed.from_lengths([20])
     exact = model(tokens, rows.positions, rows)
@@ -32,7 +28,8 @@ def test_eight_bits_stay_near_their_source_and_generate():
     assert 0 < (found - exact).norm() < 0.03 * exact.norm()
     assert not any(p.requires_grad for p in quantized.parameters())
     weight = quantized.model.layers[0].mlp.up_proj.weight
-    assert sum(x.nbytes for x in (weight.qdata, weight.scale)) < 0.6 * 128 * 64 * 2
+    assert weight.dtype == torch.int8
+    assert weight.shape == (128, 64)
     tokenizer = train_tokenizer(["What is one and one? Two. " * 9], TokenizerConfig(vocabulary=270))
     outputs = Engine(quantized, tokenizer).generate(
         ["one", "two and"], Sampling(max_tokens=8, ignore_eos=True)
@@ -50,5 +47,5 @@ def test_without_torchao_the_error_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(OpenQwenError, match="torchao") as error:
-        quantize_on_gpu(network(), "int8")
+        quantize_on_gpu(network(), "int4")
     assert "openqwen[train]" in str(error.value.do)

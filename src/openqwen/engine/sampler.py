@@ -72,9 +72,6 @@ def sample(logits_RV: Tensor, rows: Sequence[SamplingRow], vocabulary: int) -> S
         if row.allowed is not None:
             scores_RV[r].masked_fill_(~row.allowed, -torch.inf)
     totals_R = normalizers(scores_RV) if changed else normalizer_R
-    invalid = [r for r, total in enumerate(totals_R.tolist()) if not isfinite(total)]
-    for r in invalid:  # sampled with scores of 0, so that the other rows can be; then ignored
-        scores_RV[r] = logits_RV[r] = normalizer_R[r] = 0.0
     tokens_R = likeliest(scores_RV)
     drawn_R = torch.zeros_like(normalizer_R)
     for cut in (False, True):
@@ -88,8 +85,11 @@ def sample(logits_RV: Tensor, rows: Sequence[SamplingRow], vocabulary: int) -> S
             tokens_R[sampled], drawn_R[sampled] = tokens, logprobs.to(drawn_R)
     logprobs_R = logits_RV.gather(1, tokens_R[:, None]).squeeze(1) - normalizer_R
     top = top_tokens(logits_RV, normalizer_R, [row.sampling.top_logprobs for row in rows])
-    lists = tokens_R.tolist(), logprobs_R.tolist(), drawn_R.tolist()
-    return SampledTokens(*lists, top, frozenset(invalid))
+    # One transfer, since each waits for the device. A double holds every token id.
+    columns = (tokens_R, logprobs_R, drawn_R, totals_R)
+    tokens, logprobs, drawn, totals = torch.stack([x.double() for x in columns]).tolist()
+    invalid = frozenset(r for r, total in enumerate(totals) if not isfinite(total))
+    return SampledTokens([int(token) for token in tokens], logprobs, drawn, top, invalid)
 
 
 def _changes_scores(row: SamplingRow) -> bool:
@@ -124,12 +124,17 @@ def penalize(
 def _draw(scores_RV: Tensor, rows: Sequence[SamplingRow], cut: bool) -> tuple[Tensor, Tensor]:
     """Draw the token of each row; returns tokens and their log-probabilities, each [R]."""
     device, samplings = scores_RV.device, [row.sampling for row in rows]
-    temperature_R = torch.tensor([s.temperature for s in samplings], device=device)
+    temperature_R = _copied(torch.tensor([s.temperature for s in samplings]), device)
     uniform = draws([row.seed for row in rows], [row.position for row in rows])
-    draws_R = torch.from_numpy(uniform).to(device)
+    draws_R = _copied(torch.from_numpy(uniform), device)
     if cut:
         return _draw_candidates(scores_RV, temperature_R, samplings, draws_R, _CANDIDATES)
     return _draw_any(scores_RV, temperature_R, draws_R)
+
+
+def _copied(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device, without waiting for what a GPU still computes."""
+    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 
 
 def _draw_any(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,15 +146,21 @@ def _draw_any(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tupl
     ends_RB = sums_RB.double().cumsum(-1)
     total_R = ends_RB[:, -1]
     goal_R = _below(draws_R * total_R, total_R)
-    block_R = torch.searchsorted(ends_RB, goal_R[:, None], right=True).squeeze(1)
+    block_R = _first_above(ends_RB, goal_R).squeeze(1)
     row_R = torch.arange(len(block_R), device=block_R.device)
     before_R = torch.where(block_R > 0, ends_RB[row_R, (block_R - 1).clamp(min=0)], 0.0)
     scores_Rb = scores_RV.unflatten(1, (sums_RB.shape[1], -1))[row_R, block_R]
     ends_Rb = ((scores_Rb - peak_R[:, None]) / temperature_R[:, None]).double().exp().cumsum(-1)
     rest_R = _below(goal_R - before_R, ends_Rb[:, -1])
-    offset_R1 = torch.searchsorted(ends_Rb, rest_R[:, None], right=True)
+    offset_R1 = _first_above(ends_Rb, rest_R)
     logprobs_R = (scores_Rb.gather(1, offset_R1).squeeze(1) - peak_R) / temperature_R
     return block_R * scores_Rb.shape[1] + offset_R1.squeeze(1), logprobs_R - total_R.log()
+
+
+def _first_above(ends_RC: Tensor, goal_R: Tensor) -> Tensor:
+    """The index of the first value above each row's goal, [R, 1]; the last one if a row is NaN."""
+    index_R1 = torch.searchsorted(ends_RC, goal_R[:, None], right=True)
+    return index_R1.clamp_(max=ends_RC.shape[1] - 1)
 
 
 def _below(x: Tensor, bound: Tensor) -> Tensor:
@@ -178,7 +189,7 @@ def _draw_candidates(
     )
     probs_RC = logprobs_RC.double().exp()
     columns = zip(*((s.top_k or width, s.top_p, s.min_p) for s in samplings))
-    top_k, top_p, min_p = (torch.tensor(column, device=device)[:, None] for column in columns)
+    top_k, top_p, min_p = (_copied(torch.tensor(x), device)[:, None] for x in columns)
     keep_RC = torch.arange(size, device=device) < top_k
     left_R1 = torch.where(top_k < width, (probs_RC * keep_RC).sum(-1, keepdim=True), 1.0)
     before_RC = probs_RC.cumsum(-1) - probs_RC
@@ -190,7 +201,7 @@ def _draw_candidates(
     ends_RC = (probs_RC * keep_RC).gather(1, order_RC).cumsum(-1)
     total_R = ends_RC[:, -1]
     goal_R = _below(draws_R * total_R, total_R)
-    at_R1 = order_RC.gather(1, torch.searchsorted(ends_RC, goal_R[:, None], right=True))
+    at_R1 = order_RC.gather(1, _first_above(ends_RC, goal_R))
     tokens_R = ids_RC.gather(1, at_R1).squeeze(1)
     logprobs_R = (probs_RC.gather(1, at_R1).squeeze(1) / total_R).log()
     again = keep_RC[:, -1].nonzero().squeeze(1)

@@ -97,22 +97,24 @@ class Cache:
             for x_P in x_NP:  # layer by layer: indexing all at once would hold a copy of all
                 x_P[list(target)] = x_P[list(source)]
 
-    def write(self, layer: int, slots_T: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> None:
+    def write(
+        self, layer: int, places: tuple[Tensor, Tensor], k_TKd: Tensor, v_TKd: Tensor
+    ) -> None:
         """Write keys [T, K, d], rotated and without `key_bias_NKd`, and values [T, K, d].
 
-        slots_T: page × page size + place in the page.
+        places: the page of each token [T], and its slot in that page [T].
         """
-        self._write_keys(layer, slots_T, k_TKd)
-        page_T, place_T = slots_T // self.page_size, slots_T % self.page_size
+        self._write_keys(layer, places, k_TKd)
+        page_T, slot_T = places
         if self.value_scales is not None:
-            v_TKd, self.value_scales[layer][page_T, :, place_T] = _rounded(v_TKd)
-        self.values[layer][page_T, :, place_T] = v_TKd
+            v_TKd, self.value_scales[layer][page_T, :, slot_T] = _rounded(v_TKd)
+        self.values[layer][page_T, :, slot_T] = v_TKd
 
-    def _write_keys(self, layer: int, slots_T: Tensor, k_TKd: Tensor) -> None:
-        page_T, place_T = slots_T // self.page_size, slots_T % self.page_size
+    def _write_keys(self, layer: int, places: tuple[Tensor, Tensor], k_TKd: Tensor) -> None:
+        page_T, slot_T = places
         if self.key_scales is not None:
-            k_TKd, self.key_scales[layer][page_T, :, place_T] = _rounded(k_TKd)
-        self.keys[layer][page_T, :, :, place_T] = k_TKd
+            k_TKd, self.key_scales[layer][page_T, :, slot_T] = _rounded(k_TKd)
+        self.keys[layer][page_T, :, :, slot_T] = k_TKd
 
     def read(self, layer: int, tables_BP: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (without `key_bias_NKd`) and values of these pages, each [B, L, K, d] in `dtype`."""
@@ -180,11 +182,11 @@ class Cache:
         if all(map(torch.equal, old, new)):
             return  # such as between two contexts of Dual Chunk Attention, which scales queries
         table_P = torch.tensor(list(pages), device=self.device)
-        slots_T = table_P[at_T // self.page_size] * self.page_size + at_T % self.page_size
+        places = table_P[at_T // self.page_size], at_T % self.page_size
         for layer in range(self.config.num_hidden_layers):
             k_TKd = self.read(layer, table_P[None])[0][0, at_T].float()
             k_TKd = rotate(rotate(k_TKd, *_inverse(old)), *new)
-            self._write_keys(layer, slots_T, k_TKd.to(self.dtype))
+            self._write_keys(layer, places, k_TKd.to(self.dtype))
 
     def _scales(self) -> list[Tensor]:
         return [x for x in (self.key_scales, self.value_scales) if x is not None]

@@ -15,6 +15,7 @@ from openqwen.model.attention import Attention
 from openqwen.model.config import ModelConfig
 from openqwen.model.experts import Routing, SparseFeedForward
 from openqwen.model.feed_forward import FeedForward
+from openqwen.model.fused import fused
 from openqwen.model.rope import Rotation
 
 
@@ -179,8 +180,13 @@ class RMSNorm(nn.Module):
         """[T, D] → [T, D]."""
         if x_TD.dtype == torch.float32:
             return F.rms_norm(x_TD, self.weight.shape, self.weight.to(x_TD.dtype), self.eps)
-        normed_TD = F.rms_norm(x_TD.float(), self.weight.shape, None, self.eps)
-        return self.weight * normed_TD.to(x_TD.dtype)
+        return _half_norm(x_TD, self.weight, self.eps)
+
+
+@fused
+def _half_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    normed_TD = F.rms_norm(x_TD.float(), weight_D.shape, None, eps)
+    return weight_D * normed_TD.to(x_TD.dtype)
 
 
 def initialize(model: Qwen2 | Scorer, generator: torch.Generator) -> None:

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from openqwen.model.fused import fused
+
 
 class FeedForward(nn.Module):
     """down(silu(gate(x)) · up(x)) without bias; D inputs and outputs, `width` channels inside."""
@@ -15,4 +17,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: object = None) -> Tensor:
         """[T, D] → [T, D]. routing: unused; the argument exists for `SparseFeedForward`."""
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        return self.down_proj(_gated(self.gate_proj(x_TD), self.up_proj(x_TD)))
+
+
+@fused
+def _gated(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    return F.silu(gate_TF) * up_TF

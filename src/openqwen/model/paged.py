@@ -148,10 +148,10 @@ class Paged:
         return GpuPaged(self.cache, self.tables_BP, self.totals, self.new)
 
     @cached_property
-    def _places(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _places(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Of the new tokens [B, Q]: rows in the call, which are no padding, positions.
 
-        The last is the slot of each row's key and value, [T].
+        The last are the page of each row's key and value and its slot there, each [T].
         """
         device, size = self.cache.device, self.cache.page_size
         totals_B1 = torch.tensor(self.totals, device=device)[:, None]
@@ -162,8 +162,8 @@ class Paged:
         real_BQ = steps_1Q < new_B1
         rows_BQ = new_B1.cumsum(0) - new_B1 + torch.minimum(steps_1Q, new_B1 - 1)
         at_BQ = torch.minimum(totals_B1 - new_B1 + steps_1Q, totals_B1 - 1)
-        slots_T = (self.tables_BP.gather(1, at_BQ // size) * size + at_BQ % size)[real_BQ]
-        return rows_BQ, real_BQ, at_BQ, slots_T
+        page_T = self.tables_BP.gather(1, at_BQ // size)[real_BQ]
+        return rows_BQ, real_BQ, at_BQ, (page_T, (at_BQ % size)[real_BQ])
 
     def _grid(self, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows of the queries, which of them are no padding, pages, and the mask [B, 1, Q, L]."""

@@ -6,9 +6,10 @@ paged.py; N keys of all sequences with several new tokens, laid end to end.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,14 +22,12 @@ from openqwen.model.rope import Rotation, rotate, rotation_of
 
 
 @cache
-def decode_kernel() -> Callable[..., Tensor] | None:
-    """The Triton kernel `paged_decode`; None where Triton is not installed."""
+def triton_kernels() -> ModuleType | None:
+    """The module paged_triton; None where Triton is not installed."""
     try:
-        module = importlib.import_module("openqwen.model.paged_triton")
+        return importlib.import_module("openqwen.model.paged_triton")
     except ImportError:
         return None
-    kernel: Callable[..., Tensor] = module.paged_decode
-    return kernel
 
 
 def suits(store: Cache) -> bool:
@@ -36,7 +35,7 @@ def suits(store: Cache) -> bool:
     width = store.config.head_dim
     if store.format != "float" or store.device.type != "cuda" or width & (width - 1):
         return False
-    return store.dtype in HALF and decode_kernel() is not None
+    return store.dtype in HALF and triton_kernels() is not None
 
 
 class GpuPaged:
@@ -69,11 +68,10 @@ class GpuPaged:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         out_THd = torch.empty_like(q_THd)
         if len(self._decode_rows):
-            decode = decode_kernel()
-            assert decode is not None
-            q_BHd = q_THd[self._decode_rows]
-            out_BHd = decode(q_BHd, keys, values, self._tables_BP, self._totals_B)
-            out_THd[self._decode_rows] = out_BHd
+            kernels = triton_kernels()
+            assert kernels is not None
+            inputs = q_THd[self._decode_rows], keys, values, self._tables_BP, self._totals_B
+            out_THd[self._decode_rows] = kernels.paged_decode(*inputs)
         if self._prefill_rows is not None:
             kernel = packed_kernel(q_THd.device)
             assert kernel is not None
@@ -93,8 +91,7 @@ class PagedDecode:
         self._cache, self._tables_BP, self._totals_B = store, tables_BP, totals_B
         self._context = context
         at_B, size = totals_B - 1, store.page_size
-        page_B = tables_BP.gather(1, (at_B // size)[:, None]).squeeze(1)
-        self._slots_B = page_B * size + at_B % size
+        self._places = tables_BP.gather(1, (at_B // size)[:, None]).squeeze(1), at_B % size
 
     def rotation(self, positions_T: Tensor, config: ModelConfig) -> Rotation:
         """See `Attention.rotation`."""
@@ -104,11 +101,13 @@ class PagedDecode:
         self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, rotation: Rotation, layer: int
     ) -> Tensor:
         """See `Attention.attend`."""
-        store, decode = self._cache, decode_kernel()
-        assert decode is not None
-        store.write(layer, self._slots_B, rotate(k_TKd, *rotation.key), v_TKd)
-        query, keys, values = rotate(q_THd, *rotation.query), store.keys[layer], store.values[layer]
-        return decode(query, keys, values, self._tables_BP, self._totals_B)
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        kernels = triton_kernels()
+        assert kernels is not None
+        kernels.paged_write(k_TKd, v_TKd, rotation.key, keys, values, self._places)
+        query = rotate(q_THd, *rotation.query)
+        out_THd: Tensor = kernels.paged_decode(query, keys, values, self._tables_BP, self._totals_B)
+        return out_THd
 
 
 def _bounds(lengths: Sequence[int], device: torch.device) -> Tensor:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openqwen.model.fused import fused
+
 _SPLITS = 16  # of a sequence, so that one request alone can use the whole GPU
 
 
@@ -110,5 +112,71 @@ def paged_decode(
         BLOCK=64,
         ROWS=max(16, triton.next_power_of_2(heads // kv_heads)),
     )
-    share = lse.softmax(-1)[..., None]
-    return (out * share).sum(2).to(q_BHd.dtype)
+    return _merge(out, lse, q_BHd.dtype)
+
+
+@triton.jit
+def _write(
+    k,
+    v,
+    cos,
+    sin,
+    keys,
+    values,
+    pages,
+    slots,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    S: tl.constexpr,
+):
+    b, head = tl.program_id(0), tl.program_id(1)
+    f = tl.arange(0, D // 2)
+    page, slot = tl.load(pages + b), tl.load(slots + b)
+    source = (b * K + head) * D
+    c, s = tl.load(cos + b * (D // 2) + f), tl.load(sin + b * (D // 2) + f)
+    first = tl.load(k + source + f).to(tl.float32)
+    second = tl.load(k + source + D // 2 + f).to(tl.float32)
+    target = (page * K + head) * D * S
+    tl.store(keys + target + f * S + slot, first * c - second * s)
+    tl.store(keys + target + (D // 2 + f) * S + slot, second * c + first * s)
+    d = tl.arange(0, D)
+    tl.store(values + target + slot * D + d, tl.load(v + source + d))
+
+
+def paged_write(
+    k_BKd: Tensor,
+    v_BKd: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    places: tuple[Tensor, Tensor],
+) -> None:
+    """Rotate one new key of each sequence, and write it and its value into their pages.
+
+    Args:
+        k_BKd: keys, not rotated.
+        v_BKd: values.
+        rotation: cos and sin of each key's angles, float32 [B, 1, d/2].
+        keys: of a layer as in `Cache`, [pages, K, d, S].
+        values: [pages, K, S, d].
+        places: the page of each sequence's new token and its slot there, int64 [B].
+    """
+    batch, kv_heads, width = k_BKd.shape
+    _write[(batch, kv_heads)](
+        k_BKd.contiguous(),
+        v_BKd.contiguous(),
+        *(x.contiguous() for x in rotation),
+        keys,
+        values,
+        *places,
+        K=kv_heads,
+        D=width,
+        S=values.shape[2],
+        num_warps=1,
+    )
+
+
+@fused
+def _merge(out_BHSd: Tensor, lse_BHS: Tensor, dtype: torch.dtype) -> Tensor:
+    """The attention to all splits, [B, H, d], from the attention to each and its log-sum-exp."""
+    return (out_BHSd * lse_BHS.softmax(-1)[..., None]).sum(2).to(dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openqwen.model.config import ModelConfig
 from openqwen.model.dual_chunk import rotary_positions
+from openqwen.model.fused import fused
 from openqwen.model.long_context import LongContext, Yarn
 
 CosSin = tuple[Tensor, Tensor]  # of each token's angles, each [T, 1, d/2], float32
@@ -79,6 +80,7 @@ def cos_sin(positions_T: Tensor, frequencies: Tensor, scale: float | Tensor = 1.
     return (angles.cos() * scale)[:, None], (angles.sin() * scale)[:, None]
 
 
+@fused
 def rotate(x_THd: Tensor, cos_T1f: Tensor, sin_T1f: Tensor) -> Tensor:
     """Rotate each pair (x_k, x_{k+d/2}) by its angle; the pairs are not interleaved. [T, H, d]."""
     a, b = x_THd.chunk(2, dim=-1)
