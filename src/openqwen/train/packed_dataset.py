@@ -9,16 +9,16 @@ from pydantic import Field
 from openqwen.support.batching import cut_to_budget
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.generators import Generators
-from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.fill_in_middle import marker_ids
 from openqwen.train.fill_in_middle import fill_in_middle
 from openqwen.train.packed_batch import Sample
+from openqwen.train.packing import MicroBatchConfig
 
 _ROW = 4_096  # Qwen2's context in pre-training
 
 
-class DataConfig(Settings):
+class DataConfig(MicroBatchConfig):
     """How much text to read, from which sources, in rows of which lengths."""
 
     tokens: int = Field(1_500_000, gt=0, description="tokens to train on")
@@ -33,9 +33,6 @@ class DataConfig(Settings):
         "none: all rows have the context's length",
     )
     batch_tokens: int = Field(16_384, gt=0, description="tokens of one optimizer step")
-    micro_tokens: int = Field(
-        8_192, gt=0, description="tokens of one forward call; changes memory and speed alone"
-    )
     mixture: dict[str, float] = Field(
         default_factory=dict,
         description="share of each source in the tokens; the others split the rest by size",

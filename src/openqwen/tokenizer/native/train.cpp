@@ -194,7 +194,7 @@ class BpeTrainer {
 
   // Replaces each `pair`, from the left, by `merged` in all words that hold it.
   void apply(Pair pair, uint32_t merged) {
-    born_.clear();
+    new_pairs_.clear();
     uint32_t left = pair >> 32, right = static_cast<uint32_t>(pair);
     std::vector<uint32_t> places = std::move(pairs_[pair].words);
     for (uint32_t index : places) {
@@ -208,25 +208,25 @@ class BpeTrainer {
         if (kept) {
           uint32_t before = symbols[kept - 1];
           change(before, left, -word.count, index);
-          bear(before, merged, word.count, index);
+          count_pair(before, merged, word.count, index);
         }
         if (i + 2 < word.size) {
           uint32_t after = symbols[i + 2];
           change(right, after, -word.count, index);
-          bear(merged, after, word.count, index);
+          count_pair(merged, after, word.count, index);
         }
         symbols[kept++] = merged;
         i += 2;
       }
       word.size = kept;
     }
-    for (Pair child : born_) queue_.push({pairs_[child].count, child});
+    for (Pair child : new_pairs_) queue_.push({pairs_[child].count, child});
   }
 
   // Count a pair with the new symbol; the first time it becomes a candidate.
-  void bear(uint32_t left, uint32_t right, int64_t by, uint32_t word) {
+  void count_pair(uint32_t left, uint32_t right, int64_t by, uint32_t word) {
     PairCounts::Entry& entry = pairs_[Pair{left} << 32 | right];
-    if (entry.words.empty()) born_.push_back(entry.pair);
+    if (entry.words.empty()) new_pairs_.push_back(entry.pair);
     entry.count += by;
     if (entry.words.empty() || entry.words.back() != word) entry.words.push_back(word);
   }
@@ -237,7 +237,7 @@ class BpeTrainer {
   std::vector<Word> words_;
   PairCounts pairs_;
   std::priority_queue<Candidate> queue_;
-  std::vector<Pair> born_;
+  std::vector<Pair> new_pairs_;
 };
 
 }  // namespace
