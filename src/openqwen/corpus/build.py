@@ -11,6 +11,7 @@ from typing import Any
 
 from openqwen.corpus.clean import long_pieces
 from openqwen.corpus.config import CorpusConfig
+from openqwen.corpus.decontaminate import Contamination, EvaluationIndex, read_items
 from openqwen.corpus.deduplicate import exact_key, near_duplicates, signatures
 from openqwen.corpus.documents import (
     HELDOUT,
@@ -29,6 +30,7 @@ from openqwen.corpus.process import (
     cap,
     clean,
     cut_repeats,
+    drop_contaminated,
     drop_exact,
     drop_near,
 )
@@ -56,7 +58,7 @@ def build_corpus(
 
     Memory: about 2 KB for every document, and one row group of texts (at most 64 MB).
     """
-    account = Account()
+    account = Account(left_out=() if config.decontaminate else ("decontaminate",))
     first_with: dict[bytes, str] = {}  # exact key of a text -> id of the first document with it
 
     def exact(document: Document) -> Result:
@@ -72,6 +74,8 @@ def build_corpus(
         if not entries:
             raise _nothing_left("Every document was filtered out.", config, account.reasons())
         steps = [_near_step(filtered, entries, config), _paragraph_step(config)]
+        if config.decontaminate:
+            steps.insert(0, _decontamination_step(filtered, entries, config.decontaminate))
         documents = account.kept(read_jsonl(filtered), steps)
         extra = account.kept(extra_documents, [exact])
         entries = _spill(final, chain(documents, extra))
@@ -130,6 +134,19 @@ def _filter_steps(entries: list[DocumentEntry], config: CorpusConfig, seed: int)
         lambda document: clean(document, config.filters),
         lambda document: apply_filters(document, config.filters),
     ]
+
+
+def _decontamination_step(path: Path, entries: list[DocumentEntry], sets: list[Path]) -> Step:
+    """Decontamination of the documents in `path`: reads them all."""
+    index = EvaluationIndex(read_items(sets))
+    with progress("decontaminate", len(entries), "documents") as bar:
+        matches: dict[str, Contamination] = {}
+        texts = (document["text"] for document in read_jsonl(path))
+        for entry, match in zip(entries, index.contamination(texts), strict=True):
+            if match:
+                matches[entry.id] = match
+            bar.advance()
+    return lambda document: drop_contaminated(document, matches.get(document["id"]))
 
 
 def _near_step(path: Path, entries: list[DocumentEntry], config: CorpusConfig) -> Step:

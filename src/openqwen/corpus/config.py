@@ -214,6 +214,11 @@ class CorpusConfig(Settings):
         ge=1,
         description="shortest paragraph or comment that is cut where an earlier document has it",
     )
+    decontaminate: list[Path] = Field(
+        [],
+        description="evaluation files, or folders of them; documents that hold one of their texts "
+        "are dropped: 13 words in common, in order, and 0.6 of the shorter text (Qwen2)",
+    )
     minhash: MinHashConfig = Field(default_factory=MinHashConfig, description="near-deduplication")
     heldout_share: float = Field(
         0.02, gt=0, lt=1, description="share of documents held out of training, by hash of id"

@@ -11,6 +11,7 @@ import numpy as np
 import xxhash
 
 from openqwen.corpus.config import MinHashConfig
+from openqwen.corpus.words import hash_words
 from openqwen.support.splitmix import GAMMA, mix
 from openqwen.tokenizer.fast import text_batches
 
@@ -22,42 +23,12 @@ def exact_key(text: str) -> bytes:
     return xxhash.xxh3_128_digest(" ".join(text.split()).encode("utf-8"))
 
 
-def _powers(base: int, count: int) -> np.ndarray:
-    """[count] base^0, base^1, ... modulo 2^64."""
-    powers = np.full(count, base, dtype=np.uint64)
-    powers[0] = 1
-    return np.cumprod(powers, dtype=np.uint64)
-
-
-_IS_WORD = np.zeros(256, dtype=bool)
-_IS_WORD[[*range(48, 58), *range(65, 91), *range(97, 123), 95, *range(128, 256)]] = True
-_BYTE_HASH = mix(np.arange(1, 257, dtype=np.uint64) * np.uint64(GAMMA))
-
-
-def _word_hashes(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hash and start of each word in a buffer of UTF-8.
-
-    A word is a run of letters, digits, `_` and bytes of other scripts. With S the prefix sums of
-    h(byte) * G^position, a word's hash (S[end] - S[start]) * G^-start does not depend on where it
-    stands: one pass over the buffer serves all words.
-    """
-    edges = np.diff(_IS_WORD[data].astype(np.int8), prepend=0, append=0)
-    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    sums = np.zeros(len(data) + 1, dtype=np.uint64)
-    np.cumsum(_BYTE_HASH[data] * _powers(GAMMA, len(data)), out=sums[1:])
-    return mix((sums[ends] - sums[starts]) * _powers(_INVERSE, len(data) + 1)[starts]), starts
-
-
 def shingle_hashes(texts: list[str], words: int) -> tuple[np.ndarray, np.ndarray]:
     """(hashes of all `words`-word shingles of a batch, [texts + 1] where each text's begin).
 
     Letters are lower-cased. A text of fewer words has one shingle: all of it.
     """
-    parts = [text.lower().encode("utf-8") for text in texts]
-    data = np.frombuffer(b" ".join(parts) + b" ", dtype=np.uint8)
-    ends = np.cumsum([len(part) + 1 for part in parts])
-    hashes, starts = _word_hashes(data)
-    first = np.searchsorted(starts, np.concatenate([[0], ends]))  # first word of each text
+    hashes, first = hash_words(texts)
     counts = np.diff(first)
     shingle_counts = np.maximum(counts - words + 1, 1)
     offsets = np.concatenate([[0], np.cumsum(shingle_counts)])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from openqwen.corpus.clean import Span, c4_lines, normalize, without
 from openqwen.corpus.config import FilterConfig
+from openqwen.corpus.decontaminate import Contamination
 from openqwen.corpus.documents import Document, utf8_size
 from openqwen.corpus.filters import first_failure
 from openqwen.corpus.measure import Measured
@@ -78,6 +79,13 @@ def drop_exact(document: Document, first: str) -> Result:
     if document["id"] == first:
         return DocumentVerdict("exact"), document
     return DocumentVerdict("exact", "exact duplicate", f"same text as {first}"), document
+
+
+def drop_contaminated(document: Document, match: Contamination | None) -> Result:
+    """Drop a document that holds an evaluation item; see decontaminate.py."""
+    if match is None:
+        return DocumentVerdict("decontaminate"), document
+    return DocumentVerdict("decontaminate", "holds an evaluation item", str(match)), document
 
 
 def drop_near(document: Document, first: str) -> Result:

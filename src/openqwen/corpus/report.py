@@ -9,7 +9,7 @@ from openqwen.corpus.mixture import shares
 from openqwen.corpus.process import DocumentVerdict, Step
 from openqwen.support.files import gzip_bits_per_byte
 
-STEPS = ("cap", "clean", "filter", "exact", "near", "paragraphs")
+STEPS = ("cap", "clean", "filter", "exact", "decontaminate", "near", "paragraphs")
 _EXAMPLES = 3  # shown for each reason
 _EXCERPT = 300  # characters
 
@@ -50,10 +50,10 @@ class StepReport:
 
 
 class Account:
-    """The reports of all steps, in their order."""
+    """The reports of all steps, in their order, but of those that do not run."""
 
-    def __init__(self) -> None:
-        self.steps = {name: StepReport(name) for name in STEPS}
+    def __init__(self, left_out: Container[str] = ()) -> None:
+        self.steps = {name: StepReport(name) for name in STEPS if name not in left_out}
 
     def kept(self, documents: Iterable[Document], steps: Sequence[Step]) -> Iterator[Document]:
         """Take each document through the steps until one drops it; yields those that all keep."""
