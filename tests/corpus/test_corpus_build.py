@@ -11,6 +11,7 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -96,10 +97,23 @@ def test_the_report_accounts_for_every_document(folder, tmp_path):
     )
 
 
+def test_every_decision_stands_in_a_file_with_the_number_that_caused_it(folder, tmp_path):
+    _, report = build(CorpusConfig(folder=folder), tmp_path / "out", tasks())
+    rows = pq.read_table(tmp_path / "out/decisions.parquet").to_pylist()
+    counts = Counter((row["step"], row["rule"]) for row in rows)
+    for step in report["steps"]:
+        for rule, entry in step["reasons"].items():
+            assert counts.pop((step["name"], rule)) == entry["documents"]
+    assert not counts
+    (short,) = (row for row in rows if row["id"] == "short.txt")
+    assert (short["rule"], short["value"], short["kept"]) == ("word count", 2.0, False)
+    assert short["why"] == "2, wanted 50 to 100,000"
+
+
 def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
     for name in ("one", "two"):
         build(CorpusConfig(folder=folder), tmp_path / name, tasks())
-    for file in ("train.parquet", "heldout.parquet", "corpus.json"):
+    for file in ("train.parquet", "heldout.parquet", "corpus.json", "decisions.parquet"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     build(CorpusConfig(folder=folder), tmp_path / "three", tasks(), seed=1)
     assert (tmp_path / "one/heldout.parquet").read_bytes() != (

@@ -116,10 +116,13 @@ def test_prose_and_code_pass_and_the_first_failure_is_named():
     assert filters.first_failure(PROSE, "web", config) is None
     assert filters.first_failure(PROSE, "text", config) is None
     assert filters.first_failure(code, "code", config) is None
-    assert filters.first_failure(PROSE + "{", "web", config) == ("curly bracket", "holds '{'")
+    assert filters.first_failure(PROSE + "{", "web", config) == (
+        "curly bracket",
+        ("holds '{'", 1),
+    )
     assert filters.first_failure("too short", "text", config) == (
         "word count",
-        "2, wanted 50 to 100,000",
+        ("2, wanted 50 to 100,000", 2),
     )
     assert filters.first_failure(PROSE * 2, "text", config)[0] in {
         "repeated line characters",

@@ -51,7 +51,7 @@ def document(text, profile="text", name="a"):
             apply_filters,
             "too short\n",
             "text",
-            DocumentVerdict("filter", "word count", "2, wanted 50 to 100,000"),
+            DocumentVerdict("filter", "word count", "2, wanted 50 to 100,000", value=2),
             "too short\n",
         ),
     ],
@@ -93,7 +93,8 @@ def test_repeats_are_cut_and_a_document_of_nothing_else_is_dropped():
 def test_every_byte_is_kept_dropped_or_cut():
     """A document that the line rules emptied was counted twice."""
     documents = [document(PAGE, "web", "0"), document("Menu\n", "web", "1"), document("x\n")]
-    account = Account()
+    recorded = []
+    account = Account(lambda *pair: recorded.append(pair))
     kept = list(account.kept(documents, [partial(clean, config=RULES)]))
     report = account.steps["clean"].json()
     assert (report["kept"], report["dropped"], len(kept)) == (2, 1, 2)

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from openqwen.corpus.clean import long_pieces
 from openqwen.corpus.config import CorpusConfig
+from openqwen.corpus.decisions import DECISIONS, Decisions
 from openqwen.corpus.decontaminate import Contamination, EvaluationIndex, read_items
 from openqwen.corpus.deduplicate import exact_key, near_duplicates, signatures
 from openqwen.corpus.documents import (
@@ -41,10 +42,20 @@ from openqwen.support.files import read_jsonl, write_json, write_jsonl
 from openqwen.support.progress import progress
 
 
+class _Passes(NamedTuple):
+    """The files that hold the documents between the passes."""
+
+    raw: Path
+    filtered: Path
+    final: Path
+
+
 def build_corpus(
     config: CorpusConfig, extra_documents: Iterable[Document], folder: Path, seed: int = 0
 ) -> dict[str, float]:
-    """Write train.parquet, heldout.parquet and corpus.json into `folder`; returns flat metrics.
+    """Write a corpus into `folder`: its documents, its report and its decisions.
+
+    The files are train.parquet, heldout.parquet, corpus.json and decisions.parquet.
 
     Args:
         extra_documents: ready documents (the multi-task instruction data that Qwen2 mixes in). They
@@ -58,30 +69,18 @@ def build_corpus(
 
     Memory: about 2 KB for every document, and one row group of texts (at most 64 MB).
     """
-    account = Account(left_out=() if config.decontaminate else ("decontaminate",))
-    first_with: dict[bytes, str] = {}  # exact key of a text -> id of the first document with it
-
-    def exact(document: Document) -> Result:
-        first = first_with.setdefault(exact_key(document["text"]), document["id"])
-        return drop_exact(document, first)
-
-    with TemporaryDirectory(prefix=".", dir=folder) as scratch:
-        raw, filtered, final = (Path(scratch) / f"{n}.jsonl" for n in ("raw", "filtered", "final"))
-        entries, read = _read(config, raw)
-        steps = [*_filter_steps(entries, config, seed), exact]
-        documents = _with_progress("filter", read_jsonl(raw), len(entries))
-        entries = _spill(filtered, account.kept(documents, steps))
-        if not entries:
-            raise _nothing_left("Every document was filtered out.", config, account.reasons())
-        steps = [_near_step(filtered, entries, config), _paragraph_step(config)]
-        if config.decontaminate:
-            steps.insert(0, _decontamination_step(filtered, entries, config.decontaminate))
-        documents = account.kept(read_jsonl(filtered), steps)
-        extra = account.kept(extra_documents, [exact])
-        entries = _spill(final, chain(documents, extra))
+    with (
+        TemporaryDirectory(prefix=".", dir=folder) as scratch,
+        Decisions(folder / DECISIONS) as decisions,
+    ):
+        left_out = () if config.decontaminate else ("decontaminate",)
+        account = Account(decisions.add, left_out)
+        files = _Passes(*(Path(scratch) / f"{name}.jsonl" for name in _Passes._fields))
+        entries, read = _read(config, files.raw)
+        entries = _process(config, account, files, entries, extra_documents, seed)
         held = _held_out(entries, config, seed)
         for part, in_part in ((TRAIN, False), (HELDOUT, True)):
-            documents = (d for d in read_jsonl(final) if (d["id"] in held) == in_part)
+            documents = (d for d in read_jsonl(files.final) if (d["id"] in held) == in_part)
             write_documents(folder / part, documents)
     report = {
         **read,
@@ -90,6 +89,34 @@ def build_corpus(
     }
     write_json(folder / "corpus.json", report)
     return flat_metrics(report)
+
+
+def _process(
+    config: CorpusConfig,
+    account: Account,
+    files: _Passes,
+    entries: list[DocumentEntry],
+    extra_documents: Iterable[Document],
+    seed: int,
+) -> list[DocumentEntry]:
+    """Take the documents of `files.raw` through all steps; returns those of `files.final`."""
+    first_with: dict[bytes, str] = {}  # exact key of a text -> id of the first document with it
+
+    def exact(document: Document) -> Result:
+        first = first_with.setdefault(exact_key(document["text"]), document["id"])
+        return drop_exact(document, first)
+
+    steps = [*_filter_steps(entries, config, seed), exact]
+    documents = _with_progress("filter", read_jsonl(files.raw), len(entries))
+    entries = _spill(files.filtered, account.kept(documents, steps))
+    if not entries:
+        raise _nothing_left("Every document was filtered out.", config, account.reasons())
+    steps = [_near_step(files.filtered, entries, config), _paragraph_step(config)]
+    if config.decontaminate:
+        steps.insert(0, _decontamination_step(files.filtered, entries, config.decontaminate))
+    documents = account.kept(read_jsonl(files.filtered), steps)
+    extra = account.kept(extra_documents, [exact])
+    return _spill(files.final, chain(documents, extra))
 
 
 def _read(config: CorpusConfig, path: Path) -> tuple[list[DocumentEntry], dict[str, Any]]:

@@ -27,13 +27,15 @@ class DocumentVerdict(NamedTuple):
     """What one step decided about one document.
 
     rule: the rule that drops the document, None where it is kept. why: the value that decided, and
-    its limit. cut: what was cut out of the document, whether the rest is kept or not.
+    its limit, in words. cut: what was cut out of the document, whether the rest is kept or not.
+    value: the number that decided, where a rule measures one.
     """
 
     step: str
     rule: str | None = None
     why: str = ""
     cut: Cut | None = None
+    value: float | None = None
 
     @property
     def kept(self) -> bool:
@@ -70,8 +72,11 @@ def clean(document: Document, config: FilterConfig) -> Result:
 
 def apply_filters(document: Document, config: FilterConfig) -> Result:
     """Drop a cleaned document that fails one of the rules of its profile."""
-    failure = first_failure(document["text"], document["meta"]["profile"], config)
-    return (DocumentVerdict("filter", *failure) if failure else DocumentVerdict("filter")), document
+    found = first_failure(document["text"], document["meta"]["profile"], config)
+    if found is None:
+        return DocumentVerdict("filter"), document
+    rule, failure = found
+    return DocumentVerdict("filter", rule, failure.why, value=failure.value), document
 
 
 def drop_exact(document: Document, first: str) -> Result:
@@ -85,7 +90,8 @@ def drop_contaminated(document: Document, match: Contamination | None) -> Result
     """Drop a document that holds an evaluation item; see decontaminate.py."""
     if match is None:
         return DocumentVerdict("decontaminate"), document
-    return DocumentVerdict("decontaminate", "holds an evaluation item", str(match)), document
+    rule = "holds an evaluation item"
+    return DocumentVerdict("decontaminate", rule, str(match), value=match.common), document
 
 
 def drop_near(document: Document, first: str) -> Result:

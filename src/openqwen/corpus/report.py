@@ -1,7 +1,7 @@
 """What corpus.json says: what each step kept, dropped and cut, and what the corpus consists of."""
 
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 from openqwen.corpus.documents import Document, DocumentEntry, utf8_size
@@ -50,9 +50,17 @@ class StepReport:
 
 
 class Account:
-    """The reports of all steps, in their order, but of those that do not run."""
+    """The reports of all steps, in their order, but of those that do not run.
 
-    def __init__(self, left_out: Container[str] = ()) -> None:
+    record: called with each document and verdict.
+    """
+
+    def __init__(
+        self,
+        record: Callable[[Document, DocumentVerdict], None],
+        left_out: Container[str] = (),
+    ) -> None:
+        self._record = record
         self.steps = {name: StepReport(name) for name in STEPS if name not in left_out}
 
     def kept(self, documents: Iterable[Document], steps: Sequence[Step]) -> Iterator[Document]:
@@ -61,6 +69,7 @@ class Account:
             for step in steps:
                 verdict, document = step(document)
                 self.steps[verdict.step].count(verdict, document)
+                self._record(document, verdict)
                 if not verdict.kept:
                     break
             else:
