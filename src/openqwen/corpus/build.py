@@ -3,14 +3,17 @@
 Documents are streamed: between two passes they lie in a file, not in memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from openqwen.corpus.clean import long_pieces
-from openqwen.corpus.config import CorpusConfig
+from openqwen.corpus.config import CorpusConfig, ScoreConfig
 from openqwen.corpus.decisions import DECISIONS, Decisions
 from openqwen.corpus.decontaminate import Contamination, EvaluationIndex, read_items
 from openqwen.corpus.deduplicate import exact_key, near_duplicates, signatures
@@ -33,8 +36,10 @@ from openqwen.corpus.process import (
     cut_repeats,
     drop_contaminated,
     drop_exact,
+    drop_low_score,
     drop_near,
 )
+from openqwen.corpus.quality import QualityClassifier
 from openqwen.corpus.read import FolderReader
 from openqwen.corpus.report import Account, flat_metrics, mixture_report
 from openqwen.support.errors import OpenQwenError
@@ -73,8 +78,8 @@ def build_corpus(
         TemporaryDirectory(prefix=".", dir=folder) as scratch,
         Decisions(folder / DECISIONS) as decisions,
     ):
-        left_out = () if config.decontaminate else ("decontaminate",)
-        account = Account(decisions.add, left_out)
+        runs = {"decontaminate": config.decontaminate, "score": config.score.classifier}
+        account = Account(decisions.add, [name for name, given in runs.items() if not given])
         files = _Passes(*(Path(scratch) / f"{name}.jsonl" for name in _Passes._fields))
         entries, read = _read(config, files.raw)
         entries = _process(config, account, files, entries, extra_documents, seed)
@@ -111,9 +116,12 @@ def _process(
     entries = _spill(files.filtered, account.kept(documents, steps))
     if not entries:
         raise _nothing_left("Every document was filtered out.", config, account.reasons())
-    steps = [_near_step(files.filtered, entries, config), _paragraph_step(config)]
+    steps = []
     if config.decontaminate:
-        steps.insert(0, _decontamination_step(files.filtered, entries, config.decontaminate))
+        steps.append(_decontamination_step(files.filtered, entries, config.decontaminate))
+    if config.score.classifier:
+        steps.append(_score_step(files.filtered, entries, config.score, config.score.classifier))
+    steps += [_near_step(files.filtered, entries, config), _paragraph_step(config)]
     documents = account.kept(read_jsonl(files.filtered), steps)
     extra = account.kept(extra_documents, [exact])
     return _spill(files.final, chain(documents, extra))
@@ -174,6 +182,51 @@ def _decontamination_step(path: Path, entries: list[DocumentEntry], sets: list[P
                 matches[entry.id] = match
             bar.advance()
     return lambda document: drop_contaminated(document, matches.get(document["id"]))
+
+
+def _score_step(
+    path: Path, entries: list[DocumentEntry], config: ScoreConfig, folder: Path
+) -> Step:
+    """Filtering of the documents in `path` by a classifier of quality: reads them all."""
+    classifier = QualityClassifier.load(folder)
+    weights = _score_weights(classifier.dimensions, config.weights)
+    ratings: dict[str, dict[str, float]] = {}
+    scores: dict[str, float] = {}
+    of_source: dict[str, list[float]] = {}
+    with progress("score", len(entries), "documents") as bar:
+        texts = (document["text"] for document in read_jsonl(path))
+        for entry, row in zip(entries, classifier.scores(texts), strict=True):
+            ratings[entry.id] = row
+            scores[entry.id] = float(np.average(list(row.values()), weights=weights))
+            of_source.setdefault(entry.source, []).append(scores[entry.id])
+            bar.advance()
+    least = {source: _least_score(values, source, config) for source, values in of_source.items()}
+
+    def step(document: Document) -> Result:
+        name = document["id"]
+        return drop_low_score(document, ratings[name], scores[name], least[document["source"]])
+
+    return step
+
+
+def _score_weights(dimensions: Sequence[str], given: Mapping[str, float]) -> list[float]:
+    """The weight of each dimension in a document's score."""
+    weights = [given.get(name, 1.0) for name in dimensions]
+    if unknown := sorted(given.keys() - set(dimensions)):
+        what = f"The classifier has no dimension '{unknown[0]}'."
+    elif sum(weights) <= 0:
+        what = "The weights of the dimensions do not add up to more than 0."
+    else:
+        return weights
+    raise OpenQwenError(what, "score.weights", f"its dimensions are {', '.join(dimensions)}")
+
+
+def _least_score(scores: list[float], source: str, config: ScoreConfig) -> float:
+    """The lowest score of a source's documents that are kept."""
+    least = -math.inf if config.least is None else config.least
+    if dropped := int(len(scores) * (1 - config.keep.get(source, 1.0))):
+        least = max(least, sorted(scores)[min(dropped, len(scores) - 1)])
+    return least
 
 
 def _near_step(path: Path, entries: list[DocumentEntry], config: CorpusConfig) -> Step:

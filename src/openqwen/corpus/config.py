@@ -186,6 +186,21 @@ class MinHashConfig(Settings):
     rows: int = Field(8, ge=1, description="hashes in a band")
 
 
+class ScoreConfig(Settings):
+    """Filtering by a classifier of quality. A document's score is the mean of its dimensions'."""
+
+    classifier: Path | None = Field(
+        None, description="output folder of `openqwen quality`; none: no document is scored"
+    )
+    weights: dict[str, float] = Field(
+        {}, description="dimension -> its weight in the mean, such as {spam: 0}; not named: 1"
+    )
+    least: float | None = Field(None, description="documents with a lower score are dropped")
+    keep: dict[str, float] = Field(
+        {}, description="source -> the share of its documents to keep, those with the best scores"
+    )
+
+
 class CorpusConfig(Settings):
     """The corpus stage: from a folder of raw documents to training and held-out documents."""
 
@@ -218,6 +233,9 @@ class CorpusConfig(Settings):
         [],
         description="evaluation files, or folders of them; documents that hold one of their texts "
         "are dropped: 13 words in common, in order, and 0.6 of the shorter text (Qwen2)",
+    )
+    score: ScoreConfig = Field(
+        default_factory=ScoreConfig, description="filtering by a classifier of quality"
     )
     minhash: MinHashConfig = Field(default_factory=MinHashConfig, description="near-deduplication")
     heldout_share: float = Field(

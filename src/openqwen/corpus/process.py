@@ -94,6 +94,17 @@ def drop_contaminated(document: Document, match: Contamination | None) -> Result
     return DocumentVerdict("decontaminate", rule, str(match), value=match.common), document
 
 
+def drop_low_score(
+    document: Document, ratings: Mapping[str, float], score: float, least: float
+) -> Result:
+    """Drop a document whose score is below `least`; the others keep their ratings in `meta`."""
+    if score < least:
+        why = f"{score:.2f}, at least {least:.2f}"
+        return DocumentVerdict("score", "low quality", why, value=score), document
+    meta = {**document["meta"], "quality": dict(ratings)}
+    return DocumentVerdict("score"), {**document, "meta": meta}
+
+
 def drop_near(document: Document, first: str) -> Result:
     """Drop a document that is not the first of its near-duplicates; `first` is the id of that."""
     if document["id"] == first:

@@ -28,6 +28,7 @@ _ALIGNED = {"base": "evaluate-extend", "start": "evaluate-sft", "reward": "rewar
 # Name, module, and for each input the earlier stage that makes it; None: the stage is in no recipe.
 GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ("corpus", "openqwen.instruct.corpus", {}),
+    ("quality", "openqwen.corpus.quality", None),
     ("tokenizer", "openqwen.corpus.vocabulary", {"corpus": "corpus"}),
     ("tokens", "openqwen.corpus.shards", {"corpus": "corpus", "tokenizer": "tokenizer"}),
     (
