@@ -38,6 +38,7 @@ from openqwen.corpus.process import (
     drop_exact,
     drop_low_score,
     drop_near,
+    treat_personal,
 )
 from openqwen.corpus.quality import QualityClassifier
 from openqwen.corpus.read import FolderReader
@@ -78,7 +79,11 @@ def build_corpus(
         TemporaryDirectory(prefix=".", dir=folder) as scratch,
         Decisions(folder / DECISIONS) as decisions,
     ):
-        runs = {"decontaminate": config.decontaminate, "score": config.score.classifier}
+        runs = {
+            "personal": config.personal != "keep",
+            "decontaminate": config.decontaminate,
+            "score": config.score.classifier,
+        }
         account = Account(decisions.add, [name for name, given in runs.items() if not given])
         files = _Passes(*(Path(scratch) / f"{name}.jsonl" for name in _Passes._fields))
         entries, read = _read(config, files.raw)
@@ -164,11 +169,14 @@ def _spill(path: Path, documents: Iterable[Document]) -> list[DocumentEntry]:
 def _filter_steps(entries: list[DocumentEntry], config: CorpusConfig, seed: int) -> list[Step]:
     """The limits of the sources, cleaning and the filters."""
     left_out = beyond_cap(entries, config.max_bytes, seed)
-    return [
+    steps: list[Step] = [
         lambda document: cap(document, left_out, config.max_bytes),
         lambda document: clean(document, config.filters),
         lambda document: apply_filters(document, config.filters),
     ]
+    if (action := config.personal) != "keep":
+        steps.append(lambda document: treat_personal(document, action))
+    return steps
 
 
 def _decontamination_step(path: Path, entries: list[DocumentEntry], sets: list[Path]) -> Step:

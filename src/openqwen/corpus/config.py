@@ -224,6 +224,11 @@ class CorpusConfig(Settings):
     filters: FilterConfig = Field(
         default_factory=FilterConfig, description="the rules of each profile"
     )
+    personal: Literal["keep", "mask", "drop"] = Field(
+        "keep",
+        description="e-mail addresses, public IP addresses, cards, bank accounts and phone numbers:"
+        " kept, replaced, or the document is dropped",
+    )
     paragraph_characters: int = Field(
         200,
         ge=1,

@@ -5,7 +5,7 @@ about other documents, such as which one had the same text first, the driver fin
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from openqwen.corpus.clean import Span, c4_lines, normalize, without
 from openqwen.corpus.config import FilterConfig
@@ -13,6 +13,7 @@ from openqwen.corpus.decontaminate import Contamination
 from openqwen.corpus.documents import Document, utf8_size
 from openqwen.corpus.filters import first_failure
 from openqwen.corpus.measure import Measured
+from openqwen.corpus.personal import mask_personal
 
 
 class Cut(NamedTuple):
@@ -77,6 +78,20 @@ def apply_filters(document: Document, config: FilterConfig) -> Result:
         return DocumentVerdict("filter"), document
     rule, failure = found
     return DocumentVerdict("filter", rule, failure.why, value=failure.value), document
+
+
+def treat_personal(document: Document, action: Literal["mask", "drop"]) -> Result:
+    """Mask personal data, or drop a document that has some."""
+    text, found = mask_personal(document["text"])
+    if not found:
+        return DocumentVerdict("personal"), document
+    why = ", ".join(f"{count} {kind}" for kind, count in sorted(found.items()))
+    if action == "drop":
+        verdict = DocumentVerdict("personal", "personal data", why, value=found.total())
+        return verdict, document
+    before, after = utf8_size(document["text"]), utf8_size(text)
+    cut = Cut("personal data masked", why, max(before - after, 0))
+    return DocumentVerdict("personal", cut=cut), {**document, "text": text}
 
 
 def drop_exact(document: Document, first: str) -> Result:

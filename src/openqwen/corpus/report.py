@@ -9,7 +9,17 @@ from openqwen.corpus.mixture import shares
 from openqwen.corpus.process import DocumentVerdict, Step
 from openqwen.support.files import gzip_bits_per_byte
 
-STEPS = ("cap", "clean", "filter", "exact", "decontaminate", "score", "near", "paragraphs")
+STEPS = (
+    "cap",
+    "clean",
+    "filter",
+    "personal",
+    "exact",
+    "decontaminate",
+    "score",
+    "near",
+    "paragraphs",
+)
 _EXAMPLES = 3  # shown for each reason
 _EXCERPT = 300  # characters
 
