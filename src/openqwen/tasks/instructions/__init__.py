@@ -1,0 +1,168 @@
+"""Instructions that a program checks: IFEval's 25 kinds, and M-IFEval's in four languages.
+
+As a grader, reference:
+    {"instructions": [{"id": "keywords:existence", "parameters": {"keywords": ["rain"]}}, ...],
+     "language"?: "en", "fr", "es" or "ja" ("en" if not given), "loose"?: true or false,
+     "variant"?: "reference" or "mended"}
+An answer passes if it follows all of them (IFEval's prompt-level accuracy); its score is the share
+that it follows (instruction-level).
+
+Kinds are named by IFEval's ids. Verdicts are the reference implementation's, its defects included.
+The variant "mended" checks what an instruction says where the reference checks something else:
+nth_paragraph_first_word counts and takes paragraphs from one list; letter_frequency counts characters
+that are no letters from a to z, where the reference draws a letter by chance; response_language
+knows Chinese; and Japanese keywords are looked for in the text, not among a tokenizer's words, bullets
+may be * and - too, and signs of Markdown do not matter at the begin and the end.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from openqwen.support.errors import OpenQwenError, suggestion
+from openqwen.tasks.instructions.kinds import RELATIONS, SHARED_KINDS, Kind
+from openqwen.tasks.instructions.national import NATIONAL_KINDS
+from openqwen.tasks.task import Grade, Task
+
+LANGUAGES = ("en", "fr", "es", "ja")
+VARIANTS = ("reference", "mended")
+KINDS: dict[str, Kind] = {**SHARED_KINDS, **NATIONAL_KINDS}
+_LONGEST = 200_000  # characters of an answer that is read
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
+
+
+# name of a type -> (whether a value is of it, what it must be)
+PARAMETER_TYPES: dict[str, tuple[Any, str]] = {
+    "count": (_is_count, "a whole number, 0 or more"),
+    "text": (_is_text, "a text that is not empty"),
+    "texts": (_are_texts, "a list of texts that are not empty"),
+    "letter": (lambda value: _is_text(value) and len(value.strip()) == 1, "one character"),
+    "words": (_are_words, "an object from words without accents to words with them"),
+    "relation": (lambda value: value in RELATIONS, f"one of: {', '.join(RELATIONS)}"),
+}
+
+
+def check(
+    id: str,
+    parameters: Mapping[str, Any] | None,
+    response: str,
+    language: str = "en",
+    loose: bool = False,
+    variant: Literal["reference", "mended"] = "reference",
+) -> bool:
+    """Whether a response follows an instruction.
+
+    Args:
+        id: the kind, such as "keywords:existence"; M-IFEval's form "fr:keywords:existence" too.
+        parameters: of the kind, by IFEval's names. Those that are None count as absent.
+        language: "en", "fr", "es" or "ja"; a language in the id wins.
+        loose: IFEval's loose accuracy: the response may follow after its first line, its last line
+            or its asterisks are removed.
+        variant: "mended" for the checks without the reference's defects.
+
+    Raises:
+        OpenQwenError: the kind is unknown in this language, a parameter does not fit, or a package
+            that the check needs is missing.
+    """
+    kind, language = _kind(id, language)
+    given = {key: value for key, value in (parameters or {}).items() if value is not None}
+    if fault := _parameters_fault(kind, given):
+        raise OpenQwenError(f"{fault}.", id, "correct the parameters")
+    follows = kind.mended if variant == "mended" and kind.mended else kind.follows
+    forms = _loose_forms(response) if loose else [response]
+    return any(form.strip() and follows(form, given, language) for form in forms)
+
+
+def _loose_forms(response: str) -> list[str]:
+    lines = response.split("\n")
+    parts = [response, *("\n".join(lines[cut]).strip() for cut in _CUTS)]
+    return list(dict.fromkeys([*parts, *(part.replace("*", "") for part in parts)]))
+
+
+_CUTS = (slice(1, None), slice(None, -1), slice(1, -1))
+
+
+def _kind(id: str, language: str) -> tuple[Kind, str]:
+    prefix, _, rest = id.partition(":")
+    if prefix in LANGUAGES:
+        language, id = prefix, rest
+    if language not in LANGUAGES:
+        what = f"There are no instructions in the language '{language}'."
+        raise OpenQwenError(what, id, f"use one of: {', '.join(LANGUAGES)}")
+    known = [name for name, kind in KINDS.items() if language in kind.languages]
+    if id not in known:
+        what = f"There is no instruction '{id}' in '{language}'.{suggestion(id, known)}"
+        raise OpenQwenError(what, do=f"use one of: {', '.join(known)}")
+    return KINDS[id], language
+
+
+def _parameters_fault(kind: Kind, given: Mapping[str, Any]) -> str:
+    names = {name.removesuffix("?"): of for name, of in kind.needs.items()}
+    for name in given:
+        if name not in names:
+            return f"There is no parameter '{name}'{suggestion(name, names)}"
+    for name, type_name in names.items():
+        fits, said = PARAMETER_TYPES[type_name]
+        if name not in given and f"{name}?" not in kind.needs:
+            return f"The parameter '{name}' is missing"
+        if name in given and not fits(given[name]):
+            return f"The parameter '{name}' must be {said}"
+    return ""
+
+
+def judge(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
+    """Check the instructions of each task."""
+    return [_grade(task.reference, answer) for task, answer in zip(tasks, answers, strict=True)]
+
+
+def _grade(reference: dict[str, Any], answer: str) -> Grade:
+    if not answer.strip():
+        return Grade(False, 0.0, "the answer is empty", "no_answer")
+    if len(answer) > _LONGEST:
+        return Grade(False, 0.0, f"longer than {_LONGEST} characters")
+    options = {key: reference[key] for key in ("language", "loose", "variant") if key in reference}
+    failed = [
+        each["id"]
+        for each in reference["instructions"]
+        if not check(each["id"], each.get("parameters"), answer, **options)
+    ]
+    reason = f"not followed: {', '.join(failed)}" if failed else ""
+    return Grade(not failed, 1 - len(failed) / len(reference["instructions"]), reason)
+
+
+def fault(reference: dict[str, Any]) -> str:
+    """What is wrong with a reference, or ""."""
+    if reference.get("variant", "reference") not in VARIANTS:
+        return f"'variant' must be one of {', '.join(VARIANTS)}"
+    if not isinstance(reference.get("loose", False), bool):
+        return "'loose' must be true or false"
+    asked = reference.get("instructions")
+    if not isinstance(asked, list) or not asked:
+        return "'instructions' must be a list of one or more"
+    for number, each in enumerate(asked):
+        if not isinstance(each, dict) or not isinstance(each.get("id"), str):
+            return f"instructions[{number}] must be an object with an 'id'"
+        given = each.get("parameters", {})
+        if not isinstance(given, dict):
+            return f"'parameters' of instructions[{number}] must be an object"
+        try:
+            kind, _ = _kind(each["id"], str(reference.get("language", "en")))
+        except OpenQwenError as error:
+            return error.what.removesuffix(".")
+        if said := _parameters_fault(kind, {k: v for k, v in given.items() if v is not None}):
+            return f"{said} ({each['id']})"
+    return ""
