@@ -36,8 +36,9 @@ def count_sentences(text: str, language: str) -> int:
             count += 1
             rest = word[end:]
         else:
-            rest += word
-    return count + bool(re.sub(r"^[\"')\]}]+$", "", rest))
+            rest += f" {word}"
+    # Closing marks belong to the sentence before them.
+    return count + bool(re.sub(r"^[\"')\]}]+(?=\s|$)", "", rest.strip()).strip())
 
 
 def _last_mark(word: str, more: bool) -> int | None:
@@ -81,7 +82,7 @@ def capital_words(text: str, language: str) -> int:
         return sum(word.isupper() for word in spanish_words(text))
     spaced = re.sub(r"[][(){}<>;@#$%&?!*\"“”«»‘’`‒–—―]|\.\.+|--+|[:,](?!\d)", " ", text)
     spaced = re.sub(r"(?i)\b(can)(not)\b|\b(gon|wan)(na)\b|\b(got)(ta)\b", r"\1\3\5 \2\4\6", spaced)
-    spaced = re.sub(r"([^\s'])('(?:[SMD]|LL|RE|VE)|N'T)(?=\s|$)", r"\1 \2", spaced)
+    spaced = re.sub(r"(?i)([^\s'])('(?:[smd]|ll|re|ve)|n't)(?=\s|$)", r"\1 \2", spaced)
     return sum(word.isupper() for word in spaced.split())
 
 
