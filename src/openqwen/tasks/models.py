@@ -10,6 +10,7 @@ from openqwen.support.errors import OpenQwenError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_SAMPLING = Sampling(max_tokens=1024)
 _IN_A_ROW = 3  # items that fail one after another: the fault is not theirs
 
 
@@ -34,7 +35,7 @@ class GraderModel:
 
     model: Generator | ConversationScorer
     identity: str = ""
-    sampling: Sampling = Sampling(max_tokens=1024)
+    sampling: Sampling = _SAMPLING
 
 
 def by_model(models: Sequence[GraderModel]) -> Iterator[tuple[GraderModel, list[int]]]:

@@ -1,25 +1,27 @@
 """Instructions that a program checks: IFEval's 25 kinds, and M-IFEval's in four languages.
 
-As a grader, reference:
+The grader's reference:
     {"instructions": [{"id": "keywords:existence", "parameters": {"keywords": ["rain"]}}, ...],
-     "language"?: "en", "fr", "es" or "ja" ("en" if not given), "loose"?: true or false,
-     "variant"?: "reference" or "mended"}
+     "language"?: "en" (if not given), "fr", "es" or "ja", "loose"?: true or false,
+     "variant"?: "reference" (if not given) or "mended"}
 An answer passes if it follows all of them (IFEval's prompt-level accuracy); its score is the share
-that it follows (instruction-level).
+that it follows.
 
-Kinds are named by IFEval's ids. Verdicts are the reference implementation's, its defects included.
-The variant "mended" checks what an instruction says where the reference checks something else:
-nth_paragraph_first_word counts and takes paragraphs from one list; letter_frequency counts characters
-that are no letters from a to z, where the reference draws a letter by chance; response_language
-knows Chinese; and Japanese keywords are looked for in the text, not among a tokenizer's words, bullets
-may be * and - too, and signs of Markdown do not matter at the begin and the end.
+Verdicts are the reference implementation's, its defects included. The variant "mended" checks what
+an instruction says where the reference checks something else: nth_paragraph_first_word counts and
+takes paragraphs from one list; letter_frequency counts any character, where the reference draws a
+letter by chance for "#"; response_language knows Chinese. Japanese keywords are looked for in the
+text and not among a tokenizer's words, bullets may be * and - too, and Markdown's signs are no part
+of the first word and the end (as in shisa-ai's later version of M-IFEval).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from openqwen.support.errors import OpenQwenError, suggestion
-from openqwen.tasks.instructions.kinds import RELATIONS, SHARED_KINDS, Kind
+from openqwen.tasks.instructions.case import RELATIONS, Case, Kind
+from openqwen.tasks.instructions.kinds import SHARED_KINDS
+from openqwen.tasks.instructions.languages import KNOWN
 from openqwen.tasks.instructions.national import NATIONAL_KINDS
 from openqwen.tasks.task import Grade, Task
 
@@ -27,10 +29,7 @@ LANGUAGES = ("en", "fr", "es", "ja")
 VARIANTS = ("reference", "mended")
 KINDS: dict[str, Kind] = {**SHARED_KINDS, **NATIONAL_KINDS}
 _LONGEST = 200_000  # characters of an answer that is read
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+_CUTS = (slice(1, None), slice(None, -1), slice(1, -1))  # lines that a loose form keeps
 
 
 def _is_text(value: Any) -> bool:
@@ -41,18 +40,21 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))
 
 
-def _are_words(value: Any) -> bool:
-    return isinstance(value, dict) and all(map(_is_text, [*value, *value.values()]))
-
-
-# name of a type -> (whether a value is of it, what it must be)
-PARAMETER_TYPES: dict[str, tuple[Any, str]] = {
-    "count": (_is_count, "a whole number, 0 or more"),
+# type of a parameter -> (whether a value is of it, what it must be)
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "count": (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more"),
+    "language": (
+        lambda value: value in [*KNOWN, "zh-cn", "zh-tw"],
+        f"the code of a language: {', '.join(KNOWN)}",
+    ),
+    "letter": (lambda value: _is_text(value) and len(value.strip()) == 1, "one character"),
+    "relation": (lambda value: value in [*RELATIONS], f"one of: {', '.join(RELATIONS)}"),
     "text": (_is_text, "a text that is not empty"),
     "texts": (_are_texts, "a list of texts that are not empty"),
-    "letter": (lambda value: _is_text(value) and len(value.strip()) == 1, "one character"),
-    "words": (_are_words, "an object from words without accents to words with them"),
-    "relation": (lambda value: value in RELATIONS, f"one of: {', '.join(RELATIONS)}"),
+    "words": (
+        lambda value: isinstance(value, dict) and _are_texts([*value, *value.values()]),
+        "an object from words without accents to words with them",
+    ),
 }
 
 
@@ -67,12 +69,12 @@ def check(
     """Whether a response follows an instruction.
 
     Args:
-        id: the kind, such as "keywords:existence"; M-IFEval's form "fr:keywords:existence" too.
-        parameters: of the kind, by IFEval's names. Those that are None count as absent.
+        id: the kind, such as "keywords:existence", or "fr:keywords:existence" as M-IFEval has it.
+        parameters: by IFEval's names; those that are None count as absent.
         language: "en", "fr", "es" or "ja"; a language in the id wins.
         loose: IFEval's loose accuracy: the response may follow after its first line, its last line
             or its asterisks are removed.
-        variant: "mended" for the checks without the reference's defects.
+        variant: "mended" for checks without the reference's defects.
 
     Raises:
         OpenQwenError: the kind is unknown in this language, a parameter does not fit, or a package
@@ -80,20 +82,19 @@ def check(
     """
     kind, language = _kind(id, language)
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
-    if fault := _parameters_fault(kind, given):
-        raise OpenQwenError(f"{fault}.", id, "correct the parameters")
-    follows = kind.mended if variant == "mended" and kind.mended else kind.follows
-    forms = _loose_forms(response) if loose else [response]
-    return any(form.strip() and follows(form, given, language) for form in forms)
+    if said := _parameters_fault(kind, given):
+        raise OpenQwenError(f"{said}.", id, "correct the parameters")
+    text = response.encode(errors="replace").decode()  # no half characters
+    return any(
+        form.strip() and kind.follows(Case(form, given, language, variant == "mended"))
+        for form in (_loose_forms(text) if loose else [text])
+    )
 
 
-def _loose_forms(response: str) -> list[str]:
-    lines = response.split("\n")
-    parts = [response, *("\n".join(lines[cut]).strip() for cut in _CUTS)]
-    return list(dict.fromkeys([*parts, *(part.replace("*", "") for part in parts)]))
-
-
-_CUTS = (slice(1, None), slice(None, -1), slice(1, -1))
+def _loose_forms(text: str) -> list[str]:
+    lines = text.split("\n")
+    forms = [text, *("\n".join(lines[cut]).strip() for cut in _CUTS)]
+    return list(dict.fromkeys([*forms, *(form.replace("*", "") for form in forms)]))
 
 
 def _kind(id: str, language: str) -> tuple[Kind, str]:
@@ -116,7 +117,7 @@ def _parameters_fault(kind: Kind, given: Mapping[str, Any]) -> str:
         if name not in names:
             return f"There is no parameter '{name}'{suggestion(name, names)}"
     for name, type_name in names.items():
-        fits, said = PARAMETER_TYPES[type_name]
+        fits, said = _TYPES[type_name]
         if name not in given and f"{name}?" not in kind.needs:
             return f"The parameter '{name}' is missing"
         if name in given and not fits(given[name]):

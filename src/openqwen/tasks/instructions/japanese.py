@@ -1,7 +1,6 @@
 """Japanese text: words, sentences, marks."""
 
 import re
-import unicodedata
 from functools import cache, lru_cache
 from typing import Any
 
@@ -14,10 +13,10 @@ _WIDE = str.maketrans({"！": "!", "？": "?", "｡": "。", "（": "(", "）": 
 
 
 def count_sentences(text: str) -> int:
-    """The number of sentences, as the reference's segmenter (ja_sentence_segmenter) counts them.
+    """The number of sentences, as ja_sentence_segmenter, which the reference uses, counts them.
 
-    A line ends a sentence, unless it ends with の; so does each 。, ! or ? that is in no quotation
-    and no parentheses.
+    A line ends a sentence, unless it ends with の; so does each 。, ! or ? outside of quotations
+    and parentheses.
     """
     lines: list[str] = []
     for line in text.strip().translate(_WIDE).splitlines():
@@ -48,10 +47,10 @@ def tokens(text: str) -> tuple[tuple[str, str], ...]:
 @cache
 def _tokenizer() -> Any:
     try:
-        from janome.tokenizer import Tokenizer  # not this package's
+        from janome.tokenizer import Tokenizer
     except ImportError:
         what = "Instructions about the words of a Japanese answer need janome."
-        raise OpenQwenError(what, do=pip_install("janome")) from None
+        raise OpenQwenError(what, do=pip_install("openqwen[instructions]")) from None
     return Tokenizer()
 
 
@@ -67,8 +66,3 @@ def without_marks(paragraph: str) -> str:
     """A paragraph without the marks of Markdown and the quotation marks at its beginning."""
     mark = r">\s*|#{1,6}\s*|[-*+]\s+|・\s*|\d+[.)]\s+|[*_`]+|[「『（(《〈]+"
     return re.sub(rf"^(?:\s*(?:{mark}))+", "", paragraph.strip())
-
-
-def is_letter(char: str) -> bool:
-    """Whether it is a letter of any script."""
-    return unicodedata.category(char).startswith("L")

@@ -1,9 +1,8 @@
 """Sentences and words, counted as IFEval's and M-IFEval's reference implementations count them.
 
-English and French sentences: NLTK's Punkt (Kiss and Strunk 2006), with lists of abbreviations and of
-words that begin sentences in place of its trained tables. Spanish words: spaCy's tokens without
-punctuation. Spanish sentences: the reference asks a parser that is under the GPL; here marks and line
-ends decide.
+English and French sentences: the rules of NLTK's Punkt (Kiss and Strunk 2006), with short lists in
+place of its trained tables. Spanish words: spaCy's tokens without punctuation. Spanish sentences:
+the reference asks a trained parser, which is under the GPL; here marks and line ends decide.
 """
 
 import re
@@ -12,8 +11,12 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
+from openqwen.tasks.instructions import japanese
+
 _BEHIND = ")\";}]*:@'({[?!"  # characters that may follow a mark, with no space between
-_ALONE = "(\"`{[:;&#*@)}]-,"  # characters that begin no word
+_ALONE = '("`{[:;&#*@)}]-,'  # characters that begin no word
+# Where spaCy divides a Spanish word: at hyphens between letters, and : < > = / before one.
+_INSIDE = re.compile(r"(?<=[^\W\d_])[-–—~](?=[^\W\d_])|(?<=[^\W_])[:<>=/](?=[^\W\d_])")
 _NUMBER = re.compile(r"-?[.,]?\d[\d,.-]*")
 
 
@@ -24,9 +27,12 @@ def _words(language: str, name: str) -> frozenset[str]:
 
 
 def count_sentences(text: str, language: str) -> int:
-    """The number of sentences of a text in English, French or Spanish."""
+    """The number of sentences."""
+    if language == "ja":
+        return japanese.count_sentences(text)
     if language == "es":
-        return _spanish_sentences(text)
+        pieces = re.split(r"(?<=[.?!…])[\"'»”)\]*_]*\s+|\n+", _without_list_marks(text))
+        return sum(any(map(str.isalnum, piece)) for piece in pieces)
     words = text.split()
     count = 0
     rest = ""  # what stands behind the last end of a sentence
@@ -76,6 +82,13 @@ def _first_word(text: str) -> str:
     return re.split(r"[)\";}\]*:@'({\[?!]|--+|\.\.+|,$", text, maxsplit=1)[0].rstrip(".")
 
 
+def count_words(text: str, language: str) -> int:
+    """The number of words."""
+    if language == "es":
+        return len(spanish_words(_without_list_marks(text).replace("\n", " ")))
+    return len(re.findall(r"\w+", text))
+
+
 def capital_words(text: str, language: str) -> int:
     """The number of words in capital letters, as NLTK's or, for Spanish, spaCy's tokens."""
     if language == "es":
@@ -86,8 +99,8 @@ def capital_words(text: str, language: str) -> int:
     return sum(word.isupper() for word in spaced.split())
 
 
-def without_list_marks(text: str) -> str:
-    """Spanish text without the numbers and signs of lists."""
+def _without_list_marks(text: str) -> str:
+    """The text without the numbers and signs before the items of lists."""
     return re.sub(r"(^\s*\d+\.\s*)|(^\s*[-*]\s*)", "", _short_gaps(text), flags=re.MULTILINE)
 
 
@@ -102,29 +115,23 @@ def count_lines(pattern: str, text: str) -> int:
 
 
 def spanish_words(text: str) -> list[str]:
-    """The tokens of a Spanish text that are no punctuation; gaps of two characters are tokens too."""
-    words: list[str] = []
-    for chunk in re.split(r" (?=\S)|(?<=\S) ", text):
-        gap = re.match(r"\s+", chunk)
-        if gap:
-            words.append(gap[0])
-        for part in re.split(r"(?<=[^\W\d_])[-–—~](?=[^\W\d_])|(?<=[^\W_])[:<>=/](?=[^\W\d_])", chunk.strip()):
-            words += _spanish_tokens(part)
-    return words
+    """The tokens of a Spanish text that are no punctuation, as spaCy's tokenizer makes them.
+
+    A symbol, such as $ or +, is a token, and so is a gap of more than one character.
+    """
+    tokens: list[str] = []
+    for gap, chunk in re.findall(r"(\s*)(\S+)", text):
+        if len(gap) > 1:
+            tokens.append(gap)
+        parts = [chunk] if chunk.isalnum() else _INSIDE.split(chunk)
+        for part in parts:
+            tokens += [part] if part.isalnum() else _without_punctuation(part)
+    return tokens
 
 
-def _spanish_tokens(part: str) -> list[str]:
-    """A piece without its punctuation; its symbols, such as $ and +, are tokens."""
-    symbols = [char for char in part if unicodedata.category(char)[0] == "S"]
-    word = "".join(" " if unicodedata.category(char)[0] == "S" else char for char in part)
-    tokens = [piece.strip("".join(c for c in set(piece) if _is_punctuation(c))) for piece in word.split()]
-    return [*symbols, *filter(None, tokens)]
-
-
-def _is_punctuation(char: str) -> bool:
-    return unicodedata.category(char)[0] == "P"
-
-
-def _spanish_sentences(text: str) -> int:
-    pieces = re.split(r"(?<=[.?!…])[\"'»”)\]*_]*\s+|\n+", text)
-    return sum(any(char.isalnum() for char in piece) for piece in pieces)
+def _without_punctuation(part: str) -> list[str]:
+    kinds = [unicodedata.category(char)[0] for char in part]
+    symbols = [char for char, kind in zip(part, kinds) if kind == "S"]
+    spaced = "".join(" " if kind == "S" else char for char, kind in zip(part, kinds))
+    marks = "".join({char for char, kind in zip(part, kinds) if kind == "P"})
+    return [*symbols, *filter(None, (piece.strip(marks) for piece in spaced.split()))]
