@@ -175,6 +175,8 @@ def test_missing_models_are_named_before_anything_is_graded():
         (judged(scale=[1]), "'scale' must be two numbers"),
         (judged(scale=[5, 1]), "begin with its lowest"),
         (judged(scale=[0, math.inf]), "'scale' must be two numbers"),
+        (judged(scale=[0, 10**400]), "'scale' must be two numbers"),
+        (judged(scale=[0, math.nan]), "'scale' must be two numbers"),
         (judged(threshold=11), "'threshold' must be a number from 1 to 10"),
         (judged(threshold=True), "'threshold' must be a number"),
         (judged(answer=7), "'answer' must be a text"),
