@@ -1,6 +1,7 @@
 """Work that is cheaper for many items at once: grading, running programs, scoring by a reward."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,16 @@ class Batches:
     def run(self) -> list[tuple[Any, list[Any]]]:
         """Do everything that waits: (owner, one result for each input), in the order of `add`."""
         waiting, self._waiting = self._waiting, []
-        results: dict[str, list[Any]] = {}
+        workers: dict[str, Callable[[list[Any]], list[Any]]]
+        workers = {"grade": _grade, "run": self._run, "reward": self._rewards}
+        results = {}
         for kind in {batch.kind for batch, _ in waiting}:
             inputs = [one for batch, _ in waiting if batch.kind == kind for one in batch.inputs]
-            results[kind] = {"grade": _grade, "run": self._run, "reward": self._rewards}[kind](
-                inputs
-            )
-        done = []
-        for batch, owner in waiting:
-            own = results[batch.kind][: len(batch.inputs)]
-            del results[batch.kind][: len(batch.inputs)]
-            done.append((owner, own))
-        return done
+            results[kind] = iter(workers[kind](inputs))
+        return [
+            (owner, list(islice(results[batch.kind], len(batch.inputs))))
+            for batch, owner in waiting
+        ]
 
     def close(self) -> None:
         """End the sandbox."""

@@ -138,7 +138,7 @@ class Runner:
         settings or seed were others.
         """
         header = {"method": self.method.name, "seed": self.seed, "prompts": self.prompts.digests}
-        header["config"] = self.config.model_dump(mode="json")
+        header |= {"config": self.config.model_dump(mode="json")}
         for place, line in self.finished.lines():
             good = line == header if place == 0 else line is not None and not line["failures"]
             if not good:
@@ -186,8 +186,8 @@ class Runner:
                 return
 
     def _start(self, item: Item, prepare: bool) -> None:
-        origin = {"method": self.method.name, "model": self.generators["model"][1]}
-        origin["seed"] = self.seed
+        origin: dict[str, Any] = {"method": self.method.name, "seed": self.seed}
+        origin["model"] = self.generators["model"][1]
         work = Work(item.id, self.seed, self.prompts, self.config.language, origin)
         active = Active(item, work, None)
         self.active.append(active)
@@ -305,7 +305,7 @@ class Runner:
             if self.stop is not None and work.failures:
                 return  # to be done again
             self.active.popleft()
-            line = {"id": work.item, "failures": work.failures, "calls": work.calls}
+            line: dict[str, Any] = {"id": work.item, "failures": work.failures, "calls": work.calls}
             line |= {"tokens": work.tokens, "gates": work.gates}
             line |= {"records": work.records, "quarantine": work.quarantine}
             self.made.update(name for name, _ in work.records)
