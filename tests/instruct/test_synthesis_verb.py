@@ -6,7 +6,8 @@ import pytest
 
 from hostile import Hostile
 from openqwen.cli import main
-from openqwen.recipe.graph import verbs
+from openqwen.recipe.graph import recipe_class, verbs
+from openqwen.recipe.settings import find_recipe, load_settings
 
 
 @pytest.fixture
@@ -16,7 +17,11 @@ def server():
     def respond(handler, body):
         text = body["messages"][-1]["content"]
         seed = body.get("seed", 0)
-        said = "Verdict: yes" if "Verdict" in text else f"{seed} + 0 = {seed}, so \\boxed{{{seed % 3}}}"
+        said = (
+            "Verdict: yes"
+            if "Verdict" in text
+            else f"{seed} + 0 = {seed}, so \\boxed{{{seed % 3}}}"
+        )
         if "tests for" in text:
             said = "assert f(1) == 2\nassert f(2) == 3"
         elif "Write a Python function" in text:
@@ -116,3 +121,20 @@ def test_errors(tmp_path, server, capsys, more, what):
     tasks(tmp_path)
     assert main(command("rejection", tmp_path, server, **more)) == 1
     assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rejection-0.5b", "execution-0.5b"])
+def test_the_recipes_are_settings_of_single_stages(capsys, name):
+    method = name.partition("-")[0]
+    recipe = load_settings(find_recipe(name), recipe_class(alone=True))
+    settings = getattr(recipe, f"synthesize_{method}")
+    assert settings.quantize == "int8"
+    assert settings.form in ("gsm8k", "mbpp")
+    assert recipe.sft.lora.rank == 16
+    assert main(["run", name]) == 1
+    error = capsys.readouterr().err
+    assert f"does not run the stage of the section 'synthesize_{method}'" in error
+    assert f"synthesize {method} --recipe {name}" in error
+    with pytest.raises(SystemExit):
+        main(["synthesize", method, "--recipe", name, "--help"])
+    assert "int8" in capsys.readouterr().out
