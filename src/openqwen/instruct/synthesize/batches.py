@@ -13,7 +13,7 @@ from openqwen.tasks import Grade, Task, grade
 _FULL = 64  # inputs at which a batch does not wait for more
 
 
-class Batches:
+class BatchWork:
     """Waiting batches, and what does them.
 
     Args:

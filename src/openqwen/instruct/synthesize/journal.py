@@ -102,7 +102,7 @@ class Journal:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """One request to a generator.
 
     by: which of the run's generators answers. seed: without effect where sampling is greedy.

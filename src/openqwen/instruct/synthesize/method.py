@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from openqwen.engine import Output, Prompt, Sampling
-from openqwen.instruct.synthesize.journal import Call
+from openqwen.instruct.synthesize.journal import ModelCall
 from openqwen.instruct.synthesize.prompts import PromptFiles
 from openqwen.sandbox import Program, Verdict
 from openqwen.support.errors import OpenQwenError
@@ -51,7 +51,7 @@ class Batch:
     inputs: Sequence[Any]
 
 
-Step = list[Call] | Batch
+Step = list[ModelCall] | Batch
 Steps = Generator[Step, list[Any], T]
 
 
@@ -154,7 +154,7 @@ class Work:
             name = f"{self.seed}/{self.item}/{text}/{self._asked[text]}"
             self._asked[text] += 1
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") >> 1
-            calls.append(Call(prompt, sampling, seed, by))
+            calls.append(ModelCall(prompt, sampling, seed, by))
         return (yield calls) if calls else []
 
     def grade(self, tasks: Sequence[Task], answers: Sequence[str]) -> Steps[list[Grade]]:

@@ -22,9 +22,9 @@ from typing import Any
 
 from openqwen.engine import Generator, Output
 from openqwen.engine.lanes import Lane, open_lane
-from openqwen.instruct.synthesize.batches import Batches
+from openqwen.instruct.synthesize.batches import BatchWork
 from openqwen.instruct.synthesize.config import SynthesisConfig, open_generators
-from openqwen.instruct.synthesize.journal import Call, CallLog, Journal
+from openqwen.instruct.synthesize.journal import CallLog, Journal, ModelCall
 from openqwen.instruct.synthesize.method import Batch, Item, Method, Steps, Work, item_error
 from openqwen.instruct.synthesize.prompts import PromptFiles
 from openqwen.instruct.synthesize.report import FILES, Report
@@ -61,11 +61,11 @@ def synthesize(method: Method, run: StageRun, total: int | None = None) -> dict[
     config: SynthesisConfig = run.config
     generators = open_generators(config, run.inputs)
     reward = run.inputs.get("reward")
-    runner = Runner(method, generators, config, run.seed, run.output, run.scratch, reward)
+    runner = Synthesis(method, generators, config, run.seed, run.output, run.scratch, reward)
     return runner.run(total)
 
 
-class Runner:
+class Synthesis:
     """One run of a method.
 
     Args:
@@ -92,10 +92,10 @@ class Runner:
         self.method, self.generators, self.config, self.seed = method, generators, config, seed
         self.output, self.scratch = output, scratch
         self.prompts = PromptFiles(method.name, config.prompts)
-        self.batches = Batches(reward)
+        self.batches = BatchWork(reward)
         self.active: deque[Active] = deque()
-        self.queue: deque[tuple[Active, int, Call]] = deque()
-        self.open: dict[str, list[tuple[Active, int, Call]]] = {}  # key of a call -> who waits
+        self.queue: deque[tuple[Active, int, ModelCall]] = deque()
+        self.open: dict[str, list[tuple[Active, int, ModelCall]]] = {}  # key of a call -> who waits
         self.requests = self.tokens = self.errors = 0
         self.done: list[str] = []  # ids of the items that an earlier attempt finished
         self.made: Counter[str] = Counter()
@@ -222,7 +222,7 @@ class Runner:
             active.work.records.clear()
             active.steps = None
 
-    def _ask(self, active: Active, index: int, call: Call) -> None:
+    def _ask(self, active: Active, index: int, call: ModelCall) -> None:
         """Answer a call from the log, or queue it."""
         active.work.calls += 1
         kept = self.calls.get(call.key(self.generators[call.by][2]))
