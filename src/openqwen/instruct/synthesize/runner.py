@@ -16,7 +16,8 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from heapq import heappop, heappush
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,22 @@ from openqwen.support.stage import StageRun
 _PREPARE = object()  # the data of the item that stands for the steps before all others
 _WINDOW = 4  # items at work, for each request that may be open
 Generators = Mapping[str, tuple[Generator, str, str]]
+# (number of the item, number of the call, item, index of the call in its step, call)
+Waiting = tuple[int, int, "Active", int, ModelCall]
 
 
 @dataclass(eq=False)
 class Active:
     """An item at work.
 
-    steps: None when it is finished. missing: answers that its current step waits for. answers: of
-    that step, in order.
+    number: the items' order. steps: None when it is finished. missing: answers that its current
+    step waits for. answers: of that step, in order.
     """
 
+    number: int
     item: Item
     work: Work
-    steps: Steps[None] | None
+    steps: Steps[None] | None = None
     missing: int = 0
     answers: list[Any] = field(default_factory=list)
 
@@ -94,8 +98,9 @@ class Synthesis:
         self.prompts = PromptFiles(method.name, config.prompts)
         self.batches = BatchWork(reward)
         self.active: deque[Active] = deque()
-        self.queue: deque[tuple[Active, int, ModelCall]] = deque()
-        self.open: dict[str, list[tuple[Active, int, ModelCall]]] = {}  # key of a call -> who waits
+        self.queue: list[Waiting] = []  # a heap: calls of the earliest item first
+        self.open: dict[str, list[Waiting]] = {}  # key of a call -> who waits for it
+        self.numbers = count()
         self.requests = self.tokens = self.errors = 0
         self.done: list[str] = []  # ids of the items that an earlier attempt finished
         self.made: Counter[str] = Counter()
@@ -127,7 +132,7 @@ class Synthesis:
             with progress(self.method.name, total, "items", done) as bar:
                 self._drive(iter([Item("prepare", _PREPARE)]), bar, prepare=True)
                 items = islice(self.method.items(), most)
-                self._check_same(list(islice(items, done)))
+                self._skip(items)
                 self._drive(items, bar)
             return self._write()
 
@@ -156,17 +161,23 @@ class Synthesis:
             console.print(note, style="dim")
         return len(self.done)
 
-    def _check_same(self, items: list[Item]) -> None:
-        if [item.id for item in items] != self.done:
-            do = f"remove {self.finished.path}; finished calls are kept"
-            raise OpenQwenError("The items are not those of the earlier attempt.", None, do)
+    def _skip(self, items: Iterator[Item]) -> None:
+        """Pass the items that an earlier attempt finished."""
+        for name in self.done:
+            item = next(items, None)
+            if item is None or item.id != name:
+                do = f"remove {self.finished.path}; finished calls are kept"
+                raise OpenQwenError("The items are not those of the earlier attempt.", None, do)
 
     def _drive(self, items: Iterator[Item], bar: Progress, prepare: bool = False) -> None:
         """Run the steps of items until all are finished."""
-        window = _WINDOW * self.config.limits.concurrency
+        most = self.config.limits.concurrency
         more = True
         while True:
-            while more and len(self.active) < window and self.stop is None:
+            # Not more items than keep the generators busy: the first ones finish early.
+            while more and len(self.queue) < most and len(self.active) < _WINDOW * most:
+                if self.stop is not None:
+                    break
                 item = next(items, None)
                 more = item is not None
                 if item is not None:
@@ -189,7 +200,7 @@ class Synthesis:
         origin: dict[str, Any] = {"method": self.method.name, "seed": self.seed}
         origin["model"] = self.generators["model"][1]
         work = Work(item.id, self.seed, self.prompts, self.config.language, origin)
-        active = Active(item, work, None)
+        active = Active(next(self.numbers), item, work)
         self.active.append(active)
         if item.fault:
             work.refuse(item.fault)
@@ -227,7 +238,7 @@ class Synthesis:
         active.work.calls += 1
         kept = self.calls.get(call.key(self.generators[call.by][2]))
         if kept is None:
-            self.queue.append((active, index, call))
+            heappush(self.queue, (active.number, next(self.numbers), active, index, call))
         else:
             self._take(active, index, *kept)
 
@@ -255,9 +266,10 @@ class Synthesis:
                 if now < self.next_start:
                     return
                 self.next_start = max(self.next_start, now - 1) + 60 / limits.rate
-            active, index, call = self.queue.popleft()
+            waiting = heappop(self.queue)
+            call = waiting[-1]
             key = call.key(self.generators[call.by][2])
-            self.open.setdefault(key, []).append((active, index, call))
+            self.open.setdefault(key, []).append(waiting)
             if len(self.open[key]) == 1:
                 self.lanes[call.by].submit(key, call.prompt, call.sampling, call.seed)
 
@@ -267,17 +279,15 @@ class Synthesis:
             for tag, answer in lane.wait():
                 key = str(tag)
                 waiting = self.open.pop(key)
-                kept = None
-                if isinstance(answer, OpenQwenError) or answer.finish_reason == "error":
-                    reason = item_error(answer) if isinstance(answer, Exception) else "the answer"
+                if isinstance(answer, Output) and answer.finish_reason != "error":
+                    kept = self.calls.keep(key, waiting[0][-1].prompt, answer)
                 else:
-                    kept = self.calls.keep(key, waiting[0][2].prompt, answer)
-                for active, index, _ in waiting:
-                    if kept is None:
-                        self._fail(active, f"a request failed: {reason}")
-                        self._take(active, index, Output(finish_reason="error"), 0)
-                    else:
-                        self._take(active, index, *kept)
+                    kept = Output(finish_reason="error"), 0
+                    why = "no answer" if isinstance(answer, Output) else item_error(answer)
+                for _, _, active, index, _ in waiting:
+                    if kept[0].finish_reason == "error":
+                        self._fail(active, f"a request failed: {why}")
+                    self._take(active, index, *kept)
                     if not active.missing:
                         self._advance(active, active.answers)
 
@@ -310,7 +320,7 @@ class Synthesis:
             line |= {"records": work.records, "quarantine": work.quarantine}
             self.made.update(name for name, _ in work.records)
             if prepare:
-                self.prepared = line
+                self.prepared = line | {"id": None}
                 continue
             self.finished.append(line)
             notes = {"D": self.made["demonstrations"], "P": self.made["preferences"]}
