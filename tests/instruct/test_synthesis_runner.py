@@ -16,6 +16,7 @@ from openqwen.engine import Output
 from openqwen.instruct.synthesize import journal, runner
 from openqwen.instruct.synthesize.config import SynthesisConfig
 from openqwen.instruct.synthesize.journal import CallLog, Journal
+from openqwen.instruct.synthesize.method import assistant
 from openqwen.support.errors import OpenQwenError
 
 
@@ -189,8 +190,33 @@ def test_answers_without_an_end_and_halves_of_characters(tmp_path):
     counts, _ = run(tmp_path / "endless", Scripted(lambda *_: endless))
     assert counts["demonstrations"] == 0
     counts, found = run(tmp_path / "half", Scripted(lambda *_: "\ud800 8"))
-    assert counts["demonstrations"] == 0
-    assert any("half of a character" in e["reason"] for e in records(found, "quarantine"))
+    assert b"? 8" in found["demonstrations.jsonl"]
+    assert run(tmp_path / "half", Scripted(lambda *_: Killed())) == (counts, found)
+
+
+def test_a_record_that_is_no_json_is_refused(tmp_path):
+    class Odd(Guess):
+        def steps(self, item, work):
+            yield from ()
+            deep = []
+            for _ in range(200):
+                deep = [deep]
+            origin = [{"score": float("nan")}, {"text": "\udc00"}, {"deep": deep}, {}][item.data]
+            work.demonstration([assistant(str(item.data))], **origin)
+
+    counts, found = run(tmp_path, Scripted(said), method=Odd(SynthesisConfig(), 4))
+    assert counts["demonstrations"] == 1
+    assert json.loads(found["synthesis.json"])["reasons"] == {"the record is no JSON": 3}
+
+
+def test_a_log_that_is_something_else(tmp_path):
+    other = tmp_path / "tasks.jsonl"
+    other.write_text('{"question": "1 + 1?"}\n')
+    with pytest.raises(OpenQwenError, match="This is no log of calls"):
+        run(tmp_path / "a", Scripted(said), limits(calls=other))
+    assert other.read_text() == '{"question": "1 + 1?"}\n'
+    with pytest.raises(OpenQwenError, match="cannot be written: Is a directory"):
+        run(tmp_path / "a", Scripted(said), limits(calls=tmp_path))
 
 
 def test_the_same_record_of_two_items_is_written_once(tmp_path):

@@ -35,6 +35,7 @@ from openqwen.instruct.synthesize.journal import ModelCall
 from openqwen.instruct.synthesize.prompts import PromptFiles
 from openqwen.sandbox import Program, Verdict
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import parse_json
 from openqwen.support.generators import Generators
 from openqwen.tasks import Grade, Task
 
@@ -206,9 +207,9 @@ class Work:
         made = self.origin | {"parents": [self.item], "prompts": dict(self._rendered)} | origin
         record["origin"] = made
         try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            self.refuse("a text has half of a character (a lone surrogate)")
+            parse_json(json.dumps(record))
+        except ValueError as error:
+            self.refuse(f"the record is no JSON: {error}")
             return
         self.records.append((name, record))
 

@@ -244,7 +244,7 @@ def _normal(test: str) -> str:
 
 def run_execution(run: StageRun) -> dict[str, float]:
     """Programming problems → demonstrations D and preferences P."""
-    tasks = run.data("tasks")
+    tasks = run.data("tasks") if run.config.form == "tasks" else run.inputs["tasks"]
     method = Execution(run.config, tasks)
     small = run.config.form == "mbpp"
     total = sum(1 for _ in method.items()) if small else count_items(tasks, run.config.form)
