@@ -104,7 +104,7 @@ def test_execution_from_the_command_line(tmp_path, server):
     report = json.loads((tmp_path / "out" / "synthesis.json").read_text())
     assert report["demonstrations"] >= 1
     assert report["preferences"] >= 1
-    assert report["gates"]["by own tests"]["yield"] == 1
+    assert report["gates"]["right by own tests"]["yield"] == 1
 
 
 @pytest.mark.parametrize(

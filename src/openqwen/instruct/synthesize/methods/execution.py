@@ -6,7 +6,8 @@ other solutions pass it. Solutions that pass all kept tests become D; they are p
 that fail one.
 
 Tests of the file itself (MBPP's) are not shown to the model. `reference` says what they are for:
-"measure" counts how many wrong solutions slip through, "require" drops them.
+"measure" counts how often they agree, and so how many wrong solutions slip through; "require" drops
+what they disagree with.
 """
 
 import ast
@@ -98,12 +99,17 @@ class Execution(Method):
         if not work.gate("tests enough", len(kept) >= config.least_tests, "too few tests kept"):
             return
         right = [s for s in alive if all(passed[s][t] for t in kept)]
-        wrong = [s for s in range(len(answers)) if not all(passed[s][t] for t in kept)]
+        wrong = [s for s in range(len(answers)) if s not in right]
         for index in alive:
             work.gate("solution right", index in right)
-        verdicts = yield from self._by_reference(task, [sources[s] for s in right], hidden, work)
+        holds = yield from self._by_reference(task, sources, hidden, work)
+        for index, passes in enumerate(holds):
+            if passes is not None:
+                kind = "right" if index in right else "wrong"
+                work.gate(f"{kind} by own tests", passes == (index in right))
         if config.reference == "require":
-            right = [s for s, verdict in zip(right, verdicts, strict=True) if verdict is not False]
+            right = [s for s in right if holds[s] is True]
+            wrong = [s for s in wrong if holds[s] is False]
         unlike = {sources[s].strip(): s for s in reversed(right)}
         right = sorted(unlike.values())
         for s in right[: config.keep]:
@@ -156,20 +162,14 @@ class Execution(Method):
     def _by_reference(
         self, task: Task, sources: Sequence[str], hidden: str, work: Work
     ) -> Steps[list[bool | None]]:
-        """Whether the file's own tests pass each program; None where nothing can be said."""
+        """Whether each program passes the file's own tests; None where nothing can be said."""
         if self.config.reference == "ignore" or not hidden:
             return [None] * len(sources)
-        limits = Limits(seconds=self.config.seconds)
-        entry = task.reference.get("entry")
-        programs = [Program(source, tests=hidden, entry=entry, limits=limits) for source in sources]
-        verdicts = yield from work.run(programs)
-        results: list[bool | None] = []
-        for verdict in verdicts:
-            known = verdict.status != "infra"
-            results.append(verdict.passed if known else None)
-            if known:
-                work.gate("by own tests", verdict.passed, verdict.reason)
-        return results
+        limits, entry = Limits(seconds=self.config.seconds), task.reference.get("entry")
+        verdicts = yield from work.run(
+            [Program(source, tests=hidden, entry=entry, limits=limits) for source in sources]
+        )
+        return [v.passed if v.status != "infra" else None for v in verdicts]
 
 
 def cross_check(passed: Sequence[Sequence[bool]], agreement: float) -> tuple[list[int], list[int]]:
