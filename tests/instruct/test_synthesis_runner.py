@@ -17,7 +17,9 @@ from openqwen.instruct.synthesize import journal, runner
 from openqwen.instruct.synthesize.config import SynthesisConfig
 from openqwen.instruct.synthesize.journal import CallLog, Journal
 from openqwen.instruct.synthesize.method import assistant
+from openqwen.sandbox import Program
 from openqwen.support.errors import OpenQwenError
+from openqwen.tasks import Task
 
 
 def limits(**values):
@@ -242,6 +244,23 @@ def test_an_error_in_an_item_ends_the_item_alone(tmp_path):
     assert counts["failures"] == 1
     assert {"item": "n/3", "reason": "Three is too many. (here)"} in records(found, "quarantine")
     assert "n/3" not in {r["origin"]["parents"][0] for r in records(found, "demonstrations")}
+
+
+def test_a_program_and_a_task_that_cannot_be_used_end_their_items_alone(tmp_path):
+    class Odd(Guess):
+        def steps(self, item, work):
+            language = "no such" if item.data == 1 else "python"
+            (verdict,) = yield from work.run([Program("print(5)", language=language)])
+            grader = "no such" if item.data == 2 else "exact"
+            task = Task("t", [{"role": "user", "content": "?"}], grader, {"answer": "5"})
+            (grade,) = yield from work.grade([task], [verdict.stdout])
+            work.demonstration([assistant(f"{item.data} {grade.passed}")])
+
+    counts, found = run(tmp_path, Scripted(said), method=Odd(SynthesisConfig(), 4))
+    assert (counts["items"], counts["failures"]) == (4, 2)
+    texts = [r["messages"][0]["content"] for r in records(found, "demonstrations")]
+    assert texts == ["0 True", "3 True"]
+    assert [entry["item"] for entry in records(found, "quarantine")] == ["n/1", "n/2"]
 
 
 def test_prepare_runs_before_the_items_and_again_after_a_kill(tmp_path):

@@ -38,6 +38,7 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import parse_json
 from openqwen.support.generators import Generators
 from openqwen.tasks import Grade, Task
+from openqwen.tasks.graders import check_task
 
 T = TypeVar("T")
 _SHOWN = 2_000  # characters of a text in the quarantine
@@ -160,6 +161,8 @@ class Work:
 
     def grade(self, tasks: Sequence[Task], answers: Sequence[str]) -> Steps[list[Grade]]:
         """Grade answers; see `tasks.grade`."""
+        for task in tasks:
+            check_task(task, f"item {self.item}")
         return (yield Batch("grade", list(zip(tasks, answers, strict=True)))) if tasks else []
 
     def run(self, programs: Sequence[Program]) -> Steps[list[Verdict]]:

@@ -209,9 +209,11 @@ class Synthesis:
         self._advance(active, None)
 
     def _advance(self, active: Active, value: Any) -> None:
-        """Give an item's steps their answers, until they wait for others."""
+        """Give an item's steps their answers, or an error, until they wait for others."""
         assert active.steps is not None
         try:
+            if isinstance(value, OpenQwenError):
+                raise value
             while True:
                 step = active.steps.send(value)
                 active.answers = [None] * len(step if isinstance(step, list) else step.inputs)

@@ -46,7 +46,7 @@ class ExecutionConfig(SynthesisConfig):
     tests: int = Field(5, ge=1, description="tests asked for in one answer")
     temperature: float = Field(0.8, ge=0, description="sampling temperature")
     max_tokens: int = Field(512, ge=1, description="longest solution, in tokens")
-    seconds: float = Field(5.0, gt=0, description="CPU time of one solution with one test")
+    seconds: float = Field(3.0, gt=0, description="CPU time of one solution with one test")
     agreement: float = Field(
         0.5, ge=0, le=1, description="least share of the solutions that must pass a kept test"
     )
@@ -144,20 +144,25 @@ class Execution(Method):
     def _matrix(
         self, sources: Sequence[str], tests: Sequence[str], entry: str, work: Work
     ) -> Steps[list[list[bool]]]:
-        """passed[solution][test]. What the sandbox could not run counts as failed."""
+        """passed[solution][test]. What the sandbox could not run counts as failed.
+
+        A solution that does not end in the first test is not run with the others.
+        """
         limits = Limits(seconds=self.config.seconds)
-        programs = [
-            Program(source, tests=test, entry=entry, limits=limits)
-            for source in sources
-            for test in tests
-        ]
-        verdicts = yield from work.run(programs)
-        for verdict in verdicts:
-            if verdict.status == "infra":
-                work.refuse(f"the sandbox failed: {verdict.reason}")
-        flat = [verdict.passed for verdict in verdicts]
-        width = len(tests)
-        return [flat[row * width : (row + 1) * width] for row in range(len(sources))]
+        passed = [[False] * len(tests) for _ in sources]
+        hanging: set[int] = set()
+        for columns in (range(len(tests))[:1], range(len(tests))[1:]):
+            cells = [(s, t) for s in range(len(sources)) if s not in hanging for t in columns]
+            verdicts = yield from work.run(
+                [Program(sources[s], tests=tests[t], entry=entry, limits=limits) for s, t in cells]
+            )
+            for (s, t), verdict in zip(cells, verdicts, strict=True):
+                passed[s][t] = verdict.passed
+                if verdict.status == "timeout":
+                    hanging.add(s)
+                if verdict.status == "infra":
+                    work.refuse(f"the sandbox failed: {verdict.reason}")
+        return passed
 
     def _by_reference(
         self, task: Task, sources: Sequence[str], hidden: str, work: Work
