@@ -159,6 +159,19 @@ def test_limits_of_records(tmp_path):
     assert counts["requests"] == 8
 
 
+def test_earlier_messages_of_a_problem_are_asked_too(tmp_path):
+    line = task("a", "And plus 2?", "3")
+    earlier = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "What is 1?"},
+        {"role": "assistant", "content": "1"},
+    ]
+    line["prompt"] = [*earlier, *line["prompt"]]
+    _, found = rejected(tmp_path, [line], paths(*PATHS), judged=False)
+    messages = records(found, "demonstrations")[0]["messages"]
+    assert messages[:-1] == [*earlier, {"role": "user", "content": "And plus 2?"}]
+
+
 def test_gsm8k_as_published(tmp_path):
     line = {"question": "Tom has 1 egg and gets 2. How many?", "answer": "1+2=<<1+2=3>>3\n#### 3"}
     counts, _ = rejected(tmp_path, [line], paths(*PATHS), form="gsm8k")

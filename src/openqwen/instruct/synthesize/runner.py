@@ -64,7 +64,7 @@ def synthesize(method: Method, run: StageRun, total: int | None = None) -> dict[
     """
     config: SynthesisConfig = run.config
     generators = open_generators(config, run.inputs)
-    reward = run.inputs.get("reward")
+    reward = getattr(config, "reward", None)  # a folder or a hub id
     runner = Synthesis(method, generators, config, run.seed, run.output, run.scratch, reward)
     return runner.run(total)
 
