@@ -185,7 +185,7 @@ class Synthesis:
             self._commit(bar, prepare)
             self._send()
             busy = [lane for lane in set(self.lanes.values()) if lane.open]
-            if self.batches.full or (self.batches and not self.queue):
+            if self.batches.due or (self.batches and not self.queue):
                 self._run_batches()
             elif busy:
                 self._collect(busy)
