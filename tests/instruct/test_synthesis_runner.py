@@ -174,6 +174,17 @@ def test_failed_requests_are_counted_and_asked_again_by_the_next_run(tmp_path):
     assert run(tmp_path / "cut", Scripted(said)) == run(tmp_path / "whole", Scripted(said))
 
 
+def test_an_item_with_a_failed_request_is_done_again(tmp_path):
+    early = Scripted(
+        lambda text, seed: OpenQwenError("Down.") if len(early.asked) == 2 else said(text, seed)
+    )
+    with pytest.raises(OpenQwenError, match="limit of 60 requests"):
+        run(tmp_path / "cut", early, limits(requests=60, concurrency=1))
+    lines = (tmp_path / "cut" / "scratch" / "finished.jsonl").read_text().splitlines()
+    assert [json.loads(line)["failures"] for line in lines[1:3]] == [1, 0]
+    assert run(tmp_path / "cut", Scripted(said)) == run(tmp_path / "whole", Scripted(said))
+
+
 def test_no_answer_at_all_stops_soon(tmp_path):
     generator = Scripted(lambda *_: OpenQwenError("It is down."))
     with pytest.raises(OpenQwenError, match="11 errors"):
