@@ -1,0 +1,104 @@
+"""Work that is cheaper for many items at once: grading, running programs, scoring by a reward."""
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from openqwen.instruct.synthesize.method import Batch
+from openqwen.sandbox import Pool, Program, Verdict, best_tier
+from openqwen.support.errors import OpenQwenError
+from openqwen.tasks import grade
+
+_FULL = 64  # inputs at which work does not wait for more
+_LONGEST_WAIT = 5.0  # seconds that work waits for more
+
+
+class BatchWork:
+    """Waiting batches, and what does them.
+
+    Args:
+        reward: the folder of a reward model, loaded when it is first used.
+    """
+
+    def __init__(self, reward: Path | None = None):
+        self._reward = reward
+        self._waiting: list[tuple[Batch, Any]] = []
+        self._since = 0.0  # when the first of them came
+        self._pool: Pool | None = None
+        self._score: Callable[[Sequence[Any]], list[float]] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    @property
+    def due(self) -> bool:
+        """Whether there is enough work to begin, or some has waited long enough."""
+        if not self._waiting:
+            return False
+        enough = sum(len(batch.inputs) for batch, _ in self._waiting) >= _FULL
+        return enough or time.monotonic() - self._since > _LONGEST_WAIT
+
+    def add(self, batch: Batch, owner: Any) -> None:
+        """Queue a batch. owner: what `run` returns its results with."""
+        if not self._waiting:
+            self._since = time.monotonic()
+        self._waiting.append((batch, owner))
+
+    def run(self) -> list[tuple[Any, list[Any] | OpenQwenError]]:
+        """Do everything that waits, in the order of `add`.
+
+        Returns:
+            Each owner, with one result for each input, or with the error of its batch alone.
+        """
+        waiting, self._waiting = self._waiting, []
+        done: list[tuple[Any, list[Any] | OpenQwenError]] = []
+        for kind in dict.fromkeys(batch.kind for batch, _ in waiting):
+            group = [(batch, owner) for batch, owner in waiting if batch.kind == kind]
+            try:
+                results = iter(
+                    self._work(kind, [one for batch, _ in group for one in batch.inputs])
+                )
+                done += [(owner, list(islice(results, len(b.inputs)))) for b, owner in group]
+            except OpenQwenError:  # of one of them: find out of which
+                done += [(owner, self._alone(batch)) for batch, owner in group]
+        return done
+
+    def _alone(self, batch: Batch) -> list[Any] | OpenQwenError:
+        try:
+            return self._work(batch.kind, batch.inputs)
+        except OpenQwenError as error:
+            return error
+
+    def _work(self, kind: str, inputs: Sequence[Any]) -> list[Any]:
+        if kind == "grade":
+            return grade([task for task, _ in inputs], [answer for _, answer in inputs])
+        return self._run(inputs) if kind == "run" else self._rewards(inputs)
+
+    def close(self) -> None:
+        """End the sandbox."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _run(self, programs: Sequence[Program]) -> list[Verdict]:
+        if self._pool is None:
+            self._pool = Pool(tier="process" if best_tier() == "process" else "strict")
+        return self._pool.run(programs)
+
+    def _rewards(self, conversations: Sequence[Any]) -> list[float]:
+        if self._score is None:
+            if self._reward is None:
+                raise OpenQwenError("There is no reward model.", "reward", "give --reward FOLDER")
+            self._score = _scorer(self._reward)
+        return self._score(conversations)
+
+
+def _scorer(folder: Path) -> Callable[[Sequence[Any]], list[float]]:
+    from openqwen.model import load_scorer
+    from openqwen.support.device import best_device
+    from openqwen.tokenizer import load_tokenizer
+    from openqwen.train.reward import score
+
+    model, tokenizer = load_scorer(folder, device=best_device()), load_tokenizer(folder)
+    return lambda conversations: score(model, tokenizer, conversations)
