@@ -41,6 +41,9 @@ _FUNCTIONS = {
     "sandbox": "openqwen.sandbox.command",
     "verify": "openqwen.recipe.verify",
 }
+# Verbs of several methods, each a stage of its own: `synthesize METHOD` is the stage
+# `synthesize-METHOD`.
+_GROUPS = {"synthesize": "Make demonstrations D and preferences P from files, without people."}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if verb in _GROUPS:
+        verb, rest = _method(verb, rest)
     if verb in ("--help", "-h", "help"):
         print(_overview())
     elif verb == "--version":
@@ -90,8 +95,29 @@ def _dispatch(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _overview() -> str:
+def _method(group: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Turn `synthesize METHOD ...` into the stage of that method and its arguments."""
     stages = graph.verbs()
+    methods = [name.removeprefix(f"{group}-") for name in stages if name.startswith(f"{group}-")]
+    if not arguments or arguments[0] in ("--help", "-h"):
+        lines = [f"usage: {command(group, 'METHOD', '...')}", "", _GROUPS[group], "", "Methods:"]
+        lines += [f"  {name:<14}{stages[f'{group}-{name}']}" for name in methods]
+        print("\n".join(lines))
+        raise SystemExit(0)
+    if arguments[0] not in methods:
+        what = f"There is no method '{arguments[0]}'.{suggestion(arguments[0], methods)}"
+        raise OpenQwenError(what, group, f"use one of: {', '.join(methods)}")
+    return f"{group}-{arguments[0]}", arguments[1:]
+
+
+def _words(name: str) -> list[str]:
+    """The words that name a stage on the command line: `synthesize rejection`, `online-dpo`."""
+    group, _, method = name.partition("-")
+    return [group, method] if group in _GROUPS and method else [name]
+
+
+def _overview() -> str:
+    stages = {" ".join(_words(name)): text for name, text in graph.verbs().items()}
     width = max(map(len, [*RECIPE_VERBS, *stages])) + 2
     lines = ["openqwen: from raw text to an aligned chat model.", ""]
     lines += [f"usage: {command('VERB', '...')}", ""]
@@ -172,12 +198,14 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
         if recipe := _value(arguments, "--recipe"):
             settings = getattr(load_settings(find_recipe(recipe), graph.recipe_class()), section)
             arguments = _drop(arguments, "--recipe")
-    options, config = parse(arguments, _stage_options(stage.inputs), settings, command(name), about)
+    options, config = parse(
+        arguments, _stage_options(stage.inputs), settings, command(*_words(name)), about
+    )
     outside = {role: getattr(options, role.replace("-", "_")) for role in stage.inputs}
     outside |= {role: local(outside[role]) for role in graph.MODELS & outside.keys()}
     outside |= graph.outside_of(config)
     node = graph.Node(name, stage, config, outside=outside)
-    run_alone(node, options.output, options.seed, command(name, *arguments))
+    run_alone(node, options.output, options.seed, command(*_words(name), *arguments))
 
 
 def _stage_options(inputs: Any) -> type[Any]:

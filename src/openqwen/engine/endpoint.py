@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import httpx
 
 from openqwen.engine.generator import Generator, Output, Prompt, Sampling
+from openqwen.engine.lanes import EndpointLane
 from openqwen.engine.openai_api import (
     ApiCall,
     Json,
@@ -129,22 +130,42 @@ class Endpoint(Generator):
         for number, prompt in enumerate(prompts):
             seed = seed_of(sampling.seed, number) if seeds is None else seeds[number]
             with located(f"prompt {number}"):
-                answer = answer_call(prompt, sampling, seed, self.model)
-                scored = sampling.prompt_logprobs is not None
-                calls.append((answer, score_call(prompt, self.model) if scored else None))
+                calls.append(self._calls(prompt, sampling, seed))
         return _run_in_thread(self._answer_all(calls, progress))
 
-    async def _answer_all(
-        self, calls: list[tuple[ApiCall, ApiCall | None]], progress: Progress | None
-    ) -> list[Output]:
-        outputs = [Output() for _ in calls]
-        queue = iter(enumerate(calls))  # all workers take from this one
+    def lane(self) -> EndpointLane:
+        """Requests whose answers come one by one."""
+        return EndpointLane(self)
+
+    def client(self) -> httpx.AsyncClient:
+        """The connections of one event loop to the server."""
         limits = httpx.Limits(max_connections=self.concurrency)
         # `_attempt` limits the time of an attempt; only connecting has a limit here.
         timeout = httpx.Timeout(None, connect=min(_CONNECT, self.timeout))
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
+        return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+
+    async def answer(
+        self, client: httpx.AsyncClient, prompt: Prompt, sampling: Sampling, seed: int
+    ) -> Output:
+        """Answer one prompt through the connections of `client`; see `generate`."""
+        return await self._answer(client, *self._calls(prompt, sampling, seed))
+
+    def _calls(
+        self, prompt: Prompt, sampling: Sampling, seed: int
+    ) -> tuple[ApiCall, ApiCall | None]:
+        """The request for an answer, and that for the prompt's log-probabilities if wanted."""
+        answer = answer_call(prompt, sampling, seed, self.model)
+        scored = sampling.prompt_logprobs is not None
+        return answer, score_call(prompt, self.model) if scored else None
+
+    async def _answer_all(
+        self, calls: list[tuple[ApiCall, ApiCall | None]], progress: Progress | None
+    ) -> list[Output]:
+        outputs = [Output() for _ in calls]
+        queue = iter(enumerate(calls))  # all workers take from this one
 
         async def work() -> None:
             for number, (answer, score) in queue:
@@ -153,7 +174,7 @@ class Endpoint(Generator):
                 if progress:
                     progress.advance(1)
 
-        async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
+        async with self.client() as client:
             count = min(self.concurrency, len(calls))
             workers = [asyncio.create_task(work()) for _ in range(count)]
             try:

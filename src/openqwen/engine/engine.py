@@ -20,6 +20,7 @@ from openqwen.engine.config import EngineConfig
 from openqwen.engine.constrain import Structures
 from openqwen.engine.drafter import Drafter, DraftModel
 from openqwen.engine.generator import FinishReason, Generator, Output, Prompt, Sampling
+from openqwen.engine.lanes import EngineLane
 from openqwen.engine.pages import PagePool
 from openqwen.engine.request import Event, Request, ScheduledRequest, Stats
 from openqwen.engine.runner import Runner
@@ -249,6 +250,10 @@ class Engine(Generator):
         finally:
             self._discard(requests)
         return list[Output](requests)
+
+    def lane(self) -> EngineLane:
+        """Requests whose answers come one by one."""
+        return EngineLane(self)
 
     def stream(self, prompt: Prompt, sampling: Sampling = _GREEDY) -> Iterator[int]:
         """Yield an answer's token ids as they are produced, without the stop token."""

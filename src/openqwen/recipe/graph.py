@@ -55,6 +55,8 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
         "openqwen.evaluate.model",
         {"model": "sft", "corpus": "corpus", "base": "evaluate-extend"},
     ),
+    ("synthesize-rejection", "openqwen.instruct.synthesize.methods.rejection", None),
+    ("synthesize-execution", "openqwen.instruct.synthesize.methods.execution", None),
     ("prefer", "openqwen.instruct.synthesize.preferences", {"model": "sft"}),
     ("reward", "openqwen.train.reward", {"model": "sft", "preferences": "prefer"}),
     ("evaluate-reward", "openqwen.evaluate.reward", {"reward": "reward", "preferences": "prefer"}),

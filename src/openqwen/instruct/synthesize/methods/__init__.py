@@ -1,0 +1,1 @@
+"""The methods of synthesis, one a file; `openqwen synthesize METHOD` runs one."""

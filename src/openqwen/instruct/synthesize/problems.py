@@ -1,0 +1,70 @@
+"""Problems from files: tasks of ours, or GSM8K, MATH, HumanEval and MBPP as they are published.
+
+A problem may lack an answer. A record that cannot be used becomes an item with a fault, so that one
+bad line does not end a run.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from openqwen.instruct.synthesize.method import Item
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.records import count_records, read_records
+from openqwen.tasks import READERS, Task, read_problems
+from openqwen.tasks.graders import check_task
+
+_QUESTIONS = ("question", "problem", "instruction", "query", "text")
+_LONGEST = 100_000  # characters of a problem
+
+
+def read_items(path: Path, form: str, grader: str) -> Iterator[Item]:
+    """Yield an item with a `Task` for each problem.
+
+    Args:
+        path: a file of records.
+        form: "tasks", or the name of a published form (`tasks.READERS`).
+        grader: of problems that do not name theirs.
+    """
+    if form in READERS:
+        for task in read_problems(form, path):
+            yield Item(task.id, task)
+        return
+    seen: set[str] = set()
+    for number, (where, record) in enumerate(read_records(path), 1):
+        name = str(record.get("id", number))
+        if name in seen:
+            name = f"{name}/{number}"
+        seen.add(name)
+        try:
+            yield Item(name, _task(name, record, grader, where))
+        except OpenQwenError as error:
+            yield Item(name, None, f"no problem: {error.what}")
+
+
+def count_items(path: Path, form: str) -> int | None:
+    """How many there are, for the remaining time; None where that would mean to parse them."""
+    return None if path.is_dir() else count_records(path)
+
+
+def _task(name: str, record: dict[str, Any], grader: str, where: str) -> Task:
+    prompt = record.get("prompt")
+    if prompt is None:
+        question = next((record[key] for key in _QUESTIONS if record.get(key)), "")
+        prompt = [{"role": "user", "content": question}]
+    elif isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    for message in prompt if isinstance(prompt, list) and prompt else [{}]:
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str) or not content.strip() or "role" not in message:
+            raise OpenQwenError("the prompt is no list of messages with text", where)
+        if len(content) > _LONGEST:
+            raise OpenQwenError(f"it has more than {_LONGEST:,} characters", where)
+    reference = record.get("reference")
+    if not isinstance(reference, dict):
+        answer = record.get("answer")
+        reference = {"answer": answer} if isinstance(answer, str) else {}
+    task = Task(name, prompt, str(record.get("grader", grader)), reference)
+    if reference:
+        check_task(task, where)
+    return task
