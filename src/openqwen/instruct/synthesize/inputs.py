@@ -12,7 +12,7 @@ from openqwen.instruct.synthesize.method import Item, Message
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import notice
 from openqwen.support.records import read_records
-from openqwen.tokenizer.messages import demonstration, prompt
+from openqwen.tokenizer.messages import demonstration, preference, prompt
 
 DATA = Path(__file__).with_name("data")
 _LARGEST = 64_000_000  # bytes of a document
@@ -20,7 +20,7 @@ _LARGEST = 64_000_000  # bytes of a document
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a user. id: of the record that it comes from."""
+    """A question of a user. id: the record that it comes from, "FILE#NUMBER"."""
 
     id: str
     text: str
@@ -70,22 +70,22 @@ def questions(path: Path) -> list[Question]:
         OpenQwenError: a record has no prompt, or there is none.
     """
     found: dict[str, Question] = {}
-    for where, record in read_records(path):
+    for number, (where, record) in enumerate(read_records(path), 1):
         try:
             messages, _ = prompt(record)
         except OpenQwenError as error:
             raise OpenQwenError(error.what, where, error.do) from None
         user = [m["content"] for m in messages if m["role"] == "user" and m["content"].strip()]
         if user:
-            identity = str(record.get("id") or f"{path.name}#{len(found) + 1}")
-            found.setdefault(user[0].strip(), Question(identity, user[0].strip()))
+            text = user[0].strip()
+            found.setdefault(text, Question(f"{path.name}#{number}", text))
     if not found:
         raise OpenQwenError("There are no questions.", path, "give a file of prompts")
     return list(found.values())
 
 
 def exchanges(path: Path) -> Iterator[Item]:
-    """The conversations of a file of demonstrations, each as an item with an `Exchange`.
+    """The records of a file of demonstrations or preferences, each as an item with an `Exchange`.
 
     One that cannot be read is an item with its fault.
     """
@@ -98,9 +98,12 @@ def exchanges(path: Path) -> Iterator[Item]:
 
 
 def _exchange(record: dict[str, Any]) -> Exchange:
-    origin = record.get("origin")
-    origin = origin if isinstance(origin, dict) else {}
-    messages, tools = demonstration(record)
+    rejected = None
+    if "rejected" in record:
+        asked, chosen, other, tools = preference(record)
+        messages, rejected = [*asked, chosen], other["content"].strip()
+    else:
+        messages, tools = demonstration(record)
     if tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages):
         raise OpenQwenError("This conversation calls tools.")
     while messages and messages[-1]["role"] != "assistant":
@@ -108,7 +111,9 @@ def _exchange(record: dict[str, Any]) -> Exchange:
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
     if len(plain) < 2 or plain[-2]["role"] != "user":
         raise OpenQwenError("This conversation has no answer to a user.")
-    return Exchange(plain[:-1], plain[-1]["content"].strip(), origin=origin)
+    origin = record.get("origin")
+    origin = origin if isinstance(origin, dict) else {}
+    return Exchange(plain[:-1], plain[-1]["content"].strip(), rejected, origin)
 
 
 def documents(source: Path) -> Iterator[dict[str, Any]]:

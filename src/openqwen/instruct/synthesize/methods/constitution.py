@@ -12,32 +12,33 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from openqwen.engine import Output, Sampling
+from openqwen.engine import Output
 from openqwen.instruct.synthesize import reading
-from openqwen.instruct.synthesize.config import SynthesisConfig
 from openqwen.instruct.synthesize.inputs import DATA, Question, questions
-from openqwen.instruct.synthesize.method import Item, Method, Steps, Work, assistant
+from openqwen.instruct.synthesize.method import Item, Message, Method, Steps, Work, assistant
+from openqwen.instruct.synthesize.methods.common import AnswersConfig, judged
+from openqwen.instruct.synthesize.runner import synthesize
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
+from openqwen.support.stage import Stage, StageRun
 
 
-class ConstitutionConfig(SynthesisConfig):
+class ConstitutionConfig(AnswersConfig):
     """Which principles are put to which questions."""
 
+    questions: Path | None = Field(
+        None, description="a file of prompts or conversations whose questions are asked"
+    )
     principles: Path | None = Field(
         None, description="a YAML file of principles in place of the shipped constitution"
     )
     categories: list[str] = Field(
         [], description="categories of principles that are used; none: all of them"
     )
-    probes: int = Field(
-        4, ge=0, description="questions that the model writes for each principle"
-    )
-    per_question: int = Field(1, ge=0, description="principles drawn for each given question")
+    probes: int = Field(4, ge=0, description="questions that the model writes for each principle")
+    per_question: int = Field(1, ge=1, description="principles drawn for each given question")
     comply: float = Field(8, ge=0, le=10, description="lowest score of an answer that complies")
     deviate: float = Field(3, ge=0, le=10, description="highest score of one that deviates")
-    temperature: float = Field(0.8, ge=0, description="of everything but judgements")
-    max_tokens: int = Field(1024, ge=1, description="longest answer, in tokens")
 
 
 class Principle:
@@ -91,24 +92,22 @@ class Constitution(Method):
 
     name = "constitution"
 
-    def __init__(self, config: ConstitutionConfig, source: Path | None, seed: int):
+    def __init__(self, config: ConstitutionConfig, seed: int):
         super().__init__(config)
         self.principles = read_principles(config.principles, config.language, config.categories)
-        self.questions = questions(source) if source and config.per_question else []
+        self.questions = questions(config.questions) if config.questions else []
         if not self.questions and not config.probes:
-            do = "give a file of prompts, or --probes above 0"
+            do = "give --questions FILE, or --probes above 0"
             raise OpenQwenError("There are no questions.", "constitution", do)
         self.seed = seed
         self.probes: list[tuple[Question, Principle]] = []
-        self.free = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
-        self.strict = Sampling(max_tokens=config.max_tokens)
 
     def prepare(self, work: Work) -> Steps[None]:
         """Let the model write questions that put each principle to the test."""
         count = self.config.probes
         every = self.principles if count else []
         prompts = [work.messages("probe", **principle.texts, count=count) for principle in every]
-        outputs = yield from work.ask(prompts, self.free)
+        outputs = yield from work.ask(prompts, self.config.free)
         for principle, output in zip(every, outputs):
             found = reading.items(output.text)[:count]
             work.gate("has probes", bool(found), "no list of questions", output.text)
@@ -132,7 +131,7 @@ class Constitution(Method):
         asked = [{"role": "user", "content": question}]
         texts = {"question": question, **principle.texts}
         prompts = [work.messages(n, **texts) for n in ("comply", "deviate")]
-        complied, deviated, plain = yield from work.ask([*prompts, asked], self.free)
+        complied, deviated, plain = yield from work.ask([*prompts, asked], self.config.free)
         answers = {"comply": complied, "deviate": deviated, "plain": plain}
         if not reading.fault(plain):
             answers["revise"] = yield from self._revised(plain.text.strip(), texts, work)
@@ -141,54 +140,62 @@ class Constitution(Method):
             for kind, output in answers.items()
             if work.gate(f"{kind}: usable", not reading.fault(output, (question,)))
         }
-        judged = [work.messages("judge", **texts, response=text) for text in usable.values()]
-        outputs = yield from work.ask(judged, self.strict, by="judge")
-        scores = {
-            kind: score
-            for kind, output in zip(usable, outputs)
-            if (score := reading.score(output.text)) is not None
-        }
-        self._record(asked, usable, scores, work, principle)
+        values = [{**texts, "response": text} for text in usable.values()]
+        scores = yield from judged(work, "judge", values, self.config)
+        self._record(asked, usable, dict(zip(usable, scores)), work, principle)
 
     def _revised(self, plain: str, texts: dict[str, str], work: Work) -> Steps[Output]:
         """The revision of a plain answer after a critique."""
         prompt = work.messages("critique", **texts, response=plain)
-        (critique,) = yield from work.ask([prompt], self.free)
+        (critique,) = yield from work.ask([prompt], self.config.free)
         if fault := reading.fault(critique):
             work.refuse(f"critique: {fault}", critique.text)
             return Output(finish_reason="error")
         prompt = work.messages("revise", **texts, response=plain, critique=critique.text.strip())
-        (revised,) = yield from work.ask([prompt], self.free)
+        (revised,) = yield from work.ask([prompt], self.config.free)
         return revised
 
     def _record(
         self,
-        asked: list[dict[str, Any]],
+        asked: list[Message],
         usable: dict[str, str],
-        scores: dict[str, float],
+        scores: dict[str, float | None],
         work: Work,
         principle: Principle,
     ) -> None:
-        good, bad = {}, {}
-        for kind in usable:
-            value = scores.get(kind, -1.0)
+        """D of the best answer that complies; P of it against those that deviate."""
+        good, bad = {}, []
+        for kind, score in scores.items():
+            complies = score is not None and score >= self.config.comply
+            deviates = score is not None and score <= self.config.deviate
             if kind == "deviate":
-                if work.gate("deviate: judged to deviate", 0 <= value <= self.config.deviate):
-                    bad[kind] = value
-            elif work.gate(f"{kind}: judged to comply", value >= self.config.comply):
-                good[kind] = value
-            elif kind == "plain" and 0 <= value <= self.config.deviate:
-                bad[kind] = value
+                work.gate("deviate: judged to deviate", deviates)
+            elif work.gate(f"{kind}: judged to comply", complies):
+                good[kind] = score
+            if deviates and kind in ("deviate", "plain"):
+                bad.append(kind)
         if not good:
             return
         # Of equal scores the revision goes first: it has seen a critique.
-        best = max(good, key=lambda kind: (good[kind], kind == "revise", kind == "comply"))
-        origin = {"principle": principle.id, "category": principle.category}
-        origin |= {"question": work.item.startswith("probe/") and "model" or "given"}
-        work.demonstration(
-            [*asked, assistant(usable[best])], **origin, answer=best, score=good[best]
-        )
+        rank = ["plain", "comply", "revise"]
+        best = max(good, key=lambda kind: (good[kind], rank.index(kind)))
+        origin = {"principle": principle.id, "category": principle.category, "answer": best}
+        work.demonstration([*asked, assistant(usable[best])], **origin, score=good[best])
         for kind in bad:
             if usable[kind] != usable[best]:
-                sides = {"chosen": best, "rejected": kind}
-                work.preference(asked, usable[best], usable[kind], **origin, **sides)
+                work.preference(asked, usable[best], usable[kind], **origin, against=kind)
+
+
+def run_constitution(run: StageRun) -> dict[str, float]:
+    """Principles and questions → demonstrations D and preferences P."""
+    return synthesize(Constitution(run.config, run.seed), run)
+
+
+STAGE = Stage(
+    name="synthesize-constitution",
+    help="Answers that keep to principles, and that break them, become D and P.",
+    config=ConstitutionConfig,
+    inputs={},
+    outputs=["demonstrations", "preferences"],
+    run=run_constitution,
+)

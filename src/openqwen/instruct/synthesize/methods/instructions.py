@@ -9,19 +9,16 @@ function agrees (case_accuracy 0), a function at 0.8 and more, with at least 3 f
 cases before that; a response if any function passes it (response_accuracy 0).
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
-from openqwen.engine import Sampling
+from openqwen.engine import Output
 from openqwen.instruct.synthesize import reading
-from openqwen.instruct.synthesize.config import SynthesisConfig
-from openqwen.instruct.synthesize.inputs import phrases, questions
-from openqwen.instruct.synthesize.method import Item, Method, Steps, Work
+from openqwen.instruct.synthesize.inputs import Question, phrases, questions
+from openqwen.instruct.synthesize.method import Item, Message, Method, Steps, Work, assistant
+from openqwen.instruct.synthesize.methods.common import AnswersConfig, judged, shown
 from openqwen.instruct.synthesize.runner import synthesize
 from openqwen.instruct.synthesize.verification import (
     cross_validate,
@@ -30,6 +27,7 @@ from openqwen.instruct.synthesize.verification import (
     read_function,
     share,
 )
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.stage import Stage, StageRun
 
 _RELATIONS = {
@@ -42,7 +40,7 @@ _RELATIONS = {
 }
 
 
-class InstructionsConfig(SynthesisConfig):
+class InstructionsConfig(AnswersConfig):
     """The settings of AutoIF; thresholds are the paper's."""
 
     constraints: Path | None = Field(
@@ -82,17 +80,7 @@ class InstructionsConfig(SynthesisConfig):
         8, ge=0, le=10, description="lowest score (0 to 10) of how a response fits its query"
     )
     pairs: int = Field(1, ge=0, description="most pairs made of the responses to one query")
-    temperature: float = Field(0.8, ge=0, description="of everything but judgements")
-    max_tokens: int = Field(1024, ge=1, description="longest answer, in tokens")
     seconds: float = Field(5.0, gt=0, description="CPU time of one run of a function")
-
-
-@dataclass(frozen=True)
-class Verified:
-    """A constraint with the functions that check it."""
-
-    text: str
-    functions: list[str]
 
 
 class Instructions(Method):
@@ -105,9 +93,10 @@ class Instructions(Method):
         self.seeds = phrases("constraints", config.language, config.constraints)
         found = questions(queries)
         self.queries = [q for q in found if config.shortest <= len(q.text) <= config.longest]
+        if not self.queries:
+            what = f"No query has {config.shortest} to {config.longest} characters."
+            raise OpenQwenError(what, queries, "give other queries, or --shortest and --longest")
         self.constraints = list(self.seeds)
-        self.free = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
-        self.strict = Sampling(max_tokens=config.max_tokens)
 
     def prepare(self, work: Work) -> Steps[None]:
         """Self-instruct: ask for constraints like some of the seeds, and keep those that are new.
@@ -120,7 +109,7 @@ class Instructions(Method):
             shown = [self.seeds[n] for n in order]
             prompts.append(work.messages("expand", seeds=shown, count=self.config.per_round))
         known = reading.Novelty(self.config.similarity, self.seeds)
-        for output in (yield from work.ask(prompts, self.free)):
+        for output in (yield from work.ask(prompts, self.config.free)):
             found = reading.items(output.text)
             work.gate("has new constraints", bool(found), "no list", output.text)
             for text in found:
@@ -137,14 +126,14 @@ class Instructions(Method):
         functions = yield from self._verifiers(item.data, work)
         if not functions or not (yield from self._means_the_same(item.data, functions, work)):
             return
-        yield from self._respond(Verified(item.data, functions), work)
+        yield from self._respond(item.data, functions, work)
 
     def _verifiers(self, constraint: str, work: Work) -> Steps[list[str]]:
         """The functions that survive cross-validation; none where too little is left."""
         config = self.config
         prompt = work.messages("verify", constraint=constraint, cases=config.cases)
         functions, cases = [], []
-        for output in (yield from work.ask([prompt] * config.generations, self.free)):
+        for output in (yield from work.ask([prompt] * config.generations, self.config.free)):
             function = read_function(output.text)
             if work.gate("has a function", function is not None, "no function", output.text):
                 functions.append(str(function))
@@ -166,51 +155,93 @@ class Instructions(Method):
         verified = work.gate("constraint is verified", enough and both, what, constraint)
         return [functions[n] for n in good] if verified else []
 
-    def _means_the_same(
-        self, constraint: str, functions: Sequence[str], work: Work
-    ) -> Steps[bool]:
+    def _means_the_same(self, constraint: str, functions: Sequence[str], work: Work) -> Steps[bool]:
         """Back-translation: no function's description may contradict the constraint."""
         shown = functions[: self.config.back_translations]
         prompts = [work.messages("describe", function=function) for function in shown]
-        described = yield from work.ask(prompts, self.strict)
+        described = yield from work.ask(prompts, self.config.strict)
         told = [output.text.strip() for output in described if not reading.fault(output)]
         prompts = [work.messages("entail", first=constraint, second=text) for text in told]
-        judged = yield from work.ask(prompts, self.strict, by="judge")
+        judged = yield from work.ask(prompts, self.config.strict, by="judge")
         relations = [reading.label(output.text, _RELATIONS) for output in judged]
         same = not shown or (bool(told) and not {"contradiction", None} & set(relations))
         reason = f"{', '.join(map(str, relations)) or 'no description'}: {' | '.join(told)}"
         return work.gate("back-translation agrees", same, reason, constraint)
 
-    def _respond(self, verified: Verified, work: Work) -> Steps[None]:
+    def _respond(self, constraint: str, functions: Sequence[str], work: Work) -> Steps[None]:
         """Add the constraint to queries, sample responses, and make records of them."""
         config = self.config
-        count = min(config.queries, len(self.queries))
-        drawn = [self.queries[n] for n in work.rng.permutation(len(self.queries))[:count]]
-        asked = [work.messages("query", query=q.text, constraint=verified.text) for q in drawn]
+        drawn = [self.queries[n] for n in work.rng.permutation(len(self.queries))]
+        drawn = drawn[: config.queries]
+        asked = [work.messages("query", query=q.text, constraint=constraint) for q in drawn]
         every = [prompt for prompt in asked for _ in range(config.responses)]
-        outputs = yield from work.ask(every, self.free)
-        accuracy = yield from self._accuracies(verified, [o.text for o in outputs], work)
+        outputs = yield from work.ask(every, config.free)
+        table = yield from outcomes(work, functions, [o.text for o in outputs], config.seconds)
+        accuracy = [share([row[n] is True for row in table]) for n in range(len(outputs))]
+        groups = []
         for number, (query, prompt) in enumerate(zip(drawn, asked)):
-            here = range(number * config.responses, (number + 1) * config.responses)
-            passed: dict[str, float] = {}
-            failed: dict[str, float] = {}
-            for n in here:
-                text = outputs[n].text.strip()
-                fault = reading.fault(outputs[n], (query.text, prompt[-1]["content"]))
-                if not work.gate("response is usable", not fault):
-                    continue
-                if work.gate("response is verified", accuracy[n] > config.response_accuracy):
-                    passed[text] = accuracy[n]
-                elif accuracy[n] == 0:
-                    failed[text] = 0.0
-            good = yield from self._matching(query.text, verified.text, list(passed), work)
-            origin: dict[str, Any] = {"parents": [work.item, query.id], "constraint": verified.text}
-            for text, score in good:
-                work.demonstration(
-                    [*prompt, {"role": "assistant", "content": text}],
-                    **origin,
-                    accuracy=passed[text],
-                    match=score,
-                )
-            for (chosen, score), rejected in list(zip(good, failed))[: config.pairs]:
-                work.preference(prompt, chosen, rejected, **origin, match=score)
+            here = slice(number * config.responses, (number + 1) * config.responses)
+            sources = (query.text, prompt[-1]["content"])
+            groups.append(self._sorted(outputs[here], accuracy[here], sources, work))
+        values = [
+            {"query": query.text, "constraint": constraint, "response": text}
+            for query, (passed, _) in zip(drawn, groups)
+            for text in passed
+        ]
+        scores = iter((yield from judged(work, "match", values, config)))
+        for query, prompt, (passed, failed) in zip(drawn, asked, groups):
+            self._record(query, prompt, constraint, {t: next(scores) for t in passed}, failed, work)
+
+    def _sorted(
+        self,
+        outputs: Sequence[Output],
+        accuracy: Sequence[float],
+        sources: tuple[str, ...],
+        work: Work,
+    ) -> tuple[list[str], list[str]]:
+        """The different responses to one query that enough functions pass, and that none passes."""
+        passed, failed = [], []
+        for output, value in zip(outputs, accuracy):
+            text = output.text.strip()
+            if not work.gate("response is usable", not reading.fault(output, sources)):
+                continue
+            if work.gate("response is verified", value > self.config.response_accuracy):
+                passed.append(text)
+            elif value == 0:
+                failed.append(text)
+        return list(dict.fromkeys(passed)), list(dict.fromkeys(failed))
+
+    def _record(
+        self,
+        query: Question,
+        prompt: list[Message],
+        constraint: str,
+        scores: dict[str, float | None],
+        failed: list[str],
+        work: Work,
+    ) -> None:
+        """D of the responses that match their query, P of them against those that failed."""
+        origin = {"parents": [work.item, query.id], "constraint": constraint}
+        good = []
+        for text, score in scores.items():
+            fits = score is not None and score >= self.config.match
+            if work.gate("response matches query", fits, shown(score), text):
+                good.append(text)
+                work.demonstration([*prompt, assistant(text)], **origin, match=score)
+        for chosen, rejected in list(zip(good, failed))[: self.config.pairs]:
+            work.preference(prompt, chosen, rejected, **origin)
+
+
+def run_instructions(run: StageRun) -> dict[str, float]:
+    """Queries → demonstrations D and preferences P with constraints that programs checked."""
+    return synthesize(Instructions(run.config, run.data("queries")), run)
+
+
+STAGE = Stage(
+    name="synthesize-instructions",
+    help="Write constraints and functions that check them; answers that pass become D and P.",
+    config=InstructionsConfig,
+    inputs={"queries": "Queries to add constraints to: a file of prompts or conversations."},
+    outputs=["demonstrations", "preferences"],
+    run=run_instructions,
+)

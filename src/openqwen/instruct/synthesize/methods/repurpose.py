@@ -14,19 +14,20 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from openqwen.engine import Sampling
 from openqwen.instruct.synthesize import reading
-from openqwen.instruct.synthesize.config import SynthesisConfig
 from openqwen.instruct.synthesize.inputs import documents
 from openqwen.instruct.synthesize.method import Item, Message, Method, Steps, Work, assistant
+from openqwen.instruct.synthesize.methods.common import AnswersConfig, judged, shown
 from openqwen.instruct.synthesize.passages import excerpt, length, passages, rounded
+from openqwen.instruct.synthesize.runner import synthesize
 from openqwen.support.generators import Generators
 from openqwen.support.records import read_records
+from openqwen.support.stage import Stage, StageRun
 
 _PROFILE = 4_000  # characters of a profile that are read, as in Ditto's code
 
 
-class RepurposeConfig(SynthesisConfig):
+class RepurposeConfig(AnswersConfig):
     """What becomes of documents."""
 
     form: Literal["passages", "long", "role-play"] = Field(
@@ -40,7 +41,7 @@ class RepurposeConfig(SynthesisConfig):
     details: list[int] = Field(
         [1, 2, 3], min_length=1, description="how detailed the instructions are, drawn: 1 to 3"
     )
-    shown: int = Field(
+    most_shown: int = Field(
         12_000, ge=300, description="most characters of a text that the model is shown"
     )
     questions: int = Field(4, ge=1, description="questions to each character")
@@ -49,8 +50,6 @@ class RepurposeConfig(SynthesisConfig):
         True, description="let the model answer too, and make a pair where it does worse"
     )
     margin: float = Field(1, gt=0, description="least difference of the scores of a pair")
-    temperature: float = Field(0.8, ge=0, description="of everything but judgements")
-    max_tokens: int = Field(1024, ge=1, description="longest answer, in tokens")
 
 
 class Repurpose(Method):
@@ -61,8 +60,6 @@ class Repurpose(Method):
     def __init__(self, config: RepurposeConfig, source: Path, seed: int):
         super().__init__(config)
         self.source, self.seed = source, seed
-        self.free = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
-        self.strict = Sampling(max_tokens=config.max_tokens)
 
     def items(self) -> Iterable[Item]:
         """The passages of the documents, or the profiles."""
@@ -83,7 +80,7 @@ class Repurpose(Method):
             name, text = (record.get(key) for key in ("name", "text"))
             good = all(isinstance(value, str) and value.strip() for value in (name, text))
             identity = f"{self.source.name}#{number}"
-            data = {"name": name, "profile": str(text)[:_PROFILE]}
+            data = {"character": name, "profile": str(text)[:_PROFILE]}
             yield Item(identity, data, "" if good else "a profile needs the texts name and text")
 
     def steps(self, item: Item, work: Work) -> Steps[None]:
@@ -95,11 +92,11 @@ class Repurpose(Method):
 
     def _write_request(self, text: str, work: Work) -> Steps[None]:
         config = self.config
-        shown = excerpt(text, config.shown)
+        seen = excerpt(text, config.most_shown)
         level = int(work.rng.choice(config.details))
-        prompt = work.messages("instruct", text=shown, level=level)
-        (output,) = yield from work.ask([prompt], self.free)
-        fault = reading.fault(output, (shown,)) or _leak(output.text, text)
+        prompt = work.messages("instruct", text=seen, level=level)
+        (output,) = yield from work.ask([prompt], self.config.free)
+        fault = reading.fault(output, (seen,)) or _leak(output.text, text)
         if not work.gate("instruction is usable", not fault, fault, output.text):
             return
         request = output.text.strip()
@@ -109,38 +106,30 @@ class Repurpose(Method):
         asked = [{"role": "user", "content": request}]
         answers = [text]
         if config.pairs:
-            written = yield from work.ask([asked], self.free)
+            written = yield from work.ask([asked], self.config.free)
             answers += [o.text.strip() for o in written if not reading.fault(o, (request,))]
-        scores = yield from self._scores(
-            "fit", [{"request": request, "text": excerpt(a, config.shown)} for a in answers], work
-        )
+        values = [{"request": request, "text": excerpt(a, config.most_shown)} for a in answers]
+        scores = yield from judged(work, "fit", values, config)
         self._record(asked, answers, scores, work, detail=level)
 
     def _role_play(self, character: dict[str, str], work: Work) -> Steps[None]:
         config = self.config
         prompt = work.messages("ask_character", **character, count=config.questions)
-        (output,) = yield from work.ask([prompt], self.free)
+        (output,) = yield from work.ask([prompt], self.config.free)
         found = reading.items(output.text)[: config.questions]
         work.gate("character is asked", bool(found), "no list of questions", output.text)
-        (system,) = work.messages("role", name=character["name"])
+        (system,) = work.messages("role", character=character["character"])
         for question in found:
             asked = [{**system, "role": "system"}, {"role": "user", "content": question}]
             known = work.messages("answer_character", **character, question=question)
             sources = (question, character["profile"])
-            outputs = yield from work.ask([known, asked][: 1 + config.pairs], self.free)
+            outputs = yield from work.ask([known, asked][: 1 + config.pairs], self.config.free)
             if not work.gate("answer is usable", not reading.fault(outputs[0], sources)):
                 continue
             answers = [o.text.strip() for o in outputs if not reading.fault(o, sources)]
             values = [{**character, "question": question, "response": a} for a in answers]
-            scores = yield from self._scores("in_character", values, work)
-            self._record(asked, answers, scores, work, character=character["name"])
-
-    def _scores(
-        self, name: str, values: list[dict[str, str]], work: Work
-    ) -> Steps[list[float | None]]:
-        prompts = [work.messages(name, **one) for one in values]
-        outputs = yield from work.ask(prompts, self.strict, by="judge")
-        return [reading.score(output.text) for output in outputs]
+            scores = yield from judged(work, "in_character", values, config)
+            self._record(asked, answers, scores, work, character=character["character"])
 
     def _record(
         self,
@@ -152,25 +141,38 @@ class Repurpose(Method):
     ) -> None:
         """D of the first answer, where it fits; P against the second, where that is worse."""
         best = scores[0]
-        reason = "no score" if best is None else f"score {best:g}"
         good = best is not None and best >= self.config.fit
-        if not work.gate("answer fits", good, reason, asked[-1]["content"]):
+        if not work.gate("answer fits", good, shown(best), asked[-1]["content"]):
             return
         origin |= {"form": self.config.form, "fit": best}
         work.demonstration([*asked, assistant(answers[0])], **origin)
         for other, score in zip(answers[1:], scores[1:]):
-            worse = score is not None and best is not None and best - score >= self.config.margin
+            worse = score is not None and score + self.config.margin <= (best or 0)
             if work.gate("model's own is worse", worse and other != answers[0]):
                 work.preference(asked, answers[0], other, **origin, rejected_fit=score)
 
 
 def _leak(request: str, text: str) -> str:
-    """Why an instruction gives the answer away: it has a long stretch of the text, word by word."""
-    words = request.split() if " " in request.strip() else list(request)
-    run = 12 if " " in request.strip() else 20
-    glue = " " if " " in request.strip() else ""
-    flat = glue.join(text.split())
-    for n in range(len(words) - run + 1):
-        if glue.join(words[n : n + run]) in flat:
-            return "it copies the text"
-    return ""
+    """Why an instruction gives the answer away, or "": a long stretch of the text is in it."""
+    request, text = " ".join(request.split()), " ".join(text.split())
+    width = 20 if length(text) > len(text) / 2 else 60  # Chinese says more in a character
+    stretches = (request[n : n + width] for n in range(len(request) - width + 1))
+    return "it copies the text" if any(one in text for one in stretches) else ""
+
+
+def run_repurpose(run: StageRun) -> dict[str, float]:
+    """Documents or profiles → demonstrations D and preferences P."""
+    return synthesize(Repurpose(run.config, run.inputs["documents"], run.seed), run)
+
+
+STAGE = Stage(
+    name="synthesize-repurpose",
+    help="Good documents become the answers; a model writes their instructions. Role-play too.",
+    config=RepurposeConfig,
+    inputs={
+        "documents": "A folder or a file of documents; for role-play a file of profiles, each with "
+        "name and text."
+    },
+    outputs=["demonstrations", "preferences"],
+    run=run_repurpose,
+)
