@@ -93,7 +93,7 @@ def test_json(text, expected):
     assert reading.json_value(text) == expected
 
 
-@given(st.text(alphabet='{}[]",:\'`\n -10aeé水\\', max_size=80))
+@given(st.text(alphabet="{}[]\",:'`\n -10aeé水\\", max_size=80))
 def test_nothing_breaks_the_readers(text):
     value = reading.json_value(text)
     json.dumps(value, allow_nan=False).encode()
@@ -192,7 +192,7 @@ def test_passages_of_one_line_and_of_ten_megabytes():
     assert len(line) > 10_000_000
     cut = passages(line, 200, 900)
     assert len(cut) > 10_000
-    assert all(one.endswith("years.") or one.endswith("river.") for one in cut)
+    assert all(one.endswith(("years.", "river.")) for one in cut)
     assert passages("x" * 10_000_000, 200, 900) == []  # no end of a sentence
     assert passages("\n" * 1_000_000 + " " * 1_000_000, 1, 900) == []
     chinese = passages("天地玄黄，宇宙洪荒。" * 2_000, 50, 400)
@@ -261,12 +261,20 @@ def test_questions_of_prompts_and_conversations(tmp_path):
 def test_exchanges(tmp_path):
     user = {"role": "user", "content": "Why?"}
     answer = {"role": "assistant", "content": " So. "}
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
+    }
     path = write(
         tmp_path / "d.jsonl",
         [
             {"messages": [user, answer, user], "origin": {"method": "x"}},
-            {"prompt": [user], "chosen": [answer], "rejected": [{"role": "assistant", "content": "No."}]},
+            {
+                "prompt": [user],
+                "chosen": [answer],
+                "rejected": [{"role": "assistant", "content": "No."}],
+            },
             {"messages": [user, call]},
             {"messages": [user]},
             {"nothing": 1},
@@ -276,7 +284,9 @@ def test_exchanges(tmp_path):
     assert (first.data.prompt, first.data.answer, first.data.rejected) == ([user], "So.", None)
     assert first.data.origin == {"method": "x"}
     assert (second.data.answer, second.data.rejected) == ("So.", "No.")
-    assert ["calls tools" in bad[0].fault, "no answer" in bad[1].fault, bool(bad[2].fault)] == [True] * 3
+    assert ["calls tools" in bad[0].fault, "no answer" in bad[1].fault, bool(bad[2].fault)] == [
+        True
+    ] * 3
 
 
 def test_documents_of_files_and_folders(tmp_path):

@@ -109,7 +109,7 @@ def _exchange(record: dict[str, Any]) -> Exchange:
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if len(plain) < 2 or plain[-2]["role"] != "user":
+    if len(plain) < 2 or plain[-2]["role"] != "user" or not plain[-1]["content"].strip():
         raise OpenQwenError("This conversation has no answer to a user.")
     origin = record.get("origin")
     origin = origin if isinstance(origin, dict) else {}

@@ -97,6 +97,8 @@ class Adapt(Method):
         prompt = work.messages("translate", text=question, target=target)
         (output,) = yield from work.ask([prompt], self.config.free)
         fault = reading.fault(output, (question,)) or foreign(output.text, target)
+        if not fault and not any(map(str.isalpha, output.text)):
+            fault = "no words"
         if not work.gate("translation is usable", not fault, fault, output.text):
             return
         translated = output.text.strip()
