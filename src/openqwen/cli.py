@@ -157,6 +157,12 @@ def _run(arguments: Sequence[str]) -> None:
         do = f"{command('run', 'RECIPE', arguments[0])} ..."
         raise OpenQwenError("The recipe must be the first argument.", where=arguments[0], do=do)
     path = find_recipe(arguments[0])
+    alone = load_settings(path, graph.recipe_class(alone=True)).model_fields_set
+    if others := sorted(alone - graph.recipe_class().model_fields.keys()):
+        what = f"`run` does not run the stage of the section '{others[0]}'."
+        do = "run the stages one by one, as the file's comment says: "
+        do += command(*_words(others[0].replace("_", "-")), "--recipe", arguments[0], "...")
+        raise OpenQwenError(what, path, do)
     recipe: Any = load_settings(path, graph.recipe_class())
     flags = [
         "--corpus.folder" + text[8:] if text.partition("=")[0] == "--corpus" else text
@@ -193,10 +199,11 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
 
     stage = graph.load_stage(name)
     settings, about, section = stage.config(), stage.help, name.replace("-", "_")
-    if section in graph.sections():
+    if section in graph.sections(alone=True):
         about += " `--recipe RECIPE` takes that recipe's settings for this stage as defaults."
         if recipe := _value(arguments, "--recipe"):
-            settings = getattr(load_settings(find_recipe(recipe), graph.recipe_class()), section)
+            every = graph.recipe_class(alone=True)
+            settings = getattr(load_settings(find_recipe(recipe), every), section)
             arguments = _drop(arguments, "--recipe")
     options, config = parse(
         arguments, _stage_options(stage.inputs), settings, command(*_words(name)), about

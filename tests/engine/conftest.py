@@ -1,8 +1,8 @@
 """A server that misbehaves on demand, for the tests of `Endpoint`."""
 
 import pytest
-from hostile import Hostile
 
+from hostile import Hostile
 from openqwen.engine import endpoint
 
 

@@ -9,12 +9,12 @@ import threading
 import time
 
 import pytest
-from hostile import completion, cut, drop, endless, raw, slow, status
 from openai.types import Completion, completion_create_params
 from openai.types.chat import ChatCompletion
 from openai.types.chat import completion_create_params as chat_params
 from pydantic import TypeAdapter
 
+from hostile import completion, cut, drop, endless, raw, slow, status
 from openqwen.engine import Endpoint, Sampling, Structure, endpoint, openai_api
 from openqwen.engine.seeds import seed_of
 from openqwen.model import LongContext

@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from hostile import completion, status
 
+from hostile import completion, status
 from openqwen.engine import Endpoint, Sampling, endpoint
 from openqwen.support.errors import OpenQwenError
 

@@ -8,7 +8,7 @@ from openqwen.engine import Output, Sampling
 from openqwen.instruct.synthesize.config import SynthesisConfig
 from openqwen.instruct.synthesize.method import Item, Method, assistant
 from openqwen.instruct.synthesize.prompts import PromptFiles
-from openqwen.instruct.synthesize.runner import Runner
+from openqwen.instruct.synthesize.runner import Synthesis
 from openqwen.sandbox import Program
 
 DEFAULT = SynthesisConfig()
@@ -85,7 +85,7 @@ def run(place: Path, generator, config=DEFAULT, method=None, seed=1, **others):
     generators = {name: (g, name, name) for name, g in {"model": generator, **others}.items()}
     generators.setdefault("judge", generators["model"])
     method = method or Guess(config, 40)
-    counts = Runner(method, generators, config, seed, output, place / "scratch").run()
+    counts = Synthesis(method, generators, config, seed, output, place / "scratch").run()
     return counts, results(output)
 
 

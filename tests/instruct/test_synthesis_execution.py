@@ -55,7 +55,8 @@ def test_solutions_and_tests_check_each_other(tmp_path):
     assert gates["solution alive"] == (4, 6)  # the wrong one passes 2 * 2 == 4
     assert gates["test kept"] == (2, 3)
     assert gates["solution right"] == (3, 4)
-    assert gates["by own tests"] == (3, 3)
+    assert gates["right by own tests"] == (3, 3)
+    assert gates["wrong by own tests"] == (3, 3)
     assert d[0]["origin"]["tests"] == 2
     assert counts["demonstrations"] == 2
 
@@ -64,12 +65,12 @@ def test_wrong_solutions_that_slip_through_are_measured_or_refused(tmp_path):
     weak = "```python\nassert add(2, 2) == 4\nassert add(0, 0) == 0\n```"
     solutions = [WRONG, WRONG.replace("a * b", "b * a"), RIGHT]
     _, found, gates = executed(tmp_path, solutions, [weak])
-    assert gates["by own tests"] == (1, 3)
+    assert gates["right by own tests"] == (1, 3)
     assert len(records(found, "demonstrations")) == 2
     _, found, _ = executed(tmp_path, solutions, [weak], reference="require")
     assert [r["messages"][-1]["content"] for r in records(found, "demonstrations")] == [RIGHT]
     _, _, gates = executed(tmp_path, solutions, [weak], reference="ignore")
-    assert "by own tests" not in gates
+    assert "right by own tests" not in gates
 
 
 @pytest.mark.parametrize("said", ["", "```", "```python\ndef add(:\n```", "def add" * 9999, "\x00"])
@@ -86,7 +87,7 @@ def test_a_task_without_a_name_and_without_tests(tmp_path):
     _, found, gates = executed(tmp_path, [double, double], [tests], lines)
     assert gates["test kept"] == (2, 3)
     assert len(records(found, "demonstrations")) == 1
-    assert "by own tests" not in gates
+    assert "right by own tests" not in gates
 
 
 def test_mbpp_uses_its_training_split_and_hides_two_tests(tmp_path):
@@ -106,7 +107,7 @@ def test_mbpp_uses_its_training_split_and_hides_two_tests(tmp_path):
     text = records(found, "demonstrations")[0]["messages"][0]["content"]
     assert "assert add(1, 1) == 2" in text
     assert "20" not in text
-    assert gates["by own tests"] == (4, 4)
+    assert gates["right by own tests"] == (4, 4)
     counts, _, _ = executed(tmp_path, [RIGHT, RIGHT], [TESTS], lines, form="mbpp", split="all")
     assert counts["items"] == 4  # never those of the test split
 

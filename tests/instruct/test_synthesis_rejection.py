@@ -6,6 +6,7 @@ import pytest
 from scripted import Scripted, number, records, run
 
 from openqwen.instruct.synthesize.methods.rejection import Rejection, RejectionConfig
+from openqwen.instruct.synthesize.problems import count_items
 from openqwen.instruct.synthesize.prompts import PromptFiles
 from openqwen.support.errors import OpenQwenError
 
@@ -132,6 +133,13 @@ def test_problems_without_answers_and_lines_that_are_none(tmp_path):
     assert refused == ["x", "x/4", "5", "6", "7"]
     assert counts["demonstrations"] == 1  # both problems give the same record
     assert counts["duplicates"] == 1
+
+
+def test_a_damaged_line_is_found_before_anything_is_asked(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text('{"question": "1 + 1?"}\n' * 3 + "{broken\n")
+    with pytest.raises(OpenQwenError, match=r"tasks.jsonl:4"):
+        count_items(path, "tasks")
 
 
 @pytest.mark.parametrize("said", ["", "hm", "\\boxed{", "\\boxed{}" * 99, "3 " * 50_000, "🤷"])

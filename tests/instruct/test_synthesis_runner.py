@@ -7,15 +7,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 from scripted import Guess, Scripted, prompt_digest, records, run, said
 
 from openqwen.engine import Output
-from openqwen.instruct.synthesize import journal
+from openqwen.instruct.synthesize import journal, runner
 from openqwen.instruct.synthesize.config import SynthesisConfig
 from openqwen.instruct.synthesize.journal import CallLog, Journal
+from openqwen.instruct.synthesize.method import assistant
+from openqwen.sandbox import Program
 from openqwen.support.errors import OpenQwenError
+from openqwen.tasks import Task
 
 
 def limits(**values):
@@ -188,8 +192,33 @@ def test_answers_without_an_end_and_halves_of_characters(tmp_path):
     counts, _ = run(tmp_path / "endless", Scripted(lambda *_: endless))
     assert counts["demonstrations"] == 0
     counts, found = run(tmp_path / "half", Scripted(lambda *_: "\ud800 8"))
-    assert counts["demonstrations"] == 0
-    assert any("half of a character" in e["reason"] for e in records(found, "quarantine"))
+    assert b"? 8" in found["demonstrations.jsonl"]
+    assert run(tmp_path / "half", Scripted(lambda *_: Killed())) == (counts, found)
+
+
+def test_a_record_that_is_no_json_is_refused(tmp_path):
+    class Odd(Guess):
+        def steps(self, item, work):
+            yield from ()
+            deep = []
+            for _ in range(200):
+                deep = [deep]
+            origin = [{"score": float("nan")}, {"text": "\udc00"}, {"deep": deep}, {}][item.data]
+            work.demonstration([assistant(str(item.data))], **origin)
+
+    counts, found = run(tmp_path, Scripted(said), method=Odd(SynthesisConfig(), 4))
+    assert counts["demonstrations"] == 1
+    assert json.loads(found["synthesis.json"])["reasons"] == {"the record is no JSON": 3}
+
+
+def test_a_log_that_is_something_else(tmp_path):
+    other = tmp_path / "tasks.jsonl"
+    other.write_text('{"question": "1 + 1?"}\n')
+    with pytest.raises(OpenQwenError, match="This is no log of calls"):
+        run(tmp_path / "a", Scripted(said), limits(calls=other))
+    assert other.read_text() == '{"question": "1 + 1?"}\n'
+    with pytest.raises(OpenQwenError, match="cannot be written: Is a directory"):
+        run(tmp_path / "a", Scripted(said), limits(calls=tmp_path))
 
 
 def test_the_same_record_of_two_items_is_written_once(tmp_path):
@@ -215,6 +244,23 @@ def test_an_error_in_an_item_ends_the_item_alone(tmp_path):
     assert counts["failures"] == 1
     assert {"item": "n/3", "reason": "Three is too many. (here)"} in records(found, "quarantine")
     assert "n/3" not in {r["origin"]["parents"][0] for r in records(found, "demonstrations")}
+
+
+def test_a_program_and_a_task_that_cannot_be_used_end_their_items_alone(tmp_path):
+    class Odd(Guess):
+        def steps(self, item, work):
+            language = "no such" if item.data == 1 else "python"
+            (verdict,) = yield from work.run([Program("print(5)", language=language)])
+            grader = "no such" if item.data == 2 else "exact"
+            task = Task("t", [{"role": "user", "content": "?"}], grader, {"answer": "5"})
+            (grade,) = yield from work.grade([task], [verdict.stdout])
+            work.demonstration([assistant(f"{item.data} {grade.passed}")])
+
+    counts, found = run(tmp_path, Scripted(said), method=Odd(SynthesisConfig(), 4))
+    assert (counts["items"], counts["failures"]) == (4, 2)
+    texts = [r["messages"][0]["content"] for r in records(found, "demonstrations")]
+    assert texts == ["0 True", "3 True"]
+    assert [entry["item"] for entry in records(found, "quarantine")] == ["n/1", "n/2"]
 
 
 def test_prepare_runs_before_the_items_and_again_after_a_kill(tmp_path):
@@ -287,14 +333,13 @@ def test_a_disk_that_is_full_for_real(tmp_path):
 def test_a_rate_is_kept(tmp_path, monkeypatch):
     config = limits(rate=60_000, concurrency=4)
     assert run(tmp_path / "a", Scripted(said), config) == run(tmp_path / "b", Scripted(said))
-    slept = []
-    from openqwen.instruct.synthesize import runner
+    clock, slept = [0.0], []
 
-    clock = [0.0]
-    monkeypatch.setattr(
-        runner.time, "sleep", lambda s: (slept.append(s), clock.append(clock[-1] + s))
-    )
-    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[-1])
-    _, found = run(tmp_path / "c", Scripted(said), limits(rate=600), method=Guess(config, 20))
-    requests = json.loads(found["synthesis.json"])["requests"]
-    assert sum(slept) == pytest.approx((requests - 11) / 10, abs=1.0)
+    def sleep(seconds):
+        slept.append(seconds)
+        clock.append(clock[-1] + seconds)
+
+    false_time = SimpleNamespace(sleep=sleep, monotonic=lambda: clock[-1])
+    monkeypatch.setattr(runner, "time", false_time)
+    counts, _ = run(tmp_path / "c", Scripted(said), limits(rate=600), method=Guess(config, 20))
+    assert sum(slept) == pytest.approx((counts["requests"] - 1) / 10, abs=0.01)

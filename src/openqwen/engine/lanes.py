@@ -10,11 +10,10 @@ Importing this file does not load torch.
 import asyncio
 import queue
 import threading
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Hashable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openqwen.engine.generator import Generator, Output, Prompt, Sampling
 from openqwen.support.errors import OpenQwenError
@@ -28,22 +27,37 @@ Ended = list[tuple[Hashable, Output | OpenQwenError]]
 _WAIT = 0.2  # seconds of one wait: between two of them Python handles signals such as Ctrl-C
 
 
-class Lane(ABC):
-    """Requests to one generator that are answered side by side. Close it to cancel what is open."""
+class Lane:
+    """Requests to one generator; closing it cancels those that are open.
 
-    open = 0  # requests without an answer so far
+    This one asks by `generate`, one after the other. `Engine` and `Endpoint` have lanes that work
+    on all open requests at once.
+    """
 
-    @abstractmethod
+    def __init__(self, generator: Generator):
+        self._generator = generator
+        self._waiting: deque[tuple[Hashable, Prompt, Sampling, int]] = deque()
+
+    @property
+    def open(self) -> int:
+        """Number of requests without an answer so far."""
+        return len(self._waiting)
+
     def submit(self, tag: Hashable, prompt: Prompt, sampling: Sampling, seed: int) -> None:
         """Send a request. tag: what `wait` names it by."""
+        self._waiting.append((tag, prompt, sampling, seed))
 
-    @abstractmethod
     def wait(self) -> Ended:
         """Answers, or the error of a request, since the last call; none after a short wait."""
+        tag, prompt, sampling, seed = self._waiting.popleft()
+        try:
+            return [(tag, self._generator.generate([prompt], sampling, seeds=[seed])[0])]
+        except OpenQwenError as error:
+            return [(tag, error)]
 
-    @abstractmethod
     def close(self) -> None:
         """Cancel all open requests."""
+        self._waiting.clear()
 
     def __enter__(self) -> "Lane":
         return self
@@ -53,39 +67,10 @@ class Lane(ABC):
 
 
 def open_lane(generator: Generator) -> Lane:
-    """The lane of a generator; one that is neither `Engine` nor `Endpoint` answers in turn."""
-    if hasattr(generator, "lane"):
-        lane: Lane = generator.lane()
-        return lane
-    return TurnLane(generator)
-
-
-class TurnLane(Lane):
-    """One request after the other, by `generate`."""
-
-    def __init__(self, generator: Generator):
-        self._generator = generator
-        self._waiting: deque[tuple[Hashable, Prompt, Sampling, int]] = deque()
-
-    def submit(self, tag: Hashable, prompt: Prompt, sampling: Sampling, seed: int) -> None:
-        """Queue a request."""
-        self._waiting.append((tag, prompt, sampling, seed))
-        self.open += 1
-
-    def wait(self) -> Ended:
-        """Answer the first request of the queue."""
-        if not self._waiting:
-            return []
-        tag, prompt, sampling, seed = self._waiting.popleft()
-        self.open -= 1
-        try:
-            return [(tag, self._generator.generate([prompt], sampling, seeds=[seed])[0])]
-        except OpenQwenError as error:
-            return [(tag, error)]
-
-    def close(self) -> None:
-        """Empty the queue."""
-        self._waiting.clear()
+    """The lane of a generator."""
+    make: Any = getattr(generator, "lane", None)
+    lane: Lane = make() if make else Lane(generator)
+    return lane
 
 
 class EngineLane(Lane):
@@ -96,51 +81,49 @@ class EngineLane(Lane):
         self._tags: dict[Request, Hashable] = {}
         self._refused: Ended = []
 
+    @property
+    def open(self) -> int:
+        return len(self._tags) + len(self._refused)
+
     def submit(self, tag: Hashable, prompt: Prompt, sampling: Sampling, seed: int) -> None:
-        """Queue a request in the engine."""
-        self.open += 1
         try:
             self._tags[self._engine.submit(prompt, sampling, seed)] = tag
         except OpenQwenError as error:
             self._refused.append((tag, error))
 
     def wait(self) -> Ended:
-        """Do one step."""
         ended, self._refused = self._refused, []
         for event in self._engine.step() if self._tags else ():
             if event.finish_reason and event.request in self._tags:
                 ended.append((self._tags.pop(event.request), event.request))
-        self.open -= len(ended)
         return ended
 
     def close(self) -> None:
-        """Cancel the requests in the engine."""
         self._engine._discard(list(self._tags))
-        self._tags.clear()
 
 
 class EndpointLane(Lane):
     """Requests to a server. An event loop in a thread of its own sends them and waits."""
 
     def __init__(self, endpoint: "Endpoint"):
-        self._endpoint = endpoint
+        self._endpoint, self._client = endpoint, endpoint.client()
         self._tags: dict[Future[Output], Hashable] = {}
         self._ended: queue.SimpleQueue[Future[Output]] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._client = endpoint.client()
+
+    @property
+    def open(self) -> int:
+        return len(self._tags)
 
     def submit(self, tag: Hashable, prompt: Prompt, sampling: Sampling, seed: int) -> None:
-        """Send a request."""
-        self.open += 1
         answer = self._endpoint.answer(self._client, prompt, sampling, seed)
         future = asyncio.run_coroutine_threadsafe(answer, self._loop)
         self._tags[future] = tag
         future.add_done_callback(self._ended.put)
 
     def wait(self) -> Ended:
-        """Wait a moment for the next answer."""
         ended: Ended = []
         try:
             future = self._ended.get(timeout=_WAIT)
@@ -148,12 +131,9 @@ class EndpointLane(Lane):
                 ended.append((self._tags.pop(future), _result(future)))
                 future = self._ended.get_nowait()
         except queue.Empty:
-            pass
-        self.open -= len(ended)
-        return ended
+            return ended
 
     def close(self) -> None:
-        """Cancel the requests, and end the thread."""
         for future in self._tags:
             future.cancel()
         asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result(timeout=10)

@@ -137,22 +137,27 @@ def _declared(module: str) -> tuple[str, str]:
     return ast.literal_eval(keywords["name"]), ast.literal_eval(keywords["help"])
 
 
-def sections() -> dict[str, Stage]:
+def sections(alone: bool = False) -> dict[str, Stage]:
     """Return the sections of a recipe's settings: name -> the first stage that reads the section.
 
     Stages with the same configuration class share a section; a stage without settings has none.
+    alone: include stages that run alone, in no recipe.
     """
     first: dict[type[BaseModel], Stage] = {}
     for _, module, inputs in GRAPH:
         stage = _load(module)
-        if inputs is not None and stage.config.model_fields:
+        if (alone or inputs is not None) and stage.config.model_fields:
             first[stage.config] = first.pop(stage.config, stage)  # it stands at its last line
     return {stage.name.replace("-", "_"): stage for stage in first.values()}
 
 
-def recipe_class() -> type[Settings]:
-    """Return the settings class of a recipe; the same graph gives the same class."""
-    return _class_of(tuple((name, stage.config, stage.help) for name, stage in sections().items()))
+def recipe_class(alone: bool = False) -> type[Settings]:
+    """Return the settings class of a recipe; the same graph gives the same class.
+
+    alone: with the sections of stages that run alone, which read them with `--recipe`.
+    """
+    parts = sections(alone).items()
+    return _class_of(tuple((name, stage.config, stage.help) for name, stage in parts))
 
 
 @functools.cache

@@ -1,18 +1,19 @@
 """Work that is cheaper for many items at once: grading, running programs, scoring by a reward."""
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from openqwen.instruct.synthesize.method import Batch
 from openqwen.sandbox import Pool, Program, Verdict, best_tier
 from openqwen.support.errors import OpenQwenError
-from openqwen.tasks import Grade, Task, grade
+from openqwen.tasks import grade
 
 _FULL = 64  # inputs at which a batch does not wait for more
 
 
-class Batches:
+class BatchWork:
     """Waiting batches, and what does them.
 
     Args:
@@ -37,21 +38,35 @@ class Batches:
         """Queue a batch. owner: what `run` returns its results with."""
         self._waiting.append((batch, owner))
 
-    def run(self) -> list[tuple[Any, list[Any]]]:
-        """Do everything that waits: (owner, one result for each input), in the order of `add`."""
+    def run(self) -> list[tuple[Any, list[Any] | OpenQwenError]]:
+        """Do everything that waits, in the order of `add`.
+
+        Returns:
+            Each owner, with one result for each input, or with the error of its batch alone.
+        """
         waiting, self._waiting = self._waiting, []
-        results: dict[str, list[Any]] = {}
-        for kind in {batch.kind for batch, _ in waiting}:
-            inputs = [one for batch, _ in waiting if batch.kind == kind for one in batch.inputs]
-            results[kind] = {"grade": _grade, "run": self._run, "reward": self._rewards}[kind](
-                inputs
-            )
-        done = []
-        for batch, owner in waiting:
-            own = results[batch.kind][: len(batch.inputs)]
-            del results[batch.kind][: len(batch.inputs)]
-            done.append((owner, own))
+        done: list[tuple[Any, list[Any] | OpenQwenError]] = []
+        for kind in dict.fromkeys(batch.kind for batch, _ in waiting):
+            group = [(batch, owner) for batch, owner in waiting if batch.kind == kind]
+            try:
+                results = iter(
+                    self._work(kind, [one for batch, _ in group for one in batch.inputs])
+                )
+                done += [(owner, list(islice(results, len(b.inputs)))) for b, owner in group]
+            except OpenQwenError:  # of one of them: find out of which
+                done += [(owner, self._alone(batch)) for batch, owner in group]
         return done
+
+    def _alone(self, batch: Batch) -> list[Any] | OpenQwenError:
+        try:
+            return self._work(batch.kind, batch.inputs)
+        except OpenQwenError as error:
+            return error
+
+    def _work(self, kind: str, inputs: Sequence[Any]) -> list[Any]:
+        if kind == "grade":
+            return grade([task for task, _ in inputs], [answer for _, answer in inputs])
+        return self._run(inputs) if kind == "run" else self._rewards(inputs)
 
     def close(self) -> None:
         """End the sandbox."""
@@ -69,10 +84,6 @@ class Batches:
                 raise OpenQwenError("There is no reward model.", "reward", "give --reward FOLDER")
             self._score = _scorer(self._reward)
         return self._score(conversations)
-
-
-def _grade(pairs: Sequence[tuple[Task, str]]) -> list[Grade]:
-    return grade([task for task, _ in pairs], [answer for _, answer in pairs])
 
 
 def _scorer(folder: Path) -> Callable[[Sequence[Any]], list[float]]:

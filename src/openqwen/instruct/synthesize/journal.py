@@ -30,8 +30,12 @@ class Journal:
     def __init__(self, path: Path):
         self.path = path
         with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = FileIO(path, "a+")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = FileIO(path, "a+")
+            except (FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError) as e:
+                what = f"This file cannot be written: {e.strerror}."
+                raise OpenQwenError(what, path, "choose another one") from None
         try:
             # Of this open file, not of the process: closing another handle must not release it.
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +82,8 @@ class Journal:
 
     def append(self, value: Any) -> int:
         """Write a line, and return its place."""
-        data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        # A lone surrogate, half of a character, becomes "?": no reader would take it.
+        data = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         place = self._end
         with disk_errors(self.path):
             try:
@@ -102,7 +107,7 @@ class Journal:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelCall:
     """One request to a generator.
 
     by: which of the run's generators answers. seed: without effect where sampling is greedy.
@@ -133,6 +138,9 @@ class CallLog:
         for place, line in self._journal.lines():
             if isinstance(line, dict) and "key" in line:
                 self._places[bytes.fromhex(line["key"])] = place
+            elif place == 0:
+                self._journal.close()
+                raise OpenQwenError("This is no log of calls.", path, "choose another file")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -148,9 +156,9 @@ class CallLog:
         line |= {"finish": output.finish_reason, "stop_id": output.stop_id}
         line["tokens"] = _tokens(prompt, output)
         if output.prompt_logprobs:
-            line["prompt_logprobs"] = output.prompt_logprobs
-        self._places[bytes.fromhex(key)] = self._journal.append(line)
-        return _output(line)
+            line["prompt_logprobs"] = [max(value, -1e30) for value in output.prompt_logprobs]
+        place = self._places[bytes.fromhex(key)] = self._journal.append(line)
+        return _output(self._journal.read(place))
 
     def close(self) -> None:
         """Flush to the disk and release the file."""

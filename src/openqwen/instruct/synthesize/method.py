@@ -31,12 +31,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from openqwen.engine import Output, Prompt, Sampling
-from openqwen.instruct.synthesize.journal import Call
+from openqwen.instruct.synthesize.journal import ModelCall
 from openqwen.instruct.synthesize.prompts import PromptFiles
 from openqwen.sandbox import Program, Verdict
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import parse_json
 from openqwen.support.generators import Generators
 from openqwen.tasks import Grade, Task
+from openqwen.tasks.graders import check_task
 
 T = TypeVar("T")
 _SHOWN = 2_000  # characters of a text in the quarantine
@@ -51,7 +53,7 @@ class Batch:
     inputs: Sequence[Any]
 
 
-Step = list[Call] | Batch
+Step = list[ModelCall] | Batch
 Steps = Generator[Step, list[Any], T]
 
 
@@ -154,11 +156,13 @@ class Work:
             name = f"{self.seed}/{self.item}/{text}/{self._asked[text]}"
             self._asked[text] += 1
             seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little") >> 1
-            calls.append(Call(prompt, sampling, seed, by))
+            calls.append(ModelCall(prompt, sampling, seed, by))
         return (yield calls) if calls else []
 
     def grade(self, tasks: Sequence[Task], answers: Sequence[str]) -> Steps[list[Grade]]:
         """Grade answers; see `tasks.grade`."""
+        for task in tasks:
+            check_task(task, f"item {self.item}")
         return (yield Batch("grade", list(zip(tasks, answers, strict=True)))) if tasks else []
 
     def run(self, programs: Sequence[Program]) -> Steps[list[Verdict]]:
@@ -206,9 +210,9 @@ class Work:
         made = self.origin | {"parents": [self.item], "prompts": dict(self._rendered)} | origin
         record["origin"] = made
         try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            self.refuse("a text has half of a character (a lone surrogate)")
+            parse_json(json.dumps(record))
+        except ValueError as error:
+            self.refuse(f"the record is no JSON: {error}")
             return
         self.records.append((name, record))
 

@@ -5,9 +5,12 @@ Models", 3.3 and appendix: of the paths with one list of equations one is kept, 
 distance to the other kept paths is largest.
 """
 
+import ast
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 _NUMBER = r"-?(?:\d[\d,]{0,30}\.?\d{0,30}|\.\d{1,30})"
 # The counts are limits: without them a long row of "(" or "1+" would take quadratic time.
@@ -17,7 +20,12 @@ _EQUATION = re.compile(
     rf"({_TERM}(?:[-+*/]{_TERM}){{1,12}})=\s*[$€£¥]?\s*({_NUMBER})(%?)(?![\d.,]*\d|\s*[-+*/]\s*[$(\d])"
 )
 _TOLERANCE = Fraction(1, 100)  # relative: a solution may round
-_DEEPEST = 20  # pairs of parentheses
+_OPERATIONS: dict[type, Callable[[Any, Any], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 _LONGEST = 20_000  # characters of a path that are read
 
 
@@ -45,62 +53,23 @@ def holds(equation: tuple[str, str]) -> bool:
     """Whether a calculation is right, to one per cent; True where its left side cannot be read."""
     left, right = equation
     try:
-        value = _Reader(left).value()
+        value = _value(ast.parse(left, mode="eval").body)
         result = Fraction(right.rstrip("%"))
-    except (ValueError, ZeroDivisionError, IndexError):
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return True
     results = [result, result / 100] if right.endswith("%") else [result]
     return any(abs(value - r) <= _TOLERANCE * max(abs(value), abs(r)) for r in results)
 
 
-class _Reader:
-    """Reads an arithmetic expression: + - * / and parentheses."""
-
-    def __init__(self, text: str):
-        self._tokens = re.findall(r"\d+\.?\d*|\.\d+|[-+*/()]", text)
-        self._at = self._depth = 0
-
-    def value(self) -> Fraction:
-        """The value. ValueError or IndexError where the text is no expression."""
-        value = self._sum()
-        if self._at < len(self._tokens):
-            raise ValueError("more than an expression")
-        return value
-
-    def _sum(self) -> Fraction:
-        value = self._product()
-        while self._next() in ("+", "-"):
-            sign = 1 if self._take() == "+" else -1
-            value += sign * self._product()
-        return value
-
-    def _product(self) -> Fraction:
-        value = self._factor()
-        while self._next() in ("*", "/"):
-            value = value * self._factor() if self._take() == "*" else value / self._factor()
-        return value
-
-    def _factor(self) -> Fraction:
-        token = self._take()
-        if token == "-":
-            return -self._factor()
-        if token != "(":
-            return Fraction(token)
-        self._depth += 1
-        if self._depth > _DEEPEST:
-            raise ValueError("too deep")
-        value = self._sum()
-        if self._take() != ")":
-            raise ValueError("a parenthesis is open")
-        self._depth -= 1
-        return value
-
-    def _next(self) -> str:
-        return self._tokens[self._at] if self._at < len(self._tokens) else ""
-
-    def _take(self) -> str:
-        self._at += 1
-        return self._tokens[self._at - 1]
+def _value(node: ast.AST) -> Fraction:
+    """The value of a parsed expression of + - * / and numbers; ValueError for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return Fraction(str(node.value))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATIONS:
+        return _OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    raise ValueError("no arithmetic")
 
 
 def distinct(paths: Sequence[str]) -> list[int]:

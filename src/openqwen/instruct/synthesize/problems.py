@@ -10,7 +10,7 @@ from typing import Any
 
 from openqwen.instruct.synthesize.method import Item
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.records import count_records, read_records
+from openqwen.support.records import read_records
 from openqwen.tasks import READERS, Task, read_problems
 from openqwen.tasks.graders import check_task
 
@@ -43,8 +43,8 @@ def read_items(path: Path, form: str, grader: str) -> Iterator[Item]:
 
 
 def count_items(path: Path, form: str) -> int | None:
-    """How many there are, for the remaining time; None where that would mean to parse them."""
-    return None if path.is_dir() else count_records(path)
+    """How many there are, None where that is not known; a damaged line is an error at once."""
+    return None if form in READERS else sum(1 for _ in read_records(path))
 
 
 def _task(name: str, record: dict[str, Any], grader: str, where: str) -> Task:

@@ -27,7 +27,7 @@ class Report:
 
         A record that another item has made already, but for its origin, is left out.
         """
-        self.counts["items"] += line["id"] != "prepare"
+        self.counts["items"] += line["id"] is not None  # None: the steps before all items
         self.counts["requests"] += line["calls"]
         self.counts["tokens"] += line["tokens"]
         self.counts["failures"] += line["failures"]

@@ -16,15 +16,16 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from heapq import heappop, heappush
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 from openqwen.engine import Generator, Output
 from openqwen.engine.lanes import Lane, open_lane
-from openqwen.instruct.synthesize.batches import Batches
+from openqwen.instruct.synthesize.batches import BatchWork
 from openqwen.instruct.synthesize.config import SynthesisConfig, open_generators
-from openqwen.instruct.synthesize.journal import Call, CallLog, Journal
+from openqwen.instruct.synthesize.journal import CallLog, Journal, ModelCall
 from openqwen.instruct.synthesize.method import Batch, Item, Method, Steps, Work, item_error
 from openqwen.instruct.synthesize.prompts import PromptFiles
 from openqwen.instruct.synthesize.report import FILES, Report
@@ -36,19 +37,22 @@ from openqwen.support.stage import StageRun
 _PREPARE = object()  # the data of the item that stands for the steps before all others
 _WINDOW = 4  # items at work, for each request that may be open
 Generators = Mapping[str, tuple[Generator, str, str]]
+# (number of the item, number of the call, item, index of the call in its step, call)
+Waiting = tuple[int, int, "Active", int, ModelCall]
 
 
 @dataclass(eq=False)
 class Active:
     """An item at work.
 
-    steps: None when it is finished. missing: answers that its current step waits for. answers: of
-    that step, in order.
+    number: the items' order. steps: None when it is finished. missing: answers that its current
+    step waits for. answers: of that step, in order.
     """
 
+    number: int
     item: Item
     work: Work
-    steps: Steps[None] | None
+    steps: Steps[None] | None = None
     missing: int = 0
     answers: list[Any] = field(default_factory=list)
 
@@ -61,11 +65,11 @@ def synthesize(method: Method, run: StageRun, total: int | None = None) -> dict[
     config: SynthesisConfig = run.config
     generators = open_generators(config, run.inputs)
     reward = run.inputs.get("reward")
-    runner = Runner(method, generators, config, run.seed, run.output, run.scratch, reward)
+    runner = Synthesis(method, generators, config, run.seed, run.output, run.scratch, reward)
     return runner.run(total)
 
 
-class Runner:
+class Synthesis:
     """One run of a method.
 
     Args:
@@ -92,10 +96,11 @@ class Runner:
         self.method, self.generators, self.config, self.seed = method, generators, config, seed
         self.output, self.scratch = output, scratch
         self.prompts = PromptFiles(method.name, config.prompts)
-        self.batches = Batches(reward)
+        self.batches = BatchWork(reward)
         self.active: deque[Active] = deque()
-        self.queue: deque[tuple[Active, int, Call]] = deque()
-        self.open: dict[str, list[tuple[Active, int, Call]]] = {}  # key of a call -> who waits
+        self.queue: list[Waiting] = []  # a heap: calls of the earliest item first
+        self.open: dict[str, list[Waiting]] = {}  # key of a call -> who waits for it
+        self.numbers = count()
         self.requests = self.tokens = self.errors = 0
         self.done: list[str] = []  # ids of the items that an earlier attempt finished
         self.made: Counter[str] = Counter()
@@ -127,7 +132,7 @@ class Runner:
             with progress(self.method.name, total, "items", done) as bar:
                 self._drive(iter([Item("prepare", _PREPARE)]), bar, prepare=True)
                 items = islice(self.method.items(), most)
-                self._check_same(list(islice(items, done)))
+                self._skip(items)
                 self._drive(items, bar)
             return self._write()
 
@@ -138,7 +143,7 @@ class Runner:
         settings or seed were others.
         """
         header = {"method": self.method.name, "seed": self.seed, "prompts": self.prompts.digests}
-        header["config"] = self.config.model_dump(mode="json")
+        header |= {"config": self.config.model_dump(mode="json")}
         for place, line in self.finished.lines():
             good = line == header if place == 0 else line is not None and not line["failures"]
             if not good:
@@ -156,17 +161,23 @@ class Runner:
             console.print(note, style="dim")
         return len(self.done)
 
-    def _check_same(self, items: list[Item]) -> None:
-        if [item.id for item in items] != self.done:
-            do = f"remove {self.finished.path}; finished calls are kept"
-            raise OpenQwenError("The items are not those of the earlier attempt.", None, do)
+    def _skip(self, items: Iterator[Item]) -> None:
+        """Pass the items that an earlier attempt finished."""
+        for name in self.done:
+            item = next(items, None)
+            if item is None or item.id != name:
+                do = f"remove {self.finished.path}; finished calls are kept"
+                raise OpenQwenError("The items are not those of the earlier attempt.", None, do)
 
     def _drive(self, items: Iterator[Item], bar: Progress, prepare: bool = False) -> None:
         """Run the steps of items until all are finished."""
-        window = _WINDOW * self.config.limits.concurrency
+        most = self.config.limits.concurrency
         more = True
         while True:
-            while more and len(self.active) < window and self.stop is None:
+            # Not more items than keep the generators busy: the first ones finish early.
+            while more and len(self.queue) < most and len(self.active) < _WINDOW * most:
+                if self.stop is not None:
+                    break
                 item = next(items, None)
                 more = item is not None
                 if item is not None:
@@ -186,10 +197,10 @@ class Runner:
                 return
 
     def _start(self, item: Item, prepare: bool) -> None:
-        origin = {"method": self.method.name, "model": self.generators["model"][1]}
-        origin["seed"] = self.seed
+        origin: dict[str, Any] = {"method": self.method.name, "seed": self.seed}
+        origin["model"] = self.generators["model"][1]
         work = Work(item.id, self.seed, self.prompts, self.config.language, origin)
-        active = Active(item, work, None)
+        active = Active(next(self.numbers), item, work)
         self.active.append(active)
         if item.fault:
             work.refuse(item.fault)
@@ -198,9 +209,11 @@ class Runner:
         self._advance(active, None)
 
     def _advance(self, active: Active, value: Any) -> None:
-        """Give an item's steps their answers, until they wait for others."""
+        """Give an item's steps their answers, or an error, until they wait for others."""
         assert active.steps is not None
         try:
+            if isinstance(value, OpenQwenError):
+                raise value
             while True:
                 step = active.steps.send(value)
                 active.answers = [None] * len(step if isinstance(step, list) else step.inputs)
@@ -222,12 +235,12 @@ class Runner:
             active.work.records.clear()
             active.steps = None
 
-    def _ask(self, active: Active, index: int, call: Call) -> None:
+    def _ask(self, active: Active, index: int, call: ModelCall) -> None:
         """Answer a call from the log, or queue it."""
         active.work.calls += 1
         kept = self.calls.get(call.key(self.generators[call.by][2]))
         if kept is None:
-            self.queue.append((active, index, call))
+            heappush(self.queue, (active.number, next(self.numbers), active, index, call))
         else:
             self._take(active, index, *kept)
 
@@ -255,9 +268,10 @@ class Runner:
                 if now < self.next_start:
                     return
                 self.next_start = max(self.next_start, now - 1) + 60 / limits.rate
-            active, index, call = self.queue.popleft()
+            waiting = heappop(self.queue)
+            call = waiting[-1]
             key = call.key(self.generators[call.by][2])
-            self.open.setdefault(key, []).append((active, index, call))
+            self.open.setdefault(key, []).append(waiting)
             if len(self.open[key]) == 1:
                 self.lanes[call.by].submit(key, call.prompt, call.sampling, call.seed)
 
@@ -267,17 +281,15 @@ class Runner:
             for tag, answer in lane.wait():
                 key = str(tag)
                 waiting = self.open.pop(key)
-                kept = None
-                if isinstance(answer, OpenQwenError) or answer.finish_reason == "error":
-                    reason = item_error(answer) if isinstance(answer, Exception) else "the answer"
+                if isinstance(answer, Output) and answer.finish_reason != "error":
+                    kept = self.calls.keep(key, waiting[0][-1].prompt, answer)
                 else:
-                    kept = self.calls.keep(key, waiting[0][2].prompt, answer)
-                for active, index, _ in waiting:
-                    if kept is None:
-                        self._fail(active, f"a request failed: {reason}")
-                        self._take(active, index, Output(finish_reason="error"), 0)
-                    else:
-                        self._take(active, index, *kept)
+                    kept = Output(finish_reason="error"), 0
+                    why = "no answer" if isinstance(answer, Output) else item_error(answer)
+                for _, _, active, index, _ in waiting:
+                    if kept[0].finish_reason == "error":
+                        self._fail(active, f"a request failed: {why}")
+                    self._take(active, index, *kept)
                     if not active.missing:
                         self._advance(active, active.answers)
 
@@ -305,12 +317,12 @@ class Runner:
             if self.stop is not None and work.failures:
                 return  # to be done again
             self.active.popleft()
-            line = {"id": work.item, "failures": work.failures, "calls": work.calls}
+            line: dict[str, Any] = {"id": work.item, "failures": work.failures, "calls": work.calls}
             line |= {"tokens": work.tokens, "gates": work.gates}
             line |= {"records": work.records, "quarantine": work.quarantine}
             self.made.update(name for name, _ in work.records)
             if prepare:
-                self.prepared = line
+                self.prepared = line | {"id": None}
                 continue
             self.finished.append(line)
             notes = {"D": self.made["demonstrations"], "P": self.made["preferences"]}

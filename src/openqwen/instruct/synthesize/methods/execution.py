@@ -6,7 +6,8 @@ other solutions pass it. Solutions that pass all kept tests become D; they are p
 that fail one.
 
 Tests of the file itself (MBPP's) are not shown to the model. `reference` says what they are for:
-"measure" counts how many wrong solutions slip through, "require" drops them.
+"measure" counts how often they agree, and so how many wrong solutions slip through; "require" drops
+what they disagree with.
 """
 
 import ast
@@ -45,7 +46,7 @@ class ExecutionConfig(SynthesisConfig):
     tests: int = Field(5, ge=1, description="tests asked for in one answer")
     temperature: float = Field(0.8, ge=0, description="sampling temperature")
     max_tokens: int = Field(512, ge=1, description="longest solution, in tokens")
-    seconds: float = Field(5.0, gt=0, description="CPU time of one solution with one test")
+    seconds: float = Field(3.0, gt=0, description="CPU time of one solution with one test")
     agreement: float = Field(
         0.5, ge=0, le=1, description="least share of the solutions that must pass a kept test"
     )
@@ -98,12 +99,17 @@ class Execution(Method):
         if not work.gate("tests enough", len(kept) >= config.least_tests, "too few tests kept"):
             return
         right = [s for s in alive if all(passed[s][t] for t in kept)]
-        wrong = [s for s in range(len(answers)) if not all(passed[s][t] for t in kept)]
+        wrong = [s for s in range(len(answers)) if s not in right]
         for index in alive:
             work.gate("solution right", index in right)
-        verdicts = yield from self._by_reference(task, [sources[s] for s in right], hidden, work)
+        holds = yield from self._by_reference(task, sources, hidden, work)
+        for index, passes in enumerate(holds):
+            if passes is not None:
+                kind = "right" if index in right else "wrong"
+                work.gate(f"{kind} by own tests", passes == (index in right))
         if config.reference == "require":
-            right = [s for s, verdict in zip(right, verdicts, strict=True) if verdict is not False]
+            right = [s for s in right if holds[s] is True]
+            wrong = [s for s in wrong if holds[s] is False]
         unlike = {sources[s].strip(): s for s in reversed(right)}
         right = sorted(unlike.values())
         for s in right[: config.keep]:
@@ -138,38 +144,37 @@ class Execution(Method):
     def _matrix(
         self, sources: Sequence[str], tests: Sequence[str], entry: str, work: Work
     ) -> Steps[list[list[bool]]]:
-        """passed[solution][test]. What the sandbox could not run counts as failed."""
+        """passed[solution][test]. What the sandbox could not run counts as failed.
+
+        A solution that does not end in the first test is not run with the others.
+        """
         limits = Limits(seconds=self.config.seconds)
-        programs = [
-            Program(source, tests=test, entry=entry, limits=limits)
-            for source in sources
-            for test in tests
-        ]
-        verdicts = yield from work.run(programs)
-        for verdict in verdicts:
-            if verdict.status == "infra":
-                work.refuse(f"the sandbox failed: {verdict.reason}")
-        flat = [verdict.passed for verdict in verdicts]
-        width = len(tests)
-        return [flat[row * width : (row + 1) * width] for row in range(len(sources))]
+        passed = [[False] * len(tests) for _ in sources]
+        hanging: set[int] = set()
+        for columns in (range(len(tests))[:1], range(len(tests))[1:]):
+            cells = [(s, t) for s in range(len(sources)) if s not in hanging for t in columns]
+            verdicts = yield from work.run(
+                [Program(sources[s], tests=tests[t], entry=entry, limits=limits) for s, t in cells]
+            )
+            for (s, t), verdict in zip(cells, verdicts, strict=True):
+                passed[s][t] = verdict.passed
+                if verdict.status == "timeout":
+                    hanging.add(s)
+                if verdict.status == "infra":
+                    work.refuse(f"the sandbox failed: {verdict.reason}")
+        return passed
 
     def _by_reference(
         self, task: Task, sources: Sequence[str], hidden: str, work: Work
     ) -> Steps[list[bool | None]]:
-        """Whether the file's own tests pass each program; None where nothing can be said."""
+        """Whether each program passes the file's own tests; None where nothing can be said."""
         if self.config.reference == "ignore" or not hidden:
             return [None] * len(sources)
-        limits = Limits(seconds=self.config.seconds)
-        entry = task.reference.get("entry")
-        programs = [Program(source, tests=hidden, entry=entry, limits=limits) for source in sources]
-        verdicts = yield from work.run(programs)
-        results: list[bool | None] = []
-        for verdict in verdicts:
-            known = verdict.status != "infra"
-            results.append(verdict.passed if known else None)
-            if known:
-                work.gate("by own tests", verdict.passed, verdict.reason)
-        return results
+        limits, entry = Limits(seconds=self.config.seconds), task.reference.get("entry")
+        verdicts = yield from work.run(
+            [Program(source, tests=hidden, entry=entry, limits=limits) for source in sources]
+        )
+        return [v.passed if v.status != "infra" else None for v in verdicts]
 
 
 def cross_check(passed: Sequence[Sequence[bool]], agreement: float) -> tuple[list[int], list[int]]:
@@ -244,7 +249,7 @@ def _normal(test: str) -> str:
 
 def run_execution(run: StageRun) -> dict[str, float]:
     """Programming problems → demonstrations D and preferences P."""
-    tasks = run.data("tasks")
+    tasks = run.data("tasks") if run.config.form == "tasks" else run.inputs["tasks"]
     method = Execution(run.config, tasks)
     small = run.config.form == "mbpp"
     total = sum(1 for _ in method.items()) if small else count_items(tasks, run.config.form)

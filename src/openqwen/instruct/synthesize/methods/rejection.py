@@ -198,7 +198,7 @@ def weighted_majority(
 
 def run_rejection(run: StageRun) -> dict[str, float]:
     """Problems → demonstrations D and preferences P."""
-    tasks = run.data("tasks")
+    tasks = run.data("tasks") if run.config.form == "tasks" else run.inputs["tasks"]
     method = Rejection(run.config, tasks)
     return synthesize(method, run, count_items(tasks, run.config.form))
 
