@@ -45,7 +45,8 @@ class Model:
     def __call__(self, text, seed):
         for name, mark in (
             ("expand", "Write one constraint a line"),
-            ("verify", "`evaluate(response)`"),
+            ("verify", "Write such a function"),
+            ("verify", "such texts for this constraint"),
             ("describe", "Which constraint is it?"),
             ("entail", "Constraint B:"),
             ("match", "How well does the answer fit"),
@@ -121,7 +122,7 @@ def test_the_whole_chain(tmp_path):
         assert place == f"constraint-{list(GOOD).index(constraint)}"
         assert parent == f"queries.jsonl#{QUERIES.index(query) + 3}"
         assert record["origin"]["match"] == 9
-        assert "verify.en" in record["origin"]["prompts"]
+        assert {"function.en", "cases.en"} <= set(record["origin"]["prompts"])
     assert p
     for record in p:
         constraint = record["prompt"][0]["content"].split("\n\n")[1]
@@ -148,12 +149,13 @@ def test_no_list_of_constraints_is_no_end(tmp_path):
 def test_a_case_that_functions_disagree_with_is_dropped_and_so_is_a_bad_function(tmp_path):
     wrong = "',' in response"
 
-    bodies = iter([GOOD[NO_COMMA], wrong, "response.count(',') == 0"])
+    bodies = [GOOD[NO_COMMA], wrong, "response.count(',') == 0"]
 
     def three(text, seed):
         if NO_COMMA not in text:
             return ""
-        return code(next(bodies), [*CASES[NO_COMMA], ("a, b", True)])
+        body = bodies.pop() if "Write such a function" in text else "True"
+        return code(body, [*CASES[NO_COMMA], ("a, b", True)])
 
     _, gates, _ = make(tmp_path, Model(verify=three, describe=lambda *_: "No comma."))
     assert gates["function agrees with cases"] == (2, 3)
@@ -169,6 +171,13 @@ def test_functions_must_say_no_to_something_where_contrast_is_demanded(tmp_path)
     assert gates["constraint is verified"] == (3, 3)
     _, gates, _ = make(tmp_path / "strict", lazy, contrast=True)
     assert gates["constraint is verified"] == (0, 3)
+
+
+def test_the_cases_of_the_prompt_are_none_of_the_constraint(tmp_path):
+    shown = [("The river Nile is the longest river.", True), ("I like to sail on the sea.", False)]
+    model = Model(verify=lambda *_: code("True", [*shown, ("a", True)]), describe=lambda *_: "Do.")
+    _, gates, _ = make(tmp_path, model)
+    assert gates["case agrees with functions"] == (3, 3)
 
 
 def test_the_least_numbers_of_functions_and_cases(tmp_path):
@@ -237,10 +246,10 @@ def test_responses_that_are_empty_endless_or_copied(tmp_path, said):
 HOSTILE = {
     "reads a file": "import os\ndef evaluate(response):\n    return os.path.exists({mark!r})",
     "writes a file": "def evaluate(response):\n    open({mark!r}, 'w').write('x')\n    return True",
-    "at import": "open({mark!r}, 'w').write('x')\ndef evaluate(response):\n    return True",
+    "at import": "x = open({mark!r}, 'w').write('x')\ndef evaluate(response):\n    return True",
     "network": "import socket\ndef evaluate(response):\n    socket.create_connection(('1.1.1.1', 53), 1)\n    return True",
     "exit": "import os\ndef evaluate(response):\n    os._exit(0)",
-    "forged marks": "import os\nos.write(1, b'1' * 99)\ndef evaluate(response):\n    os._exit(0)",
+    "forged marks": "import os\nx = os.write(1, b'1' * 99)\ndef evaluate(response):\n    os._exit(0)",
     "flood": "def evaluate(response):\n    import os\n    while True: os.write(1, b'1' * 65536)",
     "memory": "def evaluate(response):\n    return len('x' * 10**10) > 0",
     "endless": "def evaluate(response):\n    while True: pass",
@@ -307,7 +316,7 @@ def test_no_query_of_that_length(tmp_path):
 
 def test_chinese(tmp_path):
     def model(text, seed):
-        if "`evaluate(response)`" in text:
+        if "写这样一个函数" in text or "个这样的文本" in text:
             return code("'，' not in response", [("好", True), ("好，好", False)])
         for mark, said in (
             ("这个约束是什么", "不用逗号"),

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from scripted import Scripted, number, records, run
 
+from openqwen.cli import main
 from openqwen.engine import Output
 from openqwen.instruct.synthesize.inputs import DATA
 from openqwen.instruct.synthesize.methods import structured
@@ -663,7 +664,11 @@ METHODS = [
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_stages_and_prompts(name):
+def test_stages_and_prompts(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["synthesize", name, "--help"])
+    assert ended.value.code == 0
+    assert "--temperature" in capsys.readouterr().out
     stage = load_stage(f"synthesize-{name}")
     assert stage.help == verbs()[f"synthesize-{name}"]
     prompts = PromptFiles(name)

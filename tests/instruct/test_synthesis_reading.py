@@ -154,8 +154,12 @@ def test_functions_and_cases_of_an_answer():
         ' {"response": 3, "expected": true}, {"response": "b"}, "c",'
         ' {"response": "d", "expected": 1}, {"response": "a", "expected": true}]\n```'
     )
-    assert read_function(answer).startswith("import re\ndef evaluate")
+    assert read_function(answer).startswith("import re\n\ndef evaluate")
     assert [(c.response, c.expected) for c in read_cases(answer)] == [("a", True), ("a,", False)]
+    examples = (
+        "```python\nLIMIT = 3\ndef evaluate(x):\n    return len(x) < LIMIT\nprint(evaluate(y))\n```"
+    )
+    assert read_function(examples) == "LIMIT = 3\n\ndef evaluate(x):\n    return len(x) < LIMIT"
     assert read_function("```python\ndef check(x):\n    return True\n```") is None
     assert read_function("```python\ndef evaluate(x:\n```") is None
     assert read_function("I cannot do that.") is None

@@ -21,6 +21,7 @@ from openqwen.tasks.code import program_of
 Outcome = bool | None  # what a function said of a text; None: neither True nor False
 
 _LONGEST = 20_000  # characters of a function
+_KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 _HANGS = 3  # texts on which a function may end its process before it is given up
 # The function is a module of its own, so that code for `__main__` does not run. One character a
 # text is written as soon as it is known: where the function ends the process, the others stand.
@@ -49,7 +50,11 @@ class VerifierCase:
 
 
 def read_function(answer: str) -> str | None:
-    """The source of `evaluate` in an answer; None where there is none, or it does not compile."""
+    """The source of `evaluate` in an answer; None where there is none, or it does not compile.
+
+    Imports, definitions and assignments are kept. Other statements, such as examples of a call that
+    models like to add, could fail before the function is defined.
+    """
     source = program_of(answer, {"entry": "evaluate"}).strip()
     if not source or len(source) > _LONGEST:
         return None
@@ -60,7 +65,8 @@ def read_function(answer: str) -> str | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    return source if "evaluate" in defined else None
+    tree.body = [node for node in tree.body if isinstance(node, _KEPT)]
+    return ast.unparse(tree) if "evaluate" in defined else None
 
 
 def read_cases(answer: str) -> list[VerifierCase]:

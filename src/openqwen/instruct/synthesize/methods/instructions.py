@@ -52,9 +52,9 @@ class InstructionsConfig(AnswersConfig):
         0.7, gt=0, le=1, description="ROUGE-L to a known constraint at which a new one is dropped"
     )
     generations: int = Field(
-        8, ge=1, description="answers with a verification function for each constraint"
+        8, ge=1, description="verification functions, and lists of cases, for each constraint"
     )
-    cases: int = Field(3, ge=1, description="test cases asked for in each of these answers")
+    cases: int = Field(3, ge=1, description="test cases asked for in each list")
     case_accuracy: float = Field(
         0.5, ge=0, lt=1, description="keep a case that more of the functions agree with"
     )
@@ -131,14 +131,19 @@ class Instructions(Method):
     def _verifiers(self, constraint: str, work: Work) -> Steps[list[str]]:
         """The functions that survive cross-validation; none where too little is left."""
         config = self.config
-        prompt = work.messages("verify", constraint=constraint, cases=config.cases)
+        wanted = work.messages("function", constraint=constraint)
+        listed = work.messages("cases", constraint=constraint, count=config.cases)
+        count = config.generations
+        outputs = yield from work.ask([wanted] * count + [listed] * count, config.free)
         functions, cases = [], []
-        for output in (yield from work.ask([prompt] * config.generations, self.config.free)):
+        for output in outputs[:count]:
             function = read_function(output.text)
             if work.gate("has a function", function is not None, "no function", output.text):
                 functions.append(str(function))
+        for output in outputs[count:]:
             found = read_cases(output.text)
-            work.gate("has cases", bool(found))
+            found = [c for c in found if f'"{c.response}"' not in listed[-1]["content"]]
+            work.gate("has cases", bool(found), "no cases", output.text)
             cases += found
         functions, cases = list(dict.fromkeys(functions)), list(dict.fromkeys(cases))
         table = yield from outcomes(work, functions, [c.response for c in cases], config.seconds)
@@ -234,14 +239,14 @@ class Instructions(Method):
 
 def run_instructions(run: StageRun) -> dict[str, float]:
     """Queries → demonstrations D and preferences P with constraints that programs checked."""
-    return synthesize(Instructions(run.config, run.data("queries")), run)
+    return synthesize(Instructions(run.config, run.data("questions")), run)
 
 
 STAGE = Stage(
     name="synthesize-instructions",
     help="Write constraints and functions that check them; answers that pass become D and P.",
     config=InstructionsConfig,
-    inputs={"queries": "Queries to add constraints to: a file of prompts or conversations."},
+    inputs={"questions": "Queries to add constraints to: a file of prompts or conversations."},
     outputs=["demonstrations", "preferences"],
     run=run_instructions,
 )
