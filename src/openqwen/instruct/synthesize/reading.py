@@ -87,7 +87,8 @@ def label(text: str, labels: Mapping[str, str], mark: str = "") -> str | None:
             words elsewhere do not count.
     """
     words = "|".join(rf"\b{word}\b" if word.isascii() else word for word in labels)
-    found = re.findall(rf"{mark}[\s*_:：]*({words})", text[-_LONGEST:], re.I)
+    before = rf"{mark}[\s*_:：]{{0,6}}" if mark else ""
+    found = re.findall(f"{before}({words})", text[-_LONGEST:], re.I)
     return labels[found[-1].casefold()] if found else None
 
 

@@ -133,8 +133,8 @@ class Adapt(Method):
                 texts.append(output.text.strip())
         texts = list(dict.fromkeys(texts))
         every = [*texts, *(text for text in others if text not in texts)] if texts else []
-        judgements = [{**values, "response": text} for text in every]
-        scores = dict(zip(every, (yield from judged(work, judge, judgements, config))))
+        prompts = [work.messages(judge, **values, response=text) for text in every]
+        scores = dict(zip(every, (yield from judged(work, prompts, config))))
         good = []
         for text in texts:
             fits = (scores[text] or 0) >= config.consistent

@@ -1,14 +1,13 @@
 """What several methods share: how answers are sampled, and how a judge scores them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import Field
 
 from openqwen.engine import Sampling
 from openqwen.instruct.synthesize import reading
 from openqwen.instruct.synthesize.config import SynthesisConfig
-from openqwen.instruct.synthesize.method import Steps, Work
+from openqwen.instruct.synthesize.method import Message, Steps, Work
 
 
 class AnswersConfig(SynthesisConfig):
@@ -30,10 +29,9 @@ class AnswersConfig(SynthesisConfig):
 
 
 def judged(
-    work: Work, name: str, values: Sequence[dict[str, Any]], config: AnswersConfig
+    work: Work, prompts: Sequence[list[Message]], config: AnswersConfig
 ) -> Steps[list[float | None]]:
-    """The judge's score, 0 to 10, by the prompt `name` with each of the values; None without."""
-    prompts = [work.messages(name, **one) for one in values]
+    """The judge's score, 0 to 10, in answer to each prompt; None where it gives none."""
     outputs = yield from work.ask(prompts, config.strict, by="judge")
     return [reading.score(output.text) for output in outputs]
 

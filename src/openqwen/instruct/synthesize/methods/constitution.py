@@ -140,8 +140,8 @@ class Constitution(Method):
             for kind, output in answers.items()
             if work.gate(f"{kind}: usable", not reading.fault(output, (question,)))
         }
-        values = [{**texts, "response": text} for text in usable.values()]
-        scores = yield from judged(work, "judge", values, self.config)
+        prompts = [work.messages("judge", **texts, response=text) for text in usable.values()]
+        scores = yield from judged(work, prompts, self.config)
         self._record(asked, usable, dict(zip(usable, scores)), work, principle)
 
     def _revised(self, plain: str, texts: dict[str, str], work: Work) -> Steps[Output]:

@@ -63,13 +63,13 @@ class Critic(Method):
     def _passes(self, exchange: Exchange, answer: str, label: str, work: Work) -> Steps[bool]:
         """Whether every scorer passes an answer."""
         talk = "\n\n".join(f"{m['role']}: {m['content']}" for m in exchange.prompt)
-        values = [{"conversation": talk, "response": answer}]
+        values = {"conversation": talk, "response": answer}
+        prompts = [work.messages(name, **values) for name in self.config.scorers]
+        scores = yield from judged(work, prompts, self.config)
         passed = True
-        for name in self.config.scorers:
-            (score,) = yield from judged(work, name, values, self.config)
+        for name, score in zip(self.config.scorers, scores):
             fine = score is not None and score >= self.config.least
-            reason = "" if label else shown(score)
-            passed &= work.gate(f"{label}{name}", fine, reason, answer)
+            passed &= work.gate(f"{label}{name}", fine, "" if label else shown(score), answer)
         if self.config.reward:
             (reward,) = yield from work.reward([[*exchange.prompt, assistant(answer)]])
             fine = reward >= self.config.least_reward

@@ -188,12 +188,12 @@ class Instructions(Method):
             here = slice(number * config.responses, (number + 1) * config.responses)
             sources = (query.text, prompt[-1]["content"])
             groups.append(self._sorted(outputs[here], accuracy[here], sources, work))
-        values = [
-            {"query": query.text, "constraint": constraint, "response": text}
+        prompts = [
+            work.messages("match", query=query.text, constraint=constraint, response=text)
             for query, (passed, _) in zip(drawn, groups)
             for text in passed
         ]
-        scores = iter((yield from judged(work, "match", values, config)))
+        scores = iter((yield from judged(work, prompts, config)))
         for query, prompt, (passed, failed) in zip(drawn, asked, groups):
             self._record(query, prompt, constraint, {t: next(scores) for t in passed}, failed, work)
 

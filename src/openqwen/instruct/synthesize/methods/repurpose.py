@@ -38,8 +38,8 @@ class RepurposeConfig(AnswersConfig):
         4_000, ge=1, description="most characters of an answer; 30000 are about 8,192 tokens"
     )
     per_document: int = Field(4, ge=1, description="most answers from one document, drawn")
-    details: list[int] = Field(
-        [1, 2, 3], min_length=1, description="how detailed the instructions are, drawn: 1 to 3"
+    details: list[Literal[1, 2, 3]] = Field(
+        [1, 2, 3], min_length=1, description="how detailed the instructions are, drawn"
     )
     most_shown: int = Field(
         12_000, ge=300, description="most characters of a text that the model is shown"
@@ -108,8 +108,9 @@ class Repurpose(Method):
         if config.pairs:
             written = yield from work.ask([asked], self.config.free)
             answers += [o.text.strip() for o in written if not reading.fault(o, (request,))]
-        values = [{"request": request, "text": excerpt(a, config.most_shown)} for a in answers]
-        scores = yield from judged(work, "fit", values, config)
+        seen_answers = [excerpt(answer, config.most_shown) for answer in answers]
+        prompts = [work.messages("fit", request=request, text=one) for one in seen_answers]
+        scores = yield from judged(work, prompts, config)
         self._record(asked, answers, scores, work, detail=level)
 
     def _role_play(self, character: dict[str, str], work: Work) -> Steps[None]:
@@ -127,8 +128,9 @@ class Repurpose(Method):
             if not work.gate("answer is usable", not reading.fault(outputs[0], sources)):
                 continue
             answers = [o.text.strip() for o in outputs if not reading.fault(o, sources)]
-            values = [{**character, "question": question, "response": a} for a in answers]
-            scores = yield from judged(work, "in_character", values, config)
+            values = {**character, "question": question}
+            prompts = [work.messages("in_character", **values, response=a) for a in answers]
+            scores = yield from judged(work, prompts, config)
             self._record(asked, answers, scores, work, character=character["character"])
 
     def _record(

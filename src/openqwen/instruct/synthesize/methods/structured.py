@@ -68,7 +68,8 @@ class Structured(Voted):
 
     def _questions(self, piece: list[dict[str, Any]], number: int) -> Iterable[Item]:
         for question in range(self.config.questions):
-            yield Item(f"{self.source.name}#{number}/{question}", list(piece))
+            fault = "" if any(piece) else "rows without columns"
+            yield Item(f"{self.source.name}#{number}/{question}", list(piece), fault)
 
     def _rows(self) -> Iterable[dict[str, Any]]:
         if self.source.suffix.lower() not in (".csv", ".tsv"):
@@ -125,7 +126,7 @@ def as_text(rows: list[dict[str, Any]], form: str, most: int) -> str:
 def _cell(value: Any) -> Any:
     if isinstance(value, bool | int | float) or value is None:
         return value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= _WIDEST else f"{text[:_WIDEST]}…"
 
 
