@@ -45,8 +45,8 @@ class Model:
     def __call__(self, text, seed):
         for name, mark in (
             ("expand", "Write one constraint a line"),
-            ("verify", "Write such a function"),
-            ("verify", "such texts for this constraint"),
+            ("verify", "Write a Python function"),
+            ("verify", "Write such a list"),
             ("describe", "Which constraint is it?"),
             ("entail", "Constraint B:"),
             ("match", "How well does the answer fit"),
@@ -154,7 +154,7 @@ def test_a_case_that_functions_disagree_with_is_dropped_and_so_is_a_bad_function
     def three(text, seed):
         if NO_COMMA not in text:
             return ""
-        body = bodies.pop() if "Write such a function" in text else "True"
+        body = bodies.pop() if "Write a Python function" in text else "True"
         return code(body, [*CASES[NO_COMMA], ("a, b", True)])
 
     _, gates, _ = make(tmp_path, Model(verify=three, describe=lambda *_: "No comma."))
@@ -174,7 +174,7 @@ def test_functions_must_say_no_to_something_where_contrast_is_demanded(tmp_path)
 
 
 def test_the_cases_of_the_prompt_are_none_of_the_constraint(tmp_path):
-    shown = [("The river Nile is the longest river.", True), ("I like to sail on the sea.", False)]
+    shown = [("The river Nile is the longest river.", True), ("I like to sail.", False)]
     model = Model(verify=lambda *_: code("True", [*shown, ("a", True)]), describe=lambda *_: "Do.")
     _, gates, _ = make(tmp_path, model)
     assert gates["case agrees with functions"] == (3, 3)
@@ -316,7 +316,7 @@ def test_no_query_of_that_length(tmp_path):
 
 def test_chinese(tmp_path):
     def model(text, seed):
-        if "写这样一个函数" in text or "个这样的文本" in text:
+        if ("Python 函数" in text and "约束是什么" not in text) or "写这样一个列表" in text:
             return code("'，' not in response", [("好", True), ("好，好", False)])
         for mark, said in (
             ("这个约束是什么", "不用逗号"),
