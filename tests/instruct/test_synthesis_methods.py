@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from scripted import Scripted, number, records, run
 
 from openqwen.cli import main
@@ -553,6 +554,11 @@ def test_answers_in_another_language_or_of_another_meaning(tmp_path):
     assert gates["answer is usable"][0] == 0
     d, p, _, _ = make(tmp_path / "low", adapt(tmp_path), speaker(score="Score: 7"))
     assert not d + p
+
+
+def test_a_language_is_given_by_its_name():
+    with pytest.raises(ValidationError, match="target"):
+        AdaptConfig(target="zh")
 
 
 def test_letters_tell_the_language():

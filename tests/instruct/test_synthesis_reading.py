@@ -1,7 +1,6 @@
 """What is read out of answers that may be anything, and how documents are cut."""
 
 import json
-import random
 
 import pytest
 from hypothesis import given
@@ -130,21 +129,6 @@ def test_new_texts():
     chinese = reading.Novelty(0.7, ["回答中不使用逗号。"])
     assert not chinese.add("回答中不使用句号。")
     assert chinese.add("以“当然”开头。")
-
-
-def test_the_longest_common_subsequence_against_its_definition():
-    rng = random.Random(1)
-
-    def longest(a, b):
-        if not a or not b:
-            return 0
-        if a[0] == b[0]:
-            return 1 + longest(a[1:], b[1:])
-        return max(longest(a[1:], b), longest(a, b[1:]))
-
-    for _ in range(50):
-        a, b = ([rng.choice("xyz") for _ in range(rng.randrange(7))] for _ in range(2))
-        assert reading._common_subsequence(a, b) == longest(a, b)
 
 
 def test_functions_and_cases_of_an_answer():

@@ -7,8 +7,8 @@ import ast
 import json
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from openqwen.engine import Output
@@ -125,11 +125,11 @@ def _value(source: str) -> Any | None:
 
 
 class Novelty:
-    """Knows texts, and says whether another is new: as in Self-Instruct (Wang et al. 2023).
+    """Knows texts, and says whether another is new, as Self-Instruct does by ROUGE-L.
 
     Args:
-        similarity: ROUGE-L (the F-measure of the longest common subsequence of words, or of
-            Chinese characters) to a known text from which on a text is not new.
+        similarity: share of the words (of Chinese text: the characters) that a text has in common,
+            in order, with a known one, from which on it is not new; difflib's ratio.
         known: texts that are known from the start.
     """
 
@@ -146,22 +146,10 @@ class Novelty:
         return True
 
     def _alike(self, first: list[str], second: list[str]) -> bool:
-        least = self._similarity * (len(first) + len(second)) / 2
-        # The words in common are an upper bound that costs less.
-        if (Counter(first) & Counter(second)).total() < least:
-            return False
-        return _common_subsequence(first, second) >= least
+        match = SequenceMatcher(None, first, second, autojunk=False)
+        least = self._similarity
+        return match.quick_ratio() >= least and match.ratio() >= least  # the first costs less
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"[\u2e80-\u9fff]|[^\W\u2e80-\u9fff]+", text.casefold())
-
-
-def _common_subsequence(first: list[str], second: list[str]) -> int:
-    lengths = [0] * (len(second) + 1)
-    for one in first:
-        before = 0
-        for n, other in enumerate(second, 1):
-            longest = before + 1 if one == other else max(lengths[n], lengths[n - 1])
-            before, lengths[n] = lengths[n], longest
-    return lengths[-1]

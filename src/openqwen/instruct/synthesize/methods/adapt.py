@@ -42,7 +42,9 @@ class AdaptConfig(AnswersConfig):
     """What becomes of conversations."""
 
     form: Literal["language", "system"] = Field("language", description="what is changed")
-    target: str = Field("Chinese", min_length=2, description="the language, by its English name")
+    target: str = Field(
+        "Chinese", pattern="^[A-Z]", description="the language, by its English name: French"
+    )
     system_prompts: Path | None = Field(
         None, description="system prompts, one a line, in place of the shipped ones"
     )

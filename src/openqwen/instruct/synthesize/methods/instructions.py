@@ -49,7 +49,7 @@ class InstructionsConfig(AnswersConfig):
     rounds: int = Field(100, ge=0, description="requests for new constraints; 0 keeps the seeds")
     per_round: int = Field(50, ge=1, description="new constraints asked for in each request")
     similarity: float = Field(
-        0.7, gt=0, le=1, description="ROUGE-L to a known constraint at which a new one is dropped"
+        0.7, gt=0, le=1, description="likeness to a known constraint at which a new one is dropped"
     )
     generations: int = Field(
         8, ge=1, description="verification functions, and lists of cases, for each constraint"
