@@ -85,7 +85,8 @@ def run(place: Path, generator, config=DEFAULT, method=None, seed=1, **others):
     generators = {name: (g, name, name) for name, g in {"model": generator, **others}.items()}
     generators.setdefault("judge", generators["model"])
     method = method or Guess(config, 40)
-    counts = Synthesis(method, generators, config, seed, output, place / "scratch").run()
+    reward = getattr(config, "reward", None)
+    counts = Synthesis(method, generators, config, seed, output, place / "scratch", reward).run()
     return counts, results(output)
 
 

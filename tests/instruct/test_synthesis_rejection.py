@@ -5,6 +5,7 @@ import json
 import pytest
 from scripted import Scripted, number, records, run
 
+from openqwen.instruct.synthesize import batches
 from openqwen.instruct.synthesize.methods.rejection import Rejection, RejectionConfig
 from openqwen.instruct.synthesize.problems import count_items
 from openqwen.instruct.synthesize.prompts import PromptFiles
@@ -117,6 +118,23 @@ def test_without_a_reference_the_majority_decides(tmp_path):
     assert reasons == ["majority: the leading answer has 50% of the votes"] * 2
 
 
+def test_a_reward_model_weighs_votes_and_chooses_the_best(tmp_path, monkeypatch):
+    seen = []
+
+    def scorer(folder):
+        seen.append(folder)
+        return lambda chats: [5.0 if "good" in c[-1]["content"] else -5.0 for c in chats]
+
+    monkeypatch.setattr(batches, "_scorer", scorer)
+    said = ("\\boxed{3}", "so \\boxed{3}", "good \\boxed{4}", "good, \\boxed{4} it is")
+    lines = [task("a", "1 + 2?"), task("b", "2 + 2?", "4")]
+    _, found = rejected(tmp_path, lines, paths(*said), reward=tmp_path / "r", keep=1, judged=False)
+    d, p = records(found, "demonstrations"), records(found, "preferences")
+    assert [r["messages"][-1]["content"] for r in d] == ["good \\boxed{4}"] * 2
+    assert {r["rejected"][0]["content"] for r in p} == set(said[:2])
+    assert seen == [tmp_path / "r"]  # loaded once
+
+
 def test_problems_without_answers_and_lines_that_are_none(tmp_path):
     lines = [
         {"question": "1 + 2?", "answer": "3"},
@@ -157,6 +175,19 @@ def test_limits_of_records(tmp_path):
     )
     assert (counts["demonstrations"], counts["preferences"]) == (2, 3)
     assert counts["requests"] == 8
+
+
+def test_earlier_messages_of_a_problem_are_asked_too(tmp_path):
+    line = task("a", "And plus 2?", "3")
+    earlier = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "What is 1?"},
+        {"role": "assistant", "content": "1"},
+    ]
+    line["prompt"] = [*earlier, *line["prompt"]]
+    _, found = rejected(tmp_path, [line], paths(*PATHS), judged=False)
+    messages = records(found, "demonstrations")[0]["messages"]
+    assert messages[:-1] == [*earlier, {"role": "user", "content": "And plus 2?"}]
 
 
 def test_gsm8k_as_published(tmp_path):

@@ -115,7 +115,8 @@ def test_lines_that_were_cut_or_damaged(tmp_path):
     again = Scripted(said)
     assert run(tmp_path, again) == expected
     assert len(again.asked) == 1
-    assert run(tmp_path, Scripted(lambda *_: Killed())) == expected  # all is there
+    finished.unlink()
+    assert run(tmp_path, Scripted(lambda *_: Killed())) == expected  # every call is there
 
 
 def test_other_prompts_start_anew_with_the_calls_that_are_the_same(tmp_path):
@@ -170,6 +171,17 @@ def test_failed_requests_are_counted_and_asked_again_by_the_next_run(tmp_path):
 
     with pytest.raises(OpenQwenError, match="the last: a request failed: It is down"):
         run(tmp_path / "cut", Scripted(sometimes), limits(errors=3))
+    assert run(tmp_path / "cut", Scripted(said)) == run(tmp_path / "whole", Scripted(said))
+
+
+def test_an_item_with_a_failed_request_is_done_again(tmp_path):
+    early = Scripted(
+        lambda text, seed: OpenQwenError("Down.") if len(early.asked) == 2 else said(text, seed)
+    )
+    with pytest.raises(OpenQwenError, match="limit of 60 requests"):
+        run(tmp_path / "cut", early, limits(requests=60, concurrency=1))
+    lines = (tmp_path / "cut" / "scratch" / "finished.jsonl").read_text().splitlines()
+    assert [json.loads(line)["failures"] for line in lines[1:3]] == [1, 0]
     assert run(tmp_path / "cut", Scripted(said)) == run(tmp_path / "whole", Scripted(said))
 
 

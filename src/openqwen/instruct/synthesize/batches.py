@@ -1,5 +1,6 @@
 """Work that is cheaper for many items at once: grading, running programs, scoring by a reward."""
 
+import time
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,8 @@ from openqwen.sandbox import Pool, Program, Verdict, best_tier
 from openqwen.support.errors import OpenQwenError
 from openqwen.tasks import grade
 
-_FULL = 64  # inputs at which a batch does not wait for more
+_FULL = 64  # inputs at which work does not wait for more
+_LONGEST_WAIT = 5.0  # seconds that work waits for more
 
 
 class BatchWork:
@@ -23,6 +25,7 @@ class BatchWork:
     def __init__(self, reward: Path | None = None):
         self._reward = reward
         self._waiting: list[tuple[Batch, Any]] = []
+        self._since = 0.0  # when the first of them came
         self._pool: Pool | None = None
         self._score: Callable[[Sequence[Any]], list[float]] | None = None
 
@@ -30,12 +33,17 @@ class BatchWork:
         return bool(self._waiting)
 
     @property
-    def full(self) -> bool:
-        """Whether there is enough work to begin."""
-        return sum(len(batch.inputs) for batch, _ in self._waiting) >= _FULL
+    def due(self) -> bool:
+        """Whether there is enough work to begin, or some has waited long enough."""
+        if not self._waiting:
+            return False
+        enough = sum(len(batch.inputs) for batch, _ in self._waiting) >= _FULL
+        return enough or time.monotonic() - self._since > _LONGEST_WAIT
 
     def add(self, batch: Batch, owner: Any) -> None:
         """Queue a batch. owner: what `run` returns its results with."""
+        if not self._waiting:
+            self._since = time.monotonic()
         self._waiting.append((batch, owner))
 
     def run(self) -> list[tuple[Any, list[Any] | OpenQwenError]]:

@@ -4,11 +4,11 @@ A problem may lack an answer. A record that cannot be used becomes an item with 
 bad line does not end a run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from openqwen.instruct.synthesize.method import Item
+from openqwen.instruct.synthesize.method import Item, Message
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.records import read_records
 from openqwen.tasks import READERS, Task, read_problems
@@ -45,6 +45,11 @@ def read_items(path: Path, form: str, grader: str) -> Iterator[Item]:
 def count_items(path: Path, form: str) -> int | None:
     """How many there are, None where that is not known; a damaged line is an error at once."""
     return None if form in READERS else sum(1 for _ in read_records(path))
+
+
+def in_context(task: Task, asked: Sequence[Message]) -> list[Message]:
+    """A prompt for the task's last message, behind the messages that come before it."""
+    return [*task.prompt[:-1], asked[-1]] if len(task.prompt) > 1 else list(asked)
 
 
 def _task(name: str, record: dict[str, Any], grader: str, where: str) -> Task:

@@ -64,7 +64,7 @@ def synthesize(method: Method, run: StageRun, total: int | None = None) -> dict[
     """
     config: SynthesisConfig = run.config
     generators = open_generators(config, run.inputs)
-    reward = run.inputs.get("reward")
+    reward = getattr(config, "reward", None)  # a folder or a hub id
     runner = Synthesis(method, generators, config, run.seed, run.output, run.scratch, reward)
     return runner.run(total)
 
@@ -185,7 +185,7 @@ class Synthesis:
             self._commit(bar, prepare)
             self._send()
             busy = [lane for lane in set(self.lanes.values()) if lane.open]
-            if self.batches.full or (self.batches and not self.queue):
+            if self.batches.due or (self.batches and not self.queue):
                 self._run_batches()
             elif busy:
                 self._collect(busy)

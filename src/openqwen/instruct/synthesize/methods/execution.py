@@ -20,7 +20,7 @@ from pydantic import Field
 from openqwen.engine import Output, Sampling
 from openqwen.instruct.synthesize.config import SynthesisConfig
 from openqwen.instruct.synthesize.method import Item, Method, Steps, Work, assistant
-from openqwen.instruct.synthesize.problems import count_items, read_items
+from openqwen.instruct.synthesize.problems import count_items, in_context, read_items
 from openqwen.instruct.synthesize.runner import synthesize
 from openqwen.sandbox import Limits, Program
 from openqwen.support.stage import Stage, StageRun
@@ -81,8 +81,8 @@ class Execution(Method):
         entry = task.reference.get("entry") or _ENTRY
         question, example, hidden = question_parts(task)
         values = {"question": question, "entry": entry, "example": example}
-        asked = work.messages("solve", **values)
-        wanted = work.messages("tests", count=config.tests, **values)
+        asked = in_context(task, work.messages("solve", **values))
+        wanted = in_context(task, work.messages("tests", count=config.tests, **values))
         sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
         outputs = yield from work.ask(
             [asked] * config.solutions + [wanted] * config.test_answers, sampling

@@ -19,7 +19,7 @@ from openqwen.engine import Sampling
 from openqwen.instruct.synthesize.config import SynthesisConfig
 from openqwen.instruct.synthesize.method import Item, Message, Method, Steps, Work, assistant
 from openqwen.instruct.synthesize.paths import distinct, equations, holds, most_different
-from openqwen.instruct.synthesize.problems import count_items, read_items
+from openqwen.instruct.synthesize.problems import count_items, in_context, read_items
 from openqwen.instruct.synthesize.runner import synthesize
 from openqwen.support.stage import Stage, StageRun
 from openqwen.tasks import Task
@@ -81,7 +81,7 @@ class Rejection(Method):
     def steps(self, item: Item, work: Work) -> Steps[None]:
         """Sample, decide which are right, judge, select."""
         config, task = self.config, item.data
-        asked = work.messages("solve", question=task.question, prompt=task.prompt)
+        asked = in_context(task, work.messages("solve", question=task.question))
         sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
         outputs = yield from work.ask([asked] * config.samples, sampling)
         texts = []
