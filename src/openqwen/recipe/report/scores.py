@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from openqwen.recipe.report.run import EVALUATE, FinishedStage, Run
-from openqwen.recipe.report.text import number, percent, signed
 from openqwen.recipe.report.training import throughput
+from openqwen.support.page.text import number, percent, signed
 
 REWARD_TARGET = 0.65  # the pair accuracy that the recipe promises
 
