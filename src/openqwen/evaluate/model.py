@@ -197,7 +197,7 @@ def _effort(recipe: Any, roles: Collection[str]) -> Effort:
 
 STAGE = Stage(
     name="evaluate",
-    help="Score a model.",
+    help="Score a model on benchmarks (--tasks), or as recipes do (--corpus).",
     config=EvaluateConfig,
     inputs={"model": MODEL, "corpus": CORPUS},
     outputs=["base", "start"],
