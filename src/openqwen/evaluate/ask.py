@@ -6,8 +6,9 @@ killed continues where it was, and a second one asks nothing.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ class ReplyCache:
             for line in data.split(b"\n"):
                 try:
                     record = parse_json(line)
-                    self._replies[record.pop("key")] = Reply(**record)
+                    key = record.pop("key")
+                    self._replies[key] = Reply(**record)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     continue
 
@@ -69,16 +71,22 @@ class Subject:
     """The model that is evaluated.
 
     Args:
-        generator: answers prompts; an `Engine` computes likelihoods fast.
+        load: makes the generator, when a question is asked that is not known; of an `Engine` the
+            likelihoods of choices are computed once where their prompts begin alike.
         tokenizer: the model's; None where a server alone knows it.
         identity: a digest of the weights, or the URL and the name at a server.
         cache: what it answered before.
     """
 
-    generator: Generator
+    load: Callable[[], Generator]
     tokenizer: Tokenizer | None
     identity: str
     cache: ReplyCache
+
+    @cached_property
+    def generator(self) -> Generator:
+        """What answers; loaded when it is first used."""
+        return self.load()
 
     def generate(
         self,
@@ -98,11 +106,11 @@ class Subject:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         missing = self._missing(keys, progress)
-        most = self.generator.longest - 1 if isinstance(self.generator, Engine) else None
-        for index in [i for i in missing if most and len(prompts[i]) > most]:
-            missing.remove(index)
-            self.cache.put(keys[index], Reply(finish_reason="length"))
-            progress.advance()
+        if missing and isinstance(self.generator, Engine):
+            for index in [i for i in missing if len(prompts[i]) >= self.generator.longest]:
+                missing.remove(index)
+                self.cache.put(keys[index], Reply(finish_reason="length"))
+                progress.advance()
         missing.sort(key=lambda i: json.dumps(prompts[i]))  # common beginnings follow each other
         for start in range(0, len(missing), _PART):
             part = missing[start : start + _PART]
@@ -119,13 +127,11 @@ class Subject:
         """Score continuations after contexts (token ids); the beginning of a long one is cut."""
         keys = [self._key("score", context, continuation) for context, continuation in pairs]
         missing = self._missing(keys, progress)
-        engine = self.generator if isinstance(self.generator, Engine) else None
-        missing.sort(key=lambda i: pairs[i])
+        missing.sort(key=lambda i: pairs[i])  # common beginnings follow each other
         for start in range(0, len(missing), _PART):
             part = missing[start : start + _PART]
-            if engine:
-                room = engine.longest - 1
-                cut = [fitted(*pairs[i], room) for i in part]
+            if isinstance(engine := self.generator, Engine):
+                cut = [fitted(*pairs[i], engine.longest - 1) for i in part]
                 scored = [found.logprobs for found in engine.score_continuations(cut, progress)]
             else:
                 prompts: list[Prompt] = [[*pairs[i][0], *pairs[i][1]] for i in part]

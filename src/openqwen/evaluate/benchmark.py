@@ -136,9 +136,9 @@ class Benchmark(Settings):
                 re.compile(answer.extract)
             except re.error as error:
                 raise ValueError(f"'answer.extract' is no regular expression: {error}") from None
-        for key, text, kind in _programs(self):
+        for key, text, compiler in _programs(self):
             try:
-                kind(text)
+                compiler(text)
             except TemplateSyntaxError as error:
                 raise ValueError(f"'{key}' is no Jinja: {error.message}") from None
         return self

@@ -142,7 +142,7 @@ def _choose(benchmark: Benchmark, items: Sequence[Item], subject: Subject) -> li
             if ids is None:
                 pairs.append(split_pair(tokenizer, f"{item.prompt}{end}", option))
             else:
-                pairs.append(([*ids, *tokenizer.encode(end)], tokenizer.encode(option)))  # type: ignore[misc]
+                pairs.append(([*ids, *tokenizer.encode(end)], tokenizer.encode(option)))
     with progress(benchmark.name, len(pairs), "choices") as bar:
         replies = iter(subject.likelihoods(pairs, bar))
     return [_chosen(item, [next(replies) for _ in item.options], choices.metric) for item in items]

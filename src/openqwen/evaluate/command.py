@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from openqwen.engine import Endpoint, Engine
@@ -28,9 +29,11 @@ from openqwen.support.progress import console, duration
 from openqwen.tokenizer import load_tokenizer
 
 ABOUT = (
-    "Score a model on benchmarks; answers that are known are not asked again. `evaluate compare A B` "
-    "compares the results in two folders. With --corpus the scores are those of a recipe's stage:"
+    "Score a model on benchmarks; answers that are known are not asked again. `evaluate compare A "
+    "B` compares the results in two folders. With --corpus the scores are those of a recipe's "
+    "stage:"
 )
+_WIDTH = 130  # characters: the table is printed whole, in narrower terminals too
 _HASHED = 2**30  # bytes; of larger files size and time of change are taken in place of the content
 
 
@@ -86,7 +89,12 @@ def evaluate(
     cache = cache or output.parent / "cache"
     subject = _subject(model, quantize, generator, served_name, cache)
     pair = tuple(published.split(":", 1)) if published else guess_published(model)
-    results = {"model": model, "identity": subject.identity, "published": pair, "scores": {}}
+    results: dict[str, Any] = {
+        "model": model,
+        "identity": subject.identity,
+        "published": pair,
+        "scores": {},
+    }
     results |= {"created": f"{datetime.now():%Y-%m-%d %H:%M}", "settings": {"quantize": quantize}}
     if (output / RESULTS).is_file():
         earlier = read_evaluation(output).results
@@ -97,7 +105,8 @@ def evaluate(
         scores, rows = run_benchmark(benchmark, items, subject, options)
         evaluation.add(benchmark.name, scores | {"data": sums, "limit": limit}, rows)
     page = write_reports(output, [evaluation])
-    console.print(_table(evaluation, [benchmark.name for benchmark, _, _ in loaded]))
+    table = _table(evaluation, [benchmark.name for benchmark, _, _ in loaded])
+    Console(width=max(console.width, _WIDTH)).print(table)
     console.print(f"report   {page}", markup=False)
 
 
@@ -125,7 +134,8 @@ def _at_hand(tasks: str, data: Path | None) -> list[Benchmark]:
         raise OpenQwenError("There is no such folder.", data, "give the folder of the data")
     chosen = select(tasks)
     named = {Path(name.strip()).stem for name in tasks.split(",")}
-    kept, absent = [], []
+    kept: list[Benchmark] = []
+    absent: list[Benchmark] = []
     for benchmark in chosen:
         parts = ["test", "shots"] if benchmark.prompt.shots else ["test"]
         here = all(find_files(benchmark, data, part) for part in parts)
@@ -148,17 +158,21 @@ def _subject(
         name = served_name or model
         tokenizer = load_tokenizer(model) if Path(model).exists() else None
         identity = f"{url} {name}"
-        generator: Any = Endpoint(url, name, cache=cache / "responses")
-    else:
-        path = local(model)
-        network = load_model(path, device=best_device(), quantize=quantize)
-        tokenizer = load_tokenizer(path)
-        generator = Engine(network, tokenizer)
-        # The version: another one may compute other last digits.
-        device = network.device.type
-        identity = f"{_digest(path)} {quantize} {device} {version('openqwen')}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return Subject(generator, tokenizer, identity, ReplyCache(cache / f"{digest}.jsonl"))
+        endpoint = Endpoint(url, name, cache=cache / "responses")
+        return Subject(lambda: endpoint, tokenizer, identity, _replies(cache, identity))
+    path, device = local(model), best_device()
+    tokenizer = load_tokenizer(path)
+    # The version: another one may compute other last digits.
+    identity = f"{_digest(path)} {quantize} {device.type} {version('openqwen')}"
+
+    def load() -> Engine:
+        return Engine(load_model(path, device=device, quantize=quantize), tokenizer)
+
+    return Subject(load, tokenizer, identity, _replies(cache, identity))
+
+
+def _replies(cache: Path, identity: str) -> ReplyCache:
+    return ReplyCache(cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl")
 
 
 def _digest(path: Path) -> str:

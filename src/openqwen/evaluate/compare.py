@@ -33,7 +33,7 @@ class Evaluation:
     @property
     def scores(self) -> dict[str, dict[str, Any]]:
         """Scores by benchmark."""
-        return self.results["scores"]  # type: ignore[no-any-return]
+        return self.results["scores"]
 
     def published(self, benchmark: str) -> float | None:
         """The published score of this model in per cent, where there is one."""

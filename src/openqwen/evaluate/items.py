@@ -133,7 +133,7 @@ def _records(
             file = path.name.split(".")[0]
             values: Values = fields | {"record": record, "file": file, "number": number}
             values |= {"folder": path.parent.name, "letters": _LETTERS, "part": part}
-            values.setdefault("category", "")
+            values["category"] = str(record.get("category") or "")
             if not _value(benchmark.data.keep or "true", values, "data.keep", where):
                 continue
             if benchmark.category:
@@ -183,9 +183,10 @@ def _read(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, Mapping[str, 
 def _table(path: Path, mark: str, columns: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
     with open_binary(path) as binary:
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
-        quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
+        rows: Iterator[list[str]] = csv.reader(text)
+        if mark == "\t":  # quotes have no meaning there
+            rows = (line.rstrip("\r\n").split("\t") for line in text)
         try:
-            rows = csv.reader(text, delimiter=mark, quoting=quoting, strict=False)
             names = columns or next(rows, [])
             for number, row in enumerate(rows, 1):
                 where = f"{path}, record {number}"
