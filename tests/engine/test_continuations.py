@@ -17,7 +17,9 @@ def pairs() -> list[tuple[list[int], list[int]]]:
     found = []
     for number, question in enumerate(prompts(6, seed=1, longest=30)):
         for choice in range(4):
-            continuation = [(7 * choice + number + i) % 250 for i in range(1 + (choice + number) % 5)]
+            continuation = [
+                (7 * choice + number + i) % 250 for i in range(1 + (choice + number) % 5)
+            ]
             found.append(([*shots, *question], continuation))
     found.append(([5], [6]))
     return found
@@ -62,7 +64,9 @@ def test_a_common_context_is_computed_once(monkeypatch):
     engine, computed = Engine(NETWORK, tokenizer()), []
     run = engine._runner.run
     monkeypatch.setattr(
-        engine._runner, "run", lambda items: (computed.extend(i.count for i in items), run(items))[1]
+        engine._runner,
+        "run",
+        lambda items: (computed.extend(i.count for i in items), run(items))[1],
     )
     context = list(range(96))
     engine.score_continuations([(context, [choice]) for choice in range(8)])
@@ -76,6 +80,8 @@ def test_a_part_of_a_prompt_is_reported_and_a_server_is_not_asked_for_it():
     ids = list(range(50))
     whole = engine.score(ids)
     sampling = Sampling(max_tokens=1, prompt_logprobs=0, prompt_logprobs_from=40)
-    assert engine.generate([ids], sampling)[0].prompt_logprobs == pytest.approx(whole[39:], abs=1e-4)
+    assert engine.generate([ids], sampling)[0].prompt_logprobs == pytest.approx(
+        whole[39:], abs=1e-4
+    )
     with pytest.raises(OpenQwenError, match="prompt_logprobs_from"):
         Sampling(prompt_logprobs_from=-1)

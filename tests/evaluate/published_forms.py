@@ -13,7 +13,10 @@ CHOICES = [
     ["Which is a colour?", "red", "run", "ten", "two, or three", "A"],
 ]
 GSM = [
-    {"question": f"Ann has {n} pens and buys 2. How many?", "answer": f"<<{n}+2={n + 2}>>So.\n#### {n + 2}"}
+    {
+        "question": f"Ann has {n} pens and buys 2. How many?",
+        "answer": f"<<{n}+2={n + 2}>>So.\n#### {n + 2}",
+    }
     for n in range(5)
 ]
 HUMANEVAL = {
@@ -34,7 +37,12 @@ MBPP = [
     }
     for n in (2, 3, 4, 11, 511)
 ]
-MATH = {"problem": "What is $1+1$?", "level": "Level 1", "type": "Algebra", "solution": "It is $\\boxed{2}$."}
+MATH = {
+    "problem": "What is $1+1$?",
+    "level": "Level 1",
+    "type": "Algebra",
+    "solution": "It is $\\boxed{2}$.",
+}
 PRO = {
     "question_id": 7,
     "question": "Which is even?",
@@ -45,7 +53,12 @@ PRO = {
     "category": "math",
     "src": "made up",
 }
-REDUX = {"question": "Which is odd?", "choices": ["2", "3", "4", "6"], "answer": 1, "error_type": "ok"}
+REDUX = {
+    "question": "Which is odd?",
+    "choices": ["2", "3", "4", "6"],
+    "answer": 1,
+    "error_type": "ok",
+}
 ARC = {
     "id": "q1",
     "question": {
@@ -81,7 +94,13 @@ GPQA = (
     "rec2,Which is a metal?,iron,neon,argon,xenon,Chemistry\n"
 )
 THEOREM = [
-    {"Question": f"What is {n} squared?", "Answer": n * n, "Answer_type": "integer", "Picture": None, "id": f"t{n}"}
+    {
+        "Question": f"What is {n} squared?",
+        "Answer": n * n,
+        "Answer_type": "integer",
+        "Picture": None,
+        "id": f"t{n}",
+    }
     for n in range(7)
 ]
 
@@ -89,7 +108,10 @@ THEOREM = [
 def write_all(folder: Path) -> None:
     """Write every set below a data folder, where the benchmarks look for it."""
     rows = [",".join(f'"{cell}"' for cell in row) for row in CHOICES]
-    plain, numbered = "\n".join(rows) + "\n", "\n".join(f"{n},{row}" for n, row in enumerate(rows)) + "\n"
+    plain, numbered = (
+        "\n".join(rows) + "\n",
+        "\n".join(f"{n},{row}" for n, row in enumerate(rows)) + "\n",
+    )
     header = "id,question,A,B,C,D,answer\n"
     explained = "".join(f'{n},{row},"why"\n' for n, row in enumerate(rows))
     texts = {
@@ -102,7 +124,9 @@ def write_all(folder: Path) -> None:
         "gpqa/gpqa_main.csv": GPQA,
         "mgsm/mgsm_de.tsv": 'Ann hat 3 "Stifte" und kauft 2. Wie viele?\t5\n',
         "bbh/cot-prompts/navigate.txt": "canary\n-----\nWalk.\n\nQ: Is it so?\nA: The answer is Yes.\n",
-        "bbh/bbh/navigate.json": json.dumps({"canary": "x", "examples": [{"input": "Go.", "target": "No"}]}),
+        "bbh/bbh/navigate.json": json.dumps(
+            {"canary": "x", "examples": [{"input": "Go.", "target": "No"}]}
+        ),
         "truthfulqa/mc_task.json": json.dumps([TRUTH]),
         "theoremqa/theoremqa_test.json": json.dumps(THEOREM),
         "MATH/test/algebra/1.json": json.dumps(MATH, indent=1),
@@ -123,10 +147,15 @@ def write_all(folder: Path) -> None:
         "winogrande/dev.jsonl": [WINO],
         "winogrande/train_xl.jsonl": [WINO | {"qID": "q2"}],
     }
-    texts |= {name: "".join(json.dumps(row) + "\n" for row in found) for name, found in lines.items()}
+    texts |= {
+        name: "".join(json.dumps(row) + "\n" for row in found) for name, found in lines.items()
+    }
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "mmlu-pro").mkdir()
     for part in ("test", "validation"):
-        pq.write_table(pa.Table.from_pylist([PRO | {"question_id": len(part)}]), folder / f"mmlu-pro/{part}-0.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([PRO | {"question_id": len(part)}]),
+            folder / f"mmlu-pro/{part}-0.parquet",
+        )

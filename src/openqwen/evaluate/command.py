@@ -146,7 +146,7 @@ def _at_hand(tasks: str, data: Path | None) -> list[Benchmark]:
             f"{command('evaluate', '--list')} says where to get it."
         )
     if not kept:
-        do = f"get the data of one, and give its folder: {absent[0].get}"
+        do = f"give --data; {command('evaluate', '--list')} says where to get the files"
         raise OpenQwenError("None of these benchmarks has its data at hand.", data, do)
     return kept
 

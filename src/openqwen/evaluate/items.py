@@ -67,7 +67,8 @@ def _files(benchmark: Benchmark, folder: Path | None, part: str) -> list[Path]:
         return data_files(hub[0])
     wanted = " or ".join(pattern for pattern in patterns if not pattern.startswith(HUB))
     what = f"The data of '{benchmark.name}' is not at hand: {wanted} is missing."
-    raise OpenQwenError(what, folder or "--data", f"get it: {benchmark.get}")
+    do = f"get it from {benchmark.source}: {benchmark.get}"
+    raise OpenQwenError(what, folder or "--data", do)
 
 
 def load_items(
