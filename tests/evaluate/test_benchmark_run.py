@@ -121,10 +121,14 @@ def test_a_killed_run_keeps_what_was_answered(tmp_path, monkeypatch):
     sampling = Sampling(max_tokens=6, temperature=1.0)
     bar = Progress("x", 6, "answers")
     lengths = [2, 3, 4, 5, 6, 7]
-    with pytest.raises(KeyboardInterrupt):
+
+    def run():
         for prompt, most in zip(prompts, lengths):
             one = Sampling(max_tokens=most, temperature=1.0)
             subject(engine, tmp_path).generate([prompt], one, [most], bar)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     path = tmp_path / "cache.jsonl"
     kept = path.read_text().splitlines()
     assert len(kept) == 2

@@ -178,9 +178,7 @@ def test_text_of_a_model_cannot_act(place, tmp_path):
     copy.add("gsm8k", evaluation.scores["gsm8k"], rows)
     page = command.write_reports(tmp_path, [copy]).read_text()
     assert "&lt;script&gt;alert(1)" in page
-    assert not {"<script", "<b>", "<i>", "\u202e"} & {
-        m for m in re.findall(r"<script|<b>|<i>|\u202e", page)
-    }
+    assert not re.findall(r"<script|<b>|<i>|\u202e", page)
 
 
 @pytest.mark.parametrize(

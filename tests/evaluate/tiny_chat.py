@@ -19,7 +19,14 @@ def tokenizer(chat: bool = True) -> Tokenizer:
 
 def model(seed: int = 0) -> Qwen2:
     config = ModelConfig(
-        288, 32, 48, 2, 4, 2, max_position_embeddings=2048, tie_word_embeddings=True
+        tokenizer().vocab_size,
+        32,
+        48,
+        2,
+        4,
+        2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
     )
     network = Qwen2(config)
     generator = torch.Generator().manual_seed(seed)
