@@ -93,13 +93,13 @@ class EngineLM(TemplateLM):
         self, requests: Sequence[_Request], **_: Any
     ) -> list[tuple[float, bool]]:
         room = self.max_length + 1
-        pairs = [fitted(context, continuation, room) for _, context, continuation in requests]
+        pairs = [fitted(*request[1:], room) for request in requests]
         with progress("log-likelihood", len(pairs), "requests") as bar:
             found = self.engine.score_continuations(pairs, bar)
         results = [(sum(one.logprobs), one.greedy) for one in found]
-        for (texts, _, _), result in zip(requests, results, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, result)
+        for request, result in zip(requests, results, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], result)
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
@@ -117,8 +117,8 @@ class EngineLM(TemplateLM):
                 parts.append((None, context, continuation))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, (total, _) in zip(owners, self._loglikelihood_tokens(parts), strict=True):
-            totals[owner] += total
+        for owner, scored in zip(owners, self._loglikelihood_tokens(parts), strict=True):
+            totals[owner] += scored[0]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
