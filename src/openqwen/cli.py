@@ -125,7 +125,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
         tyro.cli(benchmarks.compare, args=list(arguments[1:]), prog=command("evaluate", "compare"))
     else:
         args = _without_flag(arguments, "--model")
-        about = f"{benchmarks.ABOUT} {command('evaluate', '--corpus', '--help')} shows those flags."
+        about = f"{benchmarks.ABOUT} {command('evaluate', '--corpus', 'FOLDER', '--help')}"
         tyro.cli(benchmarks.evaluate, args=args, prog=command("evaluate"), description=about)
 
 

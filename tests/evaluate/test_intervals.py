@@ -139,6 +139,7 @@ def test_the_paired_bootstrap_agrees_with_the_normal_test_where_items_are_many()
     assert 0.01 < normal < 0.6
     assert bootstrap_difference(before, after) == pytest.approx(normal, abs=0.03)
     assert bootstrap_difference([0.5] * 40, [0.5] * 40) == 1.0
+    assert bootstrap_difference([0.5], [0.9]) == 1.0
 
 
 def test_the_standard_error_is_that_of_the_mean():

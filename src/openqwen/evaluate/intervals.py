@@ -85,8 +85,11 @@ def mcnemar(before: Sequence[float], after: Sequence[float]) -> float:
 def bootstrap_difference(before: Sequence[float], after: Sequence[float]) -> float:
     """The two-sided p-value of the mean difference on the same items, by the paired bootstrap.
 
-    10,000 resamples of the differences around zero, which are the same at every call.
+    10,000 resamples of the differences around zero, which are the same at every call; 1 where there
+    are fewer than two items, which tell nothing.
     """
+    if len(before) < 2:
+        return 1.0
     changes = np.array(after, float) - np.array(before, float)
     rng, centred = np.random.default_rng(0), changes - changes.mean()
     extreme = 0
