@@ -3,7 +3,7 @@
 import pytest
 
 from openqwen.support.errors import OpenQwenError
-from openqwen.tasks import Task, grade
+from openqwen.tasks import Grade, Task, grade
 from openqwen.tasks.choice import chosen_letter
 
 CASES = [
@@ -55,9 +55,9 @@ def test_the_pronoun_is_no_letter():
 def test_grades():
     task = Task("t", [{"role": "user", "content": "?"}], "choice", {"answer": "B"})
     right, wrong, none = grade([task] * 3, ["The answer is B.", "C", "I do not know."])
-    assert right == (True, 1.0, "", "graded")
-    assert wrong == (False, 0.0, "C is chosen", "graded")
-    assert none == (False, 0.0, "no letter is chosen", "no_answer")
+    assert right == Grade(True, 1.0, "")
+    assert wrong == Grade(False, 0.0, "C is chosen")
+    assert none == Grade(False, 0.0, "no letter is chosen", "no_answer")
     assert none.counts
 
 

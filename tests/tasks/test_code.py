@@ -12,7 +12,7 @@ import pytest
 from openqwen.sandbox import Verdict, best_tier
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl
-from openqwen.tasks import Task, code, grade
+from openqwen.tasks import Grade, Task, code, grade
 from openqwen.tasks.code import program_of
 from openqwen.tasks.readers import read_problems
 
@@ -133,7 +133,7 @@ def test_one_pool_for_a_batch_and_a_failed_sandbox_is_no_wrong_answer(monkeypatc
     monkeypatch.setattr(code, "Pool", Broken)
     verdicts = grade([task(**ADD)] * 3, [GOOD, "def add(a, b): return 5", GOOD])
     assert [one.counts for one in verdicts] == [False, True, False], "equal answers share a grade"
-    assert verdicts[0] == (False, 0.0, "the sandbox failed: no memory", "infra")
+    assert verdicts[0] == Grade(False, 0.0, "the sandbox failed: no memory", "infra")
     assert verdicts[1].status == "graded"
     assert pools[1:] == ["closed"]
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from openqwen.sandbox import Limits, Program, Verdict, best_tier
 from openqwen.support.files import read_jsonl
-from openqwen.tasks import Task, grade, mathematics
+from openqwen.tasks import Grade, Task, grade, mathematics
 from openqwen.tasks.numbers import last_boxed, marked_answer, parse_number
 from openqwen.tasks.readers import read_problems
 
@@ -261,7 +261,7 @@ def test_a_failed_sandbox_is_no_wrong_answer(monkeypatch):
 
     monkeypatch.setattr(mathematics, "Pool", Broken)
     first, second = grades((r"\sqrt{8}", r"\boxed{2\sqrt2}"), ("x^2", r"\boxed{x \cdot x}"))
-    assert first == second == (False, 0.0, "the sandbox failed: no memory", "infra")
+    assert first == second == Grade(False, 0.0, "the sandbox failed: no memory", "infra")
     assert not first.counts
 
 

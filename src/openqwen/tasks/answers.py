@@ -1,11 +1,13 @@
 """From tasks to graded answers: any generator answers, and every answer is graded once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from openqwen.engine import Generator, Output, Prompt, Sampling
 from openqwen.support.progress import Progress
+from openqwen.tasks.cache import GradeCache
 from openqwen.tasks.graders import grade
+from openqwen.tasks.models import GraderModel
 from openqwen.tasks.plain import plain_answer, plain_prompt
 from openqwen.tasks.task import Grade, Task
 
@@ -36,6 +38,8 @@ def answer_tasks(
     seeds: Sequence[int] | None = None,
     plain: bool = False,
     progress: Progress | None = None,
+    models: Mapping[str, GraderModel] | None = None,
+    cache: GradeCache | None = None,
 ) -> list[GradedAnswer]:
     """Generate one answer to each task, in order, and grade them all.
 
@@ -43,11 +47,13 @@ def answer_tasks(
         seeds: one for each task; None: derived from `sampling.seed`.
         plain: ask in plain text, for a model that has not learned the chat format.
         progress: advanced by 1 with each answer.
+        models, cache: for the graders, see `grade`.
     """
     prompts: list[Prompt] = [plain_prompt(t.question) if plain else t.prompt for t in tasks]
     outputs = generator.generate(prompts, sampling, seeds=seeds, progress=progress)
     texts = [plain_answer(output.text) if plain else output.text for output in outputs]
+    grades = grade(tasks, texts, models=models, cache=cache)
     return [
         GradedAnswer(prompt, text.strip(), output, verdict, sampling.temperature)
-        for prompt, text, output, verdict in zip(prompts, texts, outputs, grade(tasks, texts))
+        for prompt, text, output, verdict in zip(prompts, texts, outputs, grades)
     ]

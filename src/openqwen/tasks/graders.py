@@ -4,17 +4,22 @@ A new grader is one function and one line of `GRADERS`. It gets whole tasks: a r
 judge needs the prompt beside the reference.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from openqwen.support.errors import OpenQwenError, suggestion
-from openqwen.tasks import choice, code, mathematics
+from openqwen.support.progress import Progress
+from openqwen.tasks import choice, code, instructions, judge, mathematics, reward
+from openqwen.tasks.cache import GradeCache
+from openqwen.tasks.models import GraderModel
 from openqwen.tasks.task import Grade, Task
 
 _LONGEST = 200  # characters of an answer that is read, or four times the reference's
+_PART = 512  # answers graded at a time where grades are cached or progress is shown
 
 
 @dataclass(frozen=True)
@@ -24,35 +29,117 @@ class Grader:
     Args:
         judge: (tasks, answers) -> one grade each. Every text must be safe to pass.
         fault: what is wrong with a reference, as the end of a sentence; "" where nothing is.
+        asks: the method of a model that it needs; `judge` then gets a third argument, the
+            `GraderModel` of each task. "": it needs no model.
+        version: another text whenever the same answer may get another grade.
     """
 
-    judge: Callable[[Sequence[Task], Sequence[str]], list[Grade]]
+    judge: Callable[..., list[Grade]]
     fault: Callable[[dict[str, Any]], str]
+    asks: Literal["", "generate", "score"] = ""
+    version: Callable[[], str] = lambda: "1"
 
 
-def grade(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
+def grade(
+    tasks: Sequence[Task],
+    answers: Sequence[str],
+    *,
+    models: Mapping[str, GraderModel] | None = None,
+    cache: GradeCache | None = None,
+    progress: Progress | None = None,
+) -> list[Grade]:
     """Grade one answer to each task, in order. Each grader is called once, with all its answers.
 
     An answer that occurs twice to the same prompt and reference is graded once.
 
+    Args:
+        models: the models that graders ask, by name. A task's reference["model"] names its model;
+            without it the name is the grader's, "judge" or "reward".
+        cache: grades that are known are taken from it, others are added, some hundred at a time.
+        progress: advanced by 1 with each answer.
+
     Raises:
-        OpenQwenError: a task's grader is unknown, or its reference does not fit the grader.
+        OpenQwenError: a task's grader is unknown, its reference does not fit the grader, or its
+            model is missing; nothing is graded.
         ValueError: there are not as many answers as tasks.
     """
-    keys = []
-    index_of: dict[str, dict[str, int]] = {}  # grader -> content -> where it occurs first
-    for index, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
-        check_task(task, f"task {task.id}")
-        key = json.dumps([task.prompt, task.reference, answer])
-        index_of.setdefault(task.grader, {}).setdefault(key, index)
-        keys.append((task.grader, key))
-    grades: dict[tuple[str, str], Grade] = {}
-    for name, indices in index_of.items():
-        batch = GRADERS[name].judge(
-            [tasks[i] for i in indices.values()], [answers[i] for i in indices.values()]
-        )
-        grades.update(zip(((name, key) for key in indices), batch, strict=True))
+    graders = _used(tasks)
+    versions = {name: "" if cache is None else one.version() for name, one in graders.items()}
+    keys: list[bytes] = []
+    asked: dict[bytes, _Asked] = {}
+    for task, answer in zip(tasks, answers, strict=True):
+        one = _Asked(task, answer, _model_of(task, models or {}))
+        keys.append(one.key(versions[task.grader]))
+        asked.setdefault(keys[-1], one)
+    grades = {} if cache is None else cache.find(asked)
+    waiting: dict[str, list[bytes]] = {}  # by grader
+    for key, one in asked.items():
+        if key not in grades:
+            waiting.setdefault(one.task.grader, []).append(key)
+    if progress:
+        progress.advance(len(keys) - sum(map(len, waiting.values())))
+    for name, new in waiting.items():
+        size = len(new) if cache is None and progress is None else _PART
+        for part in (new[start : start + size] for start in range(0, len(new), size)):
+            batch = dict(zip(part, _judge(name, [asked[key] for key in part]), strict=True))
+            grades |= batch
+            if cache is not None:
+                cache.keep({key: grade for key, grade in batch.items() if asked[key].lasts})
+            if progress:
+                progress.advance(len(part))
     return [grades[key] for key in keys]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An answer to grade, with the model that its grader asks."""
+
+    task: Task
+    answer: str
+    model: GraderModel | None
+
+    def key(self, version: str) -> bytes:
+        """What the grade depends on, in 16 bytes."""
+        task, model = self.task, self.model
+        by = [task.grader, version]
+        if model:
+            by += [model.identity or str(id(model)), repr(model.sampling)]
+        content = json.dumps([by, task.prompt, task.reference, self.answer], sort_keys=True)
+        return hashlib.sha256(content.encode()).digest()[:16]
+
+    @property
+    def lasts(self) -> bool:
+        """False: the model has no identity, so it may be another one next time."""
+        return self.model is None or bool(self.model.identity)
+
+
+def _used(tasks: Sequence[Task]) -> dict[str, Grader]:
+    """The graders of tasks, all of which are checked."""
+    for task in tasks:
+        check_task(task, f"task {task.id}")
+    return {task.grader: GRADERS[task.grader] for task in tasks}
+
+
+def _model_of(task: Task, models: Mapping[str, GraderModel]) -> GraderModel | None:
+    method = GRADERS[task.grader].asks
+    if not method:
+        return None
+    name = task.reference.get("model", task.grader)
+    if name not in models:
+        what = f"The grader '{task.grader}' needs a model '{name}'.{suggestion(name, models)}"
+        do = f"pass models={{'{name}': GraderModel(...)}} to grade"
+        raise OpenQwenError(what, f"task {task.id}", do)
+    if not hasattr(models[name].model, method):
+        what = f"The model '{name}' has no method '{method}', which '{task.grader}' needs."
+        raise OpenQwenError(what, f"task {task.id}", "give another model")
+    return models[name]
+
+
+def _judge(name: str, asked: Sequence[_Asked]) -> list[Grade]:
+    given: list[Any] = [[one.task for one in asked], [one.answer for one in asked]]
+    if GRADERS[name].asks:
+        given.append([one.model for one in asked])
+    return GRADERS[name].judge(*given)
 
 
 def check_task(task: Task, where: str) -> None:
@@ -60,7 +147,10 @@ def check_task(task: Task, where: str) -> None:
     if task.grader not in GRADERS:
         what = f"There is no grader '{task.grader}'.{suggestion(task.grader, GRADERS)}"
         raise OpenQwenError(what, where, f"use one of: {', '.join(GRADERS)}")
-    if fault := GRADERS[task.grader].fault(task.reference):
+    fault = GRADERS[task.grader].fault(task.reference)
+    if not fault and not isinstance(task.reference.get("model", ""), str):
+        fault = "'model' must be a text"
+    if fault:
         what = f"The reference does not fit the grader '{task.grader}': {fault}."
         raise OpenQwenError(what, where, "correct the reference or the grader")
 
@@ -143,12 +233,15 @@ def _regex_fault(reference: dict[str, Any]) -> str:
 # reference["answer"]. exact: the same text. json: an equal JSON value, no key twice.
 # regex: reference["pattern"] matches all of it; `answer` is an example. Python's `re` has no time
 # limit: a pattern must not backtrack without bounds.
-# choice, math, code: see their files.
+# choice, code, instructions, judge, math, reward: see their files.
 GRADERS: dict[str, Grader] = {
     "choice": Grader(choice.judge, choice.fault),
     "code": Grader(code.judge, code.fault),
     "exact": Grader(_short(_exact), _answer_fault),
+    "instructions": Grader(instructions.judge, instructions.fault),
     "json": Grader(_short(_json), _json_fault),
-    "math": Grader(mathematics.judge, _answer_fault),
+    "judge": Grader(judge.judge, judge.fault, asks="generate", version=judge.version),
+    "math": Grader(mathematics.judge, _answer_fault, version=mathematics.version),
     "regex": Grader(_short(_regex), _regex_fault),
+    "reward": Grader(reward.judge, reward.fault, asks="score"),
 }

@@ -40,12 +40,14 @@ class Grade(NamedTuple):
 
     status: "graded"; "no_answer": nothing in the answer could be graded, which counts as wrong;
     "infra": the grader itself failed, which says nothing of the answer.
+    raw: the number that a model gave, before it was scaled to `score`: a rating or a reward.
     """
 
     passed: bool
     score: float
     reason: str
     status: Literal["graded", "no_answer", "infra"] = "graded"
+    raw: float | None = None
 
     @property
     def counts(self) -> bool:
