@@ -16,6 +16,7 @@ from openqwen.engine import Engine, Generator, Output, Prompt, Sampling
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import parse_json
 from openqwen.support.progress import Progress
+from openqwen.tasks import GradeCache
 from openqwen.tokenizer import Tokenizer
 
 _PART = 1_024  # prompts that are queued at a time
@@ -76,12 +77,14 @@ class Subject:
         tokenizer: the model's; None where a server alone knows it.
         identity: a digest of the weights, or the URL and the name at a server.
         cache: what it answered before.
+        grades: how such answers were graded before.
     """
 
     load: Callable[[], Generator]
     tokenizer: Tokenizer | None
     identity: str
     cache: ReplyCache
+    grades: GradeCache | None = None
 
     @cached_property
     def generator(self) -> Generator:

@@ -96,9 +96,15 @@ def _answer(
     asked = [item for item in items for _ in range(options.samples)]
     texts = [_extracted(reply.text, form.extract, form.first) for reply in replies]
     tasks = [item.task for item in asked if item.task]
-    found = [place for place, text in enumerate(texts) if text is not None]
+    found = {place: text for place, text in enumerate(texts) if text is not None}
     grades = dict.fromkeys(range(len(asked)), Grade(False, 0.0, "no result", "no_answer"))
-    judged = grade([tasks[place] for place in found], [texts[place] or "" for place in found])
+    with progress(f"{benchmark.name}, graded", len(found), "answers") as bar:
+        judged = grade(
+            [tasks[place] for place in found],
+            list(found.values()),
+            cache=subject.grades,
+            progress=bar,
+        )
     grades |= dict(zip(found, judged, strict=True))
     rows = []
     for place, (item, reply) in enumerate(zip(asked, replies, strict=True)):
@@ -106,8 +112,8 @@ def _answer(
         if form.metric == "accuracy":
             row["score"] = float(row["passed"])
         row |= {"answer": reply.text, "tokens": reply.tokens, "finish": reply.finish_reason}
-        if form.extract and texts[place] is not None:
-            row["extracted"] = texts[place]
+        if form.extract and place in found:
+            row["extracted"] = found[place]
         rows.append(row | {"reference": item.task.reference if item.task else {}})
     return rows
 

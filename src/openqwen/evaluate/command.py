@@ -26,6 +26,7 @@ from openqwen.support.files import sha256
 from openqwen.support.hub import HUB, local
 from openqwen.support.page.text import percent, signed
 from openqwen.support.progress import console, duration
+from openqwen.tasks import GradeCache
 from openqwen.tokenizer import load_tokenizer
 
 ABOUT = (
@@ -159,7 +160,7 @@ def _subject(
         tokenizer = load_tokenizer(model) if Path(model).exists() else None
         identity = f"{url} {name}"
         endpoint = Endpoint(url, name, cache=cache / "responses")
-        return Subject(lambda: endpoint, tokenizer, identity, _replies(cache, identity))
+        return Subject(lambda: endpoint, tokenizer, identity, *_caches(cache, identity))
     path, device = local(model), best_device()
     tokenizer = load_tokenizer(path)
     # The version: another one may compute other last digits.
@@ -168,11 +169,13 @@ def _subject(
     def load() -> Engine:
         return Engine(load_model(path, device=device, quantize=quantize), tokenizer)
 
-    return Subject(load, tokenizer, identity, _replies(cache, identity))
+    return Subject(load, tokenizer, identity, *_caches(cache, identity))
 
 
-def _replies(cache: Path, identity: str) -> ReplyCache:
-    return ReplyCache(cache / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl")
+def _caches(folder: Path, identity: str) -> tuple[ReplyCache, GradeCache]:
+    """What the model answered before, and how answers of any model were graded."""
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return ReplyCache(folder / f"{digest}.jsonl"), GradeCache(folder / "grades.jsonl")
 
 
 def _digest(path: Path) -> str:
