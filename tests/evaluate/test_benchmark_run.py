@@ -10,13 +10,17 @@ from published_forms import write_all
 from tiny_chat import model, tokenizer
 
 from openqwen.engine import Engine, Output, Sampling
+from openqwen.evaluate import EvaluateConfig
+from openqwen.evaluate import model as stage
 from openqwen.evaluate.ask import ReplyCache, Subject, fitted, split_pair
 from openqwen.evaluate.benchmark import load_benchmark
 from openqwen.evaluate.benchmark_run import RunOptions, run_benchmark, summary
+from openqwen.evaluate.compare import compare_on, read_evaluation
 from openqwen.evaluate.items import Item, load_items
 from openqwen.model import Packed
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
+from openqwen.support.stage import StageRun
 from openqwen.tasks import GRADERS, Grade, Task
 from openqwen.tasks.graders import Grader
 
@@ -226,8 +230,8 @@ def test_a_server_gives_the_scores_of_the_engine(data, tmp_path):
     theirs = run_benchmark(benchmark, items, remote, RunOptions())
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
-    with pytest.raises(OpenQwenError, match="tokenizer"):
-        run_benchmark(benchmark, items, subject(engine, tmp_path / "c"), RunOptions())
+    with pytest.raises(OpenQwenError, match="compares likelihoods"):
+        subject(engine, tmp_path / "c").check("mmlu-base", items[0].prompt, True)
 
 
 def test_prompts_beyond_the_context_are_counted_and_crash_nothing(tmp_path):
@@ -248,10 +252,10 @@ def test_a_prefilled_answer_goes_on_in_the_same_turn(data):
     (one,), _ = load_items(load_benchmark("humaneval"), data)
     ids = subject(None, data, words).prompt(one.prompt)
     assert words.decode(ids, skip_control=False).endswith("<|im_start|>assistant\n```python\n")
-    with pytest.raises(OpenQwenError, match="tokenizer"):
-        subject(None, data).prompt(one.prompt)
+    with pytest.raises(OpenQwenError, match="begins the answer"):
+        subject(None, data).check("humaneval", one.prompt, False)
     with pytest.raises(OpenQwenError, match="no chat template"):
-        subject(None, data, tokenizer(chat=False)).prompt(one.prompt)
+        subject(None, data, tokenizer(chat=False)).check("humaneval", one.prompt, False)
 
 
 def test_a_pair_is_cut_as_the_whole_text_is_encoded():
@@ -267,3 +271,25 @@ def test_a_pair_is_cut_as_the_whole_text_is_encoded():
 def test_nothing_that_can_be_graded_gives_no_score():
     row = {"id": "a", "category": "", "passed": False, "score": 0.0, "status": "infra"}
     assert summary([row])["score"] is None
+
+
+def test_a_stage_of_a_recipe_scores_benchmarks_too(data, tmp_path):
+    """Before SFT only those that continue a text; the results can be compared, and are the same."""
+    words, network, found = tokenizer(), model(), []
+    config = EvaluateConfig(tasks="mmlu-base,gsm8k", data=data, limit=2)
+    for name in ("a", "b"):
+        for part in ("out", "scratch"):
+            (tmp_path / name / part).mkdir(parents=True)
+        folder = tmp_path / name
+        work = StageRun(
+            config, {"data": data}, folder / "out", folder / "scratch", 1, "evaluate-sft"
+        )
+        engine = Engine(network, words)
+        assert "gsm8k" not in stage._benchmark_scores(engine, words, work, plain=True)
+        scores = stage._benchmark_scores(engine, words, work, plain=False)
+        assert scores["benchmarks"] == ["mmlu-base", "gsm8k"]
+        assert scores["mmlu-base_low"] <= scores["mmlu-base"] <= scores["mmlu-base_high"]
+        found.append({p.name: p.read_text() for p in (folder / "out").rglob("*.json*")})
+    assert found[0] == found[1]
+    evaluation = read_evaluation(tmp_path / "a" / "out")
+    assert compare_on("gsm8k", evaluation, evaluation)["n"] == 2

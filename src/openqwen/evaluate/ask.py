@@ -144,15 +144,23 @@ class Subject:
                     output.prompt_logprobs[-len(pairs[i][1]) :] for i, output in zip(part, outputs)
                 ]
             for index, logprobs in zip(part, scored, strict=True):
-                self.cache.put(keys[index], Reply(logprobs=logprobs))
+                # An impossible token has −∞, which JSON cannot hold.
+                finite = [max(-1e9, value) for value in logprobs]
+                self.cache.put(keys[index], Reply(logprobs=finite))
         return [self._known(key) for key in keys]
+
+    def check(self, name: str, prompt: str | list[dict[str, Any]], choices: bool) -> None:
+        """Raise OpenQwenError where a benchmark cannot be asked: no tokenizer, or no template."""
+        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+        if self.tokenizer is None and (choices or begun):
+            why = "compares likelihoods" if choices else "begins the answer of the assistant"
+            what = f"'{name}' {why}, which needs the tokenizer of the model."
+            raise OpenQwenError(what, do="give a MODEL whose tokenizer is here")
+        self.prompt(prompt)
 
     def prompt(self, prompt: str | list[dict[str, Any]]) -> Prompt:
         """The prompt as ids of the model's tokenizer, or as it is for a server without one."""
         if self.tokenizer is None:
-            if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-                what = "This benchmark begins the assistant's answer, which needs the tokenizer."
-                raise OpenQwenError(what, do="give a MODEL whose tokenizer is here")
             return prompt
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)

@@ -137,9 +137,7 @@ def _extracted(text: str, pattern: str, first: bool) -> str | None:
 def _choose(benchmark: Benchmark, items: Sequence[Item], subject: Subject) -> list[Row]:
     choices, tokenizer = benchmark.choices, subject.tokenizer
     assert choices is not None
-    if tokenizer is None:
-        what = f"'{benchmark.name}' compares likelihoods, which needs the model's tokenizer."
-        raise OpenQwenError(what, do="give a MODEL whose tokenizer is here")
+    assert tokenizer is not None, "Subject.check"
     pairs = []
     for item in items:
         ids = None if isinstance(item.prompt, str) else subject.prompt(item.prompt)

@@ -25,7 +25,7 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import sha256
 from openqwen.support.hub import HUB, local
 from openqwen.support.page.text import percent, signed
-from openqwen.support.progress import console, duration
+from openqwen.support.progress import console, duration, notice
 from openqwen.tasks import GradeCache
 from openqwen.tokenizer import load_tokenizer
 
@@ -86,10 +86,13 @@ def evaluate(
     for benchmark in _at_hand(tasks, data):
         items, sums = load_items(benchmark, data, seed, limit)
         loaded.append((benchmark, items, sums))
-    output = output or Path("evaluations") / Path(model).name
+    output = output or Path("evaluations") / "-".join(filter(None, [Path(model).name, quantize]))
     cache = cache or output.parent / "cache"
     subject = _subject(model, quantize, generator, served_name, cache)
-    pair = tuple(published.split(":", 1)) if published else guess_published(model)
+    for benchmark, items, _ in loaded:  # what cannot be asked must not stop the run later
+        subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+    suite, _, size = (published or "").partition(":")
+    pair = (suite, size) if published else guess_published(model)
     results: dict[str, Any] = {
         "model": model,
         "identity": subject.identity,
@@ -101,6 +104,8 @@ def evaluate(
         earlier = read_evaluation(output).results
         if earlier["identity"] == subject.identity:
             results["scores"] = earlier["scores"]
+        else:
+            notice("the results of another model in this folder are replaced", output)
     evaluation = Evaluation(output, results)
     for benchmark, items, sums in loaded:
         scores, rows = run_benchmark(benchmark, items, subject, options)

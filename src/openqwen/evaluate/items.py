@@ -84,6 +84,8 @@ def load_items(
     Raises:
         OpenQwenError: a file is missing (says where to get it) or has another form.
     """
+    if limit is not None and limit < 1:
+        raise OpenQwenError(f"{limit} questions tell nothing.", "--limit", "give 1 or more")
     files = _files(benchmark, folder, "test")
     solved = _files(benchmark, folder, "shots") if benchmark.prompt.shots else []
     groups: dict[str, list[Values]] = {}
@@ -130,6 +132,9 @@ def _records(
     """Each record that is kept, with its place, as the variables of templates."""
     for path in files:
         for number, (where, record) in enumerate(_read(benchmark, path), 1):
+            if not isinstance(record, Mapping):
+                what = "This record is not an object."
+                raise OpenQwenError(what, where, "correct 'data.records' of the benchmark")
             fields = {key: value for key, value in record.items() if str(key).isidentifier()}
             file = path.name.split(".")[0]
             values: Values = fields | {"record": record, "file": file, "number": number}
@@ -168,11 +173,11 @@ def _read(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, Mapping[str, 
     if plain.endswith((".csv", ".tsv")):
         yield from _table(path, "\t" if plain.endswith(".tsv") else ",", benchmark.data.columns)
     elif benchmark.data.records:
-        with open_binary(path) as file:
-            try:
+        try:
+            with open_binary(path) as file:
                 root = parse_json(file.read())
-            except ValueError as error:
-                raise OpenQwenError(f"This file is not JSON: {error}.", path) from None
+        except (ValueError, OSError) as error:
+            raise OpenQwenError(f"This file cannot be read: {error}.", path) from None
         values = {"root": root, "record": root if isinstance(root, dict) else {}}
         records = _value(benchmark.data.records, values, "data.records", str(path))
         for number, record in enumerate(records, 1):
@@ -195,7 +200,7 @@ def _table(path: Path, mark: str, columns: list[str]) -> Iterator[tuple[str, dic
                     what = f"This row has {len(row)} columns in place of {len(names)}."
                     raise OpenQwenError(what, where, f"the columns are: {', '.join(names)}")
                 yield where, dict(zip(names, row))
-        except (csv.Error, UnicodeDecodeError) as error:
+        except (csv.Error, UnicodeDecodeError, OSError) as error:
             raise OpenQwenError(f"This file cannot be read: {error}.", path) from None
 
 

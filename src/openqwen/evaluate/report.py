@@ -35,7 +35,7 @@ def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
     """A name for each model; two of the same name have their folders too."""
     names = [evaluation.name for evaluation in evaluations]
     return [
-        f"{name} ({evaluation.folder.name})" if names.count(name) > 1 else name
+        f"{name} ({evaluation.folder})" if names.count(name) > 1 else name
         for name, evaluation in zip(names, evaluations)
     ]
 

@@ -72,6 +72,8 @@ def score_table(run: Run) -> dict[str, Any]:
     A score that no stage has gets no column.
     """
     present = [score for score in SCORES if run.scored(score.key)]
+    named = {name for names in run.scored("benchmarks").values() for name in names}
+    present += [Score(name, name, False, percent, 100, 1) for name in sorted(named)]
     levels = {
         "bits_per_byte": run.first("gzip_bits_per_byte"),
         "test_bits_per_byte": run.first("test_gzip_bits_per_byte"),
