@@ -14,14 +14,14 @@ Filters beside Jinja's: sub(pattern, text), python (a Python literal), from_json
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.files import parse_json
@@ -31,135 +31,6 @@ from openqwen.tasks.numbers import last_boxed
 
 FOLDER = Path(__file__).with_name("benchmarks")
 Render = Callable[..., Any]
-
-
-class BenchmarkData(Settings):
-    """The files of a benchmark, in the form in which it is published."""
-
-    test: list[str] = Field(
-        min_length=1,
-        description="patterns of paths below the data folder, or hub:owner/name:split; the first "
-        "pattern that fits is read",
-    )
-    shots: list[str] = Field([], description="the same, for solved examples")
-    records: str = Field("", description="expression for the records of a JSON file, its `root`")
-    columns: list[str] = Field([], description="columns of a CSV or TSV file without a header")
-    keep: str = Field("", description="expression; records for which it is false are left out")
-    beside: str = Field("", description="template of the path of a text file for each data file")
-    sha256: dict[str, str] = Field({}, description="file name -> checksum of the known file")
-
-
-class BenchmarkPrompt(Settings):
-    """How a question is asked."""
-
-    form: Literal["chat", "base"] = Field("chat", description="a chat, or a text to continue")
-    system: str = Field("", description="template of the system message")
-    head: str = Field("", description="template before the first example or question")
-    question: str = Field(description="template of a question")
-    example: str = Field("", description="template of the answer of a solved example")
-    separator: str = Field("\n\n", description="between two examples of a text")
-    shots: int = Field(0, ge=0, description="solved examples, the first of the same category")
-    prefill: str = Field("", description="template of how the assistant's answer begins")
-
-
-class BenchmarkAnswer(Settings):
-    """How a generated answer ends and is graded."""
-
-    max_tokens: int = Field(1024, ge=1, description="most tokens of an answer")
-    stop: list[str] = Field([], description="texts that end an answer")
-    extract: str = Field(
-        "",
-        description="regular expression; the first group of its last match is graded, and an "
-        "answer without a match has no result",
-    )
-    first: bool = Field(False, description="extract the first match in place of the last")
-    reader: str = Field("", description="reader of tasks/ that gives grader and reference")
-    grader: str = Field("", description="grader of tasks/")
-    reference: dict[str, str] = Field({}, description="expressions of the grader's reference")
-    metric: Literal["accuracy", "score"] = Field(
-        "accuracy", description="mean of right and wrong, or of the grader's scores"
-    )
-
-
-class BenchmarkChoices(Settings):
-    """Choices that are compared by their log-likelihood after the prompt."""
-
-    options: str = Field(description="expression: the continuations")
-    contexts: str = Field("", description="expression: ends of the prompt, one for each option")
-    correct: str = Field(
-        description="expression: the index of the right option, or a list of 0 and 1"
-    )
-    metric: Literal["accuracy", "accuracy_norm", "mass"] = Field(
-        "accuracy",
-        description="accuracy: the likeliest option; accuracy_norm: likeliest by character; mass: "
-        "share of probability on right options",
-    )
-
-
-class Benchmark(Settings):
-    """One benchmark in one protocol."""
-
-    name: str
-    title: str = Field(description="as people write it")
-    licence: str = Field(description="of the data")
-    source: str = Field(description="paper or repository of the data")
-    get: str = Field(description="where to get the data, and the place of its files")
-    protocol: str = Field(description="one sentence")
-    protocol_source: str = Field(description="where the protocol is from")
-    id: str = Field("", description="expression of a record's id; default: file/number")
-    category: str = Field("", description="expression of the group in which a record is counted")
-    shuffle: str = Field("", description="expression of a list to shuffle")
-    data: BenchmarkData
-    prompt: BenchmarkPrompt
-    answer: BenchmarkAnswer | None = None
-    choices: BenchmarkChoices | None = None
-    published: dict[str, dict[str, float]] = Field(
-        {}, description="suite -> size of a model -> score in per cent"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> "Benchmark":
-        if (self.answer is None) == (self.choices is None):
-            raise ValueError("give one of the tables [answer] and [choices]")
-        if self.prompt.prefill and self.prompt.form == "base":
-            raise ValueError("'prompt.prefill' is for the form \"chat\"")
-        if self.prompt.shots and not (self.data.shots and self.prompt.example):
-            raise ValueError("'prompt.shots' needs 'data.shots' and 'prompt.example'")
-        if answer := self.answer:
-            if bool(answer.reader) == bool(answer.grader):
-                raise ValueError("give one of 'answer.reader' and 'answer.grader'")
-            name, known = (answer.reader, READERS) if answer.reader else (answer.grader, GRADERS)
-            if name not in known:
-                kind = "reader" if answer.reader else "grader"
-                raise ValueError(f"there is no {kind} '{name}'.{suggestion(name, known)}")
-            try:
-                re.compile(answer.extract)
-            except re.error as error:
-                raise ValueError(f"'answer.extract' is no regular expression: {error}") from None
-        for key, text, compiler in _programs(self):
-            try:
-                compiler(text)
-            except TemplateSyntaxError as error:
-                raise ValueError(f"'{key}' is no Jinja: {error.message}") from None
-        return self
-
-
-def _programs(benchmark: Benchmark) -> list[tuple[str, str, Callable[[str], Render]]]:
-    """(key, text, compiler) of each template and expression."""
-    data, prompt = benchmark.data, benchmark.prompt
-    found = [(f"prompt.{key}", getattr(prompt, key), template) for key in _TEMPLATES]
-    found.append(("data.beside", data.beside, template))
-    values = {key: getattr(benchmark, key) for key in ("id", "category", "shuffle")}
-    values |= {"data.records": data.records, "data.keep": data.keep}
-    if benchmark.answer:
-        values |= {f"answer.reference.{k}": v for k, v in benchmark.answer.reference.items()}
-    if choices := benchmark.choices:
-        keys = ("options", "contexts", "correct")
-        values |= {f"choices.{key}": getattr(choices, key) for key in keys}
-    return found + [(key, text, expression) for key, text in values.items() if text]
-
-
-_TEMPLATES = ("system", "head", "question", "example", "prefill")
 
 
 @cache
@@ -186,6 +57,145 @@ def template(text: str) -> Render:
 def expression(text: str) -> Render:
     """An expression as a function of its variables that returns a value."""
     return _environment().compile_expression(text, undefined_to_none=False)
+
+
+def _read_by(reader: Callable[[str], Any], kind: str) -> AfterValidator:
+    """The check that a text, unless it is empty, is one of that kind."""
+
+    def check(text: str) -> str:
+        try:
+            if text:
+                reader(text)
+        except (TemplateSyntaxError, re.error) as error:
+            raise ValueError(f"this is no {kind}: {error}") from None
+        return text
+
+    return AfterValidator(check)
+
+
+def _one_of(known: Collection[str], kind: str) -> AfterValidator:
+    def check(name: str) -> str:
+        if name and name not in known:
+            near = suggestion(name, known).strip() or f"known: {', '.join(known)}"
+            raise ValueError(f"there is no {kind} '{name}' ({near})")
+        return name
+
+    return AfterValidator(check)
+
+
+JinjaText = Annotated[str, _read_by(template, "Jinja template")]
+JinjaValue = Annotated[str, _read_by(expression, "Jinja expression")]
+
+
+class BenchmarkData(Settings):
+    """The files of a benchmark, in the form in which it is published."""
+
+    test: list[str] = Field(
+        min_length=1,
+        description="patterns of paths below the data folder, or hub:owner/name:split; the first "
+        "pattern that fits is read",
+    )
+    shots: list[str] = Field([], description="the same, for solved examples")
+    records: JinjaValue = Field(
+        "", description="expression for the records of a JSON file, its `root`"
+    )
+    columns: list[str] = Field([], description="columns of a CSV or TSV file without a header")
+    keep: JinjaValue = Field(
+        "", description="expression; records for which it is false are left out"
+    )
+    beside: JinjaText = Field(
+        "", description="template of the path of a text file for each data file"
+    )
+    sha256: dict[str, str] = Field({}, description="file name -> checksum of the known file")
+
+
+class BenchmarkPrompt(Settings):
+    """How a question is asked."""
+
+    form: Literal["chat", "base"] = Field("chat", description="a chat, or a text to continue")
+    system: JinjaText = Field("", description="template of the system message")
+    head: JinjaText = Field("", description="template before the first example or question")
+    question: JinjaText = Field(description="template of a question")
+    example: JinjaText = Field("", description="template of the answer of a solved example")
+    separator: str = Field("\n\n", description="between two examples of a text")
+    shots: int = Field(0, ge=0, description="solved examples, the first of the same category")
+    prefill: JinjaText = Field("", description="template of how the assistant's answer begins")
+
+
+class BenchmarkAnswer(Settings):
+    """How a generated answer ends and is graded."""
+
+    max_tokens: int = Field(1024, ge=1, description="most tokens of an answer")
+    stop: list[str] = Field([], description="texts that end an answer")
+    extract: Annotated[str, _read_by(re.compile, "regular expression")] = Field(
+        "",
+        description="regular expression; the first group of its last match is graded, and an "
+        "answer without a match has no result",
+    )
+    first: bool = Field(False, description="extract the first match in place of the last")
+    reader: Annotated[str, _one_of(READERS, "reader")] = Field(
+        "", description="reader of tasks/ that gives grader and reference"
+    )
+    grader: Annotated[str, _one_of(GRADERS, "grader")] = Field("", description="grader of tasks/")
+    reference: dict[str, JinjaValue] = Field(
+        {}, description="expressions of the grader's reference"
+    )
+    metric: Literal["accuracy", "score"] = Field(
+        "accuracy", description="mean of right and wrong, or of the grader's scores"
+    )
+
+
+class BenchmarkChoices(Settings):
+    """Choices that are compared by their log-likelihood after the prompt."""
+
+    options: JinjaValue = Field(description="expression: the continuations")
+    contexts: JinjaValue = Field(
+        "", description="expression: ends of the prompt, one for each option"
+    )
+    correct: JinjaValue = Field(
+        description="expression: the index of the right option, or a list of 0 and 1"
+    )
+    metric: Literal["accuracy", "accuracy_norm", "mass"] = Field(
+        "accuracy",
+        description="accuracy: the likeliest option; accuracy_norm: likeliest by character; mass: "
+        "share of probability on right options",
+    )
+
+
+class Benchmark(Settings):
+    """One benchmark in one protocol."""
+
+    name: str
+    title: str = Field(description="as people write it")
+    licence: str = Field(description="of the data")
+    source: str = Field(description="paper or repository of the data")
+    get: str = Field(description="where to get the data, and the place of its files")
+    protocol: str = Field(description="one sentence")
+    protocol_source: str = Field(description="where the protocol is from")
+    id: JinjaValue = Field("", description="expression of a record's id; default: file/number")
+    category: JinjaValue = Field(
+        "", description="expression of the group in which a record is counted"
+    )
+    shuffle: JinjaValue = Field("", description="expression of a list to shuffle")
+    data: BenchmarkData
+    prompt: BenchmarkPrompt
+    answer: BenchmarkAnswer | None = None
+    choices: BenchmarkChoices | None = None
+    published: dict[str, dict[str, float]] = Field(
+        {}, description="suite -> size of a model -> score in per cent"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "Benchmark":
+        if (self.answer is None) == (self.choices is None):
+            raise ValueError("give one of the tables [answer] and [choices]")
+        if self.prompt.prefill and self.prompt.form == "base":
+            raise ValueError("'prompt.prefill' is for the form \"chat\"")
+        if self.prompt.shots and not (self.data.shots and self.prompt.example):
+            raise ValueError("'prompt.shots' needs 'data.shots' and 'prompt.example'")
+        if self.answer and bool(self.answer.reader) == bool(self.answer.grader):
+            raise ValueError("give one of 'answer.reader' and 'answer.grader'")
+        return self
 
 
 def evaluated(render: Render, values: dict[str, Any], key: str, where: str) -> Any:
