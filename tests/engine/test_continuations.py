@@ -5,6 +5,7 @@ import torch
 from tiny import model, prompts, scores, tokenizer
 
 from openqwen.engine import Engine, EngineConfig, Sampling
+from openqwen.engine.openai_api import answer_call
 from openqwen.support.errors import OpenQwenError
 
 NETWORK = model(seed=3)
@@ -83,5 +84,9 @@ def test_a_part_of_a_prompt_is_reported_and_a_server_is_not_asked_for_it():
     assert engine.generate([ids], sampling)[0].prompt_logprobs == pytest.approx(
         whole[39:], abs=1e-4
     )
-    with pytest.raises(OpenQwenError, match="prompt_logprobs_from"):
-        Sampling(prompt_logprobs_from=-1)
+    for refused in (
+        lambda: answer_call(ids, sampling, 0, "a model"),
+        lambda: Sampling(prompt_logprobs_from=-1),
+    ):
+        with pytest.raises(OpenQwenError, match="prompt_logprobs_from"):
+            refused()
