@@ -1,4 +1,4 @@
-"""Readers of published files of problems: GSM8K, MATH, HumanEval and MBPP become tasks."""
+"""Readers of published files of problems: GSM8K, MATH, HumanEval, MBPP and IFEval become tasks."""
 
 import ast
 from collections.abc import Callable, Iterator
@@ -129,9 +129,29 @@ def _mbpp_split(number: int) -> str:
     return "train"
 
 
+def _ifeval(record: dict[str, Any]) -> _Parts:
+    """IFEval's form, and M-IFEval's, whose ids begin with the language: "fr:keywords:existence"."""
+    ids = record["instruction_id_list"]
+    languages = {id.partition(":")[0] for id in ids if id.count(":") == 2} or {"en"}
+    if len(languages) > 1:
+        raise ValueError(f"its instructions are of several languages: {', '.join(languages)}")
+    language = languages.pop()
+    asked = [
+        # Hugging Face's copy has all parameters of all kinds, most of them null.
+        {"id": id, "parameters": {key: value for key, value in given.items() if value is not None}}
+        for id, given in zip(
+            (id.removeprefix(f"{language}:") for id in ids), record["kwargs"], strict=True
+        )
+    ]
+    reference = {"instructions": asked, "language": language}
+    more = {"language": language}
+    return f"ifeval/{language}/{record['key']}", record["prompt"], "instructions", reference, more
+
+
 READERS: dict[str, Callable[[dict[str, Any]], _Parts]] = {
     "gsm8k": _gsm8k,
     "math": _math,
     "humaneval": _humaneval,
     "mbpp": _mbpp,
+    "ifeval": _ifeval,
 }

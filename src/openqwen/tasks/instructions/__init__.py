@@ -5,7 +5,8 @@ The grader's reference:
      "language"?: "en" (if not given), "fr", "es" or "ja", "loose"?: true or false,
      "variant"?: "reference" (if not given) or "mended"}
 An answer passes if it follows all of them (IFEval's prompt-level accuracy); its score is the share
-that it follows.
+that it follows. {"verifier": source} in place of an id is a Python function evaluate(response) ->
+bool, which runs in the sandbox; without a verdict of it there is no grade ("infra").
 
 Verdicts are the reference implementation's, its defects included. The variant "mended" checks what
 an instruction says where the reference checks something else: nth_paragraph_first_word counts and
@@ -23,6 +24,7 @@ from openqwen.tasks.instructions.case import RELATIONS, Case, Kind
 from openqwen.tasks.instructions.kinds import SHARED_KINDS
 from openqwen.tasks.instructions.languages import KNOWN
 from openqwen.tasks.instructions.national import NATIONAL_KINDS
+from openqwen.tasks.instructions.verifiers import run_verifiers
 from openqwen.tasks.task import Grade, Task
 
 LANGUAGES = ("en", "fr", "es", "ja")
@@ -127,20 +129,39 @@ def _parameters_fault(kind: Kind, given: Mapping[str, Any]) -> str:
 
 def judge(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
     """Check the instructions of each task."""
-    return [_grade(task.reference, answer) for task, answer in zip(tasks, answers, strict=True)]
+    pairs = list(zip(tasks, answers, strict=True))
+    outcomes = run_verifiers(
+        (each["verifier"], answer)
+        for task, answer in pairs
+        for each in task.reference["instructions"]
+        if "verifier" in each and _refusal(answer) is None
+    )
+    return [_refusal(answer) or _grade(task.reference, answer, outcomes) for task, answer in pairs]
 
 
-def _grade(reference: dict[str, Any], answer: str) -> Grade:
+def _refusal(answer: str) -> Grade | None:
+    """The grade of an answer that is not looked into."""
     if not answer.strip():
         return Grade(False, 0.0, "the answer is empty", "no_answer")
     if len(answer) > _LONGEST:
         return Grade(False, 0.0, f"longer than {_LONGEST} characters")
+    return None
+
+
+def _grade(
+    reference: dict[str, Any], answer: str, outcomes: Mapping[tuple[str, str], bool | str]
+) -> Grade:
     options = {key: reference[key] for key in ("language", "loose", "variant") if key in reference}
-    failed = [
-        each["id"]
-        for each in reference["instructions"]
-        if not check(each["id"], each.get("parameters"), answer, **options)
-    ]
+    failed = []
+    for number, each in enumerate(reference["instructions"], 1):
+        if "verifier" not in each:
+            follows: bool | str = check(each["id"], each.get("parameters"), answer, **options)
+        else:
+            follows = outcomes[each["verifier"], answer]
+        if isinstance(follows, str):
+            return Grade(False, 0.0, f"verifier {number} failed: {follows}", "infra")
+        if not follows:
+            failed.append(each.get("id", f"verifier {number}"))
     reason = f"not followed: {', '.join(failed)}" if failed else ""
     return Grade(not failed, 1 - len(failed) / len(reference["instructions"]), reason)
 
@@ -154,16 +175,23 @@ def fault(reference: dict[str, Any]) -> str:
     asked = reference.get("instructions")
     if not isinstance(asked, list) or not asked:
         return "'instructions' must be a list of one or more"
+    language = str(reference.get("language", "en"))
     for number, each in enumerate(asked):
-        if not isinstance(each, dict) or not isinstance(each.get("id"), str):
-            return f"instructions[{number}] must be an object with an 'id'"
-        given = each.get("parameters", {})
-        if not isinstance(given, dict):
-            return f"'parameters' of instructions[{number}] must be an object"
-        try:
-            kind, _ = _kind(each["id"], str(reference.get("language", "en")))
-        except OpenQwenError as error:
-            return error.what.removesuffix(".")
-        if said := _parameters_fault(kind, {k: v for k, v in given.items() if v is not None}):
-            return f"{said} ({each['id']})"
+        if said := _instruction_fault(each, language):
+            return f"instructions[{number}]: {said}"
     return ""
+
+
+def _instruction_fault(asked: Any, language: str) -> str:
+    if isinstance(asked, dict) and asked.keys() == {"verifier"}:
+        return "" if _is_text(asked["verifier"]) else "'verifier' must be a Python source"
+    if not isinstance(asked, dict) or not isinstance(asked.get("id"), str):
+        return "it must be an object with an 'id' or a 'verifier'"
+    given = asked.get("parameters") or {}
+    if not isinstance(given, dict):
+        return "'parameters' must be an object"
+    try:
+        kind, _ = _kind(asked["id"], language)
+    except OpenQwenError as error:
+        return error.what.removesuffix(".")
+    return _parameters_fault(kind, {k: v for k, v in given.items() if v is not None})
