@@ -105,6 +105,15 @@ THEOREM = [
 ]
 
 
+def ifeval(language: str) -> dict[str, Any]:
+    return {
+        "key": 1000,
+        "prompt": "Say something without any commas.",
+        "instruction_id_list": [f"{language}:punctuation:no_comma"],
+        "kwargs": [{}],
+    }
+
+
 def write_all(folder: Path) -> None:
     """Write every set below a data folder, where the benchmarks look for it."""
     rows = [",".join(f'"{cell}"' for cell in row) for row in CHOICES]
@@ -145,6 +154,7 @@ def write_all(folder: Path) -> None:
         "hellaswag/hellaswag_val.jsonl": [HELLA],
         "hellaswag/hellaswag_train.jsonl": [HELLA | {"ind": 2}],
         "winogrande/dev.jsonl": [WINO],
+        **{f"ifeval_{language}.jsonl": [ifeval(language)] for language in ("en", "es", "fr", "ja")},
         "winogrande/train_xl.jsonl": [WINO | {"qID": "q2"}],
     }
     texts |= {

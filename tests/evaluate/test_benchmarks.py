@@ -51,6 +51,8 @@ RIGHT = {
     "cmmlu": "答案：B",
     "mgsm": "\\boxed{5}",
     "theoremqa": "\\boxed{0}",
+    "ifeval": "I say something.",
+    "ifeval-fr": "Je dis quelque chose.",
 }
 
 
@@ -60,6 +62,7 @@ def test_a_right_answer_passes_and_another_does_not(name, data):
 
     form, task = load_benchmark(name).answer, first(name, data).task
     wrong = {"humaneval": "    return 5", "humaneval-plus": "    return 6 if x == 3 else x"}
+    wrong |= dict.fromkeys(["ifeval", "ifeval-fr"], "One, two.")
     texts = [RIGHT[name], wrong.get(name, "The answer is 77, \\boxed{C}")]
     found = [_extracted(text, form.extract, form.first) for text in texts]
     assert [one.passed for one in grade([task] * 2, found)] == [True, False]
