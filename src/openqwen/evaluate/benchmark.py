@@ -30,6 +30,12 @@ from openqwen.tasks import GRADERS, READERS
 from openqwen.tasks.numbers import last_boxed
 
 FOLDER = Path(__file__).with_name("benchmarks")
+# The reports with the published scores, by the beginning of the suite's name.
+REPORTS = {
+    "qwen2.5-coder": "Qwen2.5-Coder Technical Report, arXiv 2409.12186",
+    "qwen2.5": "Qwen2.5 Technical Report, arXiv 2412.15115",
+    "qwen2": "Qwen2 Technical Report, arXiv 2407.10671",
+}
 Render = Callable[..., Any]
 
 

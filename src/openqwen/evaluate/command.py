@@ -13,7 +13,7 @@ from rich.table import Table
 
 from openqwen.engine import Endpoint, Engine
 from openqwen.evaluate.ask import ReplyCache, Subject
-from openqwen.evaluate.benchmark import Benchmark, load_benchmark, names, select
+from openqwen.evaluate.benchmark import REPORTS, Benchmark, load_benchmark, names, select
 from openqwen.evaluate.benchmark_run import RunOptions, run_benchmark
 from openqwen.evaluate.compare import RESULTS, Evaluation, guess_published, read_evaluation
 from openqwen.evaluate.items import find_files, load_items
@@ -60,7 +60,7 @@ def evaluate(
     Args:
         model: A Hugging Face folder, a .gguf file or a hub id; with --generator its tokenizer.
         tasks: Benchmarks, suites or TOML files, with commas between them, or all.
-        data: The folder with the benchmarks' files; without it they come from the hub.
+        data: The folder with the benchmarks' files; default: the hub, for those that name a place.
         list_: Show the benchmarks, their protocols and licences, and which data is at hand.
         limit: Ask this many questions of each benchmark, drawn at random.
         samples: Answers to each question, for pass@k.
@@ -207,6 +207,7 @@ def _list(benchmarks: list[Benchmark], data: Path | None) -> None:
     console.print(table)
     suites = sorted({suite for benchmark in benchmarks for suite in benchmark.published})
     console.print(f"suites: {', '.join(suites)}, all", markup=False)
+    console.print(f"published scores: {'; '.join(REPORTS.values())}", markup=False)
 
 
 def _table(evaluation: Evaluation, chosen: list[str]) -> Table:

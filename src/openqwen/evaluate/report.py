@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from openqwen.evaluate.benchmark import REPORTS
 from openqwen.evaluate.compare import Evaluation, compare_on
 from openqwen.support.files import write_json, write_text
 from openqwen.support.page import environment
@@ -23,6 +24,7 @@ def write_reports(folder: Path, evaluations: Sequence[Evaluation]) -> Path:
     labels = _labels(evaluations)
     page = environment(__name__.rpartition(".")[0]).get_template("evaluation.html.j2")
     contents = {"evaluations": evaluations, "labels": labels, "benchmarks": tables}
+    contents["reports"] = list(REPORTS.values())
     write_text(folder / "report.html", page.render(contents))
     write_text(folder / "report.md", _markdown(tables, labels))
     kept = ("name", "scores", "published", "comparisons")
