@@ -14,7 +14,7 @@ from openqwen.evaluate import EvaluateConfig
 from openqwen.evaluate import model as stage
 from openqwen.evaluate.ask import ReplyCache, Subject, fitted, split_pair
 from openqwen.evaluate.benchmark import load_benchmark
-from openqwen.evaluate.benchmark_run import RunOptions, run_benchmark, summary
+from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark, summary
 from openqwen.evaluate.compare import compare_on, read_evaluation
 from openqwen.evaluate.items import Item, load_items
 from openqwen.model import Packed
@@ -64,7 +64,7 @@ def test_no_result_infra_and_wrong_are_counted_apart(tmp_path, monkeypatch):
     said = ["\\boxed{7}", "\\boxed{8}", "I do not know.", "break \\boxed{7}", "\\boxed{7}"]
     scripted = Scripted({f"Question {n}?": text for n, text in enumerate(said)})
     items = [item(n) for n in range(5)]
-    scores, rows = run_benchmark(GSM8K, items, subject(scripted, tmp_path), RunOptions())
+    scores, rows = run_benchmark(GSM8K, items, subject(scripted, tmp_path), BenchmarkOptions())
     counts = {key: scores[key] for key in ("n", "right", "wrong", "no_answer", "infra")}
     assert counts == {"n": 4, "right": 2, "wrong": 1, "no_answer": 1, "infra": 1}
     assert scores["score"] == 0.5
@@ -88,22 +88,22 @@ def test_an_answer_without_a_match_has_no_result(tmp_path):
         ("No", "no_answer", False),
     ):
         asked = subject(Scripted({"Go?": said}), tmp_path, identity=said)
-        _, (row,) = run_benchmark(bbh, [one], asked, RunOptions())
+        _, (row,) = run_benchmark(bbh, [one], asked, BenchmarkOptions())
         assert (row["status"], row["passed"]) == (status, right)
 
 
 def test_a_second_run_asks_nothing_and_another_model_is_asked(tmp_path):
     scripted = Scripted({f"Question {n}?": "\\boxed{7}" for n in range(3)})
     items = [item(n) for n in range(3)]
-    first = run_benchmark(GSM8K, items, subject(scripted, tmp_path), RunOptions())
+    first = run_benchmark(GSM8K, items, subject(scripted, tmp_path), BenchmarkOptions())
     assert len(scripted.asked) == 3
-    again = run_benchmark(GSM8K, items, subject(None, tmp_path), RunOptions())
+    again = run_benchmark(GSM8K, items, subject(None, tmp_path), BenchmarkOptions())
     assert again[1] == first[1]
     more = [*items, item(3)]
     scripted.answers["Question 3?"] = "\\boxed{1}"
-    run_benchmark(GSM8K, more, subject(scripted, tmp_path), RunOptions())
+    run_benchmark(GSM8K, more, subject(scripted, tmp_path), BenchmarkOptions())
     assert [text for text, _ in scripted.asked[3:]] == ["Question 3?"]
-    run_benchmark(GSM8K, items, subject(scripted, tmp_path, identity="other"), RunOptions())
+    run_benchmark(GSM8K, items, subject(scripted, tmp_path, identity="other"), BenchmarkOptions())
     assert len(scripted.asked) == 7
 
 
@@ -152,7 +152,7 @@ def test_samples_have_seeds_of_their_own_and_pass_at_k(tmp_path):
     said = {f"Question {n}?": ["\\boxed{7}", "\\boxed{1}"] for n in range(8)}
     scripted = Scripted(said)
     items = [item(n) for n in range(8)]
-    options = RunOptions(samples=6, temperature=0.8)
+    options = BenchmarkOptions(samples=6, temperature=0.8)
     scores, rows = run_benchmark(GSM8K, items, subject(scripted, tmp_path), options)
     assert len({seed for _, seed in scripted.asked}) == 48
     assert (scores["n"], len(rows)) == (8, 48)
@@ -163,7 +163,7 @@ def test_samples_have_seeds_of_their_own_and_pass_at_k(tmp_path):
     run_benchmark(GSM8K, items[3:], subject(fewer, tmp_path / "b"), options)
     assert set(fewer.asked) <= set(scripted.asked), "a seed depends on the item, not on its place"
     with pytest.raises(OpenQwenError, match="--temperature"):
-        RunOptions(samples=4)
+        BenchmarkOptions(samples=4)
 
 
 def plain_sum(network, ids, target):
@@ -188,7 +188,7 @@ def test_choices_are_scored_as_by_one_plain_pass_each(name, data, tmp_path):
     benchmark = load_benchmark(name)
     items, _ = load_items(benchmark, data)
     scores, rows = run_benchmark(
-        benchmark, items, subject(Engine(network, words), tmp_path, words), RunOptions()
+        benchmark, items, subject(Engine(network, words), tmp_path, words), BenchmarkOptions()
     )
     for one, row in zip(items, rows, strict=True):
         truth = []
@@ -225,9 +225,11 @@ def test_a_server_gives_the_scores_of_the_engine(data, tmp_path):
     benchmark = load_benchmark("mmlu-base")
     items, _ = load_items(benchmark, data)
     engine = Engine(network, words)
-    ours = run_benchmark(benchmark, items, subject(engine, tmp_path / "a", words), RunOptions())
+    ours = run_benchmark(
+        benchmark, items, subject(engine, tmp_path / "a", words), BenchmarkOptions()
+    )
     remote = subject(ByPrompt(engine), tmp_path / "b", words)
-    theirs = run_benchmark(benchmark, items, remote, RunOptions())
+    theirs = run_benchmark(benchmark, items, remote, BenchmarkOptions())
     for a, b in zip(ours[1], theirs[1], strict=True):
         assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
     with pytest.raises(OpenQwenError, match="compares likelihoods"):
@@ -239,11 +241,11 @@ def test_prompts_beyond_the_context_are_counted_and_crash_nothing(tmp_path):
     long = Item("long", "", "word " * 3000, item(1).task)
     base = load_benchmark("gsm8k-base")
     asked = subject(Engine(network, words), tmp_path, words)
-    scores, (row,) = run_benchmark(base, [long], asked, RunOptions(max_tokens=4))
+    scores, (row,) = run_benchmark(base, [long], asked, BenchmarkOptions(max_tokens=4))
     assert (row["answer"], row["finish"], scores["cut_off"]) == ("", "length", 1)
     assert scores["no_answer"] == 1
     choice = Item("c", "", "word " * 3000, None, [" A", " B"], [], [1, 0])
-    scores, _ = run_benchmark(load_benchmark("mmlu-base"), [choice], asked, RunOptions())
+    scores, _ = run_benchmark(load_benchmark("mmlu-base"), [choice], asked, BenchmarkOptions())
     assert scores["n"] == 1
 
 

@@ -25,7 +25,7 @@ _SHOWN_K = (1, 5, 10, 25, 50, 100)
 
 
 @dataclass(frozen=True)
-class RunOptions:
+class BenchmarkOptions:
     """How benchmarks are run.
 
     Args:
@@ -47,7 +47,7 @@ class RunOptions:
 
 
 def run_benchmark(
-    benchmark: Benchmark, items: Sequence[Item], subject: Subject, options: RunOptions
+    benchmark: Benchmark, items: Sequence[Item], subject: Subject, options: BenchmarkOptions
 ) -> tuple[dict[str, Any], list[Row]]:
     """Ask all items of a benchmark and grade the answers.
 
@@ -76,7 +76,7 @@ def digest(benchmark: Benchmark) -> str:
 
 
 def _answer(
-    benchmark: Benchmark, items: Sequence[Item], subject: Subject, options: RunOptions
+    benchmark: Benchmark, items: Sequence[Item], subject: Subject, options: BenchmarkOptions
 ) -> list[Row]:
     form = benchmark.answer
     assert form is not None

@@ -14,7 +14,7 @@ from rich.table import Table
 from openqwen.engine import Endpoint, Engine
 from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import REPORTS, Benchmark, load_benchmark, names, select
-from openqwen.evaluate.benchmark_run import RunOptions, run_benchmark
+from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.compare import RESULTS, Evaluation, guess_published, read_evaluation
 from openqwen.evaluate.items import find_files, load_items
 from openqwen.evaluate.report import write_reports
@@ -81,7 +81,7 @@ def evaluate(
     if not model:
         do = f"{command('evaluate', 'MODEL', '--tasks', 'humaneval', '--data', 'FOLDER')}"
         raise OpenQwenError("No model is named.", do=do)
-    options = RunOptions(seed, samples, temperature, max_tokens)
+    options = BenchmarkOptions(seed, samples, temperature, max_tokens)
     loaded = []
     for benchmark in _at_hand(tasks, data):
         items, sums = load_items(benchmark, data, seed, limit)

@@ -9,7 +9,7 @@ from openqwen.corpus.documents import halves, read_documents
 from openqwen.engine import Engine, Generator
 from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import select
-from openqwen.evaluate.benchmark_run import RunOptions, run_benchmark
+from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.bits_per_byte import bits_per_byte, within_budget
 from openqwen.evaluate.checked import checked_accuracy, sampled_right
 from openqwen.evaluate.compare import Evaluation
@@ -142,7 +142,7 @@ def _benchmark_scores(
         # The same questions for every stage and every run: their seed is not the run's.
         items, sums = load_items(benchmark, run.inputs.get("data"), 0, run.config.limit)
         subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
-        scores, rows = run_benchmark(benchmark, items, subject, RunOptions())
+        scores, rows = run_benchmark(benchmark, items, subject, BenchmarkOptions())
         more = {"data": sums, "limit": run.config.limit, "seconds": None}  # equal runs, equal bytes
         evaluation.add(benchmark.name, scores | more, rows)
         if scores["score"] is not None:
