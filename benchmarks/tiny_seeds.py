@@ -15,7 +15,7 @@ from typing import Any
 
 from openqwen.recipe.report.run import Run, load_run
 from openqwen.recipe.report.scores import TEMPERATURES
-from openqwen.recipe.report.text import duration, signed
+from openqwen.support.page.text import duration, signed
 
 STAGES = ("pretrain", "extend", "sft", "dpo", "online-dpo")
 SCORES = (

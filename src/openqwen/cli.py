@@ -81,6 +81,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         _call(verb, rest)
     elif verb in RECIPE_VERBS:
         {"run": _run, "serve": _serve, "report": _report}[verb](rest)
+    elif verb == "evaluate" and not _value(rest, "--corpus"):
+        _evaluate(rest)
     elif verb == "pretrain" and "--sweep" in rest:
         _stage("sweep", [text for text in rest if text != "--sweep"])
     elif verb in graph.verbs():
@@ -137,6 +139,20 @@ def _call(verb: str, arguments: Sequence[str]) -> None:
     if tyro.cli(function, args=args, prog=command(verb), description=RECIPE_VERBS[verb]) is False:
         do = "see the line marked ✗; report it with the model and the data"
         raise OpenQwenError("A proof does not hold.", do=do)
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    """Score a model on benchmarks, or compare results; `--corpus` asks for the recipes' stage."""
+    import tyro
+
+    from openqwen.evaluate import command as benchmarks
+
+    if arguments[:1] == ["compare"]:
+        tyro.cli(benchmarks.compare, args=list(arguments[1:]), prog=command("evaluate", "compare"))
+    else:
+        args = _without_flag(arguments, "--model")
+        about = f"{benchmarks.ABOUT} {command('evaluate', '--corpus', 'FOLDER', '--help')}"
+        tyro.cli(benchmarks.evaluate, args=args, prog=command("evaluate"), description=about)
 
 
 def _run(arguments: Sequence[str]) -> None:

@@ -1,10 +1,18 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from openqwen.evaluate import paired_gain, wilson_interval
-from openqwen.evaluate.intervals import grouped_interval, ratio_interval
+from openqwen.evaluate.intervals import (
+    bootstrap_difference,
+    grouped_interval,
+    mcnemar,
+    pass_at_k,
+    ratio_interval,
+    standard_error,
+)
 
 
 def alone(n):
@@ -99,3 +107,41 @@ def test_a_gain_on_wordings_of_few_problems_is_no_surer_than_the_problems():
         _, low, high = paired_gain(np.zeros(480).tolist(), change.tolist(), groups)
         covered += low <= 0.2 <= high
     assert 0.92 < covered / 500 < 0.98
+
+
+@pytest.mark.parametrize(("samples", "right"), [(1, 0), (1, 1), (5, 2), (6, 6), (7, 1)])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(samples, right):
+    marks = [True] * right + [False] * (samples - right)
+    for k in range(1, samples + 1):
+        drawn = [any(part) for part in itertools.combinations(marks, k)]
+        assert pass_at_k(samples, right, k) == pytest.approx(sum(drawn) / len(drawn))
+    with pytest.raises(ValueError, match="pass@"):
+        pass_at_k(samples, right, samples + 1)
+
+
+def test_mcnemar_is_the_share_of_fair_coins_that_are_as_one_sided():
+    """All ways in which 7 items on which the models differ could have gone, each as likely."""
+    before, after = [1, 0, 1, 0, 0, 0, 0, 0, 1], [1, 1, 0, 1, 1, 1, 1, 1, 1]
+    ways = list(itertools.product([0, 1], repeat=7))
+    extreme = [way for way in ways if abs(sum(way) - 3.5) >= abs(6 - 3.5)]
+    assert mcnemar(before, after) == pytest.approx(len(extreme) / len(ways))
+    assert mcnemar([1, 0], [1, 0]) == 1.0
+    assert mcnemar([0] * 3000, [1] * 3000) < 1e-200
+
+
+def test_the_paired_bootstrap_agrees_with_the_normal_test_where_items_are_many():
+    rng = np.random.default_rng(5)
+    before = rng.random(900)
+    after = before + rng.normal(0.0, 0.2, 900)
+    changes = after - before
+    z = abs(changes.mean()) / (changes.std(ddof=1) / math.sqrt(900))
+    normal = math.erfc(z / math.sqrt(2))
+    assert 0.01 < normal < 0.6
+    assert bootstrap_difference(before, after) == pytest.approx(normal, abs=0.03)
+    assert bootstrap_difference([0.5] * 40, [0.5] * 40) == 1.0
+    assert bootstrap_difference([0.5], [0.9]) == 1.0
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert standard_error(values, alone(5)) == pytest.approx(np.std(values, ddof=1) / math.sqrt(5))

@@ -87,6 +87,15 @@ def test_a_number_that_does_not_move_is_told(tmp_path):
     assert "✗ sft not clearly above chance" in text
 
 
+def test_benchmarks_that_the_recipe_names_have_columns(tmp_path):
+    folder = build_run(tmp_path / "tiny")
+    found = {"benchmarks": ["humaneval"]} | interval("humaneval", 0.616, 0.54, 0.69)
+    dump(folder / "evaluate-sft/scores.json", scores("sft") | found)
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text.replace("\u202f", " ")
+    assert "humaneval" in text
+    assert "61.6 %54 % to 69 %" in re.sub(r"\s*\n\s*", "", text)
+
+
 def test_steps_account_for_documents_that_join_later(page):
     assert (
         page.text.count("2,000 join here") == 2

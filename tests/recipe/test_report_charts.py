@@ -4,9 +4,9 @@ import re
 import numpy as np
 import pytest
 
-from openqwen.recipe.report import environment
-from openqwen.recipe.report.charts import downsampled, line_chart, smoothed, ticks
-from openqwen.recipe.report.text import count, number, shortened, size, visible
+from openqwen.support.page import environment
+from openqwen.support.page.charts import downsampled, line_chart, smoothed, ticks
+from openqwen.support.page.text import count, number, shortened, size, visible
 
 
 def test_downsampling_keeps_ends_and_spikes():
@@ -48,7 +48,11 @@ def test_ticks_are_few_even_and_inside(low, high):
 )
 def test_charts_survive_degenerate_curves(values):
     chart = line_chart(list(range(len(values))), {"smooth": values}, "a <title>")
-    drawn = environment().get_template("charts.html.j2").module.line_chart(chart)
+    drawn = (
+        environment("openqwen.recipe.report")
+        .get_template("charts.html.j2")
+        .module.line_chart(chart)
+    )
     assert ("<svg" in drawn) == bool(np.isfinite(values).any())
     assert "nan" not in re.sub(r"<p.*", "", drawn)
     assert "<title>" not in drawn

@@ -3,7 +3,8 @@
 import json
 import re
 
-from openqwen.recipe.report import environment, write_report
+from openqwen.recipe.report import write_report
+from openqwen.support.page import environment
 
 
 def test_the_load_of_experts_is_drawn(tmp_path):
@@ -28,6 +29,6 @@ def test_the_load_of_experts_is_drawn(tmp_path):
 
 
 def test_a_load_map_is_as_dark_as_the_load():
-    draw = environment().get_template("charts.html.j2").module.load_map
+    draw = environment("openqwen.recipe.report").get_template("charts.html.j2").module.load_map
     cells = re.findall(r'fill-opacity="([0-9.]+)"', draw([[0.0, 1.5, 3.0, 9.0]], [1], "load"))
     assert cells == ["0.000", "0.500", "1.000", "1.000"]

@@ -19,7 +19,14 @@ from openqwen.engine.admission import Admission, stop_ids
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.constrain import Structures
 from openqwen.engine.drafter import Drafter, DraftModel
-from openqwen.engine.generator import FinishReason, Generator, Output, Prompt, Sampling
+from openqwen.engine.generator import (
+    Continuation,
+    FinishReason,
+    Generator,
+    Output,
+    Prompt,
+    Sampling,
+)
 from openqwen.engine.lanes import EngineLane
 from openqwen.engine.pages import PagePool
 from openqwen.engine.request import Event, Request, ScheduledRequest, Stats
@@ -267,6 +274,40 @@ class Engine(Generator):
     def score(self, ids: Sequence[int]) -> list[float]:
         """The log-probability of each token but the first, given those before it."""
         return self.generate([ids], Sampling(max_tokens=1, prompt_logprobs=0))[0].prompt_logprobs
+
+    def score_continuations(
+        self,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+        progress: Progress | None = None,
+    ) -> list[Continuation]:
+        """Score the tokens of each continuation, given its context.
+
+        Contexts that begin alike are computed once: pairs run in the order of their tokens, so that
+        those with a common prefix follow each other and share its pages.
+
+        Args:
+            pairs: (context, continuation) as token ids, neither of them empty.
+            progress: advanced by 1 with each pair.
+        """
+        tokens = [[*context, *continuation] for context, continuation in pairs]
+        requests: dict[int, Request] = {}
+        try:
+            for index in sorted(range(len(pairs)), key=tokens.__getitem__):
+                first = len(pairs[index][0])
+                sampling = Sampling(1, prompt_logprobs=1, prompt_logprobs_from=first)
+                requests[index] = self.submit(tokens[index], sampling)
+            for event in self._events_of(list(requests.values())):
+                if event.finish_reason and progress:
+                    progress.advance(1)
+        finally:
+            self._discard(list(requests.values()))
+        results = []
+        for index, (_, continuation) in enumerate(pairs):
+            request = requests[index]
+            likeliest = [top[0][0] for top in request.prompt_top]
+            greedy = likeliest == list(continuation)
+            results.append(Continuation(request.prompt_logprobs, greedy))
+        return results
 
     def embed(self, prompts: Sequence[Prompt]) -> Tensor:
         """The normalized hidden state of each prompt's last token: [B, D], float32."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from openqwen.support.errors import OpenQwenError
 
@@ -57,6 +57,8 @@ class Sampling:
         top_logprobs: how many of the likeliest tokens to report at each position.
         prompt_logprobs: report the log-probabilities of the prompt's tokens, and this many of
             the likeliest at each position; None reports nothing of the prompt.
+        prompt_logprobs_from: index of the first prompt token to report. Tokens before the one that
+            predicts it may come from the prefix cache.
         structure: a form that the answer must have.
         long_context: how the sequence is read; None: as its length, the engine's settings and
             the model's configuration require (`Admission.scalings_for`).
@@ -80,6 +82,7 @@ class Sampling:
     ignore_eos: bool = False
     top_logprobs: int = 0
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
     structure: Structure | None = None
     long_context: "LongContext | None" = None
 
@@ -101,6 +104,7 @@ class Sampling:
             ("frequency_penalty", finite(self.frequency_penalty), "a finite number"),
             ("top_logprobs", self.top_logprobs >= 0, "0 or more"),
             ("prompt_logprobs", (self.prompt_logprobs or 0) >= 0, "0 or more"),
+            ("prompt_logprobs_from", self.prompt_logprobs_from >= 0, "0 or more"),
             ("stop", "" not in self.stop, "texts that are not empty"),
             (
                 "logit_bias",
@@ -134,7 +138,8 @@ class Output:
         logprobs: the log-probability of each of token_ids, under the model's own distribution.
         finish_reason: "stop" where a stop token or stop text ended it, "length" where a limit did.
         prompt_ids: the prompt's tokens.
-        prompt_logprobs: if requested, the log-probability of each prompt token but the first.
+        prompt_logprobs: if requested, the log-probability of each prompt token but the first, or
+            of those from `Sampling.prompt_logprobs_from` on.
         stop_id: the token that ended the answer, if one did.
     """
 
@@ -150,6 +155,13 @@ class Output:
     def written_ids(self) -> list[int]:
         """All tokens that the model wrote: `token_ids`, and the token that ended the answer."""
         return self.token_ids if self.stop_id is None else [*self.token_ids, self.stop_id]
+
+
+class Continuation(NamedTuple):
+    """Log-probabilities of a continuation's tokens, and whether each is the likeliest."""
+
+    logprobs: list[float]
+    greedy: bool
 
 
 _GREEDY = Sampling()

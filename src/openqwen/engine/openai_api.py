@@ -33,6 +33,7 @@ _REASONS: Mapping[str, FinishReason] = {
 _NOT_MAPPED = {
     "top_logprobs": "servers return likely tokens as texts, not as ids",
     "long_context": "the server decides how it reads long prompts",
+    "prompt_logprobs_from": "servers score all tokens of a prompt",
 }
 
 

@@ -96,7 +96,13 @@ class Request(Output):
     def unscored(self) -> range:
         """Positions of prompt tokens whose log-probabilities are wanted and not yet computed."""
         wanted = 0 if self.sampling.prompt_logprobs is None else len(self.prompt_ids)
-        return range(1 + len(self.prompt_logprobs), wanted)
+        first = max(1, self.sampling.prompt_logprobs_from)
+        return range(first + len(self.prompt_logprobs), wanted)
+
+    @property
+    def reusable(self) -> int:
+        """Number of first tokens whose hidden states nobody needs: the cache may hold them."""
+        return self.unscored.start - 1 if self.unscored else self.total - 1
 
     @property
     def queue_key(self) -> tuple[int, int]:

@@ -182,7 +182,7 @@ class Scheduler:
                 continue  # another request computes the same prefix: wait, then share its pages
             if not self._start(request, scaling, pages):
                 break
-            computing.update(hashes[len(pages) :])
+            computing.update(request.prefix_hashes[scaling][len(pages) :])
             budget -= self._compute(request, budget, into)
         return budget
 
@@ -215,11 +215,10 @@ class Scheduler:
         Returns its index, the prefix hashes of pages that could be cached, and the cached pages.
         """
         size = self.pool.page_size
-        most = (request.total - 1) // size  # the last token is always computed
+        most = request.reusable // size  # cached pages give no log-probabilities
         for scaling in reversed(range(len(request.prefix_hashes))):
             hashes = request.prefix_hashes[scaling][:most]
-            # Cached pages give no log-probabilities of the prompt.
-            pages = [] if request.unscored else self.pool.match(hashes)
+            pages = self.pool.match(hashes)
             if scaling == 0 or len(pages) * size >= request.scalings[scaling - 1].until:
                 break
         return scaling, hashes, pages

@@ -1,5 +1,7 @@
 """The sizes of an evaluation."""
 
+from pathlib import Path
+
 from pydantic import Field
 
 from openqwen.support.settings import Settings
@@ -24,3 +26,8 @@ class EvaluateConfig(Settings):
     sample_tokens: int = Field(
         48, ge=1, description="longest sample shown in the report, in tokens"
     )
+    tasks: str = Field(
+        "", description="benchmarks or suites to score too, with commas between them (--list)"
+    )
+    data: Path | None = Field(None, description="folder with the files of these benchmarks")
+    limit: int | None = Field(None, ge=1, description="questions of each benchmark; none: all")

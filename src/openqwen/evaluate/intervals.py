@@ -1,4 +1,4 @@
-"""95 % intervals of shares, of differences between two models, and of ratios."""
+"""95 % intervals of shares, differences and ratios; pass@k; significance of a difference."""
 
 import math
 from collections import defaultdict
@@ -45,8 +45,8 @@ def paired_gain(
     return gain, gain - half, gain + half
 
 
-def _half_width(values: Sequence[float], groups: Sequence[str]) -> float:
-    """Half the width of the mean's 95 % interval; infinite where there is only one group."""
+def standard_error(values: Sequence[float], groups: Sequence[str]) -> float:
+    """The cluster-robust standard error of the mean; infinite where there is only one group."""
     mean = math.fsum(values) / len(values)
     totals: dict[str, float] = defaultdict(float)
     for value, group in zip(values, groups, strict=True):
@@ -54,7 +54,49 @@ def _half_width(values: Sequence[float], groups: Sequence[str]) -> float:
     if len(totals) < 2:
         return math.inf
     spread = math.fsum(total**2 for total in totals.values()) * len(totals) / (len(totals) - 1)
-    return _Z * math.sqrt(spread) / len(values)
+    return math.sqrt(spread) / len(values)
+
+
+def _half_width(values: Sequence[float], groups: Sequence[str]) -> float:
+    return _Z * standard_error(values, groups)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """The probability that one of k samples is right, unbiased: 1 − C(n−c, k) / C(n, k).
+
+    Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+    """
+    if not (0 <= right <= samples and 1 <= k <= samples):
+        raise ValueError(f"pass@{k} of {samples} samples with {right} right")
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def mcnemar(before: Sequence[float], after: Sequence[float]) -> float:
+    """The two-sided p-value that two models are equally often right on the same items (0 or 1).
+
+    Exact: of the items on which they differ, each model is right on half (McNemar 1947).
+    """
+    won = sum(b > a for a, b in zip(before, after, strict=True))
+    changed = sum(b != a for a, b in zip(before, after))
+    tail = sum(math.comb(changed, i) for i in range(min(won, changed - won) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def bootstrap_difference(before: Sequence[float], after: Sequence[float]) -> float:
+    """The two-sided p-value of the mean difference on the same items, by the paired bootstrap.
+
+    10,000 resamples of the differences around zero, which are the same at every call; 1 where there
+    are fewer than two items, which tell nothing.
+    """
+    if len(before) < 2:
+        return 1.0
+    changes = np.array(after, float) - np.array(before, float)
+    rng, centred = np.random.default_rng(0), changes - changes.mean()
+    extreme = 0
+    for _ in range(100):
+        means = centred[rng.integers(len(changes), size=(100, len(changes)))].mean(axis=1)
+        extreme += int((abs(means) >= abs(changes.mean()) - 1e-12).sum())
+    return (extreme + 1) / 10_001
 
 
 def ratio_interval(parts: Sequence[float], totals: Sequence[float]) -> tuple[float, float]:

@@ -7,10 +7,15 @@ from typing import Any
 
 from openqwen.corpus.documents import halves, read_documents
 from openqwen.engine import Engine, Generator
+from openqwen.evaluate.ask import ReplyCache, Subject
+from openqwen.evaluate.benchmark import select
+from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.bits_per_byte import bits_per_byte, within_budget
 from openqwen.evaluate.checked import checked_accuracy, sampled_right
+from openqwen.evaluate.compare import Evaluation
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.intervals import grouped_interval, paired_gain, wilson_interval
+from openqwen.evaluate.items import load_items
 from openqwen.evaluate.preferences import win_rate
 from openqwen.evaluate.samples import answer_samples
 from openqwen.model import Qwen2, load_model, load_scorer
@@ -25,7 +30,7 @@ from openqwen.support.files import (
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.support.stage import CONVERSATION, CORPUS, MODEL, Effort, Stage, StageRun
-from openqwen.tasks import Task
+from openqwen.tasks import GradeCache, Task
 from openqwen.tasks.checkable import generate_tasks
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train.reward import score
@@ -75,6 +80,8 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
         right = sampled_right(engine, tasks, config.max_tokens, bar, plain=plain)
     write_jsonl(run.output / "answers.jsonl", checked.pop("answers"))
     scores |= {"sampled_accuracy": mean(right)} | checked
+    if config.tasks:
+        scores |= _benchmark_scores(engine, tokenizer, run, plain)
     if not plain:
         base = read_json(run.inputs["base"] / "scores.json")
         scores["retention"] = scores["bits_per_byte"] / base["bits_per_byte"]
@@ -115,6 +122,33 @@ def _gzip_by_source(documents: list[dict[str, Any]]) -> dict[str, float]:
     for document in documents:
         texts.setdefault(document["source"], []).append(document["text"])
     return {source: gzip_bits_per_byte(group) for source, group in texts.items()}
+
+
+def _benchmark_scores(
+    engine: Engine, tokenizer: Tokenizer, run: StageRun, plain: bool
+) -> dict[str, Any]:
+    """Scores on the configured benchmarks; plain: only on those that continue a text.
+
+    Answers and results are written as `openqwen evaluate compare` reads them.
+    """
+    known = ReplyCache(run.scratch / "replies.jsonl"), GradeCache(run.scratch / "grades.jsonl")
+    subject = Subject(lambda: engine, tokenizer, run.label, *known)
+    results = {"model": run.label, "identity": run.label, "published": None, "created": ""}
+    evaluation = Evaluation(run.output, {**results, "settings": {}, "scores": {}})
+    found: dict[str, Any] = {"benchmarks": []}
+    for benchmark in select(run.config.tasks):
+        if plain and benchmark.prompt.form == "chat":
+            continue
+        # The same questions for every stage and every run: their seed is not the run's.
+        items, sums = load_items(benchmark, run.inputs.get("data"), 0, run.config.limit)
+        subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+        scores, rows = run_benchmark(benchmark, items, subject, BenchmarkOptions())
+        more = {"data": sums, "limit": run.config.limit, "seconds": None}  # equal runs, equal bytes
+        evaluation.add(benchmark.name, scores | more, rows)
+        if scores["score"] is not None:
+            found["benchmarks"].append(benchmark.name)
+            found |= _named(benchmark.name, *(scores[key] for key in ("score", "low", "high")))
+    return found
 
 
 def _test_scores(generator: Generator, config: EvaluateConfig, run: StageRun) -> dict[str, Any]:
@@ -191,13 +225,14 @@ def _effort(recipe: Any, roles: Collection[str]) -> Effort:
     config: EvaluateConfig = recipe.evaluate
     # Greedy, at 0.7 and at 1.0; a model without an earlier one to compare with at 0.9 too.
     tests = 3 if "start" in roles else 4
-    answers = 2 * config.checked + (tests * config.test if "base" in roles else 0)
+    asked = (config.limit or 0) * len(config.tasks.split(","))
+    answers = asked + 2 * config.checked + (tests * config.test if "base" in roles else 0)
     return Effort(answers=answers, rows={CONVERSATION: _SCORED * config.heldout_bytes})
 
 
 STAGE = Stage(
     name="evaluate",
-    help="Score a model.",
+    help="Score a model on benchmarks (--tasks), or as recipes do (--corpus).",
     config=EvaluateConfig,
     inputs={"model": MODEL, "corpus": CORPUS},
     outputs=["base", "start"],

@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from pydantic import BaseModel
 
-from openqwen.recipe.settings import validate
 from openqwen.support.errors import OpenQwenError, suggestion
+from openqwen.support.settings import validate
 
 Options = TypeVar("Options")
 Settings = TypeVar("Settings", bound=BaseModel)

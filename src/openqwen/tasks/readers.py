@@ -35,14 +35,7 @@ def read_problems(name: str, path: Path) -> list[Task]:
     tasks = []
     for number, (where, record) in enumerate(_records(path), 1):
         origin = {"method": name, "kind": name, "file": path.name, "record": number}
-        try:
-            ending, text, grader, reference, more = READERS[name](record)
-        except KeyError as error:
-            what = f"A record of {name} needs the field {error}."
-            raise OpenQwenError(what, where, f"give a file of {name} as published") from None
-        except (ValueError, TypeError, AttributeError, SyntaxError) as error:
-            what = f"This is not a record of {name}: {error}."
-            raise OpenQwenError(what, where, f"give a file of {name} as published") from None
+        ending, text, grader, reference, more = read_problem(name, record, where)
         identity = ending or f"{name}/{number}"
         task = Task(identity, [{"role": "user", "content": text}], grader, reference, origin | more)
         check_task(task, where)
@@ -50,6 +43,17 @@ def read_problems(name: str, path: Path) -> list[Task]:
     if not tasks:
         raise OpenQwenError("There are no problems here.", path, "check the path")
     return tasks
+
+
+def read_problem(name: str, record: dict[str, Any], where: str) -> _Parts:
+    """The parts of a task, from one published record; where: its file and line, for errors."""
+    try:
+        return READERS[name](record)
+    except KeyError as error:
+        what = f"A record of {name} needs the field {error}."
+    except (ValueError, TypeError, AttributeError, SyntaxError) as error:
+        what = f"This is not a record of {name}: {error}."
+    raise OpenQwenError(what, where, f"give a file of {name} as published")
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,26 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
 from openqwen.recipe.graph import last_chat_model
 from openqwen.recipe.report import data, scores, training
 from openqwen.recipe.report.lineage import draw_lineage
 from openqwen.recipe.report.run import Run, load_run
-from openqwen.recipe.report.text import (
-    count,
-    duration,
-    number,
-    percent,
-    shortened,
-    signed,
-    size,
-    visible,
-    yaml_text,
-)
 from openqwen.support.command import command
 from openqwen.support.files import write_text
+from openqwen.support.page import environment
 
 
 def write_report(run_folder: Path) -> Path:
@@ -33,7 +20,7 @@ def write_report(run_folder: Path) -> Path:
     JSON is damaged.
     """
     run = load_run(Path(run_folder))
-    page = environment().get_template("page.html.j2").render(_contents(run))
+    page = environment(__name__).get_template("page.html.j2").render(_contents(run))
     target = run.folder / "report.html"
     write_text(target, page)
     return target
@@ -65,36 +52,3 @@ def _contents(run: Run) -> dict[str, Any]:
         "preferences": data.preferences(run),
         "samples": data.samples(run),
     }
-
-
-def environment() -> Environment:
-    """Return a Jinja environment that makes invisible characters visible and escapes values."""
-    loader = PackageLoader("openqwen.recipe.report")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = loader.get_source(environment, "style.css")[0]
-    environment.globals["style"] = Markup(style)
-    environment.filters |= {
-        "count": count,
-        "duration": duration,
-        "number": number,
-        "percent": percent,
-        "px": "{:.1f}".format,
-        "shortened": shortened,
-        "signed": signed,
-        "size": size,
-        "yaml": yaml_text,
-    }
-    return environment
-
-
-def _finalize(value: Any) -> Any:
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    return visible(value)

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from openqwen.recipe.report.run import EVALUATE, FinishedStage, Run
-from openqwen.recipe.report.text import number, percent, signed
 from openqwen.recipe.report.training import throughput
+from openqwen.support.page.text import number, percent, signed
 
 REWARD_TARGET = 0.65  # the pair accuracy that the recipe promises
 
@@ -72,6 +72,8 @@ def score_table(run: Run) -> dict[str, Any]:
     A score that no stage has gets no column.
     """
     present = [score for score in SCORES if run.scored(score.key)]
+    named = {name for names in run.scored("benchmarks").values() for name in names}
+    present += [Score(name, name, False, percent, 100, 1) for name in sorted(named)]
     levels = {
         "bits_per_byte": run.first("gzip_bits_per_byte"),
         "test_bits_per_byte": run.first("test_gzip_bits_per_byte"),

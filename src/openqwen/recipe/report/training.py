@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from openqwen.recipe.report.charts import LineChart, line_chart, smoothed
 from openqwen.recipe.report.run import FinishedStage, Run
-from openqwen.recipe.report.text import finite, number, scientific
+from openqwen.support.page.charts import LineChart, line_chart, smoothed
+from openqwen.support.page.text import finite, number, scientific
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from openqwen.recipe.report.text import count, number, scientific
+from openqwen.support.page.text import count, number, scientific
 
 POINTS = 400  # the most points of one curve
 WIDTH = 340  # of the picture

@@ -1,0 +1,228 @@
+"""Asks a model: generated answers and log-likelihoods of continuations, each kept once it is known.
+
+An answer is found again by the model's digest, the prompt and the sampling. So a run that was
+killed continues where it was, and a second one asks nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from openqwen.engine import Engine, Generator, Output, Prompt, Sampling
+from openqwen.support.errors import OpenQwenError, disk_errors
+from openqwen.support.files import parse_json
+from openqwen.support.progress import Progress
+from openqwen.tasks import GradeCache
+from openqwen.tokenizer import Tokenizer
+
+_PART = 1_024  # prompts that are queued at a time
+_GREEDY = asdict(Sampling())
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model gave: a text, or the log-probabilities of a continuation's tokens."""
+
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str = "stop"
+    logprobs: Sequence[float] = field(default=())
+
+
+class ReplyCache:
+    """Replies in a file of JSON Lines, which only grows; a line that a kill tore is skipped."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._replies: dict[str, Reply] = {}
+        self._path = path
+        self._torn = False
+        if path.exists():
+            data = path.read_bytes()
+            self._torn = bool(data) and not data.endswith(b"\n")
+            for line in data.split(b"\n"):
+                try:
+                    record = parse_json(line)
+                    key = record.pop("key")
+                    self._replies[key] = Reply(**record)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue
+
+    def get(self, key: str) -> Reply | None:
+        """The reply of that key, if it is known."""
+        return self._replies.get(key)
+
+    def put(self, key: str, reply: Reply) -> None:
+        """Keep a reply. One that ended in an error is forgotten with this object."""
+        self._replies[key] = reply
+        if reply.finish_reason == "error":
+            return
+        line = json.dumps({"key": key} | asdict(reply), ensure_ascii=False) + "\n"
+        with disk_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.write("\n" * self._torn + line)
+        self._torn = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is evaluated.
+
+    Args:
+        load: makes the generator, when a question is asked that is not known; of an `Engine` the
+            likelihoods of choices are computed once where their prompts begin alike.
+        tokenizer: the model's; None where a server alone knows it.
+        identity: a digest of the weights, or the URL and the name at a server.
+        cache: what it answered before.
+        grades: how such answers were graded before.
+    """
+
+    load: Callable[[], Generator]
+    tokenizer: Tokenizer | None
+    identity: str
+    cache: ReplyCache
+    grades: GradeCache | None = None
+
+    @cached_property
+    def generator(self) -> Generator:
+        """What answers; loaded when it is first used."""
+        return self.load()
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        progress: Progress,
+    ) -> list[Reply]:
+        """Answer prompts, in order; those that are known are not asked again.
+
+        A prompt that leaves no room for an answer gets an empty one with the reason "length".
+        """
+        greedy = sampling.greedy
+        settings = {k: v for k, v in asdict(sampling).items() if v != _GREEDY[k]}
+        keys = [
+            self._key("generate", prompt, settings, None if greedy else seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        missing = self._missing(keys, progress)
+        if missing and isinstance(self.generator, Engine):
+            for index in [i for i in missing if len(prompts[i]) >= self.generator.longest]:
+                missing.remove(index)
+                self.cache.put(keys[index], Reply(finish_reason="length"))
+                progress.advance()
+        missing.sort(key=lambda i: json.dumps(prompts[i]))  # common beginnings follow each other
+        for start in range(0, len(missing), _PART):
+            part = missing[start : start + _PART]
+            asked = ([prompts[i] for i in part], sampling, [seeds[i] for i in part])
+            for place, output in _finished(self.generator, *asked):
+                reply = Reply(output.text, len(output.token_ids), output.finish_reason or "error")
+                self.cache.put(keys[part[place]], reply)
+                progress.advance()
+        return [self._known(key) for key in keys]
+
+    def likelihoods(
+        self, pairs: Sequence[tuple[list[int], list[int]]], progress: Progress
+    ) -> list[Reply]:
+        """Score continuations after contexts (token ids); the beginning of a long one is cut."""
+        keys = [self._key("score", context, continuation) for context, continuation in pairs]
+        missing = self._missing(keys, progress)
+        missing.sort(key=lambda i: pairs[i])  # common beginnings follow each other
+        for start in range(0, len(missing), _PART):
+            part = missing[start : start + _PART]
+            if isinstance(engine := self.generator, Engine):
+                cut = [fitted(*pairs[i], engine.longest - 1) for i in part]
+                scored = [found.logprobs for found in engine.score_continuations(cut, progress)]
+            else:
+                prompts: list[Prompt] = [[*pairs[i][0], *pairs[i][1]] for i in part]
+                sampling = Sampling(max_tokens=1, prompt_logprobs=0)
+                outputs = self.generator.generate(prompts, sampling, progress=progress)
+                scored = [
+                    output.prompt_logprobs[-len(pairs[i][1]) :] for i, output in zip(part, outputs)
+                ]
+            for index, logprobs in zip(part, scored, strict=True):
+                # An impossible token has −∞, which JSON cannot hold.
+                finite = [max(-1e9, value) for value in logprobs]
+                self.cache.put(keys[index], Reply(logprobs=finite))
+        return [self._known(key) for key in keys]
+
+    def check(self, name: str, prompt: str | list[dict[str, Any]], choices: bool) -> None:
+        """Raise OpenQwenError where a benchmark cannot be asked: no tokenizer, or no template."""
+        begun = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+        if self.tokenizer is None and (choices or begun):
+            why = "compares likelihoods" if choices else "begins the answer of the assistant"
+            what = f"'{name}' {why}, which needs the tokenizer of the model."
+            raise OpenQwenError(what, do="give a MODEL whose tokenizer is here")
+        self.prompt(prompt)
+
+    def prompt(self, prompt: str | list[dict[str, Any]]) -> Prompt:
+        """The prompt as ids of the model's tokenizer, or as it is for a server without one."""
+        if self.tokenizer is None:
+            return prompt
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        opened = prompt[-1]["role"] == "assistant"
+        ids, _ = self.tokenizer.encode_chat(prompt, not opened, continue_final_message=opened)
+        return ids
+
+    def _key(self, *parts: Any) -> str:
+        text = json.dumps([self.identity, *parts], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _missing(self, keys: Sequence[str], progress: Progress) -> list[int]:
+        """The first place of each key that is not known; the others count as done."""
+        first: dict[str, int] = {}
+        for place, key in enumerate(keys):
+            if self.cache.get(key) is None:
+                first.setdefault(key, place)
+        progress.done += len(keys) - len(first)
+        return list(first.values())
+
+    def _known(self, key: str) -> Reply:
+        reply = self.cache.get(key)
+        assert reply is not None
+        return reply
+
+
+def fitted(context: list[int], continuation: list[int], room: int) -> tuple[list[int], list[int]]:
+    """The pair within `room` tokens: the beginning of the context is cut, as in lm-eval."""
+    kept = max(1, room - len(continuation))
+    return context[-kept:], continuation[-(room - 1) :]
+
+
+def split_pair(tokenizer: Tokenizer, context: str, text: str) -> tuple[list[int], list[int]]:
+    """(ids of a context, ids of its continuation), as they are in the whole text.
+
+    Spaces at the end of the context go to the continuation, whose first token they are part of
+    (lm-evaluation-harness, `_encode_pair`).
+    """
+    bare = context.rstrip()
+    text = context[len(bare) :] + text
+    before, whole = tokenizer.encode(bare), tokenizer.encode(bare + text)
+    if not before:
+        return [tokenizer.endoftext_id], whole
+    first = min(len(before), len(whole) - 1)
+    return whole[:first], whole[first:]
+
+
+def _finished(
+    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
+) -> Iterator[tuple[int, Output]]:
+    """Each answer with its place, in the order in which they end."""
+    if not isinstance(generator, Engine):
+        yield from enumerate(generator.generate(prompts, sampling, seeds))
+        return
+    places: dict[Output, int] = {}
+    try:
+        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            places[generator.submit(prompt, sampling, seed)] = place
+        while generator.busy:
+            for event in generator.step():
+                if event.finish_reason and event.request in places:
+                    yield places.pop(event.request), event.request
+    finally:
+        for request in places:
+            generator.cancel(request)  # type: ignore[arg-type]

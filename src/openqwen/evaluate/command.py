@@ -1,0 +1,234 @@
+"""`openqwen evaluate MODEL --tasks …`: published benchmarks, and the comparison of two results."""
+
+import hashlib
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from openqwen.engine import Endpoint, Engine
+from openqwen.evaluate.ask import ReplyCache, Subject
+from openqwen.evaluate.benchmark import REPORTS, Benchmark, load_benchmark, names, select
+from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
+from openqwen.evaluate.compare import RESULTS, Evaluation, guess_published, read_evaluation
+from openqwen.evaluate.items import find_files, load_items
+from openqwen.evaluate.report import write_reports
+from openqwen.model import load_model
+from openqwen.support.command import command
+from openqwen.support.device import best_device
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import sha256
+from openqwen.support.hub import HUB, local
+from openqwen.support.page.text import percent, signed
+from openqwen.support.progress import console, duration, notice
+from openqwen.tasks import GradeCache
+from openqwen.tokenizer import load_tokenizer
+
+ABOUT = (
+    "Score a model on benchmarks; answers that are known are not asked again. `evaluate compare A "
+    "B` compares the results in two folders. With --corpus the scores are those of a recipe's "
+    "stage:"
+)
+_WIDTH = 130  # characters: the table is printed whole, in narrower terminals too
+_HASHED = 2**30  # bytes; of larger files size and time of change are taken in place of the content
+
+
+def evaluate(
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None,
+    tasks: str = "",
+    data: Path | None = None,
+    list_: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name="list")] = False,
+    limit: int | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    quantize: Literal["int8", "int4"] | None = None,
+    generator: str | None = None,
+    served_name: str | None = None,
+    published: str | None = None,
+    output: Path | None = None,
+    cache: Path | None = None,
+) -> None:
+    """Score a model on benchmarks; answers that are known are not asked again.
+
+    Args:
+        model: A Hugging Face folder, a .gguf file or a hub id; with --generator its tokenizer.
+        tasks: Benchmarks, suites or TOML files, with commas between them, or all.
+        data: The folder with the benchmarks' files; default: the hub, for those that name a place.
+        list_: Show the benchmarks, their protocols and licences, and which data is at hand.
+        limit: Ask this many questions of each benchmark, drawn at random.
+        samples: Answers to each question, for pass@k.
+        temperature: What they are sampled at; 0 takes the likeliest token.
+        max_tokens: Most tokens of an answer, in place of the benchmark's own number.
+        seed: Seed of every random draw.
+        quantize: Store the weights in 8 or 4 bits.
+        generator: The URL of an OpenAI-compatible server that answers in place of MODEL.
+        served_name: The model's name at that server; default: MODEL.
+        published: Suite and size to compare with, such as qwen2.5-instruct:0.5B; default: as the
+            model's name says.
+        output: The folder of the results; default: evaluations/MODEL.
+        cache: The folder of known answers; default: `cache` beside the output.
+    """
+    if list_:
+        _list([load_benchmark(name) for name in names()] if not tasks else select(tasks), data)
+        return
+    if not model:
+        do = f"{command('evaluate', 'MODEL', '--tasks', 'humaneval', '--data', 'FOLDER')}"
+        raise OpenQwenError("No model is named.", do=do)
+    options = BenchmarkOptions(seed, samples, temperature, max_tokens)
+    loaded = []
+    for benchmark in _at_hand(tasks, data):
+        items, sums = load_items(benchmark, data, seed, limit)
+        loaded.append((benchmark, items, sums))
+    output = output or Path("evaluations") / "-".join(filter(None, [Path(model).name, quantize]))
+    cache = cache or output.parent / "cache"
+    subject = _subject(model, quantize, generator, served_name, cache)
+    for benchmark, items, _ in loaded:  # what cannot be asked must not stop the run later
+        subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+    suite, _, size = (published or "").partition(":")
+    pair = (suite, size) if published else guess_published(model)
+    results: dict[str, Any] = {
+        "model": model,
+        "identity": subject.identity,
+        "published": pair,
+        "scores": {},
+    }
+    results |= {"created": f"{datetime.now():%Y-%m-%d %H:%M}", "settings": {"quantize": quantize}}
+    if (output / RESULTS).is_file():
+        earlier = read_evaluation(output).results
+        if earlier["identity"] == subject.identity:
+            results["scores"] = earlier["scores"]
+        else:
+            notice("the results of another model in this folder are replaced", output)
+    evaluation = Evaluation(output, results)
+    for benchmark, items, sums in loaded:
+        scores, rows = run_benchmark(benchmark, items, subject, options)
+        evaluation.add(benchmark.name, scores | {"data": sums, "limit": limit}, rows)
+    page = write_reports(output, [evaluation])
+    table = _table(evaluation, [benchmark.name for benchmark, _, _ in loaded])
+    Console(width=max(console.width, _WIDTH)).print(table)
+    console.print(f"report   {page}", markup=False)
+
+
+def compare(
+    folders: Annotated[list[Path], tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    output: Path = Path("evaluations/comparison"),
+) -> None:
+    """Compare the results of models on the same questions, each with the first.
+
+    Args:
+        folders: The output folders of two or more evaluations.
+        output: The folder of the page, the Markdown and the JSON.
+    """
+    if len(folders) < 2:
+        do = f"name two folders: {command('evaluate', 'compare', 'A', 'B')}"
+        raise OpenQwenError("A comparison needs two results.", do=do)
+    page = write_reports(output, [read_evaluation(folder) for folder in folders])
+    console.print((output / "report.md").read_text(encoding="utf-8"), markup=False)
+    console.print(f"report   {page}", markup=False)
+
+
+def _at_hand(tasks: str, data: Path | None) -> list[Benchmark]:
+    """The chosen benchmarks; those of a suite whose data is not at hand are left out, and named."""
+    if data is not None and not data.is_dir():
+        raise OpenQwenError("There is no such folder.", data, "give the folder of the data")
+    chosen = select(tasks)
+    named = {Path(name.strip()).stem for name in tasks.split(",")}
+    kept: list[Benchmark] = []
+    absent: list[Benchmark] = []
+    for benchmark in chosen:
+        parts = ["test", "shots"] if benchmark.prompt.shots else ["test"]
+        here = all(find_files(benchmark, data, part) for part in parts)
+        (kept if benchmark.name in named or here else absent).append(benchmark)
+    if absent:
+        console.print(
+            f"Left out, as their data is not at hand: {', '.join(b.name for b in absent)}. "
+            f"{command('evaluate', '--list')} says where to get it."
+        )
+    if not kept:
+        do = f"give --data; {command('evaluate', '--list')} says where to get the files"
+        raise OpenQwenError("None of these benchmarks has its data at hand.", data, do)
+    return kept
+
+
+def _subject(
+    model: str, quantize: Any, url: str | None, served_name: str | None, cache: Path
+) -> Subject:
+    if url is not None:
+        name = served_name or model
+        tokenizer = load_tokenizer(model) if Path(model).exists() else None
+        identity = f"{url} {name}"
+        endpoint = Endpoint(url, name, cache=cache / "responses")
+        return Subject(lambda: endpoint, tokenizer, identity, *_caches(cache, identity))
+    path, device = local(model), best_device()
+    tokenizer = load_tokenizer(path)
+    # The version: another one may compute other last digits.
+    identity = f"{_digest(path)} {quantize} {device.type} {version('openqwen')}"
+
+    def load() -> Engine:
+        return Engine(load_model(path, device=device, quantize=quantize), tokenizer)
+
+    return Subject(load, tokenizer, identity, *_caches(cache, identity))
+
+
+def _caches(folder: Path, identity: str) -> tuple[ReplyCache, GradeCache]:
+    """What the model answered before, and how answers of any model were graded."""
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return ReplyCache(folder / f"{digest}.jsonl"), GradeCache(folder / "grades.jsonl")
+
+
+def _digest(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        large = status.st_size > _HASHED
+        content = f"{status.st_size} {status.st_mtime_ns}" if large else sha256(file)
+        total.update(f"{file.relative_to(path)} {content}\n".encode())
+    return total.hexdigest()
+
+
+def _list(benchmarks: list[Benchmark], data: Path | None) -> None:
+    table = Table(box=box.SIMPLE, header_style="dim", pad_edge=False)
+    for column in ("benchmark", "protocol", "source", "licence", "data"):
+        table.add_column(column, overflow="fold")
+    for benchmark in benchmarks:
+        here = bool(find_files(benchmark, data))
+        hub = any(pattern.startswith(HUB) for pattern in benchmark.data.test)
+        where = "at hand" if here else f"{'hub, or ' if hub else ''}{benchmark.get}"
+        protocol = f"{benchmark.protocol} ({benchmark.protocol_source})"
+        table.add_row(benchmark.name, protocol, benchmark.source, benchmark.licence, where)
+    console.print(table)
+    suites = sorted({suite for benchmark in benchmarks for suite in benchmark.published})
+    console.print(f"suites: {', '.join(suites)}, all", markup=False)
+    console.print(f"published scores: {'; '.join(REPORTS.values())}", markup=False)
+
+
+def _table(evaluation: Evaluation, chosen: list[str]) -> Table:
+    table = Table(box=box.SIMPLE, header_style="dim", pad_edge=False)
+    suite = " ".join(evaluation.results["published"] or ["no suite"])
+    columns = ("benchmark", "n", "score", "± error", f"published ({suite})", "difference")
+    for column in (*columns, "no result", "cut off", "infra", "time"):
+        table.add_column(column, justify="left" if column == "benchmark" else "right")
+    for name in chosen:
+        scores, known = evaluation.scores[name], evaluation.published(name)
+        score = scores["score"]
+        error = scores.get("standard_error")
+        gap = "" if known is None or score is None else signed(100 * score - known, 1)
+        table.add_row(
+            name,
+            f"{scores['n']:,}",
+            percent(score),
+            "–" if error is None else f"{100 * error:.1f}",
+            "–" if known is None else f"{known:.1f}",
+            gap,
+            *(f"{scores[key]:,}" for key in ("no_answer", "cut_off", "infra")),
+            duration(scores["seconds"]),
+        )
+    return table

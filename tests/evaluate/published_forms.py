@@ -1,0 +1,171 @@
+"""Small files in the form in which each benchmark is published; the questions are made up here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+LETTERS = "question\nA,B,C,D\n"
+CHOICES = [
+    ["How many legs has a dog, plainly?", "2", "4", "6", "8", "B"],
+    ["Which is a colour?", "red", "run", "ten", "two, or three", "A"],
+]
+GSM = [
+    {
+        "question": f"Ann has {n} pens and buys 2. How many?",
+        "answer": f"<<{n}+2={n + 2}>>So.\n#### {n + 2}",
+    }
+    for n in range(5)
+]
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": 'def double(x):\n    """Twice x."""\n',
+    "entry_point": "double",
+    "canonical_solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(3) == 6\n",
+}
+MBPP = [
+    {
+        "task_id": n,
+        "text": f"Write a function to add {n}.",
+        "code": f"def plus(x):\r\n    return x + {n}",
+        "test_list": [f"assert plus(1) == {n + 1}"],
+        "test_setup_code": "",
+        "challenge_test_list": [],
+    }
+    for n in (2, 3, 4, 11, 511)
+]
+MATH = {
+    "problem": "What is $1+1$?",
+    "level": "Level 1",
+    "type": "Algebra",
+    "solution": "It is $\\boxed{2}$.",
+}
+PRO = {
+    "question_id": 7,
+    "question": "Which is even?",
+    "options": ["1", "2", "3", "5", "7"],
+    "answer": "B",
+    "answer_index": 1,
+    "cot_content": "A: Let's think step by step. Two is even. The answer is (B).",
+    "category": "math",
+    "src": "made up",
+}
+REDUX = {
+    "question": "Which is odd?",
+    "choices": ["2", "3", "4", "6"],
+    "answer": 1,
+    "error_type": "ok",
+}
+ARC = {
+    "id": "q1",
+    "question": {
+        "stem": "What is water?",
+        "choices": [{"text": "a liquid", "label": "A"}, {"text": "a stone", "label": "B"}],
+    },
+    "answerKey": "A",
+}
+HELLA = {
+    "ind": 1,
+    "activity_label": "Washing",
+    "ctx_a": "A man holds a plate.",
+    "ctx_b": "he",
+    "ctx": "A man holds a plate. he",
+    "label": 2,
+    "endings": ["eats it. [title] No", "sings [noise] it.", "dries it.", "is it."],
+}
+WINO = {
+    "qID": "q1",
+    "sentence": "The cup is not in the bag, since the _ is too large.",
+    "option1": "cup",
+    "option2": "bag",
+    "answer": "1",
+}
+TRUTH = {
+    "question": "Can pigs fly?",
+    "mc1_targets": {"No.": 1, "Yes.": 0},
+    "mc2_targets": {"No.": 1, "They cannot.": 1, "Yes.": 0},
+}
+GPQA = (
+    "Record ID,Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3,"
+    "High-level domain\nrec1,Which is a noble gas?,neon,iron,gold,lead,Chemistry\n"
+    "rec2,Which is a metal?,iron,neon,argon,xenon,Chemistry\n"
+)
+THEOREM = [
+    {
+        "Question": f"What is {n} squared?",
+        "Answer": n * n,
+        "Answer_type": "integer",
+        "Picture": None,
+        "id": f"t{n}",
+    }
+    for n in range(7)
+]
+
+
+def ifeval(language: str) -> dict[str, Any]:
+    return {
+        "key": 1000,
+        "prompt": "Say something without any commas.",
+        "instruction_id_list": [f"{language}:punctuation:no_comma"],
+        "kwargs": [{}],
+    }
+
+
+def write_all(folder: Path) -> None:
+    """Write every set below a data folder, where the benchmarks look for it."""
+    rows = [",".join(f'"{cell}"' for cell in row) for row in CHOICES]
+    plain, numbered = (
+        "\n".join(rows) + "\n",
+        "\n".join(f"{n},{row}" for n, row in enumerate(rows)) + "\n",
+    )
+    header = "id,question,A,B,C,D,answer\n"
+    explained = "".join(f'{n},{row},"why"\n' for n, row in enumerate(rows))
+    texts = {
+        "mmlu/test/anatomy_test.csv": plain,
+        "mmlu/dev/anatomy_dev.csv": plain,
+        "ceval/val/law_val.csv": header + numbered,
+        "ceval/dev/law_dev.csv": "id,question,A,B,C,D,answer,explanation\n" + explained,
+        "cmmlu/test/arts.csv": ",Question,A,B,C,D,Answer\n" + numbered,
+        "cmmlu/dev/arts.csv": ",Question,A,B,C,D,Answer\n" + numbered,
+        "gpqa/gpqa_main.csv": GPQA,
+        "mgsm/mgsm_de.tsv": 'Ann hat 3 "Stifte" und kauft 2. Wie viele?\t5\n',
+        "bbh/cot-prompts/navigate.txt": "canary\n-----\nWalk.\n\nQ: Is it so?\nA: The answer is Yes.\n",
+        "bbh/bbh/navigate.json": json.dumps(
+            {"canary": "x", "examples": [{"input": "Go.", "target": "No"}]}
+        ),
+        "truthfulqa/mc_task.json": json.dumps([TRUTH]),
+        "theoremqa/theoremqa_test.json": json.dumps(THEOREM),
+        "MATH/test/algebra/1.json": json.dumps(MATH, indent=1),
+    }
+    texts |= {f"MATH/train/algebra/{n}.json": json.dumps(MATH) for n in range(4)}
+    plus = HUMANEVAL | {"base_input": [[1]], "plus_input": [[2.5], [-1]], "atol": 1e-6}
+    lines: dict[str, list[dict[str, Any]]] = {
+        "HumanEval.jsonl": [HUMANEVAL],
+        "HumanEvalPlus.jsonl": [plus],
+        "mbpp.jsonl": MBPP,
+        "gsm8k_test.jsonl": GSM,
+        "gsm8k_train.jsonl": GSM,
+        "mmlu-redux/anatomy.jsonl": [REDUX, REDUX | {"error_type": "wrong_groundtruth"}],
+        "arc/ARC-Challenge-Test.jsonl": [ARC],
+        "arc/ARC-Challenge-Train.jsonl": [ARC | {"id": "q2"}],
+        "hellaswag/hellaswag_val.jsonl": [HELLA],
+        "hellaswag/hellaswag_train.jsonl": [HELLA | {"ind": 2}],
+        "winogrande/dev.jsonl": [WINO],
+        **{f"ifeval_{language}.jsonl": [ifeval(language)] for language in ("en", "es", "fr", "ja")},
+        "winogrande/train_xl.jsonl": [WINO | {"qID": "q2"}],
+    }
+    texts |= {
+        name: "".join(json.dumps(row) + "\n" for row in found) for name, found in lines.items()
+    }
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "mmlu-pro").mkdir()
+    for part in ("test", "validation"):
+        pq.write_table(
+            pa.Table.from_pylist([PRO | {"question_id": len(part)}]),
+            folder / f"mmlu-pro/{part}-0.parquet",
+        )

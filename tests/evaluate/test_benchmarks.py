@@ -1,0 +1,222 @@
+"""Benchmark files: each of the package reads its published form; wrong fields are named."""
+
+import pytest
+from published_forms import write_all
+
+from openqwen.evaluate.benchmark import load_benchmark, names, select, suites
+from openqwen.evaluate.items import find_files, load_items
+from openqwen.support.errors import OpenQwenError
+from openqwen.tasks import grade
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_all(folder)
+    return folder
+
+
+def first(name, data, **options):
+    return load_items(load_benchmark(name), data, **options)[0][0]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_benchmark_reads_its_published_form(name, data):
+    benchmark = load_benchmark(name)
+    items, sums = load_items(benchmark, data)
+    assert items
+    assert all(len(digest) == 64 for digest in sums.values())
+    for item in items:
+        text = item.prompt if isinstance(item.prompt, str) else item.prompt[-1]["content"]
+        assert text.strip() or item.contexts
+        assert "{{" not in text
+        assert (item.task is None) == bool(item.options)
+        if isinstance(item.prompt, str):
+            assert not text.endswith(" "), "a space before a continuation changes its first token"
+    if benchmark.published:
+        assert all(0 < s < 100 for row in benchmark.published.values() for s in row.values())
+
+
+RIGHT = {
+    "humaneval": "    return x + x",
+    "humaneval-plus": "    return x + x",
+    "mbpp": "def plus(x):\n    return x + 11",
+    "gsm8k": "So it is \\boxed{2}.",
+    "math": "It is \\boxed{2}.",
+    "mmlu": "B",
+    "mmlu-pro": "The answer is (B)",
+    "mmlu-redux": "The answer is (B).",
+    "bbh": "The answer is No.",
+    "ceval": "B",
+    "cmmlu": "答案：B",
+    "mgsm": "\\boxed{5}",
+    "theoremqa": "\\boxed{0}",
+    "ifeval": "I say something.",
+    "ifeval-fr": "Je dis quelque chose.",
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_answer_passes_and_another_does_not(name, data):
+    from openqwen.evaluate.benchmark_run import _extracted
+
+    form, task = load_benchmark(name).answer, first(name, data).task
+    wrong = {"humaneval": "    return 5", "humaneval-plus": "    return 6 if x == 3 else x"}
+    wrong |= dict.fromkeys(["ifeval", "ifeval-fr"], "One, two.")
+    texts = [RIGHT[name], wrong.get(name, "The answer is 77, \\boxed{C}")]
+    found = [_extracted(text, form.extract, form.first) for text in texts]
+    assert [one.passed for one in grade([task] * 2, found)] == [True, False]
+
+
+def test_prompts_of_choices_are_those_of_the_harness(data):
+    mmlu = first("mmlu-base", data)
+    head = "The following are multiple choice questions (with answers) about anatomy.\n\n"
+    one = "How many legs has a dog, plainly?\nA. 2\nB. 4\nC. 6\nD. 8\nAnswer:"
+    two = "Which is a colour?\nA. red\nB. run\nC. ten\nD. two, or three\nAnswer:"
+    assert mmlu.prompt == f"{head}{one} B\n\n{two} A\n\n{one}"
+    assert (mmlu.options, mmlu.correct) == ([" A", " B", " C", " D"], [0, 1, 0, 0])
+    hella = first("hellaswag", data)
+    assert hella.prompt.endswith("Washing: A man holds a plate. He")
+    assert hella.options == [" eats it.. No", " sings it.", " dries it.", " is it."]
+    wino = first("winogrande", data)
+    assert wino.prompt.endswith("since the cup is too large.\n\n")
+    assert wino.contexts == [f"The cup is not in the bag, since the {o}" for o in ("cup", "bag")]
+    assert wino.options == [" is too large."] * 2
+    arc = first("arc-challenge", data)
+    assert arc.prompt.endswith("Question: What is water?\nAnswer:")
+    assert arc.options == [" a liquid", " a stone"]
+    truth = first("truthfulqa", data)
+    assert (truth.options, truth.correct) == ([" No.", " They cannot.", " Yes."], [1, 1, 0])
+
+
+def test_chat_shots_are_turns_and_code_answers_begin_with_a_fence(data):
+    roles = [message["role"] for message in first("mmlu", data).prompt]
+    assert roles == ["user", "assistant", "user", "assistant", "user"]
+    assert first("humaneval", data).prompt[-1] == {"role": "assistant", "content": "```python\n"}
+
+
+def test_splits_and_shots_are_kept_apart(data):
+    assert [item.id for item in load_items(load_benchmark("mbpp"), data)[0]] == ["mbpp/11"]
+    base = first("mbpp-base", data)
+    assert [f"add {n}." in base.prompt for n in (2, 3, 4, 11, 511)] == [True] * 4 + [False]
+    assert "\r" not in base.prompt
+    assert [item.id for item in load_items(load_benchmark("mmlu-redux"), data)[0]] == ["anatomy/1"]
+    gpqa = first("gpqa-base", data)
+    assert gpqa.prompt.count("Which is a noble gas?") == 1, "a question is no example of itself"
+
+
+def test_options_are_shuffled_by_the_seed_alone(data):
+    orders = {first("gpqa", data, seed=seed).task.reference["answer"] for seed in range(20)}
+    assert orders == set("ABCD")
+    item = first("gpqa", data, seed=3)
+    letter = item.task.reference["answer"]
+    assert f"({letter}) neon" in item.prompt[0]["content"]
+    assert item == first("gpqa", data, seed=3)
+
+
+def test_a_limit_draws_items_and_keeps_their_order(data):
+    benchmark = load_benchmark("gsm8k")
+    drawn = {tuple(i.id for i in load_items(benchmark, data, seed, 2)[0]) for seed in range(20)}
+    assert len(drawn) > 3
+    assert all(ids == tuple(sorted(ids)) for ids in drawn)
+
+
+def test_a_missing_file_says_where_to_get_it(tmp_path):
+    with pytest.raises(OpenQwenError, match="HumanEval") as caught:
+        load_items(load_benchmark("humaneval"), tmp_path)
+    assert "github.com/openai/human-eval" in str(caught.value)
+    assert find_files(load_benchmark("humaneval"), tmp_path) == []
+
+
+MINE = """
+title = "Capitals"
+licence = "none"
+source = "made up"
+get = "it is here"
+protocol = "one line"
+protocol_source = "here"
+
+[data]
+test = ["capitals.jsonl"]
+
+[prompt]
+question = "What is the capital of {{ country }}?"
+
+[answer]
+grader = "exact"
+extract = "Answer: (.*)"
+reference = { answer = "capital" }
+"""
+
+
+def mine(folder, *changes):
+    text = MINE
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "mine.toml").write_text(text)
+    (folder / "capitals.jsonl").write_text('{"country": "Peru", "capital": "Lima"}\n')
+    return str(folder / "mine.toml")
+
+
+def test_a_user_adds_a_benchmark_without_python(tmp_path):
+    (benchmark,) = select(mine(tmp_path))
+    (item,), _ = load_items(benchmark, tmp_path)
+    assert benchmark.name == "mine"
+    assert item.prompt == [{"role": "user", "content": "What is the capital of Peru?"}]
+    assert item.task.reference == {"answer": "Lima"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("question =", "qestion =", "Did you mean 'question'"),
+        ("grader =", "grade =", "Did you mean 'grader'"),
+        ('"exact"', '"exat"', "Did you mean 'exact'"),
+        ("[answer]", "[answers]", "Did you mean 'answer'"),
+        ("{{ country }}", "{{ country", "prompt.question: this is no Jinja template"),
+        ("Answer: (.*)", "Answer: (.*", "answer.extract: this is no regular expression"),
+        ('title = "Capitals"', "", "'title' is missing"),
+        ('test = ["capitals.jsonl"]', "test = []", "data.test"),
+        (
+            'answer = "capital"',
+            'answer = "capital +"',
+            "answer.reference.answer: this is no Jinja expression",
+        ),
+        ("[prompt]", "[prompt]\nshots = 2", "'prompt.shots' needs 'data.shots'"),
+        ("title", 'extends = "gsm8"\ntitle', "Did you mean 'gsm8k'"),
+        ('title = "Capitals"', 'title = "Capitals', "not valid TOML"),
+    ],
+)
+def test_a_wrong_field_is_named_with_the_nearest(tmp_path, old, new, said):
+    with pytest.raises(OpenQwenError) as caught:
+        select(mine(tmp_path, (old, new)))
+    assert said in str(caught.value)
+    assert "mine.toml" in str(caught.value)
+
+
+def test_a_field_that_a_record_lacks_is_named_with_the_nearest(tmp_path):
+    (benchmark,) = select(mine(tmp_path, ("{{ country }}", "{{ contry }}")))
+    with pytest.raises(OpenQwenError, match="Did you mean 'country'") as caught:
+        load_items(benchmark, tmp_path)
+    assert "'prompt.question'" in str(caught.value)
+    assert "record 1" in str(caught.value)
+
+
+def test_templates_run_in_a_sandbox(tmp_path):
+    evil = "{{ country.__class__.__mro__[1].__subclasses__() }}"
+    (benchmark,) = select(mine(tmp_path, ("{{ country }}", evil)))
+    with pytest.raises(OpenQwenError, match="unsafe"):
+        load_items(benchmark, tmp_path)
+
+
+def test_suites_choose_the_benchmarks_with_published_scores():
+    assert "qwen2.5-instruct" in suites()
+    chosen = {benchmark.name for benchmark in select("qwen2.5-instruct")}
+    assert {"humaneval", "gsm8k", "mmlu-pro"} <= chosen
+    assert not {name for name in chosen if name.endswith("-base")}
+    assert len(select("all")) == len(names())
+    with pytest.raises(OpenQwenError, match="Did you mean 'humaneval'"):
+        select("humanevall")
+    with pytest.raises(OpenQwenError, match="No benchmark"):
+        select(" ,")
