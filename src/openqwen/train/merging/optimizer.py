@@ -37,6 +37,7 @@ from openqwen.train.merging.task_vector import TaskVector
 from openqwen.train.parallel import local_shard
 
 _CLIP = 1.0  # the released code's bound of a scaled task vector's entries
+_SPARSE = 0.25  # up to this share, the task vector's entries are stored with their places
 _REFINE = 16  # a bucket with more than 1/16 of the elements is divided before they are collected
 
 
@@ -222,7 +223,8 @@ class OnlineMerging(torch.optim.AdamW):
         if self._inverse:
             tau = (tau / self.reserve).clamp_(-_CLIP, _CLIP)
         store = torch.float64 if tau.dtype == torch.float64 else self._store
-        task = TaskVector.of(tau, kept, store, self._folder)
+        # Decided by p alone, so that all ranks do the same: only stored entries are compensated.
+        task = TaskVector.of(tau, kept, self.reserve <= _SPARSE, store, self._folder)
         return _Part(name, elements, reduce, largest, task)
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from openqwen.support.errors import disk_errors
 
-_SPARSE = 4  # an index is stored where at most a quarter of the entries is kept
-
 
 @dataclass(frozen=True)
 class TaskVector:
@@ -28,20 +26,27 @@ class TaskVector:
 
     @classmethod
     def of(
-        cls, tau: Tensor, kept: Tensor | None, dtype: torch.dtype, folder: Path | None
+        cls,
+        tau: Tensor,
+        kept: Tensor | None,
+        sparse: bool,
+        dtype: torch.dtype,
+        folder: Path | None,
     ) -> "TaskVector":
         """From dense entries, [count].
 
         Args:
             tau: the entries.
             kept: which of them stay, bool; None: all.
+            sparse: store these and their places only.
             dtype: of the stored values.
             folder: where dense values are put into a temporary file; None: in memory.
         """
-        if kept is not None:
+        if kept is not None and sparse:
+            assert len(tau) < 2**31
             places = kept.nonzero().flatten()
-            if len(places) * _SPARSE <= len(tau) < 2**31:
-                return cls(tau[places].to(dtype), places.int())
+            return cls(tau[places].to(dtype), places.int())
+        if kept is not None:
             tau = torch.where(kept, tau, 0.0)
         values = tau.to(dtype)
         return cls(values if folder is None else _mapped(values, folder))
@@ -51,7 +56,7 @@ class TaskVector:
 
         places: all of them (`slice(None)`), or sorted indices.
         """
-        if self.values is None:
+        if self.values is None or not len(self.values):
             return 0.0, False
         if self.index is None:
             return self.values[places], True
@@ -61,7 +66,7 @@ class TaskVector:
             found, entries = self.index.long(), slice(None)
         else:
             slots = torch.searchsorted(self.index, places.int()).clamp(max=len(self.index) - 1)
-            found = (self.index[slots] == places).nonzero().flatten() if len(self.index) else slots
+            found = (self.index[slots] == places).nonzero().flatten()
             entries = slots[found]
         values[found], has[found] = self.values[entries], True
         return values, has
