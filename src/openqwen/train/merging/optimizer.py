@@ -37,7 +37,7 @@ from openqwen.train.merging.task_vector import TaskVector
 from openqwen.train.parallel import local_shard
 
 _CLIP = 1.0  # the released code's bound of a scaled task vector's entries
-_SPARSE = 0.25  # up to this share, the task vector's entries are stored with their places
+SPARSE = 0.25  # up to this share, the task vector's entries are stored with their places
 _REFINE = 16  # a bucket with more than 1/16 of the elements is divided before they are collected
 
 
@@ -171,6 +171,12 @@ class OnlineMerging(torch.optim.AdamW):
         """Whether nothing is merged and nothing dropped, so that each step is AdamW's own."""
         return self.alpha == 0 and self.reserve == 1
 
+    @property
+    def has_no_task(self) -> bool:
+        """Whether reference and base are equal in all that this rank holds."""
+        values = [part.task.values for part in self._parts.values()]
+        return not any(task is not None and bool(task.any()) for task in values)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step; every rank must call it. Returns what the closure returns.
@@ -224,7 +230,7 @@ class OnlineMerging(torch.optim.AdamW):
             tau = (tau / self.reserve).clamp_(-_CLIP, _CLIP)
         store = torch.float64 if tau.dtype == torch.float64 else self._store
         # Decided by p alone, so that all ranks do the same: only stored entries are compensated.
-        task = TaskVector.of(tau, kept, self.reserve <= _SPARSE, store, self._folder)
+        task = TaskVector.of(tau, kept, self.reserve <= SPARSE, store, self._folder)
         return _Part(name, elements, reduce, largest, task)
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
