@@ -25,7 +25,9 @@ def run(folder, ranks, cases, half=False):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    cases = [f"{setting}:{kind}" for setting in ("inverse", "none", "ties", "few") for kind in KINDS]
+    cases = [
+        f"{setting}:{kind}" for setting in ("inverse", "none", "ties", "few") for kind in KINDS
+    ]
     return run(tmp_path_factory.mktemp("one"), 1, cases)
 
 

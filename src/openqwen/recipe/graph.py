@@ -73,7 +73,12 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ),
 ]
 
-MODELS = {"model", "models", "reward", "base"}  # inputs and settings that may be a hub id instead of a path
+MODELS = {
+    "model",
+    "models",
+    "reward",
+    "base",
+}  # inputs and settings that may be a hub id instead of a path
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ def run_merge(run: StageRun) -> dict[str, float]:
         check_shapes(networks[0], network, path)
         check_vocabulary(sources[0], path)
     places = [network.stored or {} for network in networks]
-    # Everything but the weights is the first model's: its chat template, and the tokens it stops at.
+    # Everything but the weights is the first model's: its chat template, and the tokens at which
+    # it stops.
     result = networks[1].to(_dtype(config.dtype, places[0]))
     moved, whole = 0.0, 0.0
 
@@ -148,16 +149,19 @@ def merge_tensor(name: str, tensors: Sequence[Tensor], config: MergeConfig, seed
         merged = torch.where(agrees, stacked, 0.0).sum(0)
         if config.normalize:
             shares = torch.tensor(weights[: len(deltas)])[:, None]
-            total = torch.where(agrees, shares, 0.0).sum(0)
-            merged = merged / torch.where(total == 0, 1.0, total)
+            divisor = torch.where(agrees, shares, 0.0).sum(0)
+            merged = merged / torch.where(divisor == 0, 1.0, divisor)
     return base + (config.scale * merged).view_as(base)
 
 
 def slerp(base: Tensor, model: Tensor, t: float) -> Tensor:
-    """The point t of the way on the arc between two tensors, as vectors; float32."""
+    """The point t of the way on the arc between two tensors, as vectors; float32.
+
+    A tensor of zeros, which has no direction, is at a right angle to any other, as in mergekit.
+    """
     one, other = base.double().flatten(), model.double().flatten()
     norms = float(one.norm()) * float(other.norm())
-    cosine = float(one @ other) / norms if norms else 1.0
+    cosine = float(one @ other) / norms if norms else 0.0
     if abs(cosine) > _COLLINEAR:
         return (1 - t) * base + t * model
     angle = torch.acos(torch.tensor(cosine, dtype=torch.float64))

@@ -56,8 +56,8 @@ def call(**fields: Any) -> MergingCall:
     """A call with tensors given for addresses; fields that are left out are 0."""
     values = {k: address(v) if v is None or isinstance(v, Tensor) else v for k, v in fields.items()}
     task = fields.get("task")
-    empty = task is None or not len(task)
-    return MergingCall(task_type=0 if empty else _TYPES[task.dtype], **values)
+    kind = 0 if task is None or not len(task) else _TYPES[task.dtype]
+    return MergingCall(task_type=kind, **values)
 
 
 def apply(merging: MergingCall) -> None:

@@ -1,5 +1,6 @@
-"""The Online Merging Optimizer (Lu et al. 2024, arXiv 2405.17931): each step of AdamW is merged with
-the task vector of the model that training started from.
+"""The Online Merging Optimizer (Lu et al. 2024, arXiv 2405.17931).
+
+Each step of AdamW is merged with the task vector of the model that training started from.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,7 +43,7 @@ _REFINE = 16  # a bucket with more than 1/16 of the elements is divided before t
 
 
 @dataclass(frozen=True)
-class _Part:
+class _MergedParameter:
     """What stays the same about a parameter: its name, and this rank's elements and task vector."""
 
     name: str
@@ -155,7 +156,7 @@ class OnlineMerging(torch.optim.AdamW):
         self._fresh = form == "dare" and scaling == "none" and reserve < 1
         self._seed = 0 if generator is None else generator.initial_seed()
         self._store, self._folder = store, folder
-        self._parts: dict[Tensor, _Part] = {}
+        self._parts: dict[Tensor, _MergedParameter] = {}
         ours, theirs = iter(reference), iter(base)
         for name, parameter in self._named():
             one, other = next(ours, None), next(theirs, None)
@@ -206,12 +207,14 @@ class OnlineMerging(torch.optim.AdamW):
         return named
 
     @torch.no_grad()
-    def _part(self, name: str, parameter: Tensor, reference: Tensor, base: Tensor) -> _Part:
+    def _part(
+        self, name: str, parameter: Tensor, reference: Tensor, base: Tensor
+    ) -> _MergedParameter:
         """The fixed data of a parameter, with F(τ), or τ where its mask is drawn in each step."""
         elements, reduce = LocalElements.of(parameter), sum_over_parts(parameter)
         largest = max(1, int(self.reserve * parameter.numel()))
         if self.is_adamw or (self.alpha == 0 and (self.form, self.signs) != ("ties", "unweighted")):
-            return _Part(name, elements, reduce, largest, TaskVector())
+            return _MergedParameter(name, elements, reduce, largest, TaskVector())
         tau = _local_of(reference, parameter, name, "reference")
         tau = tau - _local_of(base, parameter, name, "base")
         if not torch.isfinite(tau).all():
@@ -231,7 +234,7 @@ class OnlineMerging(torch.optim.AdamW):
         store = torch.float64 if tau.dtype == torch.float64 else self._store
         # Decided by p alone, so that all ranks do the same: only stored entries are compensated.
         task = TaskVector.of(tau, kept, self.reserve <= SPARSE, store, self._folder)
-        return _Part(name, elements, reduce, largest, task)
+        return _MergedParameter(name, elements, reduce, largest, task)
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         """The parameter's state, with what it lacks: all of it, or what AdamW's does not have."""
@@ -261,7 +264,7 @@ class OnlineMerging(torch.optim.AdamW):
         local = {name: _local(value).view(-1) for name, value in state.items() if name != "step"}
         local["weights"] = _local(parameter).detach().view(-1)
         gradient = _local(cast(Tensor, parameter.grad)).contiguous().view(-1)
-        run = _Run(self, part, local, numbers, step)
+        run = _MergedStep(self, part, local, numbers, step)
         if kernels.usable(gradient, *local.values()):
             run.compiled(gradient)
         else:
@@ -285,7 +288,7 @@ class OnlineMerging(torch.optim.AdamW):
         )
 
 
-class _Run:
+class _MergedStep:
     """One step of one parameter, on this rank's elements.
 
     local: weights, exp_avg, exp_avg_sq, and where there are any lost and cached, [count].
@@ -294,7 +297,7 @@ class _Run:
     def __init__(
         self,
         optimizer: OnlineMerging,
-        part: _Part,
+        part: _MergedParameter,
         local: dict[str, Tensor],
         numbers: StepNumbers,
         step: int,
@@ -455,9 +458,7 @@ def _local_of(given: Tensor, parameter: Tensor, name: str, what: str) -> Tensor:
     return local.detach().to(_local(parameter).device, exact).reshape(-1)
 
 
-def _check(
-    form: str, alpha: float, reserve: float, every: int, scaling: str, signs: str
-) -> None:
+def _check(form: str, alpha: float, reserve: float, every: int, scaling: str, signs: str) -> None:
     rules = [
         ("form", form, form in ("dare", "ties"), "dare or ties"),
         ("alpha", alpha, 0 <= alpha <= 1, "a number from 0 to 1"),

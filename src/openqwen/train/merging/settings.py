@@ -36,7 +36,8 @@ class MergingConfig(Settings):
         " a recipe the name of an earlier stage; none: no merging",
     )
     form: Literal["dare", "ties"] = Field(
-        "dare", description="dare: OnDARE, random masks; ties: OnTIES, the largest entries and signs"
+        "dare",
+        description="dare: OnDARE, random masks; ties: OnTIES, the largest entries and signs",
     )
     alpha: float = Field(1e-6, ge=0, le=1, description="weight of the task vector in each step")
     reserve: float = Field(0.01, gt=0, le=1, description="share of each tensor's entries to keep")
@@ -44,7 +45,8 @@ class MergingConfig(Settings):
     scaling: Literal["inverse", "none"] = Field(
         "inverse",
         description="of dare: inverse divides kept entries by `reserve`, as published numbers need;"
-        " none is the paper's equation and needs a learning rate and alpha up to 1/reserve as large",
+        " none is the paper's equation and needs a learning rate and alpha up to 1/reserve times as"
+        " large",
     )
     signs: Literal["weighted", "unweighted"] = Field(
         "weighted",
@@ -70,7 +72,9 @@ class MergingConfig(Settings):
         fresh = self.form == "dare" and self.scaling == "none"
         sparse = self.reserve <= SPARSE and not fresh
         task = 8 * self.reserve if sparse else dense
-        return (task + 4 if self.alpha else 0) + (8 if self.every > 1 else 0)
+        used = self.alpha > 0 or (self.form, self.signs) == ("ties", "unweighted")
+        lost, cached = 4 * (used or self.every > 1), 4 * (self.every > 1)
+        return task * used + lost + cached
 
 
 def online_merging(

@@ -63,13 +63,11 @@ class TaskVector:
         values = self.values.new_zeros(count if isinstance(places, slice) else len(places))
         has = torch.zeros(len(values), dtype=torch.bool, device=values.device)
         if isinstance(places, slice):
-            found, entries = self.index.long(), slice(None)
-        else:
-            slots = torch.searchsorted(self.index, places.int()).clamp(max=len(self.index) - 1)
-            found = (self.index[slots] == places).nonzero().flatten()
-            entries = slots[found]
-        values[found], has[found] = self.values[entries], True
-        return values, has
+            values[self.index], has[self.index] = self.values, True
+            return values, has
+        slots = torch.searchsorted(self.index, places.int()).clamp(max=len(self.index) - 1)
+        has = self.index[slots] == places
+        return torch.where(has, self.values[slots], 0.0), has
 
 
 def _mapped(values: Tensor, folder: Path) -> Tensor:
