@@ -86,7 +86,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     elif verb == "pretrain" and "--sweep" in rest:
         _stage("sweep", [text for text in rest if text != "--sweep"])
     elif verb in graph.verbs():
-        _stage(verb, _with_flags(rest, "--model", "--output") if verb == "upcycle" else rest)
+        reorder = {"upcycle": _upcycle_flags, "merge": _merge_flags}.get(verb)
+        _stage(verb, reorder(rest) if reorder else rest)
     elif verb == "bench":  # until 0.2
         do = "run benchmarks/bench_train.py, bench_engine.py or bench_serve.py of a source checkout"
         raise OpenQwenError("The verb 'bench' was removed.", do=do)
@@ -280,8 +281,35 @@ def _report(arguments: Sequence[str]) -> None:
     print(write_report(folder))
 
 
-def _with_flags(arguments: Sequence[str], *flags: str) -> list[str]:
-    """Put these flags, in order, before the positional arguments at the start."""
+def _merge_flags(arguments: Sequence[str]) -> list[str]:
+    """Put `--base` and `--models` before the positional arguments, wherever they stand."""
+    flags, folders = list[str](), list[str]()
+    waits = ""  # for values of this flag
+    for text in arguments:
+        if text.startswith("--") or text == "-h":
+            alone = "=" in text or text in ("--normalize", "--no-normalize", "--help", "-h")
+            flags, waits = [*flags, text], "" if alone else text
+        elif waits == "--models" or (waits == "--weights" and _is_number(text)):
+            flags.append(text)  # they take all that follow
+        elif waits and waits != "--weights":
+            flags, waits = [*flags, text], ""
+        else:
+            folders, waits = [*folders, text], ""
+    base = ["--base", folders.pop(0)] if folders and "--base" not in flags else []
+    return [*base, *(["--models", *folders] if folders else []), *flags]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _upcycle_flags(arguments: Sequence[str]) -> list[str]:
+    """Put the flags of the two folders before the positional arguments at the start."""
+    flags = ("--model", "--output")
     count = next((n for n, text in enumerate(arguments) if text.startswith("-")), len(arguments))
     count = min(count, len(flags))
     pairs = zip(flags, arguments[:count])

@@ -119,13 +119,28 @@ def work(kind, generators, folder, parallel):
     return model, world, rows, lambda micro: next_token(model, micro, world=world)
 
 
+def merging(base, kind):
+    """Settings of Online Merging, with a base of other weights."""
+    if join().main:
+        config = ModelConfig(64, 32, 48, **SIZES, **(EXPERTS if kind == "experts" else {}))
+        model = Qwen2(config)
+        initialize(model, Generators(6).torch("weights"))
+        base.mkdir(parents=True, exist_ok=True)
+        write_json(base / "config.json", config.to_json())
+        save_weights(model, base)
+    join().barrier()
+    # Not OnTIES: gradients of other ranks differ by rounding, which decides its first step's mask.
+    scaling = "none" if kind == "experts" else "inverse"
+    return {"base": base, "scaling": scaling, "alpha": 1e-3, "reserve": 0.5}
+
+
 seen = set()  # dtypes of weights as a layer gets them
 
 
 def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> None:
     """Train four steps; stop before step `stop_at`."""
     generators, low, muon = Generators(5), kind.startswith("low-"), kind.startswith("muon-")
-    plain = kind.removeprefix("low-").removeprefix("muon-")
+    plain = kind.removeprefix("low-").removeprefix("muon-").removeprefix("merging-")
     model, world, micros, loss = work(plain, generators, folder / "start", parallel)
     model.model.layers[0].register_forward_pre_hook(
         lambda layer, _: seen.add(next(layer.parameters()).dtype)
@@ -141,6 +156,7 @@ def train(folder: Path, stop_at: int, kind: str, parallel: ParallelConfig) -> No
         parallel=parallel,
         method="muon" if muon else "adamw8bit" if kind == "eight" else "adamw",
         precision="bfloat16" if low else "float32",
+        merging=merging(folder / "base", plain) if kind.startswith("merging-") else {},
     )
     config = TrainingConfig(train=train, save=SaveConfig(seconds=0 if stop_at < STEPS else 1e9))
     place = Place(folder / "output", folder, 5, "ranks")

@@ -112,6 +112,7 @@ def save_checkpoint(
     shard_bytes: int = SHARD_BYTES,
     chat: bool = False,
     advance: Callable[[int], None] = ignore,
+    values: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Write config.json, generation_config.json, the weights and the tokenizer's files.
 
@@ -128,6 +129,7 @@ def save_checkpoint(
         chat: the network was trained to end its turns, so `<|im_end|>` stops it, even if the
             checkpoint that it came from does not say so.
         advance: called with the number of weights written since the last call.
+        values: gives the tensors of a network without memory (see `save_weights`).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +152,7 @@ def save_checkpoint(
         labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         config |= labels | {"pad_token_id": config.get("pad_token_id", tokenizer.endoftext_id)}
     write_json(folder / "config.json", config)
-    save_weights(model, folder, shard_bytes, advance)
+    save_weights(model, folder, shard_bytes, advance, values)
     tokenizer.save(folder)
 
 

@@ -240,12 +240,16 @@ def save_weights(
     folder: Path,
     shard_bytes: int = SHARD_BYTES,
     advance: Callable[[int], None] = ignore,
+    values: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write safetensors files of at most `shard_bytes` and their index, as transformers does.
 
     A tensor larger than that has its own file. Each file is written aside and then renamed, and
     files of an earlier save that were not replaced are removed at the end. So a network can be
     saved into the folder whose files it uses as memory.
+
+    values: returns the tensor of a published name, for a network without memory; one file is in
+    memory at a time.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -258,7 +262,8 @@ def save_weights(
         max_shard_size=shard_bytes,
     )
     for file, names in split.filename_to_tensors.items():
-        _save({name: tensors[name] for name in names}, folder / file)
+        shard = {name: values(name) if values else tensors[name] for name in names}
+        _save(shard, folder / file)
         advance(sum(tensors[name].numel() for name in names))
     if split.is_sharded:
         counts = {

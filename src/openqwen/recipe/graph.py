@@ -45,6 +45,7 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ),
     ("evaluate-extend", "openqwen.evaluate.model", {"model": "extend", "corpus": "corpus"}),
     ("upcycle", "openqwen.train.upcycle", None),
+    ("merge", "openqwen.train.merge", None),
     (
         "instruct",
         "openqwen.instruct.synthesize.demonstrations",
@@ -82,7 +83,12 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ),
 ]
 
-MODELS = {"model", "reward"}  # inputs and settings that may be a hub id instead of a path
+MODELS = {
+    "model",
+    "models",
+    "reward",
+    "base",
+}  # inputs and settings that may be a hub id instead of a path
 
 
 @dataclass(frozen=True)
@@ -186,7 +192,11 @@ def nodes_of(recipe: Any) -> list[Node]:
         section = section_of.get(stage.config)
         config = getattr(recipe, section) if section else stage.config()
         estimate = functools.partial(seconds, stage, recipe, inputs) if stage.estimate else None
-        nodes.append(Node(name, stage, config, inputs, outside_of(config), estimate))
+        outside, base = outside_of(config), str(_merging_base(config))
+        if base in {node.name for node in nodes}:
+            inputs = {**inputs, "base": base}
+            outside.pop("base", None)
+        nodes.append(Node(name, stage, config, inputs, outside, estimate))
     return nodes
 
 
@@ -196,7 +206,21 @@ def outside_of(config: BaseModel) -> dict[str, Path]:
     A hub id is not a path.
     """
     paths = {name: value for name, value in config if isinstance(value, Path)}
-    return {name: path for name, path in paths.items() if name not in MODELS or path.exists()}
+    for name, value in config:
+        if isinstance(value, list):  # such as the models that `merge` reads
+            paths |= {f"{name}.{n}": p for n, p in enumerate(value) if isinstance(p, Path)}
+    if (base := _merging_base(config)) is not None:
+        paths["base"] = base
+    return {
+        name: path
+        for name, path in paths.items()
+        if name.partition(".")[0] not in MODELS or path.exists()
+    }
+
+
+def _merging_base(config: Any) -> Path | None:
+    """Return the base of `train.merging`: a path, a hub id or the name of an earlier stage."""
+    return getattr(getattr(getattr(config, "train", None), "merging", None), "base", None)
 
 
 def last_chat_model(run_folder: Path) -> Path | None:
@@ -233,7 +257,8 @@ def check_graph(nodes: Sequence[Node]) -> None:
         if node.name in seen:
             raise ValueError(f"two stages are named '{node.name}'")
         for role, name in node.inputs.items():
-            if name not in seen or role not in seen[name].stage.outputs:
+            made = seen[name].stage.outputs if name in seen else ()
+            if role not in made and not (role == "base" and "model" in made):
                 raise ValueError(
                     f"stage '{node.name}': no stage '{name}' before it makes its input '{role}'"
                 )

@@ -30,6 +30,7 @@ from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.progress import console, duration
 from openqwen.support.stage import CONVERSATION, Effort
 from openqwen.train.eight_bit import BYTES
+from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.parallel.degrees import faults
 from openqwen.train.preferences import COMPARED
 from openqwen.train.pretrain import network_config
@@ -144,7 +145,7 @@ def _setting(stage: Training, network: ModelConfig, count: int) -> Setting:
         micro_tokens=effort.micro_tokens,
         longest=effort.longest,
         trained=trained,
-        moments=BYTES if train.method == "adamw8bit" else 8.0,
+        moments=(BYTES if train.method == "adamw8bit" else 8.0) + _merging(train),
         frozen=frozen,
         others=effort.beside,
         generates=effort.answers > 0,
@@ -156,6 +157,11 @@ def _adapters(network: ModelConfig, rank: int) -> float:
     h, kv = network.hidden_size, network.num_key_value_heads * network.head_dim
     sides = 2 * (h + h) + 2 * (h + kv) + 3 * (h + network.intermediate_size)
     return network.num_hidden_layers * rank * sides / network.parameters()
+
+
+def _merging(train: OptimizerConfig) -> float:
+    """Return the bytes that Online Merging keeps for each trained weight."""
+    return train.merging.bytes_per_weight if train.merging.base else 0.0
 
 
 def _frozen(network: ModelConfig, base: str) -> float:

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.settings import Settings
 from openqwen.train.compute import Precision
 from openqwen.train.eight_bit import adamw8bit, in_blocks
+from openqwen.train.merging.settings import MergingConfig, online_merging
 from openqwen.train.parallel import ParallelConfig, full_tensor, local_shard
 from openqwen.train.recompute import Recompute
 from openqwen.train.track import Tracker
@@ -52,6 +54,10 @@ class OptimizerConfig(Settings):
     epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the denominator")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay, of matrices only")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    merging: MergingConfig = Field(
+        default_factory=MergingConfig,
+        description="merge each step with the task vector (Online Merging Optimizer)",
+    )
     bad: BadStepConfig = Field(
         default_factory=BadStepConfig, description="steps that must not change the weights"
     )
@@ -68,6 +74,14 @@ class OptimizerConfig(Settings):
         default_factory=ParallelConfig, description="how processes divide the work"
     )
     track: list[Tracker] = Field(default_factory=list, description="where metrics go as well")
+
+    @model_serializer(mode="wrap")
+    def _without_merging(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A run that merges nothing keeps the key, and so the states, of versions without merging.
+        values = dump(self)
+        if self.merging.base is None:
+            values.pop("merging", None)
+        return values
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
@@ -91,12 +105,16 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.learning_rate * (config.final_share + (1.0 - config.final_share) * factor)
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimizerConfig, **merging: Any
+) -> list[torch.optim.Optimizer]:
     """The optimizers that together update all parameters of a model that learn.
 
     AdamW decays matrices and not vectors. In 8 bits, or by Muon, an optimizer of its own takes the
     matrices that it can. Muon's learning rate is scaled to change a matrix as much as AdamW would
-    (Liu et al. 2025), so both use the same one.
+    (Liu et al. 2025), so both use the same one. With a base to merge with, AdamW is the Online
+    Merging Optimizer, and the weights must be those that training starts from. merging: further
+    arguments of `online_merging`.
     """
     rate, decay = config.learning_rate, config.weight_decay
     adamw: dict[str, Any] = {
@@ -104,6 +122,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         "betas": (config.beta1, config.beta2),
         "eps": config.epsilon,
     }
+    if config.merging.base is not None:
+        return [_merging(model, config, adamw | merging)]
     in_muon, in_8bit, matrices, vectors = (list[nn.Parameter]() for _ in range(4))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -127,6 +147,23 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[torch.op
         muon = Muon(in_muon, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
+
+
+def _merging(
+    model: nn.Module, config: OptimizerConfig, settings: dict[str, Any]
+) -> torch.optim.Optimizer:
+    if config.method != "adamw":
+        raise OpenQwenError(
+            f"Merging is around AdamW, not {config.method}.",
+            where="train.merging.base",
+            do="set train.method to adamw",
+        )
+    named = [pair for pair in model.named_parameters() if pair[1].requires_grad]
+    matrices = [pair for pair in named if pair[1].dim() > 1]
+    vectors = [pair for pair in named if pair[1].dim() <= 1]
+    decays = ((matrices, config.weight_decay), (vectors, 0.0))
+    groups = [{"params": pairs, "weight_decay": decay} for pairs, decay in decays if pairs]
+    return online_merging(model, groups, config.merging, **{"seed": 0, **settings})
 
 
 def _is_hidden(name: str, parameter: Tensor) -> bool:

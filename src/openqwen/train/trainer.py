@@ -76,17 +76,23 @@ class Place:
         scratch: Folder for states and metrics.jsonl during training; it must outlive a kill.
         seed: Seed of all random draws.
         label: Name on the progress line.
+        start: The model that training starts from, where it is a file or a folder.
+        base: The base of `train.merging`, where an earlier stage made it.
     """
 
     output: Path
     scratch: Path
     seed: int
     label: str
+    start: Path | None = None
+    base: Path | None = None
 
     @classmethod
     def of(cls, run: StageRun) -> "Place":
         """The place of a stage's run."""
-        return cls(run.output, run.scratch, run.seed, run.label)
+        inputs = run.inputs
+        start, base = inputs.get("model"), inputs.get("base")
+        return cls(run.output, run.scratch, run.seed, run.label, start, base)
 
 
 Micro = TypeVar("Micro")  # a PackedBatch, or an object that has one as `rows`
@@ -151,12 +157,21 @@ class Trainer(Generic[Micro]):
         """
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.shard()
-        optimizers = build_optimizers(self.model, self.optimizer_config)
+        optimizers = self._optimizers()
         first = load_state(self.scratch, self.model, optimizers, self.generators, self.world)
         metrics = self._resume_metrics(first)
         self._train(first, optimizers, metrics)
         self._finish(metrics)
         return summarize(metrics)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers; the weights are still those that training starts from."""
+        place, config = self.place, self.optimizer_config
+        if config.merging.base is not None and place.base is not None:
+            merging = config.merging.model_copy(update={"base": place.base})
+            config = config.model_copy(update={"merging": merging})
+        more = {"seed": place.seed, "start": place.start, "scratch": place.scratch}
+        return build_optimizers(self.model, config, **(more if config.merging.base else {}))
 
     def save_checkpoint(self, tokenizer: Tokenizer, chat: bool = False) -> None:
         """Write the full trained network to `output`; every rank must call this.

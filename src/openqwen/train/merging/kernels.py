@@ -1,0 +1,85 @@
+"""The compiled step of one parameter, native/merging.cpp, for contiguous float32 on a CPU."""
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openqwen.model.kernels import address, follow_torch, function
+from openqwen.model.structs import Address
+
+FORMS = {("dare", "weighted"): 0, ("dare", "unweighted"): 0}
+FORMS |= {("ties", "weighted"): 1, ("ties", "unweighted"): 2}
+_TYPES = {torch.float32: 1, torch.bfloat16: 2}
+
+
+class MergingCall(ctypes.Structure):
+    """The arguments of one step, in the order of the structure in C++.
+
+    weights … cached, gradient: float32, `count` elements; 0 for what the step does not need. The
+    moments are updated and the weights decayed where there is a gradient. first, run, stride: see
+    `LocalElements`. task_index, task, task_count: the entries of the task vector, sorted; all of
+    them without an index. step_key, task_key: streams of the masks (OnDARE). limit: see
+    `masks.limit`. deferred: room for the places of elements with a magnitude from `low` to `high`;
+    smaller ones are dropped, larger ones are kept (OnTIES). fresh: the task vector has a new mask
+    in each step. merges: 0 in the plain steps between two merges. The numbers are AdamW's: moments
+    times keep plus the gradient (times scale) times new, step = mean · rate / (√square · root +
+    eps).
+    """
+
+    _fields_ = [
+        *((name, Address) for name in ("weights", "mean", "square", "lost", "cached", "gradient")),
+        *((name, c_int64) for name in ("count", "first", "run", "stride")),
+        ("task_index", Address),
+        ("task", Address),
+        ("task_count", c_int64),
+        *((name, Address) for name in ("step_key", "task_key", "limit")),  # unsigned, 64 bits
+        ("deferred", Address),
+        ("deferred_count", c_int64),
+        *((name, c_int64) for name in ("form", "task_type", "fresh", "merges", "low", "high")),
+        *((name, c_float) for name in ("scale", "keep1", "new1", "keep2", "new2")),
+        *((name, c_float) for name in ("rate", "root", "eps", "decay", "factor", "alpha")),
+    ]
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the compiled step can work on these tensors."""
+    plain = all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    )
+    return plain and _apply() is not None
+
+
+def call(**fields: Any) -> MergingCall:
+    """A call with tensors given for addresses; fields that are left out are 0."""
+    values = {k: address(v) if v is None or isinstance(v, Tensor) else v for k, v in fields.items()}
+    task = fields.get("task")
+    kind = 0 if task is None or not len(task) else _TYPES[task.dtype]
+    return MergingCall(task_type=kind, **values)
+
+
+def apply(merging: MergingCall) -> None:
+    """Do the step, but for the deferred elements, whose places it writes."""
+    kernel = _apply()
+    assert kernel is not None
+    follow_torch()
+    kernel(ctypes.addressof(merging))
+
+
+def count(merging: MergingCall, bucket: int, slots: int) -> Tensor:
+    """The histogram of the step's magnitudes: by their upper bits, or by the lower within a bucket.
+
+    bucket: -1, or the upper bits. slots: of the histogram. Returns int64, [slots].
+    """
+    kernel = function("openqwen_merging_count", c_void_p, c_int64, c_void_p)
+    assert kernel is not None
+    counts = torch.zeros(slots, dtype=torch.int64)
+    follow_torch()
+    kernel(ctypes.addressof(merging), bucket, counts.data_ptr())
+    return counts
+
+
+def _apply() -> Any:
+    return function("openqwen_merging_apply", c_void_p)
