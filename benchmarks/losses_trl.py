@@ -9,6 +9,8 @@ Ours are divided by their count, as the trainer does. Exits with 1 if a differen
 
 import sys
 from collections import defaultdict
+from functools import partial
+from itertools import product
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -114,6 +116,18 @@ def trl_grpo(policy, old, reference, sampler, advantages, loss_type, clip):
     return GRPOTrainer._compute_loss(trainer, model, inputs)
 
 
+def our_kto(policy, reference, labels, z):
+    """Ours on the same numbers."""
+    return losses.kto(policy.sum(1), reference.sum(1), labels, z, BETA, 1.3, 0.7)
+
+
+def our_grpo(policy, old, reference, sampler, advantages, aggregate, clip):
+    """Ours on the same numbers."""
+    tokens = [packed(values) for values in (old, reference, sampler)]
+    settings = {"beta": BETA, "clip": clip, "aggregate": aggregate, "longest": 9}
+    return losses.grpo(packed(policy), advantages, LENGTHS, *tokens, **settings)
+
+
 def packed(values):
     """The answers' tokens end to end."""
     return None if values is None else values[MASK.bool()]
@@ -155,33 +169,23 @@ def main():
         ("kto, divergence below 0", (drawn(), drawn(0.2))),
     ):
         z = float((others[0] - others[1]).sum(1).mean())
-        mine = lambda z=z: losses.kto(policy.sum(1), reference.sum(1), labels, z, BETA, 1.3, 0.7)  # noqa: E731
-        theirs = lambda others=others: trl_kto(policy, reference, others, labels)  # noqa: E731
-        good.append(compare(name, mine, theirs, policy))
+        mine = partial(our_kto, policy, reference, labels, z)
+        good.append(
+            compare(name, mine, partial(trl_kto, policy, reference, others, labels), policy)
+        )
     advantages = torch.tensor([1.2, -0.4, -0.8, 0.0, 0.7, 0.7, -1.4, 0.0])
     old, sampler = policy.detach() + 0.5 * torch.randn_like(policy) * MASK, drawn()
     variants = (("answer", "grpo"), ("token", "dapo"), ("constant", "dr_grpo"))
-    for aggregate, name in variants:
-        for clip in ((0.2, 0.2), (0.2, 0.28)):
-            for ref in (None, reference):
-                for told in (None, sampler):
-                    tag = f"{name}, clip {clip[1]}, {'k3' if ref is not None else 'no k3'}"
-                    tag += ", truncated weights" if told is not None else ""
-                    parts = packed(old), packed(ref), packed(told)
-                    mine = lambda parts=parts, clip=clip, aggregate=aggregate: losses.grpo(  # noqa: E731
-                        packed(policy),
-                        advantages,
-                        LENGTHS,
-                        *parts,
-                        beta=BETA,
-                        clip=clip,
-                        aggregate=aggregate,
-                        longest=9,
-                    )
-                    theirs = lambda args=(old, ref, told, advantages, name, clip): trl_grpo(
-                        policy, *args
-                    )  # noqa: E731
-                    good.append(compare(tag, mine, theirs, policy))
+    clips = ((0.2, 0.2), (0.2, 0.28))
+    for (aggregate, name), clip, ref, told in product(
+        variants, clips, (None, reference), (None, sampler)
+    ):
+        tag = f"{name}, clip {clip[1]}, {'no k3' if ref is None else 'k3'}"
+        tag += "" if told is None else ", truncated weights"
+        given_to_both = policy, old, ref, told, advantages
+        mine = partial(our_grpo, *given_to_both, aggregate, clip)
+        theirs = partial(trl_grpo, *given_to_both, name, clip)
+        good.append(compare(tag, mine, theirs, policy))
     rewards = torch.rand(8)
     ours = torch.tensor(losses.group_advantages(rewards.tolist()))
     theirs = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
