@@ -76,7 +76,12 @@ def run(start, folder, config=None, training=None, seed=1):
 def test_a_shared_prompt_gives_the_loss_and_gradient_of_separate_rows():
     model, reference = tiny(0), tiny(9)
     groups = [
-        AdvantageGroup([1, 2, 3], [[4, 5], [6], [7, 8, 9]], [1.0, -0.5, -0.5], [[-1.0, -2.0], [-3.0], [math.nan] * 3]),
+        AdvantageGroup(
+            [1, 2, 3],
+            [[4, 5], [6], [7, 8, 9]],
+            [1.0, -0.5, -0.5],
+            [[-1.0, -2.0], [-3.0], [math.nan] * 3],
+        ),
         AdvantageGroup([9, 8], [[7], [6, 5]], [-1.0, 1.0], [[-2.0], [-1.0, -1.0]]),
     ]
     shared = AnswerRows.of(groups)
@@ -166,7 +171,9 @@ def test_a_killed_run_gives_the_bits_of_an_uninterrupted_one(start, tmp_path, mo
 
 
 def answer(*ids, finish="stop", logprobs=()):
-    return Output(token_ids=list(ids), finish_reason=finish, prompt_ids=[1, 2], logprobs=list(logprobs))
+    return Output(
+        token_ids=list(ids), finish_reason=finish, prompt_ids=[1, 2], logprobs=list(logprobs)
+    )
 
 
 def test_answers_without_a_reward_have_no_part():
@@ -260,7 +267,8 @@ def test_a_prompt_beyond_the_window_is_left_out_and_counted(start, tmp_path):
 
 def test_every_token_has_the_version_of_its_weights(start, tmp_path):
     run(start, tmp_path)
-    samples = [json.loads(line) for line in open(tmp_path / "out" / "samples.jsonl")]
+    lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
     assert {sample["step"] for sample in samples} == {0, 1, 2}
     for sample in samples:
         assert set(sample["versions"]) <= {sample["step"]}
@@ -275,7 +283,10 @@ def test_every_token_has_the_version_of_its_weights(start, tmp_path):
         ({"sampler": {"url": "http://x/v1"}, "temperature": 0.7}, "temperature 1"),
         ({"rewards": {"sources": {}}}, "There is no reward"),
         ({"rewards": {"sources": {"gradr": 1}}}, "Did you mean 'grader'"),
-        ({"rewards": {"sources": {"grader": 1}, "shaping": "qwen-math"}}, "one reward model by one"),
+        (
+            {"rewards": {"sources": {"grader": 1}, "shaping": "qwen-math"}},
+            "one reward model by one",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_named(start, tmp_path, fields, what):

@@ -215,7 +215,10 @@ def test_the_anchor_adds_the_mean_token_nll_of_the_chosen_answers():
     laid = Pairs.of(groups, reference_log_probs(reference, groups, 10_000, "reference"))
     config = DpoLossConfig(beta=0.1)
     with torch.no_grad():
-        plain, anchored = laid.loss(policy, config).sum, laid.loss(policy, config, chosen_nll=0.7).sum
+        plain, anchored = (
+            laid.loss(policy, config).sum,
+            laid.loss(policy, config, chosen_nll=0.7).sum,
+        )
         chosen = document_log_probs(policy, PackedBatch.of([chosen for chosen, _ in pairs]))
     lengths = torch.tensor([float(sum(mask)) for (_, mask), _ in pairs])
     assert_close(anchored - plain, -0.7 * (chosen / lengths).sum(), rtol=1e-4, atol=1e-5)

@@ -33,7 +33,7 @@ from openqwen.train.conversations import encode_answer
 from openqwen.train.reward import score_sequences
 
 _CALL = 64  # most answers of one call of a function or an endpoint
-_START = 60.0  # seconds more for the first call of a function, which imports its module
+_START = 120.0  # seconds for a function's module to be imported
 
 
 class RewardSourcesConfig(Settings):
@@ -260,13 +260,21 @@ class CalledReward:
         return ["it returned no number" if value is None else value for value in values]
 
     def _call(self, records: Sequence[Record], texts: Sequence[str]) -> list[float | None]:
-        """Send a request to the process and return the rewards of its reply."""
-        seconds = self._seconds
+        """The rewards of one call, by a process that is started where there is none."""
         if self._process is None:
-            seconds += _START
             command = [sys.executable, "-m", "openqwen.train.reward_worker", self._name]
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self._process = subprocess.Popen(command, **pipes, text=True, encoding="utf-8")
+            try:
+                self._reply([], [], _START)
+            except _CallError as error:
+                raise self._unusable(str(error)) from None
+        return self._reply(records, texts, self._seconds)
+
+    def _reply(
+        self, records: Sequence[Record], texts: Sequence[str], seconds: float
+    ) -> list[float | None]:
+        assert self._process is not None
         request = {"records": list(records), "answers": list(texts)}
         with ThreadPoolExecutor(1) as thread:
             line = json.dumps(request, default=str) + "\n"
@@ -281,13 +289,16 @@ class CalledReward:
             raise _CallError("its process ended")
         value = json.loads(reply)
         if "stop" in value:
-            what = f"The reward {self._name} cannot be called: {value['error']}."
-            do = "name a function that can be imported here, or start the server; then run it again"
-            raise OpenQwenError(what, where="rewards.sources", do=do)
+            raise self._unusable(value["error"])
         if "error" in value:
             raise _CallError(value["error"])
         rewards: list[float | None] = value["rewards"]
         return rewards
+
+    def _unusable(self, why: str) -> OpenQwenError:
+        what = f"The reward {self._name} cannot be called: {why}."
+        do = "name a function that can be imported here, or start the server; then run it again"
+        return OpenQwenError(what, where="rewards.sources", do=do)
 
     def close(self) -> None:
         """End the process."""
