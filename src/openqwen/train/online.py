@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from openqwen.engine import Sampling
@@ -86,6 +87,7 @@ class PromptPool:
             raise OpenQwenError(what, where=path, do=do)
 
 
+@torch.no_grad()
 def move_reference(config: ReferenceConfig, episodes: int, model: Qwen2, reference: Qwen2) -> None:
     """Change the reference as it is to be after so many episodes; every rank calls it."""
     if config.refresh == "copy" and episodes % config.every == 0:
