@@ -114,7 +114,7 @@ def test_the_plan_of_a_real_recipe_has_an_estimate_for_every_stage(tmp_path, cap
     assert openqwen.cli.main(["run", "tiny", "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "19 of 19 to make" in printed
-    assert printed.count("~") == 18
+    assert printed.count("~") == 20
     assert not (tmp_path / "run").exists()
 
 

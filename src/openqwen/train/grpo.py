@@ -6,9 +6,7 @@ Prompts come in the order of the variance of their rewards under the model at th
 first.
 """
 
-import copy
 import math
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from openqwen.model import load_model
 from openqwen.support.batching import cut_to_budget
-from openqwen.support.device import best_device
 from openqwen.support.files import read_jsonl, write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
@@ -40,23 +36,13 @@ from openqwen.train import losses
 from openqwen.train.branches import pack_answers
 from openqwen.train.compute import computing
 from openqwen.train.losses import Aggregate, Loss, group_advantages, token_log_probs
-from openqwen.train.metrics import Entry
-from openqwen.train.online import (
-    SAMPLES,
-    OnlineConfig,
-    PromptPool,
-    log_samples,
-    move_reference,
-    summary,
-)
+from openqwen.train.online import OnlineConfig, OnlineTraining
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
 from openqwen.train.packed_batch import PackedBatch
-from openqwen.train.parallel import join
 from openqwen.train.preferences import COMPARED
-from openqwen.train.reward_sources import RewardSources
-from openqwen.train.rollouts import RolloutGroup, Rollouts, policy_generator
-from openqwen.train.trainer import Place, Trainer
+from openqwen.train.rollouts import RolloutGroup
+from openqwen.train.trainer import Place
 
 # Of each variant: how the loss is summed up, and whether advantages are over the deviation.
 _VARIANTS: dict[str, tuple[Aggregate, bool]] = {
@@ -195,8 +181,8 @@ def varies(group: RolloutGroup) -> bool:
     return any(group_advantages(rewards)) if rewards else False
 
 
-class GrpoTraining:
-    """One training: what it samples, what it learns from, what it logs."""
+class GrpoTraining(OnlineTraining):
+    """One training by GRPO. chosen: the prompts of all episodes, in their order."""
 
     def __init__(
         self,
@@ -207,50 +193,13 @@ class GrpoTraining:
         place: Place,
         reward_model: Path | None,
     ):
-        self.config, self.place, self.device = config, place, best_device()
-        self.generators = Generators(place.seed)
-        self.model = load_model(start, device=self.device)
-        self.world = join().with_mesh(config.train.parallel, self.model)
-        self.reference = copy.deepcopy(self.model).requires_grad_(False) if config.beta else None
-        window = self.model.config.max_position_embeddings
-        self.pool = PromptPool(prompts, tokenizer, window - config.max_tokens)
-        quarantine = place.scratch / f"bad_rewards.{self.world.rank}.jsonl"
-        sources = RewardSources(
-            config.rewards, tokenizer, quarantine, reward_model, config.micro_tokens
-        )
-        self.rollouts = Rollouts(
-            *policy_generator(self.model, tokenizer, config.sampler),
-            self.pool.ids,
-            config.sampling,
-            config.samples,
-            lambda chosen, outputs: sources([self.pool.records[i] for i in chosen], outputs),
-            place.seed,
-            tokenizer=tokenizer,
-        )
+        """See `OnlineTraining`."""
+        given = config, start, prompts, tokenizer, place, reward_model
+        super().__init__(*given, needs_reference=config.beta > 0)
+        self.config = config
         self._aggregate, self._scale = _VARIANTS[config.variant]
         self._parts: list[list[AnswerRows]] = []
-        self._notes: Entry = {}
-
-    def run(self) -> dict[str, float]:
-        """Train to the end; returns the metrics."""
-        config = self.config
         self.chosen = self._order()
-        moves = config.reference.refresh != "never"
-        self.trainer = Trainer(
-            self.place,
-            config,
-            self.model,
-            self.batch,
-            self.loss,
-            config.episodes * config.updates,
-            self.generators,
-            world=self.world,
-            episode=config.updates,
-            beside=self.reference if moves else None,
-            after=self.after,
-        )
-        metrics = self.trainer.run()
-        return metrics | {"prompts": len(self.pool.ids), "too_long": self.pool.too_long}
 
     def batch(self, step: int) -> list[AnswerRows]:
         """The micro-batches of a step; an episode's first step samples."""
@@ -264,13 +213,11 @@ class GrpoTraining:
         config = self.config
         first = episode * config.batch
         groups = self.rollouts.step(episode, self.chosen[first : first + config.batch])
-        self._notes = summary(groups)
+        self.note(episode, groups)
         constant = sum(not varies(group) for group in groups)
-        self._notes["without_variance"] = constant / len(groups)
+        self.notes["without_variance"] = constant / len(groups)
         if config.refill:
-            groups, self._notes["refilled"] = self._refilled(episode, groups)
-        if self.world.main:
-            log_samples(self.place.scratch, episode, groups, self.pool.records)
+            groups, self.notes["refilled"] = self._refilled(episode, groups)
         share = config.batch // config.updates
         parts = []
         for start in range(0, config.batch, share):
@@ -291,9 +238,7 @@ class GrpoTraining:
         """Groups with variance in place of those without, as far as rounds and prompts allow."""
         draw = Generators(self.place.seed)[f"refill.{episode}"]
         used = {group.prompt for group in groups}
-        spare = [i for i in dict.fromkeys(self.chosen) if i not in used]
-        spare += [i for i in range(len(self.pool.ids)) if i not in used.union(spare)]
-        spare = [spare[n] for n in draw.permutation(len(spare))]
+        spare = [int(i) for i in draw.permutation(len(self.pool.ids)) if i not in used]
         replaced = 0
         for number in range(self.config.refill):
             missing = [place for place, group in enumerate(groups) if not varies(group)]
@@ -320,7 +265,7 @@ class GrpoTraining:
     def loss(self, micro: AnswerRows) -> Loss:
         """The loss of a micro-batch."""
         config, reference = self.config, None
-        if self.reference is not None:
+        if config.beta:
             with torch.no_grad():
                 reference = token_log_probs(
                     self.reference, micro.rows, temperature=config.temperature
@@ -339,13 +284,6 @@ class GrpoTraining:
             longest=config.max_tokens,
             cap=config.importance_cap,
         )
-
-    def after(self, step: int) -> Entry:
-        """Move the reference at the end of an episode; returns what to log of the step."""
-        done, part = divmod(step + 1, self.config.updates)
-        if part == 0 and self.reference is not None:
-            move_reference(self.config.reference, done, self.model, self.reference)
-        return self._notes
 
     def _order(self) -> list[int]:
         """The prompts of all episodes in their order."""
@@ -384,13 +322,8 @@ def grpo(
     reward_model: Path | None = None,
 ) -> dict[str, float]:
     """Improve the model at `start`, which is the reference too, on prompts; save to the output."""
-    place.scratch.mkdir(parents=True, exist_ok=True)
     training = GrpoTraining(config, start, prompts, tokenizer, place, reward_model)
-    metrics = training.run()
-    training.trainer.save_checkpoint(tokenizer)
-    if training.world.main:
-        shutil.copyfile(place.scratch / SAMPLES, place.output / SAMPLES)
-    return metrics
+    return training.run(config.episodes, config.updates)
 
 
 def run_grpo(run: StageRun) -> dict[str, float]:

@@ -5,9 +5,7 @@ reward model's, picks the most and the least preferred answer to each prompt, an
 DPO loss learns from these pairs.
 """
 
-import copy
 import math
-import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,8 @@ import torch
 from pydantic import Field
 
 from openqwen.engine import Engine, Output
-from openqwen.model import Qwen2, load_model
+from openqwen.model import Qwen2
 from openqwen.support.batching import cut_to_budget
-from openqwen.support.device import best_device
-from openqwen.support.generators import Generators
 from openqwen.support.stage import (
     CHAT,
     CONVERSATION,
@@ -36,20 +32,13 @@ from openqwen.train.compute import Precision, computing
 from openqwen.train.dpo import DpoLossConfig, Pairs
 from openqwen.train.losses import Loss, document_log_probs, token_log_probs
 from openqwen.train.metrics import Entry
-from openqwen.train.online import (
-    SAMPLES,
-    OnlineConfig,
-    PromptPool,
-    log_samples,
-    move_reference,
-    summary,
-)
+from openqwen.train.online import OnlineConfig, OnlineTraining
 from openqwen.train.order import Epochs
-from openqwen.train.parallel import World, join
+from openqwen.train.parallel import World
 from openqwen.train.preferences import COMPARED, PreferenceGroup
-from openqwen.train.reward_sources import RewardSources, RewardSourcesConfig
-from openqwen.train.rollouts import RolloutGroup, Rollouts, policy_generator
-from openqwen.train.trainer import Place, Trainer
+from openqwen.train.reward_sources import RewardSourcesConfig
+from openqwen.train.rollouts import RolloutGroup
+from openqwen.train.trainer import Place
 
 
 class OnlineDpoConfig(DpoLossConfig, OnlineConfig):
@@ -74,6 +63,42 @@ class OnlineDpoConfig(DpoLossConfig, OnlineConfig):
     )
 
 
+class OnlineDpoTraining(OnlineTraining):
+    """One training by online DPO; an episode is one step."""
+
+    def __init__(self, config: OnlineDpoConfig, *given: Any):
+        """See `OnlineTraining`."""
+        super().__init__(config, *given)
+        self.config, count = config, len(self.pool.ids)
+        epochs = config.steps * config.batch / count
+        self._order = Epochs(count, epochs, config.batch, self.generators)
+        engine = Engine(self.reference, self.tokenizer)
+        self._baseline = self.rollouts_of(engine, engine.refresh, config.baseline)
+
+    def batch(self, step: int) -> list[Pairs]:
+        """Best and worst of this step's answers."""
+        config, chosen = self.config, self._order.batch(step)
+        groups = self.rollouts.step(step, chosen)
+        self.note(step, groups)
+        if config.baseline:
+            self.notes["win_rate"] = win_rate(groups, self._baseline.step(step, chosen, "baseline"))
+        self.notes |= divergence(
+            self.model,
+            self.reference,
+            groups,
+            config.micro_tokens,
+            config.train.precision,
+            self.world,
+        )
+        return best_and_worst_pairs(groups, config, self.device)
+
+    def loss(self, pairs: Pairs) -> Loss:
+        """The loss of the pairs, with the reference's log-probabilities of now."""
+        with torch.no_grad():
+            pairs.reference = document_log_probs(self.reference, pairs.rows)
+        return pairs.loss(self.model, self.config, world=self.world)
+
+
 def online_dpo(
     config: OnlineDpoConfig,
     start: Path,
@@ -83,79 +108,8 @@ def online_dpo(
     reward_model: Path | None = None,
 ) -> dict[str, float]:
     """Improve the model at `start`, which is the reference too, on prompts; save to the output."""
-    place.scratch.mkdir(parents=True, exist_ok=True)
-    generators = Generators(place.seed)
-    device = best_device()
-    model = load_model(start, device=device)
-    world = join().with_mesh(config.train.parallel, model)
-    reference = copy.deepcopy(model).requires_grad_(False)
-    window = model.config.max_position_embeddings
-    pool = PromptPool(prompts, tokenizer, window - config.max_tokens)
-    quarantine = place.scratch / f"bad_rewards.{world.rank}.jsonl"
-    sources = RewardSources(
-        config.rewards, tokenizer, quarantine, reward_model, config.micro_tokens
-    )
-    order = Epochs(
-        len(pool.ids), config.steps * config.batch / len(pool.ids), config.batch, generators
-    )
-
-    def grade(chosen: Sequence[int], outputs: Sequence[Output]) -> list[float]:
-        return sources([pool.records[index] for index in chosen], outputs)
-
-    sampled = pool.ids, config.sampling
-    rollouts = Rollouts(
-        *policy_generator(model, tokenizer, config.sampler),
-        *sampled,
-        config.samples,
-        grade,
-        place.seed,
-        tokenizer=tokenizer,
-    )
-    engine = Engine(reference, tokenizer)
-    baseline = Rollouts(engine, engine.refresh, *sampled, config.baseline, grade, place.seed)
-    notes: Entry = {}
-
-    def batch(step: int) -> list[Pairs]:
-        chosen = order.batch(step)
-        groups = rollouts.step(step, chosen)
-        notes.clear()
-        notes.update(summary(groups))
-        if config.baseline:
-            notes["win_rate"] = win_rate(groups, baseline.step(step, chosen, "baseline"))
-        notes.update(
-            divergence(model, reference, groups, config.micro_tokens, config.train.precision, world)
-        )
-        if world.main:
-            log_samples(place.scratch, step, groups, pool.records)
-        return best_and_worst_pairs(groups, config, device)
-
-    def loss(pairs: Pairs) -> Loss:
-        with torch.no_grad():
-            pairs.reference = document_log_probs(reference, pairs.rows)
-        return pairs.loss(model, config, world=world)
-
-    def after(step: int) -> Entry:
-        move_reference(config.reference, step + 1, model, reference)
-        return notes
-
-    moving = reference if config.reference.refresh != "never" else None
-    trainer = Trainer(
-        place,
-        config,
-        model,
-        batch,
-        loss,
-        config.steps,
-        generators,
-        world=world,
-        beside=moving,
-        after=after,
-    )
-    metrics = trainer.run()
-    trainer.save_checkpoint(tokenizer)
-    if world.main:
-        shutil.copyfile(place.scratch / SAMPLES, place.output / SAMPLES)
-    return metrics | {"prompts": len(pool.ids), "too_long": pool.too_long}
+    training = OnlineDpoTraining(config, start, prompts, tokenizer, place, reward_model)
+    return training.run(config.steps)
 
 
 def win_rate(groups: Sequence[RolloutGroup], baseline: Sequence[RolloutGroup]) -> float:

@@ -179,9 +179,12 @@ def policy_generator(
     copied = None if world.alone else copy.deepcopy(model).requires_grad_(False)
     whole = model if copied is None else copied
     if config.url:
-        endpoint = Endpoint(config.url, config.model)
+        endpoint, sent = Endpoint(config.url, config.model), set[int]()
 
         def hand_over(step: int) -> None:
+            if step in sent:
+                return
+            sent.add(step)
             if copied is not None:
                 copy_weights(model, copied)
             if world.main and config.weights:
