@@ -223,27 +223,34 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
             settings = getattr(load_settings(find_recipe(recipe), every), section)
             arguments = _drop(arguments, "--recipe")
     options, config = parse(
-        arguments, _stage_options(stage.inputs), settings, command(*_words(name)), about
+        arguments, _stage_options(stage), settings, command(*_words(name)), about
     )
     outside = {role: getattr(options, role.replace("-", "_")) for role in stage.inputs}
+    outside = {role: path for role, path in outside.items() if path is not None}
     outside |= {role: local(outside[role]) for role in graph.MODELS & outside.keys()}
     outside |= graph.outside_of(config)
     node = graph.Node(name, stage, config, outside=outside)
     run_alone(node, options.output, options.seed, command(*_words(name), *arguments))
 
 
-def _stage_options(inputs: Any) -> type[Any]:
+def _stage_options(stage: Any) -> type[Any]:
     """Return the class of the flags of a stage that are not fields of its configuration."""
     import tyro
 
     fields: list[Any] = []
-    for role, text in inputs.items():
-        kind = Annotated[Path, tyro.conf.arg(help=text)]
-        fields.append((role.replace("-", "_"), kind))
+    optional: list[Any] = []
+    for role, text in stage.inputs.items():
+        kind: Any = Annotated[Path, tyro.conf.arg(help=text)]
+        if role in stage.optional:
+            kind = Annotated[Path | None, tyro.conf.arg(help=text)]
+            optional.append((role.replace("-", "_"), kind, dataclasses.field(default=None)))
+        else:
+            fields.append((role.replace("-", "_"), kind))
     output = tyro.conf.arg(help="The folder to make.", metavar="FOLDER")
     seed = tyro.conf.arg(help="Seed of every random draw.")
     fields.append(("output", Annotated[Path, output]))
     fields.append(("seed", Annotated[int, seed], dataclasses.field(default=0)))
+    fields += optional
     return dataclasses.make_dataclass("StageOptions", fields)
 
 

@@ -98,6 +98,8 @@ def build_run(folder: Path, until: str = "online-dpo", record: dict | None = Non
             payloads[name](stored)
         if name in TRAINING:
             dump_lines(stored / "metrics.jsonl", metrics(name))
+        if name == "online-dpo":
+            dump_lines(stored / "samples.jsonl", episode_samples())
         if name.startswith("evaluate-"):
             dump(stored / "scores.json", scores(name.removeprefix("evaluate-")))
         if name.removeprefix("evaluate-") in RESULTS and name not in RESULTS:
@@ -156,6 +158,8 @@ def metrics(name: str) -> list[dict]:
         if name == "online-dpo":
             record["reward"] = -0.4 + done + 0.2 * draw.standard_normal()
             record["length"] = 30 + 4 * draw.standard_normal()
+            record["kl"] = 0.01 * done
+            record["win_rate"] = 0.5 + 0.2 * done
         records.append(record)
     if name == "online-dpo":  # as the trainer logs a step in which no pair was found
         records[30] = {
@@ -235,6 +239,13 @@ def samples(name: str) -> list[dict]:
         {"prompt": "def fibonacci(n):\n    ", "answer": code, "kind": "continuation"},
         *({"prompt": prompt, "answer": answer, "kind": "chat"} for prompt, answer in chats.items()),
     ]
+
+
+def episode_samples() -> list[dict]:
+    return [
+        {"step": step, "prompt": "Say it.", "answer": f"in episode {step}", "reward": 0.1 * step}
+        for step in range(60)
+    ] + [{"step": 59, "prompt": "Say it.", "answer": HOSTILE.replace("\ud800", ""), "reward": -1.0}]
 
 
 def write_corpus(folder: Path) -> None:

@@ -66,7 +66,7 @@ def test_the_turbo_plan_in_small_holds_its_shares(isolated):
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen2.5-turbo"])
 def test_the_plans_are_printed_by_a_dry_run(name, tmp_path, capsys):
     assert cli.main(["run", name, "--dry-run", "--output", str(tmp_path / "run")]) == 0
-    assert "17 of 17 to make" in capsys.readouterr().out
+    assert "19 of 19 to make" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

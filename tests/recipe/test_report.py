@@ -64,6 +64,15 @@ def test_each_stage_stands_beside_its_own_start_and_cooling_beside_it(page):
     assert "+14.0 better" in shown  # online-dpo's checked accuracy against sft's, not against dpo's
 
 
+def test_an_online_stage_shows_its_curves_and_its_first_and_last_answers(page):
+    shown = re.sub(r"\s+", " ", page.text)
+    for title in ("Win rate over the reference's answers", "Divergence from the reference"):
+        assert title in shown
+    assert "in episode 0" in shown
+    assert "in episode 59" in shown
+    assert "in episode 30" not in shown
+
+
 @pytest.mark.parametrize(("gain", "good"), [(0.05, False), (0.08, True)])
 def test_being_surer_alone_is_no_gain(tmp_path, gain, good):
     """At temperature 1 a stage must gain more than cooler sampling does."""

@@ -211,7 +211,7 @@ def test_stages_that_train_can_be_told_to_other_ranks():
     told = {
         name: pickle.loads(pickle.dumps(s.run)) for name, s in stages.items() if s.trains_on_ranks
     }
-    assert set(told) == {"pretrain", "extend", "sft", "reward", "dpo", "online-dpo"}
+    assert set(told) == {"pretrain", "extend", "sft", "reward", "dpo", "online-dpo", "grpo"}
     assert all(callable(run) for run in told.values())
 
 

@@ -21,10 +21,10 @@ from openqwen.tokenizer import TokenizerConfig, load_tokenizer
 def test_every_aligned_model_stands_beside_the_model_that_it_was_trained_from():
     inputs = {node.name: node.inputs for node in nodes_of(recipe_class()())}
     aligned = {name: roles for name, roles in inputs.items() if "start" in roles}
-    assert set(aligned) == {"evaluate-dpo", "evaluate-online-dpo"}
+    assert set(aligned) == {"evaluate-dpo", "evaluate-online-dpo", "evaluate-grpo"}
     for roles in aligned.values():
         assert roles["start"] == f"evaluate-{inputs[roles['model']]['model']}"
-    assert inputs["online-dpo"]["model"] == "sft"
+    assert inputs["online-dpo"]["model"] == inputs["grpo"]["model"] == "sft"
 
 
 class Scripted:

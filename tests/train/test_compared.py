@@ -4,7 +4,7 @@ import torch
 from test_losses import tiny
 from torch.testing import assert_close
 
-from openqwen.train.dpo import Pairs
+from openqwen.train.dpo import DpoLossConfig, Pairs
 from openqwen.train.losses import token_log_probs
 from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.preferences import PreferenceGroup, group_by_prompt, pair_indices
@@ -45,7 +45,7 @@ def test_at_the_first_difference_the_gradient_is_that_of_the_two_tokens_alone():
     group = PreferenceGroup([1])
     group.add([5, 6, 7, 0], [5, 9, 2])
     laid = Pairs.of([group.to_first_difference()], torch.zeros(2))
-    laid.loss(model, 1.0).sum.backward()
+    laid.loss(model, DpoLossConfig(beta=1.0)).sum.backward()
     found = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     log_probs = token_log_probs(

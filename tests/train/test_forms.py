@@ -221,7 +221,7 @@ def test_the_tokens_that_were_sampled_are_learned(engine, tokenizer):
 
 def test_online_dpo_learns_the_end_that_was_sampled(tokenizer, tmp_path, monkeypatch):
     """A model that ends by `<|endoftext|>` alone: no answer holds `<|im_end|>`."""
-    from openqwen.train import online_dpo as module
+    from openqwen.train import online, reward_sources
 
     config = ModelConfig(
         384, 32, 48, 2, 4, 2, max_position_embeddings=512, tie_word_embeddings=False
@@ -232,14 +232,14 @@ def test_online_dpo_learns_the_end_that_was_sampled(tokenizer, tmp_path, monkeyp
         save_checkpoint(network, tokenizer, tmp_path / name)
     bias = ((tokenizer.endoftext_id, 3.0), (tokenizer.eos_id, -100.0))
     seen = []
-    monkeypatch.setattr(module, "Sampling", partial(Sampling, logit_bias=bias))
+    monkeypatch.setattr(online, "Sampling", partial(Sampling, logit_bias=bias))
     monkeypatch.setattr(
-        module,
+        reward_sources,
         "score_sequences",
         lambda scorer, rows, budget: [seen.append(r) or len(r) for r in rows],
     )
     path = file(tmp_path, {"prompt": [ASKED], "tools": TOOLS})
-    options = OnlineDpoConfig(steps=1, batch=1, samples=8, max_tokens=30)
+    options = OnlineDpoConfig(steps=1, batch=1, samples=8, max_tokens=30, baseline=0)
     place = Place(tmp_path / "out", tmp_path / "scratch", 3, "online")
     online_dpo(options, tmp_path / "model", path, tokenizer, place, tmp_path / "reward")
     start = tokenizer.encode_chat([ASKED], add_generation_prompt=True, tools=TOOLS)[0]

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from openqwen.model import ModelConfig, Qwen2, initialize
 from openqwen.support.batching import cut_to_budget
 from openqwen.train import log_probs as module
-from openqwen.train.dpo import Pairs, reference_log_probs
+from openqwen.train.dpo import DpoLossConfig, Pairs, reference_log_probs
 from openqwen.train.log_probs import cross_entropy, log_probs
 from openqwen.train.losses import bradley_terry, document_log_probs, next_token
 from openqwen.train.packed_batch import PackedBatch
@@ -174,7 +174,7 @@ def test_dpo_loss_and_gradient_equal_the_published_formula_in_float64():
     groups = group_by_prompt(pairs)
     assert [len(group.pairs) for group in groups] == [2, 2, 2]
     laid = Pairs.of(groups, reference_log_probs(reference, groups, 50, "reference"))
-    loss = laid.loss(policy, beta)
+    loss = laid.loss(policy, DpoLossConfig(beta=beta))
     loss.sum.backward()
 
     def sequence_log_prob(model, sample):
@@ -213,8 +213,12 @@ def test_the_anchor_adds_the_mean_token_nll_of_the_chosen_answers():
     pairs = preferences(4)
     groups = group_by_prompt(pairs)
     laid = Pairs.of(groups, reference_log_probs(reference, groups, 10_000, "reference"))
+    config = DpoLossConfig(beta=0.1)
     with torch.no_grad():
-        plain, anchored = laid.loss(policy, 0.1).sum, laid.loss(policy, 0.1, chosen_nll=0.7).sum
+        plain, anchored = (
+            laid.loss(policy, config).sum,
+            laid.loss(policy, config, chosen_nll=0.7).sum,
+        )
         chosen = document_log_probs(policy, PackedBatch.of([chosen for chosen, _ in pairs]))
     lengths = torch.tensor([float(sum(mask)) for (_, mask), _ in pairs])
     assert_close(anchored - plain, -0.7 * (chosen / lengths).sum(), rtol=1e-4, atol=1e-5)

@@ -227,13 +227,14 @@ def chats(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_online_dpo_over_two_processes(chats, tmp_path, tensor):
-    start(1, ONLINE, chats, tmp_path / "one", 1)
-    start(2, ONLINE, chats, tmp_path / "two", tensor)
+@pytest.mark.parametrize("stage", ["online-dpo", "grpo"])
+def test_online_stages_over_two_processes(chats, tmp_path, tensor, stage):
+    start(1, ONLINE, chats, tmp_path / "one", 1, stage)
+    start(2, ONLINE, chats, tmp_path / "two", tensor, stage)
     ours, theirs = log(tmp_path / "two"), log(tmp_path / "one")
     assert sum(entry["tokens"] for entry in theirs) > 0
     for mine, right in zip(ours, theirs, strict=True):
-        for name in ("loss", "gradient_norm", "tokens", "reward", "length"):
+        for name in ("loss", "gradient_norm", "tokens", "reward", "length", "kl", "entropy"):
             assert mine.get(name) == pytest.approx(right.get(name), rel=1e-3, abs=1e-6), name
 
 

@@ -48,6 +48,15 @@ def test_every_rank_gets_the_groups_of_one_process(tmp_path):
         assert told["asked"] == step[0] + step[1]
 
 
+def test_an_error_of_one_rank_is_raised_on_all(tmp_path):
+    start(2, RANKS, tmp_path, 1)
+    for rank in range(2):
+        told = json.loads((tmp_path / f"{rank}-of-2.json").read_text())
+        assert "no reward here" in told["error"]
+        assert "somewhere" in told["error"]
+        assert told["refreshed"] == [0]
+
+
 def answer(*ids, finish="stop"):
     return Output(token_ids=list(ids), finish_reason=finish)
 

@@ -33,6 +33,7 @@ reward: {batch: 16, max_length: 200, train: {learning_rate: 1e-3}, save: {second
 dpo:
   {batch: 16, first_difference: true, hottest: 1.0, max_length: 200, train: {learning_rate: 1e-4}, save: {seconds: 0.3}}
 online_dpo: {steps: 4, batch: 6, samples: 3, max_tokens: 16, train: {learning_rate: 1e-4}, save: {seconds: 0.1}}
+grpo: {episodes: 4, batch: 6, samples: 4, updates: 2, max_tokens: 16, train: {learning_rate: 1e-4}, save: {seconds: 0.1}}
 evaluate: {context: 128, heldout_bytes: 20000, checked: 34, test: 34, sample_tokens: 12}
 """
 

@@ -33,11 +33,11 @@ def test_every_stage_is_there_and_the_end_says_what_to_do_next(run, digests):
         "reward",
         "dpo",
     }
-    names |= {"online-dpo", "evaluate-reward"}
-    names |= {f"evaluate-{n}" for n in ("pretrain", "extend", "sft", "dpo", "online-dpo")}
+    names |= {"online-dpo", "grpo", "evaluate-reward"}
+    names |= {f"evaluate-{n}" for n in ("pretrain", "extend", "sft", "dpo", "online-dpo", "grpo")}
     assert set(digests(run)) == names
     printed = (run / "printed.txt").read_text()
-    assert f"-m openqwen.cli chat {run}/online-dpo" in printed  # as it was called
+    assert f"-m openqwen.cli chat {run}/grpo" in printed  # as it was called
     assert str(run / "report.html") in printed
     page = (run / "report.html").read_text()
     assert all(name in page for name in names)
@@ -128,7 +128,7 @@ def test_a_run_killed_at_random_moments_gives_the_same_bits(run, place, command,
     kills = 0
     for attempt in range(40):
         child = subprocess.Popen(
-            command("killed", "--until", "online-dpo"),
+            command("killed", "--until", "grpo"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -146,7 +146,7 @@ def test_a_run_killed_at_random_moments_gives_the_same_bits(run, place, command,
     expected = digests(run)
     found = digests(place / "killed")
     assert found == {name: expected[name] for name in found}
-    assert "online-dpo" in found
+    assert {"online-dpo", "grpo"} <= set(found)
 
 
 def test_the_chat_streams_an_answer_and_ends(run):

@@ -141,6 +141,7 @@ class Output:
         prompt_logprobs: if requested, the log-probability of each prompt token but the first, or
             of those from `Sampling.prompt_logprobs_from` on.
         stop_id: the token that ended the answer, if one did.
+        versions: of each of token_ids, the version of the weights that computed it.
     """
 
     text: str = ""
@@ -150,6 +151,7 @@ class Output:
     prompt_ids: list[int] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
     stop_id: int | None = None
+    versions: list[int] = field(default_factory=list)
 
     @property
     def written_ids(self) -> list[int]:

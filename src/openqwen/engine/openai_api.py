@@ -106,6 +106,7 @@ def read_answer(response: Json) -> Output:
             token_ids=[_checked(i, int) for i in choice.get("token_ids") or ()],
             logprobs=_logprobs(choice.get("logprobs") or {}),
             finish_reason=_REASONS.get(choice["finish_reason"], "error"),
+            versions=[_checked(i, int) for i in choice.get("token_versions") or ()],
         )
         prompt_ids = choice.get("prompt_token_ids") or response.get("prompt_token_ids") or ()
         output.prompt_ids = [_checked(i, int) for i in prompt_ids]

@@ -32,7 +32,6 @@ class Request(Output):
             drawn from, with penalties, temperature and cuts (`logprobs`: the model's own).
         top: of each answer token, the likeliest tokens at its position.
         prompt_top: the likeliest tokens at each position of `prompt_logprobs`.
-        versions: of each answer token, the version of the weights that computed it.
         arrived, started, first_token, finished: seconds of `time.monotonic`.
         cached_tokens: prompt tokens that the prefix cache held when the request first started.
         pages: the cache pages that it references, in order.
@@ -58,7 +57,6 @@ class Request(Output):
     drawn_logprobs: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
     prompt_top: list[TopTokens] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
 
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None

@@ -1,9 +1,9 @@
 """The graph of a recipe: its stages, one line each, and what flows between them.
 
     corpus → tokenizer → tokens → pretrain → extend → instruct → sft → prefer → reward
-    → dpo, online-dpo
+    → dpo, online-dpo, grpo
 
-DPO and online DPO both start from the SFT model, so that their effects can be compared. After each
+These three all start from the SFT model, so that their effects can be compared. After each
 stage that makes a model, an `evaluate-…` stage scores it. Each stage is declared in its own file
 (see `support/stage.py`). This file names those files and imports none of them at start.
 """
@@ -81,6 +81,12 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
         "openqwen.evaluate.model",
         {"model": "online-dpo", "corpus": "corpus", **_ALIGNED},
     ),
+    (
+        "grpo",
+        "openqwen.train.grpo",
+        {"model": "sft", "reward": "reward", "prompts": "instruct"},
+    ),
+    ("evaluate-grpo", "openqwen.evaluate.model", {"model": "grpo", "corpus": "corpus", **_ALIGNED}),
 ]
 
 MODELS = {

@@ -95,6 +95,7 @@ class Stage:
         help: one line for the command line; a stage without it runs in recipes only.
         config: class of its settings, whose section in a recipe has the stage's name.
         inputs: role -> description of what to give.
+        optional: the inputs that it can do without.
         outputs: roles that its artifact can fill in later stages.
         run: does the work and returns metrics, the most important first.
         trains_on_ranks: under torchrun every rank calls `run`, otherwise only the first one does.
@@ -110,3 +111,4 @@ class Stage:
     run: Callable[[StageRun], dict[str, float]]
     trains_on_ranks: bool = False
     estimate: Callable[[Any, Collection[str]], Effort] | None = None
+    optional: Collection[str] = ()

@@ -1,26 +1,21 @@
 """Online DPO with the reward model in the loop (Qwen2 report, 4.3, the online stage).
 
-In each step the current policy answers a few prompts several times. The reward model picks the most
-and the least preferred answer to each prompt, and the DPO loss learns from that pair.
+In each episode the current policy answers a few prompts several times. The reward, by default the
+reward model's, picks the most and the least preferred answer to each prompt, and one step of the
+DPO loss learns from these pairs.
 """
 
-import copy
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from openqwen.engine import Output, Sampling
-from openqwen.model import load_model, load_scorer
+from openqwen.engine import Engine, Output
+from openqwen.model import Qwen2
 from openqwen.support.batching import cut_to_budget
-from openqwen.support.device import best_device
-from openqwen.support.errors import OpenQwenError
-from openqwen.support.generators import Generators
-from openqwen.support.records import read_records
 from openqwen.support.stage import (
     CHAT,
     CONVERSATION,
@@ -32,48 +27,76 @@ from openqwen.support.stage import (
     StageRun,
 )
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.conversations import encode_prompt
+from openqwen.train.branches import pack_answers
+from openqwen.train.compute import Precision, computing
 from openqwen.train.dpo import DpoLossConfig, Pairs
-from openqwen.train.losses import Loss, document_log_probs
-from openqwen.train.optimizer import OptimizerConfig
+from openqwen.train.losses import Loss, document_log_probs, token_log_probs
+from openqwen.train.metrics import Entry
+from openqwen.train.online import OnlineConfig, OnlineTraining
 from openqwen.train.order import Epochs
-from openqwen.train.packing import MicroBatchConfig
-from openqwen.train.parallel import join
+from openqwen.train.parallel import World
 from openqwen.train.preferences import COMPARED, PreferenceGroup
-from openqwen.train.reward import score_sequences
-from openqwen.train.rollouts import RolloutGroup, Rollouts, policy_engine
-from openqwen.train.trainer import Place, Trainer, TrainingConfig
+from openqwen.train.reward_sources import RewardSourcesConfig
+from openqwen.train.rollouts import RolloutGroup
+from openqwen.train.trainer import Place
 
 
-class OnlineDpoConfig(DpoLossConfig, MicroBatchConfig, TrainingConfig):
-    """Best against worst of several samples by the reward model.
+class OnlineDpoConfig(DpoLossConfig, OnlineConfig):
+    """Best against worst of several samples by the reward.
 
     The reports describe the scheme and give no numbers.
     """
 
-    steps: int = Field(100, gt=0, description="optimizer steps, each with fresh samples")
-    batch: int = Field(32, gt=0, description="prompts of one step")
-    samples: int = Field(8, gt=1, description="answers sampled for each prompt")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature")
-    max_tokens: int = Field(512, gt=0, description="longest answer, in tokens")
+    steps: int = Field(100, gt=0, description="episodes, one optimizer step each")
+    rewards: RewardSourcesConfig = Field(
+        default_factory=lambda: RewardSourcesConfig(sources={"reward": 1.0}),
+        description="where rewards come from",
+    )
     vote: bool = Field(
         False,
         description="weighted majority: an answer weighs the sum of σ(reward) over equal answers",
     )
-    train: OptimizerConfig = Field(
-        default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer"
+    baseline: int = Field(
+        1,
+        ge=0,
+        description="answers of the reference to each prompt, for the win rate in the log; 0: none",
     )
 
 
-@dataclass
-class SampledPairs(Pairs):
-    """Pairs of this step's answers.
+class OnlineDpoTraining(OnlineTraining):
+    """One training by online DPO; an episode is one step."""
 
-    rewards, lengths: of the step's answers, the mean times the number of these pairs.
-    """
+    def __init__(self, config: OnlineDpoConfig, *given: Any):
+        """See `OnlineTraining`."""
+        super().__init__(config, *given)
+        self.config, count = config, len(self.pool.ids)
+        epochs = config.steps * config.batch / count
+        self._order = Epochs(count, epochs, config.batch, self.generators)
+        engine = Engine(self.reference, self.tokenizer)
+        self._baseline = self.rollouts_of(engine, engine.refresh, config.baseline)
 
-    rewards: float = 0.0
-    lengths: float = 0.0
+    def batch(self, step: int) -> list[Pairs]:
+        """Best and worst of this step's answers."""
+        config, chosen = self.config, self._order.batch(step)
+        groups = self.rollouts.step(step, chosen)
+        self.note(step, groups)
+        if config.baseline:
+            self.notes["win_rate"] = win_rate(groups, self._baseline.step(step, chosen, "baseline"))
+        self.notes |= divergence(
+            self.model,
+            self.reference,
+            groups,
+            config.micro_tokens,
+            config.train.precision,
+            self.world,
+        )
+        return best_and_worst_pairs(groups, config, self.device)
+
+    def loss(self, pairs: Pairs) -> Loss:
+        """The loss of the pairs, with the reference's log-probabilities of now."""
+        with torch.no_grad():
+            pairs.reference = document_log_probs(self.reference, pairs.rows)
+        return pairs.loss(self.model, self.config, world=self.world)
 
 
 def online_dpo(
@@ -82,64 +105,66 @@ def online_dpo(
     prompts: Path,
     tokenizer: Tokenizer,
     place: Place,
-    reward_model: Path,
+    reward_model: Path | None = None,
 ) -> dict[str, float]:
     """Improve the model at `start`, which is the reference too, on prompts; save to the output."""
-    generators = Generators(place.seed)
-    device = best_device()
-    model = load_model(start, device=device)
-    world = join().with_mesh(config.train.parallel, model)
-    reference = copy.deepcopy(model).requires_grad_(False)
-    scorer = load_scorer(reward_model, device=device)
-    engine, refresh = policy_engine(model, tokenizer)
-    pool = [encode_prompt(tokenizer, record, where) for where, record in read_records(prompts)]
-    if not pool:
-        raise OpenQwenError("There are no prompts to answer.", where=prompts)
-    order = Epochs(len(pool), config.steps * config.batch / len(pool), config.batch, generators)
+    training = OnlineDpoTraining(config, start, prompts, tokenizer, place, reward_model)
+    return training.run(config.steps)
 
-    def grade(indices: Sequence[int], outputs: Sequence[Output]) -> list[float]:
-        sequences = [output.prompt_ids + output.written_ids for output in outputs]
-        return score_sequences(scorer, sequences, config.micro_tokens)
 
-    sampling = Sampling(max_tokens=config.max_tokens, temperature=config.temperature)
-    rollouts = Rollouts(engine, refresh, pool, sampling, config.samples, grade, place.seed)
+def win_rate(groups: Sequence[RolloutGroup], baseline: Sequence[RolloutGroup]) -> float:
+    """How often an answer has more reward than the reference's to its prompt; ties count half."""
+    points = [
+        (reward > other) + 0.5 * (reward == other)
+        for group, against in zip(groups, baseline, strict=True)
+        for reward in group.graded().rewards
+        for other in against.graded().rewards
+    ]
+    return sum(points) / len(points) if points else math.nan
 
-    def batch(step: int) -> list[SampledPairs]:
-        return best_and_worst_pairs(rollouts.step(step, order.batch(step)), config, device)
 
-    def loss(pairs: SampledPairs) -> Loss:
-        with torch.no_grad():
-            pairs.reference = document_log_probs(reference, pairs.rows)
-        value = pairs.loss(model, config.beta, world=world)
-        value.extras |= {"reward": pairs.rewards, "length": pairs.lengths}
-        return value
+@torch.no_grad()
+def divergence(
+    model: Qwen2,
+    reference: Qwen2,
+    groups: Sequence[RolloutGroup],
+    micro_tokens: int,
+    precision: Precision,
+    world: World,
+) -> Entry:
+    """Per token, the divergence from the reference (k3) and the entropy of the policy.
 
-    trainer = Trainer(place, config, model, batch, loss, config.steps, generators, world=world)
-    metrics = trainer.run()
-    trainer.save_checkpoint(tokenizer)
-    return metrics
+    Both are estimated on the first answer to each prompt, whose choice no reward has biased.
+    """
+    firsts = [group.outputs[0] for group in groups if group.outputs[0].written_ids]
+    answers = [(output.prompt_ids, [output.written_ids]) for output in firsts]
+    cuts = list(cut_to_budget([len(ids) + len(row) for ids, (row,) in answers], micro_tokens))
+    sums = [0.0, 0.0, 0.0]
+    for cut, counts in world.local_micro_batches(cuts):
+        rows = pack_answers(answers[cut], model.device)
+        with computing(precision, model.device):
+            policy_N = token_log_probs(model, rows, world)
+            difference_N = token_log_probs(reference, rows) - policy_N
+        k3 = float((difference_N.exp() - difference_N - 1).sum())
+        values = (k3, -float(policy_N.sum()), len(policy_N))
+        sums = [total + value * counts for total, value in zip(sums, values)]
+    kl, entropy, tokens = world.total(sums)
+    return {"kl": kl / max(tokens, 1), "entropy": entropy / max(tokens, 1)}
 
 
 def best_and_worst_pairs(
     rollouts: Sequence[RolloutGroup], config: OnlineDpoConfig, device: torch.device
-) -> list[SampledPairs]:
+) -> list[Pairs]:
     """Micro-batches of one pair for each prompt, without prompts whose answers do not differ."""
     groups = []
     for rollout in rollouts:
-        if pair := best_and_worst(rollout, config.vote):
+        if pair := best_and_worst(rollout.graded(), config.vote):
             best, worst = pair
             group = PreferenceGroup(best.prompt_ids)
             group.add(best.written_ids, worst.written_ids)
             groups.append(group.to_first_difference() if config.first_difference else group)
-    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
-    lengths = [len(output.token_ids) for rollout in rollouts for output in rollout.outputs]
-    micro_batches = []
-    for cut in cut_to_budget([group.size for group in groups], config.micro_tokens):
-        pairs = SampledPairs.of(groups[cut], torch.empty(0), device)
-        share = len(groups[cut]) / len(rewards)
-        pairs.rewards, pairs.lengths = sum(rewards) * share, sum(lengths) * share
-        micro_batches.append(pairs)
-    return micro_batches
+    cuts = cut_to_budget([group.size for group in groups], config.micro_tokens)
+    return [Pairs.of(groups[cut], torch.empty(0), device) for cut in cuts]
 
 
 def best_and_worst(rollout: RolloutGroup, vote: bool) -> tuple[Output, Output] | None:
@@ -174,8 +199,8 @@ def votes(answers: Sequence[Sequence[int]], rewards: Sequence[float]) -> list[fl
 
 
 def run_online_dpo(run: StageRun) -> dict[str, float]:
-    """A chat model, its own answers to prompts and a reward model → an aligned one."""
-    start, reward_model = run.inputs["model"], run.inputs["reward"]
+    """A chat model, its own answers to prompts and a reward → an aligned one."""
+    start, reward_model = run.inputs["model"], run.inputs.get("reward")
     tokenizer, prompts = load_tokenizer(start), run.data("prompts")
     return online_dpo(run.config, start, prompts, tokenizer, Place.of(run), reward_model)
 
@@ -195,9 +220,10 @@ def _effort(recipe: Any, roles: Collection[str]) -> Effort:
 
 STAGE = Stage(
     name="online-dpo",
-    help="DPO on the model's own answers, judged by the reward model.",
+    help="DPO on the model's own answers, judged by a reward.",
     config=OnlineDpoConfig,
     inputs={"model": MODEL, "reward": REWARD, "prompts": PROMPTS},
+    optional=["reward"],
     outputs=["model", CHAT],
     run=run_online_dpo,
     trains_on_ranks=True,

@@ -132,6 +132,7 @@ class Preferences:
         self.counts: dict[str, float] = {"pairs": pairs, "prompts": len(self)}
         too_long = len(longest) - len(self)
         self.counts |= {"too_long": too_long, "too_hot": cache.counts["too_hot"]}
+        self.counts["equal"] = cache.counts["equal"]
 
     @classmethod
     def read(
@@ -160,10 +161,17 @@ class Preferences:
             if hottest is not None and _temperature(record) > hottest:
                 counts["too_hot"] += 1
                 return ()
-            return encode_preference(tokenizer, record, where)
+            sides = encode_preference(tokenizer, record, where)
+            if list(sides[0][0]) == list(sides[1][0]):
+                counts["equal"] += 1
+                return ()
+            return sides
 
         folder, label = place.scratch / "preferences", f"{place.label} tokens"
         cache = encode_records(path, tokenizer, encode, folder, label, {"hottest": hottest})
+        if cache.counts["equal"] == cache.counts["records"] > 0:
+            what = f"Both answers are the same in all {cache.counts['equal']} pairs."
+            raise OpenQwenError(what, where=path, do="look at chosen and rejected in the data")
         if cache.counts["too_hot"] == cache.counts["records"] > 0:
             raise OpenQwenError(
                 f"All {cache.counts['records']} pairs have an answer sampled above temperature"

@@ -9,14 +9,54 @@ Each step of an online stage asks a few prompts several times:
 """
 
 import copy
+import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from openqwen.engine import Engine, Generator, Output, Prompt, Sampling
-from openqwen.model import Qwen2
+import httpx
+from pydantic import Field
+
+from openqwen.engine import Endpoint, Engine, Generator, Output, Prompt, Sampling
+from openqwen.engine.request import Request
+from openqwen.model import Qwen2, save_checkpoint
+from openqwen.model.quantize import quantize
+from openqwen.model.quantize import refresh as refresh_quantized
+from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import fresh_folder, replace_folder
 from openqwen.support.generators import Generators
+from openqwen.support.settings import Settings
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.parallel import World, copy_weights, join
+from openqwen.train.trainer import EpisodeError
+
+Result = TypeVar("Result")
+_RELOAD = 600.0  # seconds that a server may take to load new weights
+
+
+class SamplerConfig(Settings):
+    """What samples: the trained network in this process, or a server with OpenAI's API."""
+
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none", description="sample in this process with rounded weights, on a CPU"
+    )
+    url: str = Field(
+        "", description="base URL of the server, such as http://127.0.0.1:8000/v1; empty: none"
+    )
+    model: str = Field("policy", description="the model's name at the server")
+    weights: Path | None = Field(
+        None,
+        description="folder that both see, for new weights: openqwen serve's --weights, or the"
+        " folder that vLLM was started from; without it the server keeps its weights",
+    )
+    server: Literal["openqwen", "vllm"] = Field(
+        "openqwen",
+        description="how it is told: POST /update_weights, or vLLM's /collective_rpc"
+        " (reload_weights; needs VLLM_SERVER_DEV_MODE=1)",
+    )
+
 
 # Rewards of answers. Arguments: the index of each answer's prompt, and the answers.
 Grader = Callable[[Sequence[int], Sequence[Output]], list[float]]
@@ -24,11 +64,19 @@ Grader = Callable[[Sequence[int], Sequence[Output]], list[float]]
 
 @dataclass
 class RolloutGroup:
-    """The answers to one prompt, `samples` of them, and their rewards. prompt: its index."""
+    """The answers to one prompt, `samples` of them, and their rewards. prompt: its index.
+
+    A reward is NaN where there is none.
+    """
 
     prompt: int
     outputs: list[Output]
     rewards: list[float]
+
+    def graded(self) -> "RolloutGroup":
+        """The answers that have a reward."""
+        pairs = [(o, r) for o, r in zip(self.outputs, self.rewards) if not math.isnan(r)]
+        return RolloutGroup(self.prompt, [o for o, _ in pairs], [r for _, r in pairs])
 
 
 @dataclass
@@ -43,6 +91,7 @@ class Rollouts:
         samples: answers to each prompt.
         grade: gives the rewards of this rank's answers.
         seed: of all draws.
+        tokenizer: of the policy, for servers that return texts alone.
     """
 
     generator: Generator
@@ -53,42 +102,139 @@ class Rollouts:
     grade: Grader
     seed: int
     world: World = field(default_factory=join)
+    tokenizer: Tokenizer | None = None
 
-    def step(self, step: int, chosen: Sequence[int]) -> list[RolloutGroup]:
+    def step(
+        self, step: int, chosen: Sequence[int], stream: str = "sampling"
+    ) -> list[RolloutGroup]:
         """The groups of the chosen prompts, in their order, the same on every rank.
 
-        The draws depend on the seed, the step and the place in it alone: a resumed run draws what
-        an uninterrupted one draws, on any number of ranks.
+        The draws depend on the seed, the step, the stream's name and the place in the step alone: a
+        resumed run draws what an uninterrupted one draws, on any number of ranks.
+
+        Raises:
+            EpisodeError: on every rank, where one of them could not generate or grade.
         """
-        self.refresh(step)
+        self._on_all(lambda: self.refresh(step))
         asked = [index for index in chosen for _ in range(self.samples)]
-        seeds = Generators(self.seed)[f"sampling.{step}"].integers(0, 2**62, len(asked))
+        seeds = Generators(self.seed)[f"{stream}.{step}"].integers(0, 2**62, len(asked))
         mine = slice(self.world.rank, None, self.world.size)
         prompts = [self.prompts[index] for index in asked[mine]]
-        outputs = self.generator.generate(prompts, self.sampling, [int(s) for s in seeds[mine]])
-        rewards = self.grade(asked[mine], outputs)
-        outputs, rewards = self.world.gather(outputs), self.world.gather(rewards)
-        assert len(outputs) == len(rewards) == len(asked)
+        numbers = [int(seed) for seed in seeds[mine]]
+
+        def answer() -> list[tuple[Output, float]]:
+            made = self.generator.generate(prompts, self.sampling, numbers)
+            outputs = [self._completed(output) for output in made]
+            written = [n for n, output in enumerate(outputs) if output.written_ids]
+            rewards = [math.nan] * len(outputs)
+            found = self.grade([asked[mine][n] for n in written], [outputs[n] for n in written])
+            for n, reward in zip(written, found, strict=True):
+                rewards[n] = reward
+            return list(zip(outputs, rewards))
+
+        answers = self.world.gather(self._on_all(answer))
+        assert len(answers) == len(asked)
         groups = []
         for number, index in enumerate(chosen):
-            answers = slice(number * self.samples, (number + 1) * self.samples)
-            groups.append(RolloutGroup(index, outputs[answers], rewards[answers]))
+            part = answers[number * self.samples : (number + 1) * self.samples]
+            groups.append(RolloutGroup(index, [o for o, _ in part], [r for _, r in part]))
         return groups
 
+    def _completed(self, output: Output) -> Output:
+        """An answer with token ids, and log-probabilities under what each token was drawn from."""
+        if output.finish_reason == "error":
+            return Output(finish_reason="error")
+        if isinstance(output, Request):  # of the engine in this process
+            names = ("text", "token_ids", "finish_reason", "prompt_ids", "stop_id", "versions")
+            given = {name: getattr(output, name) for name in names}
+            return Output(**given, logprobs=output.drawn_logprobs)
+        if self.tokenizer and output.text and not output.token_ids:
+            output.token_ids = self.tokenizer.encode(output.text)
+            output.logprobs = []
+            output.stop_id = self.tokenizer.eos_id if output.finish_reason == "stop" else None
+        return output
 
-def policy_engine(model: Qwen2, tokenizer: Tokenizer) -> tuple[Engine, Callable[[int], None]]:
-    """An engine that generates with the weights of a model in training, and its `refresh`.
+    def _on_all(self, work: Callable[[], Result]) -> Result:
+        """This rank's result; an error of any rank is raised on all of them."""
+        results, fault = [], None
+        try:
+            results.append(work())
+        except OpenQwenError as error:
+            fault = error.what, error.where, error.do
+        if faults := [f for f in self.world.gather([fault]) if f]:
+            raise EpisodeError(*faults[0])
+        return results[0]
 
-    Call this before the model is sharded. In one process the engine holds the very module that
-    trains. Over several ranks, where that one is sharded, each rank's engine holds a whole copy,
-    which `refresh` fills.
+
+def policy_generator(
+    model: Qwen2, tokenizer: Tokenizer, config: SamplerConfig
+) -> tuple[Generator, Callable[[int], None]]:
+    """A generator with the weights of a model in training, and its `refresh`.
+
+    Call this before the model is sharded. In one process our engine holds the very module that
+    trains. Over several ranks, where that one is sharded, each rank holds a whole copy, which
+    `refresh` fills.
     """
-    copied = None if join().alone else copy.deepcopy(model).requires_grad_(False)
-    engine = Engine(model if copied is None else copied, tokenizer)
+    world = join()
+    copied = None if world.alone else copy.deepcopy(model).requires_grad_(False)
+    whole = model if copied is None else copied
+    if config.url:
+        endpoint, sent = Endpoint(config.url, config.model), set[int]()
+
+        def hand_over(step: int) -> None:
+            if step in sent:
+                return
+            sent.add(step)
+            if copied is not None:
+                copy_weights(model, copied)
+            if world.main and config.weights:
+                send_weights(whole, tokenizer, config, step)
+
+        return endpoint, hand_over
+    rounded = None if config.quantize == "none" else quantize(whole, config.quantize)
+    engine = Engine(rounded or whole, tokenizer)
 
     def refresh(step: int) -> None:
         if copied is not None:
             copy_weights(model, copied)
+        if rounded is not None:
+            refresh_quantized(rounded, whole)
         engine.refresh(step)
 
     return engine, refresh
+
+
+def send_weights(model: Qwen2, tokenizer: Tokenizer, config: SamplerConfig, version: int) -> None:
+    """Save a checkpoint where a server finds it, and tell the server to load it.
+
+    Raises:
+        OpenQwenError: the server does not answer or refuses.
+    """
+    folder = config.weights
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    root = config.url.rstrip("/").removesuffix("/v1")
+    aside = fresh_folder(folder / ".aside")
+    save_checkpoint(model, tokenizer, aside)
+    calls: list[tuple[str, Any]]
+    if config.server == "vllm":
+        for file in aside.iterdir():
+            file.replace(folder / file.name)
+        aside.rmdir()
+        calls = [("/collective_rpc", {"method": "reload_weights"}), ("/reset_prefix_cache", {})]
+    else:
+        replace_folder(aside, folder / str(version))
+        calls = [("/update_weights", {"version": version})]
+    for path, body in calls:
+        try:
+            response = httpx.post(root + path, json=body, timeout=_RELOAD)
+            problem = "" if response.is_success else f"{response.status_code}: {response.text:.200}"
+        except httpx.HTTPError as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            what = f"The server did not take the weights of step {version}: {problem}"
+            raise OpenQwenError(what, root + path, "look at its log; then run the command again")
+    if config.server == "openqwen":
+        for old in [path for path in folder.iterdir() if path.name.isdecimal()]:
+            if int(old.name) < version:
+                shutil.rmtree(old)

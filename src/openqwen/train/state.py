@@ -64,13 +64,14 @@ class StateWriter:
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         generators: Generators,
+        beside: nn.Module | None = None,
     ) -> None:
-        """Save the state before step `step`.
+        """Save the state before step `step`; beside: another network that training changes.
 
         A full disk gives a warning only: training goes on, and the next state may fit.
         """
         self.wait()
-        tensors = _tensors(model, optimizers)
+        tensors = _tensors(model, optimizers) | _beside(beside)
         values = {"step": step, "generators": generators.state()}
         if self.world.main:
             fresh_folder(self.scratch / _ASIDE)
@@ -160,6 +161,7 @@ def load_state(
     optimizers: Sequence[torch.optim.Optimizer],
     generators: Generators,
     world: World,
+    beside: nn.Module | None = None,
 ) -> int:
     """Restore the newest state, written by any number of ranks; return its step, 0 without one."""
     states = _states(scratch)
@@ -167,7 +169,7 @@ def load_state(
         return 0
     do = "delete that folder; training goes on from the state before it, or from the start"
     with _named_if_damaged(states[-1], do):
-        _read_tensors(states[-1], model, optimizers, world)
+        _read_tensors(states[-1], model, optimizers, world, beside)
         values = read_json(states[-1] / "state.json")
     for optimizer in optimizers:
         _fill_rows(optimizer)
@@ -184,10 +186,15 @@ def load_best(scratch: Path, step: int, model: nn.Module, world: World) -> None:
 
 
 def _read_tensors(
-    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], world: World
+    folder: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    world: World,
+    beside: nn.Module | None = None,
 ) -> None:
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = _targets(model, optimizers, reader.read_metadata().state_dict_metadata)
+    tensors |= _beside(beside)
     _quiet(dcp.load, tensors, storage_reader=reader, process_group=world.files, no_dist=world.alone)
 
 
@@ -217,6 +224,13 @@ def _tensors(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> d
     return tensors
 
 
+def _beside(network: nn.Module | None) -> dict[str, Tensor]:
+    """`beside.<parameter>` of the other network, where there is one."""
+    if network is None:
+        return {}
+    return {f"beside.{n}": p.detach() for n, p in network.named_parameters()}
+
+
 def _targets(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], saved: Mapping[str, Any]
 ) -> dict[str, Tensor]:
@@ -227,7 +241,7 @@ def _targets(
     for name, entry in saved.items():
         key, _, parameter_name = name.partition(".")
         shape, dtype = tuple(entry.size), entry.properties.dtype
-        if key == "weights" or parameter_name not in parameters:
+        if key in ("weights", "beside") or parameter_name not in parameters:
             continue
         parameter = parameters[parameter_name]
         moment, _, part = key.partition("-")

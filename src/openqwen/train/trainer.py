@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from openqwen.model import Qwen2, Scorer, save_checkpoint
 from openqwen.support.device import best_device, freed_memory_kept, peak_flops, peak_memory, tf32
@@ -49,6 +49,10 @@ from openqwen.train.track import tracking
 from openqwen.train.validation import HELD_OUT, ValidationConfig, best_step
 
 _USUAL = 100  # the last steps whose median gradient norm a spike is compared with
+
+
+class EpisodeError(OpenQwenError):
+    """No samples could be made for a step. Raised on every rank, before anything has changed."""
 
 
 class SaveConfig(Settings):
@@ -115,6 +119,10 @@ class Trainer(Generic[Micro]):
         held_out: Returns micro-batches that nothing is learned from.
         validation: When the loss on `held_out` is measured, and what it decides.
         world: The processes; with its mesh where `batch` or `loss` use that world too.
+        episode: Number of steps that learn from the same samples. States are saved between
+            episodes only, since the samples are not part of them.
+        beside: Another network that training changes, such as a moving reference; it is saved.
+        after: Called with each step after its update; returns what to log of it besides.
     """
 
     place: Place
@@ -129,6 +137,9 @@ class Trainer(Generic[Micro]):
     held_out: Callable[[], Sequence[Micro]] | None = None
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     world: World = field(default_factory=join)
+    episode: int = 1
+    beside: nn.Module | None = None
+    after: Callable[[int], Entry] | None = None
 
     def __post_init__(self) -> None:
         self.optimizer_config, self.label = self.config.train, self.place.label
@@ -158,7 +169,9 @@ class Trainer(Generic[Micro]):
         self.scratch.mkdir(parents=True, exist_ok=True)
         self.shard()
         optimizers = self._optimizers()
-        first = load_state(self.scratch, self.model, optimizers, self.generators, self.world)
+        first = load_state(
+            self.scratch, self.model, optimizers, self.generators, self.world, self.beside
+        )
         metrics = self._resume_metrics(first)
         self._train(first, optimizers, metrics)
         self._finish(metrics)
@@ -208,7 +221,12 @@ class Trainer(Generic[Micro]):
             progress(self.label, self.steps, "steps", done=first) as bar,
         ):
             for step in range(first, self.steps):
-                entry = self._step(step, optimizers, metrics)
+                try:
+                    entry = self._step(step, optimizers, metrics)
+                except EpisodeError:
+                    if step > first:  # once the cause is mended the run goes on from here
+                        self._save(writer, step, optimizers, log)
+                    raise
                 if self.held_out and self.validation.due(step, self.steps):
                     entry[HELD_OUT] = self._held_out_loss(self.held_out())
                 log.write(to_line(entry))
@@ -219,11 +237,22 @@ class Trainer(Generic[Micro]):
                 if measured and best_step(metrics) == step:
                     writer.save_best(step, self.model)
                 waited = time.monotonic() - last_save >= self.config.save.seconds
-                if self.world.broadcast(step + 1 < self.steps and waited):
-                    if self.world.main:
-                        os.fsync(log.fileno())  # the log is never behind the state
-                    writer.save(step + 1, self.model, optimizers, self.generators)
+                between = (step + 1) % self.episode == 0 and step + 1 < self.steps
+                if self.world.broadcast(between and waited):
+                    self._save(writer, step + 1, optimizers, log)
                     last_save = time.monotonic()
+
+    def _save(
+        self,
+        writer: StateWriter,
+        step: int,
+        optimizers: Sequence[torch.optim.Optimizer],
+        log: IO[str],
+    ) -> None:
+        """Save the state before a step."""
+        if self.world.main:
+            os.fsync(log.fileno())  # the log is never behind the state
+        writer.save(step, self.model, optimizers, self.generators, self.beside)
 
     def _finish(self, metrics: Sequence[Entry]) -> None:
         """Take the best weights where they are asked for; copy the metrics to the output."""
@@ -267,6 +296,8 @@ class Trainer(Generic[Micro]):
         entry = {"step": step, "loss": loss, "gradient_norm": norm, "learning_rate": rate}
         entry |= self._speed(micros, time.perf_counter() - start)
         entry |= {name: value / count for name, value in extras.items()}
+        if self.after:
+            entry |= self.after(step)
         if problem:
             entry["skipped"] = 1.0
         elif norm > self.optimizer_config.clip:

@@ -1,9 +1,10 @@
 """The `instruct` stage: demonstrations D from programs, the model itself and docstrings.
 
-It also keeps prompts for online DPO.
+It also keeps tasks as prompts for online DPO and GRPO.
 """
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class InstructConfig(Settings):
     rejection_samples: int = Field(4, ge=1, description="answers sampled for each of them")
     rejection_temperature: float = Field(1.0, ge=0, description="sampling temperature")
     max_tokens: int = Field(24, ge=1, description="longest sampled answer, in tokens")
-    prompts: int = Field(4_000, ge=0, description="prompts kept for online DPO")
+    prompts: int = Field(4_000, ge=0, description="prompts kept for online DPO and GRPO")
 
 
 def build_demonstrations(
@@ -114,8 +115,9 @@ def _conversations(
 
 
 def _prompt(task: Task, seed: int) -> dict[str, Any]:
+    """The task, for a policy that learns from its own answers to it."""
     origin = {"method": "program", "seed": seed, "parents": [], "task": task.kind}
-    return {"prompt": task.prompt, "origin": origin}
+    return asdict(task) | {"origin": origin}
 
 
 def _repurposed(

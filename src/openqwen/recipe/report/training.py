@@ -35,6 +35,7 @@ class StageCurves:
     empty: int
     curves: list[Curve]
     experts: dict[str, Any] | None
+    samples: list[dict[str, Any]]
 
 
 # (field, title, reference level, fixed bounds); a stage shows the fields that its metrics have.
@@ -43,7 +44,16 @@ _EXTRAS: tuple[tuple[str, str, tuple[float, str] | None, tuple[float, float] | N
     ("accuracy", "Accuracy (chosen above rejected)", (0.5, "chance"), (0.0, 1.0)),
     ("margin", "Margin (chosen − rejected)", (0.0, ""), None),
     ("reward", "Reward of its own answers", None, None),
+    ("win_rate", "Win rate over the reference's answers", (0.5, "even"), (0.0, 1.0)),
+    ("kl", "Divergence from the reference, per token", None, None),
+    ("entropy", "Entropy of its answers, per token", None, None),
     ("length", "Length of its answers, tokens", None, None),
+    ("truncated", "Answers cut off by max_tokens", None, (0.0, 1.0)),
+    ("clip_share", "Tokens with a clipped ratio", None, (0.0, 1.0)),
+    ("importance", "Correction for the sampler", (1.0, "none"), None),
+    ("without_variance", "Prompts whose answers have one reward", None, (0.0, 1.0)),
+    ("refilled", "Prompts replaced by others", None, (0.0, 1.0)),
+    ("bad_rewards", "Answers without a reward", None, None),
     ("next_token_loss", "Loss without the balance", None, None),
     ("balance", "Balance of the experts", None, None),
     ("load_entropy", "Entropy of the experts' load, of an even one", (1.0, "even"), None),
@@ -78,7 +88,11 @@ def _stage_curves(stage: FinishedStage, records: list[dict[str, Any]]) -> StageC
         charts.append(Curve("Learning rate", f"peak {scientific(np.nanmax(rate))}", chart))
     total, speed = throughput(records)
     experts = stage.json("experts.json")
-    return StageCurves(stage, len(records), total, speed, int((~learnt).sum()), charts, experts)
+    samples = stage.jsonl("samples.jsonl")
+    ends = {line["step"] for line in (samples[:1] + samples[-1:])}
+    shown = [line for line in samples if line["step"] in ends]
+    empty = int((~learnt).sum())
+    return StageCurves(stage, len(records), total, speed, empty, charts, experts, shown)
 
 
 def _curve(
