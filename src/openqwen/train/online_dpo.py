@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from openqwen.engine import Output, Sampling
+from openqwen.engine.score import score_sequences
 from openqwen.model import load_model, load_scorer
 from openqwen.support.batching import cut_to_budget
 from openqwen.support.device import best_device
@@ -40,7 +41,6 @@ from openqwen.train.order import Epochs
 from openqwen.train.packing import MicroBatchConfig
 from openqwen.train.parallel import join
 from openqwen.train.preferences import COMPARED, PreferenceGroup
-from openqwen.train.reward import score_sequences
 from openqwen.train.rollouts import RolloutGroup, Rollouts, policy_engine
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 
