@@ -2,20 +2,25 @@
 
 import json
 import math
+import os
+import subprocess
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from openqwen.engine.score import RewardModel, criteria_scores
 from openqwen.model import ModelConfig, Packed, Qwen2, Scorer, initialize, save_checkpoint
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
+from openqwen.tokenizer.answers import encode_answer
 from openqwen.train import losses
 from openqwen.train.comparisons import ComparedAnswers, Comparison, Comparisons, judgements
-from openqwen.train.reward import RewardConfig, ScoredAnswers
+from openqwen.train.reward import RewardConfig, ScoredAnswers, reward
 from openqwen.train.trainer import Place
 
 CRITERIA = {"truthfulness": 1.0, "conciseness": 0.5, "harmlessness": 2.0}
@@ -65,6 +70,32 @@ def test_pairs_with_margins_are_the_closed_form_in_float64():
     gap = (chosen - rejected - margins).detach()
     assert_close(chosen.grad, torch.sigmoid(gap) - 1 + 0.5 * (chosen + rejected).detach())
     assert loss.extras["accuracy"] == sum(c > r for c, r in zip(chosen.tolist(), rejected.tolist()))
+
+
+@pytest.mark.skipif("OPENQWEN_TRL" not in os.environ, reason="no Python with TRL is named")
+@pytest.mark.parametrize("center", [None, 0.01])
+@pytest.mark.parametrize("with_margins", [False, True])
+def test_loss_and_gradient_equal_trls_in_float64(with_margins, center):
+    """OPENQWEN_TRL: the Python of an environment with trl 1.16."""
+    chosen, rejected = doubles(9), doubles(9, seed=1)
+    margins = doubles(9, seed=2).detach().abs() if with_margins else None
+    given = {"chosen": chosen.tolist(), "rejected": rejected.tolist(), "center": center}
+    given["margins"] = margins.tolist() if with_margins else None
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [os.environ["OPENQWEN_TRL"], Path(__file__).with_name("trl_reward.py")]
+    done = subprocess.run(
+        command, input=json.dumps(given), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    loss = losses.reward(chosen, rejected, 0.0 if margins is None else margins, None, center or 0.0)
+    mean = loss.sum / loss.count
+    mean.backward()
+    assert mean.item() == pytest.approx(theirs["loss"], abs=1e-12)
+    gradient = torch.cat([chosen.grad, rejected.grad])
+    assert gradient.tolist() == pytest.approx(theirs["gradient"], abs=1e-12)
+    for name in ("accuracy", "margin"):
+        assert loss.extras[name] / loss.count == pytest.approx(theirs["metrics"][name], abs=1e-6)
 
 
 @pytest.mark.parametrize("good", [1, 2, 5])
@@ -240,3 +271,43 @@ def test_nothing_to_compare(start, tmp_path):
     lists = {"chosen": ["one good", "two good"], "rejected": ["one bad", "two bad"]}
     with pytest.raises(OpenQwenError, match="do not begin alike"):
         read([lists], start, tmp_path)
+
+
+def test_criteria_that_contradict_each_other_are_learned_apart(start, tmp_path):
+    """One head prefers what the other rejects; the reward is their weighted sum."""
+    words = ("one", "two", "three")
+    records = [
+        {
+            "prompt": f"{a} {b}",
+            "chosen": "good " + c,
+            "rejected": "bad " + c,
+            "criteria": {"helpfulness": 1, "conciseness": -1, "overall": 0},
+        }
+        for a, b, c in product(words, words, words)
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    train = {"learning_rate": 5e-3}
+    config = RewardConfig(
+        criteria={"helpfulness": 1.0, "conciseness": 3.0}, epochs=12, batch=9, train=train
+    )
+    place = Place(tmp_path / "out", tmp_path / "scratch", seed=1, label="reward")
+    metrics = reward(config, start[0], path, start[1], place)
+    assert metrics["accuracy"] == 1.0
+    model = RewardModel.load(tmp_path / "out")
+    talks = [
+        [{"role": "user", "content": "two one"}, {"role": "assistant", "content": text}]
+        for text in ("good two", "bad two")
+    ]
+    ids = [encode_answer(model.tokenizer, talk[:-1], talk[-1])[0] for talk in talks]
+    good, bad = criteria_scores(model.scorer, ids).tolist()
+    assert good[0] > bad[0]
+    assert good[1] < bad[1]
+    assert model.score(talks) == pytest.approx([x + 3 * y for x, y in (good, bad)], rel=1e-4)
+    assert model.score(talks)[0] < model.score(talks)[1]
+
+
+def test_overall_is_no_criterion(start, tmp_path):
+    place = Place(tmp_path / "out", tmp_path / "scratch", seed=1, label="reward")
+    with pytest.raises(OpenQwenError, match="'overall' is no criterion"):
+        reward(RewardConfig(criteria={"overall": 1.0}), start[0], tmp_path, start[1], place)
