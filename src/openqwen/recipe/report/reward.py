@@ -56,7 +56,7 @@ def _chart(
         title,
         _HEIGHT,
         bottom,
-        y_ticks=[(up(value), percent(value, 0)) for value in ticks(0.0, 1.0)],
+        y_ticks=[(up(value), percent(value, 0)) for value in ticks(0.0, 1.0, 5)],
         x_rows=x_rows,
         reference=None if diagonal else (up(0.5), "chance"),
         curves=[(style, curve) for style, curve in curves.items() if curve],
