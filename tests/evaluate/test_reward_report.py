@@ -55,7 +55,7 @@ def alone(model, *turns):
     one = Packed.from_lengths([len(ids)])
     with torch.inference_mode():
         scores = model.scorer(ids, one.positions, one, torch.tensor([len(ids) - 1]))[0]
-    return dict(zip(model.criteria, scores.tolist()))
+    return dict(zip(model.scorer.criteria, scores.tolist()))
 
 
 def reward_of(model, *turns):
@@ -111,7 +111,6 @@ def test_an_answer_beyond_the_window_has_no_score(model):
         None,
     ]
     assert reward_report([found])["pair_accuracy_n"] == 1
-    assert "list_accuracy" not in reward_report([found])
 
 
 def test_records_without_an_answer_are_refused(model):
@@ -127,7 +126,7 @@ def test_a_score_that_is_no_number_names_its_record(plain):
     with torch.no_grad():
         weight.fill_(math.nan)
     try:
-        with pytest.raises(OpenQwenError, match=r"score is nan.*\n.*record 1"):
+        with pytest.raises(OpenQwenError, match=r"not finite.*\n.*record 1 to record 5"):
             list(score_records(broken, as_records(RECORDS)))
     finally:
         with torch.no_grad():
@@ -150,6 +149,13 @@ def test_accuracy_by_task_and_length_by_hand():
     report = reward_report(records)
     assert (report["pair_accuracy"], report["pair_accuracy_n"]) == (2.5 / 4, 4)
     assert report["list_accuracy"] == 2.5 / 4
+    lists = [
+        scored("a", ["b", "c"], 0.0) | {"reward_chosen": 1.0, "reward_rejected": r}
+        for r in ([0.0, 2.0], [0.0, 0.5])
+    ]
+    lists[1]["prompt"] = "q"
+    assert reward_report(lists)["list_accuracy"] == 0.5
+    assert reward_report(lists)["pair_accuracy"] == 0.75
     tasks = report["pair_accuracy_by_task"]
     assert [(tasks[name]["accuracy"], tasks[name]["n"]) for name in ("long", "short")] == [
         (1.0, 2),
@@ -205,7 +211,7 @@ def test_the_verb_scores_a_file(folder, model, tmp_path, monkeypatch, capsys):
     found = [json.loads(line) for line in (tmp_path / "mixed.scored.jsonl").open(encoding="utf-8")]
     assert found == list(score_records(model, as_records(RECORDS)))
     printed = capsys.readouterr().out
-    for text in ("5 records in mixed.scored.jsonl", "ranked right", "chat", "the longer answer"):
+    for text in ("5 records in mixed.scored.jsonl", "all pairs", "chat", "the longer answer"):
         assert text in printed
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert cli.main(["reward", "score", str(file), "--model", str(folder)]) == 1

@@ -84,11 +84,6 @@ class RewardModel:
         """Read a reward model (see `load_scorer`) onto the best device."""
         return cls(load_scorer(source, device=best_device()), load_tokenizer(source))
 
-    @property
-    def criteria(self) -> list[str]:
-        """The names of the criteria."""
-        return list(self.scorer.criteria)
-
     def score(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
         """The reward of each conversation, which ends with an assistant's answer."""
         talks = [[dict(message) for message in messages] for messages in conversations]

@@ -19,10 +19,10 @@ _BINS = 6  # of equally many pairs, in the calibration curve and by length
 
 
 class ScoredPair(NamedTuple):
-    """A chosen and a rejected answer, or two that are compared by a criterion.
+    """Two answers of which one is better by a criterion.
 
-    gap: score of the better one − score of the other. longer: the same of their lengths, in
-    characters. kind: the pair's task or RewardBench's subset.
+    prompt: its digest. kind: the task, or RewardBench's subset. gap: score of the better answer −
+    score of the other. longer: the same of their lengths, in characters.
     """
 
     prompt: str
@@ -40,53 +40,46 @@ class ScoredPair(NamedTuple):
 def reward_report(records: Iterable[Record]) -> dict[str, Any]:
     """Statistics of scored preferences (see `score_records`); empty where there is no pair.
 
+    Rows are {"accuracy", "low", "high", "n"}: the share of n pairs that are ranked right, where a
+    tie counts half, and its 95 % interval, which takes account of pairs that share a prompt.
+
     Returns:
-        pair_accuracy: share of pairs whose chosen answer scores higher; a tie counts half.
-            pair_accuracy_low, pair_accuracy_high: its 95 % interval, which takes account of pairs
-            that share a prompt. pair_accuracy_n: how many pairs.
-        list_accuracy: share of records whose highest score is a chosen answer's.
-        pair_accuracy_by_task, by_criterion: name -> {"accuracy", "low", "high", "n"}.
-        calibration: {"predicted", "accuracy", "low", "high", "n"} of pairs by the probability
-            σ(|gap|) that the model gives to its own ranking. calibration_error: the mean of
-            |predicted − accuracy|.
-        by_length: {"from", "to", "accuracy", "low", "high", "n"} of pairs by how many characters
-            the chosen answer is longer than the rejected one.
+        pair_accuracy, pair_accuracy_low, _high, _n: the row of all pairs.
+        list_accuracy: the share of prompts of which all pairs are ranked right.
+        pair_accuracy_by_task, by_criterion: name -> row.
+        calibration: rows by "predicted", the probability σ(|gap|) that the model gives to its own
+            ranking. calibration_error: the mean of |predicted − accuracy|.
+        by_length: rows by how many characters the chosen answer is longer, "from" and "to".
         prefers_longer, chosen_longer: of the pairs whose lengths differ, the share whose longer
             answer scores higher, and the share whose longer answer is the chosen one.
     """
-    every: list[ScoredPair] = []
-    best: list[float] = []
-    for record in records:
-        if REWARD + SIDES[0] not in record:  # a conversation
-            continue
-        every += scored_pairs(record)
-        best += _best_is_chosen(record)
+    every = [pair for record in records for pair in scored_pairs(record)]
     pairs = [pair for pair in every if pair.criterion == OVERALL]
     if not pairs:
         return {}
-    total = _accuracy(pairs)
+    total = _row(pairs)
     report: dict[str, Any] = {"pair_accuracy": total.pop("accuracy")}
     report |= {f"pair_accuracy_{name}": value for name, value in total.items()}
-    if best:
-        report["list_accuracy"] = mean(best)
-    report["pair_accuracy_by_task"] = _by(pairs, lambda pair: pair.kind)
-    named = [pair for pair in every if pair.criterion != OVERALL]
-    report["by_criterion"] = _by(named, lambda pair: pair.criterion)
+    lists = _groups(pairs, lambda pair: pair.prompt).values()
+    report["list_accuracy"] = mean(min(pair.right for pair in group) for group in lists)
+    kinds = _groups(pairs, lambda pair: pair.kind)
+    report["pair_accuracy_by_task"] = {name: _row(group) for name, group in kinds.items()}
+    named = _groups([p for p in every if p.criterion != OVERALL], lambda pair: pair.criterion)
+    report["by_criterion"] = {name: _row(group) for name, group in named.items()}
 
     bins = []
     for part in _bins(pairs, lambda pair: abs(pair.gap)):
         predicted = mean(1 / (1 + math.exp(-abs(pair.gap))) for pair in part)
-        bins.append({"predicted": predicted, **_accuracy(part)})
+        bins.append({"predicted": predicted, **_row(part)})
     report["calibration"] = bins
     error = sum(b["n"] * abs(b["predicted"] - b["accuracy"]) for b in bins)
     report["calibration_error"] = error / len(pairs)
 
-    by_length = _bins(pairs, lambda pair: pair.longer)
+    parts = _bins(pairs, lambda pair: pair.longer)
     report["by_length"] = [
-        {"from": part[0].longer, "to": part[-1].longer, **_accuracy(part)} for part in by_length
+        {"from": part[0].longer, "to": part[-1].longer, **_row(part)} for part in parts
     ]
-    unequal = [pair for pair in pairs if pair.longer]
-    if unequal:
+    if unequal := [pair for pair in pairs if pair.longer]:
         agreed = [pair.right if pair.longer > 0 else 1 - pair.right for pair in unequal]
         report["prefers_longer"] = mean(agreed)
         report["chosen_longer"] = mean(float(pair.longer > 0) for pair in unequal)
@@ -94,57 +87,44 @@ def reward_report(records: Iterable[Record]) -> dict[str, Any]:
 
 
 def scored_pairs(record: Record) -> list[ScoredPair]:
-    """The comparisons of a scored preference, of all answers that have a score."""
+    """The pairs of a scored preference, of all answers that have a score."""
+    if REWARD + SIDES[0] not in record:  # a conversation
+        return []
     answers, origin = answer_sides(record), record.get("origin") or {}
     kind = str(record.get("subset") or origin.get("task") or "other")
     prompt = hashlib.sha256(str(answers.prompt).encode()).hexdigest()[:16]
     criteria = list(record.get("criteria") or {})
     said = judgements(record, criteria, "a scored record")
-    sides = [
-        [(scores, len(message["content"])) for scores, message in zip(_scores(record, end), side)]
-        for end, side in zip(SIDES, (answers.chosen, answers.rejected))
-    ]
+    sides = []
+    for end, side in zip(SIDES, (answers.chosen, answers.rejected)):
+        given, named = rewards(record, end), record.get(BY_CRITERION + end) or {}
+        named = named if isinstance(named, list) else [named] * len(given)
+        lengths = [len(message["content"]) for message in side]
+        sides.append([answer for answer in zip(given, named, lengths) if answer[0] is not None])
     pairs = []
-    for pair in product(*sides):
-        for criterion, better, _ in said if all(scores for scores, _ in pair) else ():
-            name = OVERALL if criterion < 0 else criteria[criterion]
-            (good, good_length), (bad, bad_length) = pair[better], pair[1 - better]
-            gap = good.get(name, good[OVERALL]) - bad.get(name, bad[OVERALL])
-            pairs.append(ScoredPair(prompt, kind, name, gap, good_length - bad_length))
+    for pair, (criterion, better, _) in product(product(*sides), said):
+        name = OVERALL if criterion < 0 else criteria[criterion]
+        (good, good_by, good_length), (bad, bad_by, bad_length) = pair[better], pair[1 - better]
+        gap = good_by.get(name, good) - bad_by.get(name, bad)
+        pairs.append(ScoredPair(prompt, kind, name, gap, good_length - bad_length))
     return pairs
 
 
-def _scores(record: Record, end: str) -> list[dict[str, float]]:
-    """The scores of each answer of a side by criterion, empty for one without scores."""
-    given = rewards(record, end)
-    named = record.get(BY_CRITERION + end) or {}
-    named = named if isinstance(named, list) else [named] * len(given)
-    return [{} if x is None else {**by, OVERALL: x} for x, by in zip(given, named)]
-
-
-def _best_is_chosen(record: Record) -> list[float]:
-    """[1] where a chosen answer has the highest score, [0.5] for a tie, [] without all scores."""
-    chosen, rejected = (
-        [-math.inf if x is None else x for x in rewards(record, end)] for end in SIDES
-    )
-    if -math.inf in [*chosen, *rejected]:
-        return []
-    return [0.5 if max(chosen) == max(rejected) else float(max(chosen) > max(rejected))]
-
-
-def _accuracy(pairs: Sequence[ScoredPair]) -> dict[str, float]:
-    """The share of pairs that are ranked right, with the wider one of two intervals at each end."""
+def _row(pairs: Sequence[ScoredPair]) -> dict[str, float]:
+    """The share that is ranked right, with the wider one of two intervals at each end."""
     right = [pair.right for pair in pairs]
     prompts = [pair.prompt for pair in pairs]
     lows, highs = zip(wilson_interval(sum(right), len(right)), grouped_interval(right, prompts))
     return {"accuracy": mean(right), "low": min(lows), "high": max(highs), "n": len(right)}
 
 
-def _by(
+def _groups(
     pairs: Sequence[ScoredPair], name: Callable[[ScoredPair], str]
-) -> dict[str, dict[str, float]]:
-    names = sorted({name(pair) for pair in pairs})
-    return {each: _accuracy([pair for pair in pairs if name(pair) == each]) for each in names}
+) -> dict[str, list[ScoredPair]]:
+    groups: dict[str, list[ScoredPair]] = {}
+    for pair in sorted(pairs, key=name):
+        groups.setdefault(name(pair), []).append(pair)
+    return groups
 
 
 def _bins(

@@ -1,8 +1,6 @@
 """Records with a reward model's scores: conversations, preferences, and lists of answers."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from openqwen.engine.score import RewardModel, criteria_scores
@@ -15,20 +13,11 @@ from openqwen.train.conversations import encode_sides
 REWARD, BY_CRITERION = "reward", "reward_by_criterion"  # fields of a scored record
 SIDES = ("_chosen", "_rejected")  # what the fields of a preference end with
 _PREFERENCE = ("chosen", "rejected", "rejected_response", "rejected_messages")
-_BATCH = 8_192  # tokens that are collected before they are scored
-
-
-@dataclass
-class _Encoded:
-    """A record with the ids of its answers. sides: the end of a field's name -> its answers."""
-
-    record: Record
-    where: str
-    sides: dict[str, list[list[int]]]
+_Encoded = dict[str, list[list[int]]]  # the end of a field's name -> the ids of its answers
 
 
 def score_records(
-    model: RewardModel, records: Iterable[tuple[str, Record]], batch_tokens: int = _BATCH
+    model: RewardModel, records: Iterable[tuple[str, Record]], batch_tokens: int = 8_192
 ) -> Iterator[Record]:
     """Yield each record with the scores of its answers, in order.
 
@@ -44,25 +33,25 @@ def score_records(
     Raises:
         OpenQwenError: a record has no answer to score, or a score is not finite.
     """
-    waiting: list[_Encoded] = []
+    batch: list[tuple[str, Record, _Encoded]] = []
     tokens = 0
     for where, record in records:
-        encoded = _Encoded(record, where, _encode(model, record, where))
-        waiting.append(encoded)
-        tokens += sum(len(ids) for answers in encoded.sides.values() for ids in answers)
+        sides = _encode(model, record, where)
+        batch.append((where, record, sides))
+        tokens += sum(len(ids) for answers in sides.values() for ids in answers)
         if tokens >= batch_tokens:
-            yield from _scored(model, waiting, batch_tokens)
-            waiting, tokens = [], 0
-    yield from _scored(model, waiting, batch_tokens)
+            yield from _score(model, batch, batch_tokens)
+            batch, tokens = [], 0
+    yield from _score(model, batch, batch_tokens)
 
 
 def rewards(record: Record, end: str = "") -> list[float | None]:
-    """The rewards of a scored record's answers. end: "_chosen" or "_rejected" for a side."""
+    """The rewards of a scored record's answers. end: one of `SIDES` for a preference."""
     value = record[REWARD + end]
     return value if isinstance(value, list) else [value]
 
 
-def _encode(model: RewardModel, record: Record, where: str) -> dict[str, list[list[int]]]:
+def _encode(model: RewardModel, record: Record, where: str) -> _Encoded:
     if any(record.get(name) is not None for name in _PREFERENCE):
         sides = zip(SIDES, encode_sides(model.tokenizer, record, where))
         return {end: [list(ids) for ids, _ in samples] for end, samples in sides}
@@ -74,26 +63,27 @@ def _encode(model: RewardModel, record: Record, where: str) -> dict[str, list[li
         return {"": [encode_answer(model.tokenizer, messages[:-1], messages[-1], tools)[0]]}
 
 
-def _scored(model: RewardModel, batch: list[_Encoded], batch_tokens: int) -> Iterator[Record]:
+def _score(
+    model: RewardModel, batch: list[tuple[str, Record, _Encoded]], batch_tokens: int
+) -> Iterator[Record]:
     longest = model.scorer.config.max_position_embeddings
-    every = [ids for each in batch for answers in each.sides.values() for ids in answers]
+    every = [ids for _, _, sides in batch for answers in sides.values() for ids in answers]
     fitting = [ids for ids in every if len(ids) <= longest]
     scores_BC = criteria_scores(model.scorer, fitting, batch_tokens)
+    if not scores_BC.isfinite().all():
+        where = f"{batch[0][0]} to {batch[-1][0]}"
+        raise OpenQwenError("The reward model gives scores that are not finite.", where)
     rows = iter(zip(model.scorer.reward(scores_BC).tolist(), scores_BC.tolist()))
-    for each in batch:
-        record = dict(each.record)
-        for end, answers in each.sides.items():
+    for _, given, sides in batch:
+        record = dict(given)
+        for end, answers in sides.items():
             found = [next(rows) if len(ids) <= longest else (None, []) for ids in answers]
-            for reward, _ in found:
-                if reward is not None and not math.isfinite(reward):
-                    what = f"The reward model's score is {reward}."
-                    raise OpenQwenError(what, each.where, "look at the reward model's training")
-            rewards: list[Any] = [reward for reward, _ in found]
-            named: list[Any] = [dict(zip(model.criteria, scores)) for _, scores in found]
+            values: list[Any] = [reward for reward, _ in found]
+            named: list[Any] = [dict(zip(model.scorer.criteria, scores)) for _, scores in found]
             # A side is a list of answers if the record's own is; see `answer_sides`.
             side = record.get(end.removeprefix("_"))
             several = isinstance(side, list) and not isinstance(side[0], Mapping)
-            record[REWARD + end] = rewards if several else rewards[0]
-            if len(model.criteria) > 1:
+            record[REWARD + end] = values if several else values[0]
+            if len(model.scorer.criteria) > 1:
                 record[BY_CRITERION + end] = named if several else named[0]
         yield record

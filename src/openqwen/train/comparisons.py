@@ -31,16 +31,12 @@ OVERALL = "overall"
 _WORDS = {"chosen": 1, "rejected": -1, "tie": 0}
 
 
-class Judgement(NamedTuple):
-    """Which side of a pair is better. criterion: its number; −1: the reward. better: the side."""
-
-    criterion: int
-    better: int
-    margin: float
+# The number of a criterion (−1: the reward), the side of a pair that is better by it, the margin.
+Judgement = tuple[int, int, float]
 
 
 class Comparison(NamedTuple):
-    """Two answers, by their numbers, of which the first is better by a criterion."""
+    """Two answers, by their numbers, of which the first is better by a criterion (−1: reward)."""
 
     chosen: int
     rejected: int
@@ -56,10 +52,7 @@ class ComparedAnswers(PreferenceGroup):
 
 
 def judgements(record: Record, criteria: Collection[str], where: str) -> list[Judgement]:
-    """What a record says about the two sides of its pairs.
-
-    criteria: the names of the criteria; without any, the record's own are not read.
-    """
+    """What a record says about its sides. Without names of criteria its own are not read."""
     given = record.get("criteria") or {}
     margins = record.get("margin") or {}
     if not isinstance(given, Mapping):
@@ -75,7 +68,7 @@ def judgements(record: Record, criteria: Collection[str], where: str) -> list[Ju
         sign = _number(_WORDS.get(str(value), value), f"{where}, criteria.{name}")
         margin = _number(margins.get(name, 0), f"{where}, margin of {name}")
         if sign and name in numbers:
-            found.append(Judgement(numbers[name], int(sign < 0), margin))
+            found.append((numbers[name], int(sign < 0), margin))
     return found
 
 
@@ -104,16 +97,9 @@ class Comparisons(Preferences):
         window: int,
         place: Place,
     ) -> "Comparisons":
-        """The comparisons of a source (see `read_records`) whose answers fit.
+        """The comparisons of a source whose answers fit; see `Preferences.read`.
 
-        Args:
-            criteria: the names of the reward model's criteria; without any, records are compared
-                as a whole.
-            window: the most tokens that the network reads; `config.max_length` is the other limit.
-            place: the samples are cached in its `scratch`.
-
-        Raises:
-            OpenQwenError: a record cannot be read, or no record is left.
+        criteria: the names of the reward model's criteria; see `judgements`.
         """
 
         def encode(record: Record, where: str, counts: Counter[str]) -> Sequence[Sample]:
