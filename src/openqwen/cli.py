@@ -26,6 +26,7 @@ RECIPE_VERBS = {
     "convert": "Convert a checkpoint: folder, .gguf file or hub id to folder or .gguf file.",
     "quantize": "Store weights in 8 or 4 bits, for a CPU.",
     "report": "Write the HTML report of a run folder.",
+    "reward score": "Score the answers of a file with a reward model.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
     "plan": "Estimate memory, speed and time of each training stage on given devices.",
     "sandbox": "Run a program that nobody trusts, or try this machine's sandbox.",
@@ -38,6 +39,7 @@ _FUNCTIONS = {
     "quantize": "openqwen.train.quantize",
     "preview": "openqwen.train.preview",
     "plan": "openqwen.recipe.plan_devices",
+    "reward score": "openqwen.evaluate.score_file",
     "sandbox": "openqwen.sandbox.command",
     "verify": "openqwen.recipe.verify",
 }
@@ -73,6 +75,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if verb in _GROUPS:
         verb, rest = _method(verb, rest)
+    if " ".join(arguments[:2]) in _FUNCTIONS:  # a verb of two words
+        verb, rest = " ".join(arguments[:2]), arguments[2:]
     if verb in ("--help", "-h", "help"):
         print(_overview())
     elif verb == "--version":
@@ -134,10 +138,11 @@ def _call(verb: str, arguments: Sequence[str]) -> None:
     """Parse the command line into the arguments of the verb's function, and call it."""
     import tyro
 
-    function = getattr(importlib.import_module(_FUNCTIONS[verb]), verb)
+    function = getattr(importlib.import_module(_FUNCTIONS[verb]), verb.replace(" ", "_"))
     flag = {"chat": "--model", "plan": "--recipe"}.get(verb)
     args = _without_flag(arguments, flag) if flag else list(arguments)
-    if tyro.cli(function, args=args, prog=command(verb), description=RECIPE_VERBS[verb]) is False:
+    prog, about = command(*verb.split()), RECIPE_VERBS[verb]
+    if tyro.cli(function, args=args, prog=prog, description=about) is False:
         do = "see the line marked ✗; report it with the model and the data"
         raise OpenQwenError("A proof does not hold.", do=do)
 

@@ -21,6 +21,7 @@ from checkpoint_folders import (
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
@@ -155,6 +156,41 @@ def test_a_scorer_comes_back(tmp_path):
         ["Qwen2ForSequenceClassification"],
         60,
     )
+
+
+@pytest.mark.parametrize(
+    "criteria", [None, {"truthfulness": 1.0, "conciseness": 0.25, "debiasing": 1.0}]
+)
+def test_a_reward_model_scores_alike_in_transformers(tmp_path, criteria):
+    scorer = Scorer(ModelConfig(**SIZES), criteria)
+    initialize(scorer, torch.Generator().manual_seed(0))
+    save_checkpoint(scorer, NoTokenizer(), tmp_path)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
+    names = list(criteria or {"reward": 1.0})
+    assert [theirs.config.id2label[number] for number in range(len(names))] == names
+    tokens = torch.randint(1, 50, (9,), generator=torch.Generator().manual_seed(4))
+    packed = Packed.from_lengths([9])
+    mine = load_scorer(tmp_path)
+    assert mine.criteria == (criteria or {"reward": 1.0})
+    with torch.no_grad():
+        scores = mine(tokens, packed.positions, packed, torch.tensor([8]))
+        torch.testing.assert_close(scores, theirs(tokens[None]).logits, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "again")  # the weights of criteria survive transformers
+    assert load_scorer(tmp_path / "again").criteria == mine.criteria
+
+
+def test_a_classifier_without_names_has_labels_of_weight_one(tmp_path):
+    scorer = Scorer(ModelConfig(**SIZES), {"a": 2.0, "b": 3.0})
+    initialize(scorer, torch.Generator().manual_seed(0))
+    save_checkpoint(scorer, NoTokenizer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("id2label", "label2id", "reward_weights"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_scorer(tmp_path).criteria == {"LABEL_0": 1.0, "LABEL_1": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"reward_weights": {"LABEL_0": []}}))
+    with pytest.raises(OpenQwenError, match="give a number for each label"):
+        load_scorer(tmp_path)
 
 
 def saved(folder, model, **options):

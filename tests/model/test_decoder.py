@@ -130,12 +130,16 @@ def test_paged_equals_packed_however_the_tokens_are_fed():
 
 def test_scorer_equals_transformers_sequence_classification():
     model = make(64, 4, 2, True)
-    scorer = Scorer(model.config)
+    scorer = Scorer(model.config, {"truthfulness": 1.0, "conciseness": 0.5, "relevance": 1.0})
     scorer.model.load_state_dict(model.model.state_dict())
-    config = transformers.Qwen2Config(**scorer.config.to_json(), num_labels=1, pad_token_id=0)
+    config = transformers.Qwen2Config(**scorer.config.to_json(), num_labels=3, pad_token_id=0)
     theirs = transformers.Qwen2ForSequenceClassification(config)
     theirs.load_state_dict(scorer.state_dict())
     tokens = torch.randint(1, 128, (12,), generator=torch.Generator().manual_seed(4))
     packed = Packed.from_lengths([12])
     mine = scorer(tokens, packed.positions, packed, torch.tensor([11]))
-    assert_close(mine, theirs.eval()(tokens[None]).logits[0], rtol=1e-4, atol=1e-5)
+    expected = theirs.eval()(tokens[None]).logits
+    assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+    assert_close(
+        scorer.reward(mine), expected @ torch.tensor([1.0, 0.5, 1.0]), rtol=1e-4, atol=1e-5
+    )

@@ -57,6 +57,7 @@ SECTIONS = (
     "lineage",
     "scores",
     "tasks",
+    "reward",
     "samples",
     "training",
     "corpus",
@@ -177,6 +178,26 @@ def interval(key: str, value: float, low: float, high: float) -> dict:
     return {key: value, f"{key}_low": low, f"{key}_high": high}
 
 
+def reward_bins() -> dict:
+    """What `evaluate.reward_report` says of 212 test pairs."""
+
+    def row(accuracy: float) -> dict:
+        return {"accuracy": accuracy, "low": accuracy - 0.15, "high": accuracy + 0.12, "n": 35}
+
+    predicted = (0.52, 0.56, 0.62, 0.7, 0.81, 0.94)
+    ends = ((-140, -41), (-40, -12), (-11, -1), (0, 9), (10, 44), (45, 210))
+    return {
+        "test_calibration": [{"predicted": p, **row(0.9 * p + 0.02)} for p in predicted],
+        "test_calibration_error": 0.047,
+        "test_by_length": [
+            {"from": low, "to": high, **row(0.55 + 0.06 * n)} for n, (low, high) in enumerate(ends)
+        ],
+        "test_prefers_longer": 0.64,
+        "test_chosen_longer": 0.52,
+        "test_by_criterion": {"truthfulness": row(0.81), "conciseness": row(0.72)},
+    }
+
+
 def scores(name: str) -> dict:
     if name == "reward":
         by_task = {
@@ -185,7 +206,8 @@ def scores(name: str) -> dict:
         whole = interval("test_pair_accuracy", 0.783, 0.722, 0.833) | interval(
             "test_near_accuracy", 0.612, 0.54, 0.68
         )
-        return whole | {"test_pair_accuracy_n": 212, "pair_accuracy_by_task": by_task}
+        whole |= {"test_pair_accuracy_n": 212, "pair_accuracy_by_task": by_task}
+        return whole | reward_bins()
     bits, accuracy = RESULTS[name]
     reached = {
         task: min(1.0, max(c * 0.9, accuracy + 0.1 * i - 0.2))

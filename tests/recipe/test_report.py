@@ -73,6 +73,22 @@ def test_an_online_stage_shows_its_curves_and_its_first_and_last_answers(page):
     assert "in episode 30" not in shown
 
 
+def test_the_reward_models_section(source, tmp_path):
+    section = source[source.index('<section id="reward">') :]
+    section = section[: section.index("</section>")]
+    shown = re.sub(r"\s+", " ", Page(section).text)
+    assert "mean error 4.7 %" in shown
+    assert "prefers the longer answer in 64 % of the pairs; the chosen one is longer in 52" in shown
+    assert "truthfulness3581.0 %66 % to 93 %" in shown
+    assert "-140" in shown
+    assert section.count("<svg") == 2
+    assert section.count('<line class="axis"') == 2 * (6 + 1)  # an interval a bin, and the axis
+    folder = build_run(tmp_path / "tiny")
+    older = {key: value for key, value in scores("reward").items() if "calib" not in key}
+    dump(folder / "evaluate-reward/scores.json", older)  # of an earlier version
+    assert 'id="reward"' not in write_report(folder).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("gain", "good"), [(0.05, False), (0.08, True)])
 def test_being_surer_alone_is_no_gain(tmp_path, gain, good):
     """At temperature 1 a stage must gain more than cooler sampling does."""

@@ -171,16 +171,15 @@ def test_tokenize_and_back(server):
     assert server.http.post("/tokenize", json={"prompt": template}).json()["tokens"] == ids
 
 
-def test_scores_are_the_reward_models(server, reward, tokenizer):
-    from openqwen.model import load_scorer
-    from openqwen.train.reward import score
+def test_scores_are_the_reward_models(server, reward):
+    from openqwen.engine.score import RewardModel
 
     talks = [
         [{"role": "user", "content": "a?"}, {"role": "assistant", "content": text}]
         for text in ("yes", "no, never")
     ]
     answer = server.http.post("/score", json={"conversations": talks}).json()
-    expected = score(load_scorer(reward), tokenizer, talks)
+    expected = RewardModel.load(reward).score(talks)
     assert [entry["score"] for entry in answer["data"]] == pytest.approx(expected, abs=1e-4)
 
 

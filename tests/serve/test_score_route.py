@@ -5,9 +5,12 @@ import shutil
 
 import pytest
 import torch
+from serving import save
 from transformers import AutoTokenizer
 
-from openqwen.model import Packed, load_scorer
+from openqwen.engine.score import RewardModel, criteria_scores
+from openqwen.model import Packed, Scorer, load_scorer
+from openqwen.tokenizer.answers import encode_answer
 
 CHATML = None  # the checkpoint's own
 OTHER = (
@@ -46,3 +49,20 @@ def test_the_last_token_ends_the_turn(start, tiny, reward, tmp_path, template, e
         count += len(ids)
     assert answer["usage"]["prompt_tokens"] == count
     assert [row["score"] for row in answer["data"]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_several_criteria_are_told_and_scored_as_offline(start, tiny, tokenizer, tmp_path):
+    weights = {"truthfulness": 1.0, "conciseness": -0.5}
+    folder = save(lambda config: Scorer(config, weights), tmp_path / "reward", tokenizer, 2)
+    server = start(tiny, "--reward", folder)
+    talks = [TALK, TALK[:3]] * 12  # more tokens than are scored in one call
+    answer = server.http.post("/score", json={"conversations": talks}).json()
+    model = RewardModel.load(folder)
+    ids = [encode_answer(model.tokenizer, talk[:-1], talk[-1])[0] for talk in talks]
+    rows = zip(answer["data"], criteria_scores(model.scorer, ids).tolist(), model.score(talks))
+    for entry, by_criterion, reward in rows:
+        assert list(entry["criteria"]) == list(weights)
+        assert list(entry["criteria"].values()) == pytest.approx(by_criterion, abs=1e-4)
+        assert entry["score"] == pytest.approx(reward, abs=1e-4)
+        told = sum(weights[name] * value for name, value in entry["criteria"].items())
+        assert entry["score"] == pytest.approx(told, abs=1e-5)

@@ -17,11 +17,11 @@ from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.files import write_json
 from openqwen.support.generators import Generators
 from openqwen.train.balance import with_balance, with_loads
+from openqwen.train.comparisons import ComparedAnswers, Comparison
 from openqwen.train.losses import next_token
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.parallel import ParallelConfig, full_tensor, join, load_for_training
-from openqwen.train.preferences import PreferenceGroup
 from openqwen.train.reward import ScoredAnswers
 from openqwen.train.trainer import Place, SaveConfig, Trainer, TrainingConfig
 
@@ -75,8 +75,9 @@ def rows(step):
 
 def comparisons(step):
     """Three micro-batches of one or two prompts, each with two answers."""
+    compared = [Comparison(0, 1, -1, 0.0), Comparison(1, 0, 0, 0.5)]
     groups = [
-        PreferenceGroup(ids[:2], [ids[2:], ids[:1:-1]], [(0, 1)]) for ids in documents(step)[:5]
+        ComparedAnswers(ids[:2], [ids[2:], ids[:1:-1]], [], compared) for ids in documents(step)[:5]
     ]
     return [ScoredAnswers.of(groups[a:b], torch.device("cpu")) for a, b in ((0, 2), (2, 3), (3, 5))]
 
@@ -92,7 +93,11 @@ def work(kind, generators, folder, parallel):
     )
     width = 128 if kind == "eight" else 32  # moments in 8 bits are for rows of whole blocks
     config = ModelConfig(64, width, 48, **SIZES, **more)
-    model = Scorer(config) if kind == "reward" else Qwen2(config)
+    model = (
+        Scorer(config, {"truthfulness": 1.0, "relevance": 0.5})
+        if kind == "reward"
+        else Qwen2(config)
+    )
     initialize(model, generators.torch("weights"))
     world = join().with_mesh(parallel, model)
     if kind not in (

@@ -100,17 +100,16 @@ def test_the_checkpoint_is_the_same_in_transformers(run):
 
 
 def test_the_reward_model_is_the_same_in_transformers(run):
-    from openqwen.model import load_scorer
-    from openqwen.train.reward import score
+    from openqwen.engine.score import RewardModel
 
-    scorer, tokenizer = load_scorer(run / "reward"), oq.load_tokenizer(run / "reward")
+    model, tokenizer = RewardModel.load(run / "reward"), oq.load_tokenizer(run / "reward")
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
         run / "reward", dtype=torch.float32
     )
     chat = [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "3"}]
     ids, mask = tokenizer.encode_chat(chat)
     ids = ids[: len(mask) - mask[::-1].index(1)]
-    assert score(scorer, tokenizer, [chat])[0] == pytest.approx(
+    assert model.score([chat])[0] == pytest.approx(
         theirs(torch.tensor([ids])).logits.item(), rel=1e-4
     )
 

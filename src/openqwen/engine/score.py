@@ -1,11 +1,14 @@
-"""What the network computes for given texts: log-probabilities of their tokens, and embeddings.
+"""What networks compute for given texts: log-probabilities of tokens, embeddings, and rewards.
 
 `score_tokens` is the one function for log-probabilities without a gradient. What must be rounded
 exactly as in training uses the trainer's functions (train/log_probs.py): the log-probabilities of
 DPO's reference model, the held-out loss, and `verify`, which compares the two.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +16,14 @@ from torch import Tensor
 
 from openqwen.engine.generator import TopTokens
 from openqwen.engine.sampler import normalizers, top_tokens
-from openqwen.model import LongContext, Packed, Qwen2
+from openqwen.model import LongContext, Packed, Qwen2, Scorer, load_scorer
 from openqwen.support.batching import cut_to_budget
+from openqwen.support.device import best_device
+from openqwen.tokenizer import Tokenizer, load_tokenizer
+from openqwen.tokenizer.answers import encode_answer
 
 SCORES = 2**24  # scores (tokens × vocabulary) computed at a time: 64 MiB of float32
-_PACKED = 8_192  # most tokens embedded in one call; a longer prompt goes alone
+_PACKED = 8_192  # most tokens of one call; a longer prompt goes alone
 
 
 def score_tokens(
@@ -59,11 +65,60 @@ def embeddings(
     """
     states: list[Tensor] = []
     for cut in cut_to_budget([len(ids) for ids in prompts], _PACKED):
-        packed = Packed.from_lengths([len(ids) for ids in prompts[cut]], contexts[cut]).to(
-            model.device
-        )
-        tokens_T = torch.tensor([i for ids in prompts[cut] for i in ids], device=model.device)
-        hidden_TD = model(tokens_T, packed.positions.to(model.device), packed)
-        last_B = torch.tensor(packed.lengths, device=model.device).cumsum(0) - 1
+        packed = Packed.from_lengths([len(ids) for ids in prompts[cut]], contexts[cut])
+        tokens_T, positions_T, last_B = _laid(prompts[cut], packed, model.device)
+        hidden_TD = model(tokens_T, positions_T, packed)
         states.append(F.normalize(hidden_TD[last_B].float(), dim=-1))
     return torch.cat(states) if states else torch.empty(0, model.config.hidden_size)
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model with its tokenizer, to score conversations."""
+
+    scorer: Scorer
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(cls, source: str | Path) -> "RewardModel":
+        """Read a reward model (see `load_scorer`) onto the best device."""
+        return cls(load_scorer(source, device=best_device()), load_tokenizer(source))
+
+    def score(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[float]:
+        """The reward of each conversation, which ends with an assistant's answer."""
+        talks = [[dict(message) for message in messages] for messages in conversations]
+        ids = [encode_answer(self.tokenizer, talk[:-1], talk[-1])[0] for talk in talks]
+        return score_sequences(self.scorer, ids)
+
+
+def score_sequences(
+    scorer: Scorer, sequences: Sequence[Sequence[int]], micro_tokens: int = _PACKED
+) -> list[float]:
+    """The reward of each token sequence, which ends where its answer ends."""
+    return scorer.reward(criteria_scores(scorer, sequences, micro_tokens)).tolist()
+
+
+@torch.inference_mode()
+def criteria_scores(
+    scorer: Scorer, sequences: Sequence[Sequence[int]], micro_tokens: int = _PACKED
+) -> Tensor:
+    """The scores of token sequences by the reward model's criteria: [B, C], float32, on the CPU.
+
+    micro_tokens: most tokens of one call; a longer sequence goes alone.
+    """
+    scores = [torch.empty(0, len(scorer.criteria))]
+    for cut in cut_to_budget([len(ids) for ids in sequences], micro_tokens):
+        packed = Packed.from_lengths([len(ids) for ids in sequences[cut]])
+        tokens_T, positions_T, last_B = _laid(sequences[cut], packed, scorer.device)
+        scores.append(scorer(tokens_T, positions_T, packed, last_B).float().cpu())
+    return torch.cat(scores)
+
+
+def _laid(
+    sequences: Sequence[Sequence[int]], packed: Packed, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids [T], positions [T], and rows of the sequences' last tokens [B], on the device."""
+    tokens_T = torch.tensor([i for ids in sequences for i in ids], device=device)
+    last_B = torch.tensor([len(ids) for ids in sequences], device=device).cumsum(0) - 1
+    packed.to(device)
+    return tokens_T, packed.positions.to(device), last_B

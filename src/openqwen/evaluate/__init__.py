@@ -4,7 +4,7 @@ from openqwen.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, within_b
 from openqwen.evaluate.checked import checked_accuracy
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.intervals import paired_gain, wilson_interval
-from openqwen.evaluate.preferences import near_misses, pair_accuracy, win_rate
+from openqwen.evaluate.preferences import near_misses, win_rate
 from openqwen.evaluate.samples import CHATS, CONTINUATIONS, answer_samples
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "bits_per_byte",
     "checked_accuracy",
     "near_misses",
-    "pair_accuracy",
     "paired_gain",
     "wilson_interval",
     "win_rate",

@@ -7,6 +7,7 @@ from typing import Any
 
 from openqwen.corpus.documents import halves, read_documents
 from openqwen.engine import Engine, Generator
+from openqwen.engine.score import RewardModel
 from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import select
 from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
@@ -14,11 +15,12 @@ from openqwen.evaluate.bits_per_byte import bits_per_byte, within_budget
 from openqwen.evaluate.checked import checked_accuracy, sampled_right
 from openqwen.evaluate.compare import Evaluation
 from openqwen.evaluate.config import EvaluateConfig
+from openqwen.evaluate.copying import copying_scores
 from openqwen.evaluate.intervals import grouped_interval, paired_gain, wilson_interval
 from openqwen.evaluate.items import load_items
 from openqwen.evaluate.preferences import win_rate
 from openqwen.evaluate.samples import answer_samples
-from openqwen.model import Qwen2, load_model, load_scorer
+from openqwen.model import Qwen2, load_model
 from openqwen.support.device import best_device
 from openqwen.support.files import (
     gzip_bits_per_byte,
@@ -33,7 +35,6 @@ from openqwen.support.stage import CONVERSATION, CORPUS, MODEL, Effort, Stage, S
 from openqwen.tasks import GradeCache, Task
 from openqwen.tasks.checkable import generate_tasks
 from openqwen.tokenizer import Tokenizer, load_tokenizer
-from openqwen.train.reward import score
 
 _SYNTHETIC = "tasks"  # a source that bits per byte is not measured on
 # Scores of the test split -> the temperature, and the field of an answer in test.jsonl.
@@ -49,6 +50,7 @@ _COOLER = (0.9, "correct_at_0.9")
 _SCORED = 0.25
 _HEADLINES = (  # what the line of a stage shows first
     "bits_per_byte",
+    "copying_saved",
     "test_accuracy",
     "test_sampled_accuracy",
     "test_gain",
@@ -96,7 +98,7 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
 def _text_scores(
     model: Qwen2, tokenizer: Tokenizer, config: EvaluateConfig, heldout: Path
 ) -> dict[str, Any]:
-    """Bits per byte of the model and of gzip, on held-out text."""
+    """Bits per byte of the model and of gzip, on held-out text, and how well the model copies."""
     documents = [d for d in read_documents(heldout) if d["source"] != _SYNTHETIC]
     development, test = (
         within_budget(half, config.heldout_bytes // 2) for half in halves(documents)
@@ -105,6 +107,7 @@ def _text_scores(
     result = bits_per_byte(model, tokenizer, development, context, model.device)
     scores: dict[str, Any] = {
         **result.scores("bits_per_byte"),
+        **copying_scores(model, tokenizer),
         "bits_per_byte_by_source": result.by_source,
         "gzip_bits_per_byte": gzip_bits_per_byte(d["text"] for d in development),
         "gzip_bits_per_byte_by_source": _gzip_by_source(development),
@@ -203,14 +206,13 @@ def _win_rates(
     before: list[dict[str, Any]], reward: Path, tasks: list[Task], answers: list[dict[str, Any]]
 ) -> dict[str, float]:
     """Win rates of these answers over earlier ones, by the reward model and by the graders."""
-    scorer, tokenizer = load_scorer(reward, device=best_device()), load_tokenizer(reward)
-    rewards = []
+    model, rewards = RewardModel.load(reward), []
     for side in (answers, before):
         conversations = [
             [*task.prompt, {"role": "assistant", "content": answer["answer"]}]
             for task, answer in zip(tasks, side, strict=True)
         ]
-        rewards.append(score(scorer, tokenizer, conversations))
+        rewards.append(model.score(conversations))
     by_reward = win_rate(*rewards)
     by_grade = win_rate(_right(answers, "correct"), _right(before, "correct"))
     return {

@@ -1,35 +1,35 @@
 """The `evaluate-reward` stage: the scores of a reward model."""
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
+from openqwen.engine.score import RewardModel
 from openqwen.evaluate.config import EvaluateConfig
-from openqwen.evaluate.preferences import near_misses, pair_accuracy
-from openqwen.model import load_scorer
-from openqwen.support.device import best_device
-from openqwen.support.files import read_jsonl, write_json
+from openqwen.evaluate.preferences import near_misses
+from openqwen.evaluate.reward_report import reward_report
+from openqwen.evaluate.scored_records import score_records
+from openqwen.support.files import write_json, write_jsonl
+from openqwen.support.records import read_records
 from openqwen.support.stage import CONVERSATION, PREFERENCES, REWARD, Effort, Stage, StageRun
-from openqwen.tokenizer import load_tokenizer
 from openqwen.train.preferences import COMPARED
-from openqwen.train.reward import score
 
 
 def evaluate_reward(run: StageRun) -> dict[str, float]:
-    """Pair accuracy of a reward model on heldout and test pairs, on all and on near misses."""
-    folder = run.inputs["reward"]
-    scorer, tokenizer = load_scorer(folder, device=best_device()), load_tokenizer(folder)
+    """Score a reward model on heldout and test pairs; see `reward_report`.
+
+    Scores whose names begin with `test_` are of pairs that no setting was chosen by; those with
+    `near_` are of near misses alone. heldout.jsonl and test.jsonl hold the pairs with their scores.
+    """
+    model = RewardModel.load(run.inputs["reward"])
     scores: dict[str, Any] = {}
     for split, prefix in (("test", "test_"), ("heldout", "")):
-        pairs = list(read_jsonl(run.inputs["preferences"] / f"{split}.jsonl"))
-        for kind, chosen in (("pair", pairs), ("near", near_misses(pairs))):
-            if chosen:
-                name = f"{prefix}{kind}_accuracy"
-                result = pair_accuracy(partial(score, scorer, tokenizer), chosen)
-                count = result.pop("n")
-                for key, value in result.items():
-                    scores[key.replace("pair_accuracy", name)] = value
-                scores[f"{name}_n"] = count
+        path = run.inputs["preferences"] / f"{split}.jsonl"
+        records = list(score_records(model, read_records(path)))
+        write_jsonl(run.output / f"{split}.jsonl", records)
+        scores |= {f"{prefix}{key}": value for key, value in reward_report(records).items()}
+        for key, value in reward_report(near_misses(records)).items():
+            if key.startswith("pair_accuracy"):
+                scores[f"{prefix}{key.replace('pair', 'near', 1)}"] = value
     write_json(run.output / "scores.json", scores)
     return {name: value for name, value in scores.items() if isinstance(value, float)}
 

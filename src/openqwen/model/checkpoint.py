@@ -3,7 +3,7 @@
 Everything comes from the files, nothing from the model's name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -28,6 +28,7 @@ from openqwen.support.hub import local
 from openqwen.support.progress import notice
 
 _GENERATION = "generation_config.json"
+_REWARD_WEIGHTS = "reward_weights"  # in config.json: a criterion's label -> its weight
 _PACKED = {"quant_method": "openqwen", "version": 1}  # the packed form of model/packed.py
 
 
@@ -87,22 +88,46 @@ def load_model(
 def load_scorer(
     source: str | Path, dtype: str | None = "float32", device: str | torch.device = "cpu"
 ) -> Scorer:
-    """Read a reward model, `Qwen2ForSequenceClassification` with one label; see `load_model`."""
+    """Read a reward model, `Qwen2ForSequenceClassification`; see `load_model`.
+
+    Its labels are the criteria. Each weighs 1 where config.json does not say otherwise, in
+    `reward_weights`.
+    """
     config, stored, where = _read(local(source))
-    return fill(lambda: Scorer(config), stored, where, dtype, device)
+    criteria = _criteria(config, stored, where)
+    return fill(lambda: Scorer(config, criteria), stored, where, dtype, device)
 
 
-def scorer_from(source: str | Path, generator: torch.Generator) -> Scorer:
-    """A reward model with the decoder of a language model and a randomly drawn output row."""
+def scorer_from(
+    source: str | Path, generator: torch.Generator, criteria: Mapping[str, float] | None = None
+) -> Scorer:
+    """A reward model with the decoder of a language model and randomly drawn output rows."""
     language_model = load_model(source)
     with without_memory():
-        scorer = Scorer(language_model.config)
+        scorer = Scorer(language_model.config, criteria)
     scorer.model = language_model.model
-    row = torch.empty(1, scorer.config.hidden_size)
+    rows_CD = torch.empty(len(scorer.criteria), scorer.config.hidden_size)
     scorer.score.weight = torch.nn.Parameter(
-        row.normal_(0.0, scorer.config.initializer_range, generator=generator)
+        rows_CD.normal_(0.0, scorer.config.initializer_range, generator=generator)
     )
     return scorer
+
+
+def _criteria(config: ModelConfig, stored: Mapping[str, Stored], where: Path) -> dict[str, float]:
+    """The criteria of a reward model, a label for each output, and their weights."""
+    if "score.weight" not in stored:
+        do = "give a reward model: a folder that `openqwen reward` made"
+        raise OpenQwenError("This model has no score.weight.", where, do)
+    labels, weights = (config.other.get(key) or {} for key in ("id2label", _REWARD_WEIGHTS))
+    usual = [f"LABEL_{number}" for number in range(stored["score.weight"].shape[0])]
+    names = [str(labels.get(str(number), name)) for number, name in enumerate(usual)]
+    if len(set(names)) < len(names):
+        names = usual
+    try:
+        return {name: float(weights.get(name, 1.0)) for name in names}
+    except (TypeError, ValueError):
+        do = "give a number for each label"
+        raise OpenQwenError(f"{_REWARD_WEIGHTS} is {weights!r}.", where, do) from None
 
 
 def save_checkpoint(
@@ -149,8 +174,15 @@ def save_checkpoint(
         generation = dict(model.config.generation) or ends
         write_json(folder / _GENERATION, generation | (ends if chat else {}))
     else:
-        labels = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        config |= labels | {"pad_token_id": config.get("pad_token_id", tokenizer.endoftext_id)}
+        names = list(model.criteria)
+        config |= {
+            "num_labels": len(names),
+            "id2label": {str(number): name for number, name in enumerate(names)},
+            "label2id": {name: number for number, name in enumerate(names)},
+            "pad_token_id": config.get("pad_token_id", tokenizer.endoftext_id),
+        }
+        if set(model.criteria.values()) != {1.0}:
+            config[_REWARD_WEIGHTS] = model.criteria
     write_json(folder / "config.json", config)
     save_weights(model, folder, shard_bytes, advance, values)
     tokenizer.save(folder)

@@ -101,23 +101,37 @@ class Qwen2(nn.Module):
 
 
 class Scorer(nn.Module):
-    """The reward model: a decoder with one linear output, taken at a sequence's last token.
+    """The reward model: a decoder with a linear output for each criterion, at the last token.
 
-    It is saved as transformers' `Qwen2ForSequenceClassification` with one label.
+    The reward is the sum of a sequence's scores by criterion times the criteria's weights. It is
+    saved as transformers' `Qwen2ForSequenceClassification` with a label for each criterion.
+
+    criteria: name -> weight, in the order of the outputs; by default one, "reward".
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, criteria: Mapping[str, float] | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.criteria = config, dict(criteria or {"reward": 1.0})
         self.model = Decoder(config)
-        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.score = nn.Linear(config.hidden_size, len(self.criteria), bias=False)
 
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, attention: Attention, last_B: Tensor
     ) -> Tensor:
-        """Scores [B] of B documents; `last_B` are the rows of their last tokens."""
-        scores_B1 = self.score(self.model(tokens_T, positions_T, attention)[last_B])
-        return scores_B1.squeeze(-1).clone()  # FSDP2 warns of a network that returns a view
+        """Scores [B, C] of B documents by C criteria; `last_B` are the rows of their last tokens.
+
+        The hidden state of a last token is read once for all criteria.
+        """
+        return self.score(self.model(tokens_T, positions_T, attention)[last_B])
+
+    def reward(self, scores_BC: Tensor) -> Tensor:
+        """Rewards [B]: the weighted sums of scores by criterion."""
+        return (scores_BC * self.weights_C.to(scores_BC.device)).sum(-1)
+
+    @property
+    def weights_C(self) -> Tensor:
+        """The weights of the criteria, [C]."""
+        return torch.tensor(list(self.criteria.values()))
 
     @property
     def device(self) -> torch.device:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from openqwen.engine.score import criteria_scores
 from openqwen.http.errors import ApiError
-from openqwen.model import Packed, Scorer, load_model
+from openqwen.model import Scorer, load_model
 from openqwen.model.quantize import QuantizedQwen2, refresh
 from openqwen.serve.answers import TextResponse
 from openqwen.serve.bridge import Bridge
@@ -32,10 +33,13 @@ from openqwen.serve.protocol import (
     without_strict,
 )
 from openqwen.serve.settings import ServeConfig
+from openqwen.support.batching import cut_to_budget
+from openqwen.tokenizer.answers import encode_answer
 from openqwen.tokenizer.fill_in_middle import MARKERS, code_ids, middle_prompt
 
 # Fields of requests that the engine's and the tokenizer's errors may name.
 FIELDS = ("messages", "prompt", "tools")
+_SCORED = 2_048  # most tokens to score between two steps of the engine, but for a longer answer
 
 
 class Api:
@@ -183,13 +187,19 @@ class Api:
             if messages[-1]["role"] != "assistant":
                 message = "A conversation to score must end with an assistant message."
                 raise ApiError(400, message, where)
-            encode = self.tokenizer.encode_chat
-            ids, from_assistant = await asyncio.to_thread(encode, plain(messages))
-            # As in training: up to the end of the turn, without the newline after it.
-            ends = [n for n, written in enumerate(from_assistant, 1) if written]
-            rows.append(self._checked(ids[: max(ends, default=len(ids))], where))
-        values = [await self.bridge.call(partial(_score, scorer, ids)) for ids in rows]
-        return _listed("score", values, model, rows)
+            talk = plain(messages)
+            encode = partial(encode_answer, self.tokenizer, talk[:-1], talk[-1])
+            rows.append(self._checked((await asyncio.to_thread(encode))[0], where))
+        scores: list[list[float]] = []
+        for cut in cut_to_budget(list(map(len, rows)), _SCORED):
+            part = await self.bridge.call(partial(criteria_scores, scorer, rows[cut]))
+            scores += part.tolist()
+        values = scorer.reward(torch.tensor(scores)).tolist()
+        listed = _listed("score", values, model, rows)
+        if len(scorer.criteria) > 1:
+            for entry, by_criterion in zip(listed["data"], scores, strict=True):
+                entry["criteria"] = dict(zip(scorer.criteria, by_criterion))
+        return listed
 
     async def tokenize(self, request: TokenizeRequest) -> Json:
         """The token ids of a text, or of a chat as the model reads it."""
@@ -238,13 +248,6 @@ class Api:
 
         await self.bridge.call(load)
         return {"version": engine.version}
-
-
-def _score(scorer: Scorer, ids: list[int]) -> float:
-    packed, device = Packed.from_lengths([len(ids)]), scorer.device
-    tokens, last = torch.tensor(ids, device=device), torch.tensor([len(ids) - 1], device=device)
-    with torch.inference_mode():
-        return float(scorer(tokens, packed.positions.to(device), packed.to(device), last))
 
 
 def _listed(kind: str, values: list[Any], model: str, prompts: list[list[int]]) -> Json:

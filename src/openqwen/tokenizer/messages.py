@@ -43,6 +43,15 @@ class Preference(NamedTuple):
     tools: Tools
 
 
+class AnswerSides(NamedTuple):
+    """A prompt and answers to it, of one message each: good ones and bad ones."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: Tools
+
+
 def demonstration(record: Record) -> tuple[list[Message], Tools]:
     """(a conversation to learn from, its tools).
 
@@ -96,6 +105,33 @@ def preference(record: Record) -> Preference:
             do = f"give {name} as one assistant message or as a text"
             raise OpenQwenError("An answer is one assistant message.", name, do)
     return Preference(asked, sides[0][0], sides[1][0], as_tools(record))
+
+
+def answer_sides(record: Record) -> AnswerSides:
+    """A preference whose sides may each be a list of answers, as in RewardBench 2.
+
+    Each answer of `chosen` is better than each of `rejected`. See `preference`.
+    """
+    if not any(_several(record.get(name)) for name in _SIDES):
+        one = preference(record)
+        return AnswerSides(one.prompt, [one.chosen], [one.rejected], one.tools)
+    chosen, rejected = (
+        record[name] if _several(record.get(name)) else [record.get(name)] for name in _SIDES
+    )
+    couples = [(c, rejected[0]) for c in chosen] + [(chosen[0], r) for r in rejected]
+    pairs = [preference({**record, "chosen": c, "rejected": r}) for c, r in couples]
+    first = pairs[0]
+    if any(pair.prompt != first.prompt for pair in pairs):
+        do = "give prompt: a text, or messages"
+        raise OpenQwenError("The answers of this record do not begin alike.", do=do)
+    answers = [pair.chosen for pair in pairs[: len(chosen)]]
+    worse = [pair.rejected for pair in pairs[len(chosen) :]]
+    return AnswerSides(first.prompt, answers, worse, first.tools)
+
+
+def _several(side: Any) -> bool:
+    """Whether a side is a list of answers: texts or lists of messages, not messages."""
+    return isinstance(side, list) and bool(side) and not isinstance(side[0], Mapping)
 
 
 def _sides(record: Record) -> tuple[list[Message], list[list[Message]]]:

@@ -14,9 +14,9 @@ import numpy as np
 from openqwen.support.errors import OpenQwenError, located
 from openqwen.support.records import Record
 from openqwen.tokenizer import Tokenizer
+from openqwen.tokenizer.answers import encode_answer, end_of_targets
 from openqwen.tokenizer.messages import (
-    Message,
-    Tools,
+    answer_sides,
     demonstration,
     is_learned,
     preference,
@@ -38,20 +38,12 @@ def encode_demonstration(tokenizer: Tokenizer, record: Record, where: str) -> Sa
         messages, tools = demonstration(record)
         ids, mask = tokenizer.encode_chat(messages, tools=tools)
         mask = _without_unlearned(messages, mask)
-        end = _end_of_targets(mask)
+        end = end_of_targets(mask)
         if end == 0:
             raise OpenQwenError(
                 "No assistant turn to learn from.", do="give messages with an assistant turn"
             )
         return ids[:end], mask[:end]
-
-
-def _end_of_targets(mask: Sequence[int]) -> int:
-    """One past the last target, 0 without any: the template's newline behind it is no target."""
-    for end in range(len(mask), 0, -1):
-        if mask[end - 1]:
-            return end
-    return 0
 
 
 def _without_unlearned(messages: Messages, mask: list[int]) -> list[int]:
@@ -89,36 +81,6 @@ def encode_prompt(tokenizer: Tokenizer, record: Record, where: str) -> list[int]
         return tokenizer.encode_chat(messages, add_generation_prompt=True, tools=tools)[0]
 
 
-def encode_answer(
-    tokenizer: Tokenizer,
-    asked: Messages,
-    reply: Message,
-    tools: Tools = None,
-    sampled: Sequence[int] = (),
-) -> Sample:
-    """A prompt and an answer to it; the targets are the answer's tokens.
-
-    The prompt is encoded as the engine encodes it, so that the answer's log-probability is the one
-    that it was sampled at.
-
-    Args:
-        sampled: the ids that the answer was sampled as, with its end token. They are used if they
-            decode to the reply's text: those of another tokenizer do not.
-    """
-    start, _ = tokenizer.encode_chat(asked, add_generation_prompt=True, tools=tools)
-    if sampled and tokenizer.decode(sampled).strip() == reply["content"].strip():
-        return start + list(sampled), [0] * len(start) + [1] * len(sampled)
-    ids, mask = tokenizer.encode_chat([*asked, reply], tools=tools)
-    end = _end_of_targets(mask)
-    if ids[: len(start)] == start:
-        return ids[:end], [0] * len(start) + mask[len(start) : end]
-    # A newline that opens the answer can merge with the template's own into one token, which the
-    # engine never sees. The answer is then encoded by itself, with the template's end token.
-    written = tokenizer.encode(reply["content"])
-    written += [i for i in ids[end - 1 : end] if tokenizer.is_hidden(i)]
-    return start + written, [0] * len(start) + [1] * len(written)
-
-
 def encode_preference(tokenizer: Tokenizer, record: Record, where: str) -> tuple[Sample, Sample]:
     """A preference in any form: the prompt with the chosen answer, and with the rejected one."""
     with located(where):
@@ -127,6 +89,21 @@ def encode_preference(tokenizer: Tokenizer, record: Record, where: str) -> tuple
             encode_answer(tokenizer, asked, chosen, tools, _sampled_ids(record, "chosen")),
             encode_answer(tokenizer, asked, rejected, tools, _sampled_ids(record, "rejected")),
         )
+
+
+def encode_sides(
+    tokenizer: Tokenizer, record: Record, where: str
+) -> tuple[list[Sample], list[Sample]]:
+    """The same for a record whose sides may each be a list of answers: all chosen, all rejected."""
+    with located(where):
+        sides = answer_sides(record)
+        samples: list[list[Sample]] = []
+        for name, replies in (("chosen", sides.chosen), ("rejected", sides.rejected)):
+            sampled = _sampled_ids(record, name)
+            samples.append(
+                [encode_answer(tokenizer, sides.prompt, r, sides.tools, sampled) for r in replies]
+            )
+        return samples[0], samples[1]
 
 
 def _sampled_ids(record: Record, side: str) -> list[int]:

@@ -74,6 +74,35 @@ def _at_targets(
     return parallel(hidden_ND, rows.targets)
 
 
+def reward(
+    chosen_P: Tensor,
+    rejected_P: Tensor,
+    margins_P: Tensor | float = 0.0,
+    lists_P: Tensor | None = None,
+    center: float = 0.0,
+) -> Loss:
+    """−log σ(r⁺ − r⁻ − m) over P comparisons: the loss of the reward model, whose scores are r.
+
+    Args:
+        margins: how far r⁺ must be above r⁻ (Llama 2, equation 2).
+        lists: the list of each comparison, numbered from 0. A list's loss is the mean of its
+            comparisons: with k positives of n answers, −1/(k(n − k)) Σ log σ(r⁺ − r⁻ − m), the
+            listwise form of Qwen2.5-Math. None: each comparison is a list of its own.
+        center: weight of (r⁺ + r⁻)², which keeps scores around zero (Eisenstein et al. 2023).
+
+    Returns:
+        The loss summed over the lists, and their number.
+    """
+    gap_P = chosen_P - rejected_P
+    losses_P = center * (chosen_P + rejected_P) ** 2 - F.logsigmoid(gap_P - margins_P)
+    if lists_P is None:
+        lists_P = torch.arange(len(gap_P), device=gap_P.device)
+    sizes_L = lists_P.bincount()
+    weights_P = 1 / sizes_L[lists_P].to(gap_P.dtype)
+    right, gap = (float((weights_P * x_P).sum()) for x_P in (gap_P > 0, gap_P.detach()))
+    return Loss((weights_P * losses_P).sum(), len(sizes_L), {"accuracy": right, "margin": gap})
+
+
 def bradley_terry(chosen_B: Tensor, rejected_B: Tensor) -> Loss:
     """−log σ(r⁺ − r⁻), summed over B pairs: the loss of the reward model, whose scores are r.
 

@@ -30,7 +30,7 @@ from openqwen.tasks.graders import check_task
 from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.messages import prompt
 from openqwen.train.conversations import encode_answer
-from openqwen.train.reward import score_sequences
+from openqwen.engine.score import score_sequences
 
 _CALL = 64  # most answers of one call of a function or an endpoint
 _START = 120.0  # seconds for a function's module to be imported

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from openqwen.recipe.graph import last_chat_model
-from openqwen.recipe.report import data, scores, training
+from openqwen.recipe.report import data, reward, scores, training
 from openqwen.recipe.report.lineage import draw_lineage
 from openqwen.recipe.report.run import Run, load_run
 from openqwen.support.command import command
@@ -44,6 +44,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "gains": scores.gain_table(run),
         "tasks": scores.task_table(run),
         "pair_tasks": sorted((run.scores("reward").get("pair_accuracy_by_task") or {}).items()),
+        "reward": reward.reward_section(run),
         "source_scores": scores.source_table(run),
         "curves": training.curves(run),
         "corpus": data.corpus(run),

@@ -52,6 +52,7 @@ def _ratio(value: Any) -> str:
 SCORES = (
     Score("bits_per_byte", "bits per byte", True, number),
     Score("test_bits_per_byte", "bits per byte, test", True, number),
+    Score("copying_saved", "copying, nats saved", False, number),
     Score("checked_accuracy", "checked accuracy", False, percent, 100, 1),
     Score("sampled_accuracy", "checked, sampled", False, percent, 100, 1),
     Score("test_accuracy", "test, greedy", False, percent, 100, 1),

@@ -6,7 +6,7 @@ readable on a phone. Colours come from the page's style sheet and follow light a
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class LineChart:
 
     bottom: y of the steps' axis. y_ticks: (y, text). x_rows: rows under the axis, each a name and
     (x, text) of its ticks. reference: y and name of a reference level. curves: class in the style
-    sheet, and points.
+    sheet, and points. bars: x of an interval, and y of its two ends.
     """
 
     title: str
@@ -35,6 +35,7 @@ class LineChart:
     x_rows: list[tuple[str, list[tuple[float, str]]]]
     reference: tuple[float, str] | None
     curves: list[tuple[str, list[Point]]]
+    bars: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 def line_chart(
@@ -63,7 +64,7 @@ def line_chart(
         return None
     bottom = height - (24 if tokens is None else 40)
     y_low, y_high = y_range or _padded([*ys, reference[0]] if reference else ys)
-    across, up = _scale(min(xs), max(xs), LEFT, RIGHT), _scale(y_low, y_high, bottom, TOP)
+    across, up = scale(min(xs), max(xs), LEFT, RIGHT), scale(y_low, y_high, bottom, TOP)
     marks = ticks(y_low, y_high)
     apart = marks[1] - marks[0] if len(marks) > 1 else abs(marks[0]) or 1.0
     # A tick in the corner would overlap the row's name.
@@ -85,7 +86,7 @@ def line_chart(
     )
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+def scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     """Return the linear function from values in [low, high] to coordinates in [start, end]."""
     if not high > low:
         return lambda value: (start + end) / 2
