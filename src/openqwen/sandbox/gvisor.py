@@ -138,7 +138,9 @@ def _base64(text: str | bytes) -> str:
 
 def _bundle(folder: Path, packages: Sequence[str]) -> dict[str, Any]:
     """The container's configuration (OCI runtime specification); makes its root below `folder`."""
-    binds = {place: path for place, path in confine.sources(packages).items() if "/dev/" not in place}
+    binds = {
+        place: path for place, path in confine.sources(packages).items() if "/dev/" not in place
+    }
     python = str(interpreter())
     if not any(python.startswith(f"{place}/") for place in binds):
         binds[python] = python
@@ -179,7 +181,9 @@ def _bundle(folder: Path, packages: Sequence[str]) -> dict[str, Any]:
         "root": {"path": "rootfs", "readonly": True},
         "hostname": "sandbox",
         "mounts": mounts,
-        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")]},
+        "linux": {
+            "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")]
+        },
     }
 
 

@@ -76,7 +76,9 @@ def required(tier: Tier) -> Tier:
     """`tier`, where this machine reaches it. Raises OpenQwenError where it does not."""
     if tier == "gvisor":
         if runsc() is None:
-            what = "gVisor is not installed: there is no program 'runsc'. No untrusted code was run."
+            what = (
+                "gVisor is not installed: there is no program 'runsc'. No untrusted code was run."
+            )
             raise OpenQwenError(what, do="install it (https://gvisor.dev), or take another tier")
         return tier
     if tier not in ("strict", "process"):

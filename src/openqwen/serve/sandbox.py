@@ -70,7 +70,9 @@ class RunCodeBody(BaseModel):
             known = ", ".join(available())
             message = f"There is no language '{self.language}' here, only {known}."
             raise ApiError(400, message, "language")
-        contents = {name: _decoded(name, text) for name, text in self.files.items() if text is not None}
+        contents = {
+            name: _decoded(name, text) for name, text in self.files.items() if text is not None
+        }
         limits = self._limits(most)
         stdin = self.stdin or ""
         return Program(self.code, stdin, contents, language, self.tests, self.entry, limits)

@@ -63,5 +63,7 @@ class SandboxConfig(HttpConfig):
     queue: int = Field(
         64, gt=0, description="most programs running or waiting; further ones get status 429"
     )
-    max_seconds: float = Field(60.0, gt=0, description="largest time limit that clients may ask for")
+    max_seconds: float = Field(
+        60.0, gt=0, description="largest time limit that clients may ask for"
+    )
     max_memory_mb: int = Field(4096, gt=0, description="largest memory that clients may ask for")

@@ -67,12 +67,14 @@ def describe(record: Record) -> Described:
     return found or Described("other")
 
 
-def _tried(
-    read: Callable[[Record, str], Described], record: Record, form: str
-) -> Described | None:
+def _tried(read: Callable[[Record, str], Described], record: Record, form: str) -> Described | None:
     try:
         return read(record, form)
-    except (OpenQwenError, TypeError, AttributeError):  # a field has another type than its name says
+    except (
+        OpenQwenError,
+        TypeError,
+        AttributeError,
+    ):  # a field has another type than its name says
         return None
 
 
