@@ -237,8 +237,8 @@ def test_a_folder_with_documents_of_the_corpus_stage_and_tasks(tmp_path):
     assert page.get("records/1")["file"].endswith("heldout.parquet")
     assert json.loads(page.get("records/3")["fields"]["text"])["meta"] == '{"profile": "text"}'
     assert page.numbers(form="task") == [2]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(OpenQwenError, match="no data files"):
-        (tmp_path / "empty").mkdir()
         Client(tmp_path / "empty", tmp_path)
 
 

@@ -101,16 +101,19 @@ class GuestWorker:
 
     def _ask(self, message: Any, seconds: float) -> Any:
         """Send a line of JSON, where there is one, and read a line of JSON."""
-        assert self.process and self.process.stdin and self.process.stdout
+        assert self.process is not None
+        given, output = self.process.stdin, self.process.stdout
+        assert given is not None
+        assert output is not None
         if message is not None:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-        answer, output = bytearray(), self.process.stdout.fileno()
+            given.write(json.dumps(message).encode() + b"\n")
+            given.flush()
+        answer = bytearray()
         end = time.monotonic() + seconds
         while not answer.endswith(b"\n"):
             if not select.select([output], [], [], max(0.0, end - time.monotonic()))[0]:
                 raise OSError("the container does not answer")
-            part = os.read(output, 1 << 16)
+            part = os.read(output.fileno(), 1 << 16)
             answer += part
             if not part or len(answer) > _LARGEST:
                 raise EOFError("the container ended")

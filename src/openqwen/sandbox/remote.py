@@ -195,7 +195,7 @@ def _verdict(response: dict[str, Any]) -> Verdict:
     """A response as a verdict."""
     run = response.get("run_result") or response.get("compile_result") or {}
     ours = response.get("verdict") or {}
-    code = run.get("return_code")
+    code = ours.get("exit_status", run.get("return_code"))
     wall = float(run.get("execution_time") or 0.0)
     stdout, stderr = str(run.get("stdout") or ""), str(run.get("stderr") or "")
     status, reason = ours.get("status"), str(ours.get("reason", ""))

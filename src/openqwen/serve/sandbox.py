@@ -52,7 +52,7 @@ class RunCodeBody(BaseModel):
     language: str
     run_timeout: float = 10.0
     compile_timeout: float = 10.0
-    memory_limit_MB: int = -1  # noqa: N815 - SandboxFusion's name
+    memory_limit_MB: int = -1
     stdin: str | None = None
     files: dict[str, str | None] = Field({}, max_length=1000)
     fetch_files: list[str] = []
@@ -80,18 +80,19 @@ class RunCodeBody(BaseModel):
     def _limits(self, most: Limits) -> Limits:
         given = self.limits
         if given is None:
-            given = {"seconds": self.run_timeout, "wall_seconds": self.run_timeout}
-            if self.memory_limit_MB > 0:
-                given["memory_mb"] = self.memory_limit_MB
+            memory = self.memory_limit_MB if self.memory_limit_MB > 0 else most.memory_mb
+            seconds = self.run_timeout
+            given = {"seconds": seconds, "wall_seconds": seconds, "memory_mb": memory}
+        values: dict[str, Any] = {}
         for field in fields(Limits):
             value, largest = given.get(field.name), getattr(most, field.name)
-            if value is not None and not 0 < value <= largest:
+            if value is None:
+                continue
+            if not 0 < value <= largest:
                 message = f"{field.name} must be above 0 and at most {largest}, not {value}."
                 raise ApiError(400, message, "limits" if self.limits else None)
-        whole = {f.name for f in fields(Limits) if isinstance(f.default, int)}
-        known = {f.name for f in fields(Limits)}
-        values = {n: v for n, v in given.items() if v is not None and n in known}
-        return Limits(**{n: math.ceil(v) if n in whole else v for n, v in values.items()})
+            values[field.name] = math.ceil(value) if isinstance(field.default, int) else value
+        return Limits(**values)
 
 
 def _decoded(name: str, text: str) -> bytes:
@@ -132,6 +133,7 @@ def run_response(verdict: Verdict, language: str) -> Json:
             "status": verdict.status,
             "reason": verdict.reason,
             "seconds": verdict.seconds,
+            "exit_status": verdict.exit_status,
         },
     }
 

@@ -27,8 +27,8 @@ _TAGS = ("tags", "tasks")
 class Described:
     """A record as the page shows it.
 
-    form: task, preference, demonstration, prompt, document, quarantined or other. messages: the conversation, or
-    a preference's prompt. text: of a document.
+    form: task, preference, demonstration, prompt, document, quarantined or other.
+    messages: the conversation, or a preference's prompt. text: of a document.
     """
 
     form: str

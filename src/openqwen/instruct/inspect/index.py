@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import xxhash
 
@@ -51,9 +51,9 @@ CREATE VIRTUAL TABLE words USING fts5(
     text, content='', tokenize='unicode61 remove_diacritics 2'
 );
 """
+_PLACE = ("number", "file", "line", "start", "size", "checksum", "fault")
 _COLUMNS = ", ".join(
-    ["number, file, line, start, size, checksum, fault", *FACETS, "grade, characters, turns"]
-    + ["preview, text_key, prompt_key"]
+    (*_PLACE, *FACETS, "grade", "characters", "turns", "preview", "text_key", "prompt_key")
 )
 # Copies are counted once, when all records are in.
 _COUNT = """
@@ -74,16 +74,19 @@ _UNSPACED = re.compile("([\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u
 
 
 class Entry(NamedTuple):
-    """Where a record lies. fault: why it cannot be read as a record; "" where it can."""
+    """Where a record lies.
 
-    number: int
+    path: the file that is read. original: the source's file. fault: why it cannot be read as a
+    record; "" where it can.
+    """
+
     path: Path
+    original: Path
     line: int
     start: int
     size: int
     checksum: int
     fault: str
-    original: Path
 
 
 def spaced(text: str) -> str:
@@ -148,8 +151,8 @@ class RecordIndex:
             ).fetchone()
         if row is None:
             return None
-        spool, path, *numbers = row
-        return Entry(number, self.folder / spool if spool else Path(path), *numbers, Path(path))
+        spool, path, *place = row
+        return Entry(self.folder / spool if spool else Path(path), Path(path), *place)
 
     def read(self, entry: Entry) -> bytes:
         """The bytes of a record; of one that is too long only its beginning.
@@ -286,7 +289,7 @@ class _Builder:
         values = facets(record or {}, parts.form)
         text = "\n".join(parts.texts()) or raw.decode("utf-8", "replace")
         prompt = parts.prompt() or text
-        row = [self.number, self.file, line, start, size]
+        row: list[Any] = [self.number, self.file, line, start, size]
         row += [zlib.crc32(raw) if len(raw) == size else -1, fault]
         row += [values[name] for name in FACETS]
         row += [grade(record or {}), len(text), len(parts.messages)]
