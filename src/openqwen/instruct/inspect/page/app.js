@@ -63,7 +63,8 @@ async function drawList(all, signal) {
 }
 
 async function drawRecord(all, signal) {
-  const found = await api.ask(`api/records/${all.get("record")}?${filtersOf(all)}`, signal);
+  const name = encodeURIComponent(all.get("record"));
+  const found = await api.ask(`api/records/${name}?${filtersOf(all)}`, signal);
   const again = shown?.number === found.number;
   shown = found;
   document.title = `Record ${found.number}: ${about.source}`;
@@ -104,7 +105,9 @@ function paintRecord() {
       iconButton("left", "Previous record (K)", () => move("previous"), {
         disabled: record.previous === null,
       }),
-      iconButton("right", "Next record (J)", () => move("next"), { disabled: record.next === null }),
+      iconButton("right", "Next record (J)", () => move("next"), {
+        disabled: record.next === null,
+      }),
       h("h1", {}, `Record ${number.format(record.number)}`),
       h("span", { class: "gap" }),
       toggle("plain", "Plain text"),

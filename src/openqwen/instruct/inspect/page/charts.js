@@ -33,7 +33,7 @@ export function histogram({ edges, counts, mean, quartiles }, label, onpick) {
       "g",
       { class: "bar", onclick },
       svg("rect", { ...place, class: "hit", y: 0, height }),
-      svg("rect", { x: n * step + 0.5, width: Math.max(step - 1, 1), y: height - tall, height: tall }),
+      svg("rect", { ...place, class: "drawn", y: height - tall, height: tall }),
       svg("title", {}, said),
     );
   });

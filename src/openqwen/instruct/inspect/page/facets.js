@@ -42,7 +42,8 @@ function facet(name, title, statistics, params, change) {
     return row(name, value, said, count, statistics.total, params, change);
   });
   const more = distinct - values.length;
-  return section(title, rows, more > 0 && h("p", { class: "hint" }, `and ${number.format(more)} more`));
+  const others = more > 0 && h("p", { class: "hint" }, `and ${number.format(more)} more`);
+  return section(title, rows, others);
 }
 
 function duplicates(statistics, params, change) {

@@ -48,7 +48,13 @@ export function list(page, filters, to) {
     step("Next", offset + limit, end < total),
   ];
   return [
-    h("div", { class: "bar" }, h("h1", { class: "found" }, said), h("span", { class: "gap" }), sort),
+    h(
+      "div",
+      { class: "bar" },
+      h("h1", { class: "found" }, said),
+      h("span", { class: "gap" }),
+      sort,
+    ),
     h("ol", { class: "records" }, records.map((record) => h("li", {}, entry(record, to)))),
     total > limit && h("div", { class: "bar foot" }, steps()),
   ].filter(Boolean);
@@ -66,7 +72,11 @@ function entry(record, to) {
   };
   return h(
     "a",
-    { class: fault ? "entry faulty" : "entry", href: to.address({ record: String(at) }), onclick: open },
+    {
+      class: fault ? "entry faulty" : "entry",
+      href: to.address({ record: String(at) }),
+      onclick: open,
+    },
     h("span", { class: "number" }, number.format(at)),
     h("span", { class: "preview" }, fault || record.preview || "(empty)"),
     h("span", { class: "facts" }, facts.join(" · ")),

@@ -11,8 +11,8 @@ const LONGEST_MARKDOWN = 30_000; // characters; beyond them a text is shown as i
 export function recordNodes(record, view) {
   if (record.fault) return [trouble(record.fault), plain(record.raw ?? "")];
   const nodes = record.messages.map((message) => turn(message, view));
-  if (record.messages_left_out)
-    nodes.push(h("p", { class: "note" }, `${record.messages_left_out} more messages are not shown.`));
+  const left = record.messages_left_out;
+  if (left) nodes.push(h("p", { class: "note" }, `${left} more messages are not shown.`));
   if (record.chosen) nodes.push(pair(record, view));
   if (record.text) nodes.push(h("section", { class: "turn" }, body(record.text, view)));
   if (record.tools) nodes.push(json("Tools", record.tools));
@@ -96,7 +96,12 @@ function json(title, value) {
   return h(
     "section",
     { class: "turn" },
-    h("div", { class: "label" }, h("span", {}, title), copyButton(() => value.text, `Copy: ${title}`, true)),
+    h(
+      "div",
+      { class: "label" },
+      h("span", {}, title),
+      copyButton(() => value.text, `Copy: ${title}`, true),
+    ),
     h(
       "figure",
       { class: "code" },
