@@ -23,13 +23,14 @@ RECIPE_VERBS = {
     "run": "Run a whole recipe, from raw text to a chat model. It can be interrupted and resumed.",
     "chat": "Talk to a model in the terminal.",
     "serve": "Serve a model over HTTP: OpenAI's API and a chat page.",
+    "inspect": "Browse demonstrations, preferences, tasks or documents on a page.",
     "convert": "Convert a checkpoint: folder, .gguf file or hub id to folder or .gguf file.",
     "quantize": "Store weights in 8 or 4 bits, for a CPU.",
     "report": "Write the HTML report of a run folder.",
     "reward score": "Score the answers of a file with a reward model.",
     "preview": "Show what SFT would learn from demonstrations, token by token.",
     "plan": "Estimate memory, speed and time of each training stage on given devices.",
-    "sandbox": "Run a program that nobody trusts, or try this machine's sandbox.",
+    "sandbox": "Run a program that nobody trusts, try this machine's sandbox, or serve it.",
     "verify": "Prove on your model and data that packing, cutting, resuming and caching are exact.",
 }
 # Verbs whose flags are the arguments of one function, and the function's module.
@@ -46,6 +47,24 @@ _FUNCTIONS = {
 # Verbs of several methods, each a stage of its own: `synthesize METHOD` is the stage
 # `synthesize-METHOD`.
 _GROUPS = {"synthesize": "Make demonstrations D and preferences P from files, without people."}
+# Verbs that serve over HTTP: the class of their settings, their function, and their argument.
+_SERVERS: dict[str, tuple[str, str, tuple[str, str] | None]] = {
+    "serve": (
+        "openqwen.serve.settings:ServeConfig",
+        "openqwen.serve.server:serve",
+        ("MODEL", "A Hugging Face folder, a .gguf file or a hub id."),
+    ),
+    "inspect": (
+        "openqwen.instruct.inspect.settings:InspectConfig",
+        "openqwen.instruct.inspect.app:inspect",
+        ("FILE", "A data file, a folder of data files, or hub:owner/name:split."),
+    ),
+    "sandbox": (
+        "openqwen.serve.settings:SandboxConfig",
+        "openqwen.serve.sandbox:serve_sandbox",
+        None,
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,10 +100,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
         print(_overview())
     elif verb == "--version":
         print(f"openqwen {importlib.metadata.version('openqwen')}")
+    elif verb in _SERVERS and (verb not in _FUNCTIONS or "--serve" in rest):
+        _serve(verb, rest)
     elif verb in _FUNCTIONS:
         _call(verb, rest)
     elif verb in RECIPE_VERBS:
-        {"run": _run, "serve": _serve, "report": _report}[verb](rest)
+        {"run": _run, "report": _report}[verb](rest)
     elif verb == "evaluate" and not _value(rest, "--corpus"):
         _evaluate(rest)
     elif verb == "pretrain" and "--sweep" in rest:
@@ -259,23 +280,34 @@ def _stage_options(stage: Any) -> type[Any]:
     return dataclasses.make_dataclass("StageOptions", fields)
 
 
-def _serve(arguments: Sequence[str]) -> None:
+def _serve(verb: str, arguments: Sequence[str]) -> None:
+    """Parse the command line of a verb that serves over HTTP, and serve."""
     import tyro
 
     from openqwen.recipe.flags import parse
-    from openqwen.serve.settings import ServeConfig
 
-    text = "A Hugging Face folder, a .gguf file or a hub id."
-    model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help=text, metavar="MODEL")]
-    options: type[Any] = dataclasses.make_dataclass("ServeOptions", [("model", model)])
-    given, about = _without_flag(arguments, "--model"), RECIPE_VERBS["serve"]
-    flags, config = parse(given, options, ServeConfig(), command("serve"), about)
+    settings, function, argument = _SERVERS[verb]
+    fields: list[Any] = []
+    if argument:
+        metavar, text = argument
+        about = tyro.conf.arg(help=text, metavar=metavar)
+        fields.append(("source", Annotated[str, tyro.conf.Positional, about]))
+    options: type[Any] = dataclasses.make_dataclass("ServeOptions", fields)
+    given = [text for text in _without_flag(arguments, "--model") if text != "--serve"]
+    program = command(verb) if argument else command(verb, "--serve")
+    flags, config = parse(given, options, _named(settings)(), program, RECIPE_VERBS[verb])
     try:
-        from openqwen.serve.server import serve
+        serve = _named(function)
     except ModuleNotFoundError as error:
         what = f"Serving needs the library {error.name}."
         raise OpenQwenError(what, do=pip_install("openqwen[serve]")) from None
-    serve(flags.model, config)
+    serve(*([flags.source] if argument else []), config)
+
+
+def _named(place: str) -> Any:
+    """The object that "module:name" names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _report(arguments: Sequence[str]) -> None:

@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import openqwen.http
 import openqwen.serve
 
 PAGE = Path(openqwen.serve.__file__).parent / "page"
+FOLDERS = (PAGE, Path(openqwen.http.__file__).parent / "page")
 KINDS = {
     ".html": "text/html",
     ".js": "text/javascript",
@@ -72,8 +74,9 @@ class Handler(BaseHTTPRequestHandler):
                     }
                 )
             return
-        file = PAGE / (self.path.split("?")[0].strip("/") or "index.html")
-        if file.parent != PAGE or not file.is_file():
+        name = self.path.split("?")[0].strip("/") or "index.html"
+        file = next((folder / name for folder in FOLDERS if (folder / name).is_file()), PAGE)
+        if file.parent not in FOLDERS:
             self._json({"error": {"message": "There is no such page."}}, 404)
             return
         self._send(file.read_bytes(), KINDS[file.suffix], 200, {"Content-Security-Policy": POLICY})

@@ -135,7 +135,7 @@ def test_more_at_once_than_the_server_takes(start, tiny, monkeypatch):
     """Its queue is full (429) again and again; every prompt is answered all the same."""
     small = start(tiny, "--queue", "2")
     model = Endpoint(f"{small.url}/v1", "tiny", concurrency=12, retries=40)
-    monkeypatch.setattr("openqwen.engine.endpoint._retry_after", lambda headers: 0.05)
+    monkeypatch.setattr("openqwen.engine.endpoint.retry_after", lambda headers: 0.05)
     outputs = model.generate(["a"] * 12, Sampling(max_tokens=20, ignore_eos=True))
     assert [len(output.token_ids) for output in outputs] == [20] * 12
 

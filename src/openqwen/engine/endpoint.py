@@ -8,14 +8,11 @@ import hashlib
 import json
 import math
 import os
-import random
 import re
 import tempfile
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,11 +32,11 @@ from openqwen.engine.seeds import seed_of
 from openqwen.support.errors import OpenQwenError, disk_errors, located
 from openqwen.support.files import parse_json
 from openqwen.support.progress import Progress, notice
+from openqwen.support.retry import backoff, retry_after
 
 Result = TypeVar("Result")
 
 _GREEDY = Sampling()
-_FIRST_WAIT, _LONGEST_BACKOFF = 0.5, 30.0  # seconds between two attempts
 _LONGEST_RETRY_AFTER = 600.0  # seconds that a server may ask to wait
 _CONNECT = 10.0  # seconds
 _LARGEST = 2**28  # bytes of a response
@@ -230,7 +227,7 @@ class Endpoint(Generator):
                 if not error.retry or attempt == self.retries:
                     after = f" (attempt {attempt + 1})" if attempt else ""
                     raise OpenQwenError(f"{error}{after}", self._at(call), error.do) from None
-                await asyncio.sleep(_wait(attempt, error.wait))
+                await asyncio.sleep(backoff(attempt, error.wait))
         raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self, client: httpx.AsyncClient, call: ApiCall) -> Json:
@@ -373,7 +370,7 @@ def _failure(response: httpx.Response, message: str) -> _AttemptError:
     if (requested := response.headers.get("x-should-retry")) in ("true", "false"):
         retry = requested == "true"
     what = f"The server answered {status}: {message or response.reason_phrase}"
-    wait = _retry_after(response.headers)
+    wait = retry_after(response.headers)
     if retry and wait and wait > _LONGEST_RETRY_AFTER:
         what = f"{what} (it asks to wait {wait:.0f} seconds)"
         return _AttemptError(what, retry=False, do="start again later")
@@ -396,25 +393,3 @@ def _error_text(raw: bytes) -> str:
         value = "; ".join(faults)
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _retry_after(headers: httpx.Headers) -> float | None:
-    """Seconds from `retry-after-ms` or `Retry-After`, which is a number or a date."""
-    seconds: float | None = None
-    with suppress(ValueError, TypeError, OverflowError):
-        if "retry-after-ms" in headers:
-            seconds = float(headers["retry-after-ms"]) / 1000
-        elif "retry-after" in headers:
-            value = headers["retry-after"]
-            try:
-                seconds = float(value)
-            except ValueError:
-                seconds = parsedate_to_datetime(value).timestamp() - time.time()
-    return None if seconds is None or math.isnan(seconds) else max(seconds, 0.0)
-
-
-def _wait(attempt: int, requested: float | None) -> float:
-    """Seconds until the next attempt, random so that requests do not all come at once."""
-    if requested is not None:
-        return requested + random.uniform(0, _FIRST_WAIT)
-    return min(_FIRST_WAIT * 2.0 ** min(attempt, 16), _LONGEST_BACKOFF) * random.uniform(0.5, 1)

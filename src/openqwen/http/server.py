@@ -14,6 +14,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from openqwen.http.gate import LOOPBACK, Gate, made_key
+from openqwen.http.settings import HttpConfig
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import console
 
@@ -35,6 +37,24 @@ def url_of(listener: socket.socket) -> str:
     """The address of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def client_keys(config: HttpConfig) -> list[str]:
+    """The keys of clients, from the settings and the environment.
+
+    Where there are none and the server listens beyond loopback, a new one is made and printed.
+    """
+    keys = [*config.api_key, *filter(None, os.environ.get("OPENQWEN_API_KEY", "").split(","))]
+    if key := made_key(config.host, keys):
+        keys = [key]
+        console.print(f"No API key was given. A new one was made: {key}")
+    return keys
+
+
+def gated(app: ASGIApp, config: HttpConfig, keys: list[str], open_paths: frozenset[str]) -> Gate:
+    """The application behind its gate; see `Gate`."""
+    hosts = [] if keys else [*LOOPBACK, config.host]
+    return Gate(app, keys, hosts, open_paths, config.max_body, config.idle)
 
 
 def become_user(user: str | None, folder: Path | None) -> None:

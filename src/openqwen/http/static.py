@@ -2,7 +2,9 @@
 
 import hashlib
 from collections.abc import Callable, Coroutine
+from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import chain
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,15 +24,20 @@ _TYPES = {
 }
 
 
+# What pages share: colours, buttons, Markdown.
+SHARED = files("openqwen.http") / "page"
+
+
 class PageFiles:
-    """The files of one folder: html, js, css and svg. `index.html` is served as `/`.
+    """The files of folders: html, js, css and svg. `index.html` is served as `/`.
 
     A browser keeps them, and asks each time whether they have changed (ETag).
     """
 
-    def __init__(self, folder: Traversable):
+    def __init__(self, *folders: Traversable):
         self._files: dict[str, tuple[bytes, str]] = {}
-        for entry in folder.iterdir() if folder.is_dir() else ():
+        entries = chain.from_iterable(folder.iterdir() for folder in folders if folder.is_dir())
+        for entry in entries:
             kind = _TYPES.get(entry.name.rpartition(".")[2])
             if kind:
                 path = "/" + entry.name.replace("index.html", "")

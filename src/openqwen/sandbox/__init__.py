@@ -15,15 +15,28 @@ from openqwen.support.lazy import lazy_names
 if TYPE_CHECKING:
     from openqwen.sandbox.limits import Limits, Verdict
     from openqwen.sandbox.pool import Pool, Program, run
+    from openqwen.sandbox.remote import RemotePool, open_pool
     from openqwen.sandbox.tiers import Tier, best_tier
 
-__all__ = ["Limits", "Pool", "Program", "Tier", "Verdict", "best_tier", "run"]
+__all__ = [
+    "Limits",
+    "Pool",
+    "Program",
+    "RemotePool",
+    "Tier",
+    "Verdict",
+    "best_tier",
+    "open_pool",
+    "run",
+]
 
 _FILES = {
     "Limits": "limits",
     "Verdict": "limits",
     "Pool": "pool",
     "Program": "pool",
+    "RemotePool": "remote",
+    "open_pool": "remote",
     "run": "pool",
     "Tier": "tiers",
     "best_tier": "tiers",

@@ -21,7 +21,7 @@ def sandbox(
     check: bool = False,
     tests: Path | None = None,
     entry: str | None = None,
-    tier: Literal["strict", "process"] = "strict",
+    tier: Literal["gvisor", "strict", "process"] = "strict",
     limits: Limits = Limits(),  # noqa: B008 - it cannot be changed
 ) -> None:
     """Run a program that nobody trusts, or try this machine's sandbox.
@@ -33,7 +33,8 @@ def sandbox(
         check: Run the list of attacks and say which protections are active.
         tests: A file of Python asserts that call the program's functions, in another process.
         entry: The function that the tests are for.
-        tier: The least protection: strict (namespaces) or process (Landlock and seccomp alone).
+        tier: The least protection: gvisor (a kernel of its own), strict (namespaces) or process
+            (Landlock and seccomp alone).
         limits: What the program may use.
     """
     if check:

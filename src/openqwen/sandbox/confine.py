@@ -22,21 +22,35 @@ SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/etc/
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 BOX = "/box"
+ENVIRONMENT = {
+    "HOME": "/work",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "PYTHONHASHSEED": "0",
+}
 # Python's standard library, which every program may read.
 LIBRARY = os.path.dirname(os.__file__)
 _PACKAGES = ("site-packages", "dist-packages")
-_EXTRA = "/packages"  # modules of the caller that a pool lets in by name
+EXTRA = "/packages"  # modules of the caller that a pool lets in by name
 
 
 class Shell:
     """What a zygote prepares once for all its runs: the root and the filter.
 
-    strict: whether namespaces are used. packages: paths of modules that programs may import.
+    tier: see tiers.py. packages: paths of modules that programs may import.
     """
 
-    def __init__(self, strict: bool, packages: Sequence[str]):
-        self.strict, self.packages = strict, list(packages)
-        self.filter = kernel.seccomp_program()
+    def __init__(self, tier: str, packages: Sequence[str]):
+        self.strict, self.guest = tier == "strict", tier == "gvisor"
+        self.packages = list(packages)
+        # Where Landlock does not keep Python programs from starting others, the filter does.
+        more = kernel.DEVICES if self.guest else {}
+        self.filters = {
+            True: kernel.seccomp_program(more),
+            False: kernel.seccomp_program(more | kernel.STARTING if self.guest else more),
+        }
         self.processes = -1
         self._rules: dict[bool, int] = {}
         self.size = 0  # address space of the zygote, which is not the program's
@@ -51,7 +65,8 @@ class Shell:
             os.setgroups([])
         spaces = kernel.NEWNS | kernel.NEWNET | kernel.NEWIPC | kernel.NEWUTS | kernel.NEWCGROUP
         kernel.unshare(kernel.NEWUSER | kernel.NEWPID | spaces)
-        sources = _open_sources(self.packages)  # by the caller's rights, which end here
+        # By the caller's rights, which end here.
+        opened = [(to, os.open(path, os.O_PATH)) for to, path in sources(self.packages).items()]
         if superuser:
             ask_for_map()
             os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -64,7 +79,7 @@ class Shell:
         if child := os.fork():
             os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 0xFF)
         self.processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        _build_root(sources)
+        _build_root(opened)
         if kernel.landlock_abi():
             everything = kernel.ruleset(["/"], [], [])
             self._rules = {False: everything, True: kernel.ruleset(["/"], [], ["/"])}
@@ -101,7 +116,7 @@ class Shell:
     def packages_path(self) -> list[str]:
         """Entries of `sys.path` for the packages that are let in."""
         if self.strict:
-            return [_EXTRA] if self.packages else []
+            return [EXTRA] if self.packages else []
         return list(dict.fromkeys(os.path.dirname(path) for path in self.packages))
 
 
@@ -119,23 +134,23 @@ def give_up(shell: Shell, limits: dict[str, float], work: str, programs: bool) -
     if not shell.strict and os.geteuid() == 0:
         # The interpreter may lie in the superuser's home: Python's file user stays, and Landlock
         # guards the files. Other programs lose it when they start.
-        kernel.become(NOBODY, NOBODY if programs else 0)
+        kernel.become(NOBODY, NOBODY if programs or shell.guest else 0)
     tasks = 3 if shell.strict else _tasks()
     kernel.drop_capabilities()
     if kernel.landlock_abi():
         kernel.restrict(shell.rules(work, programs))
-    elif not shell.strict:
+    elif not shell.strict and not shell.guest:
         raise OSError("Landlock is missing, and there are no namespaces")
-    set_limits(limits, tasks, shell.size)
-    kernel.filter_calls(shell.filter)
+    set_limits(limits, tasks, shell.size, shell.guest)
+    kernel.filter_calls(shell.filters[programs])
 
 
-def set_limits(limits: dict[str, float], tasks: int, size: int) -> None:
+def set_limits(limits: dict[str, float], tasks: int, size: int, guest: bool = False) -> None:
     """Resource limits of this process and its children; `limits` holds the fields of `Limits`.
 
     tasks: processes and threads that the user has already: the zygote, the first process and the
     checker in a user namespace, all of the user's without one. size: address space, bytes, that is
-    not the program's.
+    not the program's. guest: gVisor's kernel has no limit of processes, core files and queues.
     """
     seconds = max(1, int(-(-limits["seconds"] // 1)))
     memory, disk = int(limits["memory_mb"]) << 20, int(limits["disk_mb"]) << 20
@@ -152,7 +167,8 @@ def set_limits(limits: dict[str, float], tasks: int, size: int) -> None:
     for kind, value in values.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+        with contextlib.suppress(*([ValueError] if guest else [])):
+            resource.setrlimit(kind, (value, value))
 
 
 def put_files(payload: dict[str, Any], folder: str) -> None:
@@ -204,26 +220,26 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _open_sources(packages: Sequence[str]) -> list[tuple[str, int]]:
-    """(place in the new root, descriptor of what is bound there)."""
+def sources(packages: Sequence[str]) -> dict[str, str]:
+    """What a root holds: the place there -> the path here."""
     places = {path: path for path in (*SYSTEM, *SYSTEM_FILES) if _is_real(path)}
     if not any(LIBRARY.startswith(path + "/") for path in places):
         places[LIBRARY] = LIBRARY
     places |= {f"/dev/{name}": f"/dev/{name}" for name in DEVICES}
-    places |= {f"{_EXTRA}/{os.path.basename(path)}": path for path in packages}
-    return [(place, os.open(path, os.O_PATH)) for place, path in places.items()]
+    places |= {f"{EXTRA}/{os.path.basename(path)}": path for path in packages}
+    return places
 
 
 def _is_real(path: str) -> bool:
     return os.path.exists(path) and not os.path.islink(path)
 
 
-def _build_root(sources: Sequence[tuple[str, int]]) -> None:
+def _build_root(opened: Sequence[tuple[str, int]]) -> None:
     links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
     kernel.mount("none", "/", flags=kernel.RECURSIVE | kernel.PRIVATE)
     root = "/tmp"
     kernel.mount("root", root, "tmpfs", kernel.NO_SUID, "size=1m,mode=755")
-    for place, descriptor in sources:
+    for place, descriptor in opened:
         target = root + place
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -234,7 +250,7 @@ def _build_root(sources: Sequence[tuple[str, int]]) -> None:
         os.close(descriptor)
     for path, target in links.items():
         os.symlink(target, root + path)
-    for folder in (BOX, "/proc", "/dev", _EXTRA):
+    for folder in (BOX, "/proc", "/dev", EXTRA):
         os.makedirs(root + folder, exist_ok=True)
     for name, target in (("work", "/work"), ("tmp", "/tmp"), ("shm", "/dev/shm")):
         os.symlink(f"{BOX}/{name}", root + target)

@@ -5,7 +5,7 @@ import os
 import platform
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -138,6 +138,9 @@ _REFUSED = {
     "setfsuid": (122, 151), "setgid": (106, 144), "setregid": (114, 143),
     "setresgid": (119, 149), "setfsgid": (123, 152), "setgroups": (116, 159),
 }  # fmt: skip
+# Refused where nothing else does it: starting programs, and making devices.
+STARTING = {"execve": (59, 221), "execveat": (322, 281)}
+DEVICES = {"mknod": (133, -1), "mknodat": (259, 33)}
 _MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, audit, clone
 _CLONE3 = 435
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -146,13 +149,16 @@ _EPERM, _ENOSYS = 1, 38
 _NAMESPACES = NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 
 
-def seccomp_program() -> bytes:
-    """The filter as the kernel reads it: calls of another architecture kill, refused ones fail."""
+def seccomp_program(more: Mapping[str, tuple[int, int]] | None = None) -> bytes:
+    """The filter as the kernel reads it: calls of another architecture kill, refused ones fail.
+
+    more: calls that are refused beside those of the list.
+    """
     column, audit, clone = _MACHINES[platform.machine()]
     lines = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
     if column == 0:  # the x32 calls of x86-64
         lines += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]
-    for numbers in _REFUSED.values():
+    for numbers in (_REFUSED | dict(more or {})).values():
         if numbers[column] >= 0:
             lines += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _ERROR | _EPERM)]
     # clone3 has its flags in memory, which a filter cannot read; libraries fall back on clone.

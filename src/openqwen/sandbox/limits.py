@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+NOT_COMPILED = "it does not compile"  # the reason of a verdict "failed"
 Status = Literal["passed", "failed", "timeout", "memory", "output", "crashed", "infra"]
 
 
@@ -46,6 +47,7 @@ class Verdict:
     rewards and statistics.
     stdout, stderr: what was written, cut at the limit; bytes that are not UTF-8 are replaced.
     seconds: CPU time of the program. wall_seconds: time by the clock. reason: one line.
+    exit_status: of the program, -N where signal N ended it; None where nothing ran.
     """
 
     status: Status
@@ -54,6 +56,7 @@ class Verdict:
     seconds: float = 0.0
     wall_seconds: float = 0.0
     reason: str = ""
+    exit_status: int | None = None
 
     @property
     def passed(self) -> bool:

@@ -1,5 +1,6 @@
 """The caller's side: zygotes, what they are sent, and the verdict."""
 
+import functools
 import json
 import os
 import secrets
@@ -10,8 +11,9 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -19,21 +21,14 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
-from openqwen.sandbox import groups, languages
-from openqwen.sandbox.limits import Limits, Status, Verdict
+from openqwen.sandbox import confine, groups, languages
+from openqwen.sandbox.gvisor import GuestWorker
+from openqwen.sandbox.limits import NOT_COMPILED, Limits, Status, Verdict
 from openqwen.sandbox.processes import end_descendants
 from openqwen.sandbox.tiers import Tier, interpreter, protections, required
 from openqwen.support.errors import OpenQwenError
 
 _SOURCES = str(Path(__file__).parents[2])
-_ENVIRONMENT = {
-    "HOME": "/work",
-    "LANG": "C.UTF-8",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "PATH": "/usr/local/bin:/usr/bin:/bin",
-    "PYTHONHASHSEED": "0",
-}
 _START = 30.0  # seconds for a zygote to come up
 _TRIES = 3  # of a run whose sandbox failed
 _GRACE = 5.0  # seconds for the last processes of a killed run to go
@@ -102,14 +97,19 @@ class Pool:
         self.tier = required(tier)
         paths = [path for name in packages for path in _package_paths(name)]
         count = workers or len(os.sched_getaffinity(0))
-        self._workers = [_Worker(self.tier, paths) for _ in range(count)]
+        make = GuestWorker if tier == "gvisor" else functools.partial(Worker, tier)
+        self._workers: list[Worker | GuestWorker] = [make(paths) for _ in range(count)]
         self._idle = list(self._workers)
         self._threads = ThreadPoolExecutor(count)
         self._lock = threading.Lock()
 
     def run(self, programs: Iterable[Program]) -> list[Verdict]:
         """Run programs; their verdicts in that order. A run whose sandbox failed is repeated."""
-        return list(self._threads.map(self._one, programs))
+        return [future.result() for future in [self.submit(program) for program in programs]]
+
+    def submit(self, program: Program) -> Future[Verdict]:
+        """Run a program when a worker is free."""
+        return self._threads.submit(self._one, program)
 
     def close(self) -> None:
         """End the workers and everything that they run."""
@@ -142,11 +142,11 @@ class Pool:
                 self._idle.append(worker)
 
 
-class _Worker:
+class Worker:
     """One zygote and the runs that it forks, one at a time."""
 
     def __init__(self, tier: Tier, packages: Sequence[str]):
-        self.strict, self.packages = tier == "strict", list(packages)
+        self.tier, self.strict, self.packages = tier, tier == "strict", list(packages)
         self.process: subprocess.Popen[bytes] | None = None
         self.group: groups.Group | None = None
 
@@ -185,7 +185,7 @@ class _Worker:
         self.host, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         start = (
             f"import sys; sys.path.insert(0, {_SOURCES!r}); from openqwen.sandbox import zygote; "
-            f"sys.path[0] = ''; zygote.main({theirs.fileno()}, {self.strict}, {self.packages!r})"
+            f"sys.path[0] = ''; zygote.main({theirs.fileno()}, {self.tier!r}, {self.packages!r})"
         )
         with theirs:
             self.process = subprocess.Popen(
@@ -194,7 +194,7 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
-                env=_ENVIRONMENT,
+                env=confine.ENVIRONMENT,
                 cwd="/",
             )
         if version := protections().groups:
@@ -232,9 +232,10 @@ class _Worker:
             header = {"limits": asdict(program.limits), "work": work, "names": list(inner)}
             socket.send_fds(self.host, [json.dumps(header).encode()], list(inner.values()))
             _close(inner)
-            handles = self._handles()
+            processes, handles = self._started()
+            kill = functools.partial(_kill, processes, handles)
             began = time.monotonic()
-            ending, read = _follow(outer, handles, program.limits, self.host)
+            ending, read = _follow(outer, kill, program.limits, self.host)
             return _verdict(program, ending, read, nonce, time.monotonic() - began, self.group)
         finally:
             _close(inner)
@@ -242,15 +243,16 @@ class _Worker:
             for handle in handles:
                 os.close(handle)
 
-    def _handles(self) -> list[int]:
-        message, handles, _, _ = socket.recv_fds(self.host, 16, 2)
-        if message != b"started":
+    def _started(self) -> tuple[list[int], list[int]]:
+        """The processes of the run, and handles of them where the kernel has handles."""
+        message, handles, _, _ = socket.recv_fds(self.host, 64, 2)
+        if not message:
             raise EOFError("the sandbox ended")
-        return list(handles)
+        return json.loads(message), list(handles)
 
 
 def _follow(
-    outer: Mapping[str, int], handles: Sequence[int], limits: Limits, host: socket.socket
+    outer: Mapping[str, int], kill: Callable[[], None], limits: Limits, host: socket.socket
 ) -> tuple[str, dict[str, bytearray]]:
     """Read what a run writes until nothing of it is left; returns the limit that ended it ("" where
     it ended by itself) and what was read.
@@ -284,8 +286,7 @@ def _follow(
         if not ending and (flood or not ready):
             ending = "output" if flood else "timeout"
             deadline = time.monotonic() + _GRACE
-            for handle in handles:
-                _kill(handle)
+            kill()
         elif not ready:
             raise OSError("a killed run did not end")
 
@@ -308,7 +309,8 @@ def _verdict(
         reason = str(result.get("reason", "")) if judged else "the tests did not end"
         if report.get("status") != 0 and stderr.strip():
             reason = stderr.strip().splitlines()[-1][:500]
-    return Verdict(status, stdout, stderr, float(report.get("seconds", 0.0)), wall, reason)
+    code = os.waitstatus_to_exitcode(report["status"])
+    return Verdict(status, stdout, stderr, float(report.get("seconds", 0.0)), wall, reason, code)
 
 
 def _ending(
@@ -330,7 +332,7 @@ def _ending(
         return "output", f"more than {limits.output_kb} KiB of output"
     code = os.waitstatus_to_exitcode(report["status"])
     if report.get("compiled") is False:
-        return "failed", "it does not compile"
+        return "failed", NOT_COMPILED
     last = stderr.strip().splitlines()[-1] if stderr.strip() else ""
     if code and (last.startswith("MemoryError") or "std::bad_alloc" in stderr):
         return "memory", f"more than {limits.memory_mb} MiB"
@@ -397,11 +399,14 @@ def _memory(data: bytes) -> int:
     return descriptor
 
 
-def _kill(handle: int) -> None:
-    try:
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def _kill(processes: Sequence[int], handles: Sequence[int]) -> None:
+    """Kill a run. Numbers are this process's only where there are no handles."""
+    for number in handles or processes:
+        with suppress(ProcessLookupError):
+            if handles:
+                signal.pidfd_send_signal(number, signal.SIGKILL)
+            else:
+                os.kill(number, signal.SIGKILL)
 
 
 def _close(descriptors: dict[str, int]) -> None:

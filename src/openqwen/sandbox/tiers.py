@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Literal
 
 from openqwen.support.errors import OpenQwenError
 
-Tier = Literal["strict", "process", "none"]
+Tier = Literal["gvisor", "strict", "process", "none"]
 _ORDER = ("none", "process", "strict")
 _SPACES = "user, mount, process, network, IPC, name and control-group namespaces"
 
@@ -42,6 +43,7 @@ class Protections:
             ("Landlock", bool(self.landlock), f"files, TCP, signals; version {self.landlock}"),
             ("seccomp", self.seccomp, "system calls that no program needs are refused"),
             ("control groups", self.groups is not None, "memory of all processes of a run"),
+            ("gVisor", runsc() is not None, "a kernel of its own for the tier 'gvisor' (runsc)"),
             ("resource limits", True, "CPU time, memory, processes and file size of a process"),
         ]
 
@@ -59,6 +61,12 @@ def protections() -> Protections:
     return Protections(not done.returncode, kernel.landlock_abi(), filters, groups.kind())
 
 
+@functools.cache
+def runsc() -> str | None:
+    """The path of gVisor's program; None where it is not installed."""
+    return shutil.which("runsc")
+
+
 def best_tier() -> Tier:
     """The strongest tier of this machine."""
     return protections().tier
@@ -66,8 +74,16 @@ def best_tier() -> Tier:
 
 def required(tier: Tier) -> Tier:
     """`tier`, where this machine reaches it. Raises OpenQwenError where it does not."""
+    if tier == "gvisor":
+        if runsc() is None:
+            what = (
+                "gVisor is not installed: there is no program 'runsc'. No untrusted code was run."
+            )
+            raise OpenQwenError(what, do="install it (https://gvisor.dev), or take another tier")
+        return tier
     if tier not in ("strict", "process"):
-        raise OpenQwenError(f"'{tier}' is not a tier of the sandbox.", do="use strict or process")
+        do = "use gvisor, strict or process"
+        raise OpenQwenError(f"'{tier}' is not a tier of the sandbox.", do=do)
     if _ORDER.index(best_tier()) < _ORDER.index(tier):
         missing = [name for name, active, _ in protections().lines() if not active]
         raise OpenQwenError(

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from openqwen.sandbox import checker, confine, kernel, program
-from openqwen.sandbox.processes import end_descendants
+from openqwen.sandbox.processes import end_descendants, end_user
 
 # What programs import most; imported once, not in every run.
 _MODULES = [
@@ -27,12 +27,14 @@ _MODULES = [
 ]  # fmt: skip
 
 
-def main(descriptor: int, strict: bool, packages: list[str]) -> None:
+def main(descriptor: int, tier: str, packages: list[str]) -> None:
     """Serve runs until the pool closes the connection."""
     host = socket.socket(fileno=descriptor)
-    shell = confine.Shell(strict, packages)
-    kernel.become_subreaper()
-    if strict:
+    shell = confine.Shell(tier, packages)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if not shell.guest:  # gVisor has no such call; guest.py is the first process, and reaps
+        kernel.become_subreaper()
+    if shell.strict:
         shell.separate(lambda: _ask_for_map(host))
     kernel.die_with_parent()
     kernel.set_dumpable(False)
@@ -74,14 +76,17 @@ def _serve(
     finally:
         for opened in descriptors:
             os.close(opened)
-    handles = [os.pidfd_open(child) for child in children]
-    socket.send_fds(host, [b"started"], handles)
+    # gVisor's kernel has no handles; the pool then kills by number.
+    handles = [] if shell.guest else [os.pidfd_open(child) for child in children]
+    socket.send_fds(host, [json.dumps(children).encode()], handles)
     for handle in handles:
         os.close(handle)
     _, status, used = os.wait4(children[0], 0)
     for child in children[1:]:
         os.waitpid(child, 0)
-    if not shell.strict:  # with namespaces nothing outlives its first process
+    if shell.guest:
+        end_user(confine.NOBODY)
+    elif not shell.strict:  # with namespaces nothing outlives its first process
         end_descendants(os.getpid(), reap=True)
     seconds = used.ru_utime + used.ru_stime
     host.send(json.dumps({"status": status, "seconds": seconds}).encode())

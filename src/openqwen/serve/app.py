@@ -14,7 +14,7 @@ from openqwen.http import errors
 from openqwen.http.errors import ApiError
 from openqwen.http.json_body import JSON, JSONRoute
 from openqwen.http.limits import EventStream, while_connected
-from openqwen.http.static import PageFiles
+from openqwen.http.static import SHARED, PageFiles
 from openqwen.serve import protocol as p
 from openqwen.serve.answers import TextResponse
 from openqwen.serve.api import FIELDS, Api
@@ -38,7 +38,7 @@ _FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"
 @functools.cache
 def page() -> PageFiles:
     """The files of the chat page."""
-    return PageFiles(files("openqwen.serve") / "page")
+    return PageFiles(SHARED, files("openqwen.serve") / "page")
 
 
 def application(api: Api, batches: Batches, lifespan: Any) -> FastAPI:

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Callable
@@ -14,8 +13,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from openqwen.engine import Engine
-from openqwen.http.gate import LOOPBACK, Gate, made_key
-from openqwen.http.server import become_user, listen, run, url_of, uvicorn_server
+from openqwen.http.server import (
+    become_user,
+    client_keys,
+    gated,
+    listen,
+    run,
+    url_of,
+    uvicorn_server,
+)
 from openqwen.model import load_model, load_scorer
 from openqwen.model.kernels import library as kernels_library
 from openqwen.model.long_context import context_tokens, describe
@@ -36,10 +42,7 @@ def serve(source: str, config: ServeConfig) -> None:
     """Serve a model until SIGTERM or SIGINT."""
     # Before the model is loaded, so that an address in use is reported at once.
     listener = listen(config.host, config.port)
-    keys = [*config.api_key, *filter(None, os.environ.get("OPENQWEN_API_KEY", "").split(","))]
-    if key := made_key(config.host, keys):
-        keys = [key]
-        console.print(f"No API key was given. A new one was made: {key}")
+    keys = client_keys(config)
     names = config.name or [Path(source).name if Path(source).exists() else source]
     engine = _engine(source, config, names)
     scorer = None
@@ -88,8 +91,7 @@ async def _serve(
         await asyncio.gather(work, return_exceptions=True)
 
     app: Any = application(api, batches, lifespan)
-    hosts = [] if keys else [*LOOPBACK, config.host]
-    app = Gate(app, keys, hosts, page().paths | {"/health"}, config.max_body, config.idle)
+    app = gated(app, config, keys, page().paths | {"/health"})
     if config.origin:
         methods = ["GET", "POST", "DELETE"]
         app = CORSMiddleware(app, config.origin, allow_methods=methods, allow_headers=["*"])

@@ -6,22 +6,13 @@ from typing import Literal
 from pydantic import Field
 
 from openqwen.engine import EngineConfig
-from openqwen.support.settings import Settings
+from openqwen.http.settings import HttpConfig
+from openqwen.sandbox import Tier
 
 
-class ServeConfig(Settings):
+class ServeConfig(HttpConfig):
     """The defaults are safe: loopback only, no other web origins, and a limit on everything."""
 
-    host: str = Field(
-        "127.0.0.1",
-        description="address to listen on; beyond loopback, clients need an API key",
-    )
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
-    api_key: list[str] = Field(
-        [],
-        description="API keys that clients may use; more may be given in OPENQWEN_API_KEY, "
-        "separated by commas",
-    )
     name: list[str] = Field(
         [], description="names by which clients ask for the model; default: the source's name"
     )
@@ -48,7 +39,6 @@ class ServeConfig(Settings):
     origin: list[str] = Field(
         [], description="other web origins whose pages may call the API (CORS)"
     )
-    max_body: int = Field(16 << 20, gt=0, description="largest request, in bytes")
     max_files: int = Field(1 << 30, gt=0, description="most bytes of all uploaded files together")
     queue: int = Field(
         256,
@@ -56,9 +46,24 @@ class ServeConfig(Settings):
         description="most answers in progress or waiting; further requests get status 429",
     )
     timeout: float = Field(600.0, gt=0, description="time limit of one answer, in seconds")
-    idle: float = Field(
-        20.0, gt=0, description="seconds that a client may take to send its request"
-    )
-    drain: float = Field(30.0, ge=0, description="seconds that running answers get after SIGTERM")
     engine: EngineConfig = Field(default_factory=EngineConfig, description="the engine")
-    user: str | None = Field(None, description="unprivileged user to become when started as root")
+
+
+class SandboxConfig(HttpConfig):
+    """What `openqwen sandbox --serve` offers. The defaults are safe, as those of `serve`."""
+
+    port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0: any free port")
+    workers: int | None = Field(
+        None, ge=1, description="programs at a time; default: one for each core"
+    )
+    tier: Tier = Field("strict", description="the least protection; see `openqwen sandbox --check`")
+    packages: list[str] = Field(
+        [], description="installed modules that programs may import, such as numpy"
+    )
+    queue: int = Field(
+        64, gt=0, description="most programs running or waiting; further ones get status 429"
+    )
+    max_seconds: float = Field(
+        60.0, gt=0, description="largest time limit that clients may ask for"
+    )
+    max_memory_mb: int = Field(4096, gt=0, description="largest memory that clients may ask for")

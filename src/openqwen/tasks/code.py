@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from openqwen.sandbox import Limits, Pool, Program, Verdict, best_tier
-from openqwen.sandbox.languages import TABLE, language_of
+from openqwen.sandbox import Limits, Program, Verdict, open_pool
+from openqwen.sandbox.languages import TABLE
 from openqwen.tasks.task import Grade, Task
 
 _LONGEST = 200_000  # characters of an answer that is read
@@ -35,8 +35,6 @@ def judge(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
     Raises:
         OpenQwenError: the sandbox cannot be built here, or a language is not installed.
     """
-    for language in {task.reference.get("language", "python") for task in tasks} - {"python"}:
-        language_of(language)
     grades: dict[int, Grade] = {}
     sources: dict[int, str] = {}
     for index, (task, answer) in enumerate(zip(tasks, answers, strict=True)):
@@ -46,7 +44,7 @@ def judge(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
         else:
             grades[index] = Grade(False, 0.0, "no program", "no_answer")
     case = 0
-    with Pool(tier="process" if best_tier() == "process" else "strict") as pool:
+    with open_pool() as pool:
         while sources:
             programs = [_program(tasks[index].reference, sources[index], case) for index in sources]
             for index, verdict in zip(list(sources), pool.run(programs), strict=True):

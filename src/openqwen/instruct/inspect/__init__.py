@@ -1,0 +1,1 @@
+"""`openqwen inspect`: a page to browse demonstrations, preferences, tasks and documents."""
