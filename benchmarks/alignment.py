@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from openqwen.recipe.report.text import duration, signed
 
 from openqwen.recipe.report.run import EVALUATE, Run, load_run
-from openqwen.recipe.report.text import duration, signed
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.tasks.checkable import generate_tasks

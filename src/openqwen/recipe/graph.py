@@ -57,6 +57,7 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
         "openqwen.evaluate.model",
         {"model": "sft", "corpus": "corpus", "base": "evaluate-extend"},
     ),
+    ("synthesize-ratings", "openqwen.instruct.synthesize.methods.ratings", None),
     ("synthesize-rejection", "openqwen.instruct.synthesize.methods.rejection", None),
     ("synthesize-execution", "openqwen.instruct.synthesize.methods.execution", None),
     ("synthesize-instructions", "openqwen.instruct.synthesize.methods.instructions", None),

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from openqwen.engine import Output
+from openqwen.engine.score import score_sequences
 from openqwen.model import load_scorer
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
@@ -30,7 +31,6 @@ from openqwen.tasks.graders import check_task
 from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.messages import prompt
 from openqwen.train.conversations import encode_answer
-from openqwen.engine.score import score_sequences
 
 _CALL = 64  # most answers of one call of a function or an endpoint
 _START = 120.0  # seconds for a function's module to be imported

@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from openqwen.engine.score import RewardModel
 from openqwen.instruct.synthesize.method import Batch
 from openqwen.sandbox import Pool, Program, Verdict, best_tier
 from openqwen.support.errors import OpenQwenError
@@ -90,15 +91,5 @@ class BatchWork:
         if self._score is None:
             if self._reward is None:
                 raise OpenQwenError("There is no reward model.", "reward", "give --reward FOLDER")
-            self._score = _scorer(self._reward)
+            self._score = RewardModel.load(self._reward).score
         return self._score(conversations)
-
-
-def _scorer(folder: Path) -> Callable[[Sequence[Any]], list[float]]:
-    from openqwen.model import load_scorer
-    from openqwen.support.device import best_device
-    from openqwen.tokenizer import load_tokenizer
-    from openqwen.train.reward import score
-
-    model, tokenizer = load_scorer(folder, device=best_device()), load_tokenizer(folder)
-    return lambda conversations: score(model, tokenizer, conversations)

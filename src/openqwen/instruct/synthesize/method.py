@@ -80,9 +80,11 @@ class Method(ABC):
 
     Class attributes:
         name: in `origin`, and the folder of its prompts.
+        files: the kinds of records that it makes, each a file of that name.
     """
 
     name: str
+    files: tuple[str, ...] = ("demonstrations", "preferences")
 
     def __init__(self, config: Any):
         self.config = config
@@ -113,7 +115,7 @@ class Work:
         prompts: the method's prompt files.
         language: of the prompts, unless a call names another.
         origin: of the records: method, model, seed.
-        records: made so far: (file, record), where the file is "demonstrations" or "preferences".
+        records: made so far: (file, record), where the file is one of the method's `files`.
         gates: name -> [passed, tried].
         quarantine: what was refused, and why.
         failures: calls that were not answered.
@@ -192,21 +194,17 @@ class Work:
 
     def demonstration(self, messages: Sequence[Message], **origin: Any) -> None:
         """Add a record to D. origin: more than method, model, seed, parents and prompts."""
-        self._add("demonstrations", {"messages": list(messages)}, origin)
+        self.record("demonstrations", {"messages": list(messages)}, **origin)
 
     def preference(
         self, prompt: Sequence[Message], chosen: str, rejected: str, **origin: Any
     ) -> None:
         """Add a record to P."""
         sides = {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
-        self._add("preferences", {"prompt": list(prompt), **sides}, origin)
+        self.record("preferences", {"prompt": list(prompt), **sides}, **origin)
 
-    @cached_property
-    def rng(self) -> np.random.Generator:
-        """Random numbers of this item."""
-        return Generators(self.seed)[f"item/{self.item}"]
-
-    def _add(self, name: str, record: dict[str, Any], origin: dict[str, Any]) -> None:
+    def record(self, name: str, record: dict[str, Any], **origin: Any) -> None:
+        """Add a record to one of the method's files; see `demonstration`."""
         made = self.origin | {"parents": [self.item], "prompts": dict(self._rendered)} | origin
         record["origin"] = made
         try:
@@ -215,6 +213,11 @@ class Work:
             self.refuse(f"the record is no JSON: {error}")
             return
         self.records.append((name, record))
+
+    @cached_property
+    def rng(self) -> np.random.Generator:
+        """Random numbers of this item."""
+        return Generators(self.seed)[f"item/{self.item}"]
 
 
 def assistant(text: str) -> Message:

@@ -3,20 +3,22 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from openqwen.support.progress import console
 
-FILES = ("demonstrations", "preferences", "quarantine")
 _REASONS = 50  # different reasons in the report
 
 
 class Report:
-    """Counts over finished items, in order."""
+    """Counts over finished items, in order.
 
-    def __init__(self, method: str):
-        self.method = method
+    files: the kinds of records that the method makes.
+    """
+
+    def __init__(self, method: str, files: Sequence[str]):
+        self.method, self.files = method, files
         self.counts: Counter[str] = Counter()
         self.gates: dict[str, list[int]] = {}
         self.reasons: Counter[str] = Counter()
@@ -51,8 +53,8 @@ class Report:
 
     def metrics(self) -> dict[str, float]:
         """The counts, the most important first."""
-        names = ("demonstrations", "preferences", "items", "requests", "tokens", "quarantined")
-        return {name: float(self.counts[name]) for name in (*names, "duplicates", "failures")}
+        work = ("items", "requests", "tokens", "quarantined", "duplicates", "failures")
+        return {name: float(self.counts[name]) for name in (*self.files, *work)}
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for synthesis.json."""

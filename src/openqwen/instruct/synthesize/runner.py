@@ -28,7 +28,7 @@ from openqwen.instruct.synthesize.config import SynthesisConfig, open_generators
 from openqwen.instruct.synthesize.journal import CallLog, Journal, ModelCall
 from openqwen.instruct.synthesize.method import Batch, Item, Method, Steps, Work, item_error
 from openqwen.instruct.synthesize.prompts import PromptFiles
-from openqwen.instruct.synthesize.report import FILES, Report
+from openqwen.instruct.synthesize.report import Report
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import whole_file, write_json
 from openqwen.support.progress import Progress, console, progress
@@ -36,6 +36,7 @@ from openqwen.support.stage import StageRun
 
 _PREPARE = object()  # the data of the item that stands for the steps before all others
 _WINDOW = 4  # items at work, for each request that may be open
+_SHORT = {"demonstrations": "D", "preferences": "P"}
 Generators = Mapping[str, tuple[Generator, str, str]]
 # (number of the item, number of the call, item, index of the call in its step, call)
 Waiting = tuple[int, int, "Active", int, ModelCall]
@@ -325,16 +326,16 @@ class Synthesis:
                 self.prepared = line | {"id": None}
                 continue
             self.finished.append(line)
-            notes = {"D": self.made["demonstrations"], "P": self.made["preferences"]}
+            notes = {_SHORT.get(name, name): self.made[name] for name in self.method.files}
             bar.advance(1, **notes, **({"errors": self.errors} if self.errors else {}))
 
     def _write(self) -> dict[str, float]:
         """Write the results of all finished items, in order; returns counts."""
-        report = Report(self.method.name)
+        report = Report(self.method.name, self.method.files)
         with ExitStack() as stack:
             files = {
                 name: stack.enter_context(whole_file(self.output / f"{name}.jsonl"))
-                for name in FILES
+                for name in (*self.method.files, "quarantine")
             }
             lines = (line for place, line in self.finished.lines() if place)
             for line in chain([self.prepared], lines):

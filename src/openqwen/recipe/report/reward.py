@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from openqwen.recipe.report.charts import LEFT, RIGHT, TOP, LineChart, scale, ticks
 from openqwen.recipe.report.run import Run
-from openqwen.recipe.report.text import number, percent
+from openqwen.support.page.charts import LEFT, RIGHT, TOP, LineChart, scale, ticks
+from openqwen.support.page.text import number, percent
 
 _HEIGHT = 190
 
