@@ -4,6 +4,7 @@ import random
 import re
 import string
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,4 +103,7 @@ def test_the_corpus_stage_masks_or_drops_and_counts(tmp_path):
         texts = "".join(document["text"] for document in documents)
         assert ("@mail.org" in texts) == (action == "keep")
         assert texts.count("name@example.com") == (5 if action == "mask" else 0)
+        rows = pq.read_table(out / "decisions.parquet").to_pylist()
+        whys = [row["why"] for row in rows if row["step"] == "personal"]
+        assert whys == ([] if action == "keep" else ["1 email"] * 5)
         assert metrics.get("personal_dropped") == {"keep": None, "mask": 0, "drop": 5}[action]

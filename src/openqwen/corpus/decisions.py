@@ -59,7 +59,7 @@ class Decisions:
     def add(self, document: Document, verdict: DocumentVerdict) -> None:
         """Store what a step did with a document, if it did not just keep it."""
         if cut := verdict.cut:
-            self._row(document, verdict.step, cut.rule, cut.bytes, f"{cut.bytes:,} bytes cut", True)
+            self._row(document, verdict.step, cut.rule, cut.bytes, cut.why, True)
         if verdict.rule is not None:
             self._row(document, verdict.step, verdict.rule, verdict.value, verdict.why, False)
         if len(self._rows) >= _ROWS:

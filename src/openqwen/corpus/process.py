@@ -23,6 +23,20 @@ class Cut(NamedTuple):
     text: str
     bytes: int
 
+    @property
+    def why(self) -> str:
+        """What was done, in words."""
+        return f"{self.bytes:,} bytes cut"
+
+
+class Masked(Cut):
+    """Personal data that was replaced; `text` says how much of which kind."""
+
+    @property
+    def why(self) -> str:
+        """What was done, in words."""
+        return self.text
+
 
 class DocumentVerdict(NamedTuple):
     """What one step decided about one document.
@@ -90,7 +104,7 @@ def treat_personal(document: Document, action: Literal["mask", "drop"]) -> Resul
         verdict = DocumentVerdict("personal", "personal data", why, value=found.total())
         return verdict, document
     before, after = utf8_size(document["text"]), utf8_size(text)
-    cut = Cut("personal data masked", why, max(before - after, 0))
+    cut = Masked("personal data masked", why, max(before - after, 0))
     return DocumentVerdict("personal", cut=cut), {**document, "text": text}
 
 

@@ -35,7 +35,7 @@ class StepReport:
     def count(self, verdict: DocumentVerdict, document: Document) -> None:
         """Count a verdict; `document` is as the step left it."""
         if cut := verdict.cut:
-            self._lose(document, cut.rule, cut.text, cut.bytes, f"{cut.bytes:,} bytes cut")
+            self._lose(document, cut.rule, cut.text, cut.bytes, cut.why)
         size = utf8_size(document["text"])
         if verdict.rule is None:
             self.kept += 1
