@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from openqwen.engine import Output
+from openqwen.engine.score import RewardModel
 from openqwen.model import ModelConfig, Scorer, initialize, save_checkpoint
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
-from openqwen.train.reward import score
 from openqwen.train.reward_sources import RewardSources, RewardSourcesConfig
 
 
@@ -66,7 +66,7 @@ def test_graders_functions_and_models_add_up_with_weights(tokenizer, reward, tmp
     talks = [
         [*record()["prompt"], {"role": "assistant", "content": output.text}] for output in answers
     ]
-    models = score(reward[1], tokenizer, talks)
+    models = RewardModel(reward[1], tokenizer).score(talks)
     expected = [2.0 * g + 0.5 * e + 0.1 * m for g, e, m in zip((1, 0, 0), (0, 1, 0), models)]
     assert found == pytest.approx(expected, abs=1e-5)
     named = {str(reward[0]): 1.0}
