@@ -155,7 +155,8 @@ def test_the_verb_makes_a_classifier_that_the_corpus_stage_filters_with(tmp_path
     config = CorpusConfig(
         folder=raw,
         filters={"text": {"gopher": {"min_stop_words": 0}}},
-        score={"classifier": folder, "weights": {"spam": 0}, "keep": {"one": 0.5}},
+        classifier=folder,
+        score={"weights": {"spam": 0}, "keep": {"one": 0.5}},
         heldout_share=0.1,
     )
     build_corpus(config, [], out)

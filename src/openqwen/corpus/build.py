@@ -82,7 +82,7 @@ def build_corpus(
         runs = {
             "personal": config.personal != "keep",
             "decontaminate": config.decontaminate,
-            "score": config.score.classifier,
+            "score": config.classifier,
         }
         account = Account(decisions.add, [name for name, given in runs.items() if not given])
         files = _Passes(*(Path(scratch) / f"{name}.jsonl" for name in _Passes._fields))
@@ -124,8 +124,8 @@ def _process(
     steps = []
     if config.decontaminate:
         steps.append(_decontamination_step(files.filtered, entries, config.decontaminate))
-    if config.score.classifier:
-        steps.append(_score_step(files.filtered, entries, config.score, config.score.classifier))
+    if config.classifier:
+        steps.append(_score_step(files.filtered, entries, config.score, config.classifier))
     steps += [_near_step(files.filtered, entries, config), _paragraph_step(config)]
     documents = account.kept(read_jsonl(files.filtered), steps)
     extra = account.kept(extra_documents, [exact])

@@ -189,9 +189,6 @@ class MinHashConfig(Settings):
 class ScoreConfig(Settings):
     """Filtering by a classifier of quality. A document's score is the mean of its dimensions'."""
 
-    classifier: Path | None = Field(
-        None, description="output folder of `openqwen quality`; none: no document is scored"
-    )
     weights: dict[str, float] = Field(
         {}, description="dimension -> its weight in the mean, such as {spam: 0}; not named: 1"
     )
@@ -239,8 +236,11 @@ class CorpusConfig(Settings):
         description="evaluation files, or folders of them; documents that hold one of their texts "
         "are dropped: 13 words in common, in order, and 0.6 of the shorter text (Qwen2)",
     )
+    classifier: Path | None = Field(
+        None, description="output folder of `openqwen quality`; none: no document is scored"
+    )
     score: ScoreConfig = Field(
-        default_factory=ScoreConfig, description="filtering by a classifier of quality"
+        default_factory=ScoreConfig, description="filtering by the classifier of quality"
     )
     minhash: MinHashConfig = Field(default_factory=MinHashConfig, description="near-deduplication")
     heldout_share: float = Field(

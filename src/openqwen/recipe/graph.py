@@ -177,7 +177,11 @@ def recipe_class(alone: bool = False) -> type[Settings]:
 @functools.cache
 def _class_of(sections: tuple[tuple[str, type[BaseModel], str], ...]) -> type[Settings]:
     fields: dict[str, Any] = {
-        "seed": (int, Field(1, ge=0, description="seed of every random draw"))
+        "seed": (int, Field(1, ge=0, description="seed of every random draw")),
+        "last_stage": (
+            str | None,
+            Field(None, description="the recipe's last stage; none: all stages are made"),
+        ),
     }
     for name, config, text in sections:
         fields[name] = (config, Field(default_factory=config, description=text))
@@ -204,7 +208,9 @@ def nodes_of(recipe: Any) -> list[Node]:
             inputs = {**inputs, "base": base}
             outside.pop("base", None)
         nodes.append(Node(name, stage, config, inputs, outside, estimate))
-    return nodes
+    if recipe.last_stage is None:
+        return nodes
+    return nodes[: position(nodes, recipe.last_stage, "last_stage") + 1]
 
 
 def outside_of(config: BaseModel) -> dict[str, Path]:
