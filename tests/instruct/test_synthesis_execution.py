@@ -32,7 +32,9 @@ TASK = {
 
 def executed(tmp_path, solutions, tests, lines=(TASK,), **settings):
     turns = {"solve": itertools.cycle(solutions), "tests": itertools.cycle(tests)}
-    generator = Scripted(lambda text, _: next(turns["tests" if "different tests" in text else "solve"]))
+    generator = Scripted(
+        lambda text, _: next(turns["tests" if "different tests" in text else "solve"])
+    )
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = ExecutionConfig(
