@@ -101,6 +101,7 @@ def test_a_judge_of_its_own(tmp_path):
     method = Rejection(config, tasks)
     _, found = run(tmp_path, paths(*PATHS[:2]), config, method, judge=judge)
     assert len(judge.asked) == 2
+    assert records(found, "demonstrations")[0]["origin"]["judge"] == "judge"
     (d,) = records(found, "demonstrations")
     assert d["messages"][-1]["content"] == PATHS[0]
 
