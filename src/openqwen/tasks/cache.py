@@ -47,8 +47,17 @@ class GradeCache:
         lines = b"".join(_line(key, grade) for key, grade in kept.items())
         if not lines:
             return
+        try:
+            with disk_errors(self.path):
+                self._append(lines)
+        except OSError as error:
+            what = f"The cache of grades cannot be written: {error}"
+            raise OpenQwenError(what, self.path, "give another file") from None
+        self._grades |= kept
+
+    def _append(self, lines: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with disk_errors(self.path), open(self.path, "a+b") as file:
+        with open(self.path, "a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # the system ends it with the process
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
@@ -56,7 +65,6 @@ class GradeCache:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
-        self._grades |= kept
 
     def _refresh(self) -> None:
         """Read the lines that were added since the last time."""

@@ -76,7 +76,7 @@ def grade(
     for key, one in asked.items():
         if key not in grades:
             waiting.setdefault(one.task.grader, []).append(key)
-    if progress:
+    if progress is not None:
         progress.advance(len(keys) - sum(map(len, waiting.values())))
     for name, new in waiting.items():
         size = len(new) if cache is None and progress is None else _PART
@@ -85,7 +85,7 @@ def grade(
             grades |= batch
             if cache is not None:
                 cache.keep({key: grade for key, grade in batch.items() if asked[key].lasts})
-            if progress:
+            if progress is not None:
                 progress.advance(len(part))
     return [grades[key] for key in keys]
 

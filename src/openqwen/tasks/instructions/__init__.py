@@ -42,22 +42,27 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(map(_is_text, value))
 
 
-# type of a parameter -> (whether a value is of it, what it must be)
+# names of parameters -> (whether a value fits, what it must be); all others are counts
 _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "count": (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more"),
     "language": (
         lambda value: value in [*KNOWN, "zh-cn", "zh-tw"],
         f"the code of a language: {', '.join(KNOWN)}",
     ),
     "letter": (lambda value: _is_text(value) and len(value.strip()) == 1, "one character"),
-    "relation": (lambda value: value in [*RELATIONS], f"one of: {', '.join(RELATIONS)}"),
-    "text": (_is_text, "a text that is not empty"),
-    "texts": (_are_texts, "a list of texts that are not empty"),
-    "words": (
+    "relation let_relation capital_relation": (
+        lambda value: value in [*RELATIONS],
+        f"one of: {', '.join(RELATIONS)}",
+    ),
+    "keyword first_word postscript_marker section_spliter prompt_to_repeat end_phrase "
+    "forbidden_char ending": (_is_text, "a text that is not empty"),
+    "keywords forbidden_words": (_are_texts, "a list of texts that are not empty"),
+    "word_to_accentuate": (
         lambda value: isinstance(value, dict) and _are_texts([*value, *value.values()]),
         "an object from words without accents to words with them",
     ),
 }
+_TYPE_OF = {name: of for names, of in _TYPES.items() for name in names.split()}
+_COUNT = (lambda value: type(value) is int and value >= 0, "a whole number, 0 or more")
 
 
 def check(
@@ -114,13 +119,13 @@ def _kind(id: str, language: str) -> tuple[Kind, str]:
 
 
 def _parameters_fault(kind: Kind, given: Mapping[str, Any]) -> str:
-    names = {name.removesuffix("?"): of for name, of in kind.needs.items()}
+    names = {name.removesuffix("?"): name.endswith("?") for name in kind.needs.split()}
     for name in given:
         if name not in names:
             return f"There is no parameter '{name}'{suggestion(name, names)}"
-    for name, type_name in names.items():
-        fits, said = _TYPES[type_name]
-        if name not in given and f"{name}?" not in kind.needs:
+    for name, optional in names.items():
+        fits, said = _TYPE_OF.get(name, _COUNT)
+        if name not in given and not optional:
             return f"The parameter '{name}' is missing"
         if name in given and not fits(given[name]):
             return f"The parameter '{name}' must be {said}"

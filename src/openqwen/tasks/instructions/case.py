@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 RELATIONS: dict[str, Callable[[float, float], bool]] = {
@@ -44,10 +44,10 @@ class Kind:
 
     Args:
         follows: whether a response follows it.
-        needs: its parameters and their types; those whose names end with "?" may be absent.
+        needs: names of its parameters; those that end with "?" may be absent.
         languages: those in which it exists.
     """
 
     follows: Callable[[Case], bool]
-    needs: Mapping[str, str] = field(default_factory=dict)
+    needs: str = ""
     languages: tuple[str, ...] = ("en", "fr", "es", "ja")

@@ -221,48 +221,36 @@ def _no_comma(case: Case) -> bool:
 
 
 _WESTERN = ("en", "fr", "es")
-_NTH = {"num_paragraphs": "count", "nth_paragraph": "count", "first_word": "text"}
-_LETTER = {"letter": "letter", "let_frequency": "count", "let_relation": "relation"}
 SHARED_KINDS: dict[str, Kind] = {
-    "keywords:existence": Kind(_existence, {"keywords": "texts"}),
-    "keywords:frequency": Kind(
-        _frequency, {"keyword": "text", "frequency": "count", "relation": "relation"}
+    "keywords:existence": Kind(_existence, "keywords"),
+    "keywords:frequency": Kind(_frequency, "keyword frequency relation"),
+    "keywords:forbidden_words": Kind(_forbidden, "forbidden_words"),
+    "keywords:letter_frequency": Kind(_letters, "letter let_frequency let_relation"),
+    "language:response_language": Kind(_language, "language"),
+    "length_constraints:number_sentences": Kind(_sentences, "num_sentences relation"),
+    "length_constraints:number_paragraphs": Kind(_paragraphs, "num_paragraphs"),
+    "length_constraints:number_words": Kind(_words, "num_words relation", _WESTERN),
+    "length_constraints:number_letters": Kind(_characters, "num_letters relation", ("ja",)),
+    "length_constraints:nth_paragraph_first_word": Kind(
+        _nth_paragraph, "num_paragraphs nth_paragraph first_word"
     ),
-    "keywords:forbidden_words": Kind(_forbidden, {"forbidden_words": "texts"}),
-    "keywords:letter_frequency": Kind(_letters, _LETTER),
-    "language:response_language": Kind(_language, {"language": "language"}),
-    "length_constraints:number_sentences": Kind(
-        _sentences, {"num_sentences": "count", "relation": "relation"}
-    ),
-    "length_constraints:number_paragraphs": Kind(_paragraphs, {"num_paragraphs": "count"}),
-    "length_constraints:number_words": Kind(
-        _words, {"num_words": "count", "relation": "relation"}, _WESTERN
-    ),
-    "length_constraints:number_letters": Kind(
-        _characters, {"num_letters": "count", "relation": "relation"}, ("ja",)
-    ),
-    "length_constraints:nth_paragraph_first_word": Kind(_nth_paragraph, _NTH),
-    # The relation of the next, of highlights and of sections is "at least" whatever is given.
-    "detectable_content:number_placeholders": Kind(
-        _placeholders, {"num_placeholders": "count", "relation?": "relation"}
-    ),
-    "detectable_content:postscript": Kind(_postscript, {"postscript_marker": "text"}),
-    "detectable_format:number_bullet_lists": Kind(_bullets, {"num_bullets": "count"}),
+    # An optional relation is "at least", whatever is given.
+    "detectable_content:number_placeholders": Kind(_placeholders, "num_placeholders relation?"),
+    "detectable_content:postscript": Kind(_postscript, "postscript_marker"),
+    "detectable_format:number_bullet_lists": Kind(_bullets, "num_bullets"),
     "detectable_format:constrained_response": Kind(_options),
-    "detectable_format:number_highlighted_sections": Kind(
-        _highlights, {"num_highlights": "count", "relation?": "relation"}
-    ),
+    "detectable_format:number_highlighted_sections": Kind(_highlights, "num_highlights relation?"),
     "detectable_format:multiple_sections": Kind(
-        _sections, {"section_spliter": "text", "num_sections": "count", "relation?": "relation"}
+        _sections, "section_spliter num_sections relation?"
     ),
     "detectable_format:json_format": Kind(_json),
     "detectable_format:title": Kind(_title),
     "combination:two_responses": Kind(_two_responses),
-    "combination:repeat_prompt": Kind(_repeat, {"prompt_to_repeat": "text"}),
-    "startend:end_checker": Kind(_end, {"end_phrase": "text"}),
+    "combination:repeat_prompt": Kind(_repeat, "prompt_to_repeat"),
+    "startend:end_checker": Kind(_end, "end_phrase"),
     "startend:quotation": Kind(_quotation),
     "change_case:capital_word_frequency": Kind(
-        _capital_words, {"capital_frequency": "count", "capital_relation": "relation"}, _WESTERN
+        _capital_words, "capital_frequency capital_relation", _WESTERN
     ),
     "change_case:english_capital": Kind(_capitals, languages=("en",)),
     "change_case:english_lowercase": Kind(_lowercase, languages=("en",)),

@@ -49,14 +49,6 @@ def _words_with(case: Case, letters: str) -> int:
     return sum(any(char in letters for char in word) for word in spanish_words(case.text))
 
 
-def _enie(case: Case) -> bool:
-    return _words_with(case, "ñÑ") == case["let_frequency"]
-
-
-def _dieresis(case: Case) -> bool:
-    return _words_with(case, "üÜ") == case["let_frequency"]
-
-
 def _tildes(case: Case) -> bool:
     return case.compares(_words_with(case, "áéíóúÁÉÍÓÚ"), "num_words")
 
@@ -98,31 +90,33 @@ def _nominal(case: Case) -> bool:
 
 
 NATIONAL_KINDS: dict[str, Kind] = {
-    "special_character:ethel_or_cedilla": Kind(_no_char, {"forbidden_char": "text"}, ("fr",)),
+    "special_character:ethel_or_cedilla": Kind(_no_char, "forbidden_char", ("fr",)),
     "special_character:no_accents": Kind(
         _lacks("(?i)[àáâãäåçèéêëìíîïñòóôõöùúûüýÿ]"), languages=("fr",)
     ),
-    "special_character:accents": Kind(_accents, {"word_to_accentuate": "words"}, ("fr",)),
+    "special_character:accents": Kind(_accents, "word_to_accentuate", ("fr",)),
     "detectable_content:informal_address": Kind(
         _finds(r"(?i)\b(?:tu|te|t'|toi|ton|ta|tes)\b"), languages=("fr",)
     ),
     "detectable_content:no_digits": Kind(_lacks(r"\d"), languages=("fr",)),
-    "special_character:enie": Kind(_enie, {"let_frequency": "count"}, ("es",)),
-    "special_character:dieresis": Kind(_dieresis, {"let_frequency": "count"}, ("es",)),
-    "special_character:tildes": Kind(
-        _tildes, {"num_words": "count", "relation": "relation"}, ("es",)
+    "special_character:enie": Kind(
+        lambda case: _words_with(case, "ñÑ") == case["let_frequency"], "let_frequency", ("es",)
     ),
+    "special_character:dieresis": Kind(
+        lambda case: _words_with(case, "üÜ") == case["let_frequency"], "let_frequency", ("es",)
+    ),
+    "special_character:tildes": Kind(_tildes, "num_words relation", ("es",)),
     "punctuation:question_marks": Kind(_encloses("¿", "?"), languages=("es",)),
     "punctuation:exclamation_marks": Kind(_encloses("¡", "!"), languages=("es",)),
-    "detectable_format:number_numbered_lists": Kind(_numbered, {"num_items": "count"}, ("ja",)),
-    "detectable_format:nominal_ending": Kind(_nominal, {"count": "count"}, ("ja",)),
-    "startend:sentence_unified_end": Kind(_unified_end, {"ending": "text"}, ("ja",)),
+    "detectable_format:number_numbered_lists": Kind(_numbered, "num_items", ("ja",)),
+    "detectable_format:nominal_ending": Kind(_nominal, "count", ("ja",)),
+    "startend:sentence_unified_end": Kind(_unified_end, "ending", ("ja",)),
     "letters:furigana": Kind(_furigana, languages=("ja",)),
     "letters:kansuuji": Kind(_lacks(r"\d"), languages=("ja",)),
     "letters:no_katakana": Kind(_lacks("[ァ-ヺｦ-ﾟ]"), languages=("ja",)),
     "letters:katakana_only": Kind(_only("[ァ-ンー・ｦ-ﾟ]"), languages=("ja",)),
     "letters:no_hiragana": Kind(_lacks("[ぁ-ゖ]"), languages=("ja",)),
     "letters:hiragana_only": Kind(_only("[ぁ-んー]"), languages=("ja",)),
-    "letters:kanji": Kind(_kanji, {"kanji_limit": "count", "relation": "relation"}, ("ja",)),
+    "letters:kanji": Kind(_kanji, "kanji_limit relation", ("ja",)),
     "punctuation:no_period": Kind(_lacks("。"), languages=("ja",)),
 }

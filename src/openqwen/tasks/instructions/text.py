@@ -117,11 +117,11 @@ def count_lines(pattern: str, text: str) -> int:
 def spanish_words(text: str) -> list[str]:
     """The tokens of a Spanish text that are no punctuation, as spaCy's tokenizer makes them.
 
-    A symbol, such as $ or +, is a token, and so is a gap of more than one character.
+    A symbol, such as $ or +, is a token, and so is a gap that is not a single space.
     """
     tokens: list[str] = []
     for gap, chunk in re.findall(r"(\s*)(\S+)", text):
-        if len(gap) > 1:
+        if gap not in ("", " "):
             tokens.append(gap)
         parts = [chunk] if chunk.isalnum() else _INSIDE.split(chunk)
         for part in parts:
