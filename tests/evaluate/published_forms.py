@@ -37,6 +37,17 @@ MBPP = [
     }
     for n in (2, 3, 4, 11, 511)
 ]
+MBPP_PLUS = {
+    "task_id": "Mbpp/11",
+    "prompt": '"""\nWrite a function to add 11.\nassert plus(1) == 12\n"""\n',
+    "entry_point": "plus",
+    "canonical_solution": "\ndef plus(x):\n    return x + 11\n",
+    "base_input": [[1]],
+    "plus_input": [[2]],
+    "atol": 0,
+    "contract": "",
+    "assertion": "\nassert plus(1) == 12\nassert plus(2) == 13\n",
+}
 MATH = {
     "problem": "What is $1+1$?",
     "level": "Level 1",
@@ -141,10 +152,11 @@ def write_all(folder: Path) -> None:
         "MATH/test/algebra/1.json": json.dumps(MATH, indent=1),
     }
     texts |= {f"MATH/train/algebra/{n}.json": json.dumps(MATH) for n in range(4)}
-    plus = HUMANEVAL | {"base_input": [[1]], "plus_input": [[2.5], [-1]], "atol": 1e-6}
+    plus = HUMANEVAL | {"base_input": [[1]], "plus_input": [[2.5], [-float("inf")]], "atol": 1e-6}
     lines: dict[str, list[dict[str, Any]]] = {
         "HumanEval.jsonl": [HUMANEVAL],
         "HumanEvalPlus.jsonl": [plus],
+        "MbppPlus.jsonl": [MBPP_PLUS],
         "mbpp.jsonl": MBPP,
         "gsm8k_test.jsonl": GSM,
         "gsm8k_train.jsonl": GSM,

@@ -40,6 +40,7 @@ def test_every_benchmark_reads_its_published_form(name, data):
 RIGHT = {
     "humaneval": "    return x + x",
     "humaneval-plus": "    return x + x",
+    "mbpp-evalplus": "def plus(x):\n    return x + 11",
     "mbpp": "def plus(x):\n    return x + 11",
     "gsm8k": "So it is \\boxed{2}.",
     "math": "It is \\boxed{2}.",

@@ -13,7 +13,12 @@ from typing import Any
 from openqwen.engine import Prompt, Sampling
 from openqwen.evaluate.ask import Reply, Subject, split_pair
 from openqwen.evaluate.benchmark import Benchmark
-from openqwen.evaluate.intervals import pass_at_k, standard_error, wilson_interval
+from openqwen.evaluate.intervals import (
+    grouped_interval,
+    pass_at_k,
+    standard_error,
+    wilson_interval,
+)
 from openqwen.evaluate.items import Item
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -217,9 +222,11 @@ def _mean(rows: Sequence[Row]) -> dict[str, float | None]:
     means = [fmean(scores) for scores in by_item.values()]
     error = standard_error(means, list(by_item))
     score = fmean(means)
-    if set(means) <= {0.0, 1.0}:
-        low, high = wilson_interval(sum(means), len(means))
-    else:
-        low, high = max(0.0, score - 1.96 * error), min(1.0, score + 1.96 * error)
+    binary = set(means) <= {0.0, 1.0}
+    low, high = (
+        wilson_interval(sum(means), len(means))
+        if binary
+        else grouped_interval(means, list(by_item))
+    )
     known = error if math.isfinite(error) else None
     return {"score": score, "standard_error": known, "low": low, "high": high}

@@ -91,29 +91,40 @@ def evaluate(
     subject = _subject(model, quantize, generator, served_name, cache)
     for benchmark, items, _ in loaded:  # what cannot be asked must not stop the run later
         subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+    evaluation = _open(output, model, subject, published, quantize)
+    try:
+        for benchmark, items, sums in loaded:
+            scores, rows = run_benchmark(benchmark, items, subject, options)
+            evaluation.add(benchmark.name, scores | {"data": sums, "limit": limit}, rows)
+    except KeyboardInterrupt:
+        console.print("Interrupted. The same command goes on with the answers that are known.")
+        raise
+    page = write_reports(output, [evaluation])
+    table = _table(evaluation, [benchmark.name for benchmark, _, _ in loaded])
+    Console(width=max(console.width, _WIDTH)).print(table)
+    console.print(f"report   {page}", markup=False)
+
+
+def _open(
+    output: Path, model: str, subject: Subject, published: str | None, quantize: str | None
+) -> Evaluation:
+    """The results in the folder; those of another model are left out, and told."""
     suite, _, size = (published or "").partition(":")
-    pair = (suite, size) if published else guess_published(model)
     results: dict[str, Any] = {
         "model": model,
         "identity": subject.identity,
-        "published": pair,
+        "published": (suite, size) if published else guess_published(model),
+        "created": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "settings": {"quantize": quantize},
         "scores": {},
     }
-    results |= {"created": f"{datetime.now():%Y-%m-%d %H:%M}", "settings": {"quantize": quantize}}
     if (output / RESULTS).is_file():
         earlier = read_evaluation(output).results
         if earlier["identity"] == subject.identity:
             results["scores"] = earlier["scores"]
         else:
             notice("the results of another model in this folder are replaced", output)
-    evaluation = Evaluation(output, results)
-    for benchmark, items, sums in loaded:
-        scores, rows = run_benchmark(benchmark, items, subject, options)
-        evaluation.add(benchmark.name, scores | {"data": sums, "limit": limit}, rows)
-    page = write_reports(output, [evaluation])
-    table = _table(evaluation, [benchmark.name for benchmark, _, _ in loaded])
-    Console(width=max(console.width, _WIDTH)).print(table)
-    console.print(f"report   {page}", markup=False)
+    return Evaluation(output, results)
 
 
 def compare(

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from openqwen.evaluate.benchmark import Benchmark, evaluated, expression, template
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import open_binary, parse_json, sha256
+from openqwen.support.files import open_binary, parse_json, refuse_pointer, sha256
 from openqwen.support.generators import Generators
 from openqwen.support.hub import HUB
 from openqwen.support.progress import notice
@@ -182,8 +183,23 @@ def _read(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, Mapping[str, 
         records = _value(benchmark.data.records, values, "data.records", str(path))
         for number, record in enumerate(records, 1):
             yield f"{path}, record {number}", record
+    elif plain.endswith(".jsonl"):
+        yield from _lines(path)
     else:
         yield from read_records(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """JSON Lines that may hold Infinity and NaN, as inputs of EvalPlus do."""
+    number = 0
+    try:
+        refuse_pointer(path)
+        with open_binary(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}, record {number}", json.loads(line)
+    except (ValueError, RecursionError, OSError) as error:
+        raise OpenQwenError(f"This line cannot be read: {error}.", f"{path}:{number}") from None
 
 
 def _table(path: Path, mark: str, columns: list[str]) -> Iterator[tuple[str, dict[str, str]]]:

@@ -10,7 +10,7 @@ from openqwen.support.files import write_json, write_text
 from openqwen.support.page import environment
 from openqwen.support.page.text import percent, signed
 
-_SHOWN = 40  # answers of each kind on the page; the files have all
+_SHOWN = 100  # answers of each kind on the page; the files have all
 
 
 def write_reports(folder: Path, evaluations: Sequence[Evaluation]) -> Path:
