@@ -54,8 +54,8 @@ inline uint32_t magnitude(float x) {
 
 // out[j] = x[j] where the random bits of element begin + j keep it, else 0. A word of SplitMix64 at
 // the global index's half has the bits of two elements.
-void keep_random(const MergingCall& c, uint64_t key, int64_t begin, int64_t end, const float* x,
-                 float* out) {
+void keep_random(const MergingCall& c, uint64_t key, int64_t begin, int64_t end,
+                 const float* __restrict x, float* __restrict out) {
   uint64_t words[kBlock / 2 + 1];
   uint32_t bits[kBlock + 2];
   for (int64_t at = begin; at < end;) {
@@ -65,10 +65,7 @@ void keep_random(const MergingCall& c, uint64_t key, int64_t begin, int64_t end,
     const int64_t odd = global & 1, pairs = (length + odd + 1) / 2;
     const uint64_t start = key + ((global >> 1) + 1) * kGamma;
     for (int64_t i = 0; i < pairs; ++i) words[i] = mix(start + uint64_t(i) * kGamma);
-    for (int64_t i = 0; i < pairs; ++i) {
-      bits[2 * i] = uint32_t(words[i]);
-      bits[2 * i + 1] = uint32_t(words[i] >> 32);
-    }
+    std::memcpy(bits, words, 8 * pairs);  // the lower half first, on every processor of today
     const uint32_t last = uint32_t(c.limit - 1);  // the limit is from 1 to 2³²
     const float* from = x + (at - begin);
     float* to = out + (at - begin);
@@ -77,35 +74,40 @@ void keep_random(const MergingCall& c, uint64_t key, int64_t begin, int64_t end,
   }
 }
 
-// Update the moments and decay the weights.
-void update(const MergingCall& c, int64_t begin, int64_t end) {
-  float *mean = c.mean, *square = c.square, *weights = c.weights;
-  for (int64_t i = begin; i < end; ++i) {
-    const float g = c.gradient[i] * c.scale;
-    mean[i] = mean[i] * c.keep1 + g * c.new1;
-    square[i] = square[i] * c.keep2 + g * g * c.new2;
-  }
-  if (c.decay != 1.0f) {
-    for (int64_t i = begin; i < end; ++i) weights[i] *= c.decay;
-  }
-}
-
-// AdamW's step, with what is cached where it merges.
-void steps(const MergingCall& c, int64_t begin, int64_t end, float* out) {
-  const float *mean = c.mean + begin, *square = c.square + begin;
+// AdamW's step, with what is cached where it merges. Where there is a gradient, the moments are
+// updated before and the weights decayed, in the same loop: it waits for memory while it computes.
+void steps(const MergingCall& c, int64_t begin, int64_t end, float* __restrict out) {
+  float *__restrict mean = c.mean + begin, *__restrict square = c.square + begin;
   const int64_t length = end - begin;
-  for (int64_t j = 0; j < length; ++j) {
-    out[j] = mean[j] * c.rate / (std::sqrt(square[j]) * c.root + c.eps);
+  // Copies: a store into an array might change a field of `c`, which would keep the loops scalar.
+  const float rate = c.rate, root = c.root, eps = c.eps;
+  if (c.gradient) {
+    float* __restrict weights = c.weights + begin;
+    const float* __restrict gradient = c.gradient + begin;
+    const float scale = c.scale, keep1 = c.keep1, new1 = c.new1, keep2 = c.keep2, new2 = c.new2;
+    const float decay = c.decay;
+    for (int64_t j = 0; j < length; ++j) {
+      const float g = gradient[j] * scale;
+      const float m = mean[j] * keep1 + g * new1, v = square[j] * keep2 + g * g * new2;
+      mean[j] = m;
+      square[j] = v;
+      weights[j] *= decay;
+      out[j] = m * rate / (std::sqrt(v) * root + eps);
+    }
+  } else {
+    for (int64_t j = 0; j < length; ++j) {
+      out[j] = mean[j] * rate / (std::sqrt(square[j]) * root + eps);
+    }
   }
   if (c.cached && c.merges) {
-    const float* cached = c.cached + begin;
+    const float* __restrict cached = c.cached + begin;
     for (int64_t j = 0; j < length; ++j) out[j] += cached[j];
   }
 }
 
 template <int kForm>
-inline float merged(const MergingCall& c, float step, float task) {
-  const float a = step * c.factor, b = task * c.alpha;
+inline float merged(float factor, float alpha, float step, float task) {
+  const float a = step * factor, b = task * alpha;
   if (kForm == kDare) return a + b;
   if (kForm == kTiesWeighted) {
     const bool opposite = (a < 0 && b > 0) || (a > 0 && b < 0);
@@ -169,20 +171,22 @@ void find_entries(const MergingCall& c, int64_t begin, int64_t end, Entries& ent
 template <int kForm>
 void apply_sparse(const MergingCall& c, int64_t begin, int64_t end, const float* kept,
                   const Entries& entries, const std::vector<int32_t>& deferred) {
-  float* weights = c.weights + begin;
+  float* __restrict weights = c.weights + begin;
+  const float factor = c.factor;
   float sums[kBlock];
   for (int64_t n = 0; n < entries.count; ++n) {
     const int32_t j = entries.place[n];
     sums[n] = weights[j];
     if (!deferred.empty() && std::binary_search(deferred.begin(), deferred.end(), j)) continue;
-    add(sums[n], c.lost[begin + j], merged<kForm>(c, kept[j], entries.value[n]));
+    const float change = merged<kForm>(c.factor, c.alpha, kept[j], entries.value[n]);
+    add(sums[n], c.lost[begin + j], change);
   }
   for (int64_t from = 0; from < end - begin; from += kGroup) {
     const int64_t to = std::min(from + kGroup, end - begin);
     uint32_t any = 0;
     for (int64_t j = from; j < to; ++j) any |= magnitude(kept[j]);
     if (!any) continue;
-    for (int64_t j = from; j < to; ++j) weights[j] += kept[j] * c.factor;
+    for (int64_t j = from; j < to; ++j) weights[j] += kept[j] * factor;
   }
   for (int64_t n = 0; n < entries.count; ++n) weights[entries.place[n]] = sums[n];
 }
@@ -191,9 +195,10 @@ void apply_sparse(const MergingCall& c, int64_t begin, int64_t end, const float*
 template <int kForm>
 void apply_dense(const MergingCall& c, int64_t begin, int64_t end, const float* kept,
                  const float* task, const std::vector<int32_t>& deferred) {
-  float *weights = c.weights + begin, *lost = c.lost + begin;
-  float* cached = c.cached ? c.cached + begin : nullptr;
+  float *__restrict weights = c.weights + begin, *__restrict lost = c.lost + begin;
+  float* __restrict cached = c.cached ? c.cached + begin : nullptr;
   const int64_t length = end - begin;
+  const float factor = c.factor, alpha = c.alpha;
   std::vector<float> before;
   for (const int32_t j : deferred) {
     before.insert(before.end(), {weights[j], lost[j], cached ? cached[j] : 0.0f});
@@ -205,12 +210,12 @@ void apply_dense(const MergingCall& c, int64_t begin, int64_t end, const float* 
     }
   } else if (cached) {
     for (int64_t j = 0; j < length; ++j) {
-      add(weights[j], lost[j], merged<kForm>(c, kept[j], task[j]) - cached[j]);
+      add(weights[j], lost[j], merged<kForm>(factor, alpha, kept[j], task[j]) - cached[j]);
       cached[j] = 0.0f;
     }
   } else {
     for (int64_t j = 0; j < length; ++j) {
-      add(weights[j], lost[j], merged<kForm>(c, kept[j], task[j]));
+      add(weights[j], lost[j], merged<kForm>(factor, alpha, kept[j], task[j]));
     }
   }
   for (size_t n = 0; n < deferred.size(); ++n) {
@@ -234,15 +239,16 @@ void apply_block(const MergingCall& c, int64_t begin, int64_t end, std::vector<i
       keep_random(c, c.step_key, begin, end, step, kept);
     }
   } else {
-    int64_t between = 0;
+    const int32_t low = int32_t(c.low), high = int32_t(c.high);
+    uint32_t between = 0;
     for (int64_t j = 0; j < length; ++j) {
-      const int64_t bits = magnitude(step[j]);
-      kept[j] = bits > c.high ? step[j] : 0.0f;
-      between += bits >= c.low && bits <= c.high;
+      const int32_t bits = int32_t(magnitude(step[j]));
+      kept[j] = bits > high ? step[j] : 0.0f;
+      between |= uint32_t(bits >= low) & uint32_t(bits <= high);
     }
     for (int64_t j = 0; between && j < length; ++j) {
-      const int64_t bits = magnitude(step[j]);
-      if (bits >= c.low && bits <= c.high) deferred.push_back(int32_t(j));
+      const int32_t bits = int32_t(magnitude(step[j]));
+      if (bits >= low && bits <= high) deferred.push_back(int32_t(j));
     }
   }
   const bool all = c.task_type != kNoTask && !c.task_index && !c.fresh;
@@ -271,7 +277,6 @@ void apply(MergingCall& c) {
   std::atomic<int64_t> filled{0};
   parallel_for(c.count, kBlock, [&](int64_t begin, int64_t end) {
     thread_local std::vector<int32_t> deferred;
-    if (c.gradient) update(c, begin, end);
     apply_block<kForm>(c, begin, end, deferred);
     if (deferred.empty()) return;
     int64_t at = filled.fetch_add(int64_t(deferred.size()));
@@ -293,7 +298,6 @@ void histogram(const MergingCall& c, int64_t* counts, int64_t slots, const Slot&
     float step[kBlock];
     for (int64_t at = begin; at < end; at += kBlock) {
       const int64_t stop = std::min(at + kBlock, end);
-      if (c.gradient) update(c, at, stop);
       steps(c, at, stop, step);
       for (int64_t j = 0; j < stop - at; ++j) {
         const int64_t where = slot(magnitude(step[j]));

@@ -4,7 +4,7 @@ Each step of AdamW is merged with the task vector of the model that training sta
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -342,7 +342,7 @@ class _MergedStep:
             lost=local.get("lost"),
             cached=local.get("cached"),
             gradient=gradient,
-            **asdict(part.elements),
+            **vars(part.elements),
             task_index=part.task.index,
             task=part.task.values,
             task_count=0 if part.task.values is None else len(part.task.values),
@@ -353,7 +353,7 @@ class _MergedStep:
             fresh=optimizer._fresh,
             merges=self.merges,
             high=-1,  # OnTIES keeps everything
-            **asdict(self.numbers),
+            **vars(self.numbers),
         )
         if not self.selects:
             kernels.apply(call)
@@ -390,7 +390,8 @@ class _MergedStep:
         local, part = self.local, self.part
         step = self._step(local["exp_avg"][places], local["exp_avg_sq"][places], places)
         index = part.elements.index(places)
-        mask = top_of(magnitudes(step), kept, index, part.reduce, 2 * DIGIT)
+        lower = magnitudes(step) & (2**COARSE - 1)  # the upper bits are equal
+        mask = top_of(lower, kept, index, part.reduce, COARSE)
         step = torch.where(mask, step, 0.0)
         weights = local["weights"]
         weights[places] = self._changed(weights[places], step, places)

@@ -54,7 +54,9 @@ class MergingConfig(Settings):
         " step mostly decides; unweighted, as in the released code, so the task vector mostly does",
     )
     store: Literal["float32", "bfloat16", "disk"] = Field(
-        "float32", description="where the task vector is kept if more than a quarter is reserved"
+        "float32",
+        description="where the task vector is kept if it is not sparse: with more than a quarter"
+        " reserved, or dare without scaling",
     )
 
     @model_validator(mode="after")
