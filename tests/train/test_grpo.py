@@ -146,18 +146,18 @@ class Stop(Exception):
 def test_a_killed_run_gives_the_bits_of_an_uninterrupted_one(start, tmp_path, monkeypatch, fields):
     config = settings(episodes=5, save={"seconds": 0}, **fields)
     whole = run(start, tmp_path / "whole", config)[1]
-    sample = GrpoTraining._sample
-    for episode in (2, 3):
+    batch = GrpoTraining.batch
+    for last in (3, 4):  # with two updates, once in the midst of an episode
 
-        def killed(self, number, episode=episode):
-            if number == episode:
+        def killed(self, step, last=last):
+            if step == last:
                 raise Stop
-            return sample(self, number)
+            return batch(self, step)
 
-        monkeypatch.setattr(GrpoTraining, "_sample", killed)
+        monkeypatch.setattr(GrpoTraining, "batch", killed)
         with pytest.raises(Stop):
             run(start, tmp_path / "cut", config)
-    monkeypatch.setattr(GrpoTraining, "_sample", sample)
+    monkeypatch.setattr(GrpoTraining, "batch", batch)
     resumed = run(start, tmp_path / "cut", config)[1]
     timed = ("seconds", "tokens_per_second", "peak_memory")
     for one, other in zip(resumed, whole, strict=True):

@@ -74,6 +74,17 @@ def test_graders_functions_and_models_add_up_with_weights(tokenizer, reward, tmp
     assert found == pytest.approx(models, abs=1e-5)
 
 
+def test_sources_are_given_as_a_list_or_as_a_mapping():
+    url = "http://127.0.0.1/score?a=b"
+    listed = RewardSourcesConfig(sources=["grader", "reward=0.5", "m:f=-1e-3", url, f"{url}=2"])
+    assert listed.weights == {"grader": 1, "reward": 0.5, "m:f": -1e-3, url: 2.0}
+    assert RewardSourcesConfig(sources={"grader": 2, "m:f": 0.1}).weights == {
+        "grader": 2,
+        "m:f": 0.1,
+    }
+    assert RewardSourcesConfig().weights == {"grader": 1.0}
+
+
 def test_a_right_answer_has_more_than_any_wrong_one(tokenizer, reward, tmp_path):
     records, answers = [record()] * 4, outputs("4", "5", "one two", "e")
     weights = {"grader": 1.0, "reward": 1.0}

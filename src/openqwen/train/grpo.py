@@ -344,7 +344,7 @@ def _effort(recipe: Any, roles: Collection[str]) -> Effort:
         micro_tokens=config.micro_tokens,
         longest=config.micro_tokens,
         data_from="grpo",
-        beside=int(config.beta > 0) + int("reward" in config.rewards.sources),
+        beside=int(config.beta > 0) + int("reward" in config.rewards.weights),
     )
 
 

@@ -49,7 +49,7 @@ class OnlineDpoConfig(DpoLossConfig, OnlineConfig):
 
     steps: int = Field(100, gt=0, description="episodes, one optimizer step each")
     rewards: RewardSourcesConfig = Field(
-        default_factory=lambda: RewardSourcesConfig(sources={"reward": 1.0}),
+        default_factory=lambda: RewardSourcesConfig(sources=["reward"]),
         description="where rewards come from",
     )
     vote: bool = Field(

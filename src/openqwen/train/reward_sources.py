@@ -10,14 +10,14 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from openqwen.engine import Output
 from openqwen.engine.score import score_sequences
@@ -39,9 +39,9 @@ _START = 120.0  # seconds for a function's module to be imported
 class RewardSourcesConfig(Settings):
     """Where rewards come from, and what to do with an answer that gets none."""
 
-    sources: dict[str, float] = Field(
-        {"grader": 1.0},
-        description="source -> weight. grader: the grader that each prompt names, with its"
+    sources: list[str] = Field(
+        ["grader"],
+        description="SOURCE or SOURCE=WEIGHT. grader: the grader that each prompt names, with its"
         " `reference`. reward: the reward model that the stage is given. module:function: called as"
         " function(records, answers) -> numbers, in a process of its own. http://...: gets"
         ' {"conversations", "records"}, returns {"rewards": [...]} or what /score of'
@@ -61,6 +61,26 @@ class RewardSourcesConfig(Settings):
     most_bad: float = Field(
         0.1, ge=0, le=1, description="skip: stop if more than this share of a step's answers is bad"
     )
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        """A mapping of sources to weights, as YAML may write it, as a list."""
+        if isinstance(given, Mapping):
+            return [f"{name}={weight}" for name, weight in given.items()]
+        return given
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Source -> weight, 1 where none is given."""
+        found = {}
+        for text in self.sources:
+            name, _, weight = text.rpartition("=")
+            if name and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", weight):
+                found[name] = float(weight)
+            else:
+                found[text] = 1.0
+        return found
 
 
 class RewardSource(Protocol):
@@ -90,7 +110,7 @@ class RewardSources:
     micro_tokens: int = 8_192
 
     def __post_init__(self) -> None:
-        sources = self.config.sources
+        self._weights = sources = self.config.weights
         if not sources:
             do = "name one, such as grader"
             raise OpenQwenError("There is no reward.", where="rewards.sources", do=do)
@@ -100,7 +120,7 @@ class RewardSources:
             raise OpenQwenError(
                 "qwen-math shapes the reward of one reward model by one grader.",
                 where="rewards.sources",
-                do="name reward and grader, such as: --rewards.sources reward 1 grader 1",
+                do="name reward and grader, such as: --rewards.sources reward grader",
             )
 
     def _source(self, name: str) -> RewardSource:
@@ -145,7 +165,7 @@ class RewardSources:
     def _combined(self, parts: dict[str, float]) -> float:
         """The weighted sum, or the shaped one, in which weights count for other sources only."""
         if self.config.shaping == "sum" or len(parts) < len(self._sources):
-            return sum(self.config.sources[name] * part for name, part in parts.items())
+            return sum(self._weights[name] * part for name, part in parts.items())
         shaped = 0.0
         for name, part in parts.items():
             kind = _kind(name)
@@ -154,7 +174,7 @@ class RewardSources:
             elif kind == "grader":
                 shaped += float(part == 1.0) - 1.0
             else:
-                shaped += self.config.sources[name] * part
+                shaped += self._weights[name] * part
         return shaped
 
     def _note(self, faults: Sequence[dict[str, Any]], answers: int) -> None:
