@@ -11,11 +11,13 @@ import torch
 
 from openqwen import cli
 from openqwen.engine.score import RewardModel
-from openqwen.evaluate import score_file
+from openqwen.evaluate import EvaluateConfig, score_file
+from openqwen.evaluate.reward import evaluate_reward
 from openqwen.evaluate.reward_report import reward_report
 from openqwen.evaluate.scored_records import score_records
 from openqwen.model import ModelConfig, Packed, Scorer, initialize, save_checkpoint
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.stage import StageRun
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 
 CRITERIA = {"truthfulness": 1.0, "conciseness": -0.5}
@@ -23,7 +25,7 @@ CRITERIA = {"truthfulness": 1.0, "conciseness": -0.5}
 
 def saved(folder, criteria):
     tokenizer = train_tokenizer(["one two three good bad"] * 9, TokenizerConfig(vocabulary=300))
-    scorer = Scorer(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=64), criteria)
+    scorer = Scorer(ModelConfig(384, 32, 48, 2, 4, 2, max_position_embeddings=128), criteria)
     initialize(scorer, torch.Generator().manual_seed(1))
     with torch.no_grad():
         scorer.score.weight.mul_(50)
@@ -257,6 +259,40 @@ def test_an_interrupted_run_goes_on(folder, model, tmp_path, monkeypatch):
     output.unlink()
     assert cli.main(arguments) == 0
     assert asked == [17, 1]
+
+
+def test_the_stage_scores_all_pairs_and_near_misses(folder, model, tmp_path):
+    made = tmp_path / "prefer"
+    made.mkdir()
+    for split, count in (("test", 4), ("heldout", 3)):
+        pairs = [
+            {
+                "prompt": [{"role": "user", "content": f"one {'two ' * n}"}],
+                "chosen": [{"role": "assistant", "content": "good"}],
+                "rejected": [{"role": "assistant", "content": "bad"}],
+                "origin": {"task": "words", "temperature": 1.0 if n % 2 else 1.5},
+            }
+            for n in range(count)
+        ]
+        write(made / f"{split}.jsonl", pairs)
+    (tmp_path / "out").mkdir()
+    inputs = {"reward": folder, "preferences": made}
+    metrics = evaluate_reward(
+        StageRun(EvaluateConfig(), inputs, tmp_path / "out", tmp_path, 1, "evaluate-reward")
+    )
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    right = [
+        reward_of(model, f"one {'two ' * n}", "good") > reward_of(model, f"one {'two ' * n}", "bad")
+        for n in range(4)
+    ]
+    assert scores["test_pair_accuracy"] == sum(right) / 4
+    assert scores["test_near_accuracy"] == sum(right[1::2]) / 2
+    assert scores["pair_accuracy"] == pytest.approx(sum(right[:3]) / 3)
+    assert (scores["test_near_accuracy_n"], scores["near_accuracy_n"]) == (2, 1)
+    assert {"test_calibration", "by_length", "test_by_criterion"} <= scores.keys()
+    shown = [name for name in metrics if not name.endswith(("_low", "_high"))][:4]
+    assert shown == ["test_pair_accuracy", "test_near_accuracy", "pair_accuracy", "near_accuracy"]
+    assert len((tmp_path / "out" / "test.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_chat_model_is_no_reward_model(tmp_path, capsys):

@@ -75,7 +75,7 @@ def rows(step):
 
 def comparisons(step):
     """Three micro-batches of one or two prompts, each with two answers."""
-    compared = [Comparison(0, 1, -1, 0.0), Comparison(1, 0, 0, 0.5)]
+    compared = [Comparison(0, 1, -1, 0.0), Comparison(0, 1, 1, 0.5)]
     groups = [
         ComparedAnswers(ids[:2], [ids[2:], ids[:1:-1]], [], compared) for ids in documents(step)[:5]
     ]

@@ -85,7 +85,9 @@ def equal(ours, theirs):
     """The first step's loss and gradient, and the steps after it."""
     first, expected = log(ours)[0], log(theirs)[0]
     for name in expected.keys() - {"seconds", "tokens_per_second", "peak_memory"}:
-        assert first[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-9), name
+        # A margin is a difference of scores that are rounded in float32.
+        least = 1e-7 if name == "margin" else 1e-9
+        assert first[name] == pytest.approx(expected[name], rel=1e-5, abs=least), name
     moved = 5e-3 if "muon" in ours.name else 1e-3  # PyTorch's Muon computes in bfloat16
     for file, bound in (("gradient.safetensors", 1e-6), ("weights.safetensors", moved)):
         mine, right = load_file(ours / file), load_file(theirs / file)

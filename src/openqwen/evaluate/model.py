@@ -50,11 +50,11 @@ _COOLER = (0.9, "correct_at_0.9")
 _SCORED = 0.25
 _HEADLINES = (  # what the line of a stage shows first
     "bits_per_byte",
-    "copying_saved",
     "test_accuracy",
     "test_sampled_accuracy",
     "test_gain",
     "test_sampled_gain",
+    "copying_saved",
     "checked_accuracy",
     "sampled_accuracy",
 )

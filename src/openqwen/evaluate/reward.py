@@ -1,5 +1,6 @@
 """The `evaluate-reward` stage: the scores of a reward model."""
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -31,7 +32,8 @@ def evaluate_reward(run: StageRun) -> dict[str, float]:
             if key.startswith("pair_accuracy"):
                 scores[f"{prefix}{key.replace('pair', 'near', 1)}"] = value
     write_json(run.output / "scores.json", scores)
-    return {name: value for name, value in scores.items() if isinstance(value, float)}
+    first = {name: scores[name] for name in scores if re.search("(pair|near)_accuracy", name)}
+    return {name: value for name, value in (first | scores).items() if isinstance(value, float)}
 
 
 def _effort(recipe: Any, roles: Collection[str]) -> Effort:
