@@ -1,6 +1,7 @@
 """The data page in Chromium: links, keys, filters, the difference, hostile records, both widths."""
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -221,7 +222,7 @@ def test_the_difference_leads_from_one_text_to_the_other(page, served):
         for side, without in ((0, "added"), (1, "removed")):
             assert "".join(text for kind, text in pieces if kind != without) == texts[side]
         assert not any(text == "" for _, text in pieces)
-        assert all(a[0] != b[0] for a, b in zip(pieces, pieces[1:]))
+        assert all(a[0] != b[0] for a, b in itertools.pairwise(pieces))
     assert page.evaluate(DIFFERENCE, ["x y z", "x z"]) == [
         ["same", "x "], ["removed", "y "], ["same", "z"],
     ]  # fmt: skip

@@ -25,7 +25,7 @@ _TAGS = ("tags", "tasks")
 
 
 @dataclass
-class Described:
+class RecordParts:
     """A record as the page shows it.
 
     form: task, preference, demonstration, prompt, document, quarantined or other.
@@ -55,7 +55,7 @@ class Described:
         return asked[-1] if asked else self.text
 
 
-def describe(record: Record) -> Described:
+def describe(record: Record) -> RecordParts:
     """The form of a record and its parts. A record of no known form is "other"."""
     forms = ["demonstration", "prompt"]
     if isinstance(record.get("grader"), str) and "prompt" in record:
@@ -64,15 +64,15 @@ def describe(record: Record) -> Described:
         forms = ["preference"]
     elif isinstance(record.get("text"), str):
         form = "quarantined" if isinstance(record.get("reason"), str) else "document"
-        return Described(form, text=record["text"])
+        return RecordParts(form, text=record["text"])
     for form in forms:
         # TypeError, AttributeError: a field has another type than its name says.
         with suppress(OpenQwenError, TypeError, AttributeError):
             if form == "preference":
-                return Described(form, *preference(record))
+                return RecordParts(form, *preference(record))
             messages, tools = (demonstration if form == "demonstration" else prompt)(record)
-            return Described(form, messages, tools=tools)
-    return Described("other")
+            return RecordParts(form, messages, tools=tools)
+    return RecordParts("other")
 
 
 def origin_of(record: Record) -> dict[str, Any]:
