@@ -3,13 +3,13 @@
 import pytest
 
 from hostile import Hostile
-from openqwen.engine import endpoint
+from openqwen.support import retry
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Short waits, and no key of the environment."""
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

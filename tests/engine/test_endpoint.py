@@ -18,6 +18,7 @@ from hostile import completion, cut, drop, endless, raw, slow, status
 from openqwen.engine import Endpoint, Sampling, Structure, endpoint, openai_api
 from openqwen.engine.seeds import seed_of
 from openqwen.model import LongContext
+from openqwen.support import retry
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
 
@@ -310,7 +311,7 @@ def waits(monkeypatch):
 
 
 def test_waits_grow_and_are_scattered(server, monkeypatch):
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.5)
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.5)
     seen = waits(monkeypatch)
     server.respond = status(500)
     with pytest.raises(OpenQwenError):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from openqwen.sandbox import Verdict, best_tier
+from openqwen.sandbox import Pool, Verdict, best_tier
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.tasks import Grade, Task, code, grade
@@ -117,9 +117,9 @@ def test_other_languages(language, answer):
 def test_one_pool_for_a_batch_and_a_failed_sandbox_is_no_wrong_answer(monkeypatch):
     pools = []
 
-    class Broken(code.Pool):
-        def __init__(self, **settings):
-            super().__init__(1, **settings)
+    class Broken(Pool):
+        def __init__(self):
+            super().__init__(1, tier=best_tier())
             pools.append(self)
 
         def run(self, programs):
@@ -130,7 +130,7 @@ def test_one_pool_for_a_batch_and_a_failed_sandbox_is_no_wrong_answer(monkeypatc
             super().close()
             pools.append("closed")
 
-    monkeypatch.setattr(code, "Pool", Broken)
+    monkeypatch.setattr(code, "open_pool", Broken)
     verdicts = grade([task(**ADD)] * 3, [GOOD, "def add(a, b): return 5", GOOD])
     assert [one.counts for one in verdicts] == [False, True, False], "equal answers share a grade"
     assert verdicts[0] == Grade(False, 0.0, "the sandbox failed: no memory", "infra")

@@ -135,6 +135,18 @@ def uvicorn_server(app: ASGIApp, idle: float, drain: float) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, **settings))
 
 
+def serve_app(
+    app: ASGIApp,
+    config: HttpConfig,
+    listener: socket.socket,
+    keys: list[str],
+    open_paths: frozenset[str],
+) -> None:
+    """Serve an application behind its gate until SIGTERM or SIGINT."""
+    server = uvicorn_server(gated(app, config, keys, open_paths), config.idle, config.drain)
+    asyncio.run(run(server, listener))
+
+
 async def run(server: uvicorn.Server, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT."""
     # asyncio warns where a client left while a response was written to it, which is normal.

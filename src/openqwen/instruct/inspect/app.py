@@ -1,6 +1,5 @@
 """The data page's routes, and `openqwen inspect`: index a source, listen, answer requests."""
 
-import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -14,15 +13,7 @@ from fastapi.responses import Response
 from openqwen.http import errors
 from openqwen.http.errors import ApiError
 from openqwen.http.json_body import JSON, JSONRoute
-from openqwen.http.server import (
-    become_user,
-    client_keys,
-    gated,
-    listen,
-    run,
-    url_of,
-    uvicorn_server,
-)
+from openqwen.http.server import become_user, client_keys, listen, serve_app, url_of
 from openqwen.http.static import SHARED, PageFiles
 from openqwen.instruct.inspect.describe import shown
 from openqwen.instruct.inspect.index import Entry, open_index
@@ -150,7 +141,5 @@ def inspect(source: str, config: InspectConfig) -> None:
     keys = client_keys(config)
     become_user(config.user, config.cache)
     page = DataPage(source, config)
-    app = gated(application(page), config, keys, page_files().paths)
-    server = uvicorn_server(app, config.idle, config.drain)
     console.print(f"{source}: {page.index.count:,} records; {url_of(listener)}")
-    asyncio.run(run(server, listener))
+    serve_app(application(page), config, listener, keys, page_files().paths)

@@ -1,7 +1,8 @@
 """What a record is and what it says, whatever its form; and how it is shown, within limits."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ _TAGS = ("tags", "tasks")
 
 
 @dataclass
-class Described:
+class RecordParts:
     """A record as the page shows it.
 
     form: task, preference, demonstration, prompt, document, quarantined or other.
@@ -35,8 +36,8 @@ class Described:
     messages: list[Message] = field(default_factory=list)
     chosen: Message | None = None
     rejected: Message | None = None
-    text: str = ""
     tools: Tools = None
+    text: str = ""
 
     def texts(self) -> Iterable[str]:
         """All that is said, in order."""
@@ -54,43 +55,24 @@ class Described:
         return asked[-1] if asked else self.text
 
 
-def describe(record: Record) -> Described:
+def describe(record: Record) -> RecordParts:
     """The form of a record and its parts. A record of no known form is "other"."""
+    forms = ["demonstration", "prompt"]
     if isinstance(record.get("grader"), str) and "prompt" in record:
-        return _tried(_prompt, record, "task") or Described("other")
-    if any(record.get(side) is not None for side in _SIDES):
-        return _tried(_preference, record, "preference") or Described("other")
-    if isinstance(record.get("text"), str):
+        forms = ["task"]
+    elif any(record.get(side) is not None for side in _SIDES):
+        forms = ["preference"]
+    elif isinstance(record.get("text"), str):
         form = "quarantined" if isinstance(record.get("reason"), str) else "document"
-        return Described(form, text=record["text"])
-    found = _tried(_demonstration, record, "demonstration") or _tried(_prompt, record, "prompt")
-    return found or Described("other")
-
-
-def _tried(read: Callable[[Record, str], Described], record: Record, form: str) -> Described | None:
-    try:
-        return read(record, form)
-    except (
-        OpenQwenError,
-        TypeError,
-        AttributeError,
-    ):  # a field has another type than its name says
-        return None
-
-
-def _prompt(record: Record, form: str) -> Described:
-    messages, tools = prompt(record)
-    return Described(form, messages, tools=tools)
-
-
-def _demonstration(record: Record, form: str) -> Described:
-    messages, tools = demonstration(record)
-    return Described(form, messages, tools=tools)
-
-
-def _preference(record: Record, form: str) -> Described:
-    asked, chosen, rejected, tools = preference(record)
-    return Described(form, asked, chosen, rejected, tools=tools)
+        return RecordParts(form, text=record["text"])
+    for form in forms:
+        # TypeError, AttributeError: a field has another type than its name says.
+        with suppress(OpenQwenError, TypeError, AttributeError):
+            if form == "preference":
+                return RecordParts(form, *preference(record))
+            messages, tools = (demonstration if form == "demonstration" else prompt)(record)
+            return RecordParts(form, messages, tools=tools)
+    return RecordParts("other")
 
 
 def origin_of(record: Record) -> dict[str, Any]:

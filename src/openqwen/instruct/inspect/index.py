@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import xxhash
 
-from openqwen.instruct.inspect.describe import Described, describe, facets, grade, tags
+from openqwen.instruct.inspect.describe import RecordParts, describe, facets, grade, tags
 from openqwen.instruct.inspect.settings import InspectConfig
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import open_binary, parse_json, refuse_pointer
@@ -285,7 +285,7 @@ class _Builder:
         self, line: int, start: int, raw: bytes, size: int, record: Record | None, fault: str
     ) -> None:
         self.number += 1
-        parts = describe(record) if record is not None else Described("broken")
+        parts = describe(record) if record is not None else RecordParts("broken")
         values = facets(record or {}, parts.form)
         text = "\n".join(parts.texts()) or raw.decode("utf-8", "replace")
         prompt = parts.prompt() or text
