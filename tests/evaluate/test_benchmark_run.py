@@ -16,7 +16,7 @@ from openqwen.evaluate.ask import ReplyCache, Subject, fitted, split_pair
 from openqwen.evaluate.benchmark import load_benchmark
 from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark, summary
 from openqwen.evaluate.compare import compare_on, read_evaluation
-from openqwen.evaluate.items import Item, load_items
+from openqwen.evaluate.items import BenchmarkItem, load_items
 from openqwen.model import Packed
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
@@ -27,10 +27,10 @@ from openqwen.tasks.graders import Grader
 GSM8K = load_benchmark("gsm8k")
 
 
-def item(number: int, answer: str = "7") -> Item:
+def item(number: int, answer: str = "7") -> BenchmarkItem:
     prompt = [{"role": "user", "content": f"Question {number}?"}]
     task = Task(f"q{number}", prompt, "math", {"answer": answer})
-    return Item(f"q{number}", "odd" if number % 2 else "even", prompt, task)
+    return BenchmarkItem(f"q{number}", "odd" if number % 2 else "even", prompt, task)
 
 
 @dataclass
@@ -81,7 +81,7 @@ def test_no_result_infra_and_wrong_are_counted_apart(tmp_path, monkeypatch):
 def test_an_answer_without_a_match_has_no_result(tmp_path):
     bbh = load_benchmark("bbh")
     task = Task("t", [{"role": "user", "content": "Go?"}], "exact", {"answer": "No"})
-    one = Item("t", "", [{"role": "user", "content": "Go?"}], task)
+    one = BenchmarkItem("t", "", [{"role": "user", "content": "Go?"}], task)
     for said, status, right in (
         ("So the answer is no.", "graded", False),
         ("First the answer is Yes.\nNow the answer is No.", "graded", True),
@@ -238,13 +238,13 @@ def test_a_server_gives_the_scores_of_the_engine(data, tmp_path):
 
 def test_prompts_beyond_the_context_are_counted_and_crash_nothing(tmp_path):
     words, network = tokenizer(), model()
-    long = Item("long", "", "word " * 3000, item(1).task)
+    long = BenchmarkItem("long", "", "word " * 3000, item(1).task)
     base = load_benchmark("gsm8k-base")
     asked = subject(Engine(network, words), tmp_path, words)
     scores, (row,) = run_benchmark(base, [long], asked, BenchmarkOptions(max_tokens=4))
     assert (row["answer"], row["finish"], scores["cut_off"]) == ("", "length", 1)
     assert scores["no_answer"] == 1
-    choice = Item("c", "", "word " * 3000, None, [" A", " B"], [], [1, 0])
+    choice = BenchmarkItem("c", "", "word " * 3000, None, [" A", " B"], [], [1, 0])
     scores, _ = run_benchmark(load_benchmark("mmlu-base"), [choice], asked, BenchmarkOptions())
     assert scores["n"] == 1
 

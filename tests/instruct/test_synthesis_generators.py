@@ -18,6 +18,7 @@ from openqwen.engine.lanes import open_lane
 from openqwen.instruct.synthesize.config import SynthesisConfig, open_generators
 from openqwen.instruct.synthesize.method import assistant
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.support import retry
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 
@@ -35,7 +36,7 @@ def speak(handler, body):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr(retry, "_FIRST_WAIT", 0.001)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server = Hostile()
     server.respond = speak

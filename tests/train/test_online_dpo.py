@@ -169,7 +169,7 @@ class Routes(BaseHTTPRequestHandler):
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch):
-    monkeypatch.setattr("openqwen.engine.endpoint._FIRST_WAIT", 0.01)
+    monkeypatch.setattr("openqwen.support.retry._FIRST_WAIT", 0.01)
 
 
 def policy(start, folder, server, **fields):

@@ -19,7 +19,7 @@ from openqwen.evaluate.intervals import (
     standard_error,
     wilson_interval,
 )
-from openqwen.evaluate.items import Item
+from openqwen.evaluate.items import BenchmarkItem
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
@@ -52,7 +52,10 @@ class BenchmarkOptions:
 
 
 def run_benchmark(
-    benchmark: Benchmark, items: Sequence[Item], subject: Subject, options: BenchmarkOptions
+    benchmark: Benchmark,
+    items: Sequence[BenchmarkItem],
+    subject: Subject,
+    options: BenchmarkOptions,
 ) -> tuple[dict[str, Any], list[Row]]:
     """Ask all items of a benchmark and grade the answers.
 
@@ -81,7 +84,10 @@ def digest(benchmark: Benchmark) -> str:
 
 
 def _answer(
-    benchmark: Benchmark, items: Sequence[Item], subject: Subject, options: BenchmarkOptions
+    benchmark: Benchmark,
+    items: Sequence[BenchmarkItem],
+    subject: Subject,
+    options: BenchmarkOptions,
 ) -> list[Row]:
     form = benchmark.answer
     assert form is not None
@@ -123,7 +129,7 @@ def _answer(
     return rows
 
 
-def _row(item: Item, sample: int, verdict: Grade) -> Row:
+def _row(item: BenchmarkItem, sample: int, verdict: Grade) -> Row:
     row: Row = {"id": item.id, "category": item.category, "sample": sample}
     row |= {"prompt": item.prompt, "passed": verdict.passed, "score": verdict.score}
     return row | {"status": verdict.status, "reason": verdict.reason}
@@ -139,7 +145,7 @@ def _extracted(text: str, pattern: str, first: bool) -> str | None:
     return str(match[1] if match.re.groups else match[0]).strip()
 
 
-def _choose(benchmark: Benchmark, items: Sequence[Item], subject: Subject) -> list[Row]:
+def _choose(benchmark: Benchmark, items: Sequence[BenchmarkItem], subject: Subject) -> list[Row]:
     choices, tokenizer = benchmark.choices, subject.tokenizer
     assert choices is not None
     assert tokenizer is not None, "Subject.check"
@@ -157,7 +163,7 @@ def _choose(benchmark: Benchmark, items: Sequence[Item], subject: Subject) -> li
     return [_chosen(item, [next(replies) for _ in item.options], choices.metric) for item in items]
 
 
-def _chosen(item: Item, replies: Sequence[Reply], metric: str) -> Row:
+def _chosen(item: BenchmarkItem, replies: Sequence[Reply], metric: str) -> Row:
     sums = [math.fsum(reply.logprobs) for reply in replies]
     if metric == "accuracy_norm":
         marks = [total / len(text.strip()) for total, text in zip(sums, item.options)]

@@ -24,7 +24,7 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Item:
+class BenchmarkItem:
     """One question of a benchmark.
 
     Args:
@@ -74,7 +74,7 @@ def _files(benchmark: Benchmark, folder: Path | None, part: str) -> list[Path]:
 
 def load_items(
     benchmark: Benchmark, folder: Path | None, seed: int = 0, limit: int | None = None
-) -> tuple[list[Item], dict[str, str]]:
+) -> tuple[list[BenchmarkItem], dict[str, str]]:
     """The items of a benchmark, and the checksums of the files that they are from.
 
     Args:
@@ -97,7 +97,7 @@ def load_items(
     if limit is not None and limit < len(records):
         drawn = Generators(seed)[f"limit/{benchmark.name}"].permutation(len(records))[:limit]
         records = [records[i] for i in sorted(drawn)]
-    items: dict[str, Item] = {}
+    items: dict[str, BenchmarkItem] = {}
     for where, values in records:
         known = groups.get(values["category"], everything)
         shots = [shot for shot in known if shot["id"] != values["id"]]
@@ -220,7 +220,9 @@ def _table(path: Path, mark: str, columns: list[str]) -> Iterator[tuple[str, dic
             raise OpenQwenError(f"This file cannot be read: {error}.", path) from None
 
 
-def _item(benchmark: Benchmark, values: Values, shots: Sequence[Values], where: str) -> Item:
+def _item(
+    benchmark: Benchmark, values: Values, shots: Sequence[Values], where: str
+) -> BenchmarkItem:
     prompt = _prompt(benchmark, values, shots, where)
     identity, category = values["id"], values["category"]
     if choices := benchmark.choices:
@@ -232,7 +234,7 @@ def _item(benchmark: Benchmark, values: Values, shots: Sequence[Values], where: 
         if not (len(correct) == len(options) == len(contexts or options)) or not any(correct):
             what = f"There are {len(options)} options, of which {sum(correct):g} are right."
             raise OpenQwenError(what, where, "correct the table [choices]")
-        return Item(identity, category, prompt, None, options, contexts, correct)
+        return BenchmarkItem(identity, category, prompt, None, options, contexts, correct)
     answer = benchmark.answer
     assert answer is not None
     if answer.reader:
@@ -246,7 +248,7 @@ def _item(benchmark: Benchmark, values: Values, shots: Sequence[Values], where: 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     task = Task(identity, messages, grader, reference, {"kind": category})
     check_task(task, where)
-    return Item(identity, category, prompt, task)
+    return BenchmarkItem(identity, category, prompt, task)
 
 
 def _prompt(
