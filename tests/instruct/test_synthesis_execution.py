@@ -32,7 +32,9 @@ TASK = {
 
 def executed(tmp_path, solutions, tests, lines=(TASK,), **settings):
     turns = {"solve": itertools.cycle(solutions), "tests": itertools.cycle(tests)}
-    generator = Scripted(lambda text, _: next(turns["tests" if "tests for" in text else "solve"]))
+    generator = Scripted(
+        lambda text, _: next(turns["tests" if "different tests" in text else "solve"])
+    )
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = ExecutionConfig(
@@ -122,6 +124,7 @@ def test_mbpp_uses_its_training_split_and_hides_two_tests(tmp_path):
         ("assert f(1) == (2", []),
         ("assert f(1); import os", []),
         ("assertf(1)", []),
+        (">>> assert f(1) == 2", ["assert f(1) == 2"]),
         ("assert not f([])", ["assert not f([])"]),
         ("assert f('" + "a" * 5000 + "')", []),
     ],

@@ -7,7 +7,7 @@ from scripted import Scripted, number, records, run
 
 from openqwen.instruct.synthesize import batches
 from openqwen.instruct.synthesize.methods.rejection import Rejection, RejectionConfig
-from openqwen.instruct.synthesize.problems import count_items
+from openqwen.instruct.synthesize.problems import count_items, read_items
 from openqwen.instruct.synthesize.prompts import PromptFiles
 from openqwen.support.errors import OpenQwenError
 
@@ -101,6 +101,7 @@ def test_a_judge_of_its_own(tmp_path):
     method = Rejection(config, tasks)
     _, found = run(tmp_path, paths(*PATHS[:2]), config, method, judge=judge)
     assert len(judge.asked) == 2
+    assert records(found, "demonstrations")[0]["origin"]["judge"] == "judge"
     (d,) = records(found, "demonstrations")
     assert d["messages"][-1]["content"] == PATHS[0]
 
@@ -151,6 +152,25 @@ def test_problems_without_answers_and_lines_that_are_none(tmp_path):
     assert refused == ["x", "x/4", "5", "6", "7"]
     assert counts["demonstrations"] == 1  # both problems give the same record
     assert counts["duplicates"] == 1
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [
+        ({"answer": "3"}, "3"),
+        ({"answer": 3}, "3"),
+        ({"answer": 2.5}, "2.5"),
+        ({"answer": "1 + 2 = 3\n#### 3"}, "3"),
+        ({"solution": "so it is \\boxed{3}"}, "3"),
+        ({"answer": ""}, None),
+        ({"answer": None, "solution": "no box"}, None),
+        ({"reference": {"answer": "3"}}, "3"),
+    ],
+)
+def test_answers_in_their_usual_forms(tmp_path, record, answer):
+    path = write(tmp_path / "tasks.jsonl", [{"question": "1 + 2?"} | record])
+    (item,) = read_items(path, "tasks", "math")
+    assert item.data.reference.get("answer") == answer
 
 
 def test_a_damaged_line_is_found_before_anything_is_asked(tmp_path):

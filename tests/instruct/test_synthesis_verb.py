@@ -22,7 +22,7 @@ def server():
             if "Verdict" in text
             else f"{seed} + 0 = {seed}, so \\boxed{{{seed % 3}}}"
         )
-        if "tests for" in text:
+        if "different tests" in text:
             said = "assert f(1) == 2\nassert f(2) == 3"
         elif "Write a Python function" in text:
             said = f"```python\ndef f(x):\n    return x + {1 + (seed % 4 == 0)}\n```"

@@ -13,6 +13,7 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.records import read_records
 from openqwen.tasks import READERS, Task, read_problems
 from openqwen.tasks.graders import check_task
+from openqwen.tasks.numbers import last_boxed
 
 _QUESTIONS = ("question", "problem", "instruction", "query", "text")
 _LONGEST = 100_000  # characters of a problem
@@ -65,11 +66,22 @@ def _task(name: str, record: dict[str, Any], grader: str, where: str) -> Task:
             raise OpenQwenError("the prompt is no list of messages with text", where)
         if len(content) > _LONGEST:
             raise OpenQwenError(f"it has more than {_LONGEST:,} characters", where)
+    grader = str(record.get("grader", grader))
     reference = record.get("reference")
     if not isinstance(reference, dict):
-        answer = record.get("answer")
-        reference = {"answer": answer} if isinstance(answer, str) else {}
-    task = Task(name, prompt, str(record.get("grader", grader)), reference)
+        answer = _answer(record) if grader != "code" else ""
+        reference = {"answer": answer} if answer else {}
+    task = Task(name, prompt, grader, reference)
     if reference:
         check_task(task, where)
     return task
+
+
+def _answer(record: dict[str, Any]) -> str:
+    """The final answer of a problem in one of the usual forms; "" where there is none."""
+    answer = record.get("answer")
+    if isinstance(answer, str):
+        return answer.rpartition("####")[2].strip()  # GSM8K has the solution before the mark
+    if isinstance(answer, int | float):
+        return str(answer)
+    return last_boxed(str(record.get("solution", ""))) or ""

@@ -199,6 +199,8 @@ class Synthesis:
     def _start(self, item: Item, prepare: bool) -> None:
         origin: dict[str, Any] = {"method": self.method.name, "seed": self.seed}
         origin["model"] = self.generators["model"][1]
+        if self.generators["judge"] != self.generators["model"]:
+            origin["judge"] = self.generators["judge"][1]
         work = Work(item.id, self.seed, self.prompts, self.config.language, origin)
         active = Active(next(self.numbers), item, work)
         self.active.append(active)

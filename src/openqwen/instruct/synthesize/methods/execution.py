@@ -222,7 +222,7 @@ def assertions(answer: str, entry: str) -> list[str]:
     """
     found = []
     for line in answer.splitlines():
-        text = line.strip()
+        text = line.strip().removeprefix(">>> ")
         if not text.startswith("assert") or len(text) > _LONGEST_TEST:
             continue
         normal = _normal(text)
