@@ -119,6 +119,15 @@ def test_the_instruction_shows_nothing_of_the_text(tmp_path):
     assert "it copies the text" in found["quarantine.jsonl"].decode()
 
 
+@pytest.mark.parametrize(("said", "kept"), [("Score: 7", 3), ("Score: 6.9", 0), ("Fine.", 0)])
+def test_the_fit_of_instruction_and_answer(tmp_path, said, kept):
+    model = Marks(("Somebody asked", lambda text, seed: f"Write {seed}."), ("How well", said))
+    d, p, gates, _ = make(tmp_path, repurpose(tmp_path, book(20), per_document=3), model)
+    assert gates["answer fits"] == (kept, 3)
+    assert len(d) == kept
+    assert not p  # the model's own answer is judged no worse
+
+
 def test_detail_levels_ask_for_different_instructions(tmp_path):
     asked = []
     model = Marks(("Somebody asked", lambda text, seed: asked.append(text) or "Write it."))
@@ -413,6 +422,12 @@ def test_bad_questions_about_tables(tmp_path, said):
     d, p, gates, _ = make(tmp_path, tables(tmp_path), Marks(("Here is a table:", said)))
     assert gates["question has a schema"] == (0, 2)
     assert not d + p
+
+
+def test_a_schema_reads_no_file(tmp_path):
+    (tmp_path / "a.json").write_text('{"type": "integer"}')
+    fault = structured.schema_fault({"properties": {"n": {"$ref": f"file://{tmp_path}/a.json"}}})
+    assert "it refers to file:" in fault
 
 
 def test_forms_of_tables(tmp_path):
