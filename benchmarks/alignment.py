@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from openqwen.recipe.report.text import duration, signed
+from openqwen.support.page.text import duration, signed
 
 from openqwen.recipe.report.run import EVALUATE, Run, load_run
 from openqwen.support.errors import OpenQwenError

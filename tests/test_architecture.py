@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -15,9 +16,24 @@ OTHERS = [
 ]
 LONGEST_FILE = 500
 WIDEST_LINE = 100
-# The budget of all rooms is 34,000 lines; each new room brings its own (docs/log.md). Lower this
+# The budget of all rooms is 34,000 lines and is exceeded (docs/log.md). No room may grow; lower its
 # number with every line that is deleted.
-LONGEST_PACKAGE = 33_307
+LONGEST_ROOMS = {
+    ".": 452,
+    "corpus": 3_076,
+    "engine": 3_572,
+    "evaluate": 2_820,
+    "http": 760,
+    "instruct": 5_292,
+    "model": 5_296,
+    "recipe": 3_300,
+    "sandbox": 2_592,
+    "serve": 3_443,
+    "support": 1_990,
+    "tasks": 3_081,
+    "tokenizer": 2_615,
+    "train": 9_134,
+}
 MODULES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
     for path in FILES
@@ -36,7 +52,11 @@ def test_files_and_package_stay_small():
     texts = {path: path.read_text(encoding="utf-8") for path in [*FILES, *OTHERS]}
     lines = {path: len(text.splitlines()) for path, text in texts.items()}
     assert {str(p): n for p, n in lines.items() if n > LONGEST_FILE} == {}
-    assert sum(lines[path] for path in FILES) <= LONGEST_PACKAGE
+    rooms: Counter[str] = Counter()
+    for path in FILES:
+        inside = path.relative_to(ROOT / "src" / "openqwen")
+        rooms[inside.parts[0] if len(inside.parts) > 1 else "."] += lines[path]
+    assert {room: n for room, n in rooms.items() if n > LONGEST_ROOMS.get(room, 0)} == {}
 
 
 def test_lines_fit_an_editor():

@@ -162,6 +162,13 @@ def test_a_link_to_a_record_keys_and_the_way_back(page, served):
     assert shown(page) == "Record 7"
 
 
+DRAWN = """(wanted) => {
+  const bars = document.querySelector(".histogram").querySelectorAll(".bar title");
+  const counts = [...bars].map((bar) => Number(bar.textContent.split(" ").pop()));
+  return counts.reduce((a, b) => a + b, 0) === wanted;
+}"""
+
+
 def test_filters_by_the_bars_and_the_histogram(page, served):
     load(page, served)
     page.locator(".value", has_text="m2").click()
@@ -177,6 +184,7 @@ def test_filters_by_the_bars_and_the_histogram(page, served):
     page.get_by_text("1 to 6 of 6").wait_for()
     page.get_by_role("button", name="Clear filters").click()
     page.get_by_text("1 to 50 of 103").wait_for()
+    page.wait_for_function(DRAWN, arg=103)  # the statistics come after the list
     before = page.locator(".histogram").first.locator(".bar").last
     count = before.locator("title").text_content().rpartition(" ")[2]
     before.click()

@@ -122,11 +122,16 @@ def test_without_a_reference_the_majority_decides(tmp_path):
 def test_a_reward_model_weighs_votes_and_chooses_the_best(tmp_path, monkeypatch):
     seen = []
 
-    def scorer(folder):
-        seen.append(folder)
-        return lambda chats: [5.0 if "good" in c[-1]["content"] else -5.0 for c in chats]
+    class Loud:
+        @classmethod
+        def load(cls, folder):
+            seen.append(folder)
+            return cls()
 
-    monkeypatch.setattr(batches, "_scorer", scorer)
+        def score(self, chats):
+            return [5.0 if "good" in c[-1]["content"] else -5.0 for c in chats]
+
+    monkeypatch.setattr(batches, "RewardModel", Loud)
     said = ("\\boxed{3}", "so \\boxed{3}", "good \\boxed{4}", "good, \\boxed{4} it is")
     lines = [task("a", "1 + 2?"), task("b", "2 + 2?", "4")]
     _, found = rejected(tmp_path, lines, paths(*said), reward=tmp_path / "r", keep=1, judged=False)
