@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from openqwen.support.page.text import duration, signed
 
 from openqwen.recipe.report.run import EVALUATE, Run, load_run
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
+from openqwen.support.page.text import duration, signed
 from openqwen.tasks.checkable import generate_tasks
 
 # How tasks are answered -> the field of an answer in test.jsonl.
