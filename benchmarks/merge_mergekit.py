@@ -2,9 +2,9 @@
 
 mergekit is LGPL and has its own environment:
 
-    python3 -m venv /tmp/peers/mergekit
-    /tmp/peers/mergekit/bin/pip install torch==2.13.0 mergekit==0.1.5
-    python benchmarks/merge_mergekit.py --mergekit /tmp/peers/mergekit/bin/mergekit-yaml
+    python3 -m venv peers/mergekit
+    peers/mergekit/bin/pip install torch==2.13.0 mergekit==0.1.5
+    python benchmarks/merge_mergekit.py --mergekit peers/mergekit/bin/mergekit-yaml
 
 linear, SLERP, task arithmetic and TIES must agree up to float32's rounding. DARE need not: its masks
 are random, and mergekit scales what is kept to the L1 norm of the whole task vector where we, as the
