@@ -103,9 +103,12 @@ def test_ctrl_c_while_a_server_is_asked(tmp_path, server):
         speak(handler, body)
 
     server.respond = stuck
+    # A suite that a shell runs in the background inherits SIGINT as ignored.
     code = f"""
+        import signal
         import sys
         from pathlib import Path
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, {str(TESTS)!r})
         from scripted import run
         from openqwen.engine import Endpoint

@@ -77,8 +77,9 @@ def test_a_run_that_ended_anywhere_continues_to_the_same_bytes(tmp_path, after):
 
 
 KILLED = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.insert(0, {tests!r})
     from scripted import Scripted, run, said
     def slow(text, seed):

@@ -113,7 +113,7 @@ def test_one_file_and_one_line_are_enough(place):
     lines = [line.split() for line in planned.splitlines() if line.split()]
     (shown,) = (line for line in lines if line[0] == "echo")
     assert shown[-1].startswith("~")
-    assert "18 of 18 to make" in planned
+    assert "20 of 20 to make" in planned
     assert [line.split()[0] for line in devices.splitlines() if " as written " in line][:2] == [
         "echo",
         "pretrain",
