@@ -3,9 +3,7 @@
 import asyncio
 import itertools
 import json
-import os
 import re
-import shutil
 import threading
 
 import pytest
@@ -14,8 +12,6 @@ from openqwen.http.server import gated, listen, url_of, uvicorn_server
 from openqwen.instruct.inspect.app import DataPage, application, page_files
 from openqwen.instruct.inspect.settings import InspectConfig
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'
 NAMELESS = """() => [...document.querySelectorAll("button, input, select, a")]
   .filter((node) => !(node.getAttribute("aria-label") || node.labels?.length || node.textContent.trim()))
@@ -82,16 +78,6 @@ def served(source):
     for server, thread in servers:
         server.should_exit = True
         thread.join(10)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not CHROMIUM:
-        pytest.skip("there is no chromium; set CHROMIUM to its path")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

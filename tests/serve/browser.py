@@ -1,23 +1,7 @@
-"""Chromium for the tests of the chat page, by Playwright; they skip where either is missing."""
-
-import os
-import shutil
+"""The chat page in Chromium, for its tests."""
 
 import pytest
 from stub_api import Stub
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not CHROMIUM:
-        pytest.skip("there is no chromium; set CHROMIUM to its path")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

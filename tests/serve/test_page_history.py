@@ -2,7 +2,7 @@
 
 import json
 
-from browser import chromium, context, load, page, say, settings, settled, stub, texts  # noqa: F401
+from browser import context, load, page, say, settings, settled, stub, texts  # noqa: F401
 
 
 def test_a_reload_loses_nothing(page, stub):  # noqa: F811

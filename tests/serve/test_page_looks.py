@@ -1,7 +1,7 @@
 """Width, themes, contrast, names of controls, and that nothing is asked of any other server."""
 
 import pytest
-from browser import chromium, context, load, page, say, settings, settled, stub, texts  # noqa: F401
+from browser import context, load, page, say, settings, settled, stub, texts  # noqa: F401
 from stub_api import PAGE
 
 LONG = (

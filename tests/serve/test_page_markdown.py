@@ -6,7 +6,7 @@ import html.parser
 import random
 
 import pytest
-from browser import chromium, context, page, stub  # noqa: F401
+from browser import context, page, stub  # noqa: F401
 
 markdown_it = pytest.importorskip(
     "markdown_it", reason="markdown-it-py (a dependency of rich) is not installed"

@@ -4,7 +4,7 @@ the next prompt.
 
 import json
 
-from browser import chromium, context, say, settings, settled, texts  # noqa: F401
+from browser import context, say, settings, settled, texts  # noqa: F401
 
 WRITTEN = (
     r'Let me look\.\n<tool_call>\n\{"name": "get_weather", "arguments": \{"place": '

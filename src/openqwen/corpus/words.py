@@ -60,8 +60,9 @@ def hash_words(texts: Sequence[str], all_scripts: bool = False) -> Words:
     ends = np.cumsum([len(part) + 1 for part in parts])
     is_word = _IS_WORD[data]
     if all_scripts:
-        for place in _punctuation(data):
-            is_word[place : place + 3] = False
+        places = _punctuation(data)
+        for byte in range(3):
+            is_word[places + byte] = False
     edges = np.diff(is_word.astype(np.int8), prepend=0, append=0)
     starts, stops = edges == 1, edges == -1
     if all_scripts:

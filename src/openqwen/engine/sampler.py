@@ -134,7 +134,9 @@ def _draw(scores_RV: Tensor, rows: Sequence[SamplingRow], cut: bool) -> tuple[Te
 
 def _copied(x: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the CPU to a device, without waiting for what a GPU still computes."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def _draw_any(scores_RV: Tensor, temperature_R: Tensor, draws_R: Tensor) -> tuple[Tensor, Tensor]:
