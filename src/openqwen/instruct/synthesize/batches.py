@@ -8,7 +8,7 @@ from typing import Any
 
 from openqwen.engine.score import RewardModel
 from openqwen.instruct.synthesize.method import Batch
-from openqwen.sandbox import Pool, Program, Verdict, best_tier
+from openqwen.sandbox import Pool, Program, RemotePool, Verdict, open_pool
 from openqwen.support.errors import OpenQwenError
 from openqwen.tasks import grade
 
@@ -27,7 +27,7 @@ class BatchWork:
         self._reward = reward
         self._waiting: list[tuple[Batch, Any]] = []
         self._since = 0.0  # when the first of them came
-        self._pool: Pool | None = None
+        self._pool: Pool | RemotePool | None = None
         self._score: Callable[[Sequence[Any]], list[float]] | None = None
 
     def __bool__(self) -> bool:
@@ -84,7 +84,7 @@ class BatchWork:
 
     def _run(self, programs: Sequence[Program]) -> list[Verdict]:
         if self._pool is None:
-            self._pool = Pool(tier="process" if best_tier() == "process" else "strict")
+            self._pool = open_pool()
         return self._pool.run(programs)
 
     def _rewards(self, conversations: Sequence[Any]) -> list[float]:

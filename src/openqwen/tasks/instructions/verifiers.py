@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 
-from openqwen.sandbox import Limits, Pool, Program, Verdict, best_tier
+from openqwen.sandbox import Limits, Program, Verdict, open_pool
 
 _LIMITS = Limits(seconds=3)
 _TEST = """\
@@ -34,7 +34,7 @@ def run_verifiers(asked: Iterable[tuple[str, str]]) -> dict[tuple[str, str], boo
         )
         for source, response in pairs
     ]
-    with Pool(tier="process" if best_tier() == "process" else "strict") as pool:
+    with open_pool() as pool:
         return dict(zip(pairs, map(_outcome, pool.run(programs)), strict=True))
 
 
