@@ -33,6 +33,7 @@ ENVIRONMENT = {
 # Python's standard library, which every program may read.
 LIBRARY = os.path.dirname(os.__file__)
 _PACKAGES = ("site-packages", "dist-packages")
+_BOX_FLAGS = kernel.NO_SUID | kernel.NO_DEVICES
 EXTRA = "/packages"  # modules of the caller that a pool lets in by name
 
 
@@ -84,19 +85,23 @@ class Shell:
             everything = kernel.ruleset(["/"], [], [])
             self._rules = {False: everything, True: kernel.ruleset(["/"], [], ["/"])}
 
-    def enter_box(self, megabytes: int, files: int) -> None:
-        """Mount this run's own folders and processes; the caller is the first process of its
-        namespace.
+    def enter_box(self) -> None:
+        """Mount the run's own folders and processes; the caller is the first process of its
+        namespace. The run's limits are not known yet.
         """
         kernel.unshare(kernel.NEWNS | kernel.NEWIPC)
-        flags = kernel.NO_SUID | kernel.NO_DEVICES
-        kernel.mount("box", BOX, "tmpfs", flags, f"size={megabytes}m,nr_inodes={files},mode=755")
+        kernel.mount("box", BOX, "tmpfs", _BOX_FLAGS, "size=1m,mode=755")
         for name in ("work", "tmp", "shm"):
             os.mkdir(f"{BOX}/{name}", 0o700)
         with contextlib.suppress(OSError):
-            kernel.mount("proc", "/proc", "proc", flags | kernel.NO_EXEC)
+            kernel.mount("proc", "/proc", "proc", _BOX_FLAGS | kernel.NO_EXEC)
             be_killed_first()
             kernel.read_only("/proc")
+
+    def limit_box(self, megabytes: int, files: int) -> None:
+        """Set how much the run's folders may hold."""
+        size = f"size={megabytes}m,nr_inodes={files}"
+        kernel.mount("box", BOX, flags=_BOX_FLAGS | kernel.REMOUNT, data=size)
 
     def rules(self, work: str, programs: bool) -> int:
         """The Landlock rules of a run, a descriptor.
@@ -135,7 +140,7 @@ def give_up(shell: Shell, limits: dict[str, float], work: str, programs: bool) -
         # The interpreter may lie in the superuser's home: Python's file user stays, and Landlock
         # guards the files. Other programs lose it when they start.
         kernel.become(NOBODY, NOBODY if programs or shell.guest else 0)
-    tasks = 3 if shell.strict else _tasks()
+    tasks = 5 if shell.strict else _tasks()
     kernel.drop_capabilities()
     if kernel.landlock_abi():
         kernel.restrict(shell.rules(work, programs))
@@ -148,9 +153,10 @@ def give_up(shell: Shell, limits: dict[str, float], work: str, programs: bool) -
 def set_limits(limits: dict[str, float], tasks: int, size: int, guest: bool = False) -> None:
     """Resource limits of this process and its children; `limits` holds the fields of `Limits`.
 
-    tasks: processes and threads that the user has already: the zygote, the first process and the
-    checker in a user namespace, all of the user's without one. size: address space, bytes, that is
-    not the program's. guest: gVisor's kernel has no limit of processes, core files and queues.
+    tasks: processes and threads that the user has already: the zygote, this run's two and the two
+    that wait for the next in a user namespace, all of the user's without one. size: address space,
+    bytes, that is not the program's. guest: gVisor's kernel has no limit of processes, core files
+    and queues.
     """
     seconds = max(1, int(-(-limits["seconds"] // 1)))
     memory, disk = int(limits["memory_mb"]) << 20, int(limits["disk_mb"]) << 20

@@ -5,6 +5,9 @@ only the fork that needs them opens. So nothing of one run is in the memory of t
 
     pool ── header, descriptors ──▶ zygote ──fork──▶ program ◀── calls, JSON ──▶ checker
                                        └────fork─────────────────────────────▶ checker
+
+With namespaces the forks of the next run are made, and confined as far as no limit is needed, while
+the last run goes on.
 """
 
 import gc
@@ -14,7 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from openqwen.sandbox import checker, confine, kernel, program
 from openqwen.sandbox.processes import end_descendants, end_user
@@ -47,11 +50,12 @@ def main(descriptor: int, tier: str, packages: list[str]) -> None:
     gc.collect()
     gc.freeze()  # forks then share these pages
     host.send(b"ready")
+    waiting = Waiting(shell) if shell.strict else None
     while True:
         message, descriptors, _, _ = socket.recv_fds(host, 1 << 16, 16)
         if not message:
             return
-        _serve(shell, host, json.loads(message), list(descriptors))
+        _serve(shell, waiting, host, message, list(descriptors))
 
 
 def _ask_for_map(host: socket.socket) -> None:
@@ -59,20 +63,91 @@ def _ask_for_map(host: socket.socket) -> None:
     host.recv(1)
 
 
+class Waiting:
+    """A process for the next program and one for its checker, forked while the last run goes on.
+
+    With namespaces no run can see or end them. Each waits for its run's header and descriptors.
+    """
+
+    def __init__(self, shell: confine.Shell):
+        self._shell = shell
+        self._ready = {role: self._fork(role) for role in _ROLES}
+
+    def start(self, role: str, message: bytes, descriptors: list[int]) -> int:
+        """Give a waiting process its run; returns its number."""
+        child, line = self._ready.pop(role)
+        socket.send_fds(line, [message], descriptors)
+        line.close()
+        return child
+
+    def refill(self) -> None:
+        """Fork what was started."""
+        for role in _ROLES:
+            if role not in self._ready:
+                self._ready[role] = self._fork(role)
+
+    def _fork(self, role: str) -> tuple[int, socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        kernel.enter(self._shell.processes)  # back to our own; a namespace takes one first process
+        kernel.unshare(kernel.NEWPID)
+        child = os.fork()
+        if not child:
+            ours.close()
+            _begin(self._shell, role, lambda: self._receive(role, theirs))
+        theirs.close()
+        return child, ours
+
+    def _receive(self, role: str, line: socket.socket) -> tuple[dict[str, Any], dict[str, int]]:
+        if role == "program":
+            self._shell.enter_box()
+        program.rehearse()
+        message, descriptors, _, _ = socket.recv_fds(line, 1 << 16, 16)
+        line.close()
+        header = json.loads(message)
+        return header, dict(zip(header["names"], descriptors))
+
+
+def _begin(shell: confine.Shell, role: str, run: Callable[[], Any]) -> NoReturn:
+    """In a fork: wait for the run, and become its program or its checker."""
+    report = -1
+    try:
+        kernel.die_with_parent()
+        header, given = run()
+        body, channel = _ROLES[role]
+        report = given[channel]
+        body(shell, header, given)
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+        if report < 0:
+            print(f"sandbox: {said}", file=sys.stderr, flush=True)
+        else:
+            os.write(report, json.dumps({"infra": said}).encode())
+    finally:
+        os._exit(70)
+
+
 def _serve(
-    shell: confine.Shell, host: socket.socket, header: dict[str, Any], descriptors: list[int]
+    shell: confine.Shell,
+    waiting: Waiting | None,
+    host: socket.socket,
+    message: bytes,
+    descriptors: list[int],
 ) -> None:
-    """One run: fork, send process handles to the pool, wait until all have ended, report.
+    """One run: start its processes, send their handles to the pool, wait until all have ended.
 
     The pool kills through the handles where a limit is met.
     """
+    header = json.loads(message)
     given = dict(zip(header["names"], descriptors))
+    children = []
     try:
-        run = lambda: program.become_program(shell, header, given)  # noqa: E731
-        children = [_fork(shell, run, given["report"])]
-        if "tests" in given:
-            judge = lambda: checker.check(shell, header, given)  # noqa: E731
-            children.append(_fork(shell, judge, given["result"]))
+        for role in _ROLES if "tests" in given else ["program"]:
+            if waiting:
+                children.append(waiting.start(role, message, descriptors))
+            elif child := os.fork():
+                children.append(child)
+            else:
+                _begin(shell, role, lambda: (header, given))
     finally:
         for opened in descriptors:
             os.close(opened)
@@ -81,6 +156,8 @@ def _serve(
     socket.send_fds(host, [json.dumps(children).encode()], handles)
     for handle in handles:
         os.close(handle)
+    if waiting:
+        waiting.refill()
     _, status, used = os.wait4(children[0], 0)
     for child in children[1:]:
         os.waitpid(child, 0)
@@ -92,17 +169,8 @@ def _serve(
     host.send(json.dumps({"status": status, "seconds": seconds}).encode())
 
 
-def _fork(shell: confine.Shell, body: Callable[[], None], report: int) -> int:
-    if shell.strict:
-        kernel.enter(shell.processes)  # back to our own; a namespace takes one first process
-        kernel.unshare(kernel.NEWPID)
-    child = os.fork()
-    if child:
-        return child
-    try:
-        kernel.die_with_parent()
-        body()
-    except BaseException as error:
-        os.write(report, json.dumps({"infra": f"{type(error).__name__}: {error}"}).encode())
-    finally:
-        os._exit(70)
+# What a fork becomes, and the descriptor on which it reports.
+_ROLES: dict[str, tuple[Callable[..., None], str]] = {
+    "program": (program.become_program, "report"),
+    "checker": (checker.check, "result"),
+}
