@@ -1,4 +1,4 @@
-"""A parameter's task vector in memory: sparse, dense, or in a file."""
+"""A parameter's part in merging: its task vector, which is sparse, dense, or in a file."""
 
 import tempfile
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from openqwen.support.errors import disk_errors
+from openqwen.train.merging.masks import LocalElements
+from openqwen.train.merging.select import Reduce
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,32 @@ class TaskVector:
         values = tau.to(dtype)
         return cls(values if folder is None else _mapped(values, folder))
 
-    def at(self, places: slice | Tensor, count: int) -> tuple[Tensor | float, Tensor | bool]:
-        """The entries at some places of `count`, as dense values, and which places have one.
-
-        places: all of them (`slice(None)`), or sorted indices.
-        """
+    def dense(self, count: int) -> tuple[Tensor | float, Tensor | bool]:
+        """The entries of all `count` places, and which places have one."""
         if self.values is None or not len(self.values):
             return 0.0, False
         if self.index is None:
-            return self.values[places], True
-        values = self.values.new_zeros(count if isinstance(places, slice) else len(places))
-        has = torch.zeros(len(values), dtype=torch.bool, device=values.device)
-        if isinstance(places, slice):
-            values[self.index], has[self.index] = self.values, True
-            return values, has
-        slots = torch.searchsorted(self.index, places.int()).clamp(max=len(self.index) - 1)
-        has = self.index[slots] == places
-        return torch.where(has, self.values[slots], 0.0), has
+            return self.values, True
+        values = self.values.new_zeros(count)
+        has = torch.zeros(count, dtype=torch.bool, device=values.device)
+        values[self.index], has[self.index] = self.values, True
+        return values, has
+
+
+@dataclass(frozen=True)
+class MergedParameter:
+    """What stays the same about a parameter.
+
+    elements, task: of this rank. reduce: see `sum_over_parts`. total: elements on all ranks.
+    largest: how many of them OnTIES keeps.
+    """
+
+    name: str
+    elements: LocalElements
+    reduce: Reduce
+    total: int
+    largest: int
+    task: TaskVector
 
 
 def _mapped(values: Tensor, folder: Path) -> Tensor:
