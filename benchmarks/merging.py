@@ -43,7 +43,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all that an optimizer holds beside weights and gradients."""
     total = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     for part in getattr(optimizer, "_parts", {}).values():
-        total += sum(t.nbytes for t in (part.task.values, part.task.index) if t is not None)
+        total += sum(t.nbytes for t in vars(part.task).values() if t is not None)
     return total
 
 

@@ -1,6 +1,4 @@
 // Masks of sixteen lanes: in AVX-512, or in plain loops that the compiler vectorises.
-//
-// Operations on floats and on lanes have the same names, so that a formula is written once.
 #pragma once
 
 #include "lanes.h"
@@ -25,11 +23,6 @@ inline int32_t magnitude_bits(float x) {
   return bits & 0x7fffffff;
 }
 
-inline bool above(float a, float b) { return a > b; }
-inline bool reaches(float a, float b) { return a >= b; }
-inline float choose(bool first, float a, float b) { return first ? a : b; }
-inline float magnitude(float a) { return std::fabs(a); }
-
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
 inline Lanes root(Lanes a) { return {_mm512_sqrt_ps(a.x)}; }
@@ -49,9 +42,13 @@ inline Mask bits_above(Lanes a, int32_t bound) {
 inline void compress(float* to, Mask mask, Lanes a) {
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, a.x));
 }
-// The opposite: floats from `from` on, in the lanes of the mask; sixteen are read.
-inline Lanes expand(const float* from, Mask mask) {
-  return {_mm512_maskz_expand_ps(mask, _mm512_loadu_ps(from))};
+// The opposite: the first lanes of a, in the lanes of the mask.
+inline Lanes expand(Lanes a, Mask mask) { return {_mm512_maskz_expand_ps(mask, a.x)}; }
+// Sixteen bfloat16 numbers.
+inline Lanes widen(const uint16_t* from) {
+  const __m512i bits = _mm512_cvtepu16_epi32(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
 }
 // The 32-bit halves, the lower first, of eight words of SplitMix64 that are at most `last`.
 inline Mask random_lanes(uint64_t start, uint32_t last) {
@@ -113,11 +110,20 @@ inline void compress(float* to, Mask mask, Lanes a) {
     to += mask >> i & 1;
   }
 }
-inline Lanes expand(const float* from, Mask mask) {
+inline Lanes expand(Lanes a, Mask mask) {
+  float x[kLanes], y[kLanes];
+  store(x, a);
+  for (int i = 0, next = 0; i < kLanes; ++i) {
+    y[i] = mask >> i & 1 ? x[next] : 0.0f;
+    next += mask >> i & 1;
+  }
+  return load(y);
+}
+inline Lanes widen(const uint16_t* from) {
   float x[kLanes];
   for (int i = 0; i < kLanes; ++i) {
-    x[i] = mask >> i & 1 ? *from : 0.0f;
-    from += mask >> i & 1;
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    std::memcpy(x + i, &bits, 4);
   }
   return load(x);
 }

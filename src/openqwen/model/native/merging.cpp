@@ -1,7 +1,7 @@
 // The Online Merging Optimizer's step on one parameter (train/merging/).
 //
 // Every operation is a single float operation in the order of train/merging/plain.py, so both give
-// the same bits. AdamW's step waits for memory, so this one reads little more: moments, masks and
+// the same bits. AdamW's step waits for memory. So this one reads little more: moments, masks and
 // merge are one pass, in which a weight that nothing changes is not touched. OnTIES needs a second
 // pass, over the weights alone: `collect` writes down the steps that may be large enough.
 
@@ -18,15 +18,15 @@ namespace openqwen {
 
 enum MergingForm { kDare = 0, kTiesWeighted = 1, kTiesUnweighted = 2 };
 enum MergingTask { kNoTask = 0, kFloat32 = 1, kBFloat16 = 2 };
-enum MergingArray { kWeights, kMean, kSquare, kLost, kCached, kGradient, kDense, kArrays };
+enum MergingArray { kWeights, kMean, kSquare, kLost, kCached, kGradient, kArrays };
 
 // Fields are described in train/merging/kernels.py, which fills them.
 struct MergingCall {
-  float* arrays[kDense];
+  float* arrays[kArrays];
   int64_t count, first, run, stride;
-  const int32_t* task_index;
   const void* task;
-  int64_t task_count;
+  const Mask* task_lanes;
+  const int64_t* task_starts;
   uint64_t step_key, task_key, limit;
   int64_t form, task_type, fresh, merges;
   int64_t low, high, listed;
@@ -53,7 +53,7 @@ struct Arrays {
 
   Arrays() = default;
   Arrays(const MergingCall& c, int64_t begin) {
-    for (int k = 0; k < kDense; ++k) at[k] = c.arrays[k] ? c.arrays[k] + begin : nullptr;
+    for (int k = 0; k < kArrays; ++k) at[k] = c.arrays[k] ? c.arrays[k] + begin : nullptr;
   }
   float* operator[](int k) const { return at[k]; }
 };
@@ -112,205 +112,158 @@ inline Lanes step_of(const Numbers& n, const Moments& m, const Arrays& a, int64_
   return a[kCached] && merges ? step + load(a[kCached] + i) : step;
 }
 
-// (1 − α) F(d) ⊕ α F(τ) of kept entries; of floats or of lanes.
-template <int kForm, class X>
-inline X merged(X factor, X alpha, X zero, X step, X task) {
-  const X a = step * factor, b = task * alpha;
+// (1 − α) F(d) ⊕ α F(τ) of kept entries.
+template <int kForm>
+inline Lanes merged(const Numbers& n, Lanes step, Lanes task) {
+  const Lanes a = step * n.factor, b = task * n.alpha, zero = all(0.0f);
   if (kForm == kDare) return a + b;
   if (kForm == kTiesWeighted) {
-    const auto opposite = (above(zero, a) & above(b, zero)) | (above(a, zero) & above(zero, b));
-    const X left = magnitude(a), right = magnitude(b);
-    const X larger = choose(above(left, right), a, choose(above(right, left), b, zero));
+    const Mask opposite = (above(zero, a) & above(b, zero)) | (above(a, zero) & above(zero, b));
+    const Lanes left = magnitude(a), right = magnitude(b);
+    const Lanes larger = choose(above(left, right), a, keep(above(right, left), b));
     return choose(opposite, larger, a + b);
   }
-  const auto positive = reaches(step + task, zero);
-  const X up = choose(above(a, zero), a, zero), down = choose(above(zero, a), a, zero);
-  const X task_up = choose(above(b, zero), b, zero), task_down = choose(above(zero, b), b, zero);
-  return choose(positive, up, down) + choose(positive, task_up, task_down);
+  const Mask positive = reaches(step + task, zero), negative = Mask(~positive);
+  return keep((positive & above(a, zero)) | (negative & above(zero, a)), a) +
+         keep((positive & above(b, zero)) | (negative & above(zero, b)), b);
 }
 
-// weight + lost, to which `change` is added: a sum and what rounding lost of it (Knuth's TwoSum).
-template <class X>
-inline void add(X& weight, X& lost, X change) {
-  const X w = weight, y = change + lost, sum = w + y, part = sum - w;
+// weights + lost, to which `change` is added: a sum and what rounding lost of it (Knuth's TwoSum).
+inline void add(Lanes& weights, Lanes& lost, Lanes change) {
+  const Lanes w = weights, y = change + lost, sum = w + y, part = sum - w;
   lost = (w - (sum - part)) + (y - part);
-  weight = sum;
+  weights = sum;
 }
 
 int64_t global_index(const MergingCall& c, int64_t place) {
   return c.first + place / c.run * c.stride + place % c.run;
 }
 
-// Set the bits of a block's elements that are kept by the random numbers of a key: the lower half
-// of a word of SplitMix64 for an even global index, the upper one for the odd index behind it.
-void random_bits(const MergingCall& c, uint64_t key, int64_t begin, int64_t length, Mask* bits) {
-  const uint32_t last = uint32_t(c.limit - 1);  // the limit is from 1 to 2³²
-  std::fill_n(bits, kGroups, 0);
-  for (int64_t at = 0; at < length;) {
-    const uint64_t global = uint64_t(global_index(c, begin + at));
-    const uint64_t start = key + ((global >> 1) + 1) * kGamma;
-    const int64_t left = std::min(length - at, c.run - (begin + at) % c.run) / kLanes;
-    if (at % kLanes == 0 && global % 2 == 0 && left) {
-      for (int64_t g = 0; g < left; ++g) {
-        bits[at / kLanes + g] = random_lanes(start + uint64_t(g * kLanes / 2) * kGamma, last);
-      }
-      at += left * kLanes;
-    } else {
-      const bool kept = uint32_t(mix(start) >> (global % 2 * 32)) <= last;
-      bits[at / kLanes] |= Mask(kept << at % kLanes);
-      ++at;
+// Which of a block's elements the random numbers of a key keep: the lower half of a word of
+// SplitMix64 for an even global index, the upper one for the odd index behind it.
+class Draw {
+ public:
+  Draw(const MergingCall& c, uint64_t key, int64_t begin, int64_t length, bool used)
+      : last_(uint32_t(c.limit - 1)) {  // the limit is from 1 to 2³²
+    const uint64_t global = uint64_t(global_index(c, begin));
+    start_ = key + ((global >> 1) + 1) * kGamma;
+    direct_ = !used || (global % 2 == 0 && c.run - begin % c.run >= length);
+    for (int64_t j = 0; !direct_ && j < length; ++j) {  // rows of a part of a tensor end here
+      const uint64_t index = uint64_t(global_index(c, begin + j));
+      const uint64_t word = mix(key + ((index >> 1) + 1) * kGamma) >> (index % 2 * 32);
+      bits_[j / kLanes] |= Mask((uint32_t(word) <= last_) << j % kLanes);
     }
   }
+
+  Mask at(int64_t place) const {
+    return direct_ ? random_lanes(start_ + uint64_t(place / 2) * kGamma, last_)
+                   : bits_[place / kLanes];
+  }
+
+ private:
+  uint64_t start_;
+  uint32_t last_;
+  bool direct_;
+  Mask bits_[kGroups] = {};
+};
+
+inline Lanes sixteen(const float* from) { return load(from); }
+inline Lanes sixteen(const uint16_t* from) { return widen(from); }
+
+// The first `count` numbers, at most sixteen; zeros in the other lanes.
+template <class Value>
+inline Lanes up_to(const Value* from, int64_t count) {
+  if (count >= kLanes) return sixteen(from);
+  Value copy[kLanes] = {};
+  std::memcpy(copy, from, sizeof(Value) * size_t(count));
+  return sixteen(copy);
 }
 
-float task_value(const MergingCall& c, int64_t i) {
-  if (c.task_type == kFloat32) return static_cast<const float*>(c.task)[i];
-  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(c.task)[i]) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+// Values of some of a block's elements, side by side.
+template <class Value>
+struct Packed {
+  const Mask* lanes = nullptr;
+  const Value* next = nullptr;
 
-// A block's entries of the task vector, where it does not have all.
-struct Entries {
-  Mask bits[kGroups] = {};
-  int32_t place[kBlock];
-  float value[kBlock];
-  int64_t count = 0;
+  Packed(const Mask* all_lanes, const int64_t* starts, const void* values, int64_t begin) {
+    if (!all_lanes) return;
+    lanes = all_lanes + begin / kLanes;
+    next = static_cast<const Value*>(values) + starts[begin / kBlock];
+  }
 
-  Entries(const MergingCall& c, int64_t begin, int64_t length) {
-    if (c.task_type == kNoTask) return;
-    if (c.task_index) {
-      const int32_t* stop = c.task_index + c.task_count;
-      const int32_t* at = std::lower_bound(c.task_index, stop, int32_t(begin));
-      for (; at < stop && *at < begin + length; ++at) {
-        place[count] = int32_t(*at - begin);
-        bits[place[count] / kLanes] |= Mask(1u << place[count] % kLanes);
-        value[count++] = task_value(c, at - c.task_index);
-      }
-    } else {  // fresh masks: the task vector is read only where it is kept
-      random_bits(c, c.task_key, begin, length, bits);
-      for (int64_t g = 0; g < kGroups; ++g) {
-        for (uint32_t left = bits[g]; left; left &= left - 1) {
-          place[count++] = int32_t(g * kLanes + __builtin_ctz(left));
-        }
-      }
-      for (int64_t n = 0; n < count; ++n) value[n] = task_value(c, begin + place[n]);
-    }
+  // Those of the next sixteen elements, of which `mask` has one each.
+  Lanes take(Mask mask) {
+    const Lanes values = expand(sixteen(next), mask);
+    next += __builtin_popcount(mask);
+    return values;
   }
 };
 
-// The steps of a block that `collect` has written down, in their order.
-struct Listed {
-  const MergingCall& c;
-  int64_t begin;
-  const float* next;
-
-  Listed(const MergingCall& call, int64_t begin)
-      : c(call), begin(begin), next(call.listed ? call.steps + call.starts[begin / kBlock] : nullptr) {}
-
-  // The next sixteen, and which of them are kept.
-  Lanes take(int64_t place, Mask* kept) {
-    const Mask lanes = c.lanes[(begin + place) / kLanes];
-    *kept = 0;
-    if (!lanes) return all(0.0f);
-    const Lanes step = expand(next, lanes);
-    next += __builtin_popcount(lanes);
-    *kept = lanes & bits_above(step, int32_t(c.threshold - 1));
-    uint32_t equal = *kept & ~bits_above(step, int32_t(c.threshold));
-    for (; equal && c.last >= 0; equal &= equal - 1) {
-      const int lane = __builtin_ctz(equal);
-      if (global_index(c, begin + place + lane) > c.last) *kept &= Mask(~(1u << lane));
-    }
-    return step;
+// Which of sixteen listed steps OnTIES keeps.
+Mask largest(const MergingCall& c, Mask listed, Lanes step, int64_t place) {
+  Mask kept = listed & bits_above(step, int32_t(c.threshold - 1));
+  if (c.last < 0) return kept;
+  for (uint32_t equal = kept & ~bits_above(step, int32_t(c.threshold)); equal; equal &= equal - 1) {
+    const int lane = __builtin_ctz(equal);
+    if (global_index(c, place + lane) > c.last) kept &= Mask(~(1u << lane));
   }
-};
-
-// Change all weights of a block, with compensation.
-template <int kForm>
-void apply_dense(const MergingCall& c, const Arrays& arrays, int64_t begin, int64_t length,
-                 Mask* kept) {
-  const Numbers n(c);
-  const Lanes zero = all(0.0f);
-  const bool merges = c.merges;
-  Listed listed(c, begin);
-  each_group(arrays, length, [&](const Arrays& a, int64_t i, int64_t place) {
-    Mask lanes = kept[place / kLanes];
-    const Lanes step = c.listed ? listed.take(place, &lanes)
-                                : step_of(n, moments(n, a, i), a, i, merges);
-    Lanes weights = load(a[kWeights] + i) * n.decay, lost = load(a[kLost] + i), change = step;
-    if (merges) {
-      const Lanes task = a[kDense] ? load(a[kDense] + i) : zero;
-      change = merged<kForm>(n.factor, n.alpha, zero, keep(lanes, step), task);
-      if (a[kCached]) change = change - load(a[kCached] + i);
-    }
-    if (a[kCached]) store(a[kCached] + i, merges ? zero : load(a[kCached] + i) + step);
-    add(weights, lost, change);
-    store(a[kWeights] + i, weights);
-    store(a[kLost] + i, lost);
-  });
+  return kept;
 }
 
-// Change weights by the kept entries of the step, those with an entry of the task vector with
-// compensation.
-template <int kForm>
-void apply_sparse(const MergingCall& c, const Arrays& arrays, int64_t begin, int64_t length,
-                  Mask* kept, const Entries& entries) {
-  const Numbers n(c);
-  const bool decays = c.decay != 1.0f;
-  float steps[kBlock];
-  for (int64_t e = 0; e < entries.count; ++e) __builtin_prefetch(arrays[kLost] + entries.place[e]);
-  Listed listed(c, begin);
-  each_group(arrays, length, [&](const Arrays& a, int64_t i, int64_t place) {
-    const int64_t g = place / kLanes;
-    Lanes step;
-    if (c.listed) {
-      step = listed.take(place, &kept[g]);
-    } else {
-      const Moments m = moments(n, a, i);
-      if (kept[g]) step = step_of(n, m, a, i, true);
-    }
-    if (kept[g] & entries.bits[g]) store(steps + place, step);
-    const Mask alone = kept[g] & Mask(~entries.bits[g]);
-    if (!alone && !decays) return;
-    Lanes weights = load(a[kWeights] + i) * n.decay;
-    if (alone) weights = weights + keep(alone, step * n.factor);
-    store(a[kWeights] + i, weights);
-  });
-  for (int64_t e = 0; e < entries.count; ++e) {
-    const int32_t j = entries.place[e];
-    const float step = kept[j / kLanes] >> j % kLanes & 1 ? steps[j] : 0.0f;
-    const float change = merged<kForm>(c.factor, c.alpha, 0.0f, step, entries.value[e]);
-    add(arrays[kWeights][j], arrays[kLost][j], change);
-  }
-}
-
-template <int kForm>
+// Change a block's weights. Task: the type of the task vector's values.
+template <int kForm, class Task>
 void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
-  Arrays arrays(c, begin);
-  Mask kept[kGroups];
-  if (c.merges && !(c.limit >> 32)) {
-    random_bits(c, c.step_key, begin, length, kept);
-  } else {
-    std::fill_n(kept, kGroups, kAllLanes);
-  }
-  float task[kBlock];
-  if (!c.merges) return apply_dense<kForm>(c, arrays, begin, length, kept);
-  if (c.task_type != kNoTask && !c.task_index && !c.fresh) {
-    arrays.at[kDense] = task;
-    if (c.task_type == kFloat32) {
-      arrays.at[kDense] = static_cast<float*>(const_cast<void*>(c.task)) + begin;
-    } else {
-      for (int64_t j = 0; j < length; ++j) task[j] = task_value(c, begin + j);
+  const Numbers n(c);
+  const bool merges = c.merges, listed = c.listed, decays = c.decay != 1.0f;
+  const bool draws = merges && !(c.limit >> 32), whole = c.arrays[kCached];
+  const bool has_task = merges && c.task_type != kNoTask, fresh = has_task && c.fresh;
+  const Draw draw(c, c.step_key, begin, length, draws);
+  const Draw task_draw(c, c.task_key, begin, length, fresh);
+  Packed<float> steps(listed ? c.lanes : nullptr, c.starts, c.steps, begin);
+  Packed<Task> packed(has_task ? c.task_lanes : nullptr, c.task_starts, c.task, begin);
+  const Task* dense = static_cast<const Task*>(c.task) + (has_task && !packed.lanes ? begin : 0);
+  each_group(Arrays(c, begin), length, [&](const Arrays& a, int64_t i, int64_t place) {
+    Mask kept = listed ? steps.lanes[place / kLanes] : draws ? draw.at(place) : kAllLanes;
+    // Elements with an entry of the task vector are changed with compensation.
+    Mask entries = 0;
+    if (has_task) {
+      entries = packed.lanes ? packed.lanes[place / kLanes]
+                : fresh      ? task_draw.at(place)
+                             : kAllLanes;
     }
-    return apply_dense<kForm>(c, arrays, begin, length, kept);
-  }
-  const Entries entries(c, begin, length);
-  if (!arrays[kCached]) return apply_sparse<kForm>(c, arrays, begin, length, kept, entries);
-  std::fill_n(task, kBlock, 0.0f);
-  for (int64_t e = 0; e < entries.count; ++e) task[entries.place[e]] = entries.value[e];
-  arrays.at[kDense] = task;
-  apply_dense<kForm>(c, arrays, begin, length, kept);
+    Moments m;
+    if (!listed) m = moments(n, a, i);
+    if (!kept && !entries && !decays && !whole) return;
+    Lanes step = all(0.0f), weights = load(a[kWeights] + i) * n.decay;
+    if (kept && listed) {
+      step = steps.take(kept);
+      kept = largest(c, kept, step, begin + place);
+    } else if (kept) {
+      step = step_of(n, m, a, i, merges);
+    }
+    const Mask alone = whole ? 0 : kept & Mask(~entries);
+    if (alone) weights = weights + keep(alone, step * n.factor);
+    if (entries || whole) {
+      Lanes task = all(0.0f), lost = load(a[kLost] + i), change = step;
+      if (entries && packed.lanes) {
+        task = packed.take(entries);
+      } else if (entries) {
+        task = keep(entries, up_to(dense + place, length - place));
+      }
+      if (merges) change = merged<kForm>(n, keep(kept, step), task);
+      if (whole) {
+        const Lanes cached = load(a[kCached] + i);
+        if (merges) change = change - cached;
+        store(a[kCached] + i, merges ? all(0.0f) : cached + step);
+        entries = kAllLanes;
+      }
+      Lanes total = weights, rest = lost;
+      add(total, rest, change);
+      weights = choose(entries, total, weights);
+      store(a[kLost] + i, choose(entries, rest, lost));
+    }
+    store(a[kWeights] + i, weights);
+  });
 }
 
 // Write down a block's steps with magnitudes from `low` on; those up to `high` with their places.
@@ -383,11 +336,15 @@ void histogram(const MergingCall& c, int64_t* counts, int64_t slots, const Slot&
 // Merge the step with the task vector, after the moments' update where there is a gradient.
 extern "C" void openqwen_merging_apply(const openqwen::MergingCall* call) {
   using namespace openqwen;
-  parallel_for(call->count, kBlock, [&](int64_t begin, int64_t end) {
-    if (call->form == kDare) return apply_block<kDare>(*call, begin, end - begin);
-    if (call->form == kTiesWeighted) return apply_block<kTiesWeighted>(*call, begin, end - begin);
-    apply_block<kTiesUnweighted>(*call, begin, end - begin);
-  });
+  const bool narrow = call->task_type == kBFloat16;
+  const auto block = call->form == kDare           ? narrow ? apply_block<kDare, uint16_t>
+                                                            : apply_block<kDare, float>
+                     : call->form == kTiesWeighted ? narrow ? apply_block<kTiesWeighted, uint16_t>
+                                                            : apply_block<kTiesWeighted, float>
+                     : narrow                      ? apply_block<kTiesUnweighted, uint16_t>
+                                                   : apply_block<kTiesUnweighted, float>;
+  parallel_for(call->count, kBlock,
+               [&](int64_t begin, int64_t end) { block(*call, begin, end - begin); });
 }
 
 // Update the moments where there is a gradient, and write down the large steps.

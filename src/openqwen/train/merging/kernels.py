@@ -20,8 +20,7 @@ class MergingCall(ctypes.Structure):
 
     weights … cached, gradient: float32, `count` elements; 0 for what the step does not need. The
     moments are updated where there is a gradient. first, run, stride: see `LocalElements`.
-    task_index, task, task_count: the entries of the task vector, sorted; all of them without an
-    index. step_key, task_key: streams of the masks (OnDARE). limit: see `masks.limit`. fresh: the
+    task, task_lanes, task_starts: the entries of the task vector, see `TaskVector`. step_key, task_key: streams of the masks (OnDARE). limit: see `masks.limit`. fresh: the
     task vector has a new mask in each step. merges: 0 in the plain steps between two merges.
 
     OnTIES (see `largest.py`): `collect` writes down the steps with a magnitude from `low` on. lanes
@@ -38,9 +37,7 @@ class MergingCall(ctypes.Structure):
     _fields_ = [
         *((name, Address) for name in ("weights", "mean", "square", "lost", "cached", "gradient")),
         *((name, c_int64) for name in ("count", "first", "run", "stride")),
-        ("task_index", Address),
-        ("task", Address),
-        ("task_count", c_int64),
+        *((name, Address) for name in ("task", "task_lanes", "task_starts")),
         *((name, Address) for name in ("step_key", "task_key", "limit")),  # unsigned, 64 bits
         *((name, c_int64) for name in ("form", "task_type", "fresh", "merges")),
         *((name, c_int64) for name in ("low", "high", "listed")),

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from openqwen.train.merging import kernels
 from openqwen.train.merging.select import DIGIT, bounds_of, digit_of
-from openqwen.train.merging.task_vector import MergedParameter
+from openqwen.train.merging.task_vector import BLOCK, LANES, MergedParameter
 
-_BLOCK, _LANES = 4096, 16  # as in native/merging.cpp
 _COARSE = 15  # bits of a float32's magnitude below its upper digit
 _MOST = 2**31 - 1  # the largest magnitude
 _INFINITE = 0x7F800000  # the bits of infinity; NaN is above
 _TINY = 2**15  # magnitudes below count as 0 in a guess
 _SMALL = 2**14  # parameters of which all magnitudes are compared
 _REFINE = 16  # a bucket with more than 1/16 of the elements is divided
-_FIRST, _NARROWEST, _WIDEST = 0.05, 0.004, 0.5  # widths of a guess, as shares of it
+_FIRST, _NARROWEST, _WIDEST = 0.05, 0.01, 0.5  # widths of a guess, as shares of it
 
 
 @dataclass
@@ -83,7 +82,7 @@ class LargestSteps:
         if part.total <= _SMALL:
             lists = _collect(call, part, (1, _MOST), (count, count))
         elif guess.value is not None:
-            room = min(count, guess.room + guess.room // 4 + _BLOCK)
+            room = min(count, guess.room + guess.room // 4 + BLOCK)
             lists = _collect(call, part, guess.bounds(rate), (room, room))
         if lists is None:
             lists = _collect(call, part, *_by_histogram(call, part))
@@ -105,9 +104,9 @@ def _collect(
     """
     low, high = call.low, call.high = bounds
     call.steps_room, call.near_room = rooms
-    lanes = torch.empty(-(-call.count // _LANES), dtype=torch.int16)
-    starts = torch.empty(-(-call.count // _BLOCK), dtype=torch.int64)
-    steps = torch.empty(call.steps_room + _LANES)  # the kernel reads sixteen at a time
+    lanes = torch.empty(-(-call.count // LANES), dtype=torch.int16)
+    starts = torch.empty(-(-call.count // BLOCK), dtype=torch.int64)
+    steps = torch.empty(call.steps_room + LANES)  # the kernel reads sixteen at a time
     places = torch.empty(call.near_room, dtype=torch.int64)
     bits = torch.empty(call.near_room, dtype=torch.int32)
     call.lanes, call.starts, call.steps = lanes.data_ptr(), starts.data_ptr(), steps.data_ptr()

@@ -6,22 +6,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openqwen.support.errors import disk_errors
 from openqwen.train.merging.masks import LocalElements
 from openqwen.train.merging.select import Reduce
 
+LANES, BLOCK = 16, 4096  # elements of a word of bits, and of a block, as in native/merging.cpp
+
 
 @dataclass(frozen=True)
 class TaskVector:
     """The entries of τ or F(τ) that a rank holds; without values it has none.
 
-    values: [entries], or [count] without an index. index: their places, sorted, int32.
+    values: [count], or where only some have a place, side by side with sixteen zeros behind them.
+    lanes: then which elements have one, a bit each, int16, [count / 16]. starts: the place of the
+    first value of each block of 4,096 elements, int64.
     """
 
     values: Tensor | None = None
-    index: Tensor | None = None
+    lanes: Tensor | None = None
+    starts: Tensor | None = None
 
     def __bool__(self) -> bool:
         return self.values is not None
@@ -40,14 +46,12 @@ class TaskVector:
         Args:
             tau: the entries.
             kept: which of them stay, bool; None: all.
-            sparse: store these and their places only.
+            sparse: store these only.
             dtype: of the stored values.
             folder: where dense values are put into a temporary file; None: in memory.
         """
         if kept is not None and sparse:
-            assert len(tau) < 2**31
-            places = kept.nonzero().flatten()
-            return cls(tau[places].to(dtype), places.int())
+            return cls(F.pad(tau[kept], (0, LANES)).to(dtype), *_bits(kept))
         if kept is not None:
             tau = torch.where(kept, tau, 0.0)
         values = tau.to(dtype)
@@ -57,12 +61,22 @@ class TaskVector:
         """The entries of all `count` places, and which places have one."""
         if self.values is None or not len(self.values):
             return 0.0, False
-        if self.index is None:
+        if self.lanes is None:
             return self.values, True
+        bits = torch.arange(LANES, device=self.lanes.device, dtype=torch.int16)
+        has = (self.lanes[:, None] >> bits & 1).flatten()[:count].bool()
         values = self.values.new_zeros(count)
-        has = torch.zeros(count, dtype=torch.bool, device=values.device)
-        values[self.index], has[self.index] = self.values, True
+        values[has] = self.values[:-LANES]
         return values, has
+
+
+def _bits(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """A mask as bits, sixteen in a word, and how many are set before each block."""
+    padded = F.pad(kept, (0, -len(kept) % BLOCK))
+    weights = (2 ** torch.arange(LANES, device=kept.device)).to(torch.int16)  # the last: −2¹⁵
+    words = (padded.view(-1, LANES) * weights).sum(1, dtype=torch.int16)
+    counts = padded.view(-1, BLOCK).sum(1)
+    return words, counts.cumsum(0) - counts
 
 
 @dataclass(frozen=True)
