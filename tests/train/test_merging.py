@@ -136,6 +136,74 @@ def test_the_compiled_step_gives_the_bits_of_the_plain_one(
         assert torch.equal(compiled[name], plain[name]), name
 
 
+@pytest.mark.parametrize("settings", FORMS, ids=lambda s: "-".join(s.values()))
+@pytest.mark.parametrize("reserve", [0.3, 0.02])
+@pytest.mark.parametrize("size", [(5, 4096), (1, 20_003), (37, 541)])
+def test_blocks_and_their_ends_have_the_bits_of_the_plain_step(
+    settings, reserve, size, monkeypatch
+):
+    """Tensors of several blocks, some of which end within sixteen elements."""
+    rng = np.random.default_rng(5)
+    reference, base = (torch.from_numpy(rng.normal(0, 1, size)).float() for _ in range(2))
+    steps = [torch.from_numpy(rng.standard_cauchy(size)).float() for _ in range(4)]
+    found = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(kernels, "usable", lambda *_: False)
+        weight = reference.clone().requires_grad_()
+        optimizer = OnlineMerging(
+            [weight], [reference], [base], alpha=1e-3, reserve=reserve, lr=1e-2, **settings
+        )
+        for gradient in steps:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        found.append((weight.detach(), optimizer.state[weight]["exp_avg_sq"]))
+    for one, other in zip(*found):
+        assert torch.equal(one, other)
+
+
+def large(steps, rates, reserve=0.05, scale=lambda step: 1.0):
+    """The weights of one large parameter after steps of OnTIES."""
+    rng = np.random.default_rng(7)
+    weight = torch.zeros(50_000, requires_grad=True)
+    zeros = weight.detach().clone()
+    settings = {"form": "ties", "reserve": reserve, "alpha": 1e-3, "betas": (0.9, 0.99)}
+    optimizer = OnlineMerging([weight], [zeros], [zeros + 1], **settings)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = rates[step % len(rates)]
+        weight.grad = torch.from_numpy(rng.normal(0, scale(step), 50_000)).float()
+        optimizer.step()
+    return weight.detach()
+
+
+@pytest.mark.parametrize(
+    ("rates", "scale"),
+    [
+        ([1e-2], lambda step: 1.0),
+        ([1e-2, 1e-3, 0.0, 3e-2], lambda step: 1.0),
+        ([1e-2], lambda step: 1e3 if step == 5 else 1.0),
+        ([1e-2], lambda step: 0.0 if step < 3 else 1.0),
+    ],
+    ids=["steady", "rates", "jump", "zeros"],
+)
+def test_a_wrong_guess_of_the_threshold_changes_nothing(rates, scale, monkeypatch):
+    found = large(9, rates, scale=scale)
+    monkeypatch.setattr(kernels, "usable", lambda *_: False)
+    assert torch.equal(found, large(9, rates, scale=scale))
+
+
+def test_steady_steps_find_the_threshold_in_the_pass_of_the_moments(monkeypatch):
+    calls = []
+    count = kernels.count
+    monkeypatch.setattr(kernels, "count", lambda *given: calls.append(1) or count(*given))
+    if not kernels.usable(torch.zeros(1)):
+        pytest.skip("there is no compiler")
+    large(30, [1e-2])
+    early = len(calls)
+    large(60, [1e-2])
+    assert len(calls) - early <= early + 2
+
+
 def test_without_merging_and_dropping_it_is_adamw_to_the_bit():
     start = {n: t.float().requires_grad_() for n, t in draw(1).items()}
     plain = torch.optim.AdamW(

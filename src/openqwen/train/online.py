@@ -4,23 +4,27 @@ import copy
 import math
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openqwen.engine import Generator, Output, Sampling
 from openqwen.model import Qwen2, load_model
+from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.device import best_device
-from openqwen.support.errors import OpenQwenError
+from openqwen.support.errors import OpenQwenError, located
 from openqwen.support.files import read_jsonl, write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.records import Record, read_records
 from openqwen.support.settings import Settings
+from openqwen.tasks import read_problems
 from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.messages import prompt
+from openqwen.train.adapters import merged_network
 from openqwen.train.conversations import encode_prompt
 from openqwen.train.losses import Loss
 from openqwen.train.optimizer import OptimizerConfig
@@ -48,6 +52,12 @@ class ReferenceConfig(Settings):
 class OnlineConfig(MicroBatchConfig, TrainingConfig):
     """The settings of the stages that learn from their own answers."""
 
+    form: Literal["records", "gsm8k", "math", "humaneval", "mbpp", "ifeval"] = Field(
+        "records",
+        description="form of the prompts: records (prompts, conversations, tasks), or problems as"
+        " they were published",
+    )
+    system: str = Field("", description="system message of prompts that have none")
     batch: int = Field(32, gt=0, description="prompts of one episode")
     samples: int = Field(8, gt=1, description="answers sampled for each prompt")
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
@@ -58,23 +68,56 @@ class OnlineConfig(MicroBatchConfig, TrainingConfig):
     reference: ReferenceConfig = Field(
         default_factory=ReferenceConfig, description="the reference model"
     )
+    lora: LoraConfig = Field(
+        default_factory=lambda: LoraConfig(rank=0),
+        description="train adapters in place of all weights; rank 0: none",
+    )
     sampler: SamplerConfig = Field(default_factory=SamplerConfig, description="what samples")
     train: OptimizerConfig = Field(
         default_factory=lambda: OptimizerConfig(learning_rate=7e-7), description="optimizer"
     )
 
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Self:
+        if self.lora.rank and (self.lora.base != "none" or self.reference.refresh != "never"):
+            raise ValueError(
+                "adapters need exact weights under them and a reference that stays: leave lora.base"
+                " and reference.refresh as they are"
+            )
+        return self
+
+
+def read_prompts(path: Path, form: str, system: str) -> Iterator[tuple[str, Record]]:
+    """Each prompt of a source as a record, with its place.
+
+    form: "records" (see `read_records`), or the name of a reader of problems. system: a message for
+    prompts without one; "": none.
+    """
+    records = read_records(path)
+    if form != "records":
+        records = ((f"{path}, {task.id}", asdict(task)) for task in read_problems(form, path))
+    for where, record in records:
+        if system:
+            with located(where):
+                asked, _ = prompt(record)
+            if asked[0]["role"] != "system":
+                record = record | {"prompt": [{"role": "system", "content": system}, *asked]}
+        yield where, record
+
 
 class PromptPool:
-    """The prompts of a source (see `read_records`), as records and as token ids.
+    """The prompts of a stage, as records and as token ids.
 
     longest: most tokens of a prompt; longer ones are left out. too_long: how many those are.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, longest: int):
+    def __init__(
+        self, prompts: Iterable[tuple[str, Record]], path: Path, tokenizer: Tokenizer, longest: int
+    ):
         self.records: list[Record] = []
         self.ids: list[list[int]] = []
         self.too_long = 0
-        for where, record in read_records(path):
+        for where, record in prompts:
             ids = encode_prompt(tokenizer, record, where)
             if len(ids) > longest:
                 self.too_long += 1
@@ -111,15 +154,22 @@ class OnlineTraining(ABC):
         self.world = join().with_mesh(config.train.parallel, self.model)
         self.reference = self.model
         if needs_reference:
-            self.reference = copy.deepcopy(self.model).requires_grad_(False)
+            # Under adapters the weights never change, so both networks have the same ones.
+            shared = {id(p): p for p in self.model.parameters()} if config.lora.rank else {}
+            self.reference = copy.deepcopy(self.model, shared).requires_grad_(False)
+        self._start = start
+        if config.lora.rank:
+            add_adapters(self.model, config.lora, self.generators.torch("lora"))
         self._online, self.notes = config, dict[str, float]()
         self._moves = needs_reference and config.reference.refresh != "never"
         window = self.model.config.max_position_embeddings
-        self.pool = PromptPool(prompts, tokenizer, window - config.max_tokens)
+        records = read_prompts(prompts, config.form, config.system)
+        self.pool = PromptPool(records, prompts, tokenizer, window - config.max_tokens)
         quarantine = place.scratch / f"bad_rewards.{self.world.rank}.jsonl"
         self._rewards = RewardSources(
             config.rewards, tokenizer, quarantine, reward_model, config.micro_tokens
         )
+        self._rewards.check(self.pool.records)
         sampler = policy_generator(self.model, tokenizer, config.sampler)
         self.rollouts = self.rollouts_of(*sampler, config.samples)
 
@@ -176,6 +226,8 @@ class OnlineTraining(ABC):
             after=after,
         )
         metrics = trainer.run()
+        if self._online.lora.rank:
+            trainer.full_model = merged_network(trainer, self._online.lora, self._start)
         trainer.save_checkpoint(self.tokenizer)
         if self.world.main:
             shutil.copyfile(self.place.scratch / SAMPLES, self.place.output / SAMPLES)

@@ -10,7 +10,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.records import Record
 from openqwen.support.settings import Settings
 from openqwen.tasks import Task, grade
+from openqwen.tasks.grader_models import GraderModelConfig, GraderModels
 from openqwen.tasks.graders import check_task
 from openqwen.tokenizer import Tokenizer
 from openqwen.tokenizer.messages import prompt
@@ -42,15 +43,20 @@ class RewardSourcesConfig(Settings):
     sources: list[str] = Field(
         ["grader"],
         description="SOURCE or SOURCE=WEIGHT. grader: the grader that each prompt names, with its"
-        " `reference`. reward: the reward model that the stage is given. module:function: called as"
-        " function(records, answers) -> numbers, in a process of its own. http://...: gets"
-        ' {"conversations", "records"}, returns {"rewards": [...]} or what /score of'
-        " `openqwen serve` returns. Anything else: the folder of a reward model",
+        " `reference`; `models` are those that graders ask. reward: the reward model that the stage"
+        " is given. module:function: called as function(records, answers) -> numbers, in a process"
+        ' of its own. http://...: gets {"conversations", "records"}, returns {"rewards": [...]} or'
+        " what /score of `openqwen serve` returns. Anything else: the folder of a reward model",
     )
     shaping: Literal["sum", "qwen-math"] = Field(
         "sum",
         description="how they add up. qwen-math: sigmoid(0.5 * reward model) + (grader - 1), as in"
         " Qwen2.5-Math: a right answer has more than any wrong one",
+    )
+    models: dict[str, GraderModelConfig] = Field(
+        default_factory=lambda: {"judge": GraderModelConfig(), "reward": GraderModelConfig()},
+        description="the models that graders ask: a task's reference names one with `model`, else"
+        " the grader's own name is taken; `reward` is the stage's reward model where none is given",
     )
     seconds: float = Field(
         60.0, gt=0, description="most seconds of one call of a function or an endpoint"
@@ -111,6 +117,7 @@ class RewardSources:
 
     def __post_init__(self) -> None:
         self._weights = sources = self.config.weights
+        self._models = GraderModels(self.config.models, "rewards.models", self.reward_model)
         if not sources:
             do = "name one, such as grader"
             raise OpenQwenError("There is no reward.", where="rewards.sources", do=do)
@@ -126,7 +133,7 @@ class RewardSources:
     def _source(self, name: str) -> RewardSource:
         kind = _kind(name)
         if kind == "grader":
-            return grader_rewards
+            return self._graded
         if kind == "called":
             return CalledReward(name, self.config.seconds)
         folder = self.reward_model if name == "reward" else Path(name)
@@ -139,6 +146,18 @@ class RewardSources:
             do = "name grader, reward, module:function, a URL, or a reward model's folder"
             raise OpenQwenError(what, where="rewards.sources", do=do)
         return ModelReward(folder, self.tokenizer, self.micro_tokens)
+
+    def check(self, records: Iterable[Record]) -> None:
+        """Raise OpenQwenError where a grader cannot grade a record, before anything is sampled."""
+        if "grader" in self._sources:
+            self._models.check(map(record_task, records))
+
+    def _graded(self, records: Sequence[Record], outputs: Sequence[Output]) -> list[float | str]:
+        """The scores of the records' own graders, 0 to 1."""
+        tasks = [record_task(record) for record in records]
+        answers = [output.text.strip() for output in outputs]
+        grades = grade(tasks, answers, models=self._models.of(tasks))
+        return [g.score if g.counts else f"the grader failed: {g.reason}" for g in grades]
 
     def __call__(self, records: Sequence[Record], outputs: Sequence[Output]) -> list[float]:
         """The reward of each answer; NaN where a source gave none.
@@ -216,12 +235,6 @@ def record_task(record: Record) -> Task:
     task = Task(name, asked, record["grader"], reference, record.get("origin") or {})
     check_task(task, f"task {name}")
     return task
-
-
-def grader_rewards(records: Sequence[Record], outputs: Sequence[Output]) -> list[float | str]:
-    """The scores of the records' own graders, 0 to 1."""
-    grades = grade([record_task(r) for r in records], [output.text.strip() for output in outputs])
-    return [g.score if g.counts else f"the grader failed: {g.reason}" for g in grades]
 
 
 class ModelReward:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on demonstrations D: assistant tokens only (Qwen2 report, 4.2)."""
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from openqwen.model import Qwen2, Scorer, load_model
-from openqwen.model.lora import LoraConfig, add_adapters, load_adapter, merge_adapters, save_adapter
+from openqwen.model import load_model
+from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -26,6 +26,7 @@ from openqwen.support.stage import (
     StageRun,
 )
 from openqwen.tokenizer import Tokenizer, load_tokenizer
+from openqwen.train.adapters import merged_network
 from openqwen.train.conversations import (
     TooLong,
     check_some_fit,
@@ -41,8 +42,6 @@ from openqwen.train.parallel import join, load_for_training
 from openqwen.train.token_cache import TokenCache, encode_records
 from openqwen.train.trainer import Place, Trainer, TrainingConfig
 from openqwen.train.validation import ValidationConfig
-
-ADAPTER = "adapter"  # beside the merged network, in PEFT's format
 
 
 class SftValidationConfig(ValidationConfig):
@@ -142,7 +141,7 @@ def sft(
     )
     metrics = trainer.run()
     if config.lora.rank:
-        trainer.full_model = _merged(trainer, config, start)
+        trainer.full_model = merged_network(trainer, config.lora, start)
     trainer.save_checkpoint(tokenizer, chat=True)
     counts = {"examples": len(data), "held_out": 0 if held_out is None else len(held_out)}
     return metrics | counts | data.left_out()
@@ -242,21 +241,6 @@ class Demonstrations:
         held_out[generator.permutation(len(self))[:count]] = True
         rest, part = self.chosen[~held_out], self.chosen[held_out]
         return replace(self, chosen=rest), replace(self, chosen=part)
-
-
-def _merged(
-    trainer: Trainer[PackedBatch], config: SftConfig, start: Path
-) -> Callable[[], Qwen2 | Scorer]:
-    """Write the adapter to `output/adapter`; returns what gives the network with it merged."""
-    network, folder = trainer.full_model(), trainer.output / ADAPTER
-    if trainer.world.main:
-        save_adapter(network, config.lora, folder, base=str(start))
-        if config.lora.base != "none":
-            # The adapter was trained over rounded matrices; it is merged into the exact ones.
-            network = load_model(start)
-            load_adapter(network, folder)
-        merge_adapters(network)
-    return lambda: network
 
 
 def run_sft(run: StageRun) -> dict[str, float]:

@@ -1,8 +1,9 @@
 // The Online Merging Optimizer's step on one parameter (train/merging/).
 //
 // Every operation is a single float operation in the order of train/merging/plain.py, so both give
-// the same bits. A parameter is worked through in blocks that stay in the first cache. A masked
-// entry of the step costs no access to its weight, so a sparse step is about as fast as AdamW's.
+// the same bits. AdamW's step waits for memory. So this one reads little more: moments, masks and
+// merge are one pass, in which a weight that nothing changes is not touched. OnTIES needs a second
+// pass, over the weights alone: `collect` writes down the steps that may be large enough.
 
 #include <atomic>
 #include <cmath>
@@ -10,280 +11,299 @@
 #include <cstring>
 #include <vector>
 
+#include "masks.h"
 #include "pool.h"
 
 namespace openqwen {
 
 enum MergingForm { kDare = 0, kTiesWeighted = 1, kTiesUnweighted = 2 };
 enum MergingTask { kNoTask = 0, kFloat32 = 1, kBFloat16 = 2 };
+enum MergingArray { kWeights, kMean, kSquare, kLost, kCached, kGradient, kArrays };
 
 // Fields are described in train/merging/kernels.py, which fills them.
 struct MergingCall {
-  float *weights, *mean, *square, *lost, *cached;
-  const float* gradient;
+  float* arrays[kArrays];
   int64_t count, first, run, stride;
-  const int32_t* task_index;
   const void* task;
-  int64_t task_count;
+  const Mask* task_lanes;
+  const int64_t* task_starts;
   uint64_t step_key, task_key, limit;
-  int64_t* deferred;
-  int64_t deferred_count;
   int64_t form, task_type, fresh, merges;
-  int64_t low, high;
+  int64_t low, high, listed;
+  Mask* lanes;
+  int64_t* starts;
+  float* steps;
+  int64_t steps_room, steps_count;
+  int64_t* near_places;
+  int32_t* near_bits;
+  int64_t near_room, near_count, above;
+  int64_t threshold, last;
   float scale, keep1, new1, keep2, new2, rate, root, eps, decay, factor, alpha;
 };
 
 namespace {
 
 constexpr int64_t kBlock = 4096;
-constexpr int64_t kGroup = 16;  // floats of a cache line
-constexpr uint64_t kGamma = 0x9E3779B97F4A7C15;
+constexpr int64_t kGroups = kBlock / kLanes;
 constexpr int kCoarse = 15;  // bits of a magnitude below the 16 of the first histogram
 
-inline uint64_t mix(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
-  return x ^ (x >> 31);
-}
+// Arrays of a block, from its first element on; null where the step needs none.
+struct Arrays {
+  float* at[kArrays] = {};
 
-inline uint32_t magnitude(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits & 0x7fffffff;
-}
-
-// out[j] = x[j] where the random bits of element begin + j keep it, else 0. A word of SplitMix64 at
-// the global index's half has the bits of two elements.
-void keep_random(const MergingCall& c, uint64_t key, int64_t begin, int64_t end,
-                 const float* __restrict x, float* __restrict out) {
-  uint64_t words[kBlock / 2 + 1];
-  uint32_t bits[kBlock + 2];
-  for (int64_t at = begin; at < end;) {
-    const int64_t row = at / c.run, column = at - row * c.run;
-    const int64_t length = std::min(end - at, c.run - column);
-    const uint64_t global = uint64_t(c.first + row * c.stride + column);
-    const int64_t odd = global & 1, pairs = (length + odd + 1) / 2;
-    const uint64_t start = key + ((global >> 1) + 1) * kGamma;
-    for (int64_t i = 0; i < pairs; ++i) words[i] = mix(start + uint64_t(i) * kGamma);
-    std::memcpy(bits, words, 8 * pairs);  // the lower half first, on every processor of today
-    const uint32_t last = uint32_t(c.limit - 1);  // the limit is from 1 to 2³²
-    const float* from = x + (at - begin);
-    float* to = out + (at - begin);
-    for (int64_t i = 0; i < length; ++i) to[i] = bits[i + odd] <= last ? from[i] : 0.0f;
-    at += length;
+  Arrays() = default;
+  Arrays(const MergingCall& c, int64_t begin) {
+    for (int k = 0; k < kArrays; ++k) at[k] = c.arrays[k] ? c.arrays[k] + begin : nullptr;
   }
-}
-
-// AdamW's step, with what is cached where it merges. Where there is a gradient, the moments are
-// updated before and the weights decayed, in the same loop: it waits for memory while it computes.
-void steps(const MergingCall& c, int64_t begin, int64_t end, float* __restrict out) {
-  float *__restrict mean = c.mean + begin, *__restrict square = c.square + begin;
-  const int64_t length = end - begin;
-  // Copies: a store into an array might change a field of `c`, which would keep the loops scalar.
-  const float rate = c.rate, root = c.root, eps = c.eps;
-  if (c.gradient) {
-    float* __restrict weights = c.weights + begin;
-    const float* __restrict gradient = c.gradient + begin;
-    const float scale = c.scale, keep1 = c.keep1, new1 = c.new1, keep2 = c.keep2, new2 = c.new2;
-    const float decay = c.decay;
-    for (int64_t j = 0; j < length; ++j) {
-      const float g = gradient[j] * scale;
-      const float m = mean[j] * keep1 + g * new1, v = square[j] * keep2 + g * g * new2;
-      mean[j] = m;
-      square[j] = v;
-      weights[j] *= decay;
-      out[j] = m * rate / (std::sqrt(v) * root + eps);
-    }
-  } else {
-    for (int64_t j = 0; j < length; ++j) {
-      out[j] = mean[j] * rate / (std::sqrt(square[j]) * root + eps);
-    }
-  }
-  if (c.cached && c.merges) {
-    const float* __restrict cached = c.cached + begin;
-    for (int64_t j = 0; j < length; ++j) out[j] += cached[j];
-  }
-}
-
-template <int kForm>
-inline float merged(float factor, float alpha, float step, float task) {
-  const float a = step * factor, b = task * alpha;
-  if (kForm == kDare) return a + b;
-  if (kForm == kTiesWeighted) {
-    const bool opposite = (a < 0 && b > 0) || (a > 0 && b < 0);
-    const float left = std::fabs(a), right = std::fabs(b);
-    const float larger = left > right ? a : right > left ? b : 0.0f;
-    return opposite ? larger : a + b;
-  }
-  const bool positive = step + task >= 0.0f;
-  const float x = (positive ? a > 0 : a < 0) ? a : 0.0f;
-  const float y = (positive ? b > 0 : b < 0) ? b : 0.0f;
-  return x + y;
-}
-
-// weight + lost, to which `change` is added: a sum and what rounding lost of it (Knuth's TwoSum).
-inline void add(float& weight, float& lost, float change) {
-  const float w = weight, y = change + lost, sum = w + y, part = sum - w;
-  lost = (w - (sum - part)) + (y - part);
-  weight = sum;
-}
-
-float task_value(const MergingCall& c, int64_t i) {
-  if (c.task_type == kFloat32) return static_cast<const float*>(c.task)[i];
-  const uint32_t bits = uint32_t(static_cast<const uint16_t*>(c.task)[i]) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// The entries of the sparse task vector in a block.
-struct Entries {
-  int32_t place[kBlock];
-  float value[kBlock];
-  int64_t count = 0;
+  float* operator[](int k) const { return at[k]; }
 };
 
-void find_entries(const MergingCall& c, int64_t begin, int64_t end, Entries& entries) {
-  entries.count = 0;
-  if (c.task_type == kNoTask) return;
-  if (c.task_index) {
-    const int32_t* stop = c.task_index + c.task_count;
-    for (const int32_t* at = std::lower_bound(c.task_index, stop, int32_t(begin));
-         at < stop && *at < end; ++at) {
-      entries.place[entries.count] = int32_t(*at - begin);
-      entries.value[entries.count++] = task_value(c, at - c.task_index);
-    }
-    return;
+// Calls body(arrays, i, place): the sixteen elements from `place` of the block on are at arrays[…]
+// + i. Where a tensor ends with fewer, these are a copy behind which zeros stand.
+template <class Body>
+inline void each_group(const Arrays& arrays, int64_t length, const Body& body) {
+  int64_t place = 0;
+  for (; place + kLanes <= length; place += kLanes) body(arrays, place, place);
+  if (place == length) return;
+  float copies[kArrays][kLanes] = {};
+  Arrays padded;
+  const size_t bytes = 4 * size_t(length - place);
+  for (int k = 0; k < kArrays; ++k) {
+    if (!arrays[k]) continue;
+    padded.at[k] = copies[k];
+    std::memcpy(copies[k], arrays[k] + place, bytes);
   }
-  float ones[kBlock], kept[kBlock];  // fresh masks: the task vector is read only where it is kept
-  for (float& one : ones) one = 1.0f;
-  keep_random(c, c.task_key, begin, end, ones, kept);
-  for (int64_t j = 0; j < end - begin; ++j) {
-    entries.place[entries.count] = int32_t(j);
-    entries.count += kept[j] != 0.0f;
-  }
-  for (int64_t n = 0; n < entries.count; ++n) {
-    entries.value[n] = task_value(c, begin + entries.place[n]);
+  body(padded, 0, place);
+  for (int k = 0; k <= kCached; ++k) {
+    if (arrays[k]) std::memcpy(arrays[k] + place, copies[k], bytes);
   }
 }
 
-// Change weights at the task vector's entries with compensation, the others by the step alone.
-template <int kForm>
-void apply_sparse(const MergingCall& c, int64_t begin, int64_t end, const float* kept,
-                  const Entries& entries, const std::vector<int32_t>& deferred) {
-  float* __restrict weights = c.weights + begin;
-  const float factor = c.factor;
-  float sums[kBlock];
-  for (int64_t n = 0; n < entries.count; ++n) {
-    const int32_t j = entries.place[n];
-    sums[n] = weights[j];
-    if (!deferred.empty() && std::binary_search(deferred.begin(), deferred.end(), j)) continue;
-    const float change = merged<kForm>(c.factor, c.alpha, kept[j], entries.value[n]);
-    add(sums[n], c.lost[begin + j], change);
+// The call's numbers in all lanes.
+struct Numbers {
+  Lanes scale, keep1, new1, keep2, new2, rate, root, eps, decay, factor, alpha;
+
+  explicit Numbers(const MergingCall& c)
+      : scale(all(c.scale)), keep1(all(c.keep1)), new1(all(c.new1)), keep2(all(c.keep2)),
+        new2(all(c.new2)), rate(all(c.rate)), root(all(c.root)), eps(all(c.eps)),
+        decay(all(c.decay)), factor(all(c.factor)), alpha(all(c.alpha)) {}
+};
+
+struct Moments {
+  Lanes mean, square;
+};
+
+// The moments, updated where there is a gradient.
+inline Moments moments(const Numbers& n, const Arrays& a, int64_t i) {
+  Lanes mean = load(a[kMean] + i), square = load(a[kSquare] + i);
+  if (a[kGradient]) {
+    const Lanes g = load(a[kGradient] + i) * n.scale;
+    mean = mean * n.keep1 + g * n.new1;
+    square = square * n.keep2 + g * g * n.new2;
+    store(a[kMean] + i, mean);
+    store(a[kSquare] + i, square);
   }
-  for (int64_t from = 0; from < end - begin; from += kGroup) {
-    const int64_t to = std::min(from + kGroup, end - begin);
-    uint32_t any = 0;
-    for (int64_t j = from; j < to; ++j) any |= magnitude(kept[j]);
-    if (!any) continue;
-    for (int64_t j = from; j < to; ++j) weights[j] += kept[j] * factor;
-  }
-  for (int64_t n = 0; n < entries.count; ++n) weights[entries.place[n]] = sums[n];
+  return {mean, square};
 }
 
-// Change all weights of a block with compensation; `kept` is a plain step where nothing merges.
-template <int kForm>
-void apply_dense(const MergingCall& c, int64_t begin, int64_t end, const float* kept,
-                 const float* task, const std::vector<int32_t>& deferred) {
-  float *__restrict weights = c.weights + begin, *__restrict lost = c.lost + begin;
-  float* __restrict cached = c.cached ? c.cached + begin : nullptr;
-  const int64_t length = end - begin;
-  const float factor = c.factor, alpha = c.alpha;
-  std::vector<float> before;
-  for (const int32_t j : deferred) {
-    before.insert(before.end(), {weights[j], lost[j], cached ? cached[j] : 0.0f});
-  }
-  if (!c.merges) {
-    for (int64_t j = 0; j < length; ++j) {
-      cached[j] += kept[j];
-      add(weights[j], lost[j], kept[j]);
-    }
-  } else if (cached) {
-    for (int64_t j = 0; j < length; ++j) {
-      add(weights[j], lost[j], merged<kForm>(factor, alpha, kept[j], task[j]) - cached[j]);
-      cached[j] = 0.0f;
-    }
-  } else {
-    for (int64_t j = 0; j < length; ++j) {
-      add(weights[j], lost[j], merged<kForm>(factor, alpha, kept[j], task[j]));
-    }
-  }
-  for (size_t n = 0; n < deferred.size(); ++n) {
-    weights[deferred[n]] = before[3 * n];
-    lost[deferred[n]] = before[3 * n + 1];
-    if (cached) cached[deferred[n]] = before[3 * n + 2];
-  }
+// AdamW's step, with what is cached where it merges.
+inline Lanes step_of(const Numbers& n, const Moments& m, const Arrays& a, int64_t i, bool merges) {
+  const Lanes step = m.mean * n.rate / (root(m.square) * n.root + n.eps);
+  return a[kCached] && merges ? step + load(a[kCached] + i) : step;
 }
 
+// (1 − α) F(d) ⊕ α F(τ) of kept entries.
 template <int kForm>
-void apply_block(const MergingCall& c, int64_t begin, int64_t end, std::vector<int32_t>& deferred) {
-  float step[kBlock], kept[kBlock];
-  const int64_t length = end - begin;
-  deferred.clear();
-  steps(c, begin, end, step);
-  if (!c.merges) return apply_dense<kForm>(c, begin, end, step, nullptr, deferred);
-  if (kForm == kDare) {
-    if (c.limit >> 32) {
-      std::memcpy(kept, step, 4 * length);
-    } else {
-      keep_random(c, c.step_key, begin, end, step, kept);
-    }
-  } else {
-    const int32_t low = int32_t(c.low), high = int32_t(c.high);
-    uint32_t between = 0;
-    for (int64_t j = 0; j < length; ++j) {
-      const int32_t bits = int32_t(magnitude(step[j]));
-      kept[j] = bits > high ? step[j] : 0.0f;
-      between |= uint32_t(bits >= low) & uint32_t(bits <= high);
-    }
-    for (int64_t j = 0; between && j < length; ++j) {
-      const int32_t bits = int32_t(magnitude(step[j]));
-      if (bits >= low && bits <= high) deferred.push_back(int32_t(j));
-    }
+inline Lanes merged(const Numbers& n, Lanes step, Lanes task) {
+  const Lanes a = step * n.factor, b = task * n.alpha, zero = all(0.0f);
+  if (kForm == kDare) return a + b;
+  if (kForm == kTiesWeighted) {
+    const Mask opposite = (above(zero, a) & above(b, zero)) | (above(a, zero) & above(zero, b));
+    const Lanes left = magnitude(a), right = magnitude(b);
+    const Lanes larger = choose(above(left, right), a, keep(above(right, left), b));
+    return choose(opposite, larger, a + b);
   }
-  const bool all = c.task_type != kNoTask && !c.task_index && !c.fresh;
-  if (all && c.task_type == kFloat32) {
-    return apply_dense<kForm>(c, begin, end, kept, static_cast<const float*>(c.task) + begin,
-                              deferred);
-  }
-  if (!all && !c.cached) {
-    Entries entries;
-    find_entries(c, begin, end, entries);
-    return apply_sparse<kForm>(c, begin, end, kept, entries, deferred);
-  }
-  float task[kBlock] = {};
-  if (all) {
-    for (int64_t j = 0; j < length; ++j) task[j] = task_value(c, begin + j);
-  } else {
-    Entries entries;
-    find_entries(c, begin, end, entries);
-    for (int64_t n = 0; n < entries.count; ++n) task[entries.place[n]] = entries.value[n];
-  }
-  apply_dense<kForm>(c, begin, end, kept, task, deferred);
+  const Mask positive = reaches(step + task, zero), negative = Mask(~positive);
+  return keep((positive & above(a, zero)) | (negative & above(zero, a)), a) +
+         keep((positive & above(b, zero)) | (negative & above(zero, b)), b);
 }
 
-template <int kForm>
-void apply(MergingCall& c) {
-  std::atomic<int64_t> filled{0};
-  parallel_for(c.count, kBlock, [&](int64_t begin, int64_t end) {
-    thread_local std::vector<int32_t> deferred;
-    apply_block<kForm>(c, begin, end, deferred);
-    if (deferred.empty()) return;
-    int64_t at = filled.fetch_add(int64_t(deferred.size()));
-    for (const int32_t j : deferred) c.deferred[at++] = begin + j;
+// weights + lost, to which `change` is added: a sum and what rounding lost of it (Knuth's TwoSum).
+inline void add(Lanes& weights, Lanes& lost, Lanes change) {
+  const Lanes w = weights, y = change + lost, sum = w + y, part = sum - w;
+  lost = (w - (sum - part)) + (y - part);
+  weights = sum;
+}
+
+int64_t global_index(const MergingCall& c, int64_t place) {
+  return c.first + place / c.run * c.stride + place % c.run;
+}
+
+// Which of a block's elements the random numbers of a key keep: the lower half of a word of
+// SplitMix64 for an even global index, the upper one for the odd index behind it.
+class Draw {
+ public:
+  Draw(const MergingCall& c, uint64_t key, int64_t begin, int64_t length, bool used)
+      : last_(uint32_t(c.limit - 1)) {  // the limit is from 1 to 2³²
+    const uint64_t global = uint64_t(global_index(c, begin));
+    start_ = key + ((global >> 1) + 1) * kGamma;
+    direct_ = !used || (global % 2 == 0 && c.run - begin % c.run >= length);
+    for (int64_t j = 0; !direct_ && j < length; ++j) {  // rows of a part of a tensor end here
+      const uint64_t index = uint64_t(global_index(c, begin + j));
+      const uint64_t word = mix(key + ((index >> 1) + 1) * kGamma) >> (index % 2 * 32);
+      bits_[j / kLanes] |= Mask((uint32_t(word) <= last_) << j % kLanes);
+    }
+  }
+
+  Mask at(int64_t place) const {
+    return direct_ ? random_lanes(start_ + uint64_t(place / 2) * kGamma, last_)
+                   : bits_[place / kLanes];
+  }
+
+ private:
+  uint64_t start_;
+  uint32_t last_;
+  bool direct_;
+  Mask bits_[kGroups] = {};
+};
+
+inline Lanes sixteen(const float* from) { return load(from); }
+inline Lanes sixteen(const uint16_t* from) { return widen(from); }
+
+// The first `count` numbers, at most sixteen; zeros in the other lanes.
+template <class Value>
+inline Lanes up_to(const Value* from, int64_t count) {
+  if (count >= kLanes) return sixteen(from);
+  Value copy[kLanes] = {};
+  std::memcpy(copy, from, sizeof(Value) * size_t(count));
+  return sixteen(copy);
+}
+
+// Values of some of a block's elements, side by side.
+template <class Value>
+struct Packed {
+  const Mask* lanes = nullptr;
+  const Value* next = nullptr;
+
+  Packed(const Mask* all_lanes, const int64_t* starts, const void* values, int64_t begin) {
+    if (!all_lanes) return;
+    lanes = all_lanes + begin / kLanes;
+    next = static_cast<const Value*>(values) + starts[begin / kBlock];
+  }
+
+  // Those of the next sixteen elements, of which `mask` has one each.
+  Lanes take(Mask mask) {
+    const Lanes values = expand(sixteen(next), mask);
+    next += __builtin_popcount(mask);
+    return values;
+  }
+};
+
+// Which of sixteen listed steps OnTIES keeps.
+Mask largest(const MergingCall& c, Mask listed, Lanes step, int64_t place) {
+  Mask kept = listed & bits_above(step, int32_t(c.threshold - 1));
+  if (c.last < 0) return kept;
+  for (uint32_t equal = kept & ~bits_above(step, int32_t(c.threshold)); equal; equal &= equal - 1) {
+    const int lane = __builtin_ctz(equal);
+    if (global_index(c, place + lane) > c.last) kept &= Mask(~(1u << lane));
+  }
+  return kept;
+}
+
+// Change a block's weights. Task: the type of the task vector's values.
+template <int kForm, class Task>
+void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
+  const Numbers n(c);
+  const bool merges = c.merges, listed = c.listed, decays = c.decay != 1.0f;
+  const bool draws = merges && !(c.limit >> 32), whole = c.arrays[kCached];
+  const bool has_task = merges && c.task_type != kNoTask, fresh = has_task && c.fresh;
+  const Draw draw(c, c.step_key, begin, length, draws);
+  const Draw task_draw(c, c.task_key, begin, length, fresh);
+  Packed<float> steps(listed ? c.lanes : nullptr, c.starts, c.steps, begin);
+  Packed<Task> packed(has_task ? c.task_lanes : nullptr, c.task_starts, c.task, begin);
+  const Task* dense = static_cast<const Task*>(c.task) + (has_task && !packed.lanes ? begin : 0);
+  each_group(Arrays(c, begin), length, [&](const Arrays& a, int64_t i, int64_t place) {
+    Mask kept = listed ? steps.lanes[place / kLanes] : draws ? draw.at(place) : kAllLanes;
+    // Elements with an entry of the task vector are changed with compensation.
+    Mask entries = 0;
+    if (has_task) {
+      entries = packed.lanes ? packed.lanes[place / kLanes]
+                : fresh      ? task_draw.at(place)
+                             : kAllLanes;
+    }
+    Moments m;
+    if (!listed) m = moments(n, a, i);
+    if (!kept && !entries && !decays && !whole) return;
+    Lanes step = all(0.0f), weights = load(a[kWeights] + i) * n.decay;
+    if (kept && listed) {
+      step = steps.take(kept);
+      kept = largest(c, kept, step, begin + place);
+    } else if (kept) {
+      step = step_of(n, m, a, i, merges);
+    }
+    const Mask alone = whole ? 0 : kept & Mask(~entries);
+    if (alone) weights = weights + keep(alone, step * n.factor);
+    if (entries || whole) {
+      Lanes task = all(0.0f), lost = load(a[kLost] + i), change = step;
+      if (entries && packed.lanes) {
+        task = packed.take(entries);
+      } else if (entries) {
+        task = keep(entries, up_to(dense + place, length - place));
+      }
+      if (merges) change = merged<kForm>(n, keep(kept, step), task);
+      if (whole) {
+        const Lanes cached = load(a[kCached] + i);
+        if (merges) change = change - cached;
+        store(a[kCached] + i, merges ? all(0.0f) : cached + step);
+        entries = kAllLanes;
+      }
+      Lanes total = weights, rest = lost;
+      add(total, rest, change);
+      weights = choose(entries, total, weights);
+      store(a[kLost] + i, choose(entries, rest, lost));
+    }
+    store(a[kWeights] + i, weights);
   });
-  c.deferred_count = filled;
 }
+
+// Write down a block's steps with magnitudes from `low` on; those up to `high` with their places.
+struct Collector {
+  MergingCall& c;
+  std::atomic<int64_t> steps_count{0}, near_count{0}, above{0};
+
+  void block(int64_t begin, int64_t length) {
+    const Numbers n(c);
+    float steps[kBlock + kLanes];
+    int64_t places[kBlock];
+    int32_t bits[kBlock];
+    int64_t count = 0, near = 0;
+    const int32_t low = int32_t(c.low), high = int32_t(c.high);
+    const bool merges = c.merges;
+    each_group(Arrays(c, begin), length, [&](const Arrays& a, int64_t i, int64_t place) {
+      const Lanes step = step_of(n, moments(n, a, i), a, i, merges);
+      Mask lanes = bits_above(step, low - 1);
+      if (length - place < kLanes) lanes &= Mask((1u << (length - place)) - 1);
+      c.lanes[(begin + place) / kLanes] = lanes;
+      if (!lanes) return;
+      compress(steps + count, lanes, step);
+      for (uint32_t left = lanes & ~bits_above(step, high); left; left &= left - 1) {
+        const int lane = __builtin_ctz(left);
+        places[near] = begin + place + lane;
+        const int before = __builtin_popcount(lanes & ((1u << lane) - 1));
+        bits[near++] = magnitude_bits(steps[count + before]);
+      }
+      count += __builtin_popcount(lanes);
+    });
+    const int64_t start = c.starts[begin / kBlock] = steps_count.fetch_add(count);
+    if (start + count <= c.steps_room) std::memcpy(c.steps + start, steps, 4 * size_t(count));
+    above.fetch_add(count - near);
+    const int64_t at = near ? near_count.fetch_add(near) : 0;
+    if (near && at + near <= c.near_room) {
+      std::memcpy(c.near_places + at, places, 8 * size_t(near));
+      std::memcpy(c.near_bits + at, bits, 4 * size_t(near));
+    }
+  }
+};
 
 // Add the magnitudes of a range to a histogram. `slot` gives a magnitude's place, or a negative
 // number. Each of a few long pieces has its own counts.
@@ -293,17 +313,17 @@ void histogram(const MergingCall& c, int64_t* counts, int64_t slots, const Slot&
   const int64_t grain = ((c.count + pieces - 1) / pieces + kBlock - 1) / kBlock * kBlock;
   std::vector<std::vector<uint32_t>> parts(pieces);
   parallel_for(c.count, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
+    const Numbers n(c);
     std::vector<uint32_t>& part = parts[begin / grain];
     part.resize(slots);
-    float step[kBlock];
-    for (int64_t at = begin; at < end; at += kBlock) {
-      const int64_t stop = std::min(at + kBlock, end);
-      steps(c, at, stop, step);
-      for (int64_t j = 0; j < stop - at; ++j) {
-        const int64_t where = slot(magnitude(step[j]));
+    each_group(Arrays(c, begin), end - begin, [&](const Arrays& a, int64_t i, int64_t place) {
+      float step[kLanes];
+      store(step, step_of(n, moments(n, a, i), a, i, c.merges));
+      for (int64_t j = 0; j < std::min<int64_t>(kLanes, end - begin - place); ++j) {
+        const int64_t where = slot(uint32_t(magnitude_bits(step[j])));
         if (where >= 0) ++part[where];
       }
-    }
+    });
   });
   for (const std::vector<uint32_t>& part : parts) {
     for (size_t n = 0; n < part.size(); ++n) counts[n] += part[n];
@@ -314,11 +334,28 @@ void histogram(const MergingCall& c, int64_t* counts, int64_t slots, const Slot&
 }  // namespace openqwen
 
 // Merge the step with the task vector, after the moments' update where there is a gradient.
-extern "C" void openqwen_merging_apply(openqwen::MergingCall* call) {
+extern "C" void openqwen_merging_apply(const openqwen::MergingCall* call) {
   using namespace openqwen;
-  if (call->form == kDare) return apply<kDare>(*call);
-  if (call->form == kTiesWeighted) return apply<kTiesWeighted>(*call);
-  apply<kTiesUnweighted>(*call);
+  const bool narrow = call->task_type == kBFloat16;
+  const auto block = call->form == kDare           ? narrow ? apply_block<kDare, uint16_t>
+                                                            : apply_block<kDare, float>
+                     : call->form == kTiesWeighted ? narrow ? apply_block<kTiesWeighted, uint16_t>
+                                                            : apply_block<kTiesWeighted, float>
+                     : narrow                      ? apply_block<kTiesUnweighted, uint16_t>
+                                                   : apply_block<kTiesUnweighted, float>;
+  parallel_for(call->count, kBlock,
+               [&](int64_t begin, int64_t end) { block(*call, begin, end - begin); });
+}
+
+// Update the moments where there is a gradient, and write down the large steps.
+extern "C" void openqwen_merging_collect(openqwen::MergingCall* call) {
+  using namespace openqwen;
+  Collector collector{*call};
+  parallel_for(call->count, kBlock,
+               [&](int64_t begin, int64_t end) { collector.block(begin, end - begin); });
+  call->steps_count = collector.steps_count;
+  call->near_count = collector.near_count;
+  call->above = collector.above;
 }
 
 // Update the moments where there is a gradient, and count the magnitudes of the step: by their

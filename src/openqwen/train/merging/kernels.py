@@ -19,26 +19,33 @@ class MergingCall(ctypes.Structure):
     """The arguments of one step, in the order of the structure in C++.
 
     weights … cached, gradient: float32, `count` elements; 0 for what the step does not need. The
-    moments are updated and the weights decayed where there is a gradient. first, run, stride: see
-    `LocalElements`. task_index, task, task_count: the entries of the task vector, sorted; all of
-    them without an index. step_key, task_key: streams of the masks (OnDARE). limit: see
-    `masks.limit`. deferred: room for the places of elements with a magnitude from `low` to `high`;
-    smaller ones are dropped, larger ones are kept (OnTIES). fresh: the task vector has a new mask
-    in each step. merges: 0 in the plain steps between two merges. The numbers are AdamW's: moments
-    times keep plus the gradient (times scale) times new, step = mean · rate / (√square · root +
-    eps).
+    moments are updated where there is a gradient. first, run, stride: see `LocalElements`.
+    task, task_lanes, task_starts: the entries of the task vector, see `TaskVector`. step_key, task_key: streams of the masks (OnDARE). limit: see `masks.limit`. fresh: the
+    task vector has a new mask in each step. merges: 0 in the plain steps between two merges.
+
+    OnTIES (see `largest.py`): `collect` writes down the steps with a magnitude from `low` on. lanes
+    has a bit for each element, steps their values, starts the place of each block's first value.
+    near_…: those of a magnitude up to `high`, with their local places; above: how many are larger.
+    A list with more entries than its room is not complete. Magnitudes are bits of floats. listed:
+    the step keeps what was written down, from `threshold` on; of the equal ones those with global
+    indices up to `last`, all if it is negative.
+
+    The numbers are AdamW's: moments times keep plus the gradient (times scale) times new, step =
+    mean · rate / (√square · root + eps).
     """
 
     _fields_ = [
         *((name, Address) for name in ("weights", "mean", "square", "lost", "cached", "gradient")),
         *((name, c_int64) for name in ("count", "first", "run", "stride")),
-        ("task_index", Address),
-        ("task", Address),
-        ("task_count", c_int64),
+        *((name, Address) for name in ("task", "task_lanes", "task_starts")),
         *((name, Address) for name in ("step_key", "task_key", "limit")),  # unsigned, 64 bits
-        ("deferred", Address),
-        ("deferred_count", c_int64),
-        *((name, c_int64) for name in ("form", "task_type", "fresh", "merges", "low", "high")),
+        *((name, c_int64) for name in ("form", "task_type", "fresh", "merges")),
+        *((name, c_int64) for name in ("low", "high", "listed")),
+        *((name, Address) for name in ("lanes", "starts", "steps")),
+        *((name, c_int64) for name in ("steps_room", "steps_count")),
+        *((name, Address) for name in ("near_places", "near_bits")),
+        *((name, c_int64) for name in ("near_room", "near_count", "above")),
+        *((name, c_int64) for name in ("threshold", "last")),
         *((name, c_float) for name in ("scale", "keep1", "new1", "keep2", "new2")),
         *((name, c_float) for name in ("rate", "root", "eps", "decay", "factor", "alpha")),
     ]
@@ -61,8 +68,16 @@ def call(**fields: Any) -> MergingCall:
 
 
 def apply(merging: MergingCall) -> None:
-    """Do the step, but for the deferred elements, whose places it writes."""
-    kernel = _apply()
+    """Do the step."""
+    _run(_apply(), merging)
+
+
+def collect(merging: MergingCall) -> None:
+    """Update the moments, and write down the large steps and how many there are."""
+    _run(function("openqwen_merging_collect", c_void_p), merging)
+
+
+def _run(kernel: Any, merging: MergingCall) -> None:
     assert kernel is not None
     follow_torch()
     kernel(ctypes.addressof(merging))

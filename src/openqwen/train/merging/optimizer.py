@@ -4,7 +4,7 @@ Each step of AdamW is merged with the task vector of the model that training sta
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.train.merging import kernels
+from openqwen.train.merging.largest import LargestSteps
 from openqwen.train.merging.masks import LocalElements, limit, random_mask, stream
 from openqwen.train.merging.plain import (
     Form,
@@ -24,33 +25,12 @@ from openqwen.train.merging.plain import (
     merged,
     update_moments,
 )
-from openqwen.train.merging.select import (
-    COARSE,
-    DIGIT,
-    Reduce,
-    digit_of,
-    magnitudes,
-    sum_over_parts,
-    top_mask,
-    top_of,
-)
-from openqwen.train.merging.task_vector import TaskVector
+from openqwen.train.merging.select import sum_over_parts, top_mask
+from openqwen.train.merging.task_vector import MergedParameter, TaskVector
 from openqwen.train.parallel import local_shard
 
 _CLIP = 1.0  # the released code's bound of a scaled task vector's entries
 SPARSE = 0.25  # up to this share, the task vector's entries are stored with their places
-_REFINE = 16  # a bucket with more than 1/16 of the elements is divided before they are collected
-
-
-@dataclass(frozen=True)
-class _MergedParameter:
-    """What stays the same about a parameter: its name, and this rank's elements and task vector."""
-
-    name: str
-    elements: LocalElements
-    reduce: Reduce
-    largest: int  # entries that OnTIES keeps of the whole parameter
-    task: TaskVector
 
 
 class OnlineMerging(torch.optim.AdamW):
@@ -156,7 +136,8 @@ class OnlineMerging(torch.optim.AdamW):
         self._fresh = form == "dare" and scaling == "none" and reserve < 1
         self._seed = 0 if generator is None else generator.initial_seed()
         self._store, self._folder = store, folder
-        self._parts: dict[Tensor, _MergedParameter] = {}
+        self._parts: dict[Tensor, MergedParameter] = {}
+        self._largest = LargestSteps()
         ours, theirs = iter(reference), iter(base)
         for name, parameter in self._named():
             one, other = next(ours, None), next(theirs, None)
@@ -209,12 +190,14 @@ class OnlineMerging(torch.optim.AdamW):
     @torch.no_grad()
     def _part(
         self, name: str, parameter: Tensor, reference: Tensor, base: Tensor
-    ) -> _MergedParameter:
+    ) -> MergedParameter:
         """The fixed data of a parameter, with F(τ), or τ where its mask is drawn in each step."""
+        total = parameter.numel()
+        largest = max(1, int(self.reserve * total))
         elements, reduce = LocalElements.of(parameter), sum_over_parts(parameter)
-        largest = max(1, int(self.reserve * parameter.numel()))
+        of_task = partial(MergedParameter, name, elements, reduce, total, largest)
         if self.is_adamw or (self.alpha == 0 and (self.form, self.signs) != ("ties", "unweighted")):
-            return _MergedParameter(name, elements, reduce, largest, TaskVector())
+            return of_task(TaskVector())
         tau = _local_of(reference, parameter, name, "reference")
         tau = tau - _local_of(base, parameter, name, "base")
         if not torch.isfinite(tau).all():
@@ -233,8 +216,7 @@ class OnlineMerging(torch.optim.AdamW):
             tau = (tau / self.reserve).clamp_(-_CLIP, _CLIP)
         store = torch.float64 if tau.dtype == torch.float64 else self._store
         # Decided by p alone, so that all ranks do the same: only stored entries are compensated.
-        task = TaskVector.of(tau, kept, self.reserve <= SPARSE, store, self._folder)
-        return _MergedParameter(name, elements, reduce, largest, task)
+        return of_task(TaskVector.of(tau, kept, self.reserve <= SPARSE, store, self._folder))
 
     def _state(self, parameter: Tensor) -> dict[str, Any]:
         """The parameter's state, with what it lacks: all of it, or what AdamW's does not have."""
@@ -266,7 +248,7 @@ class OnlineMerging(torch.optim.AdamW):
         gradient = _local(cast(Tensor, parameter.grad)).contiguous().view(-1)
         run = _MergedStep(self, part, local, numbers, step)
         if kernels.usable(gradient, *local.values()):
-            run.compiled(gradient)
+            run.compiled(gradient, float(group["lr"]))
         else:
             run.plain(gradient)
 
@@ -297,7 +279,7 @@ class _MergedStep:
     def __init__(
         self,
         optimizer: OnlineMerging,
-        part: _MergedParameter,
+        part: MergedParameter,
         local: dict[str, Tensor],
         numbers: StepNumbers,
         step: int,
@@ -322,7 +304,9 @@ class _MergedStep:
         exact = weights.to(dtype)
         if numbers.decay != 1:
             exact = exact * numbers.decay
-        step = self._step(mean, square, slice(None))
+        step = adamw_step(mean, square, numbers)
+        if "cached" in local and self.merges:
+            step = step + local["cached"]
         if self.draws:
             share = self.optimizer.reserve
             mask = random_mask(self.step_key, share, part.elements, weights.device)
@@ -330,10 +314,10 @@ class _MergedStep:
         elif self.selects:
             mask = top_mask(step, part.largest, part.elements, part.reduce)
             step = torch.where(mask, step, 0.0)
-        weights.copy_(self._changed(exact, step, slice(None)))
+        weights.copy_(self._changed(exact, step))
 
-    def compiled(self, gradient: Tensor) -> None:
-        """The same by the compiled kernel."""
+    def compiled(self, gradient: Tensor, rate: float) -> None:
+        """The same by the compiled kernel. rate: the learning rate."""
         optimizer, local, part = self.optimizer, self.local, self.part
         call = kernels.call(
             weights=local["weights"],
@@ -343,68 +327,24 @@ class _MergedStep:
             cached=local.get("cached"),
             gradient=gradient,
             **vars(part.elements),
-            task_index=part.task.index,
             task=part.task.values,
-            task_count=0 if part.task.values is None else len(part.task.values),
+            task_lanes=part.task.lanes,
+            task_starts=part.task.starts,
             step_key=self.step_key,
             task_key=self.task_key,
             limit=limit(optimizer.reserve if optimizer.form == "dare" else 1.0),
             form=kernels.FORMS[optimizer.form, optimizer.signs],
             fresh=optimizer._fresh,
             merges=self.merges,
-            high=-1,  # OnTIES keeps everything
             **vars(self.numbers),
         )
-        if not self.selects:
-            kernels.apply(call)
-            return
-        undecided = self._narrow(call)
-        places = torch.empty(undecided.here, dtype=torch.int64)
-        call.deferred = places.data_ptr()
+        # The lists must live until the call is done.
+        lists = optimizer._largest.choose(call, part, rate) if self.selects else ()
         kernels.apply(call)
-        assert call.deferred_count == undecided.here
-        if undecided.everywhere:  # on this rank there may be none
-            self._settle(places.sort().values, undecided.kept)
+        del lists
 
-    def _narrow(self, call: kernels.MergingCall) -> "_Undecided":
-        """Update the moments; bound the magnitudes of which OnTIES keeps some, but not all."""
-        mine = kernels.count(call, -1, 2**DIGIT)
-        call.gradient = 0
-        counts = self.part.reduce(mine.clone())
-        place, kept = digit_of(counts, self.part.largest)
-        low, high, everywhere = place << COARSE, (place + 1 << COARSE) - 1, int(counts[place])
-        if place and everywhere > kept and everywhere * _REFINE > int(counts.sum()):
-            mine = kernels.count(call, place, 2**COARSE)
-            counts = self.part.reduce(mine.clone())
-            place, kept = digit_of(counts, kept)
-            low = high = low + place
-            everywhere = int(counts[place])
-        if low == 0 or everywhere == kept:  # those from 0 are zero, but for a few of 1e-40
-            call.low, call.high = low, low - 1
-            return _Undecided(0, 0, 0)
-        call.low, call.high = low, high
-        return _Undecided(int(mine[place]), everywhere, kept)
-
-    def _settle(self, places: Tensor, kept: int) -> None:
-        """Decide about the elements at these places, of which all ranks together keep `kept`."""
-        local, part = self.local, self.part
-        step = self._step(local["exp_avg"][places], local["exp_avg_sq"][places], places)
-        index = part.elements.index(places)
-        lower = magnitudes(step) & (2**COARSE - 1)  # the upper bits are equal
-        mask = top_of(lower, kept, index, part.reduce, COARSE)
-        step = torch.where(mask, step, 0.0)
-        weights = local["weights"]
-        weights[places] = self._changed(weights[places], step, places)
-
-    def _step(self, mean: Tensor, square: Tensor, places: slice | Tensor) -> Tensor:
-        """AdamW's step, with the cached ones where it merges."""
-        step = adamw_step(mean, square, self.numbers)
-        if "cached" in self.local and self.merges:
-            step = step + self.local["cached"][places]
-        return step
-
-    def _changed(self, weights: Tensor, step: Tensor, places: slice | Tensor) -> Tensor:
-        """The weights at some places after the step, of which the kept entries are given."""
+    def _changed(self, weights: Tensor, step: Tensor) -> Tensor:
+        """The weights after the step, of which the kept entries are given."""
         optimizer, numbers, dtype = self.optimizer, self.numbers, self.local["weights"].dtype
         lost, cached = self.local.get("lost"), self.local.get("cached")
         if not self.merges:
@@ -417,7 +357,7 @@ class _MergedStep:
         plain = weights + step * numbers.factor
         if lost is None:
             return plain
-        task, has = self.part.task.at(places, len(lost))
+        task, has = self.part.task.dense(len(lost))
         task = torch.as_tensor(task, device=weights.device).to(weights.dtype)
         if optimizer._fresh and self.part.task:
             elements, share = self.part.elements, optimizer.reserve
@@ -425,21 +365,12 @@ class _MergedStep:
             task = torch.where(has, task, 0.0)
         change = merged(step, task, optimizer.form, optimizer.signs, numbers)
         if cached is not None:
-            change, has = change - cached[places], True
-            cached[places] = 0.0
+            change, has = change - cached, True
+            cached.zero_()
         has = torch.as_tensor(has, device=weights.device)
-        total, rest = add(weights, lost[places], change, dtype)
-        lost[places] = torch.where(has, rest, lost[places])
+        total, rest = add(weights, lost, change, dtype)
+        lost.copy_(torch.where(has, rest, lost))
         return torch.where(has, total, plain)
-
-
-@dataclass(frozen=True)
-class _Undecided:
-    """Elements between OnTIES's bounds: on this rank, on all, and how many of all are kept."""
-
-    here: int
-    everywhere: int
-    kept: int
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from openqwen.train.merging.masks import LocalElements
 
 Reduce = Callable[[Tensor], Tensor]  # sums an integer tensor over the ranks that share a parameter
 DIGIT = 16  # bits of a digit
-COARSE = 15  # bits of a float32's magnitude below its upper digit
+_SMALL = 2**16  # keys up to which a quickselect is faster than histograms
 _INDEX_BITS = 48
 _ROWS = 2**7  # a histogram is searched in rows, which is faster than place by place
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,7 +38,12 @@ def sum_over_parts(parameter: Tensor) -> Reduce:
             dist.all_reduce(counts, group=group)
         return counts
 
-    return reduce
+    return reduce if groups else _whole
+
+
+def _whole(counts: Tensor) -> Tensor:
+    """The sum where one rank holds all."""
+    return counts
 
 
 def magnitudes(values: Tensor) -> Tensor:
@@ -79,21 +84,34 @@ def top_of(bits: Tensor, k: int, index: Tensor, reduce: Reduce, size: int) -> Te
         reduce: see `sum_over_parts`.
         size: bits of a number.
     """
+    threshold, last = bounds_of(bits, k, lambda equal: index[equal], reduce, size)
+    equal = bits == threshold
+    return (bits > threshold) | (equal if last < 0 else equal & (index <= last))
+
+
+def bounds_of(
+    bits: Tensor, k: int, index_of: Callable[[Tensor], Tensor], reduce: Reduce, size: int
+) -> tuple[int, int]:
+    """The k-th largest number, and the last global index at which an equal one is among the k.
+
+    The index is -1 where all equal ones are. index_of: gives the global indices of a mask's
+    elements; the others are as in `top_of`.
+    """
     threshold, left = _kth(bits, k, reduce, size)
-    keep = bits > threshold
-    equal = (bits == threshold).nonzero().flatten()
-    if int(reduce(torch.tensor([len(equal)], device=bits.device))) == left:
-        keep[equal] = True
-        return keep
+    equal = bits == threshold
+    if int(reduce(equal.sum())) == left:
+        return threshold, -1
     # The smallest index has the largest complement.
-    complement = 2**_INDEX_BITS - 1 - index[equal]
-    last, _ = _kth(complement, left, reduce, _INDEX_BITS)
-    keep[equal[complement >= last]] = True
-    return keep
+    most = 2**_INDEX_BITS - 1
+    complement, _ = _kth(most - index_of(equal), left, reduce, _INDEX_BITS)
+    return threshold, most - complement
 
 
 def _kth(keys: Tensor, k: int, reduce: Reduce, size: int) -> tuple[int, int]:
     """The k-th largest of keys of `size` bits over all ranks, and its rank among equal keys."""
+    if reduce is _whole and len(keys) <= _SMALL:
+        found = keys.kthvalue(len(keys) - k + 1).values
+        return int(found), k - int((keys > found).sum())
     value = 0
     for shift in reversed(range(0, size, DIGIT)):
         digits = keys >> shift & (2**DIGIT - 1)

@@ -1,0 +1,139 @@
+// Masks of sixteen lanes: in AVX-512, or in plain loops that the compiler vectorises.
+#pragma once
+
+#include "lanes.h"
+
+namespace openqwen {
+namespace {
+
+using Mask = uint16_t;  // bit i belongs to lane i
+constexpr Mask kAllLanes = 0xffff;
+constexpr uint64_t kGamma = 0x9E3779B97F4A7C15;
+
+// SplitMix64's finaliser.
+inline uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
+  return x ^ (x >> 31);
+}
+
+inline int32_t magnitude_bits(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits & 0x7fffffff;
+}
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+
+inline Lanes root(Lanes a) { return {_mm512_sqrt_ps(a.x)}; }
+inline Mask above(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ); }
+inline Mask reaches(Lanes a, Lanes b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GE_OQ); }
+// a in the lanes of the mask, b in the others.
+inline Lanes choose(Mask mask, Lanes a, Lanes b) {
+  return {_mm512_mask_mov_ps(b.x, mask, a.x)};
+}
+inline Lanes keep(Mask mask, Lanes a) { return {_mm512_maskz_mov_ps(mask, a.x)}; }
+// Lanes whose magnitude has bits above `bound`; they are in the order of the magnitudes.
+inline Mask bits_above(Lanes a, int32_t bound) {
+  return _mm512_cmpgt_epi32_mask(_mm512_castps_si512(_mm512_abs_ps(a.x)),
+                                 _mm512_set1_epi32(bound));
+}
+// The lanes of the mask, side by side; all sixteen floats at `to` are written.
+inline void compress(float* to, Mask mask, Lanes a) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, a.x));
+}
+// The opposite: the first lanes of a, in the lanes of the mask.
+inline Lanes expand(Lanes a, Mask mask) { return {_mm512_maskz_expand_ps(mask, a.x)}; }
+// Sixteen bfloat16 numbers.
+inline Lanes widen(const uint16_t* from) {
+  const __m512i bits = _mm512_cvtepu16_epi32(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+}
+// The 32-bit halves, the lower first, of eight words of SplitMix64 that are at most `last`.
+inline Mask random_lanes(uint64_t start, uint32_t last) {
+  const __m512i steps = _mm512_mullo_epi64(_mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0),
+                                           _mm512_set1_epi64(int64_t(kGamma)));
+  __m512i x = _mm512_add_epi64(_mm512_set1_epi64(int64_t(start)), steps);
+  x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 30)),
+                         _mm512_set1_epi64(int64_t(0xBF58476D1CE4E5B9)));
+  x = _mm512_mullo_epi64(_mm512_xor_si512(x, _mm512_srli_epi64(x, 27)),
+                         _mm512_set1_epi64(int64_t(0x94D049BB133111EB)));
+  x = _mm512_xor_si512(x, _mm512_srli_epi64(x, 31));
+  return _mm512_cmple_epu32_mask(x, _mm512_set1_epi32(int32_t(last)));
+}
+
+#else
+
+template <class Test>
+inline Mask where(const Test& test) {
+  uint32_t mask = 0;
+  for (int i = 0; i < kLanes; ++i) mask |= uint32_t(test(i)) << i;
+  return Mask(mask);
+}
+inline Lanes root(Lanes a) {
+  float x[kLanes];
+  store(x, a);
+  for (float& value : x) value = std::sqrt(value);
+  return load(x);
+}
+inline Mask above(Lanes a, Lanes b) {
+  float x[kLanes], y[kLanes];
+  store(x, a);
+  store(y, b);
+  return where([&](int i) { return x[i] > y[i]; });
+}
+inline Mask reaches(Lanes a, Lanes b) {
+  float x[kLanes], y[kLanes];
+  store(x, a);
+  store(y, b);
+  return where([&](int i) { return x[i] >= y[i]; });
+}
+inline Lanes choose(Mask mask, Lanes a, Lanes b) {
+  float x[kLanes], y[kLanes];
+  store(x, a);
+  store(y, b);
+  for (int i = 0; i < kLanes; ++i) x[i] = mask >> i & 1 ? x[i] : y[i];
+  return load(x);
+}
+inline Lanes keep(Mask mask, Lanes a) { return choose(mask, a, all(0.0f)); }
+inline Mask bits_above(Lanes a, int32_t bound) {
+  float x[kLanes];
+  store(x, a);
+  return where([&](int i) { return magnitude_bits(x[i]) > bound; });
+}
+inline void compress(float* to, Mask mask, Lanes a) {
+  float x[kLanes];
+  store(x, a);
+  for (int i = 0; i < kLanes; ++i) {
+    *to = x[i];
+    to += mask >> i & 1;
+  }
+}
+inline Lanes expand(Lanes a, Mask mask) {
+  float x[kLanes], y[kLanes];
+  store(x, a);
+  for (int i = 0, next = 0; i < kLanes; ++i) {
+    y[i] = mask >> i & 1 ? x[next] : 0.0f;
+    next += mask >> i & 1;
+  }
+  return load(y);
+}
+inline Lanes widen(const uint16_t* from) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    std::memcpy(x + i, &bits, 4);
+  }
+  return load(x);
+}
+inline Mask random_lanes(uint64_t start, uint32_t last) {
+  uint64_t words[kLanes / 2];
+  for (int i = 0; i < kLanes / 2; ++i) words[i] = mix(start + uint64_t(i) * kGamma);
+  return where([&](int i) { return uint32_t(words[i / 2] >> (i % 2 * 32)) <= last; });
+}
+
+#endif
+
+}  // namespace
+}  // namespace openqwen
