@@ -18,7 +18,7 @@ pretrain:
   network: {hidden_size: 32, intermediate_size: 64, layers: 1, heads: 2, kv_heads: 1}
   data: {tokens: 8000, context: 96, batch_tokens: 1024}
 extend: {data: {tokens: 2000, context: 128, batch_tokens: 1024}}
-instruct: {demonstrations: 60, repurposed: 5, rejection_prompts: 4, rejection_samples: 1, prompts: 8}
+instruct: {demonstrations: 60, repurposed: 5, prompts: 8}
 sft: {epochs: 1, batch: 8, max_length: 200}
 prefer: {prompts: 16, heldout_prompts: 10, samples: 1}
 reward: {batch: 8, max_length: 200}
