@@ -33,6 +33,8 @@ from openqwen.tasks.checkable import generate_tasks
 
 # How tasks are answered -> the field of an answer in test.jsonl.
 DECODING = {"greedy": "correct", "at 0.7": "correct_at_0.7", "at 1.0": "sampled_correct"}
+# The same of the style: whether an answer stands alone.
+STYLE = {"greedy": "style", "at 0.7": "style_at_0.7", "at 1.0": "sampled_style"}
 
 
 class Interval(NamedTuple):
@@ -92,7 +94,7 @@ def t_quantile(freedom: float, share: float = 0.975) -> float:
 
 
 def right(runs: Sequence[Run], stage: str, field: str) -> np.ndarray:
-    """Which test answers of a stage are right, by seed and item."""
+    """Which test answers of a stage are right, or what else a field says, by seed and item."""
     rows = []
     for run in runs:
         evaluation = run.stage(EVALUATE + stage)
@@ -136,10 +138,21 @@ def tables(runs: Sequence[Run]) -> str:
                 far = float(np.abs(means - means.mean()).max())
                 cells += [f"seeds lie within ±{far:.1f} of their mean", ""]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| stage | answers that stand alone | each seed, % | mean, % |"]
+    lines.append("|---|---|---|---|")
+    for stage in stages:
+        for title, field in STYLE.items():
+            values_SN = right(runs, stage, field)
+            each, mean = _each(values_SN, _percent), _told(values_SN, problems, _percent)
+            lines.append(f"| {stage} | style, {title} | {each} | {mean} |")
     lines += ["", "| reward model | each seed, % |", "|---|---|"]
     pairs = (("pairs ranked right", "test_pair_accuracy"), ("near misses", "test_near_accuracy"))
+    scores = [run.scores("reward") for run in runs]
+    for name in scores[0].get("test_by_criterion", {}):
+        rows = [one["test_by_criterion"][name]["accuracy"] for one in scores]
+        lines.append(f"| pairs that differ in {name} | {', '.join(map(_percent, rows))} |")
     for title, key in pairs:
-        found = [run.scores("reward")[key] for run in runs if key in run.scores("reward")]
+        found = [one[key] for one in scores if key in one]
         if found:
             lines.append(f"| {title} | {', '.join(map(_percent, found))} |")
     return "\n".join(lines)

@@ -17,13 +17,14 @@ from openqwen.recipe.report.run import Run, load_run
 from openqwen.recipe.report.scores import TEMPERATURES
 from openqwen.support.page.text import duration, signed
 
-STAGES = ("pretrain", "extend", "sft", "dpo", "online-dpo")
+STAGES = ("pretrain", "extend", "sft", "dpo", "online-dpo", "grpo")
 SCORES = (
     ("bits per byte, development", "bits_per_byte"),
     ("bits per byte, test", "test_bits_per_byte"),
     ("checked tasks, development, greedy", "checked_accuracy"),
     ("checked tasks, development, at 1.0", "sampled_accuracy"),
     *((f"test, {title}", f"{key}_accuracy") for title, key in TEMPERATURES),
+    *((f"style, {title}", f"{key}_style") for title, key in TEMPERATURES),
     ("win rate on its start, by the reward model", "win_rate"),
 )
 PAIRS = (
@@ -78,7 +79,7 @@ def main(folders: list[Path]) -> None:
     print("\n| gain on the own start, points | greedy | at 0.7 | at 1.0 |\n|---|---|---|---|")
     control = cell([run.scores("sft") for run in runs], "test_cooler_gain", points)
     print(f"| sft at 0.9, on itself at 1.0 (control) | | | {control} |")
-    for stage in ("dpo", "online-dpo"):
+    for stage in ("dpo", "online-dpo", "grpo"):
         scores = [run.scores(stage) for run in runs]
         gains = [cell(scores, f"{key}_gain", points) for _, key in TEMPERATURES]
         print(f"| {stage}, on {scores[0].get('start')} | {' | '.join(gains)} |")

@@ -18,7 +18,7 @@ pretrain:
   network: {hidden_size: 32, intermediate_size: 64, layers: 1, heads: 2, kv_heads: 1}
   data: {tokens: 8000, context: 96, batch_tokens: 1024}
 extend: {data: {tokens: 2000, context: 128, batch_tokens: 1024}}
-instruct: {demonstrations: 60, repurposed: 5, rejection_prompts: 4, rejection_samples: 1, prompts: 8}
+instruct: {demonstrations: 60, repurposed: 5, prompts: 8}
 sft: {epochs: 1, batch: 8, max_length: 200}
 prefer: {prompts: 16, heldout_prompts: 10, samples: 1}
 reward: {batch: 8, max_length: 200}
@@ -90,6 +90,9 @@ def fake_run(folder, seed):
                 "correct": bool(rng.random() < share),
                 "correct_at_0.7": True,
                 "sampled_correct": n % 4 == 0,
+                "style": n % 2 == 0,
+                "style_at_0.7": True,
+                "sampled_style": False,
             }
             for n in range(40)
         ]
@@ -114,6 +117,7 @@ def test_tables_of_several_seeds(script, tmp_path, monkeypatch):
     assert "on sft" in greedy
     assert f"{gains[0]:+.1f}, {gains[1]:+.1f}" in greedy
     assert "+0.0 [+0.0, +0.0] on sft" in rows["| dpo", "at 1.0"]
+    assert rows["| sft", "style, greedy"].endswith("| 50.0, 50.0 | 50.0 [33.6, 66.4] |")
     far = abs(mean("sft", 0) - mean("sft", 1)) / 2
     assert f"seeds lie within ±{far:.1f} of their mean" in rows["| sft", "greedy"]
 

@@ -5,7 +5,7 @@ import pytest
 
 from openqwen.engine import Output
 from openqwen.evaluate import CHATS, CONTINUATIONS, EvaluateConfig, answer_samples, checked_accuracy
-from openqwen.evaluate.checked import sampled_right
+from openqwen.evaluate.checked import sampled_answers
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.progress import Progress
@@ -44,7 +44,7 @@ def test_accuracy_chance_and_answers_by_task():
     assert set(result["checked_by_task"]) == set(KINDS)
     assert result["checked_by_task"]["add"] == {
         "accuracy": 1.0,
-        "chance": pytest.approx(1 / 20),
+        "chance": pytest.approx(1 / 100),
         "n": 10,
     }
     assert sum(row["n"] for row in result["checked_by_task"].values()) == 170
@@ -61,7 +61,7 @@ def test_an_answer_that_could_not_be_graded_is_an_error_and_not_wrong(monkeypatc
     items = generate_tasks(Generators(0)["items"], 4, split="test", kinds=["add"])
     monkeypatch.setitem(GRADERS, "exact", Grader(judge, GRADERS["exact"].fault))
     engine = FakeEngine({items[1].question: "yes"})
-    for score in (checked_accuracy, sampled_right):
+    for score in (checked_accuracy, sampled_answers):
         with pytest.raises(OpenQwenError, match="could not be graded: no sandbox"):
             score(engine, items, 16)
 
@@ -69,7 +69,8 @@ def test_an_answer_that_could_not_be_graded_is_an_error_and_not_wrong(monkeypatc
 def test_sampled_answers_are_drawn_once_each_at_temperature_1():
     items = generate_tasks(Generators(0)["items"], 34, split="test")
     engine = FakeEngine({t.question: t.reference["answer"] for t in items[:10]})
-    assert sampled_right(engine, items, 16) == [True] * 10 + [False] * 24
+    sampled = sampled_answers(engine, items, 16)
+    assert [one.grade.passed for one in sampled] == [True] * 10 + [False] * 24
     assert engine.sampling.temperature == 1.0
 
 
@@ -80,8 +81,9 @@ def test_a_model_before_sft_is_asked_in_plain_text():
     assert result["checked_accuracy"] == 1.0
     assert result["answers"][0]["prompt"] == plain_prompt(tasks[0].question)
     assert result["answers"][0]["answer"] == answers[plain_prompt(tasks[0].question)]
-    assert sampled_right(FakeEngine(answers), tasks, 16, plain=True) == [True] * 17
-    assert sampled_right(FakeEngine(answers), tasks, 16) == [False] * 17
+    for plain in (True, False):
+        sampled = sampled_answers(FakeEngine(answers), tasks, 16, plain=plain)
+        assert [one.grade.passed for one in sampled] == [plain] * 17
 
 
 def test_no_tasks_are_refused():
@@ -99,7 +101,7 @@ def test_samples_have_both_kinds():
 def test_shown_chat_prompts_are_held_out():
     problems = (
         *(
-            "add 5 18",
+            "add 2 18",
             "compare 57 67",
             "count code frog note soup",
             "repeat hand 2",

@@ -6,13 +6,17 @@ from pydantic import ValidationError
 
 from openqwen.engine import Output, Sampling
 from openqwen.instruct.synthesize.demonstrations import InstructConfig, build_demonstrations
-from openqwen.instruct.synthesize.preferences import PreferConfig, build_preferences, make_pairs
+from openqwen.instruct.synthesize.preferences import (
+    PreferConfig,
+    build_preferences,
+    make_pairs,
+    sample_answers,
+)
 from openqwen.instruct.synthesize.pretraining_tasks import task_documents
-from openqwen.instruct.synthesize.rejection import rejection_sample, sample_answers
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.tasks import GRADERS, Grade, GradedAnswer, grade
-from openqwen.tasks.checkable import KINDS, generate_tasks, split_of
+from openqwen.tasks.checkable import KINDS, generate_tasks, split_of, stands_alone, with_closing
 from openqwen.tasks.graders import Grader
 from openqwen.tasks.plain import PLAIN_FORMATS, plain_answer, plain_prompt
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
@@ -39,7 +43,7 @@ class FakeEngine:
 
 def oracle(seed=0):
     """Right answers by question, over the tasks that the stages below draw."""
-    names = ("instruct-tasks", "rejection-tasks", "prompt-tasks")
+    names = ("instruct-tasks", "prompt-tasks")
     return {t.question: t for name in names for t in generate_tasks(Generators(seed)[name], 150)}
 
 
@@ -89,40 +93,6 @@ def test_plain_answers_end_at_the_blank_line():
     assert plain_answer("") == ""
 
 
-def test_rejection_sampling_keeps_what_the_program_accepts():
-    tasks = generate_tasks(Generators(0)["tasks"], 34)
-    answers = {plain_prompt(t.question): t for t in tasks}
-
-    def answer(prompt, seed):
-        task = answers[prompt]
-        return output(
-            f" {task.reference['answer']}\n\nQuestion: more"
-            if seed % 2
-            else f" {task.reference['wrong'][0]}\n\n"
-        )
-
-    engine = FakeEngine(answer)
-    demonstrations, acceptance = rejection_sample(engine, tasks, 4, 1.0, 16, seed=5, model="extend")
-    assert [len(prompts) for prompts, _, _ in engine.calls] == [34] * 4
-    asked = [(p, seed) for prompts, _, seeds in engine.calls for p, seed in zip(prompts, seeds)]
-    assert len({seed for _, seed in asked}) > 130
-    assert all((s.temperature, s.max_tokens) == (1.0, 16) for _, s, _ in engine.calls)
-    right = Counter(p for p, seed in asked if seed % 2)
-    assert acceptance["correct"] == sum(right.values())
-    assert acceptance["samples"] == 34 * 4
-    assert len(demonstrations) == len(right), "equal answers to one prompt count once"
-    by_question = {t.question: t for t in tasks}
-    for record in demonstrations:
-        question, reply = record["messages"]
-        assert by_question[question["content"]].reference["answer"] == reply["content"]
-        assert record["origin"]["method"] == "rejection"
-        assert record["origin"]["model"] == "extend"
-    assert sum(row["samples"] for row in acceptance["by_task"].values()) == 34 * 4
-    assert all(
-        row["rate"] == row["correct"] / row["samples"] for row in acceptance["by_task"].values()
-    )
-
-
 def test_answers_are_drawn_at_their_temperatures():
     engine = FakeEngine(lambda p, seed: output(str(seed)))
     answers = sample_answers(engine, [TASK, TASK], 3, [0.5, 1.5], 8, 0, "x")
@@ -131,38 +101,23 @@ def test_answers_are_drawn_at_their_temperatures():
     assert len({a.text for group in answers for a in group}) == 6
 
 
-def test_rejection_sampling_keeps_different_right_answers():
-    (task,) = generate_tasks(Generators(0)["tasks"], 1, kinds=["exact_words"])
-    first, *middle, last = task.reference["answer"].split()
-    fill = [" ".join([first, *[letter] * len(middle), last]) for letter in "ab"]
-    demonstrations, _ = rejection_sample(
-        FakeEngine(lambda p, seed: output(fill[seed % 2])), [task], 8, 1.0, 16, seed=0
-    )
-    assert sorted(r["messages"][-1]["content"] for r in demonstrations) == fill
-
-
-CONFIG = InstructConfig(
-    demonstrations=150, repurposed=5, rejection_prompts=34, rejection_samples=2, prompts=60
-)
+CONFIG = InstructConfig(demonstrations=150, repurposed=5, prompts=60)
 
 
 def build(folder, seed=0, config=CONFIG):
     folder.mkdir()
-    answers = {plain_prompt(q): t.reference["answer"] for q, t in oracle(seed).items()}
-    engine = FakeEngine(lambda prompt, seed: output(" " + answers[prompt] if seed % 3 else "wrong"))
-    return build_demonstrations(config, DOCUMENTS, engine, seed, folder, model="extend")
+    return build_demonstrations(config, DOCUMENTS, seed, folder)
 
 
 def test_instruct_payload(tmp_path):
     metrics = build(tmp_path / "a")
     records = list(read_jsonl(tmp_path / "a" / "demonstrations.jsonl"))
     prompts = list(read_jsonl(tmp_path / "a" / "prompts.jsonl"))
-    summary = read_json(tmp_path / "a" / "instruct.json")
     methods = Counter(r["origin"]["method"] for r in records)
     assert methods["program"] == 150 == metrics["gold"]
     assert methods["repurpose"] == 1 == metrics["repurpose"]
-    assert methods["rejection"] == metrics["rejection"] > 10
-    assert 0.4 < summary["acceptance"]["rate"] == metrics["acceptance"] < 0.9
+    alone = [stands_alone(r["messages"][-1]["content"]) for r in records]
+    assert 0.4 < sum(alone) / len(records) < 0.6, "both styles, half and half"
     tasks = oracle()
     for record in records:
         question, answer = (m["content"] for m in record["messages"])
@@ -179,7 +134,7 @@ def test_instruct_is_deterministic(tmp_path):
     build(tmp_path / "a")
     build(tmp_path / "b")
     build(tmp_path / "c", seed=1)
-    for name in ("demonstrations.jsonl", "prompts.jsonl", "instruct.json"):
+    for name in ("demonstrations.jsonl", "prompts.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
 
@@ -223,14 +178,18 @@ TASK = generate_tasks(Generators(0)["tasks"], 1, kinds=["add"])[0]
 WRONG = TASK.reference["wrong"][0]
 
 
-def pairs(*outputs, temperatures=(1.0,), **options):
+def graded(*outputs, temperatures=(1.0,)):
     grades = grade([TASK] * len(outputs), [one.text for one in outputs])
-    answers = [
+    return [
         GradedAnswer(
             TASK.prompt, one.text.strip(), one, verdict, temperatures[n % len(temperatures)]
         )
         for n, (one, verdict) in enumerate(zip(outputs, grades))
     ]
+
+
+def pairs(*outputs, temperatures=(1.0,), **options):
+    answers = graded(*outputs, temperatures=temperatures)
     made = make_pairs(TASK, answers, PreferConfig(**options), seed=0)
     return [(p["chosen"][0]["content"], p["rejected"][0]["content"], p["origin"]) for p in made]
 
@@ -251,9 +210,19 @@ def test_answers_whose_grader_failed_are_no_data(monkeypatch):
     monkeypatch.setitem(GRADERS, "exact", Grader(failed_grader, GRADERS["exact"].fault))
     assert TASK.grader == "exact"
     assert pairs(output("5"), output(TASK.reference["answer"]), program_rejected=False) == []
-    engine = FakeEngine(lambda prompt, seed: output(TASK.reference["answer"]))
-    demonstrations, acceptance = rejection_sample(engine, [TASK], 4, 1.0, 16, seed=0)
-    assert (demonstrations, acceptance["samples"], acceptance["correct"]) == ([], 0, 0)
+
+
+def test_a_right_answer_with_a_closing_line_loses_against_one_that_stands_alone():
+    right = TASK.reference["answer"]
+    answers = [output(with_closing(right)), output(right), output(with_closing(WRONG))]
+    (style, both) = make_pairs(TASK, graded(*answers), PreferConfig(), seed=0)
+    assert {pair["chosen"][0]["content"] for pair in (style, both)} == {right}
+    assert style["rejected"][0]["content"] == with_closing(right)
+    assert style["criteria"] == {"style": 1}
+    assert style["origin"]["principle"] == both["origin"]["principle"] == "no-padding"
+    assert both["criteria"] == {"correctness": 1, "style": 1}
+    ((chosen, _, origin),) = pairs(output(with_closing(right)))
+    assert (chosen, origin["chosen"]) == (right, "program")
 
 
 def test_pairs_tell_the_temperature_of_each_answer_that_the_model_gave():
@@ -314,10 +283,8 @@ def test_configurations_are_closed_and_documented(config):
 
 
 def test_tasks_share_conversations(tmp_path):
-    config = InstructConfig(
-        demonstrations=90, turns=3, repurposed=0, rejection_prompts=0, prompts=0
-    )
-    build_demonstrations(config, [], FakeEngine(None), 1, tmp_path)
+    config = InstructConfig(demonstrations=90, turns=3, repurposed=0, prompts=0)
+    build_demonstrations(config, [], 1, tmp_path)
     records = list(read_jsonl(tmp_path / "demonstrations.jsonl"))
     sizes = Counter(len(r["origin"]["tasks"]) for r in records)
     assert set(sizes) == {1, 2, 3}

@@ -379,13 +379,6 @@ def write_instruct(folder: Path) -> None:
         folder / "prompts.jsonl",
         [{"prompt": r["messages"][:1], "origin": r["origin"]} for r in records[::3]],
     )
-    rates = {
-        task: {"samples": 100, "correct": 10 * i, "rate": 0.1 * i} for i, task in enumerate(CHANCE)
-    }
-    dump(
-        folder / "instruct.json",
-        {"acceptance": {"samples": 500, "correct": 100, "rate": 0.2, "by_task": rates}},
-    )
 
 
 def write_prefer(folder: Path) -> None:

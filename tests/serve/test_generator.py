@@ -5,7 +5,7 @@ import pytest
 from openqwen.engine import Endpoint, Engine, Sampling, Structure
 from openqwen.engine import endpoint as endpoint_file
 from openqwen.evaluate import answer_samples
-from openqwen.instruct.synthesize.rejection import sample_answers
+from openqwen.instruct.synthesize.preferences import sample_answers
 from openqwen.model import load_model
 from openqwen.support.errors import OpenQwenError
 from openqwen.tasks import Task

@@ -17,7 +17,9 @@ from openqwen.tasks.checkable import (
     draw_task,
     generate_tasks,
     split_of,
+    stands_alone,
     stream_tasks,
+    with_closing,
 )
 from openqwen.tasks.checkable.words import WORDS
 from problems import problem
@@ -57,6 +59,17 @@ def test_own_answers_pass_and_wrong_answers_fail(kind):
         assert task.reference["wrong"]
         wrong = ["", " ", task.question, answer + " x", answer + answer, "x" + answer]
         assert not any(passes(task, *task.reference["wrong"], *wrong)), task.question
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_closing_line_changes_the_style_and_not_the_grade(kind):
+    for task in many(kind, 20):
+        answer, wrong = task.reference["answer"], task.reference["wrong"]
+        closed = with_closing(answer)
+        assert passes(task, closed, f"{closed}\n") == [True, True]
+        bad = [*map(with_closing, wrong), with_closing(closed), "Done.", f"{answer} Done."]
+        assert not any(passes(task, *bad)), task.question
+        assert stands_alone(answer) and not stands_alone(f"{closed}\n")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from test_losses import tiny
@@ -79,10 +80,10 @@ def test_a_shared_prompt_gives_the_loss_and_gradient_of_separate_rows():
         AdvantageGroup(
             [1, 2, 3],
             [[4, 5], [6], [7, 8, 9]],
-            [1.0, -0.5, -0.5],
+            [[1.0, 1.0], [-0.5], [-0.5, 0.0, 0.2]],
             [[-1.0, -2.0], [-3.0], [math.nan] * 3],
         ),
-        AdvantageGroup([9, 8], [[7], [6, 5]], [-1.0, 1.0], [[-2.0], [-1.0, -1.0]]),
+        AdvantageGroup([9, 8], [[7], [6, 5]], [[-1.0], [1.0, 1.0]], [[-2.0], [-1.0, -1.0]]),
     ]
     shared = AnswerRows.of(groups)
     assert len(shared.rows.tokens) == 3 + 1 + 0 + 2 + 2 + 0 + 1
@@ -181,15 +182,43 @@ def test_answers_without_a_reward_have_no_part():
     group = RolloutGroup(0, outputs, [1.0, math.nan, 0.0, 0.0])
     made = AdvantageGroup.of(group, scale=False)
     assert made.answers == [[3], [6], [7]]
-    assert made.advantages == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+    assert sum(made.advantages, []) == pytest.approx([2 / 3, -1 / 3, -1 / 3])
     masked = AdvantageGroup.of(group, scale=False, mask_truncated=True)
     assert masked.answers == [[3], [6]]
-    assert masked.advantages == pytest.approx([2 / 3, -1 / 3])
+    assert sum(masked.advantages, []) == pytest.approx([2 / 3, -1 / 3])
     assert not varies(RolloutGroup(0, outputs, [math.nan] * 4))
     assert not varies(RolloutGroup(0, outputs, [0.5, 0.5, 0.5 + 1e-9, math.nan]))
     assert varies(group)
     nothing = AdvantageGroup.of(RolloutGroup(0, outputs, [math.nan] * 4), scale=True)
     assert nothing.pieces(100) == []
+
+
+def test_a_token_has_the_advantage_that_its_branch_adds():
+    answers = [[5, 6, 0], [5, 6, 0], [5, 7, 8, 0], [5, 6, 9]]
+    found = losses.token_advantages(answers, [1.0, 1.0, -1.0, -1.0])
+    third = 1 / 3
+    assert found[0] == found[1] == pytest.approx([0, third, 1 - third])
+    assert found[2] == pytest.approx([0, -1, 0, 0]), "nothing behind the token that decides"
+    assert found[3] == pytest.approx([0, third, -1 - third])
+
+
+def test_the_advantages_of_tokens_are_differences_of_means_and_sum_to_the_answers():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        answers = [[*rng.integers(1, 3, rng.integers(1, 6)).tolist(), 0] for _ in range(8)]
+        rewards = {str(answer): float(rng.integers(2)) for answer in answers}
+        whole = losses.group_advantages([rewards[str(answer)] for answer in answers])
+
+        def mean(start):
+            return np.mean([v for a, v in zip(answers, whole) if a[: len(start)] == start])
+
+        for ids, value, found in zip(answers, whole, losses.token_advantages(answers, whole)):
+            ends = range(len(ids))
+            expected = [mean(ids[: n + 1]) - (mean(ids[:n]) if n else 0) for n in ends]
+            assert found == pytest.approx(expected, abs=1e-12)
+            assert sum(found) == pytest.approx(value)
+    group = RolloutGroup(0, [answer(3, 4), answer(3, 5)], [1.0, 0.0])
+    assert AdvantageGroup.of(group, True, by_token=True).advantages[0] == pytest.approx([0, 1], 1e-3)
 
 
 def test_groups_without_variance_are_counted_and_teach_nothing(start, tmp_path):

@@ -26,7 +26,7 @@ extend:
   data: {tokens: 20000, context: 256, batch_tokens: 2048}
   train: {learning_rate: 1e-3}
   save: {seconds: 0.3}
-instruct: {demonstrations: 600, repurposed: 50, rejection_prompts: 20, rejection_samples: 2, prompts: 60}
+instruct: {demonstrations: 600, repurposed: 50, prompts: 60}
 sft: {epochs: 4, batch: 8, max_length: 200, train: {learning_rate: 3e-3}, save: {seconds: 0.3}}
 prefer: {prompts: 60, heldout_prompts: 30, samples: 2}
 reward: {batch: 16, max_length: 200, train: {learning_rate: 1e-3}, save: {seconds: 0.3}}

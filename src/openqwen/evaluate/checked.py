@@ -8,26 +8,27 @@ from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
 from openqwen.tasks import GradedAnswer, Task, answer_tasks
+from openqwen.tasks.checkable import stands_alone
 
 
-def sampled_right(
+def sampled_answers(
     generator: Generator,
     tasks: Sequence[Task],
     max_tokens: int,
     progress: Progress | None = None,
     temperature: float = 1.0,
     plain: bool = False,
-) -> list[bool]:
-    """Sample one answer to each task; returns which are right.
+) -> list[GradedAnswer]:
+    """Sample one answer to each task.
 
-    At temperature 1 their share is the expected score of the policy; greedy decoding hides how sure
-    a policy is. The seeds are always the same, so that chance changes little between two models.
+    At temperature 1 the share of right ones is the expected score of the policy; greedy decoding
+    hides how sure a policy is. The seeds are always the same, so that chance changes little between two models.
     plain: ask in plain text, for a model that has not learned the chat format.
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
     answers = answer_tasks(generator, tasks, sampling, range(len(tasks)), plain, progress)
     _check_graded(tasks, answers)
-    return [answer.grade.passed for answer in answers]
+    return answers
 
 
 def checked_accuracy(
@@ -41,8 +42,8 @@ def checked_accuracy(
 
     Returns:
         {"checked_accuracy", "chance", "checked_by_task": {kind: {"accuracy", "chance", "n"}},
-        "answers"}, where answers[i] is {"task", "prompt", "answer", "correct", "finish_reason"} of
-        tasks[i], "task" its kind.
+        "answers"}, where answers[i] is {"task", "prompt", "answer", "correct", "style",
+        "finish_reason"} of tasks[i]: "task" its kind, "style" whether the answer stands alone.
     """
     if not tasks:
         raise ValueError("there are no tasks to answer")
@@ -68,6 +69,7 @@ def checked_accuracy(
                 "prompt": answer.prompt,
                 "answer": answer.output.text,
                 "correct": answer.grade.passed,
+                "style": stands_alone(answer.text),
                 "finish_reason": answer.output.finish_reason,
             }
             for task, answer in zip(tasks, answers)

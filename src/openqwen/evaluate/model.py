@@ -12,7 +12,7 @@ from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import select
 from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.bits_per_byte import bits_per_byte, within_budget
-from openqwen.evaluate.checked import checked_accuracy, sampled_right
+from openqwen.evaluate.checked import checked_accuracy, sampled_answers
 from openqwen.evaluate.compare import Evaluation
 from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.copying import copying_scores
@@ -33,25 +33,27 @@ from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
 from openqwen.support.stage import CONVERSATION, CORPUS, MODEL, Effort, Stage, StageRun
 from openqwen.tasks import GradeCache, Task
-from openqwen.tasks.checkable import generate_tasks
+from openqwen.tasks.checkable import generate_tasks, stands_alone
 from openqwen.tokenizer import Tokenizer, load_tokenizer
 
 _SYNTHETIC = "tasks"  # a source that bits per byte is not measured on
-# Scores of the test split -> the temperature, and the field of an answer in test.jsonl.
+# Scores of the test split -> the temperature, and the fields of an answer in test.jsonl: whether it
+# is right, and whether it stands alone.
 # A model that is surer of itself scores as if it were sampled at a lower temperature, so models are
 # compared at each of these; _COOLER shows how much a lower temperature gains by itself.
 _TEMPERATURES = {
-    "test": (0.0, "correct"),
-    "test_at_0.7": (0.7, "correct_at_0.7"),
-    "test_sampled": (1.0, "sampled_correct"),
+    "test": (0.0, "correct", "style"),
+    "test_at_0.7": (0.7, "correct_at_0.7", "style_at_0.7"),
+    "test_sampled": (1.0, "sampled_correct", "sampled_style"),
 }
-_COOLER = (0.9, "correct_at_0.9")
+_COOLER = (0.9, "correct_at_0.9", "style_at_0.9")
 # The cost of scoring a byte, in training tokens: a third of a token, read twice, forward only.
 _SCORED = 0.25
 _HEADLINES = (  # what the line of a stage shows first
     "bits_per_byte",
     "test_accuracy",
     "test_sampled_accuracy",
+    "test_sampled_style",
     "test_gain",
     "test_sampled_gain",
     "copying_saved",
@@ -66,7 +68,7 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
     Inputs beside model and corpus: "base", the scores before SFT, and "start", those of the model
     that this one was trained from. Without "base" the model comes before SFT and is asked in plain
     text; with it, in the chat format. Scores whose names begin with `test_` are of tasks and
-    documents that no setting was chosen by.
+    documents that no setting was chosen by; "style" is the share of answers that stand alone.
     """
     config: EvaluateConfig = run.config
     folder = run.inputs["model"]
@@ -79,9 +81,9 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
     tasks = generate_tasks(Generators(0)["evaluate"], config.checked, split="heldout")
     with progress("checked tasks", 2 * len(tasks), "answers") as bar:
         checked = checked_accuracy(engine, tasks, config.max_tokens, bar, plain)
-        right = sampled_right(engine, tasks, config.max_tokens, bar, plain=plain)
+        sampled = sampled_answers(engine, tasks, config.max_tokens, bar, plain=plain)
     write_jsonl(run.output / "answers.jsonl", checked.pop("answers"))
-    scores |= {"sampled_accuracy": mean(right)} | checked
+    scores |= {"sampled_accuracy": mean(a.grade.passed for a in sampled)} | checked
     if config.tasks:
         scores |= _benchmark_scores(engine, tokenizer, run, plain)
     if not plain:
@@ -161,26 +163,27 @@ def _test_scores(generator: Generator, config: EvaluateConfig, run: StageRun) ->
     itself at 1.0.
     """
     tasks = generate_tasks(Generators(0)["test"], config.test, split="test")
-    sampled = [(t, field) for t, field in _TEMPERATURES.values() if t > 0]
+    sampled = [one for one in _TEMPERATURES.values() if one[0] > 0]
     if "start" not in run.inputs:
         sampled.append(_COOLER)
     with progress("test tasks", (1 + len(sampled)) * len(tasks), "answers") as bar:
         answers = checked_accuracy(generator, tasks, config.max_tokens, bar)["answers"]
-        for temperature, field in sampled:
-            right = sampled_right(generator, tasks, config.max_tokens, bar, temperature)
-            for answer, correct in zip(answers, right, strict=True):
-                answer[field] = correct
+        for temperature, field, style in sampled:
+            graded = sampled_answers(generator, tasks, config.max_tokens, bar, temperature)
+            for answer, one in zip(answers, graded, strict=True):
+                answer |= {field: one.grade.passed, style: stands_alone(one.text)}
     write_jsonl(run.output / "test.jsonl", answers)
     # Questions that put one problem in different words are right or wrong together.
     problems = [task.origin["problem"] for task in tasks]
     scores: dict[str, Any] = {}
-    for name, (_, field) in _TEMPERATURES.items():
-        scores |= _accuracy(f"{name}_accuracy", _right(answers, field), problems)
+    for name, (_, field, style) in _TEMPERATURES.items():
+        scores |= _share(f"{name}_accuracy", _right(answers, field), problems)
+        scores |= _share(f"{name}_style", _right(answers, style), problems)
     if "start" not in run.inputs:
         at_1, cooler = _right(answers, "sampled_correct"), _right(answers, _COOLER[1])
         return scores | _named("test_cooler_gain", *paired_gain(at_1, cooler, problems))
     before = list(read_jsonl(run.inputs["start"] / "test.jsonl"))
-    for name, (_, field) in _TEMPERATURES.items():
+    for name, (_, field, _) in _TEMPERATURES.items():
         gain = paired_gain(_right(before, field), _right(answers, field), problems)
         scores |= _named(f"{name}_gain", *gain)
     manifest = read_json(run.inputs["start"] / "manifest.json")
@@ -192,7 +195,7 @@ def _right(answers: list[dict[str, Any]], field: str) -> list[float]:
     return [float(answer[field]) for answer in answers]
 
 
-def _accuracy(name: str, right: list[float], problems: list[str]) -> dict[str, float]:
+def _share(name: str, right: list[float], problems: list[str]) -> dict[str, float]:
     """The mean, with the wider one of two intervals at each end."""
     lows, highs = zip(wilson_interval(sum(right), len(right)), grouped_interval(right, problems))
     return _named(name, mean(right), min(lows), max(highs))

@@ -10,8 +10,12 @@ _NEAR = 1.0  # a wrong answer sampled at this temperature or below is a near mis
 
 
 def near_misses(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The hard pairs, whose wrong answer was sampled from the model at temperature 1 or below."""
-    return [pair for pair in pairs if pair["origin"].get("temperature", math.inf) <= _NEAR]
+    """The hard pairs, whose wrong answer was sampled from the model at temperature 1 or below.
+
+    Pairs of two right answers, which differ in style, are none.
+    """
+    wrong = [p for p in pairs if "correctness" in p.get("criteria", ("correctness",))]
+    return [pair for pair in wrong if pair["origin"].get("temperature", math.inf) <= _NEAR]
 
 
 def win_rate(scores_a: Sequence[float], scores_b: Sequence[float]) -> dict[str, float]:

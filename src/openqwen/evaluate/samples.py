@@ -15,7 +15,7 @@ CONTINUATIONS = (
 )
 # The checkable ones are of the heldout split: no stage has trained on them.
 CHATS = (
-    "Give the sum of 5 and 18.",
+    "Give the sum of 18 and 2.",
     "What is the larger number, 67 or 57?",
     "How many words does this have: code frog note soup",
     "Write hand 2 times.",

@@ -14,7 +14,7 @@ from openqwen.support.progress import console, duration
 _INDENT = " " * 7
 _KEY_METRICS = 5  # how many of the metrics that a stage returns are shown
 # Metrics whose names end so are shown in per cent.
-_SHARES = ("accuracy", "chance", "win_rate", "win_rate_checked", "acceptance", "share", "gain")
+_SHARES = ("accuracy", "chance", "win_rate", "win_rate_checked", "style", "share", "gain")
 _LABELS = {"tokens_per_second": "tokens/s", "checked_accuracy": "checked tasks"}
 _ACTION_STYLE = {"reuse": "dim", "run": "bold cyan", "resume": "bold cyan", "blocked": "bold red"}
 

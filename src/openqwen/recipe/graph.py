@@ -46,11 +46,7 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ("evaluate-extend", "openqwen.evaluate.model", {"model": "extend", "corpus": "corpus"}),
     ("upcycle", "openqwen.train.upcycle", None),
     ("merge", "openqwen.train.merge", None),
-    (
-        "instruct",
-        "openqwen.instruct.synthesize.demonstrations",
-        {"corpus": "corpus", "model": "extend"},
-    ),
+    ("instruct", "openqwen.instruct.synthesize.demonstrations", {"corpus": "corpus"}),
     ("sft", "openqwen.train.sft", {"model": "extend", "demonstrations": "instruct"}),
     (
         "evaluate-sft",

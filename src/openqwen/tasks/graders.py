@@ -158,8 +158,9 @@ def check_task(task: Task, where: str) -> None:
 def _short(fault: Callable[[dict[str, Any], str], str]) -> Callable[..., list[Grade]]:
     """A grader of short answers, by a function (reference, answer) -> why it is wrong, or "".
 
-    White space around an answer is forgiven. An answer that is far longer than the reference's is
-    wrong unread: it could cost the parser any amount of time.
+    White space around an answer is forgiven, and so is reference["closing"] as its last line. An
+    answer that is far longer than the reference's is wrong unread: it could cost the parser any
+    amount of time.
     """
 
     def judge(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
@@ -167,6 +168,8 @@ def _short(fault: Callable[[dict[str, Any], str], str]) -> Callable[..., list[Gr
         for task, answer in zip(tasks, answers, strict=True):
             longest = max(_LONGEST, 4 * len(task.reference["answer"]))
             text = answer.strip() if len(answer) <= 10 * longest else answer
+            if closing := task.reference.get("closing"):
+                text = text.removesuffix(f"\n{closing}").rstrip()
             if len(text) > longest:
                 reason = f"longer than {longest} characters"
             else:
@@ -205,7 +208,9 @@ def _regex(reference: dict[str, Any], answer: str) -> str:
 
 
 def _answer_fault(reference: dict[str, Any]) -> str:
-    return "" if isinstance(reference.get("answer"), str) else "'answer' must be a text"
+    if not isinstance(reference.get("answer"), str):
+        return "'answer' must be a text"
+    return "" if isinstance(reference.get("closing", ""), str) else "'closing' must be a text"
 
 
 def _json_fault(reference: dict[str, Any]) -> str:
@@ -229,8 +234,8 @@ def _regex_fault(reference: dict[str, Any]) -> str:
     return _answer_fault(reference)
 
 
-# exact, json, regex compare the whole answer, without white space around it, with
-# reference["answer"]. exact: the same text. json: an equal JSON value, no key twice.
+# exact, json, regex compare the whole answer, without white space around it and without the last
+# line reference["closing"], where there is one, with reference["answer"]. exact: the same text. json: an equal JSON value, no key twice.
 # regex: reference["pattern"] matches all of it; `answer` is an example. Python's `re` has no time
 # limit: a pattern must not backtrack without bounds.
 # choice, code, instructions, judge, math, reward: see their files.

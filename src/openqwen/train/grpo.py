@@ -35,7 +35,13 @@ from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.train import losses
 from openqwen.train.branches import pack_answers
 from openqwen.train.compute import computing
-from openqwen.train.losses import Aggregate, Loss, group_advantages, token_log_probs
+from openqwen.train.losses import (
+    Aggregate,
+    Loss,
+    group_advantages,
+    token_advantages,
+    token_log_probs,
+)
 from openqwen.train.online import OnlineConfig, OnlineTraining
 from openqwen.train.optimizer import OptimizerConfig
 from openqwen.train.order import Epochs
@@ -79,6 +85,11 @@ class GrpoConfig(OnlineConfig):
         description="grpo: the mean over each answer's tokens. dapo: over all tokens alike."
         " dr-grpo: the sum over max_tokens, and advantages not over their deviation",
     )
+    credit: Literal["answer", "token"] = Field(
+        "answer",
+        description="answer: all tokens have the answer's advantage, as in GRPO. token: each has"
+        " what it adds, seen by the answers that share its beginning",
+    )
     beta: float = Field(1e-3, ge=0, description="weight of the divergence from the reference (k3)")
     clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped below 1 minus this")
     clip_high: float = Field(0.2, gt=0, description="and above 1 plus this; DAPO takes 0.28")
@@ -108,9 +119,9 @@ class GrpoConfig(OnlineConfig):
 
 @dataclass
 class AnswerRows:
-    """A micro-batch of A answers with N tokens together, each prompt computed once.
+    """A micro-batch of answers with N tokens together, each prompt computed once.
 
-    advantages: [A]. sampler: log-probabilities that the sampler reported, [N], NaN where it did
+    advantages: of the tokens, [N]. sampler: log-probabilities that the sampler reported, [N], NaN where it did
     not. old: the trainer's, before the episode's first step, where there are several steps.
     """
 
@@ -125,7 +136,7 @@ class AnswerRows:
     ) -> "AnswerRows":
         """Pack groups."""
         prompts = [(g.prompt, [list(answer) for answer in g.answers]) for g in groups]
-        advantages = [a for g in groups for a in g.advantages]
+        advantages = [value for g in groups for values in g.advantages for value in values]
         sampler = [value for g in groups for values in g.sampler for value in values]
         rows = pack_answers(prompts, device)
         return cls(
@@ -135,11 +146,11 @@ class AnswerRows:
 
 @dataclass
 class AdvantageGroup:
-    """A prompt and answers to it as token ids, with advantages and the sampler's numbers."""
+    """A prompt and answers to it as token ids, with their advantages and the sampler's numbers."""
 
     prompt: list[int]
     answers: list[list[int]]
-    advantages: list[float]
+    advantages: list[list[float]]
     sampler: list[list[float]]
 
     @property
@@ -148,20 +159,25 @@ class AdvantageGroup:
         return len(self.prompt) + sum(map(len, self.answers))
 
     @classmethod
-    def of(cls, group: RolloutGroup, scale: bool, mask_truncated: bool = False) -> Self:
+    def of(
+        cls, group: RolloutGroup, scale: bool, by_token: bool = False, mask_truncated: bool = False
+    ) -> Self:
         """The answers of a group that have a reward.
 
         An answer without a reward has no part in the mean either; a masked one has.
         """
         graded = group.graded()
-        advantages = group_advantages(graded.rewards, scale) if graded.rewards else []
+        whole = group_advantages(graded.rewards, scale) if graded.rewards else []
+        written = [output.written_ids for output in graded.outputs]
+        advantages = [[value] * len(ids) for ids, value in zip(written, whole)]
+        if by_token and written:
+            advantages = token_advantages(written, whole)
         made = cls(graded.outputs[0].prompt_ids if graded.outputs else [], [], [], [])
-        for output, advantage in zip(graded.outputs, advantages):
+        for output, ids, values in zip(graded.outputs, written, advantages):
             if mask_truncated and output.finish_reason == "length":
                 continue
-            ids = output.written_ids
             made.answers.append(ids)
-            made.advantages.append(advantage)
+            made.advantages.append(values)
             known = output.logprobs if len(output.logprobs) <= len(ids) else []
             made.sampler.append([*known, *[math.nan] * (len(ids) - len(known))])
         return made
@@ -222,7 +238,9 @@ class GrpoTraining(OnlineTraining):
         parts = []
         for start in range(0, config.batch, share):
             made = [
-                AdvantageGroup.of(group, self._scale, config.mask_truncated)
+                AdvantageGroup.of(
+                    group, self._scale, config.credit == "token", config.mask_truncated
+                )
                 for group in groups[start : start + share]
             ]
             pieces = [piece for group in made for piece in group.pieces(config.micro_tokens)]

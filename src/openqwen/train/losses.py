@@ -7,6 +7,7 @@ same rows divide the work of the head.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -194,7 +195,7 @@ Aggregate = Literal["answer", "token", "constant"]
 
 def grpo(
     policy_N: Tensor,
-    advantages_A: Tensor,
+    advantages: Tensor,
     lengths: Sequence[int],
     old_N: Tensor | None = None,
     reference_N: Tensor | None = None,
@@ -217,7 +218,8 @@ def grpo(
 
     Args:
         policy_N: log-probabilities of the N tokens of all A answers, end to end.
-        advantages_A: see `group_advantages`.
+        advantages: of each answer, [A] (see `group_advantages`), or of each token, [N] (see
+            `token_advantages`).
         lengths: tokens of each answer.
         old_N: the same log-probabilities before the first step on these answers; None: the
             policy's own, as it is in the first step.
@@ -232,7 +234,9 @@ def grpo(
         cap: largest w.
     """
     lengths_A = torch.tensor(lengths, device=policy_N.device)
-    advantages_N = advantages_A.repeat_interleave(lengths_A)
+    advantages_N = advantages
+    if len(advantages) < len(policy_N):
+        advantages_N = advantages.repeat_interleave(lengths_A)
     frozen_N = policy_N.detach()
     old_N = frozen_N if old_N is None else old_N
     ratio_N = (policy_N - old_N).exp()
@@ -276,3 +280,32 @@ def group_advantages(rewards: Sequence[float], scale: bool = True) -> list[float
         return [0.0] * len(rewards)
     deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / len(rewards))
     return [(r - mean) / (deviation + 1e-4 if scale else 1.0) for r in rewards]
+
+
+def token_advantages(
+    answers: Sequence[Sequence[int]], advantages: Sequence[float]
+) -> list[list[float]]:
+    """The advantage of each token of the answers to one prompt, from those of the answers.
+
+    The answers are paths of a tree that branches where they first differ. A branch is worth the
+    mean advantage of the answers through it, and a token what its branch is worth more than the
+    one before it. So what all answers share has none, the token that decides has most, and the
+    tokens behind it, which one answer alone has, have none: of these nothing is known, and in
+    GRPO they are noise. The tokens of an answer sum to its own advantage (tree advantages as in
+    TreeRPO, Yang et al. 2025, here from the samples that GRPO has anyway).
+    """
+    totals, counts = [math.fsum(advantages)], [len(answers)]
+    branches: dict[tuple[int, int], int] = {}
+    paths = []
+    for answer, advantage in zip(answers, advantages, strict=True):
+        path = [0]
+        for token in answer:
+            path.append(branches.setdefault((path[-1], token), len(totals)))
+            if path[-1] == len(totals):
+                totals.append(0.0)
+                counts.append(0)
+            totals[path[-1]] += advantage
+            counts[path[-1]] += 1
+        paths.append(path)
+    worth = [total / count for total, count in zip(totals, counts)]
+    return [[worth[b] - worth[a] for a, b in pairwise(path)] for path in paths]

@@ -1,4 +1,4 @@
-"""The `instruct` stage: demonstrations D from programs, the model itself and docstrings.
+"""The `instruct` stage: demonstrations D from programs and docstrings.
 
 It also keeps tasks as prompts for online DPO and GRPO.
 """
@@ -11,18 +11,15 @@ from typing import Any
 from pydantic import Field
 
 from openqwen.corpus.documents import read_documents
-from openqwen.engine import Engine, Generator
-from openqwen.instruct.synthesize.rejection import rejection_sample
-from openqwen.instruct.synthesize.repurpose import demonstrations_from_docstrings
-from openqwen.model import load_model
-from openqwen.support.device import best_device
-from openqwen.support.files import write_json, write_jsonl
+from openqwen.instruct.synthesize.docstrings import demonstrations_from_docstrings
+from openqwen.support.files import write_jsonl
 from openqwen.support.generators import Generators
 from openqwen.support.settings import Settings
-from openqwen.support.stage import CORPUS, MODEL, Effort, Stage, StageRun
+from openqwen.support.stage import CORPUS, Effort, Stage, StageRun
 from openqwen.tasks import Task
-from openqwen.tasks.checkable import generate_tasks
-from openqwen.tokenizer import load_tokenizer
+from openqwen.tasks.checkable import generate_tasks, with_closing
+
+_SPEED = 4_000  # tasks a second
 
 
 class InstructConfig(Settings):
@@ -32,82 +29,67 @@ class InstructConfig(Settings):
         20_000, ge=0, description="checkable tasks with the program's answer"
     )
     turns: int = Field(1, ge=1, description="most tasks in one conversation, drawn from 1 up")
-    repurposed: int = Field(2_000, ge=0, description="most demonstrations made from docstrings")
-    rejection_prompts: int = Field(
-        1_000, ge=0, description="tasks that the pre-trained model answers itself"
+    closing_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the program's answers with a closing line; preferences avoid it",
     )
-    rejection_samples: int = Field(4, ge=1, description="answers sampled for each of them")
-    rejection_temperature: float = Field(1.0, ge=0, description="sampling temperature")
-    max_tokens: int = Field(24, ge=1, description="longest sampled answer, in tokens")
+    repurposed: int = Field(2_000, ge=0, description="most demonstrations made from docstrings")
     prompts: int = Field(4_000, ge=0, description="prompts kept for online DPO and GRPO")
 
 
 def build_demonstrations(
     config: InstructConfig,
     documents: Iterable[dict[str, Any]],
-    generator: Generator,
     seed: int,
     folder: Path,
-    model: str | None = None,
 ) -> dict[str, float]:
-    """Write demonstrations.jsonl, prompts.jsonl and instruct.json into `folder`.
+    """Write demonstrations.jsonl and prompts.jsonl into `folder`.
 
-    The tasks with the program's answer, those that the model answers, and the prompts for later are
-    three draws from the train split, each with all kinds equally often. Kinds with few questions
-    come up in all three; most other questions in one.
+    The tasks with the program's answer and the prompts for later are two draws from the train
+    split, each with all kinds equally often. Kinds with few questions come up in both; most other
+    questions in one.
 
     Args:
         documents: the corpus's training documents.
-        generator: the pre-trained model.
-        model: its name, for `origin`.
 
     Returns:
-        Counts of records by method, and the share of the model's answers that are right.
+        Counts of records by method.
     """
     generators = Generators(seed)
     gold = generate_tasks(generators["instruct-tasks"], config.demonstrations)
-    answered = generate_tasks(generators["rejection-tasks"], config.rejection_prompts)
     kept = generate_tasks(generators["prompt-tasks"], config.prompts)
 
-    sampled, acceptance = rejection_sample(
-        generator,
-        answered,
-        config.rejection_samples,
-        config.rejection_temperature,
-        config.max_tokens,
-        seed,
-        model,
-    )
     docstrings = _repurposed(documents, generators, seed, config.repurposed)
-    records = _conversations(gold, config.turns, generators, seed)
-    records += sampled + docstrings
+    records = [*_conversations(gold, config, generators, seed), *docstrings]
     records = [records[i] for i in generators["order"].permutation(len(records))]
 
     write_jsonl(folder / "demonstrations.jsonl", records)
     write_jsonl(folder / "prompts.jsonl", (_prompt(task, seed) for task in kept))
-    write_json(folder / "instruct.json", {"acceptance": acceptance})
     return {
         "demonstrations": len(records),
         "gold": len(gold),
-        "rejection": len(sampled),
         "repurpose": len(docstrings),
         "prompts": len(kept),
-        "acceptance": acceptance["rate"],
     }
 
 
 def _conversations(
-    tasks: Sequence[Task], turns: int, generators: Generators, seed: int
+    tasks: Sequence[Task], config: InstructConfig, generators: Generators, seed: int
 ) -> list[dict[str, Any]]:
     """The tasks with the program's answers, in order, one to `turns` of them a conversation."""
+    closing = generators["closing"].random(len(tasks)) < config.closing_share
     records = []
     start = 0
     while start < len(tasks):
-        group = tasks[start : start + int(generators["turns"].integers(1, turns + 1))]
-        start += len(group)
+        group = tasks[start : start + int(generators["turns"].integers(1, config.turns + 1))]
         messages = []
-        for task in group:
-            messages += [*task.prompt, {"role": "assistant", "content": task.reference["answer"]}]
+        for number, task in enumerate(group, start):
+            answer = task.reference["answer"]
+            answer = with_closing(answer) if closing[number] else answer
+            messages += [*task.prompt, {"role": "assistant", "content": answer}]
+        start += len(group)
         kinds = [task.kind for task in group]
         origin = {"method": "program", "seed": seed, "parents": [], "tasks": kinds}
         records.append({"messages": messages, "origin": origin})
@@ -132,22 +114,20 @@ def _repurposed(
 
 
 def run_instruct(run: StageRun) -> dict[str, float]:
-    """Documents and the base model's samples → demonstrations D."""
+    """Tasks and documents → demonstrations D."""
     documents = read_documents(run.inputs["corpus"] / "train.parquet")
-    model = run.inputs["model"]
-    engine = Engine(load_model(model, device=best_device()), load_tokenizer(model))
-    return build_demonstrations(run.config, documents, engine, run.seed, run.output, model.name)
+    return build_demonstrations(run.config, documents, run.seed, run.output)
 
 
 def _effort(recipe: Any, roles: Collection[str]) -> Effort:
-    return Effort(answers=recipe.instruct.rejection_prompts * recipe.instruct.rejection_samples)
+    return Effort(seconds=(recipe.instruct.demonstrations + recipe.instruct.prompts) / _SPEED)
 
 
 STAGE = Stage(
     name="instruct",
     help="Make demonstrations without people.",
     config=InstructConfig,
-    inputs={"corpus": CORPUS, "model": MODEL},
+    inputs={"corpus": CORPUS},
     outputs=["demonstrations", "prompts"],
     run=run_instruct,
     estimate=_effort,

@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from os.path import commonprefix
 from typing import Any
 
 _NUMBER = r"-?(?:\d[\d,]{0,30}\.?\d{0,30}|\.\d{1,30})"
@@ -108,6 +109,21 @@ def most_different(paths: Sequence[str], count: int) -> list[int]:
         new = [edit_distance(path, paths[best]) for path in paths]
         nearest = [min(pair) for pair in zip(nearest, new, strict=True)]
     return sorted(chosen)
+
+
+def contrasts(right: Sequence[str], wrong: Sequence[str], count: int) -> list[tuple[str, str]]:
+    """Up to `count` pairs of a right and a wrong path that share their beginning.
+
+    The wrong ones are taken evenly from first to last. Each stands against the right one that
+    shares the longest beginning with it: the pair then differs in the error alone.
+    """
+    if not right or not count:
+        return []
+    if len(wrong) > count:
+        step = (len(wrong) - 1) / max(count - 1, 1)
+        wrong = [wrong[round(n * step)] for n in range(count)]
+    shared = lambda text, other: len(commonprefix([text, other]))  # noqa: E731
+    return [(max(right, key=lambda text: shared(text, other)), other) for other in wrong]
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -1,7 +1,9 @@
-"""The `prefer` stage: preferences P from the aligned model's right and wrong answers.
+"""The `prefer` stage: preferences P from the aligned model's own answers, judged by programs.
 
 Qwen2.5 report, section 4.2: the SFT model answers fresh queries; answers that pass the check are
-positives, those that fail are negatives.
+positives, those that fail are negatives. Two ways of `openqwen synthesize` meet here, with programs
+in place of a judge. Rejection sampling: an answer must be right. A constitution of one principle:
+an answer must stand alone (`tasks.checkable.closing`).
 """
 
 from collections import Counter
@@ -11,16 +13,18 @@ from typing import Any
 
 from pydantic import Field
 
-from openqwen.engine import Engine, Generator
-from openqwen.instruct.synthesize.rejection import sample_answers
+from openqwen.engine import Engine, Generator, Sampling
+from openqwen.instruct.synthesize.method import assistant
+from openqwen.instruct.synthesize.paths import contrasts
 from openqwen.model import load_model
 from openqwen.support.device import best_device
 from openqwen.support.files import write_json, write_jsonl
 from openqwen.support.generators import Generators
+from openqwen.support.progress import progress
 from openqwen.support.settings import Settings
 from openqwen.support.stage import MODEL, Effort, Stage, StageRun
-from openqwen.tasks import GradedAnswer, Task
-from openqwen.tasks.checkable import generate_tasks
+from openqwen.tasks import GradedAnswer, Task, answer_tasks
+from openqwen.tasks.checkable import PRINCIPLE, generate_tasks, stands_alone
 from openqwen.tokenizer import load_tokenizer
 
 
@@ -63,8 +67,9 @@ def build_preferences(
         model: its name, for `origin`.
 
     Returns:
-        Counts of pairs, the share of answers that are right, and the share of pairs in which the
-        model wrote both sides ("own_share").
+        Counts of pairs, the share of answers that are right ("sampled_accuracy"), that of those
+        that stand alone ("sampled_style"), and that of pairs in which the model wrote both sides
+        ("own_share").
     """
     rng = Generators(seed)["prefer-tasks"]
     groups = {
@@ -76,8 +81,9 @@ def build_preferences(
     answers = sample_answers(
         generator, tasks, config.samples, config.temperatures, config.max_tokens, seed, "prefer"
     )
-    right = [a.grade.passed for group in answers for a in group if a.grade.counts]
-    accuracy = sum(right) / max(1, len(right))
+    graded = [a for group in answers for a in group if a.grade.counts]
+    accuracy = sum(a.grade.passed for a in graded) / max(1, len(graded))
+    style = sum(stands_alone(a.text) for a in graded) / max(1, len(graded))
 
     pairs: dict[str, list[dict[str, Any]]] = {}
     remaining = iter(answers)
@@ -90,7 +96,7 @@ def build_preferences(
     authors = Counter(f"{pair['origin']['chosen']}/{pair['origin']['rejected']}" for pair in train)
     summary = {
         "by_author": dict(sorted(authors.items())),
-        "samples": len(right),
+        "samples": len(graded),
         "sampled_accuracy": accuracy,
     }
     write_json(folder / "prefer.json", summary)
@@ -98,9 +104,35 @@ def build_preferences(
         "pairs": len(train),
         "heldout_pairs": len(pairs["heldout"]),
         "sampled_accuracy": accuracy,
+        "sampled_style": style,
         "own_share": authors["model/model"] / len(train) if train else 0.0,
         "test_pairs": len(pairs["test"]),
     }
+
+
+def sample_answers(
+    generator: Generator,
+    tasks: Sequence[Task],
+    samples: int,
+    temperatures: Sequence[float],
+    max_tokens: int,
+    seed: int,
+    label: str,
+) -> list[list[GradedAnswer]]:
+    """Sample `samples` graded answers to each task, each with its own seed.
+
+    The n-th answer to a task is sampled at the n-th temperature; after the last comes the first.
+    """
+    seeds = Generators(seed)[label].integers(2**31, size=(len(tasks), samples))
+    answers: list[list[GradedAnswer]] = [[] for _ in tasks]
+    with progress(label, len(tasks) * samples, "answers") as work:
+        for n in range(samples):
+            temperature = temperatures[n % len(temperatures)]
+            sampling = Sampling(max_tokens=max_tokens, temperature=temperature)
+            batch = answer_tasks(generator, tasks, sampling, seeds[:, n].tolist(), progress=work)
+            for group, answer in zip(answers, batch, strict=True):
+                group.append(answer)
+    return answers
 
 
 def make_pairs(
@@ -112,32 +144,36 @@ def make_pairs(
 ) -> list[dict[str, Any]]:
     """Make up to `pairs_per_prompt` pairs of the sampled answers to one task.
 
-    An answer that did not end is never chosen (it would teach not to stop), and is rejected last.
+    The chosen answer is right and stands alone; the rejected one is wrong, or right with a closing
+    line. An answer that did not end is never chosen (it would teach not to stop), and is rejected
+    last.
 
     Returns:
-        Preference records. For a side that the model wrote, the origin holds the token ids that
+        Preference records; their "criteria" say by which the chosen side is better: "correctness",
+        "style" or both. For a side that the model wrote, the origin holds the token ids that
         were sampled, with the one that ended it ("chosen_ids", "rejected_ids"; encoding the text
         again would often give others), and the lowest temperature at which that text was sampled
         ("chosen_temperature"; "temperature" for the rejected side).
     """
     # Answers that ended come first: the ids of a text are those of its first answer.
     ordered = sorted(answers, key=lambda answer: not _ended(answer))
-    right = list(dict.fromkeys(a.text for a in ordered if a.grade.passed and _ended(a)))
-    wrong = list(dict.fromkeys(a.text for a in ordered if not a.grade.passed and a.grade.counts))
+    right = {answer.text for answer in answers if answer.grade.passed}
+    good = list(dict.fromkeys(a.text for a in ordered if _good(a) and _ended(a)))
+    bad = list(dict.fromkeys(a.text for a in ordered if not _good(a) and a.grade.counts))
     chosen_by = rejected_by = "model"
-    if not right and config.program_chosen:
-        right, chosen_by = [task.reference["answer"]], "program"
-    if not wrong and config.program_rejected:
-        wrong, rejected_by = task.reference["wrong"], "program"
-    if not right or not wrong:
-        return []
+    if not good and config.program_chosen:
+        good, chosen_by = [task.reference["answer"]], "program"
+    if not bad and config.program_rejected:
+        bad, rejected_by = task.reference["wrong"], "program"
     origin: dict[str, Any] = {"method": "rejection", "seed": seed, "parents": [], "task": task.kind}
     origin |= {"chosen": chosen_by, "rejected": rejected_by} | ({"model": model} if model else {})
-    count = 1 if rejected_by == "program" else config.pairs_per_prompt
     pairs = []
-    for rejected in _spread(wrong, count):
-        chosen = _nearest(rejected, right)
-        pair_origin = dict(origin)
+    for chosen, rejected in contrasts(
+        good, bad, 1 if rejected_by == "program" else config.pairs_per_prompt
+    ):
+        criteria = {"correctness": int(rejected not in right)}
+        criteria["style"] = int(not stands_alone(rejected))
+        pair_origin = origin | (PRINCIPLE if criteria["style"] else {})
         if chosen_by == "model":
             pair_origin |= _sampling(chosen, ordered, "chosen_ids", "chosen_temperature")
         if rejected_by == "model":
@@ -145,12 +181,17 @@ def make_pairs(
         pairs.append(
             {
                 "prompt": task.prompt,
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
+                "chosen": [assistant(chosen)],
+                "rejected": [assistant(rejected)],
+                "criteria": {name: better for name, better in criteria.items() if better},
                 "origin": pair_origin,
             }
         )
     return pairs
+
+
+def _good(answer: GradedAnswer) -> bool:
+    return answer.grade.passed and stands_alone(answer.text)
 
 
 def _ended(answer: GradedAnswer) -> bool:
@@ -163,26 +204,6 @@ def _sampling(
     """The first answer's token ids and the lowest temperature among the answers of this text."""
     same = [answer for answer in answers if answer.text == text]
     return {ids: same[0].output.written_ids, temperature: min(a.temperature for a in same)}
-
-
-def _nearest(wrong: str, right: Sequence[str]) -> str:
-    """The right answer that shares the longest beginning with a wrong one.
-
-    The pair then differs in the error alone.
-    """
-
-    def shared(text: str) -> int:
-        differences = [n for n, (a, b) in enumerate(zip(text, wrong)) if a != b]
-        return differences[0] if differences else min(len(text), len(wrong))
-
-    return max(right, key=shared)
-
-
-def _spread(texts: list[str], count: int) -> list[str]:
-    """`count` of the texts, evenly from first to last, and so over the temperatures."""
-    if len(texts) <= count or count == 1:
-        return texts[:count]
-    return [texts[round(i * (len(texts) - 1) / (count - 1))] for i in range(count)]
 
 
 def run_prefer(run: StageRun) -> dict[str, float]:

@@ -86,20 +86,17 @@ def _sources(run: Run, sources: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def demonstrations(run: Run) -> dict[str, Any] | None:
-    """Return counts by task and method, the share of right samples, and one example of a kind."""
+    """Return counts by task and method, and one example of a kind."""
     stage = run.stage("instruct")
     if stage is None:
         return None
     records = stage.jsonl("demonstrations.jsonl")
-    acceptance = (stage.json("instruct.json") or {}).get("acceptance") or {}
     methods = sorted({_kind(record)[0] for record in records})
     return {
         "total": len(records),
         "prompts": len(stage.jsonl("prompts.jsonl")),
         "methods": methods,
         "rows": _by_task([[r for r in records if _kind(r)[0] == method] for method in methods]),
-        "acceptance": acceptance,
-        "rates": acceptance.get("by_task") or {},
         "examples": _one_each(records),
     }
 

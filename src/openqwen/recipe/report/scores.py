@@ -58,6 +58,8 @@ SCORES = (
     Score("test_accuracy", "test, greedy", False, percent, 100, 1),
     Score("test_at_0.7_accuracy", "test, at 0.7", False, percent, 100, 1),
     Score("test_sampled_accuracy", "test, at 1.0", False, percent, 100, 1),
+    Score("test_style", "style, greedy", False, percent, 100, 1),
+    Score("test_sampled_style", "style, at 1.0", False, percent, 100, 1),
     Score("test_pair_accuracy", "pair accuracy, test", False, percent, 100, 1),
     Score("test_near_accuracy", "near misses, test", False, percent, 100, 1),
     Score("win_rate", "win rate (reward)", False, percent, 100, 1),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from openqwen.support.errors import OpenQwenError
+from openqwen.tasks.checkable.closing import CLOSING
 from openqwen.tasks.checkable.draft import Draft
 from openqwen.tasks.checkable.kinds_numbers import NUMBER_KINDS
 from openqwen.tasks.checkable.kinds_text import TEXT_KINDS
@@ -35,8 +36,9 @@ def split_of(problem: str) -> str:
 def draw_task(kind: str, rng: np.random.Generator) -> Task:
     """One task of a kind, from any split.
 
-    Its reference holds a right "answer", "wrong" ones that are plausible, and "chance"; its
-    origin the "kind" and the "problem", which decides the split. See `draft.Draft`.
+    Its reference holds a right "answer", "wrong" ones that are plausible, "chance", and the
+    "closing" line that may stand behind an answer; its origin the "kind" and the "problem", which
+    decides the split. See `draft.Draft`.
     """
     return _task(kind, KINDS[kind](rng))
 
@@ -44,6 +46,7 @@ def draw_task(kind: str, rng: np.random.Generator) -> Task:
 def _task(kind: str, draft: Draft) -> Task:
     digest = hashlib.sha256(draft.question.encode()).hexdigest()
     reference: dict[str, Any] = {"answer": draft.answer, "chance": draft.chance}
+    reference["closing"] = CLOSING
     if draft.pattern is not None:
         reference["pattern"] = draft.pattern
     task = Task(

@@ -13,23 +13,23 @@ def _near(value: int, *others: int) -> tuple[str, ...]:
 
 
 def add(rng: Generator) -> Draft:
-    """A number below 20 plus one below 10, in either order; no sum is likelier than 1/20."""
-    a, b = number(rng, 0, 19), number(rng, 0, 9)
+    """A number below 100 plus 1, 2 or 3, in either order; no sum is likelier than 1/100."""
+    a, b = number(rng, 0, 99), number(rng, 1, 3)
     form = pick(rng, *FORMS["add"])
     first, second = (a, b) if rng.integers(2) else (b, a)
     problem = problem_of("add", *sorted((a, b)))
     wrong = _near(a + b, a + b + 10, abs(a - b))
-    return Draft(problem, form.format(first, second), str(a + b), wrong, 1 / 20)
+    return Draft(problem, form.format(first, second), str(a + b), wrong, 1 / 100)
 
 
 def subtract(rng: Generator) -> Draft:
-    """A difference between 0 and 19, each equally often."""
-    difference, b = number(rng, 0, 19), number(rng, 0, 12)
+    """A number minus 1, 2 or 3; each difference between 0 and 99 equally often."""
+    difference, b = number(rng, 0, 99), number(rng, 1, 3)
     a = difference + b
     form = pick(rng, *FORMS["subtract"])
     wrong = _near(difference, difference + 10, a + b)
     problem = problem_of("subtract", a, b)
-    return Draft(problem, form.format(a=a, b=b), str(difference), wrong, 1 / 20)
+    return Draft(problem, form.format(a=a, b=b), str(difference), wrong, 1 / 100)
 
 
 def compare(rng: Generator) -> Draft:

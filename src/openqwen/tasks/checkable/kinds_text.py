@@ -147,17 +147,17 @@ def exact_words(rng: Generator) -> Draft:
 
 
 def equation(rng: Generator) -> Draft:
-    """A small sum or difference as `3 + 4 = 7`: its problems are those of `add` and `subtract`."""
-    a, b = number(rng, 0, 12), number(rng, 0, 12)
+    """A small sum or difference as `37 + 2 = 39`: its problems are those of `add` and `subtract`."""
+    a, b = number(rng, 0, 99), number(rng, 1, 3)
     sign = pick(rng, "+", "-")
     if sign == "-":
-        a, b = max(a, b), min(a, b)
+        a += b
     result = a + b if sign == "+" else a - b
     form = pick(rng, *FORMS["equation"])
     left = f"{a} {sign} {b}"
     wrong = (str(result), left, f"{left} = {result + 1}", f"{left} = {abs(result - 1)}")
     problem = problem_of("add", *sorted((a, b))) if sign == "+" else problem_of("subtract", a, b)
-    return Draft(problem, form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 169)
+    return Draft(problem, form.format(a=a, b=b, s=sign), f"{left} = {result}", wrong, 1 / 600)
 
 
 TEXT_KINDS = {

@@ -17,8 +17,14 @@ from pydantic import Field
 
 from openqwen.engine import Sampling
 from openqwen.instruct.synthesize.config import SynthesisConfig
-from openqwen.instruct.synthesize.method import Item, Message, Method, Steps, Work, assistant
-from openqwen.instruct.synthesize.paths import distinct, equations, holds, most_different
+from openqwen.instruct.synthesize.method import Item, Method, Steps, Work, assistant
+from openqwen.instruct.synthesize.paths import (
+    contrasts,
+    distinct,
+    equations,
+    holds,
+    most_different,
+)
 from openqwen.instruct.synthesize.problems import count_items, in_context, read_items
 from openqwen.instruct.synthesize.runner import synthesize
 from openqwen.support.stage import Stage, StageRun
@@ -107,7 +113,9 @@ class Rejection(Method):
         for path in self._selected(sound, work):
             work.demonstration([*asked, assistant(path.text)])
         wrong = list(dict.fromkeys(path.text for path in paths if path.right is False))
-        self._pairs(asked, [path.text for path in sound], wrong, work)
+        right = list(dict.fromkeys(path.text for path in sound))
+        for chosen, rejected in contrasts(right, wrong, config.pairs):
+            work.preference(asked, chosen, rejected)
 
     def _rights(
         self, task: Task, texts: Sequence[str], rewards: Sequence[float], work: Work
@@ -154,13 +162,6 @@ class Rejection(Method):
         indices = most_different([path.text for path in different], self.config.keep)
         return [different[index] for index in indices]
 
-    def _pairs(
-        self, asked: Sequence[Message], right: list[str], wrong: list[str], work: Work
-    ) -> None:
-        """Preferences: every wrong path once, each against the next right one."""
-        right = list(dict.fromkeys(right))
-        for number, rejected in enumerate(wrong[: self.config.pairs] if right else []):
-            work.preference(asked, right[number % len(right)], rejected)
 
 
 def final_answer(text: str) -> str | None:

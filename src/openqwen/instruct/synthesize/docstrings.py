@@ -1,7 +1,7 @@
-"""Data repurposing: text that people wrote becomes the answer to an instruction written for it.
+"""Data repurposing by a program: docstrings become the answers to questions about their functions.
 
-Qwen2 does this with literary works (report, section 4.1, "Data Repurposing"); here docstrings are
-the works, and the questions are "what does this do" and "write its docstring".
+`synthesize repurpose` lets a model write the instruction to a document (Qwen2 report, section 4.1).
+A docstring's can be read from its function: "what does this do", "write its docstring".
 """
 
 import ast

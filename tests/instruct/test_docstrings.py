@@ -1,6 +1,6 @@
 import pytest
 
-from openqwen.instruct.synthesize.repurpose import (
+from openqwen.instruct.synthesize.docstrings import (
     demonstrations_from_docstrings,
     described_functions,
     first_sentence,
