@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from openqwen.engine import Generator, Output, Sampling
+from openqwen.engine.workers import EngineWorkers
 from openqwen.model import Qwen2, load_model
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
@@ -120,7 +121,7 @@ class OnlineTraining(ABC):
         self._rewards = RewardSources(
             config.rewards, tokenizer, quarantine, reward_model, config.micro_tokens
         )
-        sampler = policy_generator(self.model, tokenizer, config.sampler)
+        sampler = policy_generator(self.model, tokenizer, config.sampler, place.scratch)
         self.rollouts = self.rollouts_of(*sampler, config.samples)
 
     def rollouts_of(
@@ -175,7 +176,11 @@ class OnlineTraining(ABC):
             beside=self.reference if self._moves else None,
             after=after,
         )
-        metrics = trainer.run()
+        try:
+            metrics = trainer.run()
+        finally:
+            if isinstance(self.rollouts.generator, EngineWorkers):
+                self.rollouts.generator.close()
         trainer.save_checkpoint(self.tokenizer)
         if self.world.main:
             shutil.copyfile(self.place.scratch / SAMPLES, self.place.output / SAMPLES)
