@@ -2,8 +2,8 @@
 
     requests → dealt in order, a block to each worker → engines → answers, as they end
 
-Each request brings its own seed, so an answer does not depend on the worker that gives it. Importing
-this file does not load torch.
+Each request brings its own seed, so an answer does not depend on the worker that gives it.
+Importing this file does not load torch.
 """
 
 import time
@@ -27,9 +27,9 @@ from openqwen.support.workers import (
     RetriedCall,
     WorkerCall,
     WorkerDied,
-    WorkKind,
     Workers,
     WorkersConfig,
+    WorkKind,
 )
 
 if TYPE_CHECKING:

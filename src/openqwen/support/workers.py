@@ -8,9 +8,9 @@ The work must be a pure function of what it is given. Then the results are the s
 of workers. Importing this file loads neither Ray nor torch.
 """
 
-import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -94,12 +94,13 @@ class Workers:
             machines = [{"CPU": _cpus(config)}]
         try:
             count, cpus, gpus = sizes(config, machines, engines)
+            held = (make, version("openqwen"), cpus)
             if kind == "ray":
                 needs = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": "SPREAD"}
                 actor = ray.remote(_Held).options(**needs)
-                self._start = lambda: _Actor(ray, actor.remote(make, version("openqwen")))
+                self._start = lambda: _Actor(ray, actor.remote(*held))
             else:
-                self._start = lambda: _Process(make, cpus)
+                self._start = lambda: _Process(held)
             for _ in range(count):
                 self._all.append(self._start())
         except BaseException:
@@ -148,7 +149,7 @@ class WorkerCall:
         died = isinstance(error, BrokenExecutor)
         if ray and isinstance(error, ray.exceptions.RayError):
             died = not isinstance(error, ray.exceptions.RayTaskError)  # that the method raised
-        return WorkerDied(str(error).strip().partition("\n")[0]) if died else None
+        return WorkerDied(_last_line(error)) if died else None
 
     def result(self) -> Any:
         """The result of the method, or its exception, where the call is done."""
@@ -158,6 +159,11 @@ class WorkerCall:
             return self.future.result()
         except OpenQwenError as error:  # Ray's copy of it repeats the worker's traceback
             raise getattr(error, "cause", error) from None
+
+
+def _last_line(error: object) -> str:
+    """What Ray's long messages end with: the cause."""
+    return str(error).strip().splitlines()[-1].strip()[:300]
 
 
 class DeathCount:
@@ -281,11 +287,12 @@ def _cpus(config: WorkersConfig) -> int:
 class _Held:
     """What a worker process holds: the object, from the first call on."""
 
-    def __init__(self, make: Callable[[], Any], version: str):
-        self._make, self._version, self._object = make, version, None
+    def __init__(self, make: Callable[[], Any], version: str, threads: int):
+        self._make, self._version, self._threads, self._object = make, version, threads, None
 
     def call(self, method: str, arguments: Sequence[Any]) -> Any:
         if self._object is None:
+            os.environ["OMP_NUM_THREADS"] = str(self._threads)
             if (here := version("openqwen")) != self._version:
                 what = f"A worker has OpenQwen {here}, and the program that asks {self._version}."
                 do = "install the same version on all machines"
@@ -295,13 +302,13 @@ class _Held:
 
 
 class _Process:
-    """A process of this machine. threads: of each numeric library."""
+    """A process of this machine. held: the arguments of `_Held`."""
 
-    def __init__(self, make: Callable[[], Any], threads: int):
+    def __init__(self, held: tuple[Callable[[], Any], str, int]):
         spawn = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-        self._pool = ProcessPoolExecutor(1, spawn, _begin, (make, version("openqwen")))
+        self._pool = ProcessPoolExecutor(1, spawn, _begin, held)
         before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the libraries are loaded
+        os.environ["OMP_NUM_THREADS"] = str(held[-1])  # read when libraries are loaded
         try:
             self._pool.submit(os.getpid)  # starts the process
         finally:
@@ -328,9 +335,9 @@ class _Process:
 _held: _Held | None = None  # in a worker process of this machine
 
 
-def _begin(make: Callable[[], Any], version: str) -> None:
+def _begin(make: Callable[[], Any], version: str, threads: int) -> None:
     global _held
-    _held = _Held(make, version)
+    _held = _Held(make, version, threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -366,6 +373,7 @@ class _Actor:
 def _joined(config: WorkersConfig) -> Iterator[Any]:
     """The module `ray`, joined to a cluster, which is started here if none is named."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on all interfaces
     try:
         import ray
     except ImportError:
@@ -379,13 +387,14 @@ def _joined(config: WorkersConfig) -> Iterator[Any]:
             folder = TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
             here = {"_temp_dir": stack.enter_context(folder), "object_store_memory": _OBJECTS}
             here |= {"num_cpus": _cpus(config), "include_dashboard": False}
-            here |= {"_node_ip_address": "127.0.0.1"}
         if not ray.is_initialized():  # by the caller
             terminated = signal.getsignal(signal.SIGTERM)
             try:
+                if found := re.fullmatch(r"([^:/]+):(\d+)", address):  # Ray tries for minutes
+                    socket.create_connection((found[1], int(found[2])), timeout=10).close()
                 ray.init(address, log_to_driver=False, logging_level="ERROR", **here)
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                what = f"Ray cannot be reached: {str(error).strip().partition(chr(10))[0]}"
+            except (OSError, RuntimeError, ValueError) as error:
+                what = f"The Ray cluster is not reached: {_last_line(error)}"
                 raise OpenQwenError(what, address, "check it by `ray status`") from None
             stack.callback(ray.shutdown)
             if threading.current_thread() is threading.main_thread():
