@@ -9,6 +9,7 @@ from published_forms import write_all
 from tiny_chat import model, tokenizer
 
 import openqwen.cli
+from openqwen.engine.workers import EngineSource
 from openqwen.evaluate import command
 from openqwen.evaluate.compare import compare_on, guess_published, read_evaluation
 from openqwen.model import save_checkpoint
@@ -50,7 +51,7 @@ def test_results_answers_and_reports_are_written(place, capsys):
 
 
 def test_a_second_run_loads_no_model_and_gives_the_same_scores(place, monkeypatch, capsys):
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(EngineSource, "load", None)
     path = place / "out" / "other" / "results.json"
     before, rows = json.loads(path.read_text()), (path.parent / "answers/gsm8k.jsonl").read_text()
     assert run(place, "other", "--tasks", "gsm8k") == 0

@@ -38,6 +38,7 @@ from openqwen.engine.seeds import seed_of
 from openqwen.engine.text import TextStream
 from openqwen.model import Qwen2, kernels
 from openqwen.model.quantize import QuantizedQwen2
+from openqwen.model.quantize import refresh as refresh_quantized
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.progress import Progress
 from openqwen.tokenizer import Tokenizer
@@ -237,6 +238,14 @@ class Engine(Generator):
         self._scheduler.restart(self.version + 1 if version is None else version)
         self._runner.refresh()
         self._weights = self._fingerprint()
+
+    def replace_weights(self, new: Qwen2, version: int) -> None:
+        """Copy the weights of a network of the same configuration into this one; see `refresh`."""
+        if isinstance(self.model, QuantizedQwen2):
+            refresh_quantized(self.model, new)
+        else:
+            self.model.load_state_dict(new.state_dict())
+        self.refresh(version)
 
     def generate(
         self,

@@ -6,7 +6,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -142,6 +142,8 @@ class Output:
             of those from `Sampling.prompt_logprobs_from` on.
         stop_id: the token that ended the answer, if one did.
         versions: of each of token_ids, the version of the weights that computed it.
+        drawn_logprobs: of each of token_ids, its log-probability under the distribution that it was
+            drawn from, with penalties, temperature and cuts; empty if a server does not tell.
     """
 
     text: str = ""
@@ -152,11 +154,16 @@ class Output:
     prompt_logprobs: list[float] = field(default_factory=list)
     stop_id: int | None = None
     versions: list[int] = field(default_factory=list)
+    drawn_logprobs: list[float] = field(default_factory=list)
 
     @property
     def written_ids(self) -> list[int]:
         """All tokens that the model wrote: `token_ids`, and the token that ended the answer."""
         return self.token_ids if self.stop_id is None else [*self.token_ids, self.stop_id]
+
+    def detached(self) -> "Output":
+        """The answer alone, if this is a request of an engine, which knows much more."""
+        return Output(*(getattr(self, one.name) for one in fields(Output)))
 
 
 class Continuation(NamedTuple):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from openqwen.engine.engine import Engine
     from openqwen.engine.request import Request
 
-Ended = list[tuple[Hashable, Output | OpenQwenError]]
+Ended = list[tuple[Any, Output | OpenQwenError]]  # (the tag that was given, answer or error)
 _WAIT = 0.2  # seconds of one wait: between two of them Python handles signals such as Ctrl-C
 
 

@@ -28,8 +28,6 @@ class Request(Output):
         priority: requests of a larger priority go first.
         cache_key: what else the keys depend on; requests share pages only if theirs are equal.
         draft_length, lookup: how speculation goes; None before the first draft.
-        drawn_logprobs: of each answer token, its log-probability under the distribution that it was
-            drawn from, with penalties, temperature and cuts (`logprobs`: the model's own).
         top: of each answer token, the likeliest tokens at its position.
         prompt_top: the likeliest tokens at each position of `prompt_logprobs`.
         arrived, started, first_token, finished: seconds of `time.monotonic`.
@@ -54,7 +52,6 @@ class Request(Output):
     draft_length: "DraftLength | None" = None
     lookup: "PromptLookup | None" = None
 
-    drawn_logprobs: list[float] = field(default_factory=list)
     top: list[TopTokens] = field(default_factory=list)
     prompt_top: list[TopTokens] = field(default_factory=list)
 

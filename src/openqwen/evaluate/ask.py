@@ -6,20 +6,24 @@ killed continues where it was, and a second one asks nothing.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from openqwen.engine import Engine, Generator, Output, Prompt, Sampling
+from openqwen.engine import Generator, Output, Prompt, Sampling
+from openqwen.engine.lanes import open_lane
+from openqwen.engine.workers import EngineWorkers
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import parse_json
 from openqwen.support.progress import Progress
 from openqwen.tasks import GradeCache
 from openqwen.tokenizer import Tokenizer
 
-_PART = 1_024  # prompts that are queued at a time
+_PART = 1_024  # most prompts that are queued at once
 _GREEDY = asdict(Sampling())
 
 
@@ -72,8 +76,8 @@ class Subject:
     """The model that is evaluated.
 
     Args:
-        load: makes the generator, when a question is asked that is not known; of an `Engine` the
-            likelihoods of choices are computed once where their prompts begin alike.
+        load: makes the generator, when a question is asked that is not known; engines of ours
+            compute the common beginnings of prompts once.
         tokenizer: the model's; None where a server alone knows it.
         identity: a digest of the weights, or the URL and the name at a server.
         cache: what it answered before.
@@ -90,6 +94,16 @@ class Subject:
     def generator(self) -> Generator:
         """What answers; loaded when it is first used."""
         return self.load()
+
+    @cached_property
+    def longest(self) -> float:
+        """Most tokens of prompt and answer; a server alone knows its own limit."""
+        return getattr(self.generator, "longest", math.inf)
+
+    def close(self) -> None:
+        """End the worker processes of the generator, if it has any."""
+        if "generator" in self.__dict__ and isinstance(self.generator, EngineWorkers):
+            self.generator.close()
 
     def generate(
         self,
@@ -109,44 +123,38 @@ class Subject:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         missing = self._missing(keys, progress)
-        if missing and isinstance(self.generator, Engine):
-            for index in [i for i in missing if len(prompts[i]) >= self.generator.longest]:
-                missing.remove(index)
-                self.cache.put(keys[index], Reply(finish_reason="length"))
-                progress.advance()
+        for index in [i for i in missing if len(prompts[i]) >= self.longest]:
+            missing.remove(index)
+            self.cache.put(keys[index], Reply(finish_reason="length"))
+            progress.advance()
         missing.sort(key=lambda i: json.dumps(prompts[i]))  # common beginnings follow each other
-        for start in range(0, len(missing), _PART):
-            part = missing[start : start + _PART]
-            asked = ([prompts[i] for i in part], sampling, [seeds[i] for i in part])
-            for place, output in _finished(self.generator, *asked):
-                reply = Reply(output.text, len(output.token_ids), output.finish_reason or "error")
-                self.cache.put(keys[part[place]], reply)
-                progress.advance()
+        for index, output in self._answers(missing, lambda i: (prompts[i], sampling, seeds[i])):
+            reply = Reply(output.text, len(output.token_ids), output.finish_reason or "error")
+            self.cache.put(keys[index], reply)
+            progress.advance()
         return [self._known(key) for key in keys]
 
     def likelihoods(
         self, pairs: Sequence[tuple[list[int], list[int]]], progress: Progress
     ) -> list[Reply]:
         """Score continuations after contexts (token ids); the beginning of a long one is cut."""
+
+        def request(index: int) -> tuple[Prompt, Sampling, int]:
+            context, continuation, first = *pairs[index], 0
+            if self.longest < math.inf:
+                context, continuation = fitted(context, continuation, int(self.longest) - 1)
+                first = len(context)  # what is before it may come from the prefix cache
+            sampling = Sampling(max_tokens=1, prompt_logprobs=0, prompt_logprobs_from=first)
+            return [*context, *continuation], sampling, 0
+
         keys = [self._key("score", context, continuation) for context, continuation in pairs]
         missing = self._missing(keys, progress)
         missing.sort(key=lambda i: pairs[i])  # common beginnings follow each other
-        for start in range(0, len(missing), _PART):
-            part = missing[start : start + _PART]
-            if isinstance(engine := self.generator, Engine):
-                cut = [fitted(*pairs[i], engine.longest - 1) for i in part]
-                scored = [found.logprobs for found in engine.score_continuations(cut, progress)]
-            else:
-                prompts: list[Prompt] = [[*pairs[i][0], *pairs[i][1]] for i in part]
-                sampling = Sampling(max_tokens=1, prompt_logprobs=0)
-                outputs = self.generator.generate(prompts, sampling, progress=progress)
-                scored = [
-                    output.prompt_logprobs[-len(pairs[i][1]) :] for i, output in zip(part, outputs)
-                ]
-            for index, logprobs in zip(part, scored, strict=True):
-                # An impossible token has −∞, which JSON cannot hold.
-                finite = [max(-1e9, value) for value in logprobs]
-                self.cache.put(keys[index], Reply(logprobs=finite))
+        for index, output in self._answers(missing, request):
+            # An impossible token has −∞, which JSON cannot hold.
+            finite = [max(-1e9, value) for value in output.prompt_logprobs[-len(pairs[index][1]) :]]
+            self.cache.put(keys[index], Reply(logprobs=finite))
+            progress.advance()
         return [self._known(key) for key in keys]
 
     def check(self, name: str, prompt: str | list[dict[str, Any]], choices: bool) -> None:
@@ -181,6 +189,24 @@ class Subject:
         progress.done += len(keys) - len(first)
         return list(first.values())
 
+    def _answers(
+        self, indices: list[int], request: Callable[[int], tuple[Prompt, Sampling, int]]
+    ) -> Iterator[tuple[int, Output]]:
+        """Ask what `request` says for each index; yield its answer when it ends."""
+        if not indices:  # then no model is loaded
+            return
+        most, waiting = getattr(self.generator, "concurrency", _PART), iter(indices)
+        with open_lane(self.generator) as lane:
+            while True:
+                for index in islice(waiting, most - lane.open):
+                    lane.submit(index, *request(index))
+                if not lane.open:
+                    return
+                for index, answer in lane.wait():
+                    if isinstance(answer, OpenQwenError):
+                        raise answer
+                    yield index, answer
+
     def _known(self, key: str) -> Reply:
         reply = self.cache.get(key)
         assert reply is not None
@@ -206,23 +232,3 @@ def split_pair(tokenizer: Tokenizer, context: str, text: str) -> tuple[list[int]
         return [tokenizer.endoftext_id], whole
     first = min(len(before), len(whole) - 1)
     return whole[:first], whole[first:]
-
-
-def _finished(
-    generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
-) -> Iterator[tuple[int, Output]]:
-    """Each answer with its place, in the order in which they end."""
-    if not isinstance(generator, Engine):
-        yield from enumerate(generator.generate(prompts, sampling, seeds))
-        return
-    places: dict[Output, int] = {}
-    try:
-        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            places[generator.submit(prompt, sampling, seed)] = place
-        while generator.busy:
-            for event in generator.step():
-                if event.finish_reason and event.request in places:
-                    yield places.pop(event.request), event.request
-    finally:
-        for request in places:
-            generator.cancel(request)  # type: ignore[arg-type]

@@ -11,14 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from openqwen.engine import Endpoint, Engine
+from openqwen.engine import Endpoint, Generator
+from openqwen.engine.workers import EngineSource, EngineWorkers
 from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import REPORTS, Benchmark, load_benchmark, names, select
 from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.compare import RESULTS, Evaluation, guess_published, read_evaluation
 from openqwen.evaluate.items import find_files, load_items
 from openqwen.evaluate.report import write_reports
-from openqwen.model import load_model
 from openqwen.support.command import command
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError
@@ -26,6 +26,7 @@ from openqwen.support.files import sha256
 from openqwen.support.hub import HUB, local
 from openqwen.support.page.text import percent, signed
 from openqwen.support.progress import console, duration, notice
+from openqwen.support.workers import WorkersConfig, WorkKind
 from openqwen.tasks import GradeCache
 from openqwen.tokenizer import load_tokenizer
 
@@ -35,6 +36,7 @@ ABOUT = (
     "stage:"
 )
 _WIDTH = 130  # characters: the table is printed whole, in narrower terminals too
+_ALONE = WorkersConfig()
 _HASHED = 2**30  # bytes; of larger files size and time of change are taken in place of the content
 
 
@@ -54,6 +56,8 @@ def evaluate(
     published: str | None = None,
     output: Path | None = None,
     cache: Path | None = None,
+    engine: WorkKind = "single",
+    workers: WorkersConfig = _ALONE,
 ) -> None:
     """Score a model on benchmarks; answers that are known are not asked again.
 
@@ -74,6 +78,8 @@ def evaluate(
             model's name says.
         output: The folder of the results; default: evaluations/MODEL.
         cache: The folder of known answers; default: `cache` beside the output.
+        engine: Where MODEL runs: in this process, in several, or on a Ray cluster.
+        workers: The processes of --engine processes and ray.
     """
     if list_:
         _list([load_benchmark(name) for name in names()] if not tasks else select(tasks), data)
@@ -88,7 +94,7 @@ def evaluate(
         loaded.append((benchmark, items, sums))
     output = output or Path("evaluations") / "-".join(filter(None, [Path(model).name, quantize]))
     cache = cache or output.parent / "cache"
-    subject = _subject(model, quantize, generator, served_name, cache)
+    subject = _subject(model, quantize, generator, served_name, cache, engine, workers)
     for benchmark, items, _ in loaded:  # what cannot be asked must not stop the run later
         subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
     evaluation = _open(output, model, subject, published, quantize)
@@ -99,6 +105,8 @@ def evaluate(
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on with the answers that are known.")
         raise
+    finally:
+        subject.close()
     page = write_reports(output, [evaluation])
     table = _table(evaluation, [benchmark.name for benchmark, _, _ in loaded])
     Console(width=max(console.width, _WIDTH)).print(table)
@@ -169,8 +177,17 @@ def _at_hand(tasks: str, data: Path | None) -> list[Benchmark]:
 
 
 def _subject(
-    model: str, quantize: Any, url: str | None, served_name: str | None, cache: Path
+    model: str,
+    quantize: Any,
+    url: str | None,
+    served_name: str | None,
+    cache: Path,
+    engine: WorkKind,
+    workers: WorkersConfig,
 ) -> Subject:
+    if url is not None and engine != "single":
+        what = "Workers need a model that they can load, not a server."
+        raise OpenQwenError(what, f"--engine {engine}", "leave out --engine or --generator")
     if url is not None:
         name = served_name or model
         tokenizer = load_tokenizer(model) if Path(model).exists() else None
@@ -182,8 +199,9 @@ def _subject(
     # The version: another one may compute other last digits.
     identity = f"{_digest(path)} {quantize} {device.type} {version('openqwen')}"
 
-    def load() -> Engine:
-        return Engine(load_model(path, device=device, quantize=quantize), tokenizer)
+    def load() -> Generator:
+        source = EngineSource(path, quantize)
+        return source.load() if engine == "single" else EngineWorkers(source, engine, workers)
 
     return Subject(load, tokenizer, identity, *_caches(cache, identity))
 

@@ -15,7 +15,6 @@ import torch
 from openqwen.engine.score import criteria_scores
 from openqwen.http.errors import ApiError
 from openqwen.model import Scorer, load_model
-from openqwen.model.quantize import QuantizedQwen2, refresh
 from openqwen.serve.answers import TextResponse
 from openqwen.serve.bridge import Bridge
 from openqwen.serve.protocol import (
@@ -238,15 +237,7 @@ class Api:
         if new.config != model.config:
             message = f"The weights of version {version} have another configuration."
             raise ApiError(409, message, "version")
-
-        def load() -> None:
-            if isinstance(model, QuantizedQwen2):
-                refresh(model, new)
-            else:
-                model.load_state_dict(new.state_dict())
-            engine.refresh(version)
-
-        await self.bridge.call(load)
+        await self.bridge.call(partial(engine.replace_weights, new, version))
         return {"version": engine.version}
 
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, model_validator
 
 from openqwen.engine import Generator, Output, Sampling
+from openqwen.engine.workers import EngineWorkers
 from openqwen.model import Qwen2, load_model
 from openqwen.model.lora import LoraConfig, add_adapters
 from openqwen.support.device import best_device
@@ -170,7 +171,7 @@ class OnlineTraining(ABC):
             config.rewards, tokenizer, quarantine, reward_model, config.micro_tokens
         )
         self._rewards.check(self.pool.records)
-        sampler = policy_generator(self.model, tokenizer, config.sampler)
+        sampler = policy_generator(self.model, tokenizer, config.sampler, place.scratch)
         self.rollouts = self.rollouts_of(*sampler, config.samples)
 
     def rollouts_of(
@@ -225,7 +226,11 @@ class OnlineTraining(ABC):
             beside=self.reference if self._moves else None,
             after=after,
         )
-        metrics = trainer.run()
+        try:
+            metrics = trainer.run()
+        finally:
+            if isinstance(self.rollouts.generator, EngineWorkers):
+                self.rollouts.generator.close()
         if self._online.lora.rank:
             trainer.full_model = merged_network(trainer, self._online.lora, self._start)
         trainer.save_checkpoint(self.tokenizer)

@@ -12,7 +12,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +20,7 @@ import httpx
 from pydantic import Field
 
 from openqwen.engine import Endpoint, Engine, Generator, Output, Prompt, Sampling
-from openqwen.engine.request import Request
+from openqwen.engine.workers import EngineSource, EngineWorkers
 from openqwen.model import Qwen2, save_checkpoint
 from openqwen.model.quantize import quantize
 from openqwen.model.quantize import refresh as refresh_quantized
@@ -28,6 +28,7 @@ from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, replace_folder
 from openqwen.support.generators import Generators
 from openqwen.support.settings import Settings
+from openqwen.support.workers import WorkersConfig, WorkKind
 from openqwen.tokenizer import Tokenizer
 from openqwen.train.parallel import World, copy_weights, join
 from openqwen.train.trainer import EpisodeError
@@ -37,10 +38,20 @@ _RELOAD = 600.0  # seconds that a server may take to load new weights
 
 
 class SamplerConfig(Settings):
-    """What samples: the trained network in this process, or a server with OpenAI's API."""
+    """What samples: engines of ours, or a server with OpenAI's API."""
 
+    engine: WorkKind = Field(
+        "single",
+        exclude=True,  # not in the artifact's key: the answers do not depend on it
+        description="where our engine runs: in this process, in several, or on a Ray cluster",
+    )
+    workers: WorkersConfig = Field(
+        default_factory=WorkersConfig,
+        exclude=True,
+        description="the processes of engine processes and ray, for each rank",
+    )
     quantize: Literal["none", "int8", "int4"] = Field(
-        "none", description="sample in this process with rounded weights, on a CPU"
+        "none", description="sample with rounded weights, on a CPU"
     )
     url: str = Field(
         "", description="base URL of the server, such as http://127.0.0.1:8000/v1; empty: none"
@@ -49,7 +60,8 @@ class SamplerConfig(Settings):
     weights: Path | None = Field(
         None,
         description="folder that both see, for new weights: openqwen serve's --weights, or the"
-        " folder that vLLM was started from; without it the server keeps its weights",
+        " folder that vLLM was started from; without it the server keeps its weights, and workers"
+        " get theirs through the stage's own folder",
     )
     server: Literal["openqwen", "vllm"] = Field(
         "openqwen",
@@ -144,10 +156,9 @@ class Rollouts:
         """An answer with token ids, and log-probabilities under what each token was drawn from."""
         if output.finish_reason == "error":
             return Output(finish_reason="error")
-        if isinstance(output, Request):  # of the engine in this process
-            names = ("text", "token_ids", "finish_reason", "prompt_ids", "stop_id", "versions")
-            given = {name: getattr(output, name) for name in names}
-            return Output(**given, logprobs=output.drawn_logprobs)
+        output = output.detached()
+        if output.drawn_logprobs:  # of an engine of ours
+            output.logprobs, output.drawn_logprobs = output.drawn_logprobs, []
         if self.tokenizer and output.text and not output.token_ids:
             output.token_ids = self.tokenizer.encode(output.text)
             output.logprobs = []
@@ -167,19 +178,26 @@ class Rollouts:
 
 
 def policy_generator(
-    model: Qwen2, tokenizer: Tokenizer, config: SamplerConfig
+    model: Qwen2, tokenizer: Tokenizer, config: SamplerConfig, scratch: Path
 ) -> tuple[Generator, Callable[[int], None]]:
     """A generator with the weights of a model in training, and its `refresh`.
 
     Call this before the model is sharded. In one process our engine holds the very module that
     trains. Over several ranks, where that one is sharded, each rank holds a whole copy, which
     `refresh` fills.
+
+    Args:
+        scratch: the stage's folder, for checkpoints that worker processes load.
+
+    Raises:
+        OpenQwenError: both a server and workers are named.
     """
     world = join()
     copied = None if world.alone else copy.deepcopy(model).requires_grad_(False)
     whole = model if copied is None else copied
-    if config.url:
-        endpoint, sent = Endpoint(config.url, config.model), set[int]()
+    if config.url or config.engine != "single":
+        remote = _remote(config, scratch)
+        sent = set[int]()
 
         def hand_over(step: int) -> None:
             if step in sent:
@@ -187,10 +205,16 @@ def policy_generator(
             sent.add(step)
             if copied is not None:
                 copy_weights(model, copied)
-            if world.main and config.weights:
+            if isinstance(remote, EngineWorkers):
+                folder = remote.source.path.parent
+                if world.main:
+                    save_weights(whole, tokenizer, folder, step)
+                # The workers load it when they are asked; then it is complete on every rank.
+                remote.source = replace(remote.source, path=folder / str(step), version=step)
+            elif world.main and config.weights:
                 send_weights(whole, tokenizer, config, step)
 
-        return endpoint, hand_over
+        return remote, hand_over
     rounded = None if config.quantize == "none" else quantize(whole, config.quantize)
     engine = Engine(rounded or whole, tokenizer)
 
@@ -204,6 +228,28 @@ def policy_generator(
     return engine, refresh
 
 
+def _remote(config: SamplerConfig, scratch: Path) -> Endpoint | EngineWorkers:
+    if not config.url:
+        folder = config.weights or scratch / "weights"
+        kind = None if config.quantize == "none" else config.quantize
+        return EngineWorkers(EngineSource(folder / "0", kind), config.engine, config.workers)
+    if config.engine != "single":
+        what = "Either workers sample, or a server."
+        raise OpenQwenError(what, "sampler.engine, sampler.url", "give one of the two")
+    return Endpoint(config.url, config.model)
+
+
+def save_weights(model: Qwen2, tokenizer: Tokenizer, folder: Path, version: int) -> None:
+    """Save a checkpoint as the subfolder of that number; remove those of smaller numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = fresh_folder(folder / ".aside")
+    save_checkpoint(model, tokenizer, aside)
+    replace_folder(aside, folder / str(version))
+    for old in [path for path in folder.iterdir() if path.name.isdecimal()]:
+        if int(old.name) < version:
+            shutil.rmtree(old)
+
+
 def send_weights(model: Qwen2, tokenizer: Tokenizer, config: SamplerConfig, version: int) -> None:
     """Save a checkpoint where a server finds it, and tell the server to load it.
 
@@ -212,18 +258,17 @@ def send_weights(model: Qwen2, tokenizer: Tokenizer, config: SamplerConfig, vers
     """
     folder = config.weights
     assert folder is not None
-    folder.mkdir(parents=True, exist_ok=True)
     root = config.url.rstrip("/").removesuffix("/v1")
-    aside = fresh_folder(folder / ".aside")
-    save_checkpoint(model, tokenizer, aside)
     calls: list[tuple[str, Any]]
     if config.server == "vllm":
+        aside = fresh_folder(folder / ".aside")
+        save_checkpoint(model, tokenizer, aside)
         for file in aside.iterdir():
             file.replace(folder / file.name)
         aside.rmdir()
         calls = [("/collective_rpc", {"method": "reload_weights"}), ("/reset_prefix_cache", {})]
     else:
-        replace_folder(aside, folder / str(version))
+        save_weights(model, tokenizer, folder, version)
         calls = [("/update_weights", {"version": version})]
     for path, body in calls:
         try:
@@ -234,7 +279,3 @@ def send_weights(model: Qwen2, tokenizer: Tokenizer, config: SamplerConfig, vers
         if problem:
             what = f"The server did not take the weights of step {version}: {problem}"
             raise OpenQwenError(what, root + path, "look at its log; then run the command again")
-    if config.server == "openqwen":
-        for old in [path for path in folder.iterdir() if path.name.isdecimal()]:
-            if int(old.name) < version:
-                shutil.rmtree(old)

@@ -8,10 +8,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from openqwen.engine import Endpoint, Generator
+from openqwen.engine import Endpoint, EngineConfig, Generator
+from openqwen.engine.workers import EngineSource, EngineWorkers
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.hub import local
 from openqwen.support.settings import Settings
+from openqwen.support.workers import WorkersConfig, WorkKind
 
 
 class EndpointConfig(Settings):
@@ -51,6 +53,16 @@ class SynthesisConfig(Settings):
     quantize: Literal["int8", "int4"] | None = Field(
         None, description="quantise the weights when they are loaded"
     )
+    engine: WorkKind = Field(
+        "single",
+        exclude=True,  # as the limits: what a run makes does not depend on it
+        description="where the model runs: in this process, in several, or on a Ray cluster",
+    )
+    workers: WorkersConfig = Field(
+        default_factory=WorkersConfig,
+        exclude=True,
+        description="the processes of --engine processes and ray",
+    )
     endpoint: EndpointConfig = Field(
         default_factory=EndpointConfig, description="a server in place of the model"
     )
@@ -82,6 +94,9 @@ def open_generators(
         what = "Name a model or a server." if given is None else "A model and a server are named."
         do = "give --model FOLDER, or --endpoint.url URL and --endpoint.name NAME"
         raise OpenQwenError(what, "model, endpoint", do)
+    if given is None and config.engine != "single":
+        what = "Workers need a model that they can load, not a server."
+        raise OpenQwenError(what, f"engine {config.engine}", "give --model in place of --endpoint")
     generators = {}
     if given is None:
         generators["model"] = _server(config.endpoint, config.limits.concurrency)
@@ -105,15 +120,13 @@ def _server(config: EndpointConfig, concurrency: int) -> tuple[Generator, str, s
 
 
 def _engine(path: Path, config: SynthesisConfig) -> tuple[Generator, str, str]:
-    from openqwen.engine import Engine, EngineConfig
-    from openqwen.model import load_model
-    from openqwen.support.device import best_device
-    from openqwen.tokenizer import load_tokenizer
-
-    device = "cpu" if config.quantize and best_device().type != "cuda" else best_device()
-    model = load_model(path, device=device, quantize=config.quantize)
-    settings = EngineConfig(max_running=max(config.limits.concurrency, 1))
-    engine = Engine(model, load_tokenizer(path), settings)
+    most = config.limits.concurrency
+    source = EngineSource(path, config.quantize, EngineConfig(max_running=most))
+    engine: Generator
+    if config.engine == "single":
+        engine = source.load()
+    else:
+        engine = EngineWorkers(source, config.engine, config.workers, most)
     return engine, path.name, _identity(path, config.quantize)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from openqwen.engine import Generator, Output
 from openqwen.engine.lanes import Lane, open_lane
+from openqwen.engine.workers import EngineWorkers
 from openqwen.instruct.synthesize.batches import BatchWork
 from openqwen.instruct.synthesize.config import SynthesisConfig, open_generators
 from openqwen.instruct.synthesize.journal import CallLog, Journal, ModelCall
@@ -67,7 +68,11 @@ def synthesize(method: Method, run: StageRun, total: int | None = None) -> dict[
     generators = open_generators(config, run.inputs)
     reward = getattr(config, "reward", None)  # a folder or a hub id
     runner = Synthesis(method, generators, config, run.seed, run.output, run.scratch, reward)
-    return runner.run(total)
+    with ExitStack() as stack:
+        for generator, _, _ in generators.values():
+            if isinstance(generator, EngineWorkers):
+                stack.enter_context(generator)
+        return runner.run(total)
 
 
 class Synthesis:
