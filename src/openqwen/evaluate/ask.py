@@ -6,7 +6,7 @@ killed continues where it was, and a second one asks nothing.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from openqwen.engine import Engine, Generator, Output, Prompt, Sampling
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import parse_json
 from openqwen.support.progress import Progress
-from openqwen.tasks import GradeCache
+from openqwen.tasks import GradeCache, GraderModel
 from openqwen.tokenizer import Tokenizer
 
 _PART = 1_024  # prompts that are queued at a time
@@ -78,6 +78,7 @@ class Subject:
         identity: a digest of the weights, or the URL and the name at a server.
         cache: what it answered before.
         grades: how such answers were graded before.
+        judges: the models that grade answers, by the names that graders know.
     """
 
     load: Callable[[], Generator]
@@ -85,6 +86,7 @@ class Subject:
     identity: str
     cache: ReplyCache
     grades: GradeCache | None = None
+    judges: Mapping[str, GraderModel] = field(default_factory=dict)
 
     @cached_property
     def generator(self) -> Generator:

@@ -6,13 +6,14 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from openqwen.engine import Prompt, Sampling
 from openqwen.evaluate.ask import Reply, Subject, split_pair
-from openqwen.evaluate.benchmark import Benchmark
+from openqwen.evaluate.benchmark import Benchmark, BenchmarkAnswer
+from openqwen.evaluate.bradley_terry import pairwise_scores
 from openqwen.evaluate.intervals import (
     grouped_interval,
     pass_at_k,
@@ -20,13 +21,15 @@ from openqwen.evaluate.intervals import (
     wilson_interval,
 )
 from openqwen.evaluate.items import BenchmarkItem
+from openqwen.evaluate.judges import grade_answers
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
-from openqwen.tasks import Grade, grade
+from openqwen.tasks import Grade, Task
 
 Row = dict[str, Any]
 _SHOWN_K = (1, 5, 10, 25, 50, 100)
+_NO_RESULT = (Grade(False, 0.0, "no result", "no_answer"), list[int]())
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ def run_benchmark(
     else:
         rows = _answer(benchmark, items, subject, options)
     scores = summary(rows)
+    if benchmark.answer and benchmark.answer.metric == "pairwise" and scores["n"]:
+        kept = [row for row in rows if row["games"]]
+        scores |= pairwise_scores(kept, benchmark.answer.baseline)
+    if benchmark.judged:
+        scores["judge"] = ", ".join(model.identity for model in subject.judges.values())
     scores |= {"seconds": round(time.monotonic() - started, 1), "protocol": benchmark.protocol}
     form = benchmark.choices or benchmark.answer
     assert form is not None
@@ -89,44 +97,118 @@ def _answer(
     subject: Subject,
     options: BenchmarkOptions,
 ) -> list[Row]:
+    """Ask all questions, turn by turn, and grade the answers: a row for each."""
+    questions = [
+        _Question(item, sample, item.task, item.prompt)
+        for item in items
+        for sample in range(options.samples)
+        if item.task
+    ]
+    rows = []
+    while questions:
+        replies = _replies(benchmark, questions, subject, options)
+        rows += _graded(benchmark, questions, replies, subject)
+        asked = zip(questions, replies, strict=True)
+        questions = [later for one, reply in asked if (later := one.next(reply.text))]
+    places = {item.id: place for place, item in enumerate(items)}
+    return sorted(rows, key=lambda row: (places[row["id"]], row["sample"], row.get("turn", 1)))
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One message of a user to answer: the turn of a sample of an item."""
+
+    item: BenchmarkItem
+    sample: int
+    task: Task
+    prompt: str | list[dict[str, Any]]
+    turn: int = 1
+
+    def next(self, answer: str) -> "_Question | None":
+        """The next turn of the conversation; None after the last."""
+        if self.turn > len(self.item.turns):
+            return None
+        task = self.item.turns[self.turn - 1]
+        before = [*self.task.prompt, {"role": "assistant", "content": answer}]
+        prompt = [*before, *task.prompt]
+        return _Question(
+            self.item, self.sample, replace(task, prompt=prompt), prompt, self.turn + 1
+        )
+
+
+def _replies(
+    benchmark: Benchmark,
+    questions: Sequence[_Question],
+    subject: Subject,
+    options: BenchmarkOptions,
+) -> list[Reply]:
+    """The answers, in order; questions of one temperature are asked together."""
     form = benchmark.answer
     assert form is not None
-    sampling = Sampling(
-        max_tokens=options.max_tokens or form.max_tokens,
-        temperature=options.temperature,
-        stop=tuple(form.stop),
-    )
-    prompts: list[Prompt] = []
-    seeds = []
-    for item in items:
-        prompts += [subject.prompt(item.prompt)] * options.samples
-        draw = Generators(options.seed)[f"answers/{benchmark.name}/{item.id}"]
-        seeds += draw.integers(2**63, size=options.samples).tolist()
-    with progress(benchmark.name, len(prompts), "answers") as bar:
-        replies = subject.generate(prompts, sampling, seeds, bar)
-    asked = [item for item in items for _ in range(options.samples)]
+    groups: dict[float, list[int]] = {}
+    for place, question in enumerate(questions):
+        own = question.item.temperature
+        groups.setdefault(options.temperature if own is None else own, []).append(place)
+    replies: dict[int, Reply] = {}
+    turn = questions[0].turn
+    label = benchmark.name if turn == 1 else f"{benchmark.name}, turn {turn}"
+    with progress(label, len(questions), "answers") as bar:
+        for temperature, places in groups.items():
+            most = options.max_tokens or form.max_tokens
+            sampling = Sampling(most, temperature=temperature, stop=tuple(form.stop))
+            prompts: list[Prompt] = [subject.prompt(questions[place].prompt) for place in places]
+            seeds = [_seed(benchmark, questions[place], options) for place in places]
+            found = subject.generate(prompts, sampling, seeds, bar)
+            replies |= dict(zip(places, found, strict=True))
+    return [replies[place] for place in range(len(questions))]
+
+
+def _seed(benchmark: Benchmark, question: _Question, options: BenchmarkOptions) -> int:
+    """The seed of an answer, which depends on its question alone, whatever else is asked."""
+    name = f"answers/{benchmark.name}/{question.item.id}"
+    draw = Generators(options.seed)[name if question.turn == 1 else f"{name}/{question.turn}"]
+    return int(draw.integers(2**63, size=options.samples)[question.sample])
+
+
+def _graded(
+    benchmark: Benchmark,
+    questions: Sequence[_Question],
+    replies: Sequence[Reply],
+    subject: Subject,
+) -> list[Row]:
+    form = benchmark.answer
+    assert form is not None
     texts = [_extracted(reply.text, form.extract, form.first) for reply in replies]
-    tasks = [item.task for item in asked if item.task]
     found = {place: text for place, text in enumerate(texts) if text is not None}
-    grades = dict.fromkeys(range(len(asked)), Grade(False, 0.0, "no result", "no_answer"))
     with progress(f"{benchmark.name}, graded", len(found), "answers") as bar:
-        judged = grade(
-            [tasks[place] for place in found],
-            list(found.values()),
-            cache=subject.grades,
-            progress=bar,
-        )
-    grades |= dict(zip(found, judged, strict=True))
+        tasks = [questions[place].task for place in found]
+        judged = grade_answers(tasks, list(found.values()), subject.judges, subject.grades, bar)
+    grades = dict(zip(found, judged, strict=True))
     rows = []
-    for place, (item, reply) in enumerate(zip(asked, replies, strict=True)):
-        row = _row(item, place % options.samples, grades[place])
-        if form.metric == "accuracy":
-            row["score"] = float(row["passed"])
+    for place, (question, reply) in enumerate(zip(questions, replies, strict=True)):
+        verdict, games = grades.get(place, _NO_RESULT)
+        row = _row(question.item, question.sample, verdict)
+        if question.item.turns:
+            row |= {"turn": question.turn, "prompt": question.prompt}
+        row["score"] = _score(form, question.task, verdict)
         row |= {"answer": reply.text, "tokens": reply.tokens, "finish": reply.finish_reason}
         if form.extract and place in found:
             row["extracted"] = found[place]
-        rows.append(row | {"reference": item.task.reference if item.task else {}})
+        reference = question.task.reference
+        if question.task.grader == "pairwise":
+            row |= {"games": games, "other": reference["other"]}
+        rows.append(row | {"reference": reference})
     return rows
+
+
+def _score(form: BenchmarkAnswer, task: Task, verdict: Grade) -> float:
+    """The score of an answer by the benchmark's metric, from 0 to 1."""
+    if form.metric == "accuracy":
+        return float(verdict.passed)
+    # A reward model in place of the judge has no scale.
+    if form.metric == "rating" and task.grader == "judge" and verdict.reason.startswith("rated"):
+        return (verdict.raw or 0.0) / float(task.reference.get("scale", (1, 10))[1])
+    return verdict.score
 
 
 def _row(item: BenchmarkItem, sample: int, verdict: Grade) -> Row:
@@ -205,6 +287,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     groups: dict[str, list[Row]] = {}
     for row in kept:
         groups.setdefault(row["category"], []).append(row)
+        if "turn" in row:
+            groups.setdefault(f"turn {row['turn']}", []).append(row)
     result["categories"] = {}
     if len(groups) > 1:
         for name, group in sorted(groups.items()):
@@ -212,7 +296,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     samples = Counter(row["id"] for row in kept)
     right = Counter(row["id"] for row in kept if row["passed"])
     fewest = min(samples.values())
-    if fewest > 1:
+    if fewest > 1 and "turn" not in kept[0]:
         result["pass_at"] = {
             str(k): fmean(pass_at_k(n, right[item], k) for item, n in samples.items())
             for k in sorted({*_SHOWN_K, fewest})

@@ -1,6 +1,7 @@
 """`openqwen evaluate MODEL --tasks …`: published benchmarks, and the comparison of two results."""
 
 import hashlib
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,8 @@ from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import REPORTS, Benchmark, load_benchmark, names, select
 from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.compare import RESULTS, Evaluation, guess_published, read_evaluation
-from openqwen.evaluate.items import find_files, load_items
+from openqwen.evaluate.items import at_hand, load_items
+from openqwen.evaluate.judges import load_judge
 from openqwen.evaluate.report import write_reports
 from openqwen.model import load_model
 from openqwen.support.command import command
@@ -51,6 +53,8 @@ def evaluate(
     quantize: Literal["int8", "int4"] | None = None,
     generator: str | None = None,
     served_name: str | None = None,
+    judge: str | None = None,
+    judge_name: str | None = None,
     published: str | None = None,
     output: Path | None = None,
     cache: Path | None = None,
@@ -70,6 +74,9 @@ def evaluate(
         quantize: Store the weights in 8 or 4 bits.
         generator: The URL of an OpenAI-compatible server that answers in place of MODEL.
         served_name: The model's name at that server; default: MODEL.
+        judge: The model that grades open answers: a folder, a .gguf file, a hub id, the URL of an
+            OpenAI-compatible server, or a reward model.
+        judge_name: The judge's name at its server.
         published: Suite and size to compare with, such as qwen2.5-instruct:0.5B; default: as the
             model's name says.
         output: The folder of the results; default: evaluations/MODEL.
@@ -83,12 +90,14 @@ def evaluate(
         raise OpenQwenError("No model is named.", do=do)
     options = BenchmarkOptions(seed, samples, temperature, max_tokens)
     loaded = []
-    for benchmark in _at_hand(tasks, data):
+    for benchmark in _at_hand(tasks, data, judge is not None):
         items, sums = load_items(benchmark, data, seed, limit)
         loaded.append((benchmark, items, sums))
     output = output or Path("evaluations") / "-".join(filter(None, [Path(model).name, quantize]))
     cache = cache or output.parent / "cache"
     subject = _subject(model, quantize, generator, served_name, cache)
+    if judge is not None:
+        subject = replace(subject, judges=load_judge(judge, judge_name, cache, _digest))
     for benchmark, items, _ in loaded:  # what cannot be asked must not stop the run later
         subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
     evaluation = _open(output, model, subject, published, quantize)
@@ -145,18 +154,27 @@ def compare(
     console.print(f"report   {page}", markup=False)
 
 
-def _at_hand(tasks: str, data: Path | None) -> list[Benchmark]:
-    """The chosen benchmarks; those of a suite whose data is not at hand are left out, and named."""
+def _at_hand(tasks: str, data: Path | None, judged: bool) -> list[Benchmark]:
+    """The chosen benchmarks; those of a suite that cannot be asked here are left out, and named."""
     if data is not None and not data.is_dir():
         raise OpenQwenError("There is no such folder.", data, "give the folder of the data")
     chosen = select(tasks)
     named = {Path(name.strip()).stem for name in tasks.split(",")}
     kept: list[Benchmark] = []
     absent: list[Benchmark] = []
+    unjudged: list[Benchmark] = []
     for benchmark in chosen:
-        parts = ["test", "shots"] if benchmark.prompt.shots else ["test"]
-        here = all(find_files(benchmark, data, part) for part in parts)
-        (kept if benchmark.name in named or here else absent).append(benchmark)
+        if benchmark.judged and not judged:
+            unjudged.append(benchmark)
+        elif benchmark.name in named or at_hand(benchmark, data):
+            kept.append(benchmark)
+        else:
+            absent.append(benchmark)
+    if wanted := [benchmark.name for benchmark in unjudged if benchmark.name in named]:
+        what = f"A judge grades the answers of {', '.join(wanted)}."
+        raise OpenQwenError(what, "--judge", "give a model, a reward model or a server's URL")
+    if unjudged:
+        console.print(f"Left out without --judge: {', '.join(b.name for b in unjudged)}.")
     if absent:
         console.print(
             f"Left out, as their data is not at hand: {', '.join(b.name for b in absent)}. "
@@ -210,7 +228,7 @@ def _list(benchmarks: list[Benchmark], data: Path | None) -> None:
     for column in ("benchmark", "protocol", "source", "licence", "data"):
         table.add_column(column, overflow="fold")
     for benchmark in benchmarks:
-        here = bool(find_files(benchmark, data))
+        here = at_hand(benchmark, data)
         hub = any(pattern.startswith(HUB) for pattern in benchmark.data.test)
         where = "at hand" if here else f"{'hub, or ' if hub else ''}{benchmark.get}"
         protocol = f"{benchmark.protocol} ({benchmark.protocol_source})"
