@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from openqwen.engine import Engine, Generator, Output, Prompt, Sampling
+from openqwen.model import LongContext
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import parse_json
 from openqwen.support.progress import Progress
@@ -127,20 +128,27 @@ class Subject:
         return [self._known(key) for key in keys]
 
     def likelihoods(
-        self, pairs: Sequence[tuple[list[int], list[int]]], progress: Progress
+        self,
+        pairs: Sequence[tuple[list[int], list[int]]],
+        progress: Progress,
+        way: LongContext | None = None,
     ) -> list[Reply]:
-        """Score continuations after contexts (token ids); the beginning of a long one is cut."""
-        keys = [self._key("score", context, continuation) for context, continuation in pairs]
+        """Score continuations after contexts (token ids); the beginning of a long one is cut.
+
+        way: how they are read; None: as the engine decides by their length.
+        """
+        more = [] if way is None else [repr(way)]
+        keys = [self._key("score", *pair, *more) for pair in pairs]
         missing = self._missing(keys, progress)
         missing.sort(key=lambda i: pairs[i])  # common beginnings follow each other
         for start in range(0, len(missing), _PART):
             part = missing[start : start + _PART]
-            if isinstance(engine := self.generator, Engine):
+            if isinstance(engine := self.generator, Engine) and way is None:
                 cut = [fitted(*pairs[i], engine.longest - 1) for i in part]
                 scored = [found.logprobs for found in engine.score_continuations(cut, progress)]
             else:
                 prompts: list[Prompt] = [[*pairs[i][0], *pairs[i][1]] for i in part]
-                sampling = Sampling(max_tokens=1, prompt_logprobs=0)
+                sampling = Sampling(max_tokens=1, prompt_logprobs=0, long_context=way)
                 outputs = self.generator.generate(prompts, sampling, progress=progress)
                 scored = [
                     output.prompt_logprobs[-len(pairs[i][1]) :] for i, output in zip(part, outputs)
@@ -169,6 +177,12 @@ class Subject:
         opened = prompt[-1]["role"] == "assistant"
         ids, _ = self.tokenizer.encode_chat(prompt, not opened, continue_final_message=opened)
         return ids
+
+    def tokens(self, prompt: str | list[dict[str, Any]]) -> list[int]:
+        """The tokens of a prompt; see `check` for a model without a tokenizer."""
+        ids = self.prompt(prompt)
+        assert self.tokenizer is not None
+        return cast(list[int], ids)
 
     def _key(self, *parts: Any) -> str:
         text = json.dumps([self.identity, *parts], sort_keys=True, default=str)

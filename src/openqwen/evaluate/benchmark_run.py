@@ -22,6 +22,8 @@ from openqwen.evaluate.intervals import (
 )
 from openqwen.evaluate.items import BenchmarkItem
 from openqwen.evaluate.judges import grade_answers
+from openqwen.evaluate.long_context import Reading
+from openqwen.model import LongContext
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
 from openqwen.support.progress import progress
@@ -41,12 +43,15 @@ class BenchmarkOptions:
         samples: answers to each question.
         temperature: what they are sampled at.
         max_tokens: most tokens of an answer; None: as the benchmark says.
+        reading: how generated prompts beyond the trained window are read; None: as the engine
+            decides by their length.
     """
 
     seed: int = 0
     samples: int = 1
     temperature: float = 0.0
     max_tokens: int | None = None
+    reading: Reading | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or (self.samples > 1 and self.temperature < 1e-3):
@@ -68,6 +73,8 @@ def run_benchmark(
     started = time.monotonic()
     if benchmark.choices:
         rows = _choose(benchmark, items, subject)
+    elif benchmark.positions:
+        rows = _read_whole(benchmark, items, subject, options)
     else:
         rows = _answer(benchmark, items, subject, options)
     scores = summary(rows)
@@ -77,9 +84,12 @@ def run_benchmark(
     if benchmark.judged:
         scores["judge"] = ", ".join(model.identity for model in subject.judges.values())
     scores |= {"seconds": round(time.monotonic() - started, 1), "protocol": benchmark.protocol}
+    scores["long"] = benchmark.generate is not None
+    if benchmark.positions:
+        scores["positions"] = by_position(rows)
     form = benchmark.choices or benchmark.answer
-    assert form is not None
-    scores |= {"metric": form.metric, "title": benchmark.title, "form": digest(benchmark)}
+    scores |= {"metric": form.metric if form else "score", "title": benchmark.title}
+    scores |= {"form": digest(benchmark), "reading": options.reading and options.reading.name}
     scores |= {"seed": options.seed, "published": benchmark.published}
     scores |= {"samples": options.samples, "temperature": options.temperature}
     return scores, rows
@@ -87,7 +97,8 @@ def run_benchmark(
 
 def digest(benchmark: Benchmark) -> str:
     """A digest of all that decides a score: two results with different ones do not compare."""
-    parts = benchmark.model_dump(include={"data", "prompt", "answer", "choices", "shuffle"})
+    deciding = {"data", "prompt", "answer", "choices", "shuffle", "generate", "positions"}
+    parts = benchmark.model_dump(include=deciding, exclude_none=True)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -145,17 +156,23 @@ def _replies(
     """The answers, in order; questions of one temperature are asked together."""
     form = benchmark.answer
     assert form is not None
-    groups: dict[float, list[int]] = {}
+    groups: dict[tuple[float, LongContext | None], list[int]] = {}
     for place, question in enumerate(questions):
-        own = question.item.temperature
-        groups.setdefault(options.temperature if own is None else own, []).append(place)
+        own, cell = question.item.temperature, question.item.cell
+        way = options.reading.way(cell[1]) if options.reading and cell else None
+        temperature = options.temperature if own is None else own
+        groups.setdefault((temperature, way), []).append(place)
     replies: dict[int, Reply] = {}
     turn = questions[0].turn
     label = benchmark.name if turn == 1 else f"{benchmark.name}, turn {turn}"
     with progress(label, len(questions), "answers") as bar:
-        for temperature, places in groups.items():
-            most = options.max_tokens or form.max_tokens
-            sampling = Sampling(most, temperature=temperature, stop=tuple(form.stop))
+        for (temperature, way), places in groups.items():
+            sampling = Sampling(
+                options.max_tokens or form.max_tokens,
+                temperature=temperature,
+                stop=tuple(form.stop),
+                long_context=way,
+            )
             prompts: list[Prompt] = [subject.prompt(questions[place].prompt) for place in places]
             seeds = [_seed(benchmark, questions[place], options) for place in places]
             found = subject.generate(prompts, sampling, seeds, bar)
@@ -214,6 +231,8 @@ def _score(form: BenchmarkAnswer, task: Task, verdict: Grade) -> float:
 def _row(item: BenchmarkItem, sample: int, verdict: Grade) -> Row:
     row: Row = {"id": item.id, "category": item.category, "sample": sample}
     row |= {"prompt": item.prompt, "passed": verdict.passed, "score": verdict.score}
+    if item.cell:
+        row["cell"] = list(item.cell)
     return row | {"status": verdict.status, "reason": verdict.reason}
 
 
@@ -260,6 +279,57 @@ def _chosen(item: BenchmarkItem, replies: Sequence[Reply], metric: str) -> Row:
     row = _row(item, 0, Grade(passed, score, "" if passed else f"option {best + 1} is chosen"))
     row |= {"options": list(item.options), "correct": list(item.correct), "logprobs": sums}
     return row | ({"contexts": list(item.contexts)} if item.contexts else {}) | {"chosen": best}
+
+
+def _read_whole(
+    benchmark: Benchmark,
+    items: Sequence[BenchmarkItem],
+    subject: Subject,
+    options: BenchmarkOptions,
+) -> list[Row]:
+    """A row for each text, with the log-probabilities of its tokens summed over positions."""
+    tokenizer = subject.tokenizer
+    assert tokenizer is not None, "Subject.check"
+    groups: dict[LongContext | None, list[BenchmarkItem]] = {}
+    for item in items:
+        way = options.reading.way(len(item.ids)) if options.reading else None
+        groups.setdefault(way, []).append(item)
+    rows = []
+    with progress(benchmark.name, len(items), "texts") as bar:
+        for way, group in groups.items():
+            pairs = [([tokenizer.endoftext_id], list(item.ids)) for item in group]
+            for item, reply in zip(group, subject.likelihoods(pairs, bar, way), strict=True):
+                nats = -math.fsum(reply.logprobs) / len(reply.logprobs)
+                row = _row(
+                    item, 0, Grade(True, math.exp(-nats), f"perplexity {math.exp(nats):.4g}")
+                )
+                row["prompt"] = str(item.prompt)[:1_000]
+                row["nats"] = _by_octave([-value for value in reply.logprobs])
+                rows.append(row | {"answer": "", "tokens": len(item.ids)})
+    return rows
+
+
+def _by_octave(nats: Sequence[float]) -> list[list[float]]:
+    """[start, end, sum] of values by position, in ranges that double from 256 positions on."""
+    found, start, end = [], 0, 256
+    while start < len(nats):
+        part = nats[start:end]
+        found.append([start, start + len(part), math.fsum(part)])
+        start, end = end, 2 * end
+    return found
+
+
+def by_position(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """The perplexity of the tokens in each range of positions, over all texts."""
+    totals: dict[int, list[float]] = {}
+    for row in rows:
+        for start, end, nats in row["nats"]:
+            one = totals.setdefault(int(start), [0.0, 0.0, 0.0])
+            totals[int(start)] = [max(one[0], end), one[1] + end - start, one[2] + nats]
+    return [
+        {"start": start, "end": end, "perplexity": math.exp(nats / count)}
+        for start, (end, count, nats) in sorted(totals.items())
+    ]
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:

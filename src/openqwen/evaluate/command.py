@@ -12,13 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from openqwen.engine import Endpoint, Engine
+from openqwen.engine import Endpoint, Engine, EngineConfig
 from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import REPORTS, Benchmark, load_benchmark, names, select
 from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.compare import RESULTS, Evaluation, guess_published, read_evaluation
 from openqwen.evaluate.items import at_hand, load_items
 from openqwen.evaluate.judges import load_judge
+from openqwen.evaluate.long_context import generate_items, plan_lengths
 from openqwen.evaluate.report import write_reports
 from openqwen.model import load_model
 from openqwen.support.command import command
@@ -50,6 +51,8 @@ def evaluate(
     temperature: float = 0.0,
     max_tokens: int | None = None,
     seed: int = 0,
+    lengths: str = "",
+    long_context: str = "",
     quantize: Literal["int8", "int4"] | None = None,
     generator: str | None = None,
     served_name: str | None = None,
@@ -71,6 +74,10 @@ def evaluate(
         temperature: What they are sampled at; 0 takes the likeliest token.
         max_tokens: Most tokens of an answer, in place of the benchmark's own number.
         seed: Seed of every random draw.
+        lengths: Lengths in tokens of generated questions, such as 4k,32k; default: the benchmark's,
+            as far as the model's context goes.
+        long_context: Ways to read generated questions beyond the trained window, side by side:
+            plain, yarn, dca, with commas between them; default: the engine's own choice.
         quantize: Store the weights in 8 or 4 bits.
         generator: The URL of an OpenAI-compatible server that answers in place of MODEL.
         served_name: The model's name at that server; default: MODEL.
@@ -89,27 +96,40 @@ def evaluate(
         do = f"{command('evaluate', 'MODEL', '--tasks', 'humaneval', '--data', 'FOLDER')}"
         raise OpenQwenError("No model is named.", do=do)
     options = BenchmarkOptions(seed, samples, temperature, max_tokens)
-    loaded = []
-    for benchmark in _at_hand(tasks, data, judge is not None):
-        items, sums = load_items(benchmark, data, seed, limit)
-        loaded.append((benchmark, items, sums))
+    chosen = _at_hand(tasks, data, judge is not None)
     output = output or Path("evaluations") / "-".join(filter(None, [Path(model).name, quantize]))
     cache = cache or output.parent / "cache"
-    subject = _subject(model, quantize, generator, served_name, cache)
+    plan = plan_lengths(chosen, None if generator else model, lengths, long_context)
+    subject = _subject(model, quantize, generator, served_name, cache, plan.max_context)
     if judge is not None:
         subject = replace(subject, judges=load_judge(judge, judge_name, cache, _digest))
-    for benchmark, items, _ in loaded:  # what cannot be asked must not stop the run later
-        subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+    loaded = []
+    for benchmark in chosen:
+        if benchmark.long:
+            subject.check(benchmark.name, "", choices=True)
+            wanted = plan.lengths(benchmark)
+            items, sums = generate_items(benchmark, data, subject.tokens, seed, wanted, limit)
+        else:
+            items, sums = load_items(benchmark, data, seed, limit)
+            # What cannot be asked must not stop the run later.
+            subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+        loaded.append((benchmark, items, sums))
     evaluation = _open(output, model, subject, published, quantize)
+    shown = []
     try:
         for benchmark, items, sums in loaded:
-            scores, rows = run_benchmark(benchmark, items, subject, options)
-            evaluation.add(benchmark.name, scores | {"data": sums, "limit": limit}, rows)
+            for reading in plan.readings if benchmark.long else [None]:
+                scores, rows = run_benchmark(
+                    benchmark, items, subject, replace(options, reading=reading)
+                )
+                name = f"{benchmark.name}@{reading.name}" if reading else benchmark.name
+                evaluation.add(name, scores | {"data": sums, "limit": limit}, rows)
+                shown.append(name)
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on with the answers that are known.")
         raise
     page = write_reports(output, [evaluation])
-    table = _table(evaluation, [benchmark.name for benchmark, _, _ in loaded])
+    table = _table(evaluation, shown)
     Console(width=max(console.width, _WIDTH)).print(table)
     console.print(f"report   {page}", markup=False)
 
@@ -187,7 +207,12 @@ def _at_hand(tasks: str, data: Path | None, judged: bool) -> list[Benchmark]:
 
 
 def _subject(
-    model: str, quantize: Any, url: str | None, served_name: str | None, cache: Path
+    model: str,
+    quantize: Any,
+    url: str | None,
+    served_name: str | None,
+    cache: Path,
+    max_context: int | None = None,
 ) -> Subject:
     if url is not None:
         name = served_name or model
@@ -199,9 +224,12 @@ def _subject(
     tokenizer = load_tokenizer(path)
     # The version: another one may compute other last digits.
     identity = f"{_digest(path)} {quantize} {device.type} {version('openqwen')}"
+    if max_context:
+        identity += f" {max_context}"
 
     def load() -> Engine:
-        return Engine(load_model(path, device=device, quantize=quantize), tokenizer)
+        network = load_model(path, device=device, quantize=quantize)
+        return Engine(network, tokenizer, EngineConfig(max_context=max_context))
 
     return Subject(load, tokenizer, identity, *_caches(cache, identity))
 

@@ -19,10 +19,11 @@ from openqwen.tasks.task import Grade, Task
 _LONGEST = 100_000  # characters of an answer that are read
 _ARTICLES = {"a", "an", "the"}
 # LV-Eval's ABANDON_WORDS_EN: such words in an answer prove nothing.
-_STOP = set(
-    "and to of in her was with for it from is that his he by she they or at because be on are their "
-    "what as had were about being this who but have has when which does".split()
-)
+_STOP = {
+    "and", "to", "of", "in", "her", "was", "with", "for", "it", "from", "is", "that", "his", "he",
+    "by", "she", "they", "or", "at", "because", "be", "on", "are", "their", "what", "as", "had",
+    "were", "about", "being", "this", "who", "but", "have", "has", "when", "which", "does",
+}  # fmt: skip
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")  # a Chinese character, or a word
 
 
