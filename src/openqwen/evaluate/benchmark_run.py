@@ -353,7 +353,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     }
     if not kept:
         return result | {"score": None, "categories": {}}
-    result |= _mean(kept)
+    result |= mean_score(kept)
     groups: dict[str, list[Row]] = {}
     for row in kept:
         groups.setdefault(row["category"], []).append(row)
@@ -362,7 +362,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     result["categories"] = {}
     if len(groups) > 1:
         for name, group in sorted(groups.items()):
-            result["categories"][name] = _mean(group) | {"n": len({row["id"] for row in group})}
+            result["categories"][name] = mean_score(group) | {
+                "n": len({row["id"] for row in group})
+            }
     samples = Counter(row["id"] for row in kept)
     right = Counter(row["id"] for row in kept if row["passed"])
     fewest = min(samples.values())
@@ -375,7 +377,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     return result
 
 
-def _mean(rows: Sequence[Row]) -> dict[str, float | None]:
+def mean_score(rows: Sequence[Row]) -> dict[str, float | None]:
+    """score, standard_error, low and high (95 %) of rows, of which those of one item are a mean."""
     by_item: dict[str, list[float]] = {}
     for row in rows:
         by_item.setdefault(row["id"], []).append(row["score"])

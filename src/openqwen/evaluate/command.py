@@ -17,6 +17,7 @@ from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import REPORTS, Benchmark, load_benchmark, names, select
 from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.compare import RESULTS, Evaluation, guess_published, read_evaluation
+from openqwen.evaluate.contamination import Found, find_contaminated, mark_contaminated
 from openqwen.evaluate.items import at_hand, load_items
 from openqwen.evaluate.judges import load_judge
 from openqwen.evaluate.long_context import generate_items, plan_lengths
@@ -58,6 +59,7 @@ def evaluate(
     served_name: str | None = None,
     judge: str | None = None,
     judge_name: str | None = None,
+    contamination: Path | None = None,
     published: str | None = None,
     output: Path | None = None,
     cache: Path | None = None,
@@ -84,6 +86,8 @@ def evaluate(
         judge: The model that grades open answers: a folder, a .gguf file, a hub id, the URL of an
             OpenAI-compatible server, or a reward model.
         judge_name: The judge's name at its server.
+        contamination: A folder of training data: scores on the questions that it does not hold are
+            shown beside the whole.
         published: Suite and size to compare with, such as qwen2.5-instruct:0.5B; default: as the
             model's name says.
         output: The folder of the results; default: evaluations/MODEL.
@@ -114,6 +118,9 @@ def evaluate(
             # What cannot be asked must not stop the run later.
             subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
         loaded.append((benchmark, items, sums))
+    held: Found = {}
+    if contamination is not None:
+        held = find_contaminated({b.name: items for b, items, _ in loaded}, contamination, cache)
     evaluation = _open(output, model, subject, published, quantize)
     shown = []
     try:
@@ -122,6 +129,8 @@ def evaluate(
                 scores, rows = run_benchmark(
                     benchmark, items, subject, replace(options, reading=reading)
                 )
+                if benchmark.name in held:
+                    mark_contaminated(scores, rows, held[benchmark.name])
                 name = f"{benchmark.name}@{reading.name}" if reading else benchmark.name
                 evaluation.add(name, scores | {"data": sums, "limit": limit}, rows)
                 shown.append(name)

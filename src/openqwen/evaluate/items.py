@@ -42,6 +42,7 @@ class BenchmarkItem:
         cell: row and column in a heat map; the column is the length in tokens that the prompt and
             the answer were made for.
         ids: the tokens of a text that is scored as a whole.
+        texts: the texts of the published record, by which it is looked for in training data.
     """
 
     id: str
@@ -55,6 +56,7 @@ class BenchmarkItem:
     temperature: float | None = None
     cell: tuple[str, int] | None = None
     ids: Sequence[int] = ()
+    texts: Sequence[str] = ()
 
 
 def find_files(benchmark: Benchmark, folder: Path | None, part: str = "test") -> list[Path]:
@@ -283,6 +285,7 @@ def _item(
 ) -> BenchmarkItem:
     prompt = _prompt(benchmark, values, shots, where)
     identity, category = values["id"], values["category"]
+    texts = tuple(record_texts(values["record"]))
     if choices := benchmark.choices:
         options = _value(choices.options, values, "choices.options", where)
         contexts = _value(choices.contexts or "[]", values, "choices.contexts", where)
@@ -292,7 +295,9 @@ def _item(
         if not (len(correct) == len(options) == len(contexts or options)) or not any(correct):
             what = f"There are {len(options)} options, of which {sum(correct):g} are right."
             raise OpenQwenError(what, where, "correct the table [choices]")
-        return BenchmarkItem(identity, category, prompt, None, options, contexts, correct)
+        return BenchmarkItem(
+            identity, category, prompt, None, options, contexts, correct, texts=texts
+        )
     answer = benchmark.answer
     assert answer is not None
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -304,7 +309,22 @@ def _item(
     sampled = None
     if answer.temperature:
         sampled = float(_value(answer.temperature, values, "answer.temperature", where))
-    return BenchmarkItem(identity, category, prompt, task, turns=later, temperature=sampled)
+    return BenchmarkItem(
+        identity, category, prompt, task, turns=later, temperature=sampled, texts=texts
+    )
+
+
+def record_texts(value: Any) -> Iterator[str]:
+    """All texts in a record, however deep; those of fewer than 13 characters are left out."""
+    if isinstance(value, str):
+        if len(value) >= 13:  # as many words in Chinese
+            yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from record_texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from record_texts(part)
 
 
 def _graded_by(

@@ -183,8 +183,22 @@ def _markdown(tables: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
             cells += ["–" if known is None else f"{known:.1f}"]
         cells += [_gain(comparison) for comparison in table["comparisons"][1:]]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Scores in per cent, ± standard error."]
+    lines += ["", "Scores in per cent, ± standard error.", *_clean_parts(tables, labels)]
     return "\n".join(lines) + "\n"
+
+
+def _clean_parts(tables: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
+    """A table of the scores on the questions that training data does not hold."""
+    lines = []
+    for table in tables:
+        for one, label in zip(table["scores"], labels):
+            for name, found in ((one or {}).get("contamination") or {}).items():
+                clean = found["clean"] and percent(found["clean"]["score"])
+                cells = [table["name"], label, name, f"{found['n']} ({percent(found['share'])})"]
+                cells += [percent(one["score"]), clean or "–"]
+                lines.append(f"| {' | '.join(cells)} |")
+    head = "| benchmark | model | in training data | contaminated | all | clean part |"
+    return ["", head, "|---|---|---|---|---|---|", *lines] if lines else []
 
 
 def _gain(comparison: dict[str, Any] | None) -> str:
