@@ -1,6 +1,7 @@
 """Small files in the form in which each benchmark is published; the questions are made up here."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,110 @@ THEOREM = [
 ]
 
 
+MT_BENCH = [
+    {"question_id": n, "category": category, "turns": [f"Say {n}.", f"Again {n}?"]}
+    for n, category in ((81, "writing"), (101, "math"))
+]
+MT_REFERENCE = {"question_id": 101, "choices": [{"index": 0, "turns": ["It is 7.", "It is 8."]}]}
+MT_JUDGES = [
+    {
+        "name": f"single{kind}-v1{turn}",
+        "type": "single",
+        "system_prompt": f"Judge{kind}{turn}.",
+        "prompt_template": (
+            "Q {question_1} A {answer_1} Q {question_2} A {answer_2}"
+            if turn
+            else "Q {question} A {answer}"
+        )
+        + (" R {ref_answer_1} {ref_answer_2}" if kind else "")
+        + " as [[rating]]",
+        "output_format": "[[rating]]",
+    }
+    for kind in ("", "-math")
+    for turn in ("", "-multi-turn")
+]
+ARENA = [
+    {
+        "question_id": f"q{n}",
+        "category": "arena-hard-v0.1",
+        "cluster": "Colours",
+        "turns": [{"content": f"Name colour {n}."}],
+    }
+    for n in range(3)
+]
+ARENA_BASELINE = [
+    {
+        "question_id": f"q{n}",
+        "model_id": "gpt-4-0314",
+        "choices": [{"index": 0, "turns": [{"content": "blue " * n, "token_len": n}]}],
+    }
+    for n in range(3)
+]
+ALIGNBENCH = [
+    {
+        "question_id": n,
+        "category": category,
+        "subcategory": kind,
+        "question": "为什么{answer}？",
+        "reference": "因为。",
+    }
+    for n, category, kind in ((1, "逻辑推理", "推理"), (2, "文本写作", "创意文体写作"))
+]
+LVEVAL = {
+    "input": "Who wrote it?",
+    "context": "A long text. Ann wrote it.",
+    "answers": ["It was Ann Lee."],
+    "answer_keywords": "Ann Lee",
+    "language": "en",
+    "length": 6,
+}
+SQUAD = {
+    "data": [
+        {
+            "title": name,
+            "paragraphs": [
+                {
+                    "context": f"{name} has {n} legs and lives in town {n}.",
+                    "qas": [
+                        {
+                            "question": f"How many legs has {name} of town {n}?",
+                            "answers": [{"text": str(n), "answer_start": 5}],
+                            "is_impossible": False,
+                        }
+                    ],
+                }
+                for n in range(2, 90)
+            ],
+        }
+        for name in ("Rex", "Tom")
+    ]
+}
+HOTPOT = [
+    {
+        "question": f"Where is {n}?",
+        "answer": f"hill {n}",
+        "context": [[f"Hill {n}", [f"Hill {n} is near.", f" It holds {n}."]], ["Sea", ["Blue."]]],
+    }
+    for n in range(60)
+]
+
+
+def book(words: int, seed: int = 0) -> str:
+    """A made-up book of sentences with different words."""
+    rng = random.Random(seed)
+    syllables = [a + b for a in "bcdfglmnprst" for b in "aeiou"]
+    vocabulary = ["".join(rng.choices(syllables, k=rng.choice([2, 3, 4]))) for _ in range(3000)]
+    sentences = []
+    while words > 0:
+        size = rng.randrange(4, 16)
+        sentences.append(" ".join(rng.choices(vocabulary, k=size)).capitalize() + ".")
+        words -= size
+    return " ".join(sentences)
+
+
+MULTIJAIL = "id,en,zh,it,source,tags\n0,How?,怎么？,Come?,made up,['x']\n"
+
+
 def ifeval(language: str) -> dict[str, Any]:
     return {
         "key": 1000,
@@ -147,6 +252,11 @@ def write_all(folder: Path) -> None:
         "bbh/bbh/navigate.json": json.dumps(
             {"canary": "x", "examples": [{"input": "Go.", "target": "No"}]}
         ),
+        "multijail/MultiJail.csv": MULTIJAIL,
+        "books/one.txt": book(30_000),
+        "books_zh/one.txt": "山高水长。月落乌啼霜满天，江枫渔火对愁眠。" * 2000,
+        "ruler/dev-v2.0.json": json.dumps(SQUAD),
+        "ruler/hotpot_dev_distractor_v1.json": json.dumps(HOTPOT),
         "truthfulqa/mc_task.json": json.dumps([TRUTH]),
         "theoremqa/theoremqa_test.json": json.dumps(THEOREM),
         "MATH/test/algebra/1.json": json.dumps(MATH, indent=1),
@@ -167,6 +277,13 @@ def write_all(folder: Path) -> None:
         "hellaswag/hellaswag_train.jsonl": [HELLA | {"ind": 2}],
         "winogrande/dev.jsonl": [WINO],
         **{f"ifeval_{language}.jsonl": [ifeval(language)] for language in ("en", "es", "fr", "ja")},
+        "lveval/factrecall_en/factrecall_en_16k.jsonl": [LVEVAL],
+        "mt_bench_question.jsonl": MT_BENCH,
+        "mt_bench_reference_gpt-4.jsonl": [MT_REFERENCE],
+        "mt_bench_judge_prompts.jsonl": MT_JUDGES,
+        "arena-hard/question.jsonl": ARENA,
+        "arena-hard/model_answer/gpt-4-0314.jsonl": ARENA_BASELINE,
+        "alignbench/data_v1.1_release.jsonl": ALIGNBENCH,
         "winogrande/train_xl.jsonl": [WINO | {"qID": "q2"}],
     }
     texts |= {

@@ -9,6 +9,7 @@ from openqwen.engine import Output, Sampling
 from openqwen.support.errors import OpenQwenError
 from openqwen.tasks import GradeCache, GraderModel, Task, answer_tasks, grade
 from openqwen.tasks.judge import judge_prompt, rating_of
+from openqwen.tasks.pairwise import verdict_of
 
 PROMPT = [
     {"role": "system", "content": "Be brief."},
@@ -212,3 +213,105 @@ def test_answers_are_graded_by_models_too():
     models = {"judge": GraderModel(Judge())}
     (answer,) = answer_tasks(Writer(), [judged()], Sampling(), models=models)
     assert (answer.text, answer.grade.passed) == ("crimson", True)
+
+
+def test_a_published_prompt_is_filled_once():
+    """Braces in the texts of others stay as they are."""
+    talk = [*PROMPT, {"role": "assistant", "content": "one {question}"}, PROMPT[1]]
+    messages = [
+        {"role": "system", "content": "Judge."},
+        {"role": "user", "content": "{question}|{answer_1}|{answer_2}|{answer}|{other}"},
+    ]
+    fields = {"question": "Is {answer} it?"}
+    asked = []
+
+    class Told:
+        def generate(self, prompts, sampling, seeds=None, progress=None):
+            asked.extend(prompts)
+            return [Output("Rating: [[8]]", finish_reason="stop") for _ in prompts]
+
+    task = Task("t", talk, "judge", {"messages": messages, "fields": fields})
+    (one,) = grade([task], ["two"], models={"judge": GraderModel(Told())})
+    assert one.raw == 8.0
+    (prompt,) = asked
+    assert prompt[0] == messages[0]
+    assert prompt[1]["content"] == "Is {answer} it?|one {question}|two|two|{other}"
+
+
+def test_a_rating_may_have_a_form_of_its_own():
+    pattern = r"total['\"]?\s*:\s*(\d+)"
+    task = judged(pattern=pattern)
+    for text, raw in (("{'a': 3, 'total': 6}", 6.0), ("[[6]]", None), ("total: 5, total: 6", None)):
+        (one,) = grade([task], ["red"], models={"judge": GraderModel(Judge(text))})
+        assert one.raw == raw
+
+
+class Comparer:
+    """Prefers the longer answer, or says what it is told."""
+
+    def __init__(self, text=None, reason="stop"):
+        self.text, self.reason, self.seen = text, reason, []
+
+    def generate(self, prompts, sampling, seeds=None, progress=None):
+        outputs = []
+        for messages in prompts:
+            content = messages[0]["content"]
+            self.seen.append(content)
+            a, b = re.search(r"answer A\n(.*)\n#.* answer B\n(.*)\n+#", content).groups()
+            said = "A>B" if len(a) > len(b) else "B>>A" if len(b) > len(a) else "A=B"
+            outputs.append(Output(self.text or f"Well. [[{said}]]", finish_reason=self.reason))
+        return outputs
+
+
+def paired(**reference):
+    return Task("t", PROMPT, "pairwise", {"rubric": "Longer.", "other": "blue", **reference})
+
+
+def test_pairs_are_graded_from_the_side_of_the_answer():
+    comparer = Comparer()
+    models = {"judge": GraderModel(comparer)}
+    tasks = [paired(), paired(place="B")]
+    longer = grade(tasks, ["crimson"] * 2, models=models)
+    assert [(one.raw, one.score, one.passed) for one in longer] == [(1, 1.0, True), (2, 1.0, True)]
+    assert "answer A\nblue" in comparer.seen[1]
+    shorter = grade(tasks, ["red"] * 2, models=models)
+    assert [(one.raw, one.score) for one in shorter] == [(-2, 0.0), (-1, 0.0)]
+    tie = grade([paired()], ["grey"], models=models)[0]
+    assert (tie.raw, tie.score, tie.passed) == (0, 0.5, False)
+    empty = grade([paired(), paired(other=" ")], [" ", " "], models=models)
+    assert [(one.raw, one.status) for one in empty] == [(-2, "graded"), (0, "graded")]
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [("[[A>>B]]", "A>>B"), ("so [[B > A]]", "B>A"), ("[[C]]", "C"), ("[[A]] yes [[A]]", "A"),
+     ("<think>[[A]]</think>[[B]]", "B"), ("[[A]] or [[B]]", None), ("[[D]]", None), ("A>B", None),
+     ("[[A>B>A]]", None), ("", None)],
+)  # fmt: skip
+def test_verdicts(text, verdict):
+    assert verdict_of(text) == verdict
+
+
+def test_a_verdict_in_no_form_is_no_grade():
+    models = {"judge": GraderModel(Comparer("Both are fine."))}
+    one = grade([paired()], ["red"], models=models)[0]
+    assert (one.status, one.raw) == ("infra", None)
+    assert "no verdict: …Both are fine." in one.reason
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (paired(other=3), "'other' must be a text"),
+        (paired(place="C"), "'place' must be"),
+        (paired(rubric=""), "'rubric' must be a text"),
+        (judged(messages=[]), "'messages' must be a list"),
+        (judged(messages=[{"role": "user"}]), "a text 'content'"),
+        (judged(messages=[{"content": "x"}], fields={"a": 1}), "'fields' must be an object"),
+        (judged(pattern="a(b"), "regular expression"),
+        (judged(pattern="ab"), "must have one group"),
+    ],
+)
+def test_faults_of_published_prompts_and_pairs(task, said):
+    with pytest.raises(OpenQwenError, match=said):
+        grade([task], ["a"], models={"judge": GraderModel(Judge())})

@@ -83,6 +83,25 @@ class EvaluationIndex:
             shared.update(item for _, item, _, _ in self._runs.pairs(words))
         return {self.items[item].where for item in shared}
 
+    def analysis(self, texts: Iterable[str]) -> tuple[set[str], set[str]]:
+        """The items that any of the texts holds, by where they stand, by two criteria.
+
+        Returns:
+            Those that share 13 words in a row, and those that match by the rule for training data.
+        """
+        shared: set[int] = set()
+        matched: set[int] = set()
+        for batch in text_batches(texts):
+            words = hash_words(batch, all_scripts=True)
+            shared.update(item for _, item, _, _ in self._runs.pairs(words))
+            for text, item, places, positions in self._seeds.pairs(words):
+                if len(places) < 2 or item in matched:
+                    continue
+                if self._match(words, text, self.items[item], places, positions):
+                    matched.add(item)
+        runs, rule = ({self.items[item].where for item in found} for found in (shared, matched))
+        return runs, rule
+
     def _match(
         self,
         words: Words,

@@ -7,20 +7,21 @@ killed continues where it was, and a second one asks nothing.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from openqwen.engine import Generator, Output, Prompt, Sampling
+from openqwen.engine import Engine, Generator, Output, Prompt, Sampling
 from openqwen.engine.lanes import open_lane
 from openqwen.engine.workers import EngineWorkers
+from openqwen.model import LongContext
 from openqwen.support.errors import OpenQwenError, disk_errors
 from openqwen.support.files import parse_json
 from openqwen.support.progress import Progress
-from openqwen.tasks import GradeCache
+from openqwen.tasks import GradeCache, GraderModel
 from openqwen.tokenizer import Tokenizer
 
 _PART = 1_024  # most prompts that are queued at once
@@ -82,6 +83,7 @@ class Subject:
         identity: a digest of the weights, or the URL and the name at a server.
         cache: what it answered before.
         grades: how such answers were graded before.
+        judges: the models that grade answers, by the names that graders know.
     """
 
     load: Callable[[], Generator]
@@ -89,6 +91,7 @@ class Subject:
     identity: str
     cache: ReplyCache
     grades: GradeCache | None = None
+    judges: Mapping[str, GraderModel] = field(default_factory=dict)
 
     @cached_property
     def generator(self) -> Generator:
@@ -135,26 +138,23 @@ class Subject:
         return [self._known(key) for key in keys]
 
     def likelihoods(
-        self, pairs: Sequence[tuple[list[int], list[int]]], progress: Progress
+        self,
+        pairs: Sequence[tuple[list[int], list[int]]],
+        progress: Progress,
+        way: LongContext | None = None,
     ) -> list[Reply]:
-        """Score continuations after contexts (token ids); the beginning of a long one is cut."""
+        """Score continuations after contexts (token ids); the beginning of a long one is cut.
 
-        def request(index: int) -> tuple[Prompt, Sampling, int]:
-            context, continuation, first = *pairs[index], 0
-            if self.longest < math.inf:
-                context, continuation = fitted(context, continuation, int(self.longest) - 1)
-                first = len(context)  # what is before it may come from the prefix cache
-            sampling = Sampling(max_tokens=1, prompt_logprobs=0, prompt_logprobs_from=first)
-            return [*context, *continuation], sampling, 0
-
-        keys = [self._key("score", context, continuation) for context, continuation in pairs]
+        way: how they are read; None: as the engine decides by their length.
+        """
+        more = [] if way is None else [repr(way)]
+        keys = [self._key("score", *pair, *more) for pair in pairs]
         missing = self._missing(keys, progress)
         missing.sort(key=lambda i: pairs[i])  # common beginnings follow each other
-        for index, output in self._answers(missing, request):
+        for index, logprobs in self._scores(missing, pairs, progress, way):
             # An impossible token has −∞, which JSON cannot hold.
-            finite = [max(-1e9, value) for value in output.prompt_logprobs[-len(pairs[index][1]) :]]
+            finite = [max(-1e9, value) for value in logprobs]
             self.cache.put(keys[index], Reply(logprobs=finite))
-            progress.advance()
         return [self._known(key) for key in keys]
 
     def check(self, name: str, prompt: str | list[dict[str, Any]], choices: bool) -> None:
@@ -176,6 +176,12 @@ class Subject:
         ids, _ = self.tokenizer.encode_chat(prompt, not opened, continue_final_message=opened)
         return ids
 
+    def tokens(self, prompt: str | list[dict[str, Any]]) -> list[int]:
+        """The tokens of a prompt; see `check` for a model without a tokenizer."""
+        ids = self.prompt(prompt)
+        assert self.tokenizer is not None
+        return cast(list[int], ids)
+
     def _key(self, *parts: Any) -> str:
         text = json.dumps([self.identity, *parts], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -188,6 +194,36 @@ class Subject:
                 first.setdefault(key, place)
         progress.done += len(keys) - len(first)
         return list(first.values())
+
+    def _scores(
+        self,
+        missing: list[int],
+        pairs: Sequence[tuple[list[int], list[int]]],
+        progress: Progress,
+        way: LongContext | None,
+    ) -> Iterator[tuple[int, Sequence[float]]]:
+        """Score the pairs of these indices; an engine of ours packs them, the others are asked."""
+        if missing and way is None and isinstance(engine := self.generator, Engine):
+            for start in range(0, len(missing), _PART):
+                part = missing[start : start + _PART]
+                cut = [fitted(*pairs[i], engine.longest - 1) for i in part]
+                found = engine.score_continuations(cut, progress)
+                yield from zip(part, (one.logprobs for one in found), strict=True)
+            return
+
+        def request(index: int) -> tuple[Prompt, Sampling, int]:
+            context, continuation, first = *pairs[index], 0
+            if self.longest < math.inf:
+                context, continuation = fitted(context, continuation, int(self.longest) - 1)
+                first = len(context)  # what is before it may come from the prefix cache
+            sampling = Sampling(
+                max_tokens=1, prompt_logprobs=0, prompt_logprobs_from=first, long_context=way
+            )
+            return [*context, *continuation], sampling, 0
+
+        for index, output in self._answers(missing, request):
+            yield index, output.prompt_logprobs[-len(pairs[index][1]) :]
+            progress.advance()
 
     def _answers(
         self, indices: list[int], request: Callable[[int], tuple[Prompt, Sampling, int]]

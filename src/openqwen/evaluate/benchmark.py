@@ -9,6 +9,8 @@ Jinja expression. Both run in Jinja's sandbox and see a record's fields by their
     beside      the text of the file that `data.beside` names
     shuffled    the list of `shuffle` in random order; place: where its first element is now
     letters     "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    each        an element of `data.each`; turn: number of the user's message, from 1
+    NAME        for each of `data.tables`, its records by their keys: NAME[question_id].answer
 Filters beside Jinja's: sub(pattern, text), python (a Python literal), from_json, boxed.
 """
 
@@ -93,6 +95,15 @@ JinjaText = Annotated[str, _read_by(template, "Jinja template")]
 JinjaValue = Annotated[str, _read_by(expression, "Jinja expression")]
 
 
+class BenchmarkTable(Settings):
+    """A file whose records are looked up by a key, such as reference answers."""
+
+    files: list[str] = Field(
+        min_length=1, description="patterns of paths below the data folder; the first that fits"
+    )
+    key: JinjaValue = Field(description="expression of a record's key")
+
+
 class BenchmarkData(Settings):
     """The files of a benchmark, in the form in which it is published."""
 
@@ -109,6 +120,10 @@ class BenchmarkData(Settings):
     keep: JinjaValue = Field(
         "", description="expression; records for which it is false are left out"
     )
+    each: JinjaValue = Field(
+        "", description="expression of a list; a record is one question for each element, `each`"
+    )
+    tables: dict[str, BenchmarkTable] = Field({}, description="name -> a file of records by key")
     beside: JinjaText = Field(
         "", description="template of the path of a text file for each data file"
     )
@@ -121,7 +136,10 @@ class BenchmarkPrompt(Settings):
     form: Literal["chat", "base"] = Field("chat", description="a chat, or a text to continue")
     system: JinjaText = Field("", description="template of the system message")
     head: JinjaText = Field("", description="template before the first example or question")
-    question: JinjaText = Field(description="template of a question")
+    question: JinjaText = Field("", description="template of a question")
+    turns: JinjaValue = Field(
+        "", description="expression of a list: the user's messages after the first answer"
+    )
     example: JinjaText = Field("", description="template of the answer of a solved example")
     separator: str = Field("\n\n", description="between two examples of a text")
     shots: int = Field(0, ge=0, description="solved examples, the first of the same category")
@@ -146,8 +164,14 @@ class BenchmarkAnswer(Settings):
     reference: dict[str, JinjaValue] = Field(
         {}, description="expressions of the grader's reference"
     )
-    metric: Literal["accuracy", "score"] = Field(
-        "accuracy", description="mean of right and wrong, or of the grader's scores"
+    temperature: JinjaValue = Field(
+        "", description="expression of the temperature, in place of --temperature"
+    )
+    baseline: str = Field("", description="whose answers a judge compares with (pairwise)")
+    metric: Literal["accuracy", "score", "rating", "pairwise"] = Field(
+        "accuracy",
+        description="mean of right and wrong; of the grader's scores; of a judge's ratings as a "
+        "share of the highest; win rate against the baseline",
     )
 
 
@@ -168,6 +192,47 @@ class BenchmarkChoices(Settings):
     )
 
 
+class LongTask(Settings):
+    """One kind of generated question; templates see context, query, count and each answer."""
+
+    name: str
+    kind: Literal["needles", "variables", "common_words", "frequent_words", "documents"]
+    question: JinjaText = Field(description="template of the question with its context")
+    answer: JinjaText = Field("", description="template of how the assistant's answer begins")
+    books: list[str] = Field([], description="patterns of files in place of those of data.test")
+    language: Literal["en", "zh"] = "en"
+    example: bool = Field(False, description="one short solved example before the question")
+    haystack: Literal["books", "noise", "needles"] = "books"
+    needle: JinjaText = Field(
+        "One of the special magic numbers for {{ key }} is: {{ value }}.",
+        description="template of a needle with its `key` and `value`",
+    )
+    keys: list[str] | Literal["words", "uuids"] = "words"
+    values: list[str] | Literal["words", "numbers", "uuids"] = "numbers"
+    key_count: int = Field(1, ge=1, description="different keys")
+    value_count: int = Field(1, ge=1, description="needles of each key")
+    query_count: int = Field(1, ge=1, description="keys that are asked for")
+    depths: list[float] = Field(
+        [], description="places of the one needle in per cent of the context; none: at random"
+    )
+    match: Literal["all", "any"] = Field("all", description="see the grader `contains`")
+
+
+class BenchmarkGenerate(Settings):
+    """Questions that are generated in wanted lengths from books, which `data` names."""
+
+    lengths: list[int] = Field(min_length=1, description="tokens of a question with its answer")
+    samples: int = Field(1, ge=1, description="questions of each task, length and depth")
+    tasks: list[LongTask] = Field(min_length=1)
+
+
+class BenchmarkPositions(Settings):
+    """The probability of a text's tokens by their position; score: 1 / perplexity."""
+
+    lengths: list[int] = Field(min_length=1, description="tokens of a text")
+    samples: int = Field(4, ge=1, description="texts of each length")
+
+
 class Benchmark(Settings):
     """One benchmark in one protocol."""
 
@@ -184,23 +249,45 @@ class Benchmark(Settings):
     )
     shuffle: JinjaValue = Field("", description="expression of a list to shuffle")
     data: BenchmarkData
-    prompt: BenchmarkPrompt
+    prompt: BenchmarkPrompt = Field(default_factory=lambda: BenchmarkPrompt())
     answer: BenchmarkAnswer | None = None
     choices: BenchmarkChoices | None = None
+    generate: BenchmarkGenerate | None = None
+    positions: BenchmarkPositions | None = None
     published: dict[str, dict[str, float]] = Field(
         {}, description="suite -> size of a model -> score in per cent"
     )
 
+    @property
+    def long(self) -> BenchmarkGenerate | BenchmarkPositions | None:
+        """What generates its texts in wanted lengths; None where they are published."""
+        return self.generate or self.positions
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge grades the answers."""
+        return bool(self.answer and self.answer.grader and GRADERS[self.answer.grader].asks)
+
     @model_validator(mode="after")
     def _check(self) -> "Benchmark":
-        if (self.answer is None) == (self.choices is None):
-            raise ValueError("give one of the tables [answer] and [choices]")
+        forms = (self.answer, self.choices, self.positions)
+        if sum(form is not None for form in forms) != 1:
+            raise ValueError("give one of the tables [answer], [choices] and [positions]")
+        if self.generate and not self.answer:
+            raise ValueError("the table [generate] needs [answer]")
+        if not (self.prompt.question or self.long):
+            raise ValueError("'prompt.question' is missing")
         if self.prompt.prefill and self.prompt.form == "base":
             raise ValueError("'prompt.prefill' is for the form \"chat\"")
         if self.prompt.shots and not (self.data.shots and self.prompt.example):
             raise ValueError("'prompt.shots' needs 'data.shots' and 'prompt.example'")
-        if self.answer and bool(self.answer.reader) == bool(self.answer.grader):
+        graded = self.answer and not self.generate
+        if graded and self.answer and bool(self.answer.reader) == bool(self.answer.grader):
             raise ValueError("give one of 'answer.reader' and 'answer.grader'")
+        if self.answer and (self.answer.grader == "pairwise") != (self.answer.metric == "pairwise"):
+            raise ValueError('the grader "pairwise" and the metric "pairwise" need each other')
+        if self.prompt.turns and (self.prompt.form == "base" or self.answer is None):
+            raise ValueError("'prompt.turns' is for the form \"chat\" and the table [answer]")
         return self
 
 

@@ -1,6 +1,7 @@
 """`openqwen evaluate MODEL --tasks …`: published benchmarks, and the comparison of two results."""
 
 import hashlib
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +12,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from openqwen.engine import Endpoint, Generator
+from openqwen.engine import Endpoint, EngineConfig, Generator
 from openqwen.engine.workers import EngineSource, EngineWorkers
 from openqwen.evaluate.ask import ReplyCache, Subject
 from openqwen.evaluate.benchmark import REPORTS, Benchmark, load_benchmark, names, select
 from openqwen.evaluate.benchmark_run import BenchmarkOptions, run_benchmark
 from openqwen.evaluate.compare import RESULTS, Evaluation, guess_published, read_evaluation
-from openqwen.evaluate.items import find_files, load_items
+from openqwen.evaluate.contamination import Found, find_contaminated, mark_contaminated
+from openqwen.evaluate.items import at_hand, load_items
+from openqwen.evaluate.judges import load_judge
+from openqwen.evaluate.long_context import generate_items, plan_lengths
 from openqwen.evaluate.report import write_reports
 from openqwen.support.command import command
 from openqwen.support.device import best_device
@@ -50,9 +54,14 @@ def evaluate(
     temperature: float = 0.0,
     max_tokens: int | None = None,
     seed: int = 0,
+    lengths: str = "",
+    long_context: str = "",
     quantize: Literal["int8", "int4"] | None = None,
     generator: str | None = None,
     served_name: str | None = None,
+    judge: str | None = None,
+    judge_name: str | None = None,
+    contamination: Path | None = None,
     published: str | None = None,
     output: Path | None = None,
     cache: Path | None = None,
@@ -71,9 +80,18 @@ def evaluate(
         temperature: What they are sampled at; 0 takes the likeliest token.
         max_tokens: Most tokens of an answer, in place of the benchmark's own number.
         seed: Seed of every random draw.
+        lengths: Lengths in tokens of generated questions, such as 4k,32k; default: the benchmark's,
+            as far as the model's context goes.
+        long_context: Ways to read generated questions beyond the trained window, side by side:
+            plain, yarn, dca, with commas between them; default: the engine's own choice.
         quantize: Store the weights in 8 or 4 bits.
         generator: The URL of an OpenAI-compatible server that answers in place of MODEL.
         served_name: The model's name at that server; default: MODEL.
+        judge: The model that grades open answers: a folder, a .gguf file, a hub id, the URL of an
+            OpenAI-compatible server, or a reward model.
+        judge_name: The judge's name at its server.
+        contamination: A folder of training data: scores on the questions that it does not hold are
+            shown beside the whole.
         published: Suite and size to compare with, such as qwen2.5-instruct:0.5B; default: as the
             model's name says.
         output: The folder of the results; default: evaluations/MODEL.
@@ -88,27 +106,49 @@ def evaluate(
         do = f"{command('evaluate', 'MODEL', '--tasks', 'humaneval', '--data', 'FOLDER')}"
         raise OpenQwenError("No model is named.", do=do)
     options = BenchmarkOptions(seed, samples, temperature, max_tokens)
-    loaded = []
-    for benchmark in _at_hand(tasks, data):
-        items, sums = load_items(benchmark, data, seed, limit)
-        loaded.append((benchmark, items, sums))
+    chosen = _at_hand(tasks, data, judge is not None)
     output = output or Path("evaluations") / "-".join(filter(None, [Path(model).name, quantize]))
     cache = cache or output.parent / "cache"
-    subject = _subject(model, quantize, generator, served_name, cache, engine, workers)
-    for benchmark, items, _ in loaded:  # what cannot be asked must not stop the run later
-        subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+    plan = plan_lengths(chosen, None if generator else model, lengths, long_context)
+    subject = _subject(
+        model, quantize, generator, served_name, cache, engine, workers, plan.max_context
+    )
+    if judge is not None:
+        subject = replace(subject, judges=load_judge(judge, judge_name, cache, _digest))
+    loaded = []
+    for benchmark in chosen:
+        if benchmark.long:
+            subject.check(benchmark.name, "", choices=True)
+            wanted = plan.lengths(benchmark)
+            items, sums = generate_items(benchmark, data, subject.tokens, seed, wanted, limit)
+        else:
+            items, sums = load_items(benchmark, data, seed, limit)
+            # What cannot be asked must not stop the run later.
+            subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+        loaded.append((benchmark, items, sums))
+    held: Found = {}
+    if contamination is not None:
+        held = find_contaminated({b.name: items for b, items, _ in loaded}, contamination, cache)
     evaluation = _open(output, model, subject, published, quantize)
+    shown = []
     try:
         for benchmark, items, sums in loaded:
-            scores, rows = run_benchmark(benchmark, items, subject, options)
-            evaluation.add(benchmark.name, scores | {"data": sums, "limit": limit}, rows)
+            for reading in plan.readings if benchmark.long else [None]:
+                scores, rows = run_benchmark(
+                    benchmark, items, subject, replace(options, reading=reading)
+                )
+                if benchmark.name in held:
+                    mark_contaminated(scores, rows, held[benchmark.name])
+                name = f"{benchmark.name}@{reading.name}" if reading else benchmark.name
+                evaluation.add(name, scores | {"data": sums, "limit": limit}, rows)
+                shown.append(name)
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on with the answers that are known.")
         raise
     finally:
         subject.close()
     page = write_reports(output, [evaluation])
-    table = _table(evaluation, [benchmark.name for benchmark, _, _ in loaded])
+    table = _table(evaluation, shown)
     Console(width=max(console.width, _WIDTH)).print(table)
     console.print(f"report   {page}", markup=False)
 
@@ -153,18 +193,27 @@ def compare(
     console.print(f"report   {page}", markup=False)
 
 
-def _at_hand(tasks: str, data: Path | None) -> list[Benchmark]:
-    """The chosen benchmarks; those of a suite whose data is not at hand are left out, and named."""
+def _at_hand(tasks: str, data: Path | None, judged: bool) -> list[Benchmark]:
+    """The chosen benchmarks; those of a suite that cannot be asked here are left out, and named."""
     if data is not None and not data.is_dir():
         raise OpenQwenError("There is no such folder.", data, "give the folder of the data")
     chosen = select(tasks)
     named = {Path(name.strip()).stem for name in tasks.split(",")}
     kept: list[Benchmark] = []
     absent: list[Benchmark] = []
+    unjudged: list[Benchmark] = []
     for benchmark in chosen:
-        parts = ["test", "shots"] if benchmark.prompt.shots else ["test"]
-        here = all(find_files(benchmark, data, part) for part in parts)
-        (kept if benchmark.name in named or here else absent).append(benchmark)
+        if benchmark.judged and not judged:
+            unjudged.append(benchmark)
+        elif benchmark.name in named or at_hand(benchmark, data):
+            kept.append(benchmark)
+        else:
+            absent.append(benchmark)
+    if wanted := [benchmark.name for benchmark in unjudged if benchmark.name in named]:
+        what = f"A judge grades the answers of {', '.join(wanted)}."
+        raise OpenQwenError(what, "--judge", "give a model, a reward model or a server's URL")
+    if unjudged:
+        console.print(f"Left out without --judge: {', '.join(b.name for b in unjudged)}.")
     if absent:
         console.print(
             f"Left out, as their data is not at hand: {', '.join(b.name for b in absent)}. "
@@ -184,6 +233,7 @@ def _subject(
     cache: Path,
     engine: WorkKind,
     workers: WorkersConfig,
+    max_context: int | None = None,
 ) -> Subject:
     if url is not None and engine != "single":
         what = "Workers need a model that they can load, not a server."
@@ -198,9 +248,11 @@ def _subject(
     tokenizer = load_tokenizer(path)
     # The version: another one may compute other last digits.
     identity = f"{_digest(path)} {quantize} {device.type} {version('openqwen')}"
+    if max_context:
+        identity += f" {max_context}"
 
     def load() -> Generator:
-        source = EngineSource(path, quantize)
+        source = EngineSource(path, quantize, EngineConfig(max_context=max_context))
         return source.load() if engine == "single" else EngineWorkers(source, engine, workers)
 
     return Subject(load, tokenizer, identity, *_caches(cache, identity))
@@ -228,7 +280,7 @@ def _list(benchmarks: list[Benchmark], data: Path | None) -> None:
     for column in ("benchmark", "protocol", "source", "licence", "data"):
         table.add_column(column, overflow="fold")
     for benchmark in benchmarks:
-        here = bool(find_files(benchmark, data))
+        here = at_hand(benchmark, data)
         hub = any(pattern.startswith(HUB) for pattern in benchmark.data.test)
         where = "at hand" if here else f"{'hub, or ' if hub else ''}{benchmark.get}"
         protocol = f"{benchmark.protocol} ({benchmark.protocol_source})"

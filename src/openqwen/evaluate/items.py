@@ -36,6 +36,13 @@ class BenchmarkItem:
         options: the continuations whose likelihoods are compared, after the prompt and, if there
             are any, the option's own of `contexts`.
         correct: of each option, whether it is right.
+        turns: the user's messages after the first answer, each with what its answer is graded by;
+            the prompt of such a task is that message alone.
+        temperature: what answers are sampled at, in place of the run's.
+        cell: row and column in a heat map; the column is the length in tokens that the prompt and
+            the answer were made for.
+        ids: the tokens of a text that is scored as a whole.
+        texts: the texts of the published record, by which it is looked for in training data.
     """
 
     id: str
@@ -45,11 +52,28 @@ class BenchmarkItem:
     options: Sequence[str] = ()
     contexts: Sequence[str] = ()
     correct: Sequence[float] = field(default=())
+    turns: Sequence[Task] = ()
+    temperature: float | None = None
+    cell: tuple[str, int] | None = None
+    ids: Sequence[int] = ()
+    texts: Sequence[str] = ()
 
 
 def find_files(benchmark: Benchmark, folder: Path | None, part: str = "test") -> list[Path]:
-    """The files of the first pattern that fits; none where the data is not at hand."""
-    for pattern in getattr(benchmark.data, part):
+    """The files of a part of the data; none where it is not at hand."""
+    return matching(getattr(benchmark.data, part), folder)
+
+
+def at_hand(benchmark: Benchmark, folder: Path | None) -> bool:
+    """Whether all files that a benchmark needs are in the folder."""
+    parts = [benchmark.data.test, *(table.files for table in benchmark.data.tables.values())]
+    parts += [benchmark.data.shots] if benchmark.prompt.shots else []
+    return all(matching(patterns, folder) for patterns in parts)
+
+
+def matching(patterns: Sequence[str], folder: Path | None) -> list[Path]:
+    """The files of the first pattern that fits; none where there are none."""
+    for pattern in patterns:
         if pattern.startswith(HUB):
             continue
         found: dict[str, Path] = {}  # without two forms of one file, such as .jsonl and .jsonl.gz
@@ -66,10 +90,17 @@ def _files(benchmark: Benchmark, folder: Path | None, part: str) -> list[Path]:
     patterns: list[str] = getattr(benchmark.data, part)
     if folder is None and (hub := [p for p in patterns if p.startswith(HUB)]):
         return data_files(hub[0])
+    raise missing_data(benchmark, patterns, folder)
+
+
+def missing_data(
+    benchmark: Benchmark, patterns: Sequence[str], folder: Path | None
+) -> OpenQwenError:
+    """The error that says where to get a benchmark's files."""
     wanted = " or ".join(pattern for pattern in patterns if not pattern.startswith(HUB))
     what = f"The data of '{benchmark.name}' is not at hand: {wanted} is missing."
     do = f"get it from {benchmark.source}: {benchmark.get}"
-    raise OpenQwenError(what, folder or "--data", do)
+    return OpenQwenError(what, folder or "--data", do)
 
 
 def load_items(
@@ -89,11 +120,12 @@ def load_items(
         raise OpenQwenError(f"{limit} questions tell nothing.", "--limit", "give 1 or more")
     files = _files(benchmark, folder, "test")
     solved = _files(benchmark, folder, "shots") if benchmark.prompt.shots else []
+    tables, beside = _tables(benchmark, folder)
     groups: dict[str, list[Values]] = {}
-    for where, values in _records(benchmark, solved, folder, seed, "shots"):
+    for where, values in _records(benchmark, solved, folder, seed, tables, "shots"):
         groups.setdefault(values["category"], []).append(values | {"where": where})
     everything = [values for group in groups.values() for values in group]
-    records = list(_records(benchmark, files, folder, seed))
+    records = list(_records(benchmark, files, folder, seed, tables))
     if limit is not None and limit < len(records):
         drawn = Generators(seed)[f"limit/{benchmark.name}"].permutation(len(records))[:limit]
         records = [records[i] for i in sorted(drawn)]
@@ -110,10 +142,29 @@ def load_items(
         raise OpenQwenError(
             "There are no records here.", files[0], "check the data and 'data.keep'"
         )
-    return list(items.values()), _checksums(benchmark, [*files, *solved])
+    return list(items.values()), checksums(benchmark, [*files, *solved, *beside])
 
 
-def _checksums(benchmark: Benchmark, files: Sequence[Path]) -> dict[str, str]:
+def _tables(benchmark: Benchmark, folder: Path | None) -> tuple[Values, list[Path]]:
+    """The records of each of `data.tables` by key, and the files that they are from."""
+    tables: Values = {}
+    files: list[Path] = []
+    for name, table in benchmark.data.tables.items():
+        found = matching(table.files, folder)
+        if not found:
+            raise missing_data(benchmark, table.files, folder)
+        files += found
+        tables[name] = {}
+        for path in found:
+            for where, record in _read(benchmark, path):
+                values = {**record, "record": record}
+                key = _value(table.key, values, f"data.tables.{name}.key", where)
+                tables[name][key] = record
+    return tables, files
+
+
+def checksums(benchmark: Benchmark, files: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of files by their names; a file that the benchmark does not know is told."""
     sums = {}
     for path in files:
         sums[path.name] = digest = sha256(path)
@@ -128,6 +179,7 @@ def _records(
     files: Sequence[Path],
     folder: Path | None,
     seed: int,
+    tables: Values,
     part: str = "test",
 ) -> Iterator[tuple[str, Values]]:
     """Each record that is kept, with its place, as the variables of templates."""
@@ -138,24 +190,32 @@ def _records(
                 raise OpenQwenError(what, where, "correct 'data.records' of the benchmark")
             fields = {key: value for key, value in record.items() if str(key).isidentifier()}
             file = path.name.split(".")[0]
-            values: Values = fields | {"record": record, "file": file, "number": number}
-            values |= {"folder": path.parent.name, "letters": _LETTERS, "part": part}
+            values: Values = tables | fields | {"record": record, "file": file, "number": number}
+            values |= {"folder": path.parent.name, "letters": _LETTERS, "part": part, "turn": 1}
             values["category"] = str(record.get("category") or "")
             if not _value(benchmark.data.keep or "true", values, "data.keep", where):
                 continue
-            if benchmark.category:
-                values["category"] = str(_value(benchmark.category, values, "category", where))
-            default = "file ~ '/' ~ number"
-            values["id"] = str(_value(benchmark.id or default, values, "id", where))
-            if benchmark.data.beside and folder:
-                name = evaluated(template(benchmark.data.beside), values, "data.beside", where)
-                values["beside"] = _text(folder, name)
-            if benchmark.shuffle:
-                listed = list(_value(benchmark.shuffle, values, "shuffle", where))
-                draw = Generators(seed)[f"shuffle/{benchmark.name}/{values['id']}"]
-                order = draw.permutation(len(listed)).tolist()
-                values["shuffled"], values["place"] = [listed[i] for i in order], order.index(0)
-            yield where, values
+            for each in _value(benchmark.data.each or "[none]", values, "data.each", where):
+                yield where, _described(benchmark, values | {"each": each}, folder, seed, where)
+
+
+def _described(
+    benchmark: Benchmark, values: Values, folder: Path | None, seed: int, where: str
+) -> Values:
+    """The variables with those that the benchmark computes: category, id, beside, shuffled."""
+    if benchmark.category:
+        values["category"] = str(_value(benchmark.category, values, "category", where))
+    default = "file ~ '/' ~ number"
+    values["id"] = str(_value(benchmark.id or default, values, "id", where))
+    if benchmark.data.beside and folder:
+        name = evaluated(template(benchmark.data.beside), values, "data.beside", where)
+        values["beside"] = _text(folder, name)
+    if benchmark.shuffle:
+        listed = list(_value(benchmark.shuffle, values, "shuffle", where))
+        draw = Generators(seed)[f"shuffle/{benchmark.name}/{values['id']}"]
+        order = draw.permutation(len(listed)).tolist()
+        values["shuffled"], values["place"] = [listed[i] for i in order], order.index(0)
+    return values
 
 
 def _value(text: str, values: Values, key: str, where: str) -> Any:
@@ -225,6 +285,7 @@ def _item(
 ) -> BenchmarkItem:
     prompt = _prompt(benchmark, values, shots, where)
     identity, category = values["id"], values["category"]
+    texts = tuple(record_texts(values["record"]))
     if choices := benchmark.choices:
         options = _value(choices.options, values, "choices.options", where)
         contexts = _value(choices.contexts or "[]", values, "choices.contexts", where)
@@ -234,7 +295,42 @@ def _item(
         if not (len(correct) == len(options) == len(contexts or options)) or not any(correct):
             what = f"There are {len(options)} options, of which {sum(correct):g} are right."
             raise OpenQwenError(what, where, "correct the table [choices]")
-        return BenchmarkItem(identity, category, prompt, None, options, contexts, correct)
+        return BenchmarkItem(
+            identity, category, prompt, None, options, contexts, correct, texts=texts
+        )
+    answer = benchmark.answer
+    assert answer is not None
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    task = _graded_by(benchmark, values, messages, where)
+    later: list[Task] = []
+    for turn, text in enumerate(_value(benchmark.prompt.turns or "[]", values, "turns", where), 2):
+        message = {"role": "user", "content": str(text)}
+        later.append(_graded_by(benchmark, values | {"turn": turn}, [message], where))
+    sampled = None
+    if answer.temperature:
+        sampled = float(_value(answer.temperature, values, "answer.temperature", where))
+    return BenchmarkItem(
+        identity, category, prompt, task, turns=later, temperature=sampled, texts=texts
+    )
+
+
+def record_texts(value: Any) -> Iterator[str]:
+    """All texts in a record, however deep; those of fewer than 13 characters are left out."""
+    if isinstance(value, str):
+        if len(value) >= 13:  # as many words in Chinese
+            yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from record_texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from record_texts(part)
+
+
+def _graded_by(
+    benchmark: Benchmark, values: Values, messages: list[dict[str, Any]], where: str
+) -> Task:
+    """The task of one question: its messages, grader and reference."""
     answer = benchmark.answer
     assert answer is not None
     if answer.reader:
@@ -245,10 +341,9 @@ def _item(
             key: _value(text, values, f"answer.reference.{key}", where)
             for key, text in answer.reference.items()
         }
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    task = Task(identity, messages, grader, reference, {"kind": category})
+    task = Task(values["id"], messages, grader, reference, {"kind": values["category"]})
     check_task(task, where)
-    return BenchmarkItem(identity, category, prompt, task)
+    return task
 
 
 def _prompt(

@@ -18,6 +18,7 @@ from openqwen.evaluate.config import EvaluateConfig
 from openqwen.evaluate.copying import copying_scores
 from openqwen.evaluate.intervals import grouped_interval, paired_gain, wilson_interval
 from openqwen.evaluate.items import load_items
+from openqwen.evaluate.long_context import generate_items
 from openqwen.evaluate.preferences import win_rate
 from openqwen.evaluate.samples import answer_samples
 from openqwen.model import Qwen2, load_model
@@ -142,11 +143,19 @@ def _benchmark_scores(
     evaluation = Evaluation(run.output, {**results, "settings": {}, "scores": {}})
     found: dict[str, Any] = {"benchmarks": []}
     for benchmark in select(run.config.tasks):
-        if plain and benchmark.prompt.form == "chat":
+        if (
+            plain and benchmark.prompt.form == "chat" and not benchmark.positions
+        ) or benchmark.judged:
             continue
         # The same questions for every stage and every run: their seed is not the run's.
-        items, sums = load_items(benchmark, run.inputs.get("data"), 0, run.config.limit)
-        subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
+        data, limit = run.inputs.get("data"), run.config.limit
+        if benchmark.long:
+            lengths = [n for n in benchmark.long.lengths if n <= engine.longest] or [engine.longest]
+            items, sums = generate_items(benchmark, data, subject.tokens, 0, lengths, limit)
+        else:
+            items, sums = load_items(benchmark, data, 0, limit)
+        prompt = "" if benchmark.positions else items[0].prompt
+        subject.check(benchmark.name, prompt, bool(benchmark.choices))
         scores, rows = run_benchmark(benchmark, items, subject, BenchmarkOptions())
         more = {"data": sums, "limit": run.config.limit, "seconds": None}  # equal runs, equal bytes
         evaluation.add(benchmark.name, scores | more, rows)

@@ -1,10 +1,13 @@
 """The page of one evaluation or of several side by side, with the same in Markdown and JSON."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from openqwen.evaluate.benchmark import REPORTS
+from openqwen.evaluate.bradley_terry import Game, games_of, rate
 from openqwen.evaluate.compare import Evaluation, compare_on
 from openqwen.support.files import write_json, write_text
 from openqwen.support.page import environment
@@ -22,15 +25,66 @@ def write_reports(folder: Path, evaluations: Sequence[Evaluation]) -> Path:
     found = {name for evaluation in evaluations for name in evaluation.scores}
     tables = [_benchmark(name, evaluations) for name in sorted(found)]
     labels = _labels(evaluations)
-    page = environment(__name__.rpartition(".")[0]).get_template("evaluation.html.j2")
+    pages = environment(__name__.rpartition(".")[0])
+    pages.filters["tokens"] = _tokens
+    page = pages.get_template("evaluation.html.j2")
     contents = {"evaluations": evaluations, "labels": labels, "benchmarks": tables}
     contents["reports"] = list(REPORTS.values())
+    contents["heat_maps"] = _heat_maps(evaluations, labels)
+    contents["positions"] = positions = _positions(evaluations, labels)
+    contents["longest_positions"] = max((one[2] for one in positions), key=len, default=[])
     write_text(folder / "report.html", page.render(contents))
     write_text(folder / "report.md", _markdown(tables, labels))
     kept = ("name", "scores", "published", "comparisons")
     plain = [{key: table[key] for key in kept} for table in tables]
     write_json(folder / "report.json", {"models": labels, "benchmarks": plain})
     return folder / "report.html"
+
+
+def _heat_maps(
+    evaluations: Sequence[Evaluation], labels: Sequence[str]
+) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The mean scores by row (such as the depth) and length: for each benchmark, of each model and
+    way to read long prompts.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for evaluation, label in zip(evaluations, labels):
+        for name, scores in sorted(evaluation.scores.items()):
+            cells: dict[tuple[str, int], list[float]] = {}
+            for row in evaluation.rows(name) if scores.get("long") else []:
+                if row["status"] != "infra":
+                    cells.setdefault((row["cell"][0], row["cell"][1]), []).append(row["score"])
+            if cells:
+                one = {"label": label, "reading": scores["reading"] or "", **_grid(cells)}
+                found.setdefault(scores["title"], []).append(one)
+    return sorted(found.items())
+
+
+def _tokens(length: float) -> str:
+    """A length in tokens: 512, 4k, 128k (k is 1,024)."""
+    return f"{length / 1024:.3g}k" if length >= 1024 else f"{length:.0f}"
+
+
+def _grid(cells: Mapping[tuple[str, int], Sequence[float]]) -> dict[str, Any]:
+    """Means by row and by length, in the order of the rows, and the mean of each length."""
+    means = {cell: fmean(scores) for cell, scores in cells.items()}
+    rows = list(dict.fromkeys(row for row, _ in means))
+    lengths = sorted({length for _, length in means})
+    overall = [fmean([m for (_, n), m in means.items() if n == length]) for length in lengths]
+    grid = [(row, [means.get((row, length)) for length in lengths]) for row in rows]
+    return {"lengths": lengths, "rows": grid, "overall": overall}
+
+
+def _positions(
+    evaluations: Sequence[Evaluation], labels: Sequence[str]
+) -> list[tuple[str, str, list[dict[str, float]]]]:
+    """(model, way to read, perplexity by position) of each that was measured."""
+    return [
+        (label, scores["reading"] or "", scores["positions"])
+        for evaluation, label in zip(evaluations, labels)
+        for _, scores in sorted(evaluation.scores.items())
+        if scores.get("positions")
+    ]
 
 
 def _labels(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -63,7 +117,31 @@ def _benchmark(name: str, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
             (c, [one["categories"].get(c) if one else None for one in scores]) for c in categories
         ],
         "answers": _answers([e.rows(name) if e else [] for e in having]),
+        "ratings": _ratings(name, having, _labels(evaluations)),
     }
+
+
+def _ratings(
+    name: str, having: Sequence[Evaluation | None], labels: Sequence[str]
+) -> dict[str, Any] | None:
+    """Ratings of all models whose answers were compared with those of one baseline, by one fit."""
+    games: list[Game] = []
+    baselines = {e.scores[name].get("baseline") for e in having if e}
+    baseline = baselines.pop() if len(baselines) == 1 else None
+    if baseline is None:
+        return None
+    for evaluation, label in zip(having, labels):
+        rows = evaluation.rows(name) if evaluation else []
+        games += games_of([row for row in rows if row["games"]], label, baseline)
+    found: dict[str, Any] = {"baseline": baseline}
+    for key, control in (("models", False), ("controlled", True)):
+        strengths = rate(games, baseline, control).strengths
+        found[key] = [
+            (label, 1000 + 400 / math.log(10) * strengths[label])
+            for label in labels
+            if label in strengths
+        ]
+    return found
 
 
 def _answers(sides: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -105,8 +183,22 @@ def _markdown(tables: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
             cells += ["–" if known is None else f"{known:.1f}"]
         cells += [_gain(comparison) for comparison in table["comparisons"][1:]]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Scores in per cent, ± standard error."]
+    lines += ["", "Scores in per cent, ± standard error.", *_clean_parts(tables, labels)]
     return "\n".join(lines) + "\n"
+
+
+def _clean_parts(tables: Sequence[dict[str, Any]], labels: Sequence[str]) -> list[str]:
+    """A table of the scores on the questions that training data does not hold."""
+    lines = []
+    for table in tables:
+        for one, label in zip(table["scores"], labels):
+            for name, found in ((one or {}).get("contamination") or {}).items():
+                clean = found["clean"] and percent(found["clean"]["score"])
+                cells = [table["name"], label, name, f"{found['n']} ({percent(found['share'])})"]
+                cells += [percent(one["score"]), clean or "–"]
+                lines.append(f"| {' | '.join(cells)} |")
+    head = "| benchmark | model | in training data | contaminated | all | clean part |"
+    return ["", head, "|---|---|---|---|---|---|", *lines] if lines else []
 
 
 def _gain(comparison: dict[str, Any] | None) -> str:

@@ -13,13 +13,23 @@ from typing import Any, Literal
 
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.progress import Progress
-from openqwen.tasks import choice, code, instructions, judge, mathematics, reward
+from openqwen.tasks import (
+    choice,
+    code,
+    contains,
+    instructions,
+    judge,
+    mathematics,
+    pairwise,
+    reward,
+)
 from openqwen.tasks.cache import GradeCache
 from openqwen.tasks.models import GraderModel
 from openqwen.tasks.task import Grade, Task
 
 _LONGEST = 200  # characters of an answer that is read, or four times the reference's
 _PART = 512  # answers graded at a time where grades are cached or progress is shown
+_PART_ASKED = 64  # the same where a model is asked, which may be slow
 
 
 @dataclass(frozen=True)
@@ -31,12 +41,14 @@ class Grader:
         fault: what is wrong with a reference, as the end of a sentence; "" where nothing is.
         asks: the method of a model that it needs; `judge` then gets a third argument, the
             `GraderModel` of each task. "": it needs no model.
+        model: the name of that model where a reference names none; "": the grader's own name.
         version: another text whenever the same answer may get another grade.
     """
 
     judge: Callable[..., list[Grade]]
     fault: Callable[[dict[str, Any]], str]
     asks: Literal["", "generate", "score"] = ""
+    model: str = ""
     version: Callable[[], str] = lambda: "1"
 
 
@@ -54,7 +66,7 @@ def grade(
 
     Args:
         models: the models that graders ask, by name. A task's reference["model"] names its model;
-            without it the name is the grader's, "judge" or "reward".
+            without it the name is "judge" for `judge` and `pairwise`, and "reward" for `reward`.
         cache: grades that are known are taken from it, others are added, some hundred at a time.
         progress: advanced by 1 with each answer.
 
@@ -79,7 +91,9 @@ def grade(
     if progress is not None:
         progress.advance(len(keys) - sum(map(len, waiting.values())))
     for name, new in waiting.items():
-        size = len(new) if cache is None and progress is None else _PART
+        size = _PART_ASKED if GRADERS[name].asks else _PART
+        if cache is None and progress is None:
+            size = len(new)
         for part in (new[start : start + size] for start in range(0, len(new), size)):
             batch = dict(zip(part, _judge(name, [asked[key] for key in part]), strict=True))
             grades |= batch
@@ -124,7 +138,7 @@ def _model_of(task: Task, models: Mapping[str, GraderModel]) -> GraderModel | No
     method = GRADERS[task.grader].asks
     if not method:
         return None
-    name = task.reference.get("model", task.grader)
+    name = task.reference.get("model", GRADERS[task.grader].model or task.grader)
     if name not in models:
         what = f"The grader '{task.grader}' needs a model '{name}'.{suggestion(name, models)}"
         do = f"pass models={{'{name}': GraderModel(...)}} to grade"
@@ -238,15 +252,19 @@ def _regex_fault(reference: dict[str, Any]) -> str:
 # line reference["closing"], where there is one, with reference["answer"]. exact: the same text. json: an equal JSON value, no key twice.
 # regex: reference["pattern"] matches all of it; `answer` is an example. Python's `re` has no time
 # limit: a pattern must not backtrack without bounds.
-# choice, code, instructions, judge, math, reward: see their files.
+# choice, code, contains, instructions, judge, math, pairwise, reward: see their files.
 GRADERS: dict[str, Grader] = {
     "choice": Grader(choice.judge, choice.fault),
     "code": Grader(code.judge, code.fault),
+    "contains": Grader(contains.judge, contains.fault),
     "exact": Grader(_short(_exact), _answer_fault),
     "instructions": Grader(instructions.judge, instructions.fault),
     "json": Grader(_short(_json), _json_fault),
     "judge": Grader(judge.judge, judge.fault, asks="generate", version=judge.version),
     "math": Grader(mathematics.judge, _answer_fault, version=mathematics.version),
+    "pairwise": Grader(
+        pairwise.judge, pairwise.fault, asks="generate", model="judge", version=pairwise.version
+    ),
     "regex": Grader(_short(_regex), _regex_fault),
     "reward": Grader(reward.judge, reward.fault, asks="score"),
 }
