@@ -46,6 +46,7 @@ from openqwen.corpus.report import Account, flat_metrics, mixture_report
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_jsonl, write_json, write_jsonl
 from openqwen.support.progress import progress
+from openqwen.tokenizer.fast import text_batches
 
 
 class _Passes(NamedTuple):
@@ -241,8 +242,11 @@ def _near_step(path: Path, entries: list[DocumentEntry], config: CorpusConfig) -
     """Near-deduplication of the documents in `path`: reads them all for their signatures."""
     with progress("deduplicate", len(entries), "documents") as bar:
         texts = (document["text"] for document in read_jsonl(path))
-        signature = signatures(texts, config.minhash, bar.advance)
-    clusters = near_duplicates(signature, config.minhash)
+        parts = []
+        for batch in text_batches(texts):
+            parts.append(signatures(batch, config.minhash))
+            bar.advance(len(batch))
+    clusters = near_duplicates(np.concatenate(parts), config.minhash)
     first = {entry.id: entries[cluster].id for entry, cluster in zip(entries, clusters)}
     return lambda document: drop_near(document, first[document["id"]])
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from openqwen.support.settings import Settings
 
 Profile = Literal["web", "text", "code"]
+Preset = Literal["gopher", "c4", "fineweb", "refinedweb", "code"]
 
 
 class GopherQuality(Settings):
@@ -160,6 +161,20 @@ class CodeRules(Settings):
     )
 
 
+class PublishedRules(Settings):
+    """The limits of the presets, as published; see published.py."""
+
+    gopher: GopherQuality = Field(
+        default_factory=GopherQuality,
+        description="Gopher's quality rules; here `stop_words` counts different ones",
+    )
+    repetition: GopherRepetition = Field(
+        default_factory=GopherRepetition, description="Gopher's repetition rules"
+    )
+    c4: C4 = Field(default_factory=C4, description="C4's rules")
+    fineweb: FineWeb = Field(default_factory=FineWeb, description="FineWeb's rules")
+
+
 class FilterConfig(Settings):
     """The rules of each profile. A document's profile follows from its file type or source."""
 
@@ -172,6 +187,9 @@ class FilterConfig(Settings):
         description="web and text documents in scripts without spaces between words",
     )
     code: CodeRules = Field(default_factory=CodeRules, description="source code")
+    published: PublishedRules = Field(
+        default_factory=PublishedRules, description="the rules of the presets"
+    )
 
 
 class MinHashConfig(Settings):
@@ -217,6 +235,11 @@ class CorpusConfig(Settings):
     )
     profiles: dict[str, Profile] = Field(
         {}, description="source -> web, text or code: the rules for it, whatever its file types"
+    )
+    presets: dict[str, Preset] = Field(
+        {},
+        description="source, or * for all -> gopher, c4, fineweb, refinedweb or code: published "
+        "filters with datatrove's decisions, in place of the profile's rules (English)",
     )
     filters: FilterConfig = Field(
         default_factory=FilterConfig, description="the rules of each profile"

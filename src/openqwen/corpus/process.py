@@ -8,12 +8,13 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from openqwen.corpus.clean import Span, c4_lines, normalize, without
-from openqwen.corpus.config import FilterConfig
+from openqwen.corpus.config import FilterConfig, Preset
 from openqwen.corpus.decontaminate import Contamination
 from openqwen.corpus.documents import Document, utf8_size
 from openqwen.corpus.filters import first_failure
 from openqwen.corpus.measure import Measured
 from openqwen.corpus.personal import mask_personal
+from openqwen.corpus.published import PublishedFilters
 
 
 class Cut(NamedTuple):
@@ -71,11 +72,15 @@ def cap(document: Document, left_out: Container[str], max_bytes: Mapping[str, in
     return DocumentVerdict("cap", f"{source} limit", why), document
 
 
-def clean(document: Document, config: FilterConfig) -> Result:
-    """Normalise the text; cut the lines that C4's rules refuse out of web pages."""
+def clean(document: Document, config: FilterConfig, published: bool = False) -> Result:
+    """Normalise the text; cut the lines that C4's rules refuse out of web pages.
+
+    published: the document is filtered by a preset, which has its own line rules.
+    """
     text, cut = normalize(document["text"]), None
     # The line rules count words, so scripts without spaces do not meet them.
-    if document["meta"]["profile"] == "web" and not Measured(text).unspaced:
+    web = document["meta"]["profile"] == "web" and not published
+    if web and not Measured(text).unspaced:
         shorter, lines = c4_lines(text, config.web.c4)
         if lines:
             cut = Cut("c4 lines", "\n".join(lines), utf8_size(text) - utf8_size(shorter))
@@ -92,6 +97,20 @@ def apply_filters(document: Document, config: FilterConfig) -> Result:
         return DocumentVerdict("filter"), document
     rule, failure = found
     return DocumentVerdict("filter", rule, failure.why, value=failure.value), document
+
+
+def apply_preset(document: Document, filters: PublishedFilters, preset: Preset) -> Result:
+    """Take a cleaned document through the published filters of a preset."""
+    text = document["text"].removesuffix("\n")
+    done = filters.apply(text, preset)
+    if done.failed:
+        rule, failure = done.failed
+        return DocumentVerdict("filter", rule, failure.why, value=failure.value), document
+    if done.text == text:
+        return DocumentVerdict("filter"), document
+    left = done.text + "\n"
+    cut = Cut("lines", "\n".join(done.cut), utf8_size(document["text"]) - utf8_size(left))
+    return DocumentVerdict("filter", cut=cut), {**document, "text": left}
 
 
 def treat_personal(document: Document, action: Literal["mask", "drop"]) -> Result:
