@@ -14,6 +14,7 @@ from typing import Literal
 from pydantic import Field
 
 from openqwen.support.settings import Settings
+from openqwen.support.workers import WorkersConfig, WorkKind
 
 Profile = Literal["web", "text", "code"]
 Preset = Literal["gopher", "c4", "fineweb", "refinedweb", "code"]
@@ -223,6 +224,32 @@ class CorpusConfig(Settings):
         None,
         description="folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet, code; none: Python's "
         "library",
+    )
+    sample: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the documents that is read, by hash of id: to try filters on a few",
+    )
+    identify: bool = Field(
+        True,
+        description="find language, licence and kind of the documents of a folder, where unknown",
+    )
+    max_quarantined: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        exclude=True,
+        description="largest share of files and records that cannot be read; with more the run "
+        "ends with an error",
+    )
+    engine: WorkKind = Field(
+        "single",
+        exclude=True,
+        description="work in this process, in several processes, or on a Ray cluster",
+    )
+    workers: WorkersConfig = Field(
+        default_factory=WorkersConfig, exclude=True, description="the worker processes"
     )
     max_document_bytes: int = Field(
         10_000_000,

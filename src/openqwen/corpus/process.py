@@ -4,12 +4,11 @@ One process, several, or a cluster can drive them and gets the same answers. Wha
 about other documents, such as which one had the same text first, the driver finds out and passes.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from openqwen.corpus.clean import Span, c4_lines, normalize, without
 from openqwen.corpus.config import FilterConfig, Preset
-from openqwen.corpus.decontaminate import Contamination
 from openqwen.corpus.documents import Document, utf8_size
 from openqwen.corpus.filters import first_failure
 from openqwen.corpus.measure import Measured
@@ -63,10 +62,10 @@ Result = tuple[DocumentVerdict, Document]
 Step = Callable[[Document], Result]
 
 
-def cap(document: Document, left_out: Container[str], max_bytes: Mapping[str, int]) -> Result:
-    """Drop a document whose id is in `left_out`: its source has more than `max_bytes`."""
+def cap(document: Document, left_out: bool, max_bytes: Mapping[str, int]) -> Result:
+    """Drop a document that is left out because its source has more than `max_bytes`."""
     source = document["source"]
-    if document["id"] not in left_out:
+    if not left_out:
         return DocumentVerdict("cap"), document
     why = f"source limited to {max_bytes[source]:,} bytes"
     return DocumentVerdict("cap", f"{source} limit", why), document
@@ -134,12 +133,13 @@ def drop_exact(document: Document, first: str) -> Result:
     return DocumentVerdict("exact", "exact duplicate", f"same text as {first}"), document
 
 
-def drop_contaminated(document: Document, match: Contamination | None) -> Result:
-    """Drop a document that holds an evaluation item; see decontaminate.py."""
+def drop_contaminated(document: Document, match: tuple[str, int] | None) -> Result:
+    """Drop a document that holds an evaluation item; match: (which, its words in common)."""
     if match is None:
         return DocumentVerdict("decontaminate"), document
+    why, common = match
     rule = "holds an evaluation item"
-    return DocumentVerdict("decontaminate", rule, str(match), value=match.common), document
+    return DocumentVerdict("decontaminate", rule, why, value=common), document
 
 
 def drop_low_score(

@@ -5,6 +5,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class OpenQwenError(Exception):
@@ -24,6 +25,9 @@ class OpenQwenError(Exception):
         if do is not None:
             lines.append(f"  do:    {do}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # errors of worker processes are sent as copies
+        return type(self), (self.what, self.where, self.do)
 
 
 @contextmanager
