@@ -15,11 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from openqwen.corpus import CorpusConfig, build_corpus, documents
+from openqwen.corpus import CorpusConfig, build_corpus, documents, work
+from openqwen.corpus import build as corpus_build
 from openqwen.corpus.documents import DocumentEntry, read_documents
 from openqwen.corpus.installation import InstallationReader
 from openqwen.corpus.mixture import beyond_cap, heldout, sample, shares
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import read_jsonl
 from openqwen.support.generators import Generators
 from openqwen.tokenizer import fast
 
@@ -63,9 +65,11 @@ def tasks(count=100):
         }
 
 
-def build(config, out, extra=(), seed=0):
-    out.mkdir()
-    return build_corpus(config, extra, out, seed), json.loads((out / "corpus.json").read_text())
+def build(config, out, extra=(), seed=0, scratch=None):
+    out.mkdir(exist_ok=True)
+    return build_corpus(config, extra, out, seed, scratch), json.loads(
+        (out / "corpus.json").read_text()
+    )
 
 
 def test_the_report_accounts_for_every_document(folder, tmp_path):
@@ -121,6 +125,90 @@ def test_the_same_input_gives_the_same_bytes(folder, tmp_path):
     ).read_bytes()
 
 
+def test_a_preset_takes_the_place_of_the_profile(folder, tmp_path):
+    limits = {"published": {"repetition": {"max_top_ngrams": {}, "max_duplicate_ngrams": {}}}}
+    config = CorpusConfig(folder=folder, presets={"letters": "c4", "*": "gopher"}, filters=limits)
+    _, report = build(config, tmp_path / "out")
+    (step,) = (step for step in report["steps"] if step["name"] == "filter")
+    assert set(step["reasons"]) == {"word count", "lines"}  # C4 cuts blank lines
+    assert report["sources"]["letters"]["documents"] > 20
+    _, report = build(CorpusConfig(folder=folder, presets={"*": "code"}), tmp_path / "code")
+    assert set(report["steps"][2]["reasons"]) == {"line length"}
+
+
+FILES = ("train.parquet", "heldout.parquet", "corpus.json", "decisions.parquet", "quarantine.jsonl")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(work, "_CHUNK_BYTES", 5_000)
+    monkeypatch.setattr(corpus_build, "_UNIT_BYTES", 20_000)
+
+
+def bytes_of(out):
+    return {name: (out / name).read_bytes() for name in FILES}
+
+
+def test_chunks_and_processes_change_no_byte(folder, tmp_path, small_chunks):
+    build(CorpusConfig(folder=folder), tmp_path / "one", tasks())
+    config = CorpusConfig(folder=folder, engine="processes", workers={"count": 2})
+    build(config, tmp_path / "two", tasks(), scratch=tmp_path / "scratch")
+    assert len(list((tmp_path / "scratch/final").glob("*.jsonl"))) >= 4
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize("step", ["_write_raw", "document_keys", "cut_repeats"])
+def test_a_run_that_was_stopped_goes_on_and_does_nothing_twice(
+    folder, tmp_path, small_chunks, monkeypatch, step
+):
+    """The steps of reading, of mapping and of applying stop in the middle, and go on."""
+    build(CorpusConfig(folder=folder), tmp_path / "one", tasks())
+    whole, calls = getattr(work, step), []
+
+    def stops(*arguments):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return whole(*arguments)
+
+    config, scratch = CorpusConfig(folder=folder), tmp_path / "scratch"
+    scratch.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(work, step, stops)
+        with pytest.raises(KeyboardInterrupt):
+            build(config, tmp_path / "two", tasks(), scratch=scratch)
+    done = {path: path.stat().st_mtime_ns for path in scratch.rglob("0*.json")}
+    assert done
+    build(config, tmp_path / "two", tasks(), scratch=scratch)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    # Other input: nothing of it is used.
+    (folder / "letters/new.txt").write_text(essay("new"))
+    metrics, _ = build(config, tmp_path / "two", tasks(), scratch=scratch)
+    assert metrics["read_documents"] == 64
+
+
+def test_too_much_that_cannot_be_read_is_an_error_at_the_end(folder, tmp_path):
+    for number in range(20):
+        (folder / f"bad{number}.txt").write_bytes(b"\0")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with pytest.raises(OpenQwenError, match=r"could not be read, 25\.0% of all") as caught:
+        build(CorpusConfig(folder=folder), tmp_path / "out", scratch=scratch)
+    assert "quarantine.jsonl" in str(caught.value)
+    rows = list(read_jsonl(tmp_path / "out/quarantine.jsonl"))
+    assert len(rows) == 21
+    assert rows[0] == {"id": "bad.jsonl#1", "reason": "not JSON", "text": rows[0]["text"]}
+    config = CorpusConfig(folder=folder, max_quarantined=0.5)
+    assert build(config, tmp_path / "out", scratch=scratch)[0]["skipped"] == 21
+
+
+def test_a_sample_of_the_documents(folder, tmp_path):
+    config = CorpusConfig(folder=folder, sample=0.5, heldout_share=0.2)
+    first = build(config, tmp_path / "one")[0]["read_documents"]
+    assert 15 < first < 50
+
+
 def test_a_cap_and_a_profile_for_one_source(folder, tmp_path):
     config = CorpusConfig(folder=folder, max_bytes={"letters": 5000}, profiles={"essays": "code"})
     _, report = build(config, tmp_path / "out")
@@ -169,7 +257,8 @@ def test_held_out_groups_are_whole_and_adding_documents_moves_none():
 
 def test_caps_and_shares():
     pages = entries(100, "a") + entries(5, "b")
-    assert len(beyond_cap(pages, {"a": 305}, seed=0)) == 70
+    left_out = beyond_cap(pages, {"a": 305}, seed=0)
+    assert (left_out[:100].sum(), left_out[100:].sum()) == (70, 0)
     assert shares({"a": 300, "b": 100}, {"b": 3.0}) == {"a": 0.5, "b": 0.5}
 
 
@@ -251,6 +340,7 @@ def test_memory_hardly_grows_with_the_text(tmp_path, monkeypatch):
     """When documents were held in memory, 1 MB of text more took 2 MB."""
     monkeypatch.setattr(documents, "_GROUP_BYTES", 20_000)
     monkeypatch.setattr(fast, "_BATCH_SIZE", 5_000)
+    monkeypatch.setattr(work, "_CHUNK_BYTES", 20_000)
     draw = Generators(0)["lines"]
     config = CorpusConfig(folder=tmp_path / "raw", profiles={"documents": "code"})
     config.folder.mkdir()

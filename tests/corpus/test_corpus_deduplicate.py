@@ -7,8 +7,16 @@ import re
 import numpy as np
 import pytest
 
+from openqwen.corpus import deduplicate
 from openqwen.corpus.config import MinHashConfig
-from openqwen.corpus.deduplicate import exact_key, near_duplicates, shingle_hashes, signatures
+from openqwen.corpus.deduplicate import (
+    Clusters,
+    exact_key,
+    first_occurrences,
+    near_duplicates,
+    shingle_hashes,
+    signatures,
+)
 from openqwen.support.generators import Generators
 
 CONFIG = MinHashConfig()
@@ -102,3 +110,43 @@ def test_exact_key_sees_words_and_not_white_space():
     assert exact_key("a  b\n") == exact_key("a b")
     assert exact_key("a b") != exact_key("ab")
     assert len(exact_key("")) == 16
+
+
+def test_the_compiled_signatures_are_those_of_numpy(monkeypatch):
+    if deduplicate.library() is None:
+        pytest.skip("there is no compiler")
+    texts = [*pairs_by_similarity(20), "", "one two", "Ünï_x 1.5, ÜNÏ", "\ud800 x"]
+    for config in (CONFIG, MinHashConfig(shingle_words=1, bands=3, rows=5)):
+        compiled = signatures(texts, config)
+        with monkeypatch.context() as patch:
+            patch.setattr(deduplicate, "library", lambda: None)
+            assert (signatures(texts, config) == compiled).all()
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("most", [0, 7])
+def test_first_occurrences_in_ranges_equal_a_dictionary(width, most):
+    draw = Generators(0)["keys"]
+    keys = draw.integers(0, 40, (500, width), dtype=np.uint64) << np.uint64(58)
+    seen, expected = {}, []
+    for number, key in enumerate(map(tuple, keys.tolist())):
+        expected.append(seen.setdefault(key, number))
+    found = np.full(500, -1)
+    for numbers, first in first_occurrences(keys, most):
+        assert (found[numbers] == -1).all()
+        found[numbers] = first
+    assert found.tolist() == expected
+    assert list(first_occurrences(keys[:0], most)) == []
+
+
+def test_clusters_do_not_depend_on_how_many_keys_are_sorted_at_a_time():
+    draw = Generators(1)["keys"]
+    bands = draw.integers(0, 300, (4, 400), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    found = []
+    for most in (0, 10):
+        clusters = Clusters(np.empty(400, np.int64))
+        for keys in bands:
+            clusters.link(keys, most)
+        found.append([clusters.root(n) for n in range(400)])
+    assert found[0] == found[1]
+    assert len(set(found[0])) < 200

@@ -14,8 +14,10 @@ from typing import Literal
 from pydantic import Field
 
 from openqwen.support.settings import Settings
+from openqwen.support.workers import WorkersConfig, WorkKind
 
 Profile = Literal["web", "text", "code"]
+Preset = Literal["gopher", "c4", "fineweb", "refinedweb", "code"]
 
 
 class GopherQuality(Settings):
@@ -160,6 +162,20 @@ class CodeRules(Settings):
     )
 
 
+class PublishedRules(Settings):
+    """The limits of the presets, as published; see published.py."""
+
+    gopher: GopherQuality = Field(
+        default_factory=GopherQuality,
+        description="Gopher's quality rules; here `stop_words` counts different ones",
+    )
+    repetition: GopherRepetition = Field(
+        default_factory=GopherRepetition, description="Gopher's repetition rules"
+    )
+    c4: C4 = Field(default_factory=C4, description="C4's rules")
+    fineweb: FineWeb = Field(default_factory=FineWeb, description="FineWeb's rules")
+
+
 class FilterConfig(Settings):
     """The rules of each profile. A document's profile follows from its file type or source."""
 
@@ -172,6 +188,9 @@ class FilterConfig(Settings):
         description="web and text documents in scripts without spaces between words",
     )
     code: CodeRules = Field(default_factory=CodeRules, description="source code")
+    published: PublishedRules = Field(
+        default_factory=PublishedRules, description="the rules of the presets"
+    )
 
 
 class MinHashConfig(Settings):
@@ -206,6 +225,32 @@ class CorpusConfig(Settings):
         description="folder of .txt .md .rst .html .jsonl(.gz .zst) .parquet, code; none: Python's "
         "library",
     )
+    sample: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the documents that is read, by hash of id: to try filters on a few",
+    )
+    identify: bool = Field(
+        True,
+        description="find language, licence and kind of the documents of a folder, where unknown",
+    )
+    max_quarantined: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        exclude=True,
+        description="largest share of files and records that cannot be read; with more the run "
+        "ends with an error",
+    )
+    engine: WorkKind = Field(
+        "single",
+        exclude=True,
+        description="work in this process, in several processes, or on a Ray cluster",
+    )
+    workers: WorkersConfig = Field(
+        default_factory=WorkersConfig, exclude=True, description="the worker processes"
+    )
     max_document_bytes: int = Field(
         10_000_000,
         ge=1,
@@ -217,6 +262,11 @@ class CorpusConfig(Settings):
     )
     profiles: dict[str, Profile] = Field(
         {}, description="source -> web, text or code: the rules for it, whatever its file types"
+    )
+    presets: dict[str, Preset] = Field(
+        {},
+        description="source, or * for all -> gopher, c4, fineweb, refinedweb or code: published "
+        "filters with datatrove's decisions, in place of the profile's rules (English)",
     )
     filters: FilterConfig = Field(
         default_factory=FilterConfig, description="the rules of each profile"

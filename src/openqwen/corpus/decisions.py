@@ -4,6 +4,7 @@ A row says which step dropped a document or cut something out of it, by which ru
 that decided. A document without a row passed all steps as it was.
 """
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,21 @@ _SCHEMA = pa.schema(
 _ROWS = 10_000  # of a row group, which is held in memory
 
 
+def decision_rows(document: Document, verdict: DocumentVerdict) -> list[dict[str, Any]]:
+    """What a step did with a document, if it did not just keep it."""
+    rows = []
+    if cut := verdict.cut:
+        rows.append((cut.rule, float(cut.bytes), cut.why, True))
+    if verdict.rule is not None:
+        value = None if verdict.value is None else float(verdict.value)
+        rows.append((verdict.rule, value, verdict.why, False))
+    place = {"id": document["id"], "source": document["source"], "step": verdict.step}
+    return [
+        {**place, "rule": rule, "value": value, "why": why, "kept": kept}
+        for rule, value, why, kept in rows
+    ]
+
+
 class Decisions:
     """Writes decisions in their order, with `with`; the same ones give the same bytes."""
 
@@ -56,27 +72,12 @@ class Decisions:
             self._flush()
         return self._open.__exit__(kind, error, trace)
 
-    def add(self, document: Document, verdict: DocumentVerdict) -> None:
-        """Store what a step did with a document, if it did not just keep it."""
-        if cut := verdict.cut:
-            self._row(document, verdict.step, cut.rule, cut.bytes, cut.why, True)
-        if verdict.rule is not None:
-            self._row(document, verdict.step, verdict.rule, verdict.value, verdict.why, False)
-        if len(self._rows) >= _ROWS:
-            self._flush()
-
-    def _row(
-        self,
-        document: Document,
-        step: str,
-        rule: str,
-        value: float | None,
-        why: str,
-        kept: bool,
-    ) -> None:
-        number = None if value is None else float(value)
-        values = (document["id"], document["source"], step, rule, number, why, kept)
-        self._rows.append(dict(zip(_SCHEMA.names, values, strict=True)))
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows that `decision_rows` made."""
+        for row in rows:
+            self._rows.append(row)
+            if len(self._rows) >= _ROWS:
+                self._flush()
 
     def _flush(self) -> None:
         if self._rows:

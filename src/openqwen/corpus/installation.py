@@ -17,6 +17,7 @@ from pathlib import Path
 from openqwen.corpus.documents import Document
 from openqwen.corpus.read import FolderReader
 
+_TOPICS = "pydoc topics"
 _SITE = frozenset({"site-packages", "dist-packages"})
 # Python's list of its modules, and the tests, which the list leaves out. Other files in the folder
 # belong to the distribution or the user.
@@ -29,11 +30,17 @@ class InstallationReader(FolderReader):
     def __init__(self, max_bytes: int):
         super().__init__(Path(sysconfig.get_path("stdlib")), max_bytes, exclude=_SITE)
 
-    def __iter__(self) -> Iterator[Document]:
-        for file, path in self.listing():
-            if path.split("/")[0].removesuffix(".py") in _LIBRARY:
-                yield from self._documents(file, path)
-        yield from _topics()
+    def listing(self) -> list[tuple[Path, str]]:
+        """The library's files; the last entry stands for the topics."""
+        files = [f for f in super().listing() if f[1].split("/")[0].removesuffix(".py") in _LIBRARY]
+        return [*files, (self.folder / _TOPICS, _TOPICS)]
+
+    def documents(self, path: Path, name: str) -> Iterator[Document]:
+        """The documents of a file and, of a module, its reference page."""
+        if name == _TOPICS:
+            yield from _topics()
+        else:
+            yield from self._documents(path, name)
 
     def _documents(self, file: Path, path: str) -> Iterator[Document]:
         for document in self.read(file, path):

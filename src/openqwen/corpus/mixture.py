@@ -5,11 +5,19 @@ Every decision is by a hash of the document's id, so the order of the documents 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 
+import numpy as np
 import xxhash
 
 from openqwen.corpus.documents import DocumentEntry
+
+_BLOCK = 1 << 16
+
+
+def in_sample(seed: int, share: float, name: str) -> bool:
+    """Whether a document is in a sample of the corpus; by its id alone."""
+    return share >= 1 or _draw(seed, "trial", name) < share
 
 
 def _draw(seed: int, purpose: str, name: str) -> float:
@@ -19,45 +27,77 @@ def _draw(seed: int, purpose: str, name: str) -> float:
 
 def beyond_cap(
     entries: Iterable[DocumentEntry], max_bytes: Mapping[str, int], seed: int
-) -> set[str]:
-    """Ids of the documents that a source's byte limit leaves out: those with the largest draws."""
-    left_out = set()
+) -> np.ndarray:
+    """bool [entries]: which documents a source's byte limit leaves out, those with large draws.
+
+    Memory: 32 bytes for each document of a source with a limit, and one for each other.
+    """
     room = dict(max_bytes)
-    for entry in sorted(entries, key=lambda entry: _draw(seed, "cap", entry.id)):
-        if entry.source not in room:
-            continue
-        if entry.size <= room[entry.source]:
-            room[entry.source] -= entry.size
+    sources = list(room)
+    rows: list[np.ndarray] = []
+    block: list[tuple[int, int, int]] = []
+    draws = []
+    number = -1
+    for number, entry in enumerate(entries):
+        if entry.source in room:
+            block.append((number, entry.size, sources.index(entry.source)))
+            draws.append(_draw(seed, "cap", entry.id))
+            if len(block) == _BLOCK:
+                rows.append(np.array(block, np.int64))
+                block = []
+    rows.append(np.array(block, np.int64).reshape(-1, 3))
+    table = np.concatenate(rows)
+    left_out = np.zeros(number + 1, dtype=bool)
+    for row in np.argsort(np.array(draws), kind="stable"):
+        position, size, index = table[row].tolist()
+        if size <= room[sources[index]]:
+            room[sources[index]] -= size
         else:
-            left_out.add(entry.id)
+            left_out[position] = True
     return left_out
 
 
-def heldout(entries: Sequence[DocumentEntry], share: float, max_bytes: int, seed: int) -> set[str]:
+def heldout(entries: Iterable[DocumentEntry], share: float, max_bytes: int, seed: int) -> set[str]:
     """Ids of the documents that training never sees.
 
     A `share` of the groups is drawn by a hash, at most `max_bytes` of each source. A source with
     two groups or more always gives at least one, so that it can be scored, unless its smallest is
     over the limit.
+
+    Args:
+        entries: can be iterated over several times. Only those of drawn groups are held in memory.
     """
-    groups: dict[str, list[DocumentEntry]] = defaultdict(list)
-    groups_of: dict[str, set[str]] = defaultdict(set)  # source -> names of its groups
-    for entry in entries:
-        groups[entry.group].append(entry)
-        groups_of[entry.source].add(entry.group)
     taken: set[str] = set()
     used: dict[str, int] = defaultdict(int)
-    for name in sorted(groups, key=lambda name: (_draw(seed, "heldout", name), name)):
-        size: dict[str, int] = defaultdict(int)
-        for entry in groups[name]:
-            size[entry.source] += entry.size
-        drawn = _draw(seed, "heldout", name) < share
-        needed = any(not used[source] and len(groups_of[source]) > 1 for source in size)
-        fits = all(used[source] + more <= max_bytes for source, more in size.items())
-        if (drawn or needed) and fits:
-            taken.update(entry.id for entry in groups[name])
-            for source, more in size.items():
-                used[source] += more
+
+    def take(groups: Mapping[str, list[DocumentEntry]], needed: Container[str] | None) -> None:
+        for name in sorted(groups, key=lambda name: (_draw(seed, "heldout", name), name)):
+            size: dict[str, int] = defaultdict(int)
+            for entry in groups[name]:
+                size[entry.source] += entry.size
+            wanted = needed is None or any(s in needed and not used[s] for s in size)
+            if wanted and all(used[source] + more <= max_bytes for source, more in size.items()):
+                taken.update(entry.id for entry in groups[name])
+                for source, more in size.items():
+                    used[source] += more
+
+    first: dict[str, str] = {}  # source -> its first group
+    several: set[str] = set()  # sources with more groups
+    drawn: dict[str, list[DocumentEntry]] = defaultdict(list)
+    for entry in entries:
+        if first.setdefault(entry.source, entry.group) != entry.group:
+            several.add(entry.source)
+        if _draw(seed, "heldout", entry.group) < share:
+            drawn[entry.group].append(entry)
+    take(drawn, None)
+    if without := {source for source in several if not used[source]}:
+        # Their groups are few, or too large to be taken.
+        names = {e.group for e in entries if e.source in without and e.size <= max_bytes}
+        others: dict[str, list[DocumentEntry]] = defaultdict(list)
+        for entry in entries:
+            if entry.group in names and entry.group not in drawn:
+                others[entry.group].append(entry)
+        take(others, without)
     return taken
 
 

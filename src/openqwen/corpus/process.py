@@ -4,16 +4,16 @@ One process, several, or a cluster can drive them and gets the same answers. Wha
 about other documents, such as which one had the same text first, the driver finds out and passes.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from openqwen.corpus.clean import Span, c4_lines, normalize, without
-from openqwen.corpus.config import FilterConfig
-from openqwen.corpus.decontaminate import Contamination
+from openqwen.corpus.config import FilterConfig, Preset
 from openqwen.corpus.documents import Document, utf8_size
 from openqwen.corpus.filters import first_failure
 from openqwen.corpus.measure import Measured
 from openqwen.corpus.personal import mask_personal
+from openqwen.corpus.published import PublishedFilters
 
 
 class Cut(NamedTuple):
@@ -62,20 +62,24 @@ Result = tuple[DocumentVerdict, Document]
 Step = Callable[[Document], Result]
 
 
-def cap(document: Document, left_out: Container[str], max_bytes: Mapping[str, int]) -> Result:
-    """Drop a document whose id is in `left_out`: its source has more than `max_bytes`."""
+def cap(document: Document, left_out: bool, max_bytes: Mapping[str, int]) -> Result:
+    """Drop a document that is left out because its source has more than `max_bytes`."""
     source = document["source"]
-    if document["id"] not in left_out:
+    if not left_out:
         return DocumentVerdict("cap"), document
     why = f"source limited to {max_bytes[source]:,} bytes"
     return DocumentVerdict("cap", f"{source} limit", why), document
 
 
-def clean(document: Document, config: FilterConfig) -> Result:
-    """Normalise the text; cut the lines that C4's rules refuse out of web pages."""
+def clean(document: Document, config: FilterConfig, published: bool = False) -> Result:
+    """Normalise the text; cut the lines that C4's rules refuse out of web pages.
+
+    published: the document is filtered by a preset, which has its own line rules.
+    """
     text, cut = normalize(document["text"]), None
     # The line rules count words, so scripts without spaces do not meet them.
-    if document["meta"]["profile"] == "web" and not Measured(text).unspaced:
+    web = document["meta"]["profile"] == "web" and not published
+    if web and not Measured(text).unspaced:
         shorter, lines = c4_lines(text, config.web.c4)
         if lines:
             cut = Cut("c4 lines", "\n".join(lines), utf8_size(text) - utf8_size(shorter))
@@ -92,6 +96,20 @@ def apply_filters(document: Document, config: FilterConfig) -> Result:
         return DocumentVerdict("filter"), document
     rule, failure = found
     return DocumentVerdict("filter", rule, failure.why, value=failure.value), document
+
+
+def apply_preset(document: Document, filters: PublishedFilters, preset: Preset) -> Result:
+    """Take a cleaned document through the published filters of a preset."""
+    text = document["text"].removesuffix("\n")
+    done = filters.apply(text, preset)
+    if done.failed:
+        rule, failure = done.failed
+        return DocumentVerdict("filter", rule, failure.why, value=failure.value), document
+    if done.text == text:
+        return DocumentVerdict("filter"), document
+    left = done.text + "\n"
+    cut = Cut("lines", "\n".join(done.cut), utf8_size(document["text"]) - utf8_size(left))
+    return DocumentVerdict("filter", cut=cut), {**document, "text": left}
 
 
 def treat_personal(document: Document, action: Literal["mask", "drop"]) -> Result:
@@ -115,12 +133,13 @@ def drop_exact(document: Document, first: str) -> Result:
     return DocumentVerdict("exact", "exact duplicate", f"same text as {first}"), document
 
 
-def drop_contaminated(document: Document, match: Contamination | None) -> Result:
-    """Drop a document that holds an evaluation item; see decontaminate.py."""
+def drop_contaminated(document: Document, match: tuple[str, int] | None) -> Result:
+    """Drop a document that holds an evaluation item; match: (which, its words in common)."""
     if match is None:
         return DocumentVerdict("decontaminate"), document
+    why, common = match
     rule = "holds an evaluation item"
-    return DocumentVerdict("decontaminate", rule, str(match), value=match.common), document
+    return DocumentVerdict("decontaminate", rule, why, value=common), document
 
 
 def drop_low_score(

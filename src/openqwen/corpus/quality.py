@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 from openqwen.corpus.words import hash_words
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
-from openqwen.support.generators import Generators
 from openqwen.support.records import read_records
 from openqwen.support.settings import Settings
 from openqwen.support.stage import Effort, Stage, StageRun
@@ -242,6 +241,9 @@ def read_ratings(path: Path) -> tuple[list[str], list[dict[str, float]]]:
 
 def run_quality(run: StageRun) -> dict[str, float]:
     """Ratings → a classifier, with its agreement on the ratings that are held out."""
+    # It imports torch, which the processes that filter a corpus do not need.
+    from openqwen.support.generators import Generators
+
     config: QualityConfig = run.config
     texts, ratings = read_ratings(run.data("ratings"))
     order = Generators(run.seed)["heldout"].permutation(len(texts)).tolist()

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,21 @@ _CONTAINER = re.compile(
 _MAX_DEPTH = 2000  # browsers stop at 512; the time of extraction grows with the square of the depth
 _EXAMPLES = 3  # shown for each reason
 _CHUNK = 1 << 20
+QUARANTINE = "quarantine.jsonl"  # of a corpus artifact: what was not read, and why
+# What any folder has beside texts.
+_NO_FAULT = {"unknown file type", "empty", "folder linked again", "broken link"}
 
 
 class Skips:
-    """What was not read, and why: a count for each reason, with a few examples."""
+    """What was not read, and why: a count for each reason, with a few examples.
 
-    def __init__(self) -> None:
+    record: called with each; by default they are in `listed`.
+    """
+
+    def __init__(self, record: Callable[[dict[str, Any]], Any] | None = None) -> None:
         self.reasons: dict[str, dict[str, Any]] = {}
+        self.listed: list[dict[str, Any]] = []
+        self._record = record or self.listed.append
 
     def add(self, reason: str, file: str, line: int | None = None, why: str = "") -> None:
         """Count one skipped file, or the record in its line `line` (from 1)."""
@@ -53,6 +61,20 @@ class Skips:
         entry["count"] += 1
         if len(entry["examples"]) < _EXAMPLES:
             entry["examples"].append({"file": file, "line": line, "why": why})
+        place = file if line is None else f"{file}#{line}"
+        self._record({"id": place, "reason": reason, "text": why})
+
+    def merge(self, reasons: Mapping[str, Any]) -> None:
+        """Add the counts of files that come later."""
+        for reason, more in reasons.items():
+            entry = self.reasons.setdefault(reason, {"count": 0, "examples": []})
+            entry["count"] += more["count"]
+            entry["examples"] = (entry["examples"] + more["examples"])[:_EXAMPLES]
+
+    @staticmethod
+    def quarantined(reasons: Mapping[str, Any]) -> int:
+        """How many were skipped for a fault, not because they are no text."""
+        return sum(e["count"] for reason, e in reasons.items() if reason not in _NO_FAULT)
 
 
 class FolderReader:
@@ -85,7 +107,15 @@ class FolderReader:
 
     def __iter__(self) -> Iterator[Document]:
         for path, name in self.listing():
-            yield from self.read(path, name)
+            yield from self.documents(path, name)
+
+    def begin(self, record: Callable[[dict[str, Any]], Any]) -> None:
+        """Count anew; record: called with what is skipped."""
+        self.skips, self.files, self.bytes = Skips(record), 0, 0
+
+    def documents(self, path: Path, name: str) -> Iterator[Document]:
+        """The documents of one entry of the listing."""
+        yield from self.read(path, name)
 
     def listing(self) -> list[tuple[Path, str]]:
         """Regular files in the order of their names, each with its name in ids.

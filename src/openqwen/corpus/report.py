@@ -1,7 +1,7 @@
 """What corpus.json says: what each step kept, dropped and cut, and what the corpus consists of."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from openqwen.corpus.documents import Document, DocumentEntry, utf8_size
@@ -52,6 +52,16 @@ class StepReport:
         if len(entry["examples"]) < _EXAMPLES:
             entry["examples"].append({"id": document["id"], "excerpt": text[:_EXCERPT], "why": why})
 
+    def merge(self, other: Mapping[str, Any]) -> None:
+        """Add the account of later documents, as `json` made it."""
+        for field in ("kept", "dropped", "kept_bytes", "dropped_bytes"):
+            setattr(self, field, getattr(self, field) + other[field])
+        for reason, more in other["reasons"].items():
+            entry = self.reasons.setdefault(reason, {"documents": 0, "bytes": 0, "examples": []})
+            entry["documents"] += more["documents"]
+            entry["bytes"] += more["bytes"]
+            entry["examples"] = (entry["examples"] + more["examples"])[:_EXAMPLES]
+
     def json(self) -> dict[str, Any]:
         """The step as it stands in corpus.json, the most frequent reason first."""
         order = sorted(self.reasons.items(), key=lambda item: (-item[1]["documents"], item[0]))
@@ -73,17 +83,25 @@ class Account:
         self._record = record
         self.steps = {name: StepReport(name) for name in STEPS if name not in left_out}
 
-    def kept(self, documents: Iterable[Document], steps: Sequence[Step]) -> Iterator[Document]:
-        """Take each document through the steps until one drops it; yields those that all keep."""
-        for document in documents:
-            for step in steps:
-                verdict, document = step(document)
-                self.steps[verdict.step].count(verdict, document)
-                self._record(document, verdict)
-                if not verdict.kept:
-                    break
-            else:
-                yield document
+    def kept(self, document: Document, steps: Iterable[Step]) -> Document | None:
+        """Take a document through the steps until one drops it; None if one does."""
+        for step in steps:
+            verdict, document = step(document)
+            self.steps[verdict.step].count(verdict, document)
+            self._record(document, verdict)
+            if not verdict.kept:
+                return None
+        return document
+
+    def merge(self, steps: Mapping[str, Any]) -> None:
+        """Add the account of later documents, as `json` made it."""
+        for name, report in self.steps.items():
+            if name in steps:
+                report.merge(steps[name])
+
+    def json(self) -> dict[str, Any]:
+        """The reports by name."""
+        return {name: step.json() for name, step in self.steps.items()}
 
     def reasons(self) -> Counter[str]:
         """How many documents each reason dropped or cut."""
@@ -102,15 +120,17 @@ def mixture_report(
 ) -> dict[str, Any]:
     """Documents, bytes, share of training, and gzip's bits for a held-out byte, of each source.
 
-    held: ids of the held-out documents. heldout: those documents.
+    held: ids of the held-out documents. heldout: those documents. entries: read twice.
     """
     sources: dict[str, dict[str, Any]] = {}
     names = ("documents", "bytes", "heldout_documents", "heldout_bytes")
-    for entry in sorted(entries, key=lambda entry: entry.id in held):
-        prefix = "heldout_" if entry.id in held else ""
-        source = sources.setdefault(entry.source, dict.fromkeys(names, 0))
-        source[f"{prefix}documents"] += 1
-        source[f"{prefix}bytes"] += entry.size
+    for in_held in (False, True):
+        prefix = "heldout_" if in_held else ""
+        for entry in entries:
+            if (entry.id in held) == in_held:
+                source = sources.setdefault(entry.source, dict.fromkeys(names, 0))
+                source[f"{prefix}documents"] += 1
+                source[f"{prefix}bytes"] += entry.size
     train_bytes = {name: source["bytes"] for name, source in sources.items()}
     for name, share in shares(train_bytes, weights).items():
         sources[name]["weight"] = share

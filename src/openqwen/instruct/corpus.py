@@ -27,7 +27,7 @@ class CorpusStageConfig(CorpusConfig):
 def run_corpus(run: StageRun) -> dict[str, float]:
     """Raw documents → train.parquet, heldout.parquet and corpus.json."""
     tasks = task_documents(run.seed, run.config.task_documents)
-    return build_corpus(run.config, tasks, run.output, run.seed)
+    return build_corpus(run.config, tasks, run.output, run.seed, run.scratch)
 
 
 def _effort(recipe: Any, roles: Collection[str]) -> Effort:
