@@ -116,7 +116,10 @@ def check_complete(answer: Answer, count: int, project: ProjectConfig) -> Answer
 def shown(answer: Answer, order: Sequence[int]) -> dict[str, Any]:
     """A stored answer with the responses as slots."""
     slots = {number: SLOTS[place] for place, number in enumerate(order)}
-    return renamed(answer, lambda number: slots[number])
+    result = renamed(answer, lambda number: slots[number])
+    if "ranks" in result:
+        result["ranks"] = [sorted(tier) for tier in result["ranks"]]
+    return result
 
 
 def renamed(answer: Answer, name: Callable[[int], str]) -> dict[str, Any]:

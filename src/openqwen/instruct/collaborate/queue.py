@@ -53,13 +53,20 @@ def next_work(
         half = now + project.lease / 2
         renew = row.status != "open" or not half <= row.lease_until <= now + project.lease
         return Turn(_renewed(connection, row, project, now) if renew else row)
-    found, lane = _next_task(connection, person, project)
-    if found is not None:
-        return Turn(_lease(connection, person.id, found, lane, project, now))
+    if (row := lease_next(connection, person, project, now)) is not None:
+        return Turn(row)
     soonest = _held_by_others(connection, person.id)
     if soonest is None:
         return Turn(None, "none_left")
     return Turn(None, "all_leased", min(max(soonest - now, 1.0), 60.0))
+
+
+def lease_next(
+    connection: Connection, person: Row, project: ProjectConfig, now: float
+) -> Row | None:
+    """A new lease on the next task, whatever else the person holds; None where there is none."""
+    found, lane = _next_task(connection, person, project)
+    return None if found is None else _lease(connection, person.id, found, lane, project, now)
 
 
 def work_of(
