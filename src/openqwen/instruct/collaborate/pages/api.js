@@ -12,13 +12,12 @@ export class Refusal extends Error {
 
 let csrf = "";
 
-async function send(method, path, body, type = "application/json") {
+async function send(method, path, body = {}, again = true) {
   const headers = { "X-CSRF-Token": csrf };
   const request = { method, headers, cache: "no-store", credentials: "same-origin" };
-  if (method !== "GET") {
-    headers["Content-Type"] = type;
-    request.body = type === "application/json" ? JSON.stringify(body ?? {}) : body;
-  }
+  if (body instanceof Blob) headers["Content-Type"] = "application/octet-stream";
+  else if (method !== "GET") headers["Content-Type"] = "application/json";
+  if (method !== "GET") request.body = body instanceof Blob ? body : JSON.stringify(body);
   let response;
   try {
     response = await fetch(`api/${path}`, request);
@@ -28,6 +27,7 @@ async function send(method, path, body, type = "application/json") {
   const found = await response.json().catch(() => null);
   if (response.ok && found !== null) return found;
   const { code, message } = found?.error ?? {};
+  if (code === "csrf" && again && (await me())) return send(method, path, body, false);
   const said = known(`error.${code}`) ? t(`error.${code}`) : message;
   throw new Refusal(response.status, said ?? t("error.status", { status: response.status }), code);
 }
@@ -35,6 +35,12 @@ async function send(method, path, body, type = "application/json") {
 const get = (path) => send("GET", path);
 const post = (path, body) => send("POST", path, body);
 const part = encodeURIComponent;
+
+/** A random name that nothing else has; also where the page is not in a secure context. */
+function newKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
 
 /** Who is logged in, and the project; null where nobody is. */
 export async function me() {
@@ -50,21 +56,16 @@ export async function me() {
 
 export const login = (name, password) => post("login", { name, password });
 export const logout = () => post("logout");
+export const password = (old, fresh) => post("password", { old, new: fresh });
 export const invitation = (token) => get(`invitations/${part(token)}`);
 export const accept = (token, name, password) =>
   post(`invitations/${part(token)}/accept`, { name, password });
 
 export const next = () => post("next");
-export const mine = () => get("mine");
-export const reopen = (task) => post(`tasks/${part(task)}/reopen`);
+export const mine = () => get("mine?limit=100");
+export const reopen = (task) => post(`tasks/${part(task)}/reopen`, { key: newKey() });
 export const saveDraft = ({ id, lease }, answer, seconds) =>
   send("PUT", `tasks/${part(id)}/draft`, { lease: lease.id, answer, seconds });
-
-/** A random name that nothing else has; also where the page is not in a secure context. */
-function newKey() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-}
 
 /** What the outbox keeps of an answer or a skip. */
 export function entry(kind, { id, lease }, body) {
@@ -73,11 +74,18 @@ export function entry(kind, { id, lease }, body) {
 }
 export const deliver = ({ task, kind, body }) => post(`tasks/${part(task)}/${kind}`, body);
 
-export const quality = () => get("quality");
 export const tasks = (query) => get(`tasks?${new URLSearchParams(query)}`);
 export const task = (id) => get(`tasks/${part(id)}`);
+export const judge = (task, answer, accepted, comment) => {
+  const verdict = { accepted, comment, key: newKey() };
+  return post(`tasks/${part(task)}/answers/${part(answer)}/verdict`, verdict);
+};
+export const settings = (task, body) => post(`tasks/${part(task)}/settings`, body);
+export const quality = () => get("quality");
 export const invitations = () => get("invitations");
 export const invite = (role, days) => post("invitations", { role, days });
 export const revoke = (id) => send("DELETE", `invitations/${part(id)}`);
+export const people = () => get("people");
 export const change = (person, body) => post(`people/${part(person)}`, body);
-export const upload = (file) => send("POST", "import", file, "application/octet-stream");
+export const reset = (person) => post(`people/${part(person)}/reset`);
+export const upload = (file) => post(`import?name=${part(file.name)}`, file);

@@ -1,21 +1,22 @@
 /** The annotation site: who is logged in, which view the address names, and the line at the top. */
 
 import * as api from "./api.js";
-import { announce, at, copy, h, icon, iconButton, toast, words } from "./dom.js";
+import { at, copy, h, icon, iconButton, toast, words } from "./dom.js";
 import { press, showKeys } from "./keys.js";
-import { showInvitation, showLogin } from "./login.js";
+import { showInvitation, showLogin, showPassword } from "./login.js";
 import { MineView } from "./mine.js";
 import { Outbox } from "./outbox.js";
+import { button, message, show } from "./parts.js";
 import { QualityView } from "./quality.js";
 import { RankView } from "./rank.js";
 import { ReviewView } from "./review.js";
-import { language, languages, speak, t } from "./texts.js";
+import { choose, language, languages, speak, t } from "./texts.js";
 
 const THEMES = { auto: "light", light: "dark", dark: "auto" };
 const VIEWS = { rank: RankView, mine: MineView, review: ReviewView, quality: QualityView };
 const ROLES = {
   annotator: ["rank", "mine"],
-  reviewer: ["rank", "mine", "review"],
+  reviewer: ["rank", "mine", "review", "quality"],
   owner: ["rank", "mine", "review", "quality"],
 };
 
@@ -38,7 +39,7 @@ const site = {
     const chosen = allowed.includes(name) ? name : "rank";
     const view = new VIEWS[chosen](this);
     this.view = view;
-    document.title = `${t(`nav.${chosen}`)}: ${this.project.name}`;
+    document.title = `${t(`nav.${chosen}`)}: ${this.project.title}`;
     try {
       await view.open(item && decodeURIComponent(item));
     } catch (error) {
@@ -49,16 +50,8 @@ const site = {
   /** Say what went wrong in place of the view. */
   trouble(error) {
     if (error.status === 401) return this.leave();
-    const again = { type: "button", class: "button primary", onclick: () => this.draw() };
-    at("main").replaceChildren(
-      h(
-        "section",
-        { class: "message-box", role: "alert" },
-        h("h1", {}, t("trouble")),
-        h("p", {}, error.message ?? String(error)),
-        h("button", again, t("again")),
-      ),
-    );
+    const again = button(t("again"), () => this.draw(), "primary");
+    message(t("trouble"), h("p", {}, error.message ?? String(error)), again);
     if (!(error instanceof api.Refusal)) throw error;
   },
 
@@ -80,7 +73,7 @@ const site = {
         this.view = new RankView(this);
         drawTop("rank");
       }
-      await this.view.open(found);
+      this.view.start(found);
     } catch (error) {
       toast(error.message);
     }
@@ -102,6 +95,8 @@ async function enter() {
   site.me = found?.person ?? null;
   site.project = found?.project ?? null;
   if (found) {
+    await speak(found.project.language);
+    nameButtons();
     site.outbox = new Outbox(`${found.project.id}.${found.person.id}`, {
       send: api.deliver,
       onchange: changed,
@@ -110,7 +105,8 @@ async function enter() {
     if (location.hash.startsWith("#/invitation")) history.replaceState(null, "", "#/rank");
   }
   await site.draw();
-  for (const entry of site.outbox?.refused() ?? []) refused(entry, new Error(t("refused.earlier")));
+  const earlier = new Error(t("refused.earlier"));
+  for (const entry of site.outbox?.list("refused") ?? []) refused(entry, earlier);
 }
 
 function changed() {
@@ -122,8 +118,8 @@ function changed() {
 function refused(entry, error) {
   toast(t("refused", { why: error.message }), t("refused.copy"), async () => {
     await copy(JSON.stringify(entry.body, null, 2));
-    site.outbox.dropRefused(entry);
-    announce(words.copied);
+    site.outbox.drop("refused", entry.key);
+    toast(words.copied);
   });
 }
 
@@ -134,21 +130,21 @@ function drawTop(name) {
   const link = (to) =>
     h("a", { href: `#/${to}`, "aria-current": to === current && "page" }, t(`nav.${to}`));
   at("top").replaceChildren(
-    h("a", { class: "brand", href: "#/" }, project?.name ?? "OpenQwen"),
+    h("a", { class: "brand", href: "#/" }, project?.title ?? "OpenQwen"),
     links.length > 1 && h("nav", { "aria-label": t("nav.title") }, links.map(link)),
     h("span", { id: "saved", class: "hint", role: "status" }),
     h("span", { class: "gap" }),
     languageChoice(),
     themeButton(),
     me && iconButton("keys", t("keys.title"), showKeys),
-    me && h("button", { type: "button", class: "quiet text", onclick: logout }, t("logout", me)),
+    me && button(me.name, showPerson, "small", { "aria-haspopup": "dialog" }),
   );
   at("skip").textContent = t("skipLink");
 }
 
 function languageChoice() {
   const onchange = async (event) => {
-    await speak(event.target.value);
+    await choose(event.target.value);
     nameButtons();
     await site.draw();
     at("language").focus();
@@ -174,6 +170,15 @@ function themeButton() {
 /** The words of buttons that all pages share. */
 function nameButtons() {
   for (const name of Object.keys(words)) words[name] = t(`words.${name}`);
+}
+
+/** Whose session this is, and what to do with it. */
+function showPerson() {
+  const { name, role } = site.me;
+  const out = button(t("logout"), () => (dialog.close(), logout()), "primary");
+  const change = button(t("login.change"), () => (dialog.close(), showPassword()));
+  const actions = h("p", { class: "row" }, change, out);
+  const dialog = show(name, "narrow", h("p", {}, t(`role.${role}`)), actions);
 }
 
 async function logout() {

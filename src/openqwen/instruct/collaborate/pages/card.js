@@ -2,78 +2,82 @@
 
 import { h } from "./dom.js";
 import { draggable } from "./drag.js";
-import { Markdown } from "./markdown.js";
+import { button, markdown } from "./parts.js";
 import { t } from "./texts.js";
 
-/** Radio buttons in a row, as one control. A click on the chosen one takes the choice back. */
-export function choice(name, legend, options, onchoose, props = {}) {
-  const inputs = options.map(({ value, label, said }) => {
-    const input = h("input", { type: "radio", name, value: String(value), "aria-label": said });
-    input.addEventListener("click", () => onchoose(input.dataset.was === "true" ? null : value));
-    return h("label", { class: "pill" }, input, h("span", { "aria-hidden": "true" }, label));
-  });
-  const element = h("fieldset", { class: "choice", ...props }, h("legend", {}, legend), inputs);
-  const paint = (chosen) => {
-    for (const input of element.querySelectorAll("input")) {
+/** Numbers to choose from, as radio buttons. A click on the chosen one takes the choice back. */
+function choice(name, legend, said, [low, high], onchoose, props = {}) {
+  const one = (value) => {
+    const given = { type: "radio", name, value, "aria-label": said(value) };
+    const onclick = () => onchoose(chosen === value ? null : value);
+    const face = h("span", { "aria-hidden": "true" }, String(value));
+    return h("label", { class: "pill" }, h("input", { ...given, onclick }), face);
+  };
+  let chosen = null;
+  const values = Array.from({ length: high - low + 1 }, (_, n) => low + n);
+  const label = h("legend", {}, legend);
+  const element = h("fieldset", { class: "choice", ...props }, label, values.map(one));
+  const paint = (value) => {
+    chosen = value ?? null;
+    for (const input of element.querySelectorAll("input"))
       input.checked = input.value === String(chosen);
-      input.dataset.was = String(input.checked);
-    }
   };
   return { element, paint };
 }
 
-const range = (low, high) => Array.from({ length: high - low + 1 }, (_, n) => low + n);
-
 export class Card {
   /**
-   * response: {slot, text}. letter: its name on the page. rows: how many places there are.
-   * act: {place, score, flag, write, edit, drop, choose}, each called with the slot.
+   * response: {slot, text}. rows: how many places there are.
+   * act: {project, letters, place, score, flag, write, edit, drop, choose}, the view.
    */
-  constructor({ slot, text }, letter, rows, project, act) {
-    Object.assign(this, { slot, letter, project, act });
-    const markdown = new Markdown();
-    markdown.update(text);
-    const handle = h("span", { class: "letter", title: t("order.drag"), "aria-hidden": "true" }, letter);
+  constructor({ slot, text }, rows, act) {
+    Object.assign(this, { slot, act, letter: act.letters[slot] });
+    const { letter } = this;
+    const said = (place) => t("order.place", { place });
+    const name = { "aria-label": t("card.placeOf", { letter }) };
+    const choose = (n) => act.place(slot, n);
+    this.place = choice(`place-${slot}`, t("card.place"), said, [1, rows], choose, name);
+    const props = { class: "letter", title: t("order.drag"), "aria-hidden": "true" };
+    const handle = h("span", props, letter);
     draggable(handle, (target) => act.drop(slot, target));
-    this.place = choice(
-      `place-${slot}`,
-      t("card.place"),
-      range(1, rows).map((n) => ({ value: n, label: n, said: t("order.place", { place: n }) })),
-      (place) => act.place(slot, place),
-      { class: "choice places", "aria-label": t("card.placeOf", { letter }) },
-    );
     this.element = h(
       "article",
-      { class: "card", id: `card-${slot}`, tabindex: "-1", "aria-label": t("card.name", { letter }) },
+      {
+        class: "card",
+        id: `card-${slot}`,
+        tabindex: "-1",
+        "aria-label": t("card.name", { letter }),
+        onfocusin: () => act.choose(slot),
+        onpointerdown: () => act.choose(slot),
+      },
       h("header", {}, handle, this.place.element),
-      markdown.element,
-      this.foot(),
+      markdown(text),
+      this.foot(act.project),
     );
-    this.element.addEventListener("focusin", () => act.choose(slot));
-    this.element.addEventListener("pointerdown", () => act.choose(slot));
   }
 
-  foot() {
-    const { slot, letter, project, act } = this;
-    this.scores = project.criteria.map(({ id, name, description, low, high }) => {
-      const options = range(low, high).map((n) => ({ value: n, label: n, said: `${name}: ${n}` }));
-      const props = { "aria-label": `${letter}: ${name}`, title: description };
-      const row = choice(`${id}-${slot}`, name, options, (n) => act.score(slot, id, n), props);
-      return { id, ...row };
+  foot({ criteria, flags, demonstrations }) {
+    const { slot, letter, act } = this;
+    this.scores = criteria.map(({ id, name, description, low, high }) => {
+      const shown = name || id;
+      const props = { "aria-label": `${letter}: ${shown}`, title: description };
+      const choose = (n) => act.score(slot, id, n);
+      const said = (n) => `${shown}: ${n}`;
+      return { id, ...choice(`${id}-${slot}`, shown, said, [low, high], choose, props) };
     });
-    this.flags = project.flags.map(({ id, name }) => {
+    this.flags = flags.map(({ id, name }) => {
       const onchange = () => act.flag(slot, id, input.checked);
       const input = h("input", { type: "checkbox", onchange });
-      return { id, input, element: h("label", { class: "check" }, input, name) };
+      return { id, input, element: h("label", { class: "check" }, input, name || id) };
     });
-    const write = { type: "button", class: "button small", onclick: () => act.write(slot) };
-    this.button = project.demonstrations !== "off" && h("button", write, t("card.write"));
-    this.editor = h("div", { class: "editor", hidden: true });
+    this.writer = button(t("card.write"), () => act.write(slot), "small");
+    this.editor = h("div", { class: "editor" });
+    const all = (rows) => rows.map(({ element }) => element);
     return h(
       "footer",
       {},
-      this.scores.length > 0 && h("div", { class: "scores" }, this.scores.map((one) => one.element)),
-      h("div", { class: "row flags" }, this.flags.map((one) => one.element), this.button),
+      criteria.length > 0 && h("div", { class: "scores" }, all(this.scores)),
+      h("div", { class: "row flags" }, all(this.flags), demonstrations !== "off" && this.writer),
       this.editor,
     );
   }
@@ -82,30 +86,28 @@ export class Card {
   paint(work) {
     const { slot } = this;
     this.element.classList.toggle("current", work.current === slot);
-    this.place.paint(work.places[slot] ?? null);
-    for (const { id, paint } of this.scores) paint(work.scores[slot]?.[id] ?? null);
+    this.place.paint(work.places[slot]);
+    for (const { id, paint } of this.scores) paint(work.scores[slot]?.[id]);
     for (const { id, input } of this.flags) input.checked = (work.flags[slot] ?? []).includes(id);
     const mine = work.demonstration?.from === slot;
-    if (this.button) this.button.hidden = mine;
+    this.writer.hidden = mine;
     this.editor.hidden = !mine;
-    if (!mine) this.editor.replaceChildren();
-    else this.paintEditor(work.demonstration.text);
+    if (mine) this.paintEditor(work.demonstration.text);
+    else this.editor.replaceChildren();
   }
 
   paintEditor(text) {
     const { slot, letter, act } = this;
-    let area = this.editor.querySelector("textarea");
-    if (!area) {
-      const oninput = () => act.edit(slot, area.value);
-      area = h("textarea", { id: `edit-${slot}`, rows: "10", oninput, spellcheck: "true" });
-      const drop = { type: "button", class: "button small", onclick: () => act.write(null) };
+    if (!this.editor.childElementCount) {
+      const oninput = () => act.edit(slot, this.area.value);
+      this.area = h("textarea", { id: `edit-${slot}`, rows: "10", oninput });
       this.editor.replaceChildren(
         h("label", { for: `edit-${slot}` }, t("card.demonstration", { letter })),
         h("p", { class: "hint" }, t("card.demonstrationHint")),
-        area,
-        h("button", drop, t("card.drop")),
+        this.area,
+        button(t("card.drop"), () => act.write(null), "small"),
       );
     }
-    if (area.value !== text) area.value = text;
+    if (this.area.value !== text) this.area.value = text;
   }
 }

@@ -1,8 +1,8 @@
 /** Keys: what each one does, a list of them, and a person's own choice, kept in this browser. */
 
 import { at, h } from "./dom.js";
+import { button, show } from "./parts.js";
 import { t } from "./texts.js";
-import { show } from "./dialog.js";
 
 const KEPT = "openqwen.annotate.keys";
 const DEFAULTS = {
@@ -14,6 +14,7 @@ const DEFAULTS = {
   scores: "v",
   flags: "f",
   write: "w",
+  none: "n",
   comment: "m",
   guidelines: "g",
   undo: "u",
@@ -22,6 +23,7 @@ const DEFAULTS = {
   submit: "Ctrl+Enter",
   help: "?",
 };
+const TYPING = "input:not([type=radio], [type=checkbox]), textarea, select";
 const WHILE_TYPING = ["submit"];
 
 function kept() {
@@ -50,7 +52,7 @@ function pressed(event) {
 export function press(event, actions) {
   if (event.defaultPrevented || event.isComposing || document.querySelector("dialog[open]")) return;
   const name = pressed(event);
-  const typing = event.target.closest?.("input:not([type=radio], [type=checkbox]), textarea, select");
+  const typing = event.target.closest?.(TYPING);
   if (typing && name === "Escape") return typing.blur();
   const action = Object.keys(DEFAULTS).find((one) => keyOf(one) === name);
   if (typing && !WHILE_TYPING.includes(action)) return;
@@ -74,26 +76,26 @@ export function keyNodes(name) {
 export function showKeys() {
   const list = h("dl", { class: "keys" });
   const draw = () => {
-    const fixed = [h("dt", {}, t("keys.place")), h("dd", {}, h("kbd", {}, "1"), " – ", h("kbd", {}, "9"))];
+    const digits = h("dd", {}, h("kbd", {}, "1"), " – ", h("kbd", {}, "9"));
     const rows = Object.keys(DEFAULTS).flatMap((action) => [
       h("dt", {}, t(`keys.${action}`)),
       h("dd", {}, changeButton(action, draw)),
     ]);
-    list.replaceChildren(...fixed, ...rows);
+    list.replaceChildren(h("dt", {}, t("keys.place")), digits, ...rows);
   };
   draw();
   const reset = () => {
     localStorage.removeItem(KEPT);
     draw();
   };
-  const button = h("button", { type: "button", class: "button small", onclick: reset }, t("keys.reset"));
-  show(t("keys.title"), "narrow", h("p", { class: "hint" }, t("keys.hint")), list, button);
+  const hint = h("p", { class: "hint" }, t("keys.hint"));
+  show(t("keys.title"), "narrow", hint, list, button(t("keys.reset"), reset, "small"));
 }
 
 function changeButton(action, draw) {
   const wait = () => {
-    button.replaceChildren(t("keys.press"));
-    button.onkeydown = (event) => {
+    face.replaceChildren(t("keys.press"));
+    face.onkeydown = (event) => {
       const name = pressed(event);
       if (!name || name === "Tab") return;
       event.preventDefault();
@@ -102,11 +104,11 @@ function changeButton(action, draw) {
       draw();
       at(`key-${action}`).focus();
     };
-    button.onblur = draw;
+    face.onblur = draw;
   };
   const props = { type: "button", class: "quiet text", id: `key-${action}`, onclick: wait };
-  const button = h("button", props, keyNodes(keyOf(action)));
-  return button;
+  const face = h("button", props, keyNodes(keyOf(action)));
+  return face;
 }
 
 /** Give an action a key; another action that had it loses it. */

@@ -2,7 +2,8 @@
 
 import * as api from "./api.js";
 import { at, h } from "./dom.js";
-import { duration, moment, t } from "./texts.js";
+import { button } from "./parts.js";
+import { moment, t } from "./texts.js";
 
 export class MineView {
   constructor(site) {
@@ -13,28 +14,25 @@ export class MineView {
 
   async open() {
     const { answers } = await api.mine();
-    const entry = ({ task, preview, kind, time, seconds }) =>
-      h(
-        "li",
-        {},
-        h("span", { class: "preview" }, preview),
-        h("span", { class: "hint" }, [t(`mine.${kind}`), moment(time), duration(seconds)].join(" · ")),
-        h(
-          "button",
-          { type: "button", class: "button small", onclick: () => this.site.reopen(task) },
-          t("mine.open"),
-          h("span", { class: "offscreen" }, `: ${preview}`),
-        ),
-      );
-    at("main").replaceChildren(
-      h(
-        "div",
-        { class: "page" },
-        h("h1", {}, t("nav.mine")),
-        h("p", { class: "hint" }, t(answers.length ? "mine.hint" : "mine.none")),
-        h("ol", { class: "entries" }, answers.map(entry)),
-      ),
-    );
+    const list = h("ol", { class: "entries" }, answers.map((one) => this.entry(one)));
+    const hint = h("p", { class: "hint" }, t(answers.length ? "mine.hint" : "mine.none"));
+    const title = h("h1", {}, t("nav.mine"));
+    at("main").replaceChildren(h("div", { class: "page" }, title, hint, list));
     at("main").focus();
+  }
+
+  entry({ task, preview, status, at: time, verdict }) {
+    const again = button(t("mine.open"), () => this.site.reopen(task), "small");
+    again.append(h("span", { class: "offscreen" }, `: ${preview}`));
+    const facts = [t(`mine.${status}`), moment(time)];
+    if (verdict) facts.push(t(verdict.accepted ? "review.accepted" : "review.returned"));
+    return h(
+      "li",
+      {},
+      h("span", { class: "preview" }, preview),
+      h("span", { class: "hint" }, facts.join(" · ")),
+      verdict?.comment && h("span", { class: "wrong" }, verdict.comment),
+      again,
+    );
   }
 }

@@ -1,4 +1,4 @@
-/** The order of responses: `places` maps a slot to its place, 1 is best, an equal place is a tie. */
+/** The order of responses. `places`: slot → place; 1 is the best, an equal place is a tie. */
 
 /** Tiers of slots, best first; slots without a place are left out. */
 export function tiers(places, slots) {
@@ -55,10 +55,4 @@ export function missing(places, slots, best = null, ties = true) {
   if (Object.keys(places).length < needed) return "unplaced";
   if (!ties && tiers(places, slots).some((tier) => tier.length > 1)) return "tied";
   return null;
-}
-
-/** Tiers to send: those without a place are tied below all others. */
-export function finished(places, slots) {
-  const rest = slots.filter((slot) => !(slot in places));
-  return rest.length ? [...tiers(places, slots), rest] : tiers(places, slots);
 }

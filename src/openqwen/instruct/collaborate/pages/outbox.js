@@ -6,7 +6,7 @@
  */
 
 const LONGEST_WAIT = 30_000; // milliseconds between two tries
-const LATER = [0, 401, 408, 429]; // status codes after which the same request may succeed
+const LATER = [0, 401, 403, 408, 429]; // status codes after which the same request may succeed
 
 export class Outbox {
   /**
@@ -16,7 +16,6 @@ export class Outbox {
   constructor(owner, { send, onchange, onrefused }) {
     this.prefix = `openqwen.annotate.${owner}.`;
     Object.assign(this, { send, onchange, onrefused, wait: 1000, timer: 0, running: null });
-    this.online = true;
     this.wake = () => this.flush();
     addEventListener("online", this.wake);
   }
@@ -27,65 +26,56 @@ export class Outbox {
     this.closed = true;
   }
 
-  read(kind) {
-    const start = `${this.prefix}${kind}.`;
-    const names = Object.keys(localStorage).filter((name) => name.startsWith(start));
+  name = (kind, id) => `${this.prefix}${kind}.${id}`;
+  get = (kind, id) => JSON.parse(localStorage.getItem(this.name(kind, id)));
+  put = (kind, id, value) => localStorage.setItem(this.name(kind, id), JSON.stringify(value));
+  drop = (kind, id) => localStorage.removeItem(this.name(kind, id));
+
+  list(kind) {
+    const names = Object.keys(localStorage).filter((name) => name.startsWith(this.name(kind, "")));
     return names.map((name) => JSON.parse(localStorage.getItem(name)));
   }
 
   /** Answers that the server has not acknowledged, oldest first. */
-  waiting = () => this.read("out").sort((a, b) => a.made - b.made);
+  waiting = () => this.list("out").sort((a, b) => a.made - b.made);
 
-  /** Answers that the server refused, until the person has seen them. */
-  refused = () => this.read("refused");
-
-  dropRefused = ({ key }) => localStorage.removeItem(`${this.prefix}refused.${key}`);
-
-  draft = (task) => JSON.parse(localStorage.getItem(`${this.prefix}draft.${task}`));
-
-  keepDraft = (task, draft) =>
-    localStorage.setItem(`${this.prefix}draft.${task}`, JSON.stringify(draft));
-
-  dropDraft = (task) => localStorage.removeItem(`${this.prefix}draft.${task}`);
-
-  /** Keep an entry `{key, task, …}` and send it. Resolves to whether the server has it now. */
+  /** Keep an entry `{key, task, …}` and send it. Resolves to what the server said, or null. */
   async add(entry) {
-    const name = `${this.prefix}out.${entry.key}`;
-    localStorage.setItem(name, JSON.stringify({ ...entry, made: Date.now() }));
-    this.dropDraft(entry.task);
-    await this.flush();
-    return localStorage.getItem(name) === null;
+    const after = Math.max(0, ...this.waiting().map(({ made }) => made)) + 1;
+    this.put("out", entry.key, { ...entry, made: Math.max(Date.now(), after) });
+    this.drop("draft", entry.task);
+    const said = await this.flush();
+    return said.get(entry.key) ?? null;
   }
 
-  /** Send what waits, one after the other. */
+  /** Send what waits, one after the other. Resolves to the server's answers by their keys. */
   async flush() {
     clearTimeout(this.timer);
     while (this.running) await this.running;
-    if (this.closed) return;
-    this.running = this.sendAll();
-    try {
-      await this.running;
-    } finally {
-      this.running = null;
-    }
+    if (this.closed) return new Map();
+    this.running = this.sendAll().finally(() => (this.running = null));
+    const said = await this.running;
     this.onchange();
+    return said;
   }
 
   async sendAll() {
+    const said = new Map();
     for (const entry of this.waiting()) {
-      const name = `${this.prefix}out.${entry.key}`;
       try {
-        await this.send(entry);
+        said.set(entry.key, await this.send(entry));
       } catch (error) {
-        this.online = error.status !== 0;
-        if (LATER.includes(error.status) || error.status >= 500) return this.tryLater();
-        localStorage.setItem(`${this.prefix}refused.${entry.key}`, JSON.stringify(entry));
+        if (LATER.includes(error.status) || !(error.status < 500)) {
+          this.tryLater();
+          return said;
+        }
+        this.put("refused", entry.key, entry);
         this.onrefused(entry, error);
       }
-      localStorage.removeItem(name);
+      this.drop("out", entry.key);
       this.wait = 1000;
-      this.online = true;
     }
+    return said;
   }
 
   tryLater() {

@@ -2,53 +2,33 @@
 
 import * as api from "./api.js";
 import { Card } from "./card.js";
-import { show } from "./dialog.js";
 import { announce, at, h, iconButton, toast } from "./dom.js";
-import { Ladder } from "./ladder.js";
-import { Markdown } from "./markdown.js";
-import { inserted, missing, placed, stepped, tiers } from "./order.js";
 import { keyNodes, keyOf, showKeys } from "./keys.js";
-import { number, t } from "./texts.js";
+import { Ladder } from "./ladder.js";
+import { inserted, missing, placed, stepped, tiers } from "./order.js";
+import { button, letterOf, markdown, message, promptNodes, show } from "./parts.js";
+import { t } from "./texts.js";
 import { Work } from "./work.js";
 
 const SAVE = 800; // milliseconds after the last change until the draft goes to the server
-const LOOK_AGAIN = 15_000; // milliseconds until an empty queue is asked again
-
-export const letterOf = (n) => String.fromCharCode(65 + n);
-
-/** A text as Markdown. */
-export function markdown(text) {
-  const shown = new Markdown();
-  shown.update(text);
-  return shown.element;
-}
-
-/** The messages of an instruction; roles are named where there are several. */
-export function promptNodes(prompt) {
-  return prompt.map(({ role, content }) =>
-    h(
-      "div",
-      { class: `message ${role}` },
-      prompt.length > 1 && h("p", { class: "eyebrow" }, t(`role.${role}`)),
-      markdown(content),
-    ),
-  );
-}
+const LOOK_AGAIN = 15; // seconds until an empty queue is asked again
 
 export class RankView {
-  /** site: {project, outbox, me, draw(), saved(text)}. */
+  /** site: {project, outbox, draw(), reopen(task), saved(text)}. */
   constructor(site) {
-    Object.assign(this, { site, task: null, timer: 0, closed: false });
+    Object.assign(this, { site, project: site.project, task: null, timer: 0, closed: false });
+    const current = (act) => () => act(this.work.current);
     this.actions = {
       next: () => this.step(1),
       previous: () => this.step(-1),
-      up: () => this.move(this.work.current, -1),
-      down: () => this.move(this.work.current, 1),
-      clear: () => this.place(this.work.current, null),
+      up: current((slot) => this.move(slot, -1)),
+      down: current((slot) => this.move(slot, 1)),
+      clear: current((slot) => this.place(slot, null)),
       place: (n) => this.placeByKey(n),
       scores: () => this.focus(".scores input"),
       flags: () => this.focus(".flags input"),
-      write: () => this.write(this.work.current),
+      write: current((slot) => this.write(slot)),
+      none: () => this.change({ none_good: !this.work.none_good }),
       comment: () => at("comment").focus(),
       guidelines: () => this.guidelines(),
       undo: () => this.back("undo"),
@@ -58,141 +38,116 @@ export class RankView {
     };
   }
 
-  /** Show a task, or the next one. */
-  async open(task = null) {
-    clearTimeout(this.timer);
+  keys = () => (this.task ? this.actions : {});
+
+  /** Send what waits, then show the next task. */
+  async open() {
     this.leave();
     await this.site.outbox.flush();
     if (this.closed) return;
     if (this.site.outbox.waiting().length) return this.wait();
-    const found = task ? { task } : await api.next();
+    const found = await api.next();
     if (this.closed) return;
-    if (!found.task) return this.empty(found);
-    this.start(found);
+    if (found.task) this.start(found.task, found);
+    else this.empty(found);
   }
 
   close() {
     this.closed = true;
-    clearTimeout(this.timer);
     this.leave();
   }
 
   leave() {
+    clearTimeout(this.timer);
     if (!this.task) return;
     if (this.saving) this.save();
     this.work.clock.stop();
     this.task = null;
   }
 
-  keys = () => (this.task ? this.actions : {});
-
-  /** The last answers have been sent, or could not be. */
+  /** The outbox has tried to send. */
   settled() {
     if (this.waiting && !this.site.outbox.waiting().length) this.site.draw();
   }
 
-  start({ task, done, left }) {
-    this.waiting = false;
-    this.task = task;
+  /** Show a task. done, left: how many this person has answered, and how many are left. */
+  start(task, { done, left } = {}) {
+    this.leave();
+    Object.assign(this, { task, waiting: false });
     const slots = task.responses.map(({ slot }) => slot);
-    const { outbox, project } = this.site;
-    this.work = new Work(slots, outbox.draft(task.id), task.draft);
-    const letters = Object.fromEntries(slots.map((slot, n) => [slot, letterOf(n)]));
-    const rows = Math.min(project.best ?? slots.length, slots.length);
-    const act = {
-      place: (slot, n) => this.place(slot, n),
-      drop: (slot, target) => this.drop(slot, target),
-      step: (slot, by) => this.move(slot, by),
-      go: (slot) => this.go(slot),
-      choose: (slot) => this.choose(slot),
-      score: (slot, id, n) => this.score(slot, id, n),
-      flag: (slot, id, on) => this.flag(slot, id, on),
-      write: (slot) => this.write(slot),
-      edit: (from, text) => this.change({ demonstration: { from, text } }, "demonstration"),
-    };
-    this.letters = letters;
-    this.cards = task.responses.map(
-      (response) => new Card(response, letters[response.slot], rows, project, act),
-    );
-    const named = slots.map((slot) => ({ slot, letter: letters[slot] }));
-    this.ladder = new Ladder(named, rows, act);
-    at("main").replaceChildren(...this.nodes(done, left));
+    const rows = Math.min(this.project.best ?? slots.length, slots.length);
+    this.work = new Work(slots, this.site.outbox.get("draft", task.id), task.draft);
+    this.letters = Object.fromEntries(slots.map((slot, n) => [slot, letterOf(n)]));
+    this.cards = task.responses.map((one) => new Card(one, rows, this));
+    this.ladder = new Ladder(slots, rows, this);
+    const head = h("div", { class: "row between" }, h("h1", {}, t("rank.title")));
+    const progress = done === undefined ? "" : t("rank.progress", { done, left });
+    head.append(h("span", { class: "hint" }, progress));
+    const columns = h("div", { class: "rank" }, this.main(head, !done), this.side());
+    at("main").replaceChildren(columns, this.foot());
     this.paint();
-    at("main").scrollTop = 0;
-    at("main").focus();
+    scrollTo(0, 0);
+    at("main").focus({ preventScroll: true });
     announce(t("rank.new", { n: slots.length }));
   }
 
-  nodes(done, left) {
-    const { project } = this.site;
-    const oninput = (event) => this.change({ comment: event.target.value }, "comment");
-    this.comment = h("textarea", { id: "comment", rows: "3", oninput });
-    const work = h(
+  main(head, first) {
+    const steps = ["place", "tie", "keys"].map((name) => h("li", {}, t(`intro.${name}`)));
+    const part = (kind, key, inside) => h("section", { class: kind, "aria-label": t(key) }, inside);
+    return h(
       "div",
-      { class: "rank" },
-      h(
-        "div",
-        { class: "work" },
-        h(
-          "div",
-          { class: "row between" },
-          h("h1", {}, t("rank.title")),
-          done !== undefined && h("span", { class: "hint" }, t("rank.progress", { done, left })),
-        ),
-        !done && this.intro(),
-        h("section", { class: "prompt", "aria-label": t("rank.instruction") }, promptNodes(this.task.prompt)),
-        h("div", { class: "cards" }, this.cards.map(({ element }) => element)),
-      ),
-      h(
-        "aside",
-        { class: "side", "aria-label": t("order.title") },
-        h("h2", {}, t("order.title")),
-        h("p", { class: "hint" }, this.rule()),
-        this.ladder.element,
-        h("div", { class: "field" }, h("label", { for: "comment" }, t("rank.comment")), this.comment),
-        project.guidelines &&
-          h(
-            "details",
-            { class: "guidelines", id: "guidelines", open: innerWidth > 900 },
-            h("summary", {}, t("guidelines")),
-            markdown(project.guidelines),
-          ),
-      ),
+      { class: "work" },
+      head,
+      first && part("intro", "intro.title", h("ol", {}, steps)),
+      part("prompt", "rank.instruction", promptNodes(this.task.prompt)),
+      h("div", { class: "cards" }, this.cards.map(({ element }) => element)),
     );
-    return [work, this.bar()];
   }
 
-  intro() {
-    const rows = ["place", "tie", "keys"].map((name) => h("li", {}, t(`intro.${name}`)));
-    return h("section", { class: "intro", "aria-label": t("intro.title") }, h("ol", {}, rows));
+  side() {
+    const { best, ties, guidelines } = this.project;
+    const few = best && best < this.work.slots.length;
+    const rule = [t("order.hint"), few ? t("order.best", { best }) : ""];
+    rule.push(t(ties ? "order.tiesAllowed" : "order.noTies"));
+    const oninput = (event) => this.change({ comment: event.target.value }, "comment");
+    const mark = () => this.change({ none_good: this.none.checked });
+    this.none = h("input", { type: "checkbox", id: "none-good", onchange: mark });
+    this.comment = h("textarea", { id: "comment", rows: "3", oninput });
+    return h(
+      "aside",
+      { class: "side", "aria-label": t("order.title") },
+      h("h2", {}, t("order.title")),
+      h("p", { class: "hint" }, rule.join(" ")),
+      this.ladder.element,
+      h("label", { class: "check" }, this.none, t("rank.noneGood")),
+      h("div", { class: "field" }, h("label", { for: "comment" }, t("rank.comment")), this.comment),
+      guidelines &&
+        h(
+          "details",
+          { class: "guidelines", open: innerWidth > 900 },
+          h("summary", {}, t("guidelines")),
+          markdown(guidelines),
+        ),
+    );
   }
 
-  rule() {
-    const { best, ties } = this.site.project;
-    const parts = [t("order.hint")];
-    if (best && best < this.work.slots.length) parts.push(t("order.best", { best }));
-    parts.push(t(ties ? "order.tiesAllowed" : "order.noTies"));
-    return parts.join(" ");
-  }
-
-  bar() {
-    const act = (name, kind, title) =>
-      h(
-        "button",
-        { type: "button", class: kind, id: name, onclick: this.actions[name], title },
-        t(`rank.${name}`),
-        h("span", { class: "key", "aria-hidden": "true" }, keyNodes(keyOf(name))),
-      );
+  foot() {
+    const act = (name, kind = "") => {
+      const key = h("span", { class: "key", "aria-hidden": "true" }, keyNodes(keyOf(name)));
+      const node = button(t(`rank.${name}`), this.actions[name], kind, { id: name });
+      node.append(key);
+      return node;
+    };
     this.state = h("p", { class: "hint state", id: "state" });
     return h(
       "div",
       { class: "foot", role: "region", "aria-label": t("rank.actions") },
-      act("undo", "button"),
+      act("undo"),
       iconButton("prompt", t("guidelines"), this.actions.guidelines, { id: "show-guidelines" }),
       iconButton("keys", t("keys.title"), showKeys),
       this.state,
-      act("skip", "button"),
-      act("submit", "button primary"),
+      act("skip"),
+      act("submit", "primary"),
     );
   }
 
@@ -201,53 +156,52 @@ export class RankView {
     for (const card of this.cards) card.paint(work);
     this.ladder.paint(work.places);
     if (this.comment.value !== work.comment) this.comment.value = work.comment;
+    this.none.checked = work.none_good;
     at("undo").disabled = !work.past.length;
-    this.state.textContent = this.hindrance() ?? t("rank.ready");
-    at("submit").setAttribute("aria-disabled", String(this.hindrance() !== null));
+    const reason = this.hindrance();
+    this.state.textContent = reason ?? t("rank.ready");
+    at("submit").setAttribute("aria-disabled", String(reason !== null));
   }
 
   /** What keeps the answer from being sent, in words, or null. */
   hindrance() {
-    const { best, ties, demonstrations } = this.site.project;
+    const { best, ties, demonstrations } = this.project;
     const { places, slots, demonstration } = this.work;
     const reason = missing(places, slots, best, ties);
     if (reason === "tied") return t("rank.tied");
-    if (reason === "unplaced") {
-      const wanted = Math.min(best ?? slots.length, slots.length);
-      return t("rank.unplaced", { n: wanted - Object.keys(places).length });
-    }
+    if (reason) return t("rank.unplaced", { n: this.ladder.rows - Object.keys(places).length });
     if (demonstrations === "required" && !demonstration) return t("rank.noDemonstration");
     return null;
   }
 
+  /** Change the answer, and keep it: in this browser at once, at the server soon. */
   change(parts, field = null) {
     this.work.change(parts, field);
     this.keep();
-    this.paint();
   }
 
-  /** Keep the draft: in this browser at once, at the server soon. */
   keep() {
-    this.site.outbox.keepDraft(this.task.id, this.work.draft());
+    this.site.outbox.put("draft", this.task.id, { ...this.work.state(), saved: false });
     this.saving ||= setTimeout(() => this.save(), SAVE);
+    this.paint();
   }
 
   async save() {
     clearTimeout(this.saving);
     this.saving = 0;
-    const { task, work } = this;
+    const { task, work, site } = this;
+    const state = work.state();
     try {
-      await api.saveDraft(task, work.draft(), work.clock.seconds());
-      this.site.saved(t("saved"));
+      const { lease } = await api.saveDraft(task, work.answer(), work.clock.seconds());
+      task.lease = lease;
+      if (work.same(state) && site.outbox.get("draft", task.id))
+        site.outbox.put("draft", task.id, { ...state, saved: true });
+      site.saved(t("saved"));
     } catch (error) {
-      this.site.saved(t("kept"));
-      if (error.status === 409 && this.task === task) this.lost(error);
+      site.saved(t("kept"));
+      if (error.code === "already_answered" && this.task === task)
+        toast(error.message, t("rank.another"), () => site.draw());
     }
-  }
-
-  /** Somebody else has the task now. */
-  lost(error) {
-    toast(error.message, t("rank.other"), () => this.open());
   }
 
   place(slot, place) {
@@ -255,41 +209,38 @@ export class RankView {
     this.say(slot);
   }
 
+  /** Give the current response a place, and go to the next one without a place. */
   placeByKey(place) {
-    const { work } = this;
-    const slot = work.current;
+    const { slots, current } = this.work;
     if (place > this.ladder.rows) return;
-    this.place(slot, place);
-    const at = work.slots.indexOf(slot);
-    const order = [...work.slots.slice(at + 1), ...work.slots.slice(0, at)];
-    const free = order.find((other) => !(other in work.places));
-    if (free) this.choose(free, true);
+    this.place(current, place);
+    const n = slots.indexOf(current);
+    const order = [...slots.slice(n + 1), ...slots.slice(0, n)];
+    const free = order.find((slot) => !(slot in this.work.places));
+    if (free) this.go(free);
   }
 
-  drop(slot, target) {
-    const { place, before } = target.dataset;
+  drop(slot, { dataset: { place, before } }) {
     const { places, slots } = this.work;
-    if (place === undefined)
-      this.change({ places: inserted(places, slots, slot, Number(before)) });
-    else this.change({ places: placed(places, slot, place ? Number(place) : null) });
+    if (place !== undefined) return this.place(slot, place ? Number(place) : null);
+    this.change({ places: inserted(places, slots, slot, Number(before)) });
     this.say(slot);
   }
 
-  move(slot, by) {
+  move(slot, step) {
     const { places, slots } = this.work;
-    this.change({ places: stepped(places, slots, slot, by, this.site.project.ties) });
+    this.change({ places: stepped(places, slots, slot, step, this.project.ties) });
     this.say(slot);
   }
 
   /** Tell a screen reader where a response is now. */
   say(slot) {
-    const place = this.work.places[slot];
-    const letter = this.letters[slot];
+    const { places, slots } = this.work;
+    const [place, letter] = [places[slot], this.letters[slot]];
     if (!place) return announce(t("say.none", { letter }));
-    const all = tiers(this.work.places, this.work.slots);
-    const others = all.find((tier) => tier.includes(slot)).filter((other) => other !== slot);
-    const names = others.map((other) => this.letters[other]).join(", ");
-    announce(t(names ? "say.tie" : "say.place", { letter, place, names }));
+    const tied = tiers(places, slots).find((tier) => tier.includes(slot));
+    const names = tied.filter((other) => other !== slot).map((other) => this.letters[other]);
+    announce(t(names.length ? "say.tie" : "say.place", { letter, place, names: names.join(", ") }));
   }
 
   score(slot, id, n) {
@@ -305,20 +256,19 @@ export class RankView {
 
   /** Begin a demonstration from a response; null ends it. */
   write(slot) {
-    if (this.site.project.demonstrations === "off") return;
-    if (slot && this.work.demonstration?.from !== slot) {
-      const { text } = this.task.responses.find((one) => one.slot === slot);
-      this.change({ demonstration: { from: slot, text } });
-    } else if (!slot) this.change({ demonstration: null });
-    if (slot) at(`edit-${slot}`).focus();
+    if (this.project.demonstrations === "off") return;
+    if (!slot) return this.change({ demonstration: null });
+    const { text } = this.task.responses.find((one) => one.slot === slot);
+    if (this.work.demonstration?.from !== slot) this.edit(slot, text);
+    at(`edit-${slot}`).focus();
   }
 
-  choose(slot, go = false) {
-    if (this.work.current !== slot) {
-      this.work.current = slot;
-      for (const card of this.cards) card.paint(this.work);
-    }
-    if (go) this.go(slot);
+  edit = (from, text) => this.change({ demonstration: { from, text } }, `edit-${from}`);
+
+  choose(slot) {
+    if (this.work.current === slot) return;
+    this.work.current = slot;
+    for (const card of this.cards) card.paint(this.work);
   }
 
   go(slot) {
@@ -330,83 +280,70 @@ export class RankView {
   step(by) {
     const { slots, current } = this.work;
     const next = slots[slots.indexOf(current) + by];
-    if (next) this.choose(next, true);
+    if (next) this.go(next);
   }
 
   focus(selector) {
-    document.querySelector(`#card-${CSS.escape(this.work.current)} ${selector}`)?.focus();
+    at(`card-${this.work.current}`).querySelector(selector)?.focus();
   }
 
   guidelines() {
-    const { guidelines } = this.site.project;
-    show(t("guidelines"), "", guidelines ? markdown(guidelines) : h("p", {}, t("guidelines.none")));
+    show(t("guidelines"), "", markdown(this.project.guidelines || t("guidelines.none")));
   }
 
   back(way) {
     if (!this.work[way]()) return;
     this.keep();
-    this.paint();
     announce(t(`say.${way}`));
   }
 
-  async submit() {
+  submit() {
     const reason = this.hindrance();
-    if (reason) return toast(reason);
-    await this.send("answer", { answer: this.work.answer() });
+    return reason ? toast(reason) : this.send("answer", { answer: this.work.answer() });
   }
 
   skip() {
     const reason = h("input", { id: "skip-reason", autocomplete: "off" });
-    const send = (event) => {
+    const onsubmit = (event) => {
       event.preventDefault();
-      window.close();
+      dialog.close();
       this.send("skip", { reason: reason.value.trim() });
     };
     const label = h("label", { for: "skip-reason" }, t("skip.reason"));
-    const button = h("button", { class: "button primary" }, t("skip.do"));
-    const form = h("form", { class: "field", onsubmit: send }, label, reason, h("p", {}, button));
-    const window = show(t("skip.title"), "narrow", h("p", {}, t("skip.hint")), form);
+    const go = h("p", {}, h("button", { class: "button primary" }, t("skip.do")));
+    const form = h("form", { class: "field", onsubmit }, label, reason, go);
+    const dialog = show(t("skip.title"), "narrow", h("p", {}, t("skip.hint")), form);
   }
 
   async send(kind, body) {
     if (this.sending) return;
-    this.sending = true;
     clearTimeout(this.saving);
-    this.saving = 0;
-    const { task, work } = this;
+    Object.assign(this, { sending: true, saving: 0 });
+    const { task, work, site } = this;
     const entry = api.entry(kind, task, { ...body, seconds: work.clock.seconds() });
-    try {
-      if (await this.site.outbox.add(entry)) {
-        this.site.saved(t("sent"));
-        toast(t(`sent.${kind}`), t("rank.undo"), () => this.site.reopen(task.id));
-      }
-    } finally {
-      this.sending = false;
-    }
-    if (!this.closed) await this.open();
+    const sent = await site.outbox.add(entry).finally(() => (this.sending = false));
+    if (sent) toast(this.said(kind, sent), t("rank.undo"), () => site.reopen(task.id));
+    if (!this.closed) await site.draw();
+  }
+
+  /** The server has an answer; the project may show which model each response was from. */
+  said(kind, { models }) {
+    const name = ([slot, model]) => `${this.letters[slot]}: ${model}`;
+    return [t(`sent.${kind}`), ...Object.entries(models ?? {}).map(name)].join(" ");
   }
 
   /** Answers wait in this browser for the server. */
   wait() {
     this.waiting = true;
-    const n = this.site.outbox.waiting().length;
-    const again = () => this.site.outbox.flush();
-    this.message(t("wait.title"), t("wait.text", { n }), t("wait.again"), again);
+    const text = t("wait.text", { n: this.site.outbox.waiting().length });
+    const again = button(t("wait.again"), this.site.outbox.wake, "primary");
+    message(t("wait.title"), h("p", {}, text), again);
   }
 
-  empty({ done, reason }) {
-    const key = reason === "none_left" ? "empty.done" : "empty.busy";
-    this.message(t("empty.title"), t(key, { done: number.format(done ?? 0) }), t("empty.again"), () =>
-      this.site.draw(),
-    );
-    this.timer = setTimeout(() => this.site.draw(), LOOK_AGAIN);
-  }
-
-  message(title, text, action, onaction) {
-    const button = h("button", { type: "button", class: "button primary", onclick: onaction }, action);
-    at("main").replaceChildren(
-      h("section", { class: "message-box" }, h("h1", {}, title), h("p", {}, text), button),
-    );
-    announce(title);
+  empty({ done = 0, reason, wait }) {
+    const text = t(reason === "none_left" ? "empty.done" : "empty.busy", { done });
+    const again = button(t("empty.again"), () => this.site.draw(), "primary");
+    message(t("empty.title"), h("p", {}, text), again);
+    this.timer = setTimeout(() => this.site.draw(), 1000 * (wait ?? LOOK_AGAIN));
   }
 }

@@ -2,144 +2,169 @@
 
 import * as api from "./api.js";
 import { at, h, toast } from "./dom.js";
-import { letterOf, markdown, promptNodes } from "./rank.js";
-import { duration, few, moment, number, percent, t } from "./texts.js";
+import { button, letterOf, markdown, promptNodes, show } from "./parts.js";
+import { duration, few, moment, percent, t } from "./texts.js";
 
-const PAGE = 50;
-const ORDERS = ["disagreement", "flags", "number"];
+const LIMIT = 50; // tasks on a page
+const ORDERS = ["disagreement", "flags", "answers", "number"];
 
 export class ReviewView {
   constructor(site) {
-    Object.assign(this, { site, order: ORDERS[0], offset: 0 });
+    Object.assign(this, { site, order: ORDERS[0], offset: 0, text: "" });
   }
 
   close() {}
 
   async open(item = null) {
-    at("main").replaceChildren(...(item ? await this.task(item) : await this.list()));
+    at("main").replaceChildren(item ? await this.task(item) : await this.list());
     at("main").focus();
   }
 
+  /** Change the list and show it. */
+  go(changes) {
+    Object.assign(this, changes);
+    this.open().catch((error) => toast(error.message));
+  }
+
   async list() {
-    const { order, offset } = this;
-    const { tasks, total } = await api.tasks({ order, offset, limit: PAGE });
-    const go = (changes) => (Object.assign(this, changes), this.open());
+    const { order, offset, text } = this;
+    const { tasks, total } = await api.tasks({ order, offset, limit: LIMIT, text });
     const option = (value) =>
-      h("option", { value, selected: value === order }, t(`review.${value}`));
-    const onchange = (event) => go({ order: event.target.value, offset: 0 });
-    const step = (name, to, possible) => {
-      const props = { type: "button", class: "button small", disabled: !possible };
-      return h("button", { ...props, onclick: () => go({ offset: to }) }, t(name));
+      h("option", { value, selected: value === order }, t(`order.by.${value}`));
+    const onchange = (event) => this.go({ order: event.target.value, offset: 0 });
+    const find = (event) => {
+      event.preventDefault();
+      this.go({ text: search.value.trim(), offset: 0 });
     };
-    const entry = ({ id, preview, answers, agreement, flags, gold }) => {
-      const facts = [t("answers", { n: answers })];
-      if (agreement !== null) facts.push(t("review.agreement", { value: few(agreement) }));
-      if (flags) facts.push(t("review.flagged", { n: flags }));
-      if (gold) facts.push(t("gold"));
-      return h(
-        "li",
-        {},
-        h("a", { class: "preview", href: `#/review/${encodeURIComponent(id)}` }, preview),
-        h("span", { class: "hint" }, facts.join(" · ")),
-      );
-    };
-    return [
+    const search = h("input", { type: "search", value: text, "aria-label": t("review.search") });
+    search.placeholder = t("review.search");
+    const step = (name, to, possible) =>
+      button(t(name), () => this.go({ offset: to }), "small", { disabled: !possible });
+    return h(
+      "div",
+      { class: "page" },
+      h("h1", {}, t("nav.review")),
       h(
         "div",
-        { class: "page" },
-        h(
-          "div",
-          { class: "row between" },
-          h("h1", {}, t("nav.review")),
-          h("select", { "aria-label": t("review.order"), class: "order", onchange }, ORDERS.map(option)),
-        ),
-        h("p", { class: "hint" }, t("review.count", { n: total })),
-        h("ol", { class: "entries", start: offset + 1 }, tasks.map(entry)),
-        h(
-          "div",
-          { class: "row" },
-          step("previous", offset - PAGE, offset > 0),
-          step("next", offset + PAGE, offset + tasks.length < total),
-        ),
+        { class: "row" },
+        h("form", { role: "search", onsubmit: find }, search),
+        h("select", { "aria-label": t("review.order"), onchange }, ORDERS.map(option)),
+        h("span", { class: "hint" }, t("review.count", { n: total })),
       ),
-    ];
+      h("ol", { class: "entries" }, tasks.map((task) => this.entry(task))),
+      h(
+        "div",
+        { class: "row" },
+        step("previous", offset - LIMIT, offset > 0),
+        step("next", offset + LIMIT, offset + tasks.length < total),
+      ),
+    );
+  }
+
+  entry({ id, preview, answers, wanted, agreement, flags, gold }) {
+    const facts = [t("review.answers", { answers, wanted })];
+    if (agreement !== null) facts.push(t("review.agreement", { value: percent(agreement) }));
+    if (flags) facts.push(t("review.flagged", { n: flags }));
+    if (gold) facts.push(t("gold"));
+    return h(
+      "li",
+      {},
+      h("a", { class: "preview", href: `#/review/${encodeURIComponent(id)}` }, preview),
+      h("span", { class: "hint" }, facts.join(" · ")),
+    );
   }
 
   async task(id) {
     const task = await api.task(id);
-    const letters = Object.fromEntries(task.responses.map(({ id }, n) => [id, letterOf(n)]));
-    const response = ({ id, text, model, strength }) =>
-      h(
-        "article",
-        { class: "card", "aria-label": t("card.name", { letter: letters[id] }) },
-        h(
-          "header",
-          {},
-          h("span", { class: "letter" }, letters[id]),
-          h("span", {}, model),
-          strength && h("span", { class: "hint" }, strengthText(strength)),
-        ),
-        markdown(text),
-      );
-    return [
-      h(
-        "div",
-        { class: "page wide" },
-        h("p", {}, h("a", { href: "#/review" }, t("review.back"))),
-        h("h1", {}, t("review.task", { id: task.id })),
-        h("section", { class: "prompt" }, promptNodes(task.prompt)),
-        h("h2", {}, t("answers", { n: task.answers.length })),
-        task.answers.map((answer) => this.answer(task, answer, letters)),
-        h("h2", {}, t("review.responses")),
-        h("div", { class: "cards" }, task.responses.map(response)),
-      ),
-    ];
-  }
-
-  answer(task, answer, letters) {
-    const { ranks, scores, flags, comment, demonstration, verdict } = answer;
-    const name = (all) => all.map((slot) => letters[slot]).join(" = ");
-    const marks = Object.entries(flags).flatMap(([slot, all]) =>
-      all.map((flag) => `${letters[slot]}: ${this.nameOf("flags", flag)}`),
-    );
-    const numbers = Object.entries(scores).flatMap(([slot, all]) =>
-      Object.entries(all).map(
-        ([id, n]) => `${letters[slot]}: ${this.nameOf("criteria", id)} ${number.format(n)}`,
-      ),
-    );
-    const judge = (accepted) => this.judge(task.id, answer, accepted);
-    const button = (key, accepted) => {
-      const props = { type: "button", class: "button small", onclick: () => judge(accepted) };
-      return h("button", { ...props, "aria-pressed": String(verdict === accepted) }, t(key));
+    const response = ({ index, text, model }) => {
+      const letter = letterOf(index);
+      const head = h("header", {}, h("span", { class: "letter" }, letter), model);
+      const props = { class: "card", "aria-label": t("card.name", { letter }) };
+      return h("article", props, head, markdown(text));
     };
     return h(
+      "div",
+      { class: "page wide" },
+      h("p", {}, h("a", { href: "#/review" }, t("review.back"))),
+      h("h1", {}, t("review.task", { id: task.id })),
+      task.gold && h("p", { class: "hint" }, t("review.gold", { order: orderText(task.gold) })),
+      h("section", { class: "prompt" }, promptNodes(task.prompt)),
+      h("h2", {}, t("answers", { n: task.answers.length })),
+      task.answers.map((answer) => this.answer(task, answer)),
+      h("h2", {}, t("review.responses")),
+      h("div", { class: "cards" }, task.responses.map(response)),
+    );
+  }
+
+  answer(task, { id, name, ranks, verdict, seconds, at: time, ...answer }) {
+    const { comment, demonstration } = answer;
+    const judge = (accepted) => this.judge(task.id, id, accepted, verdict);
+    const choose = (key, accepted) => {
+      const pressed = { "aria-pressed": String(verdict?.accepted === accepted) };
+      return button(t(key), () => judge(accepted), "small", pressed);
+    };
+    const right = ranks.map((tier) => tier.map(Number));
+    const gold = () => this.act(task.id, api.settings(task.id, { gold: right }));
+    return h(
       "section",
-      { class: "answer", "aria-label": answer.person },
+      { class: "answer", "aria-label": name },
       h(
         "div",
         { class: "row between" },
-        h("strong", {}, answer.person),
-        h("span", { class: "hint" }, `${moment(answer.time)} · ${duration(answer.seconds)}`),
+        h("strong", {}, name),
+        h("span", { class: "hint" }, `${moment(time)} · ${duration(seconds)}`),
       ),
-      h("p", { class: "ranks" }, ranks.map(name).join("  >  ")),
-      numbers.length > 0 && h("p", { class: "note" }, numbers.join(" · ")),
-      marks.length > 0 && h("p", { class: "wrong" }, marks.join(" · ")),
+      h("p", { class: "ranks" }, orderText(ranks)),
+      this.marks(answer).map((line) => h("p", { class: "note" }, line)),
       comment && h("p", { class: "plain" }, comment),
       demonstration && [
-        h("p", { class: "eyebrow" }, t("card.demonstration", { letter: letters[demonstration.from] })),
+        h("p", { class: "eyebrow" }, t("review.demonstration")),
         h("div", { class: "prompt" }, markdown(demonstration.text)),
       ],
-      h("div", { class: "row" }, button("review.accept", true), button("review.return", false)),
+      verdict?.comment && h("p", { class: "wrong" }, verdict.comment),
+      h(
+        "div",
+        { class: "row" },
+        choose("review.accept", true),
+        choose("review.return", false),
+        this.site.me.role === "owner" && button(t("review.makeGold"), gold, "small"),
+      ),
     );
   }
 
-  nameOf(kind, id) {
-    return this.site.project[kind].find((one) => one.id === id)?.name ?? id;
+  /** Scores and flags in words. */
+  marks({ scores, flags, none_good: none }) {
+    const { criteria, flags: kinds } = this.site.project;
+    const nameOf = (all, id) => all.find((one) => one.id === id)?.name || id;
+    const lines = [none ? t("rank.noneGood") : null];
+    for (const [slot, all] of Object.entries(scores ?? {})) {
+      const said = Object.entries(all).map(([id, n]) => `${nameOf(criteria, id)} ${few(n, 0)}`);
+      if (said.length) lines.push(`${letterOf(Number(slot))}: ${said.join(", ")}`);
+    }
+    for (const [slot, all] of Object.entries(flags ?? {}))
+      if (all.length)
+        lines.push(`${letterOf(Number(slot))}: ${all.map((id) => nameOf(kinds, id)).join(", ")}`);
+    return lines.filter(Boolean);
   }
 
-  async judge(task, answer, accepted) {
+  judge(task, answer, accepted) {
+    if (accepted) return this.act(task, api.judge(task, answer, true, ""));
+    const why = h("textarea", { id: "why", rows: "4" });
+    const onsubmit = (event) => {
+      event.preventDefault();
+      dialog.close();
+      this.act(task, api.judge(task, answer, false, why.value.trim()));
+    };
+    const go = h("p", {}, h("button", { class: "button primary" }, t("review.return")));
+    const label = h("label", { for: "why" }, t("review.why"));
+    const form = h("form", { class: "field", onsubmit }, label, why, go);
+    const dialog = show(t("review.return"), "narrow", form);
+  }
+
+  /** Show the task again when a change is done. */
+  async act(task, done) {
     try {
-      await api.judge(task, answer.id, accepted);
+      await done;
       await this.open(task);
     } catch (error) {
       toast(error.message);
@@ -147,5 +172,6 @@ export class ReviewView {
   }
 }
 
-const strengthText = ({ value, low, high }) =>
-  t("review.strength", { value: few(value), low: few(low), high: few(high) });
+/** Tiers of response numbers as letters: A = C > B. */
+const orderText = (ranks) =>
+  ranks.map((tier) => tier.map((slot) => letterOf(Number(slot))).join(" = ")).join("  >  ");

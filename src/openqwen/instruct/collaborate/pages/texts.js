@@ -7,12 +7,18 @@ let plural = new Intl.PluralRules("en");
 export let language = "en";
 export let number = new Intl.NumberFormat("en");
 
-/** Load a language; without one, the chosen one or the browser's. */
+/** Remember a language and load it. */
+export function choose(wanted) {
+  localStorage.setItem(CHOICE, wanted);
+  return speak();
+}
+
+/** Load the chosen language; without one, the project's or the browser's. */
 export async function speak(wanted = null) {
-  if (wanted) localStorage.setItem(CHOICE, wanted);
-  const named = [localStorage.getItem(CHOICE), ...navigator.languages];
-  const known = named.map((name) => name?.slice(0, 2)).find((name) => name in LANGUAGES);
-  const chosen = known ?? "en";
+  const named = [localStorage.getItem(CHOICE), wanted, ...navigator.languages];
+  const short = named.map((name) => name?.slice(0, 2));
+  const chosen = short.find((name) => name in LANGUAGES) ?? "en";
+  if (chosen === language && known("again")) return;
   texts = await (await fetch(`${chosen}.json`)).json();
   language = chosen;
   plural = new Intl.PluralRules(chosen);
@@ -41,7 +47,7 @@ export function few(value, digits = 2) {
 }
 
 /** A share as percent. */
-export const percent = (value) => (value === null ? "–" : `${few(100 * value, 0)} %`);
+export const percent = (value) => (typeof value !== "number" ? "–" : `${few(100 * value, 0)} %`);
 
 /** A duration in seconds. */
 export function duration(seconds) {
@@ -50,10 +56,10 @@ export function duration(seconds) {
   return t("minutes", { m: few(seconds / 60, 1) });
 }
 
-/** A moment, from seconds since 1970. */
-export function moment(seconds) {
+/** A moment, from an ISO 8601 text. */
+export function moment(time) {
   const shown = { dateStyle: "medium", timeStyle: "short" };
-  return new Intl.DateTimeFormat(language, shown).format(new Date(seconds * 1000));
+  return new Intl.DateTimeFormat(language, shown).format(new Date(time));
 }
 
 export const languages = () => Object.entries(LANGUAGES);

@@ -1,32 +1,36 @@
 /** A person's work on one task: the answer so far, undo and redo, the draft, and the time taken. */
 
-import { finished } from "./order.js";
+import { placesOf, tiers } from "./order.js";
 
 const IDLE = 60_000; // milliseconds without a key or a movement that do not count as work
-const PARTS = ["places", "scores", "flags", "comment", "demonstration"];
-const EMPTY = { places: {}, scores: {}, flags: {}, comment: "", demonstration: null };
+const USED = ["keydown", "pointermove", "pointerdown", "wheel", "touchmove"];
+const EMPTY = {
+  places: {},
+  none_good: false,
+  scores: {},
+  flags: {},
+  comment: "",
+  demonstration: null,
+};
 
 export class Work {
-  /** slots: of the responses as shown. drafts: the server's and this browser's, or null. */
-  constructor(slots, ...drafts) {
-    const newest = drafts.filter(Boolean).sort((a, b) => (b.revision ?? 0) - (a.revision ?? 0))[0];
-    Object.assign(this, structuredClone(EMPTY), { slots, current: slots[0], revision: 0 });
-    Object.assign(this, structuredClone(newest ?? {}));
-    this.places = this.known(this.places);
-    this.past = [];
-    this.future = [];
-    this.last = null;
-    this.clock = new Clock();
+  /** slots: of the responses as shown. kept: this browser's draft; draft: the server's; or null. */
+  constructor(slots, kept, draft) {
+    const given = draft && { ...draft.answer, places: placesOf(draft.answer.ranks ?? []) };
+    // What the server has acknowledged may have been continued in another browser.
+    const order = (one) => JSON.stringify(one && tiers(one.places, slots));
+    const places = order(kept) === order(given) ? kept?.places : given?.places;
+    const chosen = kept && (!kept.saved || !given) ? kept : { ...given, places };
+    const parts = Object.keys(EMPTY).map((name) => [name, chosen[name] ?? EMPTY[name]]);
+    Object.assign(this, structuredClone(Object.fromEntries(parts)));
+    Object.assign(this, { slots, current: slots[0], past: [], future: [], last: null });
+    this.clock = new Clock(draft?.seconds ?? 0);
   }
 
-  /** Entries of the slots of this task. */
-  known(entries) {
-    return Object.fromEntries(Object.entries(entries).filter(([slot]) => this.slots.includes(slot)));
-  }
+  state = () => Object.fromEntries(Object.keys(EMPTY).map((name) => [name, this[name]]));
 
-  state = () => Object.fromEntries(PARTS.map((name) => [name, this[name]]));
-
-  draft = () => ({ ...this.state(), revision: this.revision });
+  /** Whether nothing has changed since a state. */
+  same = (state) => JSON.stringify(state) === JSON.stringify(this.state());
 
   /** Change parts of the answer. field: a text field, whose letters are one step of undo. */
   change(parts, field = null) {
@@ -34,9 +38,7 @@ export class Work {
       this.past.push(this.state());
       this.future = [];
     }
-    this.last = field;
-    this.revision += 1;
-    Object.assign(this, parts);
+    Object.assign(this, parts, { last: field });
   }
 
   undo = () => this.swap(this.past, this.future);
@@ -45,32 +47,31 @@ export class Work {
   swap(from, to) {
     if (!from.length) return false;
     to.push(this.state());
-    Object.assign(this, from.pop(), { last: null, revision: this.revision + 1 });
+    Object.assign(this, from.pop(), { last: null });
     return true;
   }
 
-  /** The answer in the form that the server takes. */
+  /** The answer in the form that the server takes; complete or not. */
   answer() {
-    const { places, slots, scores, flags, comment, demonstration } = this;
-    return { ranks: finished(places, slots), scores, flags, comment, demonstration };
+    const { places, ...others } = this.state();
+    return { ranks: tiers(places, this.slots), ...others };
   }
 }
 
 /** Seconds in which the page was looked at and used. */
 class Clock {
-  constructor() {
-    Object.assign(this, { total: 0, from: performance.now(), seen: performance.now() });
+  constructor(seconds) {
+    this.total = 1000 * seconds;
+    Object.assign(this, { seen: performance.now(), hidden: document.hidden });
     this.touch = () => this.tick();
-    for (const name of ["keydown", "pointermove", "pointerdown", "wheel", "touchmove"])
-      addEventListener(name, this.touch, { passive: true });
+    for (const name of USED) addEventListener(name, this.touch, { passive: true });
     document.addEventListener("visibilitychange", this.touch);
   }
 
   tick() {
     const now = performance.now();
-    this.total += Math.min(now - this.seen, this.hidden ? 0 : IDLE);
-    this.seen = now;
-    this.hidden = document.hidden;
+    this.total += this.hidden ? 0 : Math.min(now - this.seen, IDLE);
+    Object.assign(this, { seen: now, hidden: document.hidden });
   }
 
   seconds() {
@@ -79,8 +80,7 @@ class Clock {
   }
 
   stop() {
-    for (const name of ["keydown", "pointermove", "pointerdown", "wheel", "touchmove"])
-      removeEventListener(name, this.touch);
+    for (const name of USED) removeEventListener(name, this.touch);
     document.removeEventListener("visibilitychange", this.touch);
   }
 }
