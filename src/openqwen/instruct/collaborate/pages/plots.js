@@ -6,7 +6,7 @@ import { known, t } from "./texts.js";
 /** A part of a page with its title and, where there is a text `…Hint`, an explanation. */
 export function section(key, content) {
   const hint = known(`${key}Hint`) && h("p", { class: "hint" }, t(`${key}Hint`));
-  return h("section", { "aria-label": t(key) }, h("h2", {}, t(key)), hint, content);
+  return h("section", {}, h("h2", {}, t(key)), hint, content);
 }
 
 /** Set a CSS variable; a style attribute would break the page's policy. */

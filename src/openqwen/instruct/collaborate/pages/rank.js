@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { Card } from "./card.js";
 import { announce, at, h, iconButton, toast } from "./dom.js";
-import { keyNodes, keyOf, showKeys } from "./keys.js";
+import { keyNodes, keyOf } from "./keys.js";
 import { Ladder } from "./ladder.js";
 import { inserted, missing, placed, stepped, tiers } from "./order.js";
 import { button, letterOf, markdown, message, promptNodes, show } from "./parts.js";
@@ -92,14 +92,16 @@ export class RankView {
   }
 
   main(head, first) {
+    const { prompt, comment } = this.task;
     const steps = ["place", "tie", "keys"].map((name) => h("li", {}, t(`intro.${name}`)));
     const part = (kind, key, inside) => h("section", { class: kind, "aria-label": t(key) }, inside);
     return h(
       "div",
       { class: "work" },
       head,
+      comment && h("p", { class: "returned" }, t("rank.returned", { comment })),
       first && part("intro", "intro.title", h("ol", {}, steps)),
-      part("prompt", "rank.instruction", promptNodes(this.task.prompt)),
+      part("prompt", "rank.instruction", promptNodes(prompt)),
       h("div", { class: "cards" }, this.cards.map(({ element }) => element)),
     );
   }
@@ -144,7 +146,6 @@ export class RankView {
       { class: "foot", role: "region", "aria-label": t("rank.actions") },
       act("undo"),
       iconButton("prompt", t("guidelines"), this.actions.guidelines, { id: "show-guidelines" }),
-      iconButton("keys", t("keys.title"), showKeys),
       this.state,
       act("skip"),
       act("submit", "primary"),
