@@ -59,6 +59,7 @@ const site = {
   leave() {
     this.view?.close();
     this.outbox?.close();
+    if (this.outbox?.waiting().length) toast(t("login.kept"));
     Object.assign(this, { me: null, outbox: null, view: null });
     return this.draw();
   },

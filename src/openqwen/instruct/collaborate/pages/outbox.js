@@ -66,7 +66,7 @@ export class Outbox {
         said.set(entry.key, await this.send(entry));
       } catch (error) {
         if (LATER.includes(error.status) || !(error.status < 500)) {
-          this.tryLater();
+          this.tryLater(error);
           return said;
         }
         this.put("refused", entry.key, entry);
@@ -78,7 +78,8 @@ export class Outbox {
     return said;
   }
 
-  tryLater() {
+  tryLater({ status }) {
+    this.ended = status === 401; // the session has ended
     this.timer = setTimeout(this.wake, this.wait);
     this.wait = Math.min(2 * this.wait, LONGEST_WAIT);
   }

@@ -45,7 +45,8 @@ export class RankView {
     this.leave();
     await this.site.outbox.flush();
     if (this.closed) return;
-    if (this.site.outbox.waiting().length) return this.wait();
+    if (this.site.outbox.waiting().length)
+      return this.site.outbox.ended ? this.site.leave() : this.wait();
     const found = await api.next();
     if (this.closed) return;
     if (found.task) this.start(found.task, found);
