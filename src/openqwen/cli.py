@@ -24,6 +24,7 @@ RECIPE_VERBS = {
     "chat": "Talk to a model in the terminal.",
     "serve": "Serve a model over HTTP: OpenAI's API and a chat page.",
     "inspect": "Browse demonstrations, preferences, tasks or documents on a page.",
+    "annotate": "Let people rank responses and write demonstrations, on a site of their own.",
     "convert": "Convert a checkpoint: folder, .gguf file or hub id to folder or .gguf file.",
     "quantize": "Store weights in 8 or 4 bits, for a CPU.",
     "report": "Write the HTML report of a run folder.",
@@ -58,6 +59,11 @@ _SERVERS: dict[str, tuple[str, str, tuple[str, str] | None]] = {
         "openqwen.instruct.inspect.settings:InspectConfig",
         "openqwen.instruct.inspect.app:inspect",
         ("FILE", "A data file, a folder of data files, or hub:owner/name:split."),
+    ),
+    "annotate": (
+        "openqwen.instruct.collaborate.settings:AnnotateConfig",
+        "openqwen.instruct.collaborate.app:annotate",
+        ("PROJECT", "The project's folder; a new one is made."),
     ),
     "sandbox": (
         "openqwen.serve.settings:SandboxConfig",
@@ -300,7 +306,8 @@ def _serve(verb: str, arguments: Sequence[str]) -> None:
         serve = _named(function)
     except ModuleNotFoundError as error:
         what = f"Serving needs the library {error.name}."
-        raise OpenQwenError(what, do=pip_install("openqwen[serve]")) from None
+        extra = "annotate" if verb == "annotate" else "serve"
+        raise OpenQwenError(what, do=pip_install(f"openqwen[{extra}]")) from None
     serve(*([flags.source] if argument else []), config)
 
 

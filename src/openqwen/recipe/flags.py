@@ -102,7 +102,9 @@ def _mirror(settings: BaseModel) -> type:
             fields.append((name, nested))
         else:
             kind: Any = info.annotation
-            leaf = Annotated[kind, tyro.conf.arg(help=info.description)]
+            flag = name.rstrip("_").replace("_", "-")  # `import_` is the flag --import
+            renamed = flag if name.endswith("_") else None
+            leaf = Annotated[kind, tyro.conf.arg(help=info.description, name=renamed)]
             default = dataclasses.field(default_factory=functools.partial(copy.copy, value))
             fields.append((name, leaf, default))
     # Nested settings have no default. `kw_only` allows them after fields that have one.
