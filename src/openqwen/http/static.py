@@ -21,6 +21,7 @@ _TYPES = {
     "js": "text/javascript",
     "css": "text/css",
     "svg": "image/svg+xml",
+    "json": "application/json",
 }
 
 
@@ -29,7 +30,7 @@ SHARED = files("openqwen.http") / "page"
 
 
 class PageFiles:
-    """The files of folders: html, js, css and svg. `index.html` is served as `/`.
+    """The files of folders: html, js, css, svg and json. `index.html` is served as `/`.
 
     A browser keeps them, and asks each time whether they have changed (ETag).
     """

@@ -65,6 +65,9 @@ export function iconButton(name, label, onclick, props = {}) {
   );
 }
 
+/** Words on shared buttons; a page in another language sets its own. */
+export const words = { copy: "Copy", copied: "Copied", code: "Copy code", table: "Table" };
+
 /** Copy text, also without the clipboard API, which exists in a secure context only. */
 export async function copy(text) {
   if (navigator.clipboard && window.isSecureContext) return navigator.clipboard.writeText(text);
@@ -77,12 +80,12 @@ export async function copy(text) {
 
 /** A button that copies `text()` and says so for a moment, in a word or (drawn) in a drawing. */
 export function copyButton(text, label, drawn = false) {
-  const face = (done) => (drawn ? icon(done ? "check" : "copy") : done ? "Copied" : "Copy");
+  const face = (done) => (drawn ? icon(done ? "check" : "copy") : done ? words.copied : words.copy);
   let timer = 0;
   const onclick = async () => {
     await copy(text());
     button.replaceChildren(face(true));
-    announce("Copied");
+    announce(words.copied);
     clearTimeout(timer);
     timer = setTimeout(() => button.replaceChildren(face(false)), 1600);
   };

@@ -1,7 +1,7 @@
 /** Shows Markdown while it is written; unchanged parts keep their nodes, so nothing flickers. */
 
 import { blocks } from "./blocks.js";
-import { copyButton, h } from "./dom.js";
+import { copyButton, h, words } from "./dom.js";
 import { highlight } from "./highlight.js";
 import { inline } from "./inline.js";
 
@@ -126,7 +126,7 @@ function table({ aligned, head, rows }, live) {
     );
   return h(
     "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table" },
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": words.table },
     h("table", {}, h("thead", {}, row(head, "th", false)), body),
   );
 }
@@ -142,7 +142,7 @@ function code(block, live) {
       "figcaption",
       {},
       name,
-      copyButton(() => shown.text, "Copy code"),
+      copyButton(() => shown.text, words.code),
     ),
     h("pre", { tabindex: "0" }, text),
   );

@@ -1,0 +1,86 @@
+/**
+ * Keeps what a person did in this browser until the server has it.
+ *
+ * Drafts and answers lie in localStorage, whose writes are over before the page can be closed. An
+ * answer carries a key that the server counts once, so it may be sent again after any failure.
+ */
+
+const LONGEST_WAIT = 30_000; // milliseconds between two tries
+const LATER = [0, 401, 403, 408, 429]; // status codes after which the same request may succeed
+
+export class Outbox {
+  /**
+   * owner: whose answers these are. send(entry): a promise; its error has a `status`.
+   * onchange(): the state has changed. onrefused(entry, error): the server refused an answer.
+   */
+  constructor(owner, { send, onchange, onrefused }) {
+    this.prefix = `openqwen.annotate.${owner}.`;
+    Object.assign(this, { send, onchange, onrefused, wait: 1000, timer: 0, running: null });
+    this.wake = () => this.flush();
+    addEventListener("online", this.wake);
+  }
+
+  close() {
+    removeEventListener("online", this.wake);
+    clearTimeout(this.timer);
+    this.closed = true;
+  }
+
+  name = (kind, id) => `${this.prefix}${kind}.${id}`;
+  get = (kind, id) => JSON.parse(localStorage.getItem(this.name(kind, id)));
+  put = (kind, id, value) => localStorage.setItem(this.name(kind, id), JSON.stringify(value));
+  drop = (kind, id) => localStorage.removeItem(this.name(kind, id));
+
+  list(kind) {
+    const names = Object.keys(localStorage).filter((name) => name.startsWith(this.name(kind, "")));
+    return names.map((name) => JSON.parse(localStorage.getItem(name)));
+  }
+
+  /** Answers that the server has not acknowledged, oldest first. */
+  waiting = () => this.list("out").sort((a, b) => a.made - b.made);
+
+  /** Keep an entry `{key, task, …}` and send it. Resolves to what the server said, or null. */
+  async add(entry) {
+    const after = Math.max(0, ...this.waiting().map(({ made }) => made)) + 1;
+    this.put("out", entry.key, { ...entry, made: Math.max(Date.now(), after) });
+    this.drop("draft", entry.task);
+    const said = await this.flush();
+    return said.get(entry.key) ?? null;
+  }
+
+  /** Send what waits, one after the other. Resolves to the server's answers by their keys. */
+  async flush() {
+    clearTimeout(this.timer);
+    while (this.running) await this.running;
+    if (this.closed) return new Map();
+    this.running = this.sendAll().finally(() => (this.running = null));
+    const said = await this.running;
+    this.onchange();
+    return said;
+  }
+
+  async sendAll() {
+    const said = new Map();
+    for (const entry of this.waiting()) {
+      try {
+        said.set(entry.key, await this.send(entry));
+      } catch (error) {
+        if (LATER.includes(error.status) || !(error.status < 500)) {
+          this.tryLater(error);
+          return said;
+        }
+        this.put("refused", entry.key, entry);
+        this.onrefused(entry, error);
+      }
+      this.drop("out", entry.key);
+      this.wait = 1000;
+    }
+    return said;
+  }
+
+  tryLater({ status }) {
+    this.ended = status === 401; // the session has ended
+    this.timer = setTimeout(this.wake, this.wait);
+    this.wait = Math.min(2 * this.wait, LONGEST_WAIT);
+  }
+}
