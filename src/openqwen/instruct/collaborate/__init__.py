@@ -1,0 +1,1 @@
+"""Collaborative annotation: a pool of instructions becomes D and P, by machines and people."""
