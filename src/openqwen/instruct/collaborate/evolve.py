@@ -137,7 +137,7 @@ def bare(text: str) -> str:
 
 
 def failure(text: str, evolved: str) -> str:
-    """Why an evolution failed, or "": copied, shortened, answered, talks of the prompt, language."""
+    """Why an evolution failed, or "" where it did not."""
     old, new = reading.words(text), reading.words(evolved)
     if not new:
         return "no words"

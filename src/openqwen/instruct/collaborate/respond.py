@@ -96,7 +96,7 @@ class Responses(Method):
             work.record("tasks", {"id": item.id, "prompt": asked, "responses": responses})
 
     def _drawn(self, work: Work) -> list[ResponseStrategy]:
-        """Different strategies in random order, the models in turn; all again where they run out."""
+        """Strategies in random order, the models in turn; all again where they run out."""
         used: Counter[str] = Counter()
         turns: list[tuple[int, ResponseStrategy]] = []
         for number in work.rng.permutation(len(self.strategies)):

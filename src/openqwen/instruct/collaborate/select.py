@@ -66,7 +66,7 @@ class InstructionScores(NamedTuple):
     complexity: its number of tags (InsTag). diversity: how rare its tags are, the mean of
     log2(instructions / instructions with the tag). richness: how much its words say, the sum of
     log2(instructions / instructions with the word) over its different words. completeness: the
-    score of a model, 0 to 10, of whether it says all that an answer needs; None where there is none.
+    score of a model, 0 to 10, of whether it says all that an answer needs; None where it has none.
     """
 
     complexity: int
@@ -95,8 +95,8 @@ def scores(pool: Sequence[Instruction], tags: Sequence[Sequence[str]]) -> list[I
 def complexity_first(tags: Sequence[Sequence[str]], size: int) -> list[int]:
     """Complexity-first diverse sampling (Lu et al. 2023, algorithm 1).
 
-    The queries stand in the order of their number of tags, the highest first. In each round an empty
-    set of tags is filled: a query is taken if it has a tag that is not in the set.
+    The queries stand in the order of their number of tags, the highest first. In each round an
+    empty set of tags is filled: a query is taken if it has a tag that is not in the set.
 
     Args:
         tags: of each query; of queries with as many tags the earlier one comes first.
