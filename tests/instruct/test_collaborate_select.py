@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from method_runs import lines
+from scripted import number
 
 from openqwen.cli import main
 from openqwen.instruct.collaborate.pool import read_pool
@@ -35,6 +36,7 @@ def published(tags, size):
     return taken
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(TAGS, st.integers(1, 30))
 def test_the_sampling_is_the_published_one(tags, size):
     assert complexity_first(tags, size) == published(tags, size)
@@ -66,9 +68,13 @@ def tagged(tmp_path, rows, name="instructions.jsonl"):
     return folder
 
 
+def said(*parts):
+    return " ".join(f"w{number(*parts, k)}" for k in range(6))
+
+
 def pool(tmp_path):
     rows = [
-        (f"Write about the {word} number {n}.", ["write", word], {"completeness": n % 11})
+        (f"Write {said(word, n)}.", ["write", word], {"completeness": n % 11})
         for n, word in enumerate(["river", "city", "moon", "king", "ship"] * 8)
     ]
     return tagged(tmp_path, [*rows, ("What?", [], {})])

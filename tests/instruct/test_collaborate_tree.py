@@ -4,7 +4,7 @@ import copy
 from dataclasses import asdict
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openqwen.instruct.collaborate.tree import (
@@ -144,6 +144,7 @@ EDITS = st.builds(
 )
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(EDITS, max_size=10))
 def test_whatever_people_do_it_stays_a_tree(edits):
     one = tree()
@@ -159,6 +160,7 @@ def test_whatever_people_do_it_stays_a_tree(edits):
             above = one.nodes[above].parent
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(EDITS.filter(lambda e: e.edit != "undo"), max_size=6))
 def test_undoing_everything_gives_the_first_tree(edits):
     one = tree()

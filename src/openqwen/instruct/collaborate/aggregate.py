@@ -59,7 +59,7 @@ class Stemmer:
             import snowballstemmer
         except ImportError:
             what = "Stems of tags need the library snowballstemmer."
-            do = f"{pip_install('openqwen[instructions]')}, or --no-aggregation.stem"
+            do = f"{pip_install('openqwen[instructions]')}, or --aggregation.no-stem"
             raise OpenQwenError(what, do=do) from None
         self._stem = snowballstemmer.stemmer("porter").stemWord
 

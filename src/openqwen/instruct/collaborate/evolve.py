@@ -44,7 +44,7 @@ _PROMPT_WORDS = re.compile(
     re.I,
 )
 _ADDED = 2  # fewest words that an evolution adds
-_LANGUAGE_LETTERS = 80  # fewer letters than this do not tell one language of a script from another
+_LANGUAGE_LETTERS = 60  # fewer letters than this do not tell one language of a script from another
 _VERDICTS = {"request": "request", "answer": "answer", "请求": "request", "回答": "answer"}
 
 
@@ -121,7 +121,7 @@ class Evolution(Method):
             (said,) = yield from work.ask([asked], self.config.strict, by="judge")
             verdict = reading.label(said.text, _VERDICTS)
             fault = "answered, says the judge" if verdict == "answer" else ""
-        name = f"level {level} {operator} evolved"
+        name = f"level {level}, {operator}"
         if not work.gate("evolved", not fault):
             work.refuse(f"{fault}: {name}", f"{text}\n→\n{output.text}")
         work.gate(name, not fault)

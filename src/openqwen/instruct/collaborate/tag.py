@@ -119,8 +119,7 @@ def read_tags(output: Output) -> list[dict[str, str]]:
     """
     value = reading.json_value(output.text)
     if not isinstance(value, list):
-        found = (reading.json_value(text) for text in _OBJECT.findall(output.text))
-        value = [value] if isinstance(value, dict) and "tag" in value else list(found)
+        value = [reading.json_value(text) for text in _OBJECT.findall(output.text)]
     tags: dict[str, dict[str, str]] = {}
     for entry in value:
         if not isinstance(entry, dict) or not isinstance(entry.get("tag"), str):
