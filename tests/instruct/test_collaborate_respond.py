@@ -7,7 +7,7 @@ from scripted import Scripted, number, run
 
 from openqwen.engine import Output
 from openqwen.instruct.collaborate.pool import Instruction
-from openqwen.instruct.collaborate.respond import RespondConfig, Responses
+from openqwen.instruct.collaborate.respond import RespondConfig, Responding
 from openqwen.support.errors import OpenQwenError
 
 POOL = [Instruction(f"i{n}", f"What is the matter with town {n}?") for n in range(8)]
@@ -18,7 +18,7 @@ def respond(tmp_path, small, large=None, pool=POOL, **values):
     models = {"model": "small", **({"model-2": "large"} if large else {})}
     others = {"model-2": Scripted(large)} if large else {}
     generator = Scripted(small)
-    method = Responses(config, pool, models)
+    method = Responding(config, pool, models)
     counts, found = run(tmp_path, generator, config, method, **others)
     records = [json.loads(x) for x in found["tasks.jsonl"].decode().splitlines()]
     return counts, records, generator, json.loads(found["synthesis.json"])
@@ -96,4 +96,4 @@ def test_more_responses_than_strategies_ask_again_with_other_seeds(tmp_path):
 
 def test_a_bad_temperature_is_found_before_anything_is_asked():
     with pytest.raises(OpenQwenError, match="temperature"):
-        Responses(RespondConfig(temperatures=[-1.0]), POOL, {"model": "m"})
+        Responding(RespondConfig(temperatures=[-1.0]), POOL, {"model": "m"})

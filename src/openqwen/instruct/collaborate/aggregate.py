@@ -133,7 +133,7 @@ def _by_meaning(
 ) -> list[Sequence[str]]:
     labels = dbscan(embed(tags), config.distance, config.neighbours)
     clusters = [np.flatnonzero(labels == n) for n in range(labels.max(initial=-1) + 1)]
-    return [[tags[place] for place in cluster] for cluster in clusters]
+    return [[tags[place] for place in cluster.tolist()] for cluster in clusters]
 
 
 def _united(

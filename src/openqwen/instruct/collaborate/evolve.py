@@ -111,8 +111,7 @@ class Evolution(Method):
         self, text: str, operator: str, count: int, level: int, work: Work
     ) -> Steps[str | None]:
         """The evolved instruction, or None where the evolution failed."""
-        values = {"nodes": count} if operator == "tree" else {}
-        prompt = work.messages(operator, text=text, **values)
+        prompt = work.messages(operator, text=text, nodes=count)
         (output,) = yield from work.ask([prompt], self.config.free)
         evolved = bare(output.text)
         fault = reading.fault(output) or failure(text, evolved)

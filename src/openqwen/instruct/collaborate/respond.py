@@ -50,7 +50,7 @@ class ResponseStrategy(NamedTuple):
     system: str
 
 
-class Responses(Method):
+class Responding(Method):
     """One item an instruction."""
 
     name = "respond"
@@ -121,7 +121,7 @@ def run_respond(run: StageRun) -> dict[str, float]:
     pool = read_pool(run.data("instructions"))
     generators = open_models(run.config, dict(run.inputs))
     models = {key: name for key, (_, name, _) in generators.items() if key != "judge"}
-    method = Responses(run.config, pool, models)
+    method = Responding(run.config, pool, models)
     runner = Synthesis(method, generators, run.config, run.seed, run.output, run.scratch)
     return runner.run(len(pool))
 

@@ -34,9 +34,13 @@ _EXPLANATIONS = 3  # kept of each tag; so are examples
 _SCHEMA = {
     "type": "array",
     "minItems": 1,
+    "maxItems": 12,
     "items": {
         "type": "object",
-        "properties": {"tag": {"type": "string"}, "explanation": {"type": "string"}},
+        "properties": {
+            "tag": {"type": "string", "minLength": 2, "maxLength": 60},
+            "explanation": {"type": "string", "maxLength": 120},
+        },
         "required": ["tag", "explanation"],
         "additionalProperties": False,
     },
