@@ -47,7 +47,10 @@ _FUNCTIONS = {
 }
 # Verbs of several methods, each a stage of its own: `synthesize METHOD` is the stage
 # `synthesize-METHOD`.
-_GROUPS = {"synthesize": "Make demonstrations D and preferences P from files, without people."}
+_GROUPS = {
+    "synthesize": "Make demonstrations D and preferences P from files, without people.",
+    "instructions": "Make a pool of instructions ready for annotation, step by step.",
+}
 # Verbs that serve over HTTP: the class of their settings, their function, and their argument.
 _SERVERS: dict[str, tuple[str, str, tuple[str, str] | None]] = {
     "serve": (
@@ -118,6 +121,8 @@ def _dispatch(arguments: Sequence[str]) -> int:
         _stage("sweep", [text for text in rest if text != "--sweep"])
     elif verb in graph.verbs():
         reorder = {"upcycle": _upcycle_flags, "merge": _merge_flags}.get(verb)
+        if verb.startswith("instructions-"):
+            reorder = _pool_flag
         _stage(verb, reorder(rest) if reorder else rest)
     elif verb == "bench":  # until 0.2
         do = "run benchmarks/bench_train.py, bench_engine.py or bench_serve.py of a source checkout"
@@ -356,6 +361,12 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _pool_flag(arguments: Sequence[str]) -> list[str]:
+    """Put the flag of the pool before a positional argument at the start."""
+    named = arguments[:1] and not arguments[0].startswith("-")
+    return ["--instructions", *arguments] if named else list(arguments)
 
 
 def _upcycle_flags(arguments: Sequence[str]) -> list[str]:

@@ -135,14 +135,14 @@ class Novelty:
 
     def __init__(self, similarity: float, known: Sequence[str] = ()):
         self._similarity = similarity
-        self._known = [_words(text) for text in known]
+        self._known = [words(text) for text in known]
 
     def add(self, text: str) -> bool:
         """Whether a text is new; it is known from then on."""
-        words = _words(text)
-        if not words or any(self._alike(words, other) for other in self._known):
+        found = words(text)
+        if not found or any(self._alike(found, other) for other in self._known):
             return False
-        self._known.append(words)
+        self._known.append(found)
         return True
 
     def _alike(self, first: list[str], second: list[str]) -> bool:
@@ -151,5 +151,6 @@ class Novelty:
         return match.quick_ratio() >= least and match.ratio() >= least  # the first costs less
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
+    """The words of a text in lower case; each Chinese character and each kana is one."""
     return re.findall(r"[\u2e80-\u9fff]|[^\W\u2e80-\u9fff]+", text.casefold())
