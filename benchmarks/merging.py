@@ -1,6 +1,6 @@
 """Time and memory of an Online Merging step against AdamW's, on a network's shapes.
 
-    python benchmarks/merging.py --model qwen2.5-0.5b --layers 8
+    python benchmarks/merging.py --layers 8 --vocabulary 151936
 
 Both optimizers change the same weights by the same fresh random gradients, in turns; the medians of
 their processor times are compared, which a loaded machine changes little. No network is run. Memory
@@ -19,6 +19,7 @@ import torch
 from openqwen.model import ModelConfig, Qwen2
 from openqwen.train.merging import OnlineMerging
 
+WARM = 10  # steps before those that are measured
 CASES: dict[str, dict[str, Any]] = {
     "OnDARE, p 0.01": {"form": "dare", "reserve": 0.01},
     "OnDARE, p 0.01, unscaled": {"form": "dare", "reserve": 0.01, "scaling": "none"},
@@ -51,7 +52,8 @@ def main() -> None:
     """Print a row for each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="qwen2.5-0.5b")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--vocabulary", type=int, default=4_096, help="rows of the embedding")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
@@ -59,6 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     config = replace(ModelConfig.named(options.model), num_hidden_layers=options.layers)
+    config = replace(config, vocab_size=options.vocabulary)
     with torch.device("meta"):
         model = Qwen2(config)
     names, weights = [], []
@@ -79,12 +82,12 @@ def main() -> None:
             **CASES[case],
         )
         seconds: dict[str, list[float]] = {"adamw": [], "merging": []}
-        for number in range(3 + options.steps):
+        for number in range(WARM + options.steps):
             for weight in weights:
                 weight.grad.normal_()
             for name, optimizer in (("adamw", adamw), ("merging", merging)):
                 spent = timed(optimizer.step)
-                if number >= 3:  # the first steps allocate, and are all of one size
+                if number >= WARM:  # the first steps allocate, and AdamW's sizes change much
                     seconds[name].append(spent)
         ours, theirs = (statistics.median(seconds[name]) for name in ("merging", "adamw"))
         held = [state_bytes(optimizer) / count for optimizer in (adamw, merging)]

@@ -5,6 +5,7 @@ import math
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from openqwen.engine import Output
 from openqwen.engine.score import RewardModel
 from openqwen.model import ModelConfig, Scorer, initialize, save_checkpoint
 from openqwen.support.errors import OpenQwenError
+from openqwen.tasks import grader_models
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train.reward_sources import RewardSources, RewardSourcesConfig
 
@@ -191,3 +193,102 @@ def test_an_endpoint_that_is_not_there_is_named(tokenizer, tmp_path, monkeypatch
     url = "http://127.0.0.1:9/score"
     with pytest.raises(OpenQwenError, match="the server does not answer"):
         rewards(tmp_path, tokenizer, [record()], outputs("a"), sources={url: 1.0}, seconds=60)
+
+
+class Scripted:
+    """A judge that rates an answer by the word that it finds in the prompt; "odd" has no rating."""
+
+    ratings: ClassVar = {"good": "Fine. [[9]]", "bad": "Poor. [[1]]", "odd": "I cannot say."}
+
+    def __init__(self):
+        self.asked = []
+
+    def generate(self, prompts, sampling=None, seeds=None, progress=None):
+        self.asked += prompts
+        texts = [prompt[0]["content"] for prompt in prompts]
+        found = [next(w for w in self.ratings if f"answer\n{w}" in text) for text in texts]
+        return [Output(text=self.ratings[word], finish_reason="stop") for word in found]
+
+
+def judged(**reference):
+    return record() | {"grader": "judge", "reference": {"rubric": "Be good.", **reference}}
+
+
+def test_a_judge_is_a_reward_and_an_answer_that_it_does_not_rate_has_none(
+    tokenizer, tmp_path, monkeypatch
+):
+    scripted, loaded = Scripted(), []
+    monkeypatch.setattr(
+        grader_models, "_engine", lambda path, config: loaded.append(path.name) or scripted
+    )
+    fields = {"models": {"judge": {"model": str(tmp_path)}}, "most_bad": 0.5}
+    sources = RewardSources(RewardSourcesConfig(**fields), tokenizer, tmp_path / "bad.jsonl")
+    records = [judged(), judged(), record(), judged(threshold=9)]
+    sources.check(records)
+    assert loaded == []  # a model is loaded when it is needed
+    found = sources(records, outputs("good", "bad", "4", "odd"))
+    assert found[:3] == pytest.approx([8 / 9, 0, 1])
+    assert math.isnan(found[3])
+    assert "gave no rating" in bad(tmp_path)[0]["reasons"]["grader"]
+    assert len(scripted.asked) == 3
+    sources(records[:1], outputs("bad"))
+    assert loaded == [tmp_path.name]
+
+
+class Chat(BaseHTTPRequestHandler):
+    """A server with OpenAI's API that rates every answer 4 of 5."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        SEEN.append(body)
+        choice = {"message": {"role": "assistant", "content": "[[4]]"}, "finish_reason": "stop"}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [choice]}).encode())
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+def test_a_judge_behind_a_server_is_asked_by_name(tokenizer, tmp_path):
+    SEEN.clear()
+    server = HTTPServer(("127.0.0.1", 0), Chat)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    config = {"url": url, "name": "big", "max_tokens": 33, "temperature": 0.5}
+    asked = [judged(model="strict", scale=[1, 5])]
+    found = rewards(tmp_path, tokenizer, asked, outputs("x"), models={"strict": config})
+    server.shutdown()
+    server.server_close()
+    assert found == [0.75]
+    assert (SEEN[0]["model"], SEEN[0]["temperature"]) == ("big", 0.5)
+    assert 33 in (SEEN[0].get("max_tokens"), SEEN[0].get("max_completion_tokens"))
+
+
+def test_the_grader_reward_asks_the_stages_reward_model(tokenizer, reward, tmp_path):
+    records = [record() | {"grader": "reward", "reference": {}}] * 2
+    for fields in ({}, {"models": {"judge": {}}}, {"models": {"reward": {"model": reward[0]}}}):
+        given = None if "reward" in fields.get("models", {}) else reward
+        found = rewards(tmp_path, tokenizer, records, outputs("one", "e"), given, **fields)
+        talks = [[*records[0]["prompt"], {"role": "assistant", "content": t}] for t in ("one", "e")]
+        scores = RewardModel(reward[1], tokenizer).score(talks)
+        assert found == pytest.approx([1 / (1 + math.exp(-s)) for s in scores], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "models", "words"),
+    [
+        (judged(), {}, "'judge', and its checkpoint or server is not named"),
+        (judged(), {"judge": {"url": "http://127.0.0.1:9/v1"}}, "server is not named"),
+        (judged(), {"judge": {"model": "a", "url": "http://x", "name": "b"}}, "and a server"),
+        (judged(model="strikt"), {"strict": {"model": "a"}}, "the model 'strikt'.*strict"),
+        (record() | {"grader": "reward", "reference": {}}, {}, "needs a reward model"),
+    ],
+)
+def test_a_model_that_is_not_named_is_an_error_before_anything_is_sampled(
+    tokenizer, tmp_path, asked, models, words
+):
+    config = RewardSourcesConfig(models=models) if models else RewardSourcesConfig()
+    sources = RewardSources(config, tokenizer, tmp_path / "bad.jsonl")
+    with pytest.raises(OpenQwenError, match=words):
+        sources.check([record(), asked])

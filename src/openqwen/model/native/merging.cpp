@@ -45,6 +45,7 @@ namespace {
 
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kGroups = kBlock / kLanes;
+constexpr int64_t kAhead = 16;  // groups between the request for memory and its use
 constexpr int kCoarse = 15;  // bits of a magnitude below the 16 of the first histogram
 
 // Arrays of a block, from its first element on; null where the step needs none.
@@ -222,15 +223,29 @@ void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
   Packed<float> steps(listed ? c.lanes : nullptr, c.starts, c.steps, begin);
   Packed<Task> packed(has_task ? c.task_lanes : nullptr, c.task_starts, c.task, begin);
   const Task* dense = static_cast<const Task*>(c.task) + (has_task && !packed.lanes ? begin : 0);
-  each_group(Arrays(c, begin), length, [&](const Arrays& a, int64_t i, int64_t place) {
-    Mask kept = listed ? steps.lanes[place / kLanes] : draws ? draw.at(place) : kAllLanes;
-    // Elements with an entry of the task vector are changed with compensation.
-    Mask entries = 0;
+  const Arrays arrays(c, begin);
+  // Elements whose step is kept, and those with an entry of the task vector, which are changed with
+  // compensation. They are few and far between, so their memory is asked for some groups before.
+  Mask kept_lanes[kGroups], task_lanes[kGroups];
+  const int64_t groups = (length + kLanes - 1) / kLanes;
+  const auto choose_lanes = [&](int64_t g) {
+    const Mask step = listed ? steps.lanes[g] : draws ? draw.at(g * kLanes) : kAllLanes;
+    Mask task = 0;
     if (has_task) {
-      entries = packed.lanes ? packed.lanes[place / kLanes]
-                : fresh      ? task_draw.at(place)
-                             : kAllLanes;
+      task = packed.lanes ? packed.lanes[g] : fresh ? task_draw.at(g * kLanes) : kAllLanes;
     }
+    kept_lanes[g] = step;
+    task_lanes[g] = task;
+    const float* here = arrays[kWeights];
+    __builtin_prefetch((task ? arrays[kLost] : here) + g * kLanes, 1);
+    __builtin_prefetch(here + (step | task ? g * kLanes : 0), 1);
+    if (fresh && task) __builtin_prefetch(dense + g * kLanes);
+  };
+  for (int64_t g = 0; g < std::min(kAhead, groups); ++g) choose_lanes(g);
+  each_group(arrays, length, [&](const Arrays& a, int64_t i, int64_t place) {
+    const int64_t g = place / kLanes;
+    if (g + kAhead < groups) choose_lanes(g + kAhead);
+    Mask kept = kept_lanes[g], entries = task_lanes[g];
     Moments m;
     if (!listed) m = moments(n, a, i);
     if (!kept && !entries && !decays && !whole) return;

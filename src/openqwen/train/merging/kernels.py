@@ -19,9 +19,10 @@ class MergingCall(ctypes.Structure):
     """The arguments of one step, in the order of the structure in C++.
 
     weights … cached, gradient: float32, `count` elements; 0 for what the step does not need. The
-    moments are updated where there is a gradient. first, run, stride: see `LocalElements`.
-    task, task_lanes, task_starts: the entries of the task vector, see `TaskVector`. step_key, task_key: streams of the masks (OnDARE). limit: see `masks.limit`. fresh: the
-    task vector has a new mask in each step. merges: 0 in the plain steps between two merges.
+    moments are updated where there is a gradient. first, run, stride: see `LocalElements`. task,
+    task_lanes, task_starts: the entries of the task vector, see `TaskVector`. step_key, task_key:
+    streams of the masks (OnDARE). limit: see `masks.limit`. fresh: the task vector has a new mask
+    in each step. merges: 0 in the plain steps between two merges.
 
     OnTIES (see `largest.py`): `collect` writes down the steps with a magnitude from `low` on. lanes
     has a bit for each element, steps their values, starts the place of each block's first value.

@@ -23,43 +23,51 @@ _INFINITE = 0x7F800000  # the bits of infinity; NaN is above
 _TINY = 2**15  # magnitudes below count as 0 in a guess
 _SMALL = 2**14  # parameters of which all magnitudes are compared
 _REFINE = 16  # a bucket with more than 1/16 of the elements is divided
-_FIRST, _NARROWEST, _WIDEST = 0.05, 0.01, 0.5  # widths of a guess, as shares of it
+_FIRST, _NARROWEST, _WIDEST = 0.05, 0.005, 0.25  # widths of a guess, as shares of it
 
 
 @dataclass
 class _Guess:
     """Where the k-th largest magnitude of the next step may be.
 
-    value: the last one, at the learning rate `rate`; None: there was no step. width: how far the
-    next one may be from it, as a share. room: steps that were written down on this rank.
+    value: the last one, at the learning rate `rate`; None: there was no step. trend: by how much it
+    last changed, as a factor. width: how far the next one may be from where the trend leads, as a
+    share. written: steps that were written down on this rank.
     """
 
     value: float | None = None
     rate: float = 0.0
+    trend: float = 1.0
     width: float = _FIRST
-    room: int = 0
-
-    def expected(self, rate: float) -> float:
-        """The magnitude at a learning rate."""
-        assert self.value is not None
-        return self.value * (rate / self.rate if self.rate else 1.0)
+    written: int = 0
 
     def bounds(self, rate: float) -> tuple[int, int]:
         """Bits of magnitudes between which it may be; (1, 0) where it is expected to be 0."""
-        expected = self.expected(rate)
+        expected = self._at(rate) * self.trend
         low = _bits(expected * (1 - self.width))
         return (low, _bits(expected * (1 + self.width))) if low >= _TINY else (1, 0)
 
+    def room(self, count: int) -> int:
+        """Places for the steps that will be written down."""
+        return min(count, int(self.written * (1.2 + 4 * self.width)) + BLOCK)
+
     def learn(self, threshold: int, rate: float, written: int) -> None:
         """Take over what a step had: the bits of its threshold, and how many it wrote down."""
+        self.written = written
         if threshold >= _INFINITE:
             self.value = None
             return
         value = 0.0 if threshold < _TINY else struct.unpack("f", struct.pack("i", threshold))[0]
-        if self.value is not None and value and (before := self.expected(rate)):
-            changed = 4 * abs(value / before - 1)
-            self.width = min(max(changed, 0.9 * self.width, _NARROWEST), _WIDEST)
-        self.value, self.rate, self.room = value, rate, written
+        if value and (before := self._at(rate)):
+            change = value / before
+            error = 4 * abs(change / self.trend - 1)
+            self.width = min(max(error, 0.8 * self.width, _NARROWEST), _WIDEST)
+            self.trend = min(max(change, 0.5), 2.0)
+        self.value, self.rate = value, rate
+
+    def _at(self, rate: float) -> float:
+        """The last value at a learning rate; 0: it is not known."""
+        return (self.value or 0.0) * (rate / self.rate if self.rate else 1.0)
 
 
 class LargestSteps:
@@ -82,7 +90,7 @@ class LargestSteps:
         if part.total <= _SMALL:
             lists = _collect(call, part, (1, _MOST), (count, count))
         elif guess.value is not None:
-            room = min(count, guess.room + guess.room // 4 + BLOCK)
+            room = guess.room(count)
             lists = _collect(call, part, guess.bounds(rate), (room, room))
         if lists is None:
             lists = _collect(call, part, *_by_histogram(call, part))
