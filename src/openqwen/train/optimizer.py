@@ -54,8 +54,8 @@ class OptimizerConfig(Settings):
     vector_rate: float = Field(
         1.0,
         gt=0,
-        description="learning rate of vectors (norm weights, biases), as a factor: each of their few"
-        " numbers changes all logits",
+        description="learning rate of vectors (norm weights, biases), as a factor; each of their"
+        " few numbers changes all logits",
     )
     epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the denominator")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay, of matrices only")
