@@ -69,7 +69,8 @@ def test_a_closing_line_changes_the_style_and_not_the_grade(kind):
         assert passes(task, closed, f"{closed}\n") == [True, True]
         bad = [*map(with_closing, wrong), with_closing(closed), "Done.", f"{answer} Done."]
         assert not any(passes(task, *bad)), task.question
-        assert stands_alone(answer) and not stands_alone(f"{closed}\n")
+        assert stands_alone(answer)
+        assert not stands_alone(f"{closed}\n")
 
 
 @pytest.mark.parametrize("kind", KINDS)

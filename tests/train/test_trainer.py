@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from training import Stop, trainer
+from training import Stop, network, trainer
 
 from openqwen.model import ModelConfig, Qwen2
 from openqwen.model.lora import LoraConfig, add_adapters
@@ -417,6 +417,20 @@ def test_only_matrices_decay():
     assert all(p.dim() == 1 for p in spared["params"])
     assert spared["weight_decay"] == 0
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_vectors_move_by_a_rate_of_their_own(tmp_path, method):
+    start = dict(network().named_parameters())
+    moved = []
+    for name, more in (("plain", {}), ("fast", {"vector_rate": 10})):
+        one = trainer(tmp_path / name, steps=1, weight_decay=0, method=method, **more)
+        one.run()
+        moved.append({n: p.detach() - start[n].detach() for n, p in one.model.named_parameters()})
+    for name, plain in moved[0].items():
+        factor = 10 if plain.dim() == 1 else 1
+        torch.testing.assert_close(moved[1][name], factor * plain, rtol=1e-3, atol=1e-6)
+    assert "vector_rate" not in OptimizerConfig().model_dump(), "keys of earlier versions stay"
 
 
 def test_epochs_show_every_record_once_an_epoch():

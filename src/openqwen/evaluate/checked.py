@@ -22,7 +22,8 @@ def sampled_answers(
     """Sample one answer to each task.
 
     At temperature 1 the share of right ones is the expected score of the policy; greedy decoding
-    hides how sure a policy is. The seeds are always the same, so that chance changes little between two models.
+    hides how sure a policy is. The seeds are always the same, so that chance changes little between
+    two models.
     plain: ask in plain text, for a model that has not learned the chat format.
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature)

@@ -6,15 +6,16 @@ from typing import Any
 
 from openqwen.evaluate.intervals import wilson_interval
 
+_CORRECTNESS = {"correctness": 1}
 _NEAR = 1.0  # a wrong answer sampled at this temperature or below is a near miss
 
 
 def near_misses(pairs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The hard pairs, whose wrong answer was sampled from the model at temperature 1 or below.
 
-    Pairs of two right answers, which differ in style, are none.
+    Pairs that differ in more than correctness, or in another criterion, are none.
     """
-    wrong = [p for p in pairs if "correctness" in p.get("criteria", ("correctness",))]
+    wrong = [p for p in pairs if p.get("criteria", _CORRECTNESS) == _CORRECTNESS]
     return [pair for pair in wrong if pair["origin"].get("temperature", math.inf) <= _NEAR]
 
 

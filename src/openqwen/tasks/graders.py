@@ -249,7 +249,8 @@ def _regex_fault(reference: dict[str, Any]) -> str:
 
 
 # exact, json, regex compare the whole answer, without white space around it and without the last
-# line reference["closing"], where there is one, with reference["answer"]. exact: the same text. json: an equal JSON value, no key twice.
+# line reference["closing"], where there is one, with reference["answer"]. exact: the same text.
+# json: an equal JSON value, no key twice.
 # regex: reference["pattern"] matches all of it; `answer` is an example. Python's `re` has no time
 # limit: a pattern must not backtrack without bounds.
 # choice, code, contains, instructions, judge, math, pairwise, reward: see their files.

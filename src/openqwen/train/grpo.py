@@ -121,8 +121,8 @@ class GrpoConfig(OnlineConfig):
 class AnswerRows:
     """A micro-batch of answers with N tokens together, each prompt computed once.
 
-    advantages: of the tokens, [N]. sampler: log-probabilities that the sampler reported, [N], NaN where it did
-    not. old: the trainer's, before the episode's first step, where there are several steps.
+    advantages: of the tokens, [N]. sampler: log-probabilities that the sampler reported, [N], NaN
+    where it did not. old: the trainer's, before the episode's first step, where there are several.
     """
 
     rows: PackedBatch

@@ -51,6 +51,12 @@ class OptimizerConfig(Settings):
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW: decay of the mean squared gradient")
+    vector_rate: float = Field(
+        1.0,
+        gt=0,
+        description="learning rate of vectors (norm weights, biases), as a factor; each of their"
+        " few numbers changes all logits",
+    )
     epsilon: float = Field(1e-8, gt=0, description="AdamW: added to the denominator")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay, of matrices only")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
@@ -76,11 +82,13 @@ class OptimizerConfig(Settings):
     track: list[Tracker] = Field(default_factory=list, description="where metrics go as well")
 
     @model_serializer(mode="wrap")
-    def _without_merging(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A run that merges nothing keeps the key, and so the states, of versions without merging.
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A run without these keeps the key, and so the states, of versions without them.
         values = dump(self)
         if self.merging.base is None:
             values.pop("merging", None)
+        if self.vector_rate == 1:
+            values.pop("vector_rate", None)
         return values
 
 

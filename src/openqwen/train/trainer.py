@@ -289,7 +289,9 @@ class Trainer(Generic[Micro]):
             self._stop_or_skip(step, rate, problem, earlier)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = torch.tensor(rate) if isinstance(group["lr"], Tensor) else rate
+                vectors = group["params"][0].dim() <= 1
+                own = rate * self.optimizer_config.vector_rate if vectors else rate
+                group["lr"] = torch.tensor(own) if isinstance(group["lr"], Tensor) else own
             if micros and not problem:
                 self._update(optimizer, scale)
             optimizer.zero_grad()

@@ -10,7 +10,6 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from os.path import commonprefix
 from typing import Any
 
 _NUMBER = r"-?(?:\d[\d,]{0,30}\.?\d{0,30}|\.\d{1,30})"
@@ -122,8 +121,13 @@ def contrasts(right: Sequence[str], wrong: Sequence[str], count: int) -> list[tu
     if len(wrong) > count:
         step = (len(wrong) - 1) / max(count - 1, 1)
         wrong = [wrong[round(n * step)] for n in range(count)]
-    shared = lambda text, other: len(commonprefix([text, other]))  # noqa: E731
-    return [(max(right, key=lambda text: shared(text, other)), other) for other in wrong]
+    return [(max(right, key=lambda text: _shared(text, other)), other) for other in wrong]
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters up to the first difference."""
+    differences = (n for n, (one, other) in enumerate(zip(a, b)) if one != other)
+    return next(differences, min(len(a), len(b)))
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -147,7 +147,7 @@ def exact_words(rng: Generator) -> Draft:
 
 
 def equation(rng: Generator) -> Draft:
-    """A small sum or difference as `37 + 2 = 39`: its problems are those of `add` and `subtract`."""
+    """A sum or difference as `37 + 2 = 39`: its problems are those of `add` and `subtract`."""
     a, b = number(rng, 0, 99), number(rng, 1, 3)
     sign = pick(rng, "+", "-")
     if sign == "-":

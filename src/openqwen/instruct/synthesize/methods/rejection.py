@@ -163,7 +163,6 @@ class Rejection(Method):
         return [different[index] for index in indices]
 
 
-
 def final_answer(text: str) -> str | None:
     """The final answer of a path in a form in which equal answers are equal; None without one."""
     marked = marked_answer(text)
