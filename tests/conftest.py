@@ -36,7 +36,7 @@ def ray_cluster():
     ray.shutdown()
 
 
-@pytest.fixture(params=["processes", "ray"])
+@pytest.fixture(scope="module", params=["processes", "ray"])
 def kind(request):
     """The kinds of worker processes."""
     if request.param == "ray":
