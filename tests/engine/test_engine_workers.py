@@ -145,9 +145,8 @@ def test_a_host_takes_new_weights_in_the_form_of_the_old(place, quantize):
 
 def test_a_model_that_is_not_there(tmp_path):
     source = EngineSource(tmp_path / "nowhere")
-    with EngineWorkers(source, "processes", TWO) as workers:
-        with pytest.raises(OpenQwenError) as caught:
-            workers.generate([[1]])
+    with EngineWorkers(source, "processes", TWO) as made, pytest.raises(OpenQwenError) as caught:
+        made.generate([[1]])
     assert str(source.path) in str(caught.value)
 
 
