@@ -154,10 +154,13 @@ class Scripted:
     """Workers that answer when they are told to."""
 
     def __init__(self, count):
-        self.calls, self.replaced = [[] for _ in range(count)], []
+        self.calls, self.replaced, self.missing = [[] for _ in range(count)], [], set()
 
     def __len__(self):
         return len(self.calls)
+
+    def ready(self, place):
+        return place not in self.missing
 
     def call(self, place, method, *arguments):
         future = Future()
@@ -174,8 +177,9 @@ class Scripted:
         future.set_result([(number, Output(str(number))) for number in numbers])
 
 
-def lane_of(count, concurrency, requests):
+def lane_of(count, concurrency, requests, missing=()):
     workers = Scripted(count)
+    workers.missing |= set(missing)
     lane = WorkersLane(SimpleNamespace(workers=workers, source=None, concurrency=concurrency))
     for n in range(requests):
         lane.submit(f"tag {n}", [n], FREE, n)
@@ -199,6 +203,21 @@ def test_requests_are_dealt_evenly_and_neighbours_together():
     lane.wait()
     assert sent(workers, 0) == [32, 33, 34]
     assert lane.open == 97
+
+
+def test_a_worker_that_has_no_room_yet_holds_nothing_up():
+    lane, workers = lane_of(2, 4, 6, missing=[1])
+    for numbers in ([0, 1], [2, 3], [4, 5]):
+        assert sent(workers, 0) == numbers
+        workers.calls[0] = workers.calls[0][:1]
+        workers.answer(0, numbers)
+        lane.wait()
+    assert lane.open == 0
+    assert sent(workers, 1) == []
+    lane, workers = lane_of(2, 4, 6, missing=[1])
+    workers.missing.clear()
+    lane.wait()
+    assert sent(workers, 1) == [2, 3]
 
 
 def lane_answer(number):
