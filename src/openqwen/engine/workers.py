@@ -145,6 +145,7 @@ class EngineHost:
     def __init__(self) -> None:
         self._engine: Engine | None = None
         self._source: EngineSource | None = None
+        self._lane: Lane
 
     def longest(self, source: EngineSource) -> int:
         """See `Engine.longest`."""

@@ -8,6 +8,7 @@ The work must be a pure function of what it is given. Then the results are the s
 of workers. Importing this file loads neither Ray nor torch.
 """
 
+import logging
 import multiprocessing
 import os
 import re
@@ -89,7 +90,7 @@ class Workers:
         self._stack = ExitStack()
         self._start: Callable[[], _Process | _Actor]
         if kind == "ray":
-            ray = self._stack.enter_context(_joined(config))
+            ray = self._stack.enter_context(joined_ray(config))
             machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         else:
             machines = [{"CPU": _cpus(config)}]
@@ -389,7 +390,7 @@ class _Actor:
 
 
 @contextmanager
-def _joined(config: WorkersConfig) -> Iterator[Any]:
+def joined_ray(config: WorkersConfig) -> Iterator[Any]:
     """The module `ray`, joined to a cluster, which is started here if none is named."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -410,14 +411,19 @@ def _joined(config: WorkersConfig) -> Iterator[Any]:
             here = {"_temp_dir": stack.enter_context(folder), "object_store_memory": _OBJECTS}
             here |= {"num_cpus": _cpus(config), "include_dashboard": False}
         terminated = signal.getsignal(signal.SIGTERM)
-        try:
-            if found := re.fullmatch(r"([^:/]+):(\d+)", address):  # Ray tries for minutes
-                socket.create_connection((found[1], int(found[2])), timeout=10).close()
-            ray.init(address, log_to_driver=False, logging_level="ERROR", **here)
-        except (OSError, RuntimeError, ValueError) as error:
-            what = f"The Ray cluster is not reached: {_last_line(error)}"
-            raise OpenQwenError(what, address, "check it by `ray status`") from None
         stack.callback(ray.shutdown)
+        for left in (2, 1, 0):
+            try:
+                if found := re.fullmatch(r"([^:/]+):(\d+)", address):  # Ray tries for minutes
+                    socket.create_connection((found[1], int(found[2])), timeout=10).close()
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
+                break
+            except Exception as error:  # Ray raises that very class, too
+                ray.shutdown()
+                if here and left:  # its parts give up on each other where a machine is busy
+                    continue
+                what = f"Ray is not reached: {_last_line(error)}"
+                raise OpenQwenError(what, address, "check it by `ray status`") from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminated)  # Ray has put its own in place
         yield ray
