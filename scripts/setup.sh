@@ -24,8 +24,12 @@ else
     $pip install "torch==$torch"
 fi
 echo "Installing what requirements.lock lists ..."
-grep -v '^torch==' requirements.lock >.venv/requirements-without-torch.txt
+grep -v -e '^torch==' -e '^ray==' requirements.lock >.venv/requirements-without-torch.txt
 $pip install --no-deps -r .venv/requirements-without-torch.txt
+# Optional: Ray, for work over several machines. Not every machine has a build; its tests are skipped there.
+ray=$(sed -n 's/^ray==//p' requirements.lock)
+.venv/bin/python -c "import ray, sys; sys.exit(ray.__version__ != '$ray')" 2>/dev/null ||
+    $pip install --no-deps "ray==$ray" || echo "Ray $ray is left out: there is no build for this machine."
 $pip install --no-deps --no-build-isolation --editable .
 # Optional: compiled parts, which are built on first use where this is left out. Without a compiler plain Python works.
 .venv/bin/python -c 'from openqwen.tokenizer import fast

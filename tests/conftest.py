@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -26,17 +27,15 @@ def chromium():
 @pytest.fixture(scope="session")
 def ray_cluster():
     """Ray with 4 CPUs on this machine; the test is skipped where it is not installed."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray = pytest.importorskip("ray", reason="ray is not installed: pip install ray")
-    given = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    with pytest.MonkeyPatch.context() as patch:
+    pytest.importorskip("ray", reason="ray is not installed: pip install ray")
+    from openqwen.support.workers import WorkersConfig, joined_ray
+
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # workers import files of tests
-        ray.init("local", num_cpus=4, object_store_memory=2 * 10**8, **given)
-    yield ray
-    ray.shutdown()
+        yield stack.enter_context(joined_ray(WorkersConfig(count=4, cpus=1)))
 
 
-@pytest.fixture(params=["processes", "ray"])
+@pytest.fixture(scope="module", params=["processes", "ray"])
 def kind(request):
     """The kinds of worker processes."""
     if request.param == "ray":

@@ -2,13 +2,14 @@
 
 import os
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import tiny
 
 from openqwen.engine import Engine, EngineConfig, Output, Sampling
-from openqwen.engine.workers import EngineSource, EngineWorkers, WorkersLane
+from openqwen.engine.workers import EngineHost, EngineSource, EngineWorkers, WorkersLane
 from openqwen.model import save_checkpoint
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.workers import WorkerCall, WorkerDied, WorkersConfig
@@ -26,9 +27,11 @@ def place(tmp_path_factory):
     return folder
 
 
-def opened(place, kind, **config):
+@pytest.fixture(scope="module")
+def workers(place, kind):
     source = EngineSource(place / "0", config=EngineConfig(max_running=4))
-    return EngineWorkers(source, kind, TWO, **config)
+    with EngineWorkers(source, kind, TWO) as made:
+        yield made
 
 
 def same(ours, theirs):
@@ -41,19 +44,18 @@ def same(ours, theirs):
             assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-5), name
 
 
-def test_the_answers_are_those_of_one_engine(place, kind):
+def test_the_answers_are_those_of_one_engine(workers):
     engine = Engine(tiny.model(0), tiny.tokenizer())
     asked = [*tiny.prompts(30), "abc", [1, 2]]
     ticks = []
     bar = SimpleNamespace(advance=ticks.append)
-    with opened(place, kind) as workers:
-        same(workers.generate(asked, FREE, progress=bar), engine.generate(asked, FREE))
-        seeds = list(range(32))
-        same(workers.generate(asked, FREE, seeds), engine.generate(asked, FREE, seeds))
-        scored = Sampling(max_tokens=1, prompt_logprobs=0)
-        same(workers.generate(asked, scored), engine.generate(asked, scored))
-        assert workers.longest == engine.longest
-        assert workers.generate([]) == []
+    same(workers.generate(asked, FREE, progress=bar), engine.generate(asked, FREE))
+    seeds = list(range(32))
+    same(workers.generate(asked, FREE, seeds), engine.generate(asked, FREE, seeds))
+    scored = Sampling(max_tokens=1, prompt_logprobs=0)
+    same(workers.generate(asked, scored), engine.generate(asked, scored))
+    assert workers.longest == engine.longest
+    assert workers.generate([]) == []
     assert sum(ticks) == 32
 
 
@@ -67,13 +69,12 @@ def kill(workers, place):
         worker._ray.kill(worker._actor)
 
 
-def test_a_killed_worker_is_replaced_and_its_requests_are_asked_again(place, kind, capsys):
+def test_a_killed_worker_is_replaced_and_its_requests_are_asked_again(workers, capsys):
     engine = Engine(tiny.model(0), tiny.tokenizer())
-    asked, answers = tiny.prompts(40), {}
-    with opened(place, kind, concurrency=16) as workers, workers.lane() as lane:
+    asked, answers, killed = tiny.prompts(40), {}, 0
+    with workers.lane() as lane:
         for n, prompt in enumerate(asked):
             lane.submit(n, prompt, FREE, n)
-        killed = 0
         while lane.open:
             answers |= dict(lane.wait())
             if killed < 2 and len(answers) > 10 * killed:
@@ -84,62 +85,82 @@ def test_a_killed_worker_is_replaced_and_its_requests_are_asked_again(place, kin
     assert capsys.readouterr().err.count("a worker died and is replaced") == 2
 
 
-def test_a_refused_prompt_is_an_answer_of_its_own(place, kind):
-    with opened(place, kind) as workers:
-        with workers.lane() as lane:
-            lane.submit("long", [1] * 500, FREE, 0)
-            lane.submit("good", [1, 2, 3], FREE, 0)
-            answers = {}
-            while lane.open:
-                answers |= dict(lane.wait())
-        assert isinstance(answers["long"], OpenQwenError)
-        assert isinstance(answers["good"], Output)
-        with pytest.raises(OpenQwenError, match="500 tokens"):
-            workers.generate([[1, 2], [1] * 500], FREE)
-        assert workers.generate([[1, 2]], FREE)[0].finish_reason
+def test_a_refused_prompt_is_an_answer_of_its_own(workers):
+    with workers.lane() as lane:
+        lane.submit("long", [1] * 500, FREE, 0)
+        lane.submit("good", [1, 2, 3], FREE, 0)
+        answers = {}
+        while lane.open:
+            answers |= dict(lane.wait())
+    assert isinstance(answers["long"], OpenQwenError)
+    assert isinstance(answers["good"], Output)
+    with pytest.raises(OpenQwenError, match="500 tokens"):
+        workers.generate([[1, 2], [1] * 500], FREE)
+    assert workers.generate([[1, 2]], FREE)[0].finish_reason
 
 
-def test_a_closed_lane_leaves_the_engines_idle(place):
-    with opened(place, "processes") as workers:
-        with workers.lane() as lane:
-            for n in range(8):
-                lane.submit(n, [1, 2, 3], Sampling(max_tokens=100), n)
-            lane.wait()
-        engine = Engine(tiny.model(0), tiny.tokenizer())
-        same(workers.generate([[4, 5]], FREE), engine.generate([[4, 5]], FREE))
+def test_a_closed_lane_leaves_the_engines_idle(workers):
+    with workers.lane() as lane:
+        for n in range(8):
+            lane.submit(n, [1, 2, 3], Sampling(max_tokens=100), n)
+        lane.wait()
+    engine = Engine(tiny.model(0), tiny.tokenizer())
+    same(workers.generate([[4, 5]], FREE), engine.generate([[4, 5]], FREE))
+
+
+def expected(source, asked):
+    engine = source.load()
+    engine.refresh(source.version)
+    outputs = engine.generate(asked, FREE)
+    assert {v for output in outputs for v in output.versions} == {source.version}
+    return outputs
+
+
+def test_new_weights_are_loaded_by_all_workers_and_by_replacements(place, workers):
+    asked, first = tiny.prompts(6), workers.source
+    try:
+        workers.source = replace(first, path=place / "1", version=4)
+        right = expected(workers.source, asked)
+        same(workers.generate(asked, FREE), right)
+        kill(workers, 1)
+        same(workers.generate(asked, FREE), right)
+    finally:
+        workers.source = replace(first, version=5)
+    same(workers.generate(asked, FREE), expected(workers.source, asked))
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_new_weights_are_loaded_by_all_workers_and_by_replacements(place, kind, quantize):
-    asked = tiny.prompts(6)
-    with opened(place, kind) as workers:
-        workers.source = EngineSource(place / "0", quantize, version=3)
-        first = workers.generate(asked, FREE)
-        workers.source = EngineSource(place / "1", quantize, version=4)
-        second = workers.generate(asked, FREE)
-        kill(workers, 1)
-        same(workers.generate(asked, FREE), second)
-    for outputs, name, version in ((first, "0", 3), (second, "1", 4)):
-        engine = EngineSource(place / name, quantize, version=version).load()
+def test_a_host_takes_new_weights_in_the_form_of_the_old(place, quantize):
+    host, asked = EngineHost(), tiny.prompts(5)
+    for name, version in (("0", 0), ("1", 1), ("0", 7)):
+        source = EngineSource(place / name, quantize, version=version)
+        requests, answers = [(n, prompt, FREE, n) for n, prompt in enumerate(asked)], {}
+        while len(answers) < 5:
+            answers |= dict(host.advance(source, requests))
+            requests = []
+        engine = source.load()
         engine.refresh(version)
-        same(outputs, engine.generate(asked, FREE))
-        assert {v for output in outputs for v in output.versions} == {version}
+        same([answers[n] for n in range(5)], engine.generate(asked, FREE, range(5)))
 
 
-def test_a_model_that_is_not_there(tmp_path, kind):
-    with opened(tmp_path, kind) as workers, pytest.raises(OpenQwenError) as caught:
-        workers.generate([[1]])
-    assert str(tmp_path) in str(caught.value)
+def test_a_model_that_is_not_there(tmp_path):
+    source = EngineSource(tmp_path / "nowhere")
+    with EngineWorkers(source, "processes", TWO) as made, pytest.raises(OpenQwenError) as caught:
+        made.generate([[1]])
+    assert str(source.path) in str(caught.value)
 
 
 class Scripted:
     """Workers that answer when they are told to."""
 
     def __init__(self, count):
-        self.calls, self.replaced = [[] for _ in range(count)], []
+        self.calls, self.replaced, self.missing = [[] for _ in range(count)], [], set()
 
     def __len__(self):
         return len(self.calls)
+
+    def ready(self, place):
+        return place not in self.missing
 
     def call(self, place, method, *arguments):
         future = Future()
@@ -156,8 +177,9 @@ class Scripted:
         future.set_result([(number, Output(str(number))) for number in numbers])
 
 
-def lane_of(count, concurrency, requests):
+def lane_of(count, concurrency, requests, missing=()):
     workers = Scripted(count)
+    workers.missing |= set(missing)
     lane = WorkersLane(SimpleNamespace(workers=workers, source=None, concurrency=concurrency))
     for n in range(requests):
         lane.submit(f"tag {n}", [n], FREE, n)
@@ -181,6 +203,21 @@ def test_requests_are_dealt_evenly_and_neighbours_together():
     lane.wait()
     assert sent(workers, 0) == [32, 33, 34]
     assert lane.open == 97
+
+
+def test_a_worker_that_has_no_room_yet_holds_nothing_up():
+    lane, workers = lane_of(2, 4, 6, missing=[1])
+    for numbers in ([0, 1], [2, 3], [4, 5]):
+        assert sent(workers, 0) == numbers
+        workers.calls[0] = workers.calls[0][:1]
+        workers.answer(0, numbers)
+        lane.wait()
+    assert lane.open == 0
+    assert sent(workers, 1) == []
+    lane, workers = lane_of(2, 4, 6, missing=[1])
+    workers.missing.clear()
+    lane.wait()
+    assert sent(workers, 1) == [2, 3]
 
 
 def lane_answer(number):

@@ -75,6 +75,15 @@ def test_errors_come_in_their_items_turn(tmp_path, kind):
         list(map_in_order(work.unmade, [6], kind, ONE))
 
 
+def test_a_worker_that_has_no_room_yet_holds_nothing_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(Workers, "ready", lambda self, place: place == 1)
+    found = list(map_in_order(partial(work.doubling, tmp_path), range(9), "processes", TWO))
+    assert found == [2 * n for n in range(9)]
+    assert len(work.pids(tmp_path)) == 1
+    found = map_in_order(partial(work.dying, tmp_path, 1), range(9), "processes", TWO)
+    assert list(found) == [2 * n for n in range(9)]
+
+
 def gone(folder: Path) -> None:
     """Wait until the workers that left their files have ended."""
     end = time.monotonic() + 30
@@ -170,4 +179,4 @@ def test_a_cluster_that_is_not_there():
     """
     words = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert "OpenQwenError: The Ray cluster is not reached" in done.stderr
+    assert "OpenQwenError: Ray is not reached" in done.stderr

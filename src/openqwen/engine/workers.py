@@ -145,6 +145,7 @@ class EngineHost:
     def __init__(self) -> None:
         self._engine: Engine | None = None
         self._source: EngineSource | None = None
+        self._lane: Lane
 
     def longest(self, source: EngineSource) -> int:
         """See `Engine.longest`."""
@@ -222,7 +223,10 @@ class WorkersLane(Lane):
 
     def wait(self) -> Ended:
         self._deal()
-        wait([desk.calls[0].future for desk in self._desks if desk.calls], WAIT, FIRST_COMPLETED)
+        if calls := [desk.calls[0].future for desk in self._desks if desk.calls]:
+            wait(calls, WAIT, FIRST_COMPLETED)
+        else:
+            self._owner.workers.wait_for_one()
         ended: Ended = []
         for desk in self._desks:
             while desk.calls and desk.calls[0].future.done():
@@ -241,7 +245,7 @@ class WorkersLane(Lane):
         self._desks = self._desks or [_Desk() for _ in range(len(workers))]
         share = -(-min(self.open, self._owner.concurrency) // len(workers))
         for place, desk in enumerate(self._desks):
-            if len(desk.calls) == _AHEAD:
+            if len(desk.calls) == _AHEAD or not workers.ready(place):
                 continue
             room = min(share - len(desk.open), len(self._queue))
             new = {}

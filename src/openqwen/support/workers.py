@@ -8,6 +8,7 @@ The work must be a pure function of what it is given. Then the results are the s
 of workers. Importing this file loads neither Ray nor torch.
 """
 
+import logging
 import multiprocessing
 import os
 import re
@@ -15,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -85,10 +86,11 @@ class Workers:
         self, make: Callable[[], Any], kind: WorkKind, config: WorkersConfig, engines: bool = False
     ):
         self._all: list[_Process | _Actor] = []
+        self._started: list[Future[Any]] = []
         self._stack = ExitStack()
         self._start: Callable[[], _Process | _Actor]
         if kind == "ray":
-            ray = self._stack.enter_context(_joined(config))
+            ray = self._stack.enter_context(joined_ray(config))
             machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         else:
             machines = [{"CPU": _cpus(config)}]
@@ -103,12 +105,21 @@ class Workers:
                 self._start = lambda: _Process(held)
             for _ in range(count):
                 self._all.append(self._start())
+                self._started.append(self._all[-1].call("", ()))
         except BaseException:
             self.close()
             raise
 
     def __len__(self) -> int:
         return len(self._all)
+
+    def ready(self, place: int) -> bool:
+        """Whether a worker has started. On a busy cluster it may have to wait for room."""
+        return self._started[place].done()
+
+    def wait_for_one(self) -> None:
+        """Wait a moment for a worker that has started."""
+        wait(self._started, WAIT, FIRST_COMPLETED)
 
     def call(self, place: int, method: str, *arguments: Any) -> "WorkerCall":
         """Call a method of a worker's object, after the calls before."""
@@ -121,6 +132,7 @@ class Workers:
             notice(f"a worker died and is replaced: {why}", f"worker {call.place}")
             call.worker.close()
             self._all[call.place] = self._start()
+            self._started[call.place] = self._all[call.place].call("", ())
 
     def close(self) -> None:
         """End all workers, and Ray if it was started here."""
@@ -206,10 +218,8 @@ def map_in_order(
         waiting, calls = enumerate(items), deque[RetriedCall]()
         while True:
             for number, item in islice(waiting, ahead * len(workers) - len(calls)):
-                busy = [0] * len(workers)
-                for one in calls:
-                    busy[one.call.place] += not one.call.future.done()
-                place = busy.index(min(busy))
+                busy = Counter(one.call.place for one in calls if not one.call.future.done())
+                place = min(_ready(workers), key=busy.__getitem__)
                 calls.append(RetriedCall(workers, place, f"item {number}", "__call__", item))
             if not calls:
                 return
@@ -220,13 +230,20 @@ def map_in_order(
                 wait(unfinished, WAIT, FIRST_COMPLETED)
 
 
+def _ready(workers: Workers) -> list[int]:
+    """The places of the workers that have started; waits until there is one."""
+    while not (places := [n for n in range(len(workers)) if workers.ready(n)]):
+        workers.wait_for_one()
+    return places
+
+
 class RetriedCall:
     """A call that is made again where its worker dies. where: the work, for an error."""
 
     def __init__(self, workers: Workers, place: int, where: str, method: str, *arguments: Any):
         self._workers, self._deaths = workers, DeathCount(where)
-        self._what = (place, method, *arguments)
-        self.call = workers.call(*self._what)
+        self._what = (method, *arguments)
+        self.call = workers.call(place, *self._what)
 
     def done(self) -> bool:
         """Whether there is a result. If the worker died, another one is asked.
@@ -237,7 +254,7 @@ class RetriedCall:
         if death := self.call.death:
             self._deaths.add(death)
             self._workers.replace(self.call, death)
-            self.call = self._workers.call(*self._what)
+            self.call = self._workers.call(_ready(self._workers)[0], *self._what)
         return self.call.future.done()
 
     def wait(self) -> Any:
@@ -291,6 +308,9 @@ class _Held:
         self._make, self._version, self._threads, self._object = make, version, threads, None
 
     def call(self, method: str, arguments: Sequence[Any]) -> Any:
+        """Call a method of the object; none: tell that the worker has started."""
+        if not method:
+            return None
         if self._object is None:
             os.environ["OMP_NUM_THREADS"] = str(self._threads)
             if (here := version("openqwen")) != self._version:
@@ -310,7 +330,7 @@ class _Process:
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(held[-1])  # read when libraries are loaded
         try:
-            self._pool.submit(os.getpid)  # starts the process
+            self.call("", ())  # starts the process
         finally:
             del os.environ["OMP_NUM_THREADS"]
             if before is not None:
@@ -370,33 +390,40 @@ class _Actor:
 
 
 @contextmanager
-def _joined(config: WorkersConfig) -> Iterator[Any]:
+def joined_ray(config: WorkersConfig) -> Iterator[Any]:
     """The module `ray`, joined to a cluster, which is started here if none is named."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on all interfaces
     try:
         import ray
     except ImportError:
         do = pip_install("openqwen[ray]")
         raise OpenQwenError("Ray is not installed.", "engine ray", do) from None
+    if ray.is_initialized():  # by the caller
+        yield ray
+        return
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     with ExitStack() as stack:
         here: dict[str, Any] = {}
         if address == "local":
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on all interfaces
             # In /tmp, since the path of a socket must be short.
             folder = TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
             here = {"_temp_dir": stack.enter_context(folder), "object_store_memory": _OBJECTS}
             here |= {"num_cpus": _cpus(config), "include_dashboard": False}
-        if not ray.is_initialized():  # by the caller
-            terminated = signal.getsignal(signal.SIGTERM)
+        terminated = signal.getsignal(signal.SIGTERM)
+        stack.callback(ray.shutdown)
+        for left in (2, 1, 0):
             try:
                 if found := re.fullmatch(r"([^:/]+):(\d+)", address):  # Ray tries for minutes
                     socket.create_connection((found[1], int(found[2])), timeout=10).close()
-                ray.init(address, log_to_driver=False, logging_level="ERROR", **here)
-            except (OSError, RuntimeError, ValueError) as error:
-                what = f"The Ray cluster is not reached: {_last_line(error)}"
+                ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
+                break
+            except Exception as error:  # Ray raises that very class, too
+                ray.shutdown()
+                if here and left:  # its parts give up on each other where a machine is busy
+                    continue
+                what = f"Ray is not reached: {_last_line(error)}"
                 raise OpenQwenError(what, address, "check it by `ray status`") from None
-            stack.callback(ray.shutdown)
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, terminated)  # Ray has put its own in place
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminated)  # Ray has put its own in place
         yield ray
