@@ -1,7 +1,10 @@
 """Small files in the form in which each benchmark is published; the questions are made up here."""
 
+import base64
 import json
+import pickle
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +221,66 @@ def book(words: int, seed: int = 0) -> str:
     return " ".join(sentences)
 
 
+MULTIPL_E = {
+    "cpp": {
+        "name": "HumanEval_0_double",
+        "language": "cpp",
+        "prompt": "#include<assert.h>\n// Twice x.\nlong twice(long x) {\n",
+        "tests": "}\nint main() {\n    assert(twice(3) == 6);\n}\n",
+        "stop_tokens": ["\n}"],
+    },
+    "js": {
+        "name": "HumanEval_0_double",
+        "language": "js",
+        "prompt": "//Twice x.\nfunction twice(x){\n",
+        "tests": "const assert = require('node:assert');\nassert.deepEqual(twice(3),6);",
+        "stop_tokens": ["\nfunction "],
+    },
+    "java": {"name": "HumanEval_0_double", "language": "java", "prompt": "", "tests": "",
+             "stop_tokens": []},
+}  # fmt: skip
+PRIVATE = [{"input": "3 4\n", "output": "7\n", "testtype": "stdin"}]
+LCB = [
+    {
+        "question_title": "Sum",
+        "question_content": "Add two numbers.",
+        "platform": "atcoder",
+        "question_id": "abc1",
+        "contest_date": "2023-08-05T00:00:00",
+        "starter_code": "",
+        "difficulty": "easy",
+        "public_test_cases": json.dumps([{"input": "1 2\n", "output": "3", "testtype": "stdin"}]),
+        "private_test_cases": base64.b64encode(
+            zlib.compress(pickle.dumps(json.dumps(PRIVATE)))
+        ).decode(),
+        "metadata": "{}",
+    },
+    {
+        "question_title": "Pair",
+        "question_content": "Both.",
+        "platform": "leetcode",
+        "question_id": "2999",
+        "contest_date": "2024-09-30T00:00:00",
+        "starter_code": "class Solution:\n    def both(self, a: List[int], b: int) -> List[int]:\n",
+        "difficulty": "hard",
+        "public_test_cases": json.dumps(
+            [{"input": "[1, 2]\n3", "output": "[1, 2, 3]", "testtype": "functional"}]
+        ),
+        "private_test_cases": "[]",
+        "metadata": '{"func_name": "both"}',
+    },
+    {
+        "question_title": "Late",
+        "question_content": "No.",
+        "question_id": "late",
+        "contest_date": "2024-10-01T00:00:00",
+        "starter_code": "",
+        "difficulty": "easy",
+        "public_test_cases": "[]",
+        "private_test_cases": "[]",
+        "metadata": "{}",
+    },
+]
 MULTIJAIL = "id,en,zh,it,source,tags\n0,How?,怎么？,Come?,made up,['x']\n"
 
 
@@ -277,6 +340,8 @@ def write_all(folder: Path) -> None:
         "hellaswag/hellaswag_train.jsonl": [HELLA | {"ind": 2}],
         "winogrande/dev.jsonl": [WINO],
         **{f"ifeval_{language}.jsonl": [ifeval(language)] for language in ("en", "es", "fr", "ja")},
+        **{f"multipl-e/humaneval-{name}.jsonl": [one] for name, one in MULTIPL_E.items()},
+        "livecodebench/test.jsonl": LCB,
         "lveval/factrecall_en/factrecall_en_16k.jsonl": [LVEVAL],
         "mt_bench_question.jsonl": MT_BENCH,
         "mt_bench_reference_gpt-4.jsonl": [MT_REFERENCE],

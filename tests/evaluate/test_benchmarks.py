@@ -1,9 +1,14 @@
 """Benchmark files: each of the package reads its published form; wrong fields are named."""
 
+import base64
+import pickle
+import zlib
+
 import pytest
 from published_forms import write_all
 
-from openqwen.evaluate.benchmark import load_benchmark, names, select, suites
+from openqwen.evaluate import items as item_files
+from openqwen.evaluate.benchmark import load_benchmark, names, select, suites, unpacked
 from openqwen.evaluate.items import find_files, load_items
 from openqwen.support.errors import OpenQwenError
 from openqwen.tasks import grade
@@ -45,6 +50,9 @@ RIGHT = {
     "humaneval-plus": "    return x + x",
     "mbpp-evalplus": "def plus(x):\n    return x + 11",
     "mbpp": "def plus(x):\n    return x + 11",
+    "mbpp-plus": "def plus(x):\n    return x + 11",
+    "multipl-e": "    return 2 * x;",
+    "livecodebench": "Use this:\n```python\nprint(sum(map(int, input().split())))\n```",
     "gsm8k": "So it is \\boxed{2}.",
     "math": "It is \\boxed{2}.",
     "mmlu": "B",
@@ -66,6 +74,7 @@ def test_a_right_answer_passes_and_another_does_not(name, data):
 
     form, task = load_benchmark(name).answer, first(name, data).task
     wrong = {"humaneval": "    return 5", "humaneval-plus": "    return 6 if x == 3 else x"}
+    wrong |= {"multipl-e": "    return 5;", "mbpp-plus": "def plus(x):\n    return 12"}
     wrong |= dict.fromkeys(["ifeval", "ifeval-fr"], "One, two.")
     texts = [RIGHT[name], wrong.get(name, "The answer is 77, \\boxed{C}")]
     found = [_extracted(text, form.extract, form.first) for text in texts]
@@ -224,3 +233,49 @@ def test_suites_choose_the_benchmarks_with_published_scores():
         select("humanevall")
     with pytest.raises(OpenQwenError, match="No benchmark"):
         select(" ,")
+
+
+def test_livecodebench_tests_a_method_too_and_keeps_the_window(data):
+    items, _ = load_items(load_benchmark("livecodebench"), data)
+    assert [item.id for item in items] == ["abc1", "2999"]
+    stdin, method = items
+    assert stdin.task.reference["inputs"] == ["1 2\n", "3 4\n"], "public and private"
+    assert stdin.task.reference["outputs"] == ["3", "7\n"]
+    assert "Read the inputs from stdin" in stdin.prompt[-1]["content"]
+    assert "class Solution:" in method.prompt[-1]["content"]
+    code = "```python\nclass Solution:\n    def both(self, a: List[int], b: int):\n        return {}\n```"
+    texts = [code.format("(*a, b)"), code.format("[b]"), "```python\nprint(3)\n```"]
+    grades = grade([method.task] * 2 + [stdin.task], texts)
+    assert [one.passed for one in grades] == [True, False, False]
+
+
+def test_packed_tests_are_never_run(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "made"), "w"))
+
+    harm = base64.b64encode(zlib.compress(pickle.dumps([Harm(), "x"]))).decode()
+    assert unpacked(harm) != "[]"
+    assert not (tmp_path / "made").exists()
+    assert unpacked(' [{"input": 1}]').strip() == '[{"input": 1}]'
+    for broken in ("????", base64.b64encode(b"abc").decode()):
+        with pytest.raises(Exception, match=r"."):
+            unpacked(broken)
+
+
+def test_a_language_that_is_not_installed_is_left_out_and_told(data, monkeypatch, capsys):
+    monkeypatch.setattr(item_files, "available", lambda: ["python", "javascript"])
+    items, _ = load_items(load_benchmark("multipl-e"), data)
+    assert [item.category for item in items] == ["js"]
+    assert "cpp is not installed: 1 questions are left out" in capsys.readouterr().err
+    monkeypatch.setattr(item_files, "available", lambda: ["python"])
+    with pytest.raises(OpenQwenError, match="None of the languages"):
+        load_items(load_benchmark("multipl-e"), data)
+
+
+def test_multipl_e_begins_the_function_and_stops_at_its_end(data):
+    cpp, js = load_items(load_benchmark("multipl-e"), data)[0]
+    assert cpp.prompt[-1]["content"].endswith("long twice(long x) {\n")
+    assert (cpp.stops, js.stops) == (("\n}",), ("\nfunction ",))
+    right = "  return 2 * x;\n}\n"
+    assert [one.passed for one in grade([js.task] * 2, [right, "  return 1;\n}"])] == [True, False]

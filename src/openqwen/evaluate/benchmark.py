@@ -11,14 +11,18 @@ Jinja expression. Both run in Jinja's sandbox and see a record's fields by their
     letters     "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     each        an element of `data.each`; turn: number of the user's message, from 1
     NAME        for each of `data.tables`, its records by their keys: NAME[question_id].answer
-Filters beside Jinja's: sub(pattern, text), python (a Python literal), from_json, boxed.
+Filters beside Jinja's: sub(pattern, text), python (a Python literal), from_json, boxed, unpacked
+(LiveCodeBench's packed tests as a text).
 """
 
+import base64
 import re
 import tomllib
+import zlib
 from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
+from pickletools import genops
 from typing import Annotated, Any, Literal
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
@@ -39,6 +43,7 @@ REPORTS = {
     "qwen2": "Qwen2 Technical Report, arXiv 2407.10671",
 }
 Render = Callable[..., Any]
+_LARGEST = 2**28  # bytes of a packed text
 
 
 @cache
@@ -51,8 +56,24 @@ def _environment() -> ImmutableSandboxedEnvironment:
         "python": repr,
         "from_json": lambda text: parse_json(text),
         "boxed": last_boxed,
+        "unpacked": unpacked,
     }
     return environment
+
+
+def unpacked(text: str) -> str:
+    """A text as LiveCodeBench packs its private tests: base64 of zlib of a pickled text.
+
+    The pickle is only looked through for its text, never run. A text that is not packed stays.
+    """
+    if text.lstrip().startswith("["):
+        return text
+    packed = base64.b64decode(text, validate=True)
+    data = zlib.decompressobj().decompress(packed, _LARGEST)
+    for _, value, _ in genops(data):
+        if isinstance(value, str):
+            return value
+    raise ValueError("there is no text in it")
 
 
 @cache
@@ -151,6 +172,7 @@ class BenchmarkAnswer(Settings):
 
     max_tokens: int = Field(1024, ge=1, description="most tokens of an answer")
     stop: list[str] = Field([], description="texts that end an answer")
+    stops: JinjaValue = Field("", description="expression of a list: more of them, by the record")
     extract: Annotated[str, _read_by(re.compile, "regular expression")] = Field(
         "",
         description="regular expression; the first group of its last match is graded, and an "

@@ -156,21 +156,22 @@ def _replies(
     """The answers, in order; questions of one temperature are asked together."""
     form = benchmark.answer
     assert form is not None
-    groups: dict[tuple[float, LongContext | None], list[int]] = {}
+    groups: dict[tuple[float, LongContext | None, tuple[str, ...]], list[int]] = {}
     for place, question in enumerate(questions):
         own, cell = question.item.temperature, question.item.cell
         way = options.reading.way(cell[1]) if options.reading and cell else None
         temperature = options.temperature if own is None else own
-        groups.setdefault((temperature, way), []).append(place)
+        stops = (*form.stop, *question.item.stops)
+        groups.setdefault((temperature, way, stops), []).append(place)
     replies: dict[int, Reply] = {}
     turn = questions[0].turn
     label = benchmark.name if turn == 1 else f"{benchmark.name}, turn {turn}"
     with progress(label, len(questions), "answers") as bar:
-        for (temperature, way), places in groups.items():
+        for (temperature, way, stops), places in groups.items():
             sampling = Sampling(
                 options.max_tokens or form.max_tokens,
                 temperature=temperature,
-                stop=tuple(form.stop),
+                stop=stops,
                 long_context=way,
             )
             prompts: list[Prompt] = [subject.prompt(questions[place].prompt) for place in places]

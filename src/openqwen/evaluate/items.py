@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openqwen.evaluate.benchmark import Benchmark, evaluated, expression, template
+from openqwen.sandbox.languages import available
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import open_binary, parse_json, refuse_pointer, sha256
 from openqwen.support.generators import Generators
@@ -39,6 +40,7 @@ class BenchmarkItem:
         turns: the user's messages after the first answer, each with what its answer is graded by;
             the prompt of such a task is that message alone.
         temperature: what answers are sampled at, in place of the run's.
+        stops: texts that end an answer, beside the benchmark's.
         cell: row and column in a heat map; the column is the length in tokens that the prompt and
             the answer were made for.
         ids: the tokens of a text that is scored as a whole.
@@ -54,6 +56,7 @@ class BenchmarkItem:
     correct: Sequence[float] = field(default=())
     turns: Sequence[Task] = ()
     temperature: float | None = None
+    stops: tuple[str, ...] = ()
     cell: tuple[str, int] | None = None
     ids: Sequence[int] = ()
     texts: Sequence[str] = ()
@@ -142,7 +145,26 @@ def load_items(
         raise OpenQwenError(
             "There are no records here.", files[0], "check the data and 'data.keep'"
         )
+    items = _runnable(benchmark, items)
     return list(items.values()), checksums(benchmark, [*files, *solved, *beside])
+
+
+def _runnable(benchmark: Benchmark, items: dict[str, BenchmarkItem]) -> dict[str, BenchmarkItem]:
+    """The items without programs in languages that are not installed, which are told."""
+    wanted = {
+        name: item.task.reference.get("language", "python")
+        for name, item in items.items()
+        if item.task and item.task.grader == "code"
+    }
+    absent = set(wanted.values()) - set(available()) if wanted else set()
+    for language in sorted(absent):
+        count = sum(one == language for one in wanted.values())
+        notice(f"{language} is not installed: {count} questions are left out", benchmark.name)
+    kept = {name: item for name, item in items.items() if wanted.get(name) not in absent}
+    if not kept:
+        what = f"None of the languages of '{benchmark.name}' is installed."
+        raise OpenQwenError(what, do=f"install one of: {', '.join(sorted(absent))}")
+    return kept
 
 
 def _tables(benchmark: Benchmark, folder: Path | None) -> tuple[Values, list[Path]]:
@@ -309,8 +331,16 @@ def _item(
     sampled = None
     if answer.temperature:
         sampled = float(_value(answer.temperature, values, "answer.temperature", where))
+    stops = tuple(_value(answer.stops or "[]", values, "answer.stops", where))
     return BenchmarkItem(
-        identity, category, prompt, task, turns=later, temperature=sampled, texts=texts
+        identity,
+        category,
+        prompt,
+        task,
+        turns=later,
+        temperature=sampled,
+        stops=stops,
+        texts=texts,
     )
 
 
@@ -337,10 +367,11 @@ def _graded_by(
         _, _, grader, reference, _ = read_problem(answer.reader, values["record"], where)
     else:
         grader = answer.grader
-        reference = {
-            key: _value(text, values, f"answer.reference.{key}", where)
-            for key, text in answer.reference.items()
-        }
+        reference = {}
+        for key, text in answer.reference.items():
+            value = _value(text, values, f"answer.reference.{key}", where)
+            if value is not None:
+                reference[key] = value
     task = Task(values["id"], messages, grader, reference, {"kind": values["category"]})
     check_task(task, where)
     return task

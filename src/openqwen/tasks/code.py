@@ -4,8 +4,9 @@ reference, one of:
     {"tests": asserts, or a definition of check(candidate), "entry"?: the function that they are
      for, "setup"?: statements that run behind the program}: Python alone. The tests run in another
      process than the program (sandbox/checker.py).
-    {"inputs": [...], "outputs": [...]}: the program reads each text from standard input and must
+    {"inputs": [...], "outputs"?: [...]}: the program reads each text from standard input and must
      write the output beside it; white space at the ends of lines and of the text is forgiven.
+     Without outputs it must end with status 0, as programs with tests in other languages do.
 and in both:
     "prefix"?: text before the program, such as HumanEval's prompt. The answer may go on with it or
         define the function anew.
@@ -104,7 +105,7 @@ def _grade(reference: dict[str, Any], verdict: Verdict, case: int) -> Grade:
     where = f"case {case + 1}: " if "inputs" in reference else ""
     if not verdict.passed:
         return Grade(False, 0.0, f"{where}{verdict.status}: {verdict.reason}")
-    if where and _lines(verdict.stdout) != _lines(reference["outputs"][case]):
+    if "outputs" in reference and _lines(verdict.stdout) != _lines(reference["outputs"][case]):
         return Grade(False, 0.0, f"{where}another output")
     return _RIGHT
 
@@ -133,7 +134,8 @@ def fault(reference: dict[str, Any]) -> str:
         if "inputs" in reference or language != "python":
             return "'tests' are for Python, and without 'inputs'"
         return ""
-    inputs, outputs = reference.get("inputs"), reference.get("outputs")
+    inputs = reference.get("inputs")
+    outputs = reference.get("outputs", inputs)
     if not (_texts(inputs) and _texts(outputs)) or len(inputs or []) != len(outputs or []):
         return "give 'tests', or as many texts in 'inputs' as in 'outputs'"
     return ""
