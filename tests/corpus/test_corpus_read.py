@@ -7,13 +7,17 @@ import gzip
 import json
 import os
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from openqwen.corpus import read, streams
+from openqwen.corpus.installation import InstallationReader
 from openqwen.corpus.read import FolderReader, html_text
+from openqwen.corpus.streams import mend
 from openqwen.support.errors import OpenQwenError
 
 LIMIT = 11_000
@@ -85,7 +89,7 @@ def test_good_documents_of_every_type(tmp_path, reader):
 
 def test_every_bad_input_is_counted_with_its_place(tmp_path, reader):
     (tmp_path / "binary.txt").write_bytes(b"PK\x03\x04\0\0")
-    (tmp_path / "latin.txt").write_bytes(b"fine\ncaf\xe9\n")
+    (tmp_path / "noise.txt").write_bytes(bytes(range(1, 32)) + b"\x81\x8d\xff" * 20)
     (tmp_path / "long.txt").write_text("x" * (LIMIT + 1))
     (tmp_path / "blank.md").write_text(" \n")
     (tmp_path / "deep.html").write_text("<div>" * 2001)
@@ -116,7 +120,7 @@ def test_every_bad_input_is_counted_with_its_place(tmp_path, reader):
     reader.skips.reasons["no text"]["examples"] = reader.skips.reasons["no text"]["examples"][:1]
     expected = {
         ("binary file", "binary.txt", None),
-        ("invalid UTF-8", "latin.txt", 2),
+        ("invalid UTF-8", "noise.txt", 2),
         ("invalid UTF-8", "bad.jsonl", 10),
         ("too long", "long.txt", None),
         ("too long", "bad.jsonl", 6),
@@ -161,7 +165,7 @@ def test_files_and_folders_that_may_not_be_read(tmp_path, reader, monkeypatch):
     def denied(*_args):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(read, "open_bounded", denied)
     scandir = os.scandir
     monkeypatch.setattr(
         os, "scandir", lambda p: denied() if Path(p).name == "closed" else scandir(p)
@@ -193,3 +197,113 @@ def test_html_keeps_the_article_and_drops_the_rest():
     assert "Twice a day." in text
     assert "Home" not in text
     assert "<" not in text
+
+
+PAGE = "<html><body><main><p>Fish &amp; chips</p></main></body></html>"
+
+
+def warc(pages):
+    """A web archive, each record packed alone, as crawlers write them."""
+    packed = b""
+    for number, (head, body) in enumerate(pages):
+        lines = [
+            "WARC/1.0",
+            "WARC-Type: response",
+            f"WARC-Record-ID: <urn:uuid:{number}>",
+            f"WARC-Target-URI: http://example.org/{number}",
+            "WARC-Date: 2024-05-06T07:08:09Z",
+            "Content-Type: application/http; msgtype=response",
+            f"Content-Length: {len(head) + len(body)}",
+        ]
+        record = "\r\n".join(lines).encode() + b"\r\n\r\n" + head + body + b"\r\n\r\n"
+        packed += gzip.compress(record)
+    return packed
+
+
+def http(body, status="200 OK", kind="text/html; charset=utf-8", more=""):
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+    return head.encode(), body
+
+
+def test_a_web_archive(tmp_path, reader):
+    bomb = gzip.compress(b"x" * 30_000)
+    pages = [
+        http(PAGE.encode()),
+        http(b"gone", "404 Not Found"),
+        http(b"\x89PNG", kind="image/png"),
+        http(bomb, more="Content-Encoding: gzip\r\n"),
+        http(
+            ("<p>" + "größe und café, déjà vu, " * 9 + "</p>").encode("latin-1"), kind="text/html"
+        ),
+        http("Plain text – all of it.".encode(), kind="text/plain"),
+    ]
+    (tmp_path / "crawl.warc.gz").write_bytes(warc(pages))
+    documents = {d["id"]: d for d in reader}
+    assert documents["crawl.warc.gz#1"]["text"] == "Fish & chips"
+    assert documents["crawl.warc.gz#1"]["meta"]["url"] == "http://example.org/0"
+    assert documents["crawl.warc.gz#5"]["text"].startswith("größe und café, déjà vu")
+    assert documents["crawl.warc.gz#6"]["text"] == "Plain text – all of it."
+    assert [d["meta"]["profile"] for d in documents.values()] == ["web", "web", "text"]
+    assert skipped(reader) == {
+        ("no page", "crawl.warc.gz", 2),
+        ("no page", "crawl.warc.gz", 3),
+        ("too long", "crawl.warc.gz", 4),
+    }
+    (tmp_path / "crawl.warc.gz").write_bytes(warc(pages)[:-60])
+    list(reader)
+    assert "damaged file" in reader.skips.reasons
+
+
+def test_packed_texts_and_zip_archives(tmp_path, reader):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"packed text"))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/page.html", PAGE)
+        archive.writestr("x/d.jsonl", '{"text": "one"}\n{oops\n')
+        archive.writestr("inner.zip", b"PK")
+        archive.writestr("long.txt", "x" * (LIMIT + 1))
+    (tmp_path / "torn.zip").write_bytes((tmp_path / "b.zip").read_bytes()[:200])
+    found = {d["id"]: d["text"] for d in reader}
+    pages = {"b.zip/x/page.html": "Fish & chips", "b.zip/x/d.jsonl#1": "one"}
+    assert found == {"a.txt.gz": "packed text", **pages}
+    assert skipped(reader) == {
+        ("unknown file type", "b.zip/inner.zip", None),
+        ("too long", "b.zip/long.txt", None),
+        ("not JSON", "b.zip/x/d.jsonl", 2),
+        ("damaged file", "torn.zip", None),
+    }
+
+
+def test_bombs_and_endless_lines_are_left_early(tmp_path, reader, monkeypatch):
+    monkeypatch.setattr(streams, "_BOMB_BYTES", 1_000_000)
+    monkeypatch.setattr(streams, "_LONGEST_LINE", 3_000_000)
+    bomb = (b" " * 99 + b"\n") * 300_000
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b'{"text": "before"}\n' + bomb))
+    (tmp_path / "bomb.jsonl.zst").write_bytes(zstd(bomb))
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jsonl", bomb)
+        archive.writestr("b.txt", "after")
+    with open(tmp_path / "endless.jsonl", "wb") as file:
+        file.truncate(10**12)  # a terabyte of zeros that takes no room
+    assert [d["text"] for d in reader] == ["before", "after"]
+    assert skipped(reader) == {
+        ("decompression bomb", "bomb.jsonl.gz", None),
+        ("decompression bomb", "bomb.jsonl.zst", None),
+        ("decompression bomb", "bomb.zip/a.jsonl", None),
+        ("endless line", "endless.jsonl", None),
+    }
+
+
+def test_other_encodings_are_repaired(tmp_path, reader, monkeypatch):
+    russian = "Привет, мир! Это текст на русском языке, и его кодировка не указана."
+    (tmp_path / "a.txt").write_bytes(russian.encode("koi8-r"))
+    (tmp_path / "b.txt").write_bytes("Zwei Größen: größer, schöner, süßer.".encode("utf-16"))
+    (tmp_path / "c.txt").write_bytes("It’s a “café.".encode().decode("cp1252").encode())
+    found = {d["id"]: (d["text"], d["meta"].get("encoding")) for d in reader}
+    assert found == {
+        "a.txt": (russian, "koi8-r"),
+        "b.txt": ("Zwei Größen: größer, schöner, süßer.", "utf-16"),
+        "c.txt": ("It’s a “café.", None),
+    }
+    for text in ("Ã la carte", "São Paulo, Âncora", "naïve façade â"):
+        assert mend(text) == text
+    assert not InstallationReader(LIMIT).repair

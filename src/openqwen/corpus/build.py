@@ -208,7 +208,7 @@ class _Build:
         if not given:
             return []
         exact = b"".join(exact_key(document["text"]) for document in given)
-        keys = {
+        keys: dict[str, Any] = {
             "exact": np.frombuffer(exact, np.uint64).reshape(-1, 2),
             "numbers": np.arange(len(given)),
             "owners": np.zeros(0, np.int64),

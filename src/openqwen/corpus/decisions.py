@@ -35,7 +35,7 @@ _ROWS = 10_000  # of a row group, which is held in memory
 
 def decision_rows(document: Document, verdict: DocumentVerdict) -> list[dict[str, Any]]:
     """What a step did with a document, if it did not just keep it."""
-    rows = []
+    rows: list[tuple[str, float | None, str, bool]] = []
     if cut := verdict.cut:
         rows.append((cut.rule, float(cut.bytes), cut.why, True))
     if verdict.rule is not None:

@@ -5,22 +5,33 @@ A document is {"id", "text", "source", "language", "meta"}. `id` is the path ins
 "documents"; meta["profile"] names the rules by which it is filtered.
 """
 
-import io
 import json
 import os
 import re
 import stat
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fastwarc.warc import ArchiveIterator, WarcRecordType
 from resiliparse.extract.html2text import extract_plain_text
 
 from openqwen.corpus.documents import Document, utf8_size
+from openqwen.corpus.streams import (
+    PACKED,
+    HostileFileError,
+    bounded,
+    decode,
+    lines,
+    open_bounded,
+    panics_named,
+)
 from openqwen.support.errors import OpenQwenError
-from openqwen.support.files import is_pointer, open_binary
+from openqwen.support.files import is_pointer
 
 _CODE = """
     py pyi pyx c h cc cpp cxx hpp hh cu java kt scala cs go rs swift js jsx mjs ts tsx rb php pl pm
@@ -31,17 +42,19 @@ _PROFILES = {
     **dict.fromkeys(("", ".txt", ".md", ".markdown", ".rst"), "text"),
     **dict.fromkeys((".html", ".htm", ".xhtml"), "web"),
 }
-_RECORDS = {".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson"}
+_RECORDS = {".jsonl", ".ndjson"}
+_KINDS = {*_RECORDS, ".parquet", ".warc", ".zip"}
+_PAGES = {"text/html", "application/xhtml+xml", "text/plain"}  # types in web archives
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, RuntimeError)  # RuntimeError: a password
 _IGNORED_FOLDERS = {"__pycache__", ".git", ".hg", ".svn", "node_modules"}
 _CONTAINER = re.compile(
     r"<(/?)(?:div|span|section|article|blockquote|table|ul|ol|font|center)\b", re.IGNORECASE
 )
 _MAX_DEPTH = 2000  # browsers stop at 512; the time of extraction grows with the square of the depth
 _EXAMPLES = 3  # shown for each reason
-_CHUNK = 1 << 20
 QUARANTINE = "quarantine.jsonl"  # of a corpus artifact: what was not read, and why
 # What any folder has beside texts.
-_NO_FAULT = {"unknown file type", "empty", "folder linked again", "broken link"}
+_NO_FAULT = {"unknown file type", "no page", "empty", "folder linked again", "broken link"}
 
 
 class Skips:
@@ -85,9 +98,16 @@ class FolderReader:
     Args:
         max_bytes: of a document; longer files and lines are skipped and never held in memory.
         exclude: names of folders that are left out and not counted.
+        repair: whether texts in other encodings than UTF-8, and misread ones, are mended.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, exclude: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        exclude: frozenset[str] = frozenset(),
+        repair: bool = True,
+    ):
         if not folder.exists():
             raise OpenQwenError(
                 "The corpus folder does not exist.",
@@ -101,6 +121,7 @@ class FolderReader:
                 do="give the folder that holds the file",
             )
         self.folder, self.max_bytes, self.exclude = folder, max_bytes, exclude | _IGNORED_FOLDERS
+        self.repair = repair
         self.skips = Skips()
         self.files = 0
         self.bytes = 0
@@ -159,17 +180,9 @@ class FolderReader:
 
     def read(self, path: Path, name: str) -> Iterator[Document]:
         """The documents of one file; a fault in it is counted in `skips`."""
-        suffix = "".join(path.suffixes[-2:]).lower()
-        suffix = suffix if suffix in _RECORDS else path.suffix.lower()
-        reader: Callable[[Path, str], Iterator[Document]]
-        if suffix in _RECORDS:
-            reader = self._jsonl
-        elif suffix == ".parquet":
-            reader = self._parquet
-        elif suffix in _PROFILES:
-            reader = self._text
-        else:
-            self.skips.add("unknown file type", name, why=f"no reader for {suffix}")
+        kind = _kind(path.name)
+        if kind not in _KINDS and kind not in _PROFILES:
+            self.skips.add("unknown file type", name, why=f"no reader for {path.suffix.lower()}")
             return
         self.files += 1
         try:
@@ -177,47 +190,122 @@ class FolderReader:
                 self.skips.add("git-lfs pointer", name, why="the file itself was not fetched")
                 return
             self.bytes += path.stat().st_size
-            yield from reader(path, name)
-        except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError) as error:
+            if kind == ".parquet":
+                yield from self._parquet(path, name)
+            elif kind == ".zip":
+                yield from self._zip(path, name)
+            else:
+                with open_bounded(path) as stream:
+                    yield from self._stream(stream, name, kind)
+        except HostileFileError as error:
+            self.skips.add(error.reason, name, why=error.why)
+        except (OSError, EOFError, pa.ArrowException, UnicodeDecodeError, *_ZIP_ERRORS) as error:
             # The system's errors have a number; those of a damaged archive have none.
             from_system = getattr(error, "errno", None) is not None
-            packed = suffix.endswith((".gz", ".zst", ".parquet"))
+            packed = path.suffix.lower() in (*PACKED, ".parquet", ".zip", ".warc")
             reason = "damaged file" if packed and not from_system else "unreadable file"
             why = getattr(error, "strerror", None) or str(error).split("\n")[0]
             self.skips.add(reason, name, why=why)
 
-    def _text(self, path: Path, name: str) -> Iterator[Document]:
-        size = path.stat().st_size
-        if size > self.max_bytes:
-            self.skips.add("too long", name, why=f"{size:,} bytes, limit {self.max_bytes:,}")
+    def _stream(self, stream: IO[bytes], name: str, kind: str) -> Iterator[Document]:
+        if kind in _RECORDS:
+            yield from self._jsonl(stream, name)
+        elif kind == ".warc":
+            yield from self._warc(stream, name)
+        else:
+            yield from self._text(stream, name, _PROFILES[kind])
+
+    def _zip(self, path: Path, name: str) -> Iterator[Document]:
+        """The files in an archive, but for archives in it."""
+        with zipfile.ZipFile(path) as archive:
+            for member in sorted(archive.infolist(), key=lambda member: member.filename):
+                kind = _kind(member.filename)
+                inner = f"{name}/{member.filename.encode('utf-8', 'replace').decode('utf-8')}"
+                if member.is_dir():
+                    continue
+                if kind not in _PROFILES and kind not in _RECORDS:
+                    self.skips.add("unknown file type", inner, why=f"no reader for {kind}")
+                    continue
+                try:
+                    with archive.open(member) as packed:
+                        stream = bounded(packed, member.compress_size)
+                        yield from self._stream(stream, inner, kind)
+                except HostileFileError as error:
+                    self.skips.add(error.reason, inner, why=error.why)
+                except _ZIP_ERRORS as error:
+                    self.skips.add("damaged file", inner, why=str(error))
+
+    def _warc(self, stream: IO[bytes], name: str) -> Iterator[Document]:
+        """Pages of a web archive: answers with status 200, and texts made from them (WET)."""
+        kinds = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+        records = iter(ArchiveIterator(stream, record_types=kinds, auto_decode="all"))
+        number = 0
+        while True:
+            with panics_named():
+                record = next(records, None)
+            if record is None:
+                return
+            number += 1
+            status = record.http_headers.status_code if record.http_headers else None
+            kind = (record.http_content_type or record.headers.get("Content-Type") or "").lower()
+            kind = kind.partition(";")[0].strip()
+            if status not in (None, 200) or kind not in _PAGES:
+                why = f"status {status}, {kind or 'no type'}"
+                self.skips.add("no page", name, number, why)
+                continue
+            with panics_named():
+                raw = record.reader.read(self.max_bytes + 1)
+            given = {"url": record.headers.get("WARC-Target-URI"), "date": record.record_date}
+            meta = {key: str(value) for key, value in given.items() if value}
+            profile = "text" if kind == "text/plain" and status else "web"
+            yield from self._page(raw, name, number, profile, kind != "text/plain", meta)
+
+    def _text(self, stream: IO[bytes], name: str, profile: str) -> Iterator[Document]:
+        raw = stream.read(self.max_bytes + 1)
+        yield from self._page(raw, name, None, profile, profile == "web", {})
+
+    def _page(
+        self,
+        raw: bytes,
+        name: str,
+        number: int | None,
+        profile: str,
+        markup: bool,
+        meta: dict[str, Any],
+    ) -> Iterator[Document]:
+        """The document of a file or of an archive's record; markup: it is HTML."""
+        if len(raw) > self.max_bytes:
+            self.skips.add("too long", name, number, f"more than {self.max_bytes:,} bytes")
             return
-        raw = path.read_bytes()
-        if b"\0" in raw:
-            self.skips.add("binary file", name, why=f"zero byte at {raw.index(0)}")
+        wide = self.repair and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        if b"\0" in raw and not wide:
+            self.skips.add("binary file", name, number, f"zero byte at {raw.index(0)}")
             return
         try:
-            text = raw.decode("utf-8-sig")
+            text, encoding = decode(raw, self.repair)
         except UnicodeDecodeError as error:
             line = raw.count(b"\n", 0, error.start) + 1
             why = f"byte 0x{raw[error.start]:02x} at {error.start}"
-            self.skips.add("invalid UTF-8", name, line, why)
+            self.skips.add("invalid UTF-8", name, number or line, why)
             return
-        profile = _PROFILES[path.suffix.lower()]
-        if profile == "web":
+        if encoding != "utf-8":
+            meta["encoding"] = encoding
+        if markup:
             if (depth := html_depth(text)) > _MAX_DEPTH:
                 why = f"{depth:,} elements deep, limit {_MAX_DEPTH:,}"
-                self.skips.add("nested too deeply", name, why=why)
+                self.skips.add("nested too deeply", name, number, why)
                 return
             text = html_text(text)
-        yield from self._document(text, name, None, profile, {})
+        for document in self._document(text, name, number, profile, {}):
+            document["meta"] |= meta
+            yield document
 
-    def _jsonl(self, path: Path, name: str) -> Iterator[Document]:
-        with open_binary(path) as stream:
-            for number, line in enumerate(_lines(stream, self.max_bytes), 1):
-                if line is None:
-                    self.skips.add("too long", name, number, f"line over {self.max_bytes:,} bytes")
-                elif line.strip():
-                    yield from self._record(line, name, number)
+    def _jsonl(self, stream: IO[bytes], name: str) -> Iterator[Document]:
+        for number, line in enumerate(lines(stream, self.max_bytes), 1):
+            if line is None:
+                self.skips.add("too long", name, number, f"line over {self.max_bytes:,} bytes")
+            elif line.strip():
+                yield from self._record(line, name, number)
 
     def _record(self, line: bytes, name: str, number: int) -> Iterator[Document]:
         try:
@@ -245,7 +333,7 @@ class FolderReader:
                 self.skips.add("no text", name, why=f"no column 'text' among {names[:8]}")
                 return
             columns = [column for column in ("id", "text", "language") if column in names]
-            batches = file.iter_batches(batch_size=1024, columns=columns)
+            batches = file.iter_batches(batch_size=64, columns=columns)
             records = (record for batch in batches for record in batch.to_pylist())
             for number, record in enumerate(records, 1):
                 text = record["text"]
@@ -308,13 +396,7 @@ def _source(name: str) -> str:
     return "tokens_" if word == "tokens" else word  # tokens.json is the table of all shards
 
 
-def _lines(file: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
-    """Lines, which end at newline bytes only; None in place of one that is over `limit` bytes."""
-    while line := file.readline(limit + 1):
-        if len(line) <= limit or line.endswith(b"\n"):
-            yield line
-            continue
-        while rest := file.readline(_CHUNK):
-            if rest.endswith(b"\n"):
-                break
-        yield None
+def _kind(name: str) -> str:
+    """The ending by which a file is read, in lower case and without that of its packing."""
+    lower = Path(name.lower())
+    return Path(lower.stem).suffix if lower.suffix in PACKED else lower.suffix

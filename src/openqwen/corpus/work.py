@@ -232,7 +232,8 @@ def mapping(config: CorpusConfig, folder: Path) -> Callable[[MapItem], None]:
             found["scores"] = {str(i): row for i, row in enumerate(classifier.scores(texts))}
         write_documents_jsonl(folder / MAPPED / f"{item.name}.jsonl", kept)
         with whole_file(folder / MAPPED / f"{item.name}.npz", "wb") as file:
-            np.savez(file, numbers=np.array(numbers, np.int64), **keys)
+            arrays: dict[str, Any] = {"numbers": np.array(numbers, np.int64), **keys}
+            np.savez(file, **arrays)
         entries = list(map(DocumentEntry.of, kept))
         steps_done = {"steps": account.json(), "decisions": decisions, "entries": entries}
         write_compact(done, {**steps_done, **found})
@@ -270,14 +271,14 @@ def applying(config: CorpusConfig, folder: Path) -> Callable[[Fates], None]:
     """The function that does with the documents of a mapped chunk what was decided."""
 
     def steps(fates: Fates, number: int) -> Iterator[Step]:
-        yield lambda document: drop_exact(document, fates.exact.get(number, document["id"]))
+        yield lambda document: drop_exact(document, fates.exact.get(number, str(document["id"])))
         if fates.name == EXTRA:
             return
         if config.decontaminate:
             yield lambda document: drop_contaminated(document, fates.contaminated.get(number))
         if config.classifier:
             yield lambda document: drop_low_score(document, *fates.scores[number])
-        yield lambda document: drop_near(document, fates.near.get(number, document["id"]))
+        yield lambda document: drop_near(document, fates.near.get(number, str(document["id"])))
         yield lambda document: cut_repeats(document, fates.repeated.get(number, []))
 
     def run(fates: Fates) -> None:

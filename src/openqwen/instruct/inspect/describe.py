@@ -28,7 +28,7 @@ _TAGS = ("tags", "tasks")
 class RecordParts:
     """A record as the page shows it.
 
-    form: task, preference, demonstration, prompt, document, quarantined or other.
+    form: task, preference, demonstration, prompt, document, decision, quarantined or other.
     messages: the conversation, or a preference's prompt. text: of a document.
     """
 
@@ -65,6 +65,8 @@ def describe(record: Record) -> RecordParts:
     elif isinstance(record.get("text"), str):
         form = "quarantined" if isinstance(record.get("reason"), str) else "document"
         return RecordParts(form, text=record["text"])
+    elif {"step", "rule", "kept"} <= record.keys():  # of a corpus: decisions.parquet
+        return RecordParts("decision", text=f"{record['rule']}: {record.get('why')}")
     for form in forms:
         # TypeError, AttributeError: a field has another type than its name says.
         with suppress(OpenQwenError, TypeError, AttributeError):
@@ -97,6 +99,8 @@ def facets(record: Record, form: str) -> dict[str, str]:
     for name in ("method", "model", "kind", "source", "language", "grader", "reason"):
         value = record.get(name, origin.get(name))
         found[name] = value[:200] if isinstance(value, str) else ""
+    if form == "decision":
+        found["reason"], found["kind"] = str(record["rule"])[:200], str(record["step"])[:200]
     found["reason"] = found["reason"].partition(":")[0]  # behind it are details of one record
     if not found["kind"] and isinstance(origin.get("task"), str):
         found["kind"] = origin["task"][:200]
