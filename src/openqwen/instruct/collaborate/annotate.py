@@ -215,7 +215,6 @@ def answered_already() -> ApiError:
     return ApiError(409, message, code="already_answered")
 
 
-
 def _leased(connection: Connection, person: str, task: str, lease: str) -> Row:
     """The person's work that a lease began; ApiError 404 where it is not theirs."""
     opened = int(lease) if lease.isascii() and lease.isdigit() and len(lease) < 19 else 0

@@ -61,7 +61,7 @@ def export_ranks(connection: Connection, project: ProjectConfig) -> Iterator[Rec
 
 
 def _ranking(answer: PersonAnswer) -> Record:
-    about = {"person": answer.person, "name": answer.name, "kind": answer.kind}
+    about: Record = {"person": answer.person, "name": answer.name, "kind": answer.kind}
     about |= {"seconds": answer.seconds, "order": answer.order, "seq": answer.seq}
     return about | answer.answer
 
@@ -260,10 +260,10 @@ def _origin(project: ProjectConfig, result: TaskResult) -> Record:
     """How a record came to be: by people, from this task of this project."""
     assert result.body is not None
     people = sum(answer.kind != "model" for answer in result.answers)
-    about = {"method": "annotation", "project": project.id, "task": result.id}
+    about: Record = {"method": "annotation", "project": project.id, "task": result.id}
     about |= {"version": result.row.version, "annotators": people}
-    parents = result.body["origin"]
-    return about | {"parents": [parents] if parents else []}
+    instruction = result.body["origin"]
+    return about | {"parents": instruction.get("parents", []), "instruction": instruction}
 
 
 def _assistant(text: str) -> Record:

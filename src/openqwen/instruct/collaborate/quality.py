@@ -14,7 +14,7 @@ import numpy as np
 from sqlalchemy import Connection, func, select
 
 from openqwen.instruct.collaborate import agreement, bradley_terry
-from openqwen.instruct.collaborate.agreement import Level, Ratings
+from openqwen.instruct.collaborate.agreement import Ratings
 from openqwen.instruct.collaborate.answers import mean_ranks, preference
 from openqwen.instruct.collaborate.database import Database
 from openqwen.instruct.collaborate.events import loads
@@ -193,7 +193,7 @@ def _people(
     same = _agreement_of_people(pairs)
     logs = [math.log(a.seconds) for given in answers.values() for a in given if a.seconds > 0]
     chosen = select(work.c.person, func.count()).where(work.c.status == "skipped")
-    skips = dict(connection.execute(chosen.group_by(work.c.person)).tuples().all())
+    skips: dict[str, int] = dict(connection.execute(chosen.group_by(work.c.person)).tuples().all())
     last = select(events.c.person, func.max(events.c.seq)).group_by(events.c.person).subquery()
     when = select(events.c.person, events.c.at).join(last, events.c.seq == last.c[1])
     times = dict(connection.execute(when).tuples().all())
@@ -338,9 +338,7 @@ def _models(connection: Connection, found: Sequence[TaskResult]) -> list[Json]:
     return sorted(plain, key=lambda row: -row["score"])
 
 
-def _models_of(
-    connection: Connection, found: Sequence[TaskResult]
-) -> list[list[str | None]]:
+def _models_of(connection: Connection, found: Sequence[TaskResult]) -> list[list[str | None]]:
     """The model of each response of each task."""
     by_task: dict[str, list[str | None]] = {}
     present = (contents.c.task == tasks.c.id) & (contents.c.version == tasks.c.version)

@@ -4,9 +4,9 @@ A task has `wanted` places (the overlap). A person holds a place from the lease 
 the answer. A lease that runs out frees its place when someone else looks for work; the draft stays,
 and an answer that comes later is kept, as an extra one where all places are taken.
 
-`turn` is the event since which a task waits. Whenever a place becomes free the task waits anew, so a
-person's frontier (the turn of the latest task taken) says exactly where to look next, and the next
-task is one step in an index however many tasks there are.
+`turn` is the event since which a task waits. Whenever a place becomes free the task waits anew, so
+a person's frontier (the turn of the latest task taken) says exactly where to look next, and the
+next task is one step in an index however many tasks there are.
 
 Statuses of work: open (a lease), expired, answered, skipped, returned (a reviewer refused the
 answer), looked (a reviewer saw others' answers), stale (the task has changed).
@@ -168,7 +168,7 @@ def _waiting(level: int, turn: int) -> tuple[Any, ...]:
 
 def _frontiers(connection: Connection, person: str) -> dict[int, int]:
     chosen = select(frontiers.c.lane, frontiers.c.turn).where(frontiers.c.person == person)
-    return {lane: turn for lane, turn in connection.execute(chosen)}
+    return dict(connection.execute(chosen).tuples().all())
 
 
 def _lease(

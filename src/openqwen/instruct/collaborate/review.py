@@ -26,9 +26,7 @@ def list_tasks(
     if order == "answers":
         chosen = chosen.order_by(tasks.c.answers.desc(), tasks.c.number)
     if order in ("number", "answers"):
-        rows = connection.execute(
-            chosen.order_by(tasks.c.number).offset(offset).limit(limit)
-        ).all()
+        rows = connection.execute(chosen.order_by(tasks.c.number).offset(offset).limit(limit)).all()
         return {"total": total, "tasks": _listed(connection, rows)}
     answered = chosen.where(tasks.c.answers > 0).order_by(tasks.c.answers.desc(), tasks.c.number)
     listed = _listed(connection, connection.execute(answered.limit(_SCANNED)).all())
@@ -67,7 +65,9 @@ def answers_by_task(connection: Connection, ids: list[str]) -> dict[tuple[str, i
     found: dict[tuple[str, int], list[Json]] = {}
     for start in range(0, len(ids), 500):
         here = (work.c.task.in_(ids[start : start + 500]), work.c.status == "answered")
-        for row in connection.execute(select(work.c.task, work.c.version, work.c.answer).where(*here)):
+        for row in connection.execute(
+            select(work.c.task, work.c.version, work.c.answer).where(*here)
+        ):
             found.setdefault((row.task, row.version), []).append(loads(row.answer))
     return found
 
@@ -154,9 +154,7 @@ def judge_answer(
     return {"seq": record(connection, event).seq, "repeated": False}
 
 
-def set_task(
-    connection: Connection, person: str, task: str, given: dict[str, Any]
-) -> Json:
+def set_task(connection: Connection, person: str, task: str, given: dict[str, Any]) -> Json:
     """Change a task's priority, or its known ranks (gold)."""
     row = _task(connection, task)
     old = {"priority": row.priority, "gold": loads(row.gold)}

@@ -24,7 +24,7 @@ from openqwen.instruct.collaborate.events import LogEvent, read_events, record
 from openqwen.instruct.collaborate.export import EXPORTS, export_bytes
 from openqwen.instruct.collaborate.read_tasks import import_file
 from openqwen.instruct.collaborate.site import Site, address
-from openqwen.instruct.collaborate.tables import invitations, people
+from openqwen.instruct.collaborate.tables import people
 from openqwen.support.hub import DATA_SUFFIXES
 
 Plain = r"^[^\x00]*$"  # PostgreSQL's texts cannot hold it

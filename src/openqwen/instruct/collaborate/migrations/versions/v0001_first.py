@@ -1,5 +1,7 @@
 """The first tables."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -11,7 +13,7 @@ def upgrade() -> None:
     """Make the tables. A later change of `tables.py` is a migration of its own."""
     big, text, whole, real = sa.BigInteger, sa.Text, sa.Integer, sa.Float
 
-    def need(name: str, kind: type, **options: bool) -> sa.Column:
+    def need(name: str, kind: type, **options: Any) -> sa.Column:
         return sa.Column(name, kind, nullable=False, **options)
 
     def maybe(*names: str, kind: type = text) -> list[sa.Column]:
@@ -84,9 +86,7 @@ def upgrade() -> None:
         need("since", text),
         need("done", whole),
     )
-    op.create_table(
-        "credentials", sa.Column("person", text, primary_key=True), need("hash", text)
-    )
+    op.create_table("credentials", sa.Column("person", text, primary_key=True), need("hash", text))
     op.create_table(
         "sessions",
         sa.Column("hash", text, primary_key=True),
