@@ -42,7 +42,9 @@ PASSWORD = "a long password"
 def make_tasks(count):
     rng = random.Random(0)
     for n in range(count):
-        words = " ".join(rng.choices("the of and to in is that for it as was with be".split(), k=60))
+        words = " ".join(
+            rng.choices("the of and to in is that for it as was with be".split(), k=60)
+        )
         responses = [{"text": f"{r} {words}", "origin": {"model": f"m{r}"}} for r in range(4)]
         yield {"id": f"t{n}", "prompt": f"{n}: {words}", "responses": responses}
 
@@ -84,7 +86,9 @@ def serve(folder, database, tokens, seconds, think, result):
     port = 8377
     words = ["annotate", str(folder), "--port", str(port)]
     words += ["--database", database] if database else []
-    process = subprocess.Popen([sys.executable, "-m", "openqwen.cli", *words], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "openqwen.cli", *words], stdout=subprocess.DEVNULL
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -103,7 +107,10 @@ def serve(folder, database, tokens, seconds, think, result):
             sizes.append(memory(process.pid))
             time.sleep(min(10, seconds / 5))
         result["answers_per_second"] = round(len(times["answer"]) / (time.monotonic() - begun), 1)
-        result["next_ms"], result["answer_ms"] = percentiles(times["next"]), percentiles(times["answer"])
+        result["next_ms"], result["answer_ms"] = (
+            percentiles(times["next"]),
+            percentiles(times["answer"]),
+        )
         result["memory_mb"] = sizes
     finally:
         process.send_signal(signal.SIGTERM)
@@ -148,14 +155,20 @@ def main():
         result["import_s"] = round(time.monotonic() - begun, 1)
         with site.database.write() as connection:
             tokens = [
-                accounts.invite(connection, "annotator", 1, None)["token"] for _ in range(options.people)
+                accounts.invite(connection, "annotator", 1, None)["token"]
+                for _ in range(options.people)
             ]
         serve(folder, options.database, tokens, options.seconds, options.think, result)
         rank_many(site, options.rankings)
         for name in ("ranks", "preferences", "demonstrations"):
             begun = time.monotonic()
-            lines = sum(chunk.count(b"\n") for chunk in export_bytes(site.database, site.project, name))
-            result[f"export_{name}"] = {"seconds": round(time.monotonic() - begun, 2), "records": lines}
+            lines = sum(
+                chunk.count(b"\n") for chunk in export_bytes(site.database, site.project, name)
+            )
+            result[f"export_{name}"] = {
+                "seconds": round(time.monotonic() - begun, 2),
+                "records": lines,
+            }
         begun = time.monotonic()
         site.quality.get()
         result["quality_s"] = round(time.monotonic() - begun, 2)

@@ -8,7 +8,7 @@ import pytest
 from annotation import PASSWORD, Place, make_tasks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from openqwen.instruct.collaborate import accounts
 from openqwen.instruct.collaborate.events import read_events, rebuild
@@ -33,7 +33,7 @@ def check_replay(site):
         rebuild(connection)
     assert state(site) == before
     with site.database.read() as connection:
-        numbers = [event.seq for event in read_events(connection)]
+        numbers = [e.seq for e in read_events(connection)]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
@@ -106,8 +106,8 @@ def test_a_key_is_counted_once_and_a_second_window_is_told(place):
     }
     assert ann.code("POST", f"/api/tasks/{task['id']}/answer", body) == (409, "already_answered")
     with p.site.database.read() as connection:
-        kinds = [event.kind for event in read_events(connection)]
-        (copy,) = [event for event in read_events(connection) if event.kind == "refused_copy"]
+        kinds = [e.kind for e in read_events(connection)]
+        (copy,) = [e for e in read_events(connection) if e.kind == "refused_copy"]
     assert kinds.count("answered") == 1
     assert copy.new["answer"]["ranks"] == [[0, 1, 2]]
     check_replay(p.site)
@@ -238,7 +238,7 @@ def test_priorities_come_first_and_gold_tasks_are_everybodys(place):
             person.answer(task, [[r["slot"]] for r in text])
             if len(seen[name]) == 4 and name == "Ann":
                 break
-    assert [t for t in seen["Ann"] if t != "t5"][0] == "t4"
+    assert next(t for t in seen["Ann"] if t != "t5") == "t4"
     assert "t5" in seen["Ben"]
     assert sorted(t for t in seen["Ann"] + seen["Ben"] if t != "t5") == [
         "t0",
@@ -457,3 +457,65 @@ def test_an_empty_project_says_so(place):
         assert owner.send("GET", f"/api/export/{name}").status_code == 200
     with pytest.raises(OpenQwenError, match="no task"):
         p.add([])
+
+
+def test_the_next_task_is_found_by_indices_whatever_a_person_has_done(place):
+    """No query of `next` reads a whole table: 100,000 tasks must not make it slow."""
+    p = place(overlap=2, gold_share=0.5)
+    records = make_tasks(40)
+    records[39]["gold"] = [[0], [1], [2]]
+    p.add(records)
+    ann, ben = p.person("Ann"), p.person("Ben")
+    ben.next()
+    for _ in range(20):
+        ann.answer(ann.next(), [["A"], ["B"], ["C"]])
+    seen = []
+    engine = p.site.database.engine
+    listen = lambda c, cursor, statement, values, *rest: seen.append((statement, values))
+    event.listen(engine, "before_cursor_execute", listen)
+    ann.next()
+    event.remove(engine, "before_cursor_execute", listen)
+    read = [(s, v) for s, v in seen if s.startswith("SELECT")]
+    assert len(read) > 10
+    with p.site.database.read() as connection:
+        for statement, values in read:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values).all()
+            for row in plan:
+                step = row[3]
+                whole = step.startswith("SCAN") and "INDEX tasks_waiting" not in step
+                # Few leases are open at a time: their index may be read whole.
+                small = "work_leases" in step or "subquery" in step.lower() or "CONSTANT" in step
+                assert not whole or small, (step, statement)
+
+
+def test_who_skipped_or_lost_a_task_and_then_looked_at_it_cannot_answer_it(place, monkeypatch):
+    p = place(overlap=1)
+    p.add(make_tasks(2))
+    rita = p.person("Rita", "reviewer")
+    task = rita.next()
+    body = {"lease": task["lease"]["id"], "key": "skip-123456", "reason": ""}
+    rita.ok("POST", f"/api/tasks/{task['id']}/skip", body)
+    rita.ok("GET", f"/api/tasks/{task['id']}")
+    answer = {"lease": task["lease"]["id"], "key": "key-12345678"}
+    answer["answer"] = {"ranks": [["A"], ["B"], ["C"]]}
+    path = f"/api/tasks/{task['id']}"
+    assert rita.code("POST", f"{path}/answer", answer) == (409, "already_answered")
+    assert rita.code("POST", f"{path}/reopen", {"key": "key-reopen-1"}) == (404, "not_found")
+    assert rita.next()["id"] != task["id"]
+    check_replay(p.site)
+
+
+def test_a_draft_after_the_lease_takes_the_place_again(place, monkeypatch):
+    p = place(overlap=1)
+    p.add(make_tasks(1))
+    ann, ben, cem = (p.person(name) for name in ("Ann", "Ben", "Cem"))
+    task = ann.next()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 31 * 60)
+    ben.answer(ben.next(), [["A"], ["B"], ["C"]])  # Ann's lease ends; Ben takes the place
+    draft = {"lease": task["lease"]["id"], "answer": {"comment": "late"}}
+    lease = ann.ok("PUT", "/api/tasks/t0/draft", draft)["lease"]
+    assert lease["seconds"] > 60
+    assert ann.next()["draft"]["answer"] == {"comment": "late"}
+    assert cem.ok("POST", "/api/next", {})["reason"] == "none_left"
+    check_replay(p.site)

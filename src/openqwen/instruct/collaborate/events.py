@@ -273,7 +273,12 @@ def _reopened(connection: Connection, event: LogEvent) -> None:
 
 
 def _looked(connection: Connection, event: LogEvent) -> None:
-    """A reviewer has seen the answers, and is not given the task any more."""
+    """A reviewer sees the answers, and is not given the task any more."""
+    row = _work(connection, event)
+    if row is not None:
+        if row.status != "answered":
+            _give_up(connection, event, status="looked")
+        return
     key = {"task": event.task, "version": event.version, "person": event.person}
     values = {"status": "looked", "order": "[]", "lease_until": 0.0, "opened": event.seq}
     connection.execute(insert(work).values(**key, **values, seconds=0.0, seq=event.seq))

@@ -13,7 +13,6 @@ from sqlalchemy import Connection
 
 from openqwen.http.json_body import dump_json
 from openqwen.instruct.collaborate import bradley_terry
-from openqwen.instruct.collaborate.answers import preference
 from openqwen.instruct.collaborate.database import Database
 from openqwen.instruct.collaborate.events import read_events
 from openqwen.instruct.collaborate.quality import quality
@@ -200,7 +199,7 @@ def _votes(result: TaskResult) -> dict[tuple[int, int], tuple[int, int, int]]:
     for answer in result.answers:
         if answer.kind == "model":
             continue
-        for pair, value in preference(answer.ranks, result.count).items():
+        for pair, value in answer.pairs.items():
             votes.setdefault(pair, []).append(value)
     return {
         pair: (values.count(1), values.count(-1), values.count(0))

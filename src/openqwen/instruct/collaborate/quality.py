@@ -5,7 +5,7 @@ import statistics
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -111,7 +111,7 @@ def preferences(found: Iterable[TaskResult]) -> list[tuple[int, int, str, int]]:
     for number, result in enumerate(found):
         units: dict[tuple[int, int], int] = {}
         for answer in result.answers:
-            for pair, value in preference(answer.ranks, result.count).items():
+            for pair, value in answer.pairs.items():
                 if pair not in units:
                     units[pair] = unit
                     unit += 1
@@ -187,7 +187,7 @@ def _people(
         for answer in result.answers:
             answers[answer.person].append(answer)
             if result.gold is not None:
-                right, of = gold_pairs(answer.ranks, result.gold, result.count)
+                right, of = gold_pairs(answer.pairs, result.gold, result.count)
                 gold[answer.person][0] += right
                 gold[answer.person][1] += of
     same = _agreement_of_people(pairs)
@@ -218,10 +218,9 @@ def _people(
 
 
 def gold_pairs(
-    ranks: Sequence[Sequence[int]], gold: Sequence[Sequence[int]], count: int
+    given: Mapping[tuple[int, int], int], gold: Sequence[Sequence[int]], count: int
 ) -> tuple[int, int]:
     """(pairs ordered as the known ranks order them, pairs that those order)."""
-    given = preference(ranks, count)
     known = {pair: value for pair, value in preference(gold, count).items() if value}
     return sum(given.get(pair) == value for pair, value in known.items()), len(known)
 
@@ -300,7 +299,7 @@ def _worst(found: Sequence[TaskResult]) -> list[Json]:
     """The tasks on which people agree least."""
     listed = []
     for result in found:
-        share = pair_agreement([answer.ranks for answer in result.answers], result.count)
+        share = pair_agreement(answer.pairs for answer in result.answers)
         if share is not None:
             about = {"id": result.id, "preview": result.row.preview, "agreement": share}
             listed.append(about | {"answers": len(result.answers)})
@@ -320,7 +319,7 @@ def _models(connection: Connection, found: Sequence[TaskResult]) -> list[Json]:
         for answer in result.answers:
             if answer.kind == "model":
                 continue
-            for (a, b), value in preference(answer.ranks, result.count).items():
+            for (a, b), value in answer.pairs.items():
                 first, second = index.get(models[a]), index.get(models[b])
                 if first is None or second is None or first == second:
                     continue

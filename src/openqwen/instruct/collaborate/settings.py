@@ -22,7 +22,7 @@ _TEMPLATE = """\
 id: {id}                     # never change it: sessions and exports name it
 title: {title}
 language: en                 # of the page at first: en or zh
-overlap: 2                   # people who answer each task
+overlap: 2                   # people who answer each task that is added from now on
 ties: true                   # responses may share a rank
 best: null                   # a number: only the best so many must be ranked
 demonstrations: optional     # off, optional, or required

@@ -70,6 +70,8 @@ def upgrade() -> None:
     )
     op.create_index("work_mine", "work", ["person", "seq"])
     _partial("work_leases", "work", ["lease_until"], sa.text("status = 'open'"))
+    unfinished = sa.text("status IN ('open', 'returned', 'expired')")
+    _partial("work_unfinished", "work", ["person", "seq"], unfinished)
     op.create_table(
         "frontiers",
         sa.Column("person", text, primary_key=True),
