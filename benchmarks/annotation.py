@@ -37,19 +37,20 @@ from openqwen.instruct.collaborate.tables import people
 from openqwen.support.files import write_jsonl
 
 PASSWORD = "a long password"
+WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be"]
 
 
 def make_tasks(count):
+    """Tasks of about 1,300 characters."""
     rng = random.Random(0)
     for n in range(count):
-        words = " ".join(
-            rng.choices("the of and to in is that for it as was with be".split(), k=60)
-        )
+        words = " ".join(rng.choices(WORDS, k=60))
         responses = [{"text": f"{r} {words}", "origin": {"model": f"m{r}"}} for r in range(4)]
         yield {"id": f"t{n}", "prompt": f"{n}: {words}", "responses": responses}
 
 
 def annotator(url, token, seconds, times):
+    """One person: take a task, answer it, think."""
     with httpx.Client(base_url=url, timeout=60) as http:
         body = {"name": f"P{token[:8]}", "password": PASSWORD}
         me = http.post(f"/api/invitations/{token}/accept", json=body).raise_for_status().json()
@@ -71,6 +72,7 @@ def annotator(url, token, seconds, times):
 
 
 def memory(pid):
+    """Resident memory of a process in MB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) // 1024
@@ -78,11 +80,13 @@ def memory(pid):
 
 
 def percentiles(values):
+    """Of seconds, in milliseconds."""
     found = np.percentile(values, [50, 95, 99]) * 1000
     return {f"p{p}": round(float(v), 1) for p, v in zip((50, 95, 99), found)}
 
 
 def serve(folder, database, tokens, seconds, think, result):
+    """Run the server under the annotators."""
     port = 8377
     words = ["annotate", str(folder), "--port", str(port)]
     words += ["--database", database] if database else []
@@ -137,6 +141,7 @@ def rank_many(site, count):
 
 
 def main():
+    """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tasks", type=int, default=100_000)
     parser.add_argument("--people", type=int, default=15)

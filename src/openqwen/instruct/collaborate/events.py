@@ -6,7 +6,7 @@ ordered by their number, never by their time: a clock may jump.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -70,7 +70,7 @@ def record_all(connection: Connection, given: Iterable[LogEvent]) -> list[LogEve
     last = connection.execute(select(func.coalesce(func.max(events.c.seq), 0))).scalar_one()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     numbered = [
-        LogEvent(**(asdict(event) | {"seq": last + number, "at": event.at or now}))
+        replace(event, seq=last + number, at=event.at or now)
         for number, event in enumerate(given, 1)
     ]
     if numbered:
@@ -134,7 +134,7 @@ def loads(text: str | None) -> Any:
 
 
 def _row(event: LogEvent) -> dict[str, Any]:
-    return asdict(event) | {name: dumps(getattr(event, name)) for name in _JSON}
+    return vars(event) | {name: dumps(getattr(event, name)) for name in _JSON}
 
 
 def _fold(connection: Connection, block: list[LogEvent]) -> None:

@@ -69,7 +69,7 @@ def quality(connection: Connection, project: ProjectConfig) -> Json:
     return {
         "progress": progress(connection),
         "alpha": _measured(ratings, annotators, lambda r, w: agreement.alpha(r, "nominal", w)),
-        "alpha_ranks": _measured(ranks, annotators, lambda r, w: agreement.alpha(r, "ordinal", w)),
+        "alpha_ranks": _measured(ranks, annotators, _alpha_of_ranks, interval=False),
         "ac1": _measured(ratings, annotators, agreement.ac1),
         "criteria": {
             criterion.id: agreement.alpha(Ratings.of(_scores(human, criterion.id)), "interval")
@@ -139,7 +139,14 @@ def _scores(found: Iterable[TaskResult], criterion: str) -> Iterable[tuple[int, 
         unit += result.count
 
 
-def _measured(ratings: Ratings, annotators: int, measure: agreement.Measure) -> Json:
+def _alpha_of_ranks(ratings: Ratings, weights: np.ndarray | None) -> float | None:
+    return agreement.alpha(ratings, "ordinal", weights)
+
+
+def _measured(
+    ratings: Ratings, annotators: int, measure: agreement.Measure, interval: bool = True
+) -> Json:
+    """A measure of agreement with its interval, or why it has no value."""
     value = measure(ratings, None) if len(ratings.counts) else None
     code = None
     if annotators < 2:
@@ -148,7 +155,8 @@ def _measured(ratings: Ratings, annotators: int, measure: agreement.Measure) -> 
         value, code = None, "no_overlap"
     elif value is None:
         code = "no_variation"
-    low, high = (value is not None and agreement.interval(ratings, measure)) or (None, None)
+    bounds = agreement.interval(ratings, measure) if interval and value is not None else None
+    low, high = bounds or (None, None)
     why = _WHY[code] if code else None
     return {"value": value, "low": low, "high": high, "why": why, "why_code": code}
 
