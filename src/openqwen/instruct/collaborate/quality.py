@@ -91,7 +91,8 @@ def progress(connection: Connection) -> Json:
     full = select(func.count()).where(tasks.c.answers >= tasks.c.wanted)
     skipped = select(func.count()).where(work.c.status == "skipped")
     day = func.substr(events.c.at, 1, 10)
-    per_day = select(day, func.count()).where(events.c.kind == "answered").group_by(day)
+    per_day = select(day, func.count()).join(work, work.c.seq == events.c.seq)
+    per_day = per_day.where(work.c.status == "answered").group_by(day)
     return {
         "tasks": total,
         "answers": int(answers or 0),
@@ -202,8 +203,9 @@ def _people(
     logs = [math.log(a.seconds) for given in answers.values() for a in given if a.seconds > 0]
     chosen = select(work.c.person, func.count()).where(work.c.status == "skipped")
     skips: dict[str, int] = dict(connection.execute(chosen.group_by(work.c.person)).tuples().all())
-    last = select(events.c.person, func.max(events.c.seq)).group_by(events.c.person).subquery()
-    when = select(events.c.person, events.c.at).join(last, events.c.seq == last.c[1])
+    last = select(work.c.person, func.max(work.c.seq).label("seq")).group_by(work.c.person)
+    latest = last.subquery()
+    when = select(latest.c.person, events.c.at).join(events, events.c.seq == latest.c.seq)
     times = dict(connection.execute(when).tuples().all())
     rows = connection.execute(select(people).order_by(people.c.since, people.c.name)).all()
     return [
