@@ -145,7 +145,11 @@ def _postgresql(url: str) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.drivername in ("postgres", "postgresql"):
-            parsed = parsed.set(drivername="postgresql+psycopg")
+            parsed = parsed.set(drivername="postgresql+pg8000")
+        query = dict(parsed.query)
+        if str(query.get("host", "")).startswith("/"):  # as libpq writes the folder of a socket
+            query["unix_sock"] = f"{query.pop('host')}/.s.PGSQL.{query.pop('port', 5432)}"
+            parsed = parsed.set(query=query)
         if parsed.get_backend_name() != "postgresql":
             raise ArgumentError(f"the scheme is {parsed.drivername}")
         return create_engine(parsed, pool_size=20, max_overflow=20, pool_pre_ping=True)
@@ -155,7 +159,7 @@ def _postgresql(url: str) -> Engine:
         raise OpenQwenError(what, "--database", do) from None
     except ModuleNotFoundError as error:
         what = f"PostgreSQL needs the library {error.name}."
-        raise OpenQwenError(what, "--database", pip_install("psycopg[binary]")) from None
+        raise OpenQwenError(what, "--database", pip_install("openqwen[postgresql]")) from None
 
 
 def _migrate(connection: Connection) -> None:
