@@ -1,12 +1,13 @@
 """A project that is being annotated: its settings, its database, and what limits its visitors."""
 
 import hmac
+import os
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from fastapi import Request
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, delete, insert, select
 from starlette.responses import Response
 
 from openqwen.http.errors import ApiError
@@ -15,10 +16,10 @@ from openqwen.instruct.collaborate import accounts
 from openqwen.instruct.collaborate.accounts import Caller, RateLimit, Role
 from openqwen.instruct.collaborate.annotate import Json
 from openqwen.instruct.collaborate.database import Database
-from openqwen.instruct.collaborate.events import LogEvent, as_event, record
+from openqwen.instruct.collaborate.events import LogEvent, dumps, loads, record
 from openqwen.instruct.collaborate.quality import QualityCache
 from openqwen.instruct.collaborate.settings import DATABASE_FILE, AnnotateConfig, open_project
-from openqwen.instruct.collaborate.tables import events, invitations, people
+from openqwen.instruct.collaborate.tables import about, invitations, people
 
 _SAFE = ("GET", "HEAD")
 
@@ -37,7 +38,8 @@ class Site:
     def __init__(self, folder: Path, config: AnnotateConfig):
         self.folder, self.config = folder, config
         self.project = open_project(folder)
-        self.database = Database(config.database or folder / DATABASE_FILE, self.project.id)
+        url = config.database or os.environ.get("OPENQWEN_DATABASE")
+        self.database = Database(url or folder / DATABASE_FILE, self.project.id)
         self.quality = QualityCache(self.database, self.project)
         self.cookie = f"openqwen_{self.project.id}"
         self.requests = RateLimit(600, 30)  # of one session, or of one address without one
@@ -55,10 +57,11 @@ class Site:
 
     def _record_settings(self, connection: Connection) -> None:
         """Record the project's settings where they have changed since the last start."""
-        chosen = select(events).where(events.c.kind == "configured").order_by(events.c.seq.desc())
-        row = connection.execute(chosen.limit(1)).first()
-        old, new = as_event(row).new if row else None, self.project.model_dump()
+        known = connection.execute(select(about.c.value).where(about.c.name == "settings")).scalar()
+        old, new = loads(known), self.project.model_dump()
         if old != new:
+            connection.execute(delete(about).where(about.c.name == "settings"))
+            connection.execute(insert(about).values(name="settings", value=dumps(new)))
             record(connection, LogEvent("configured", old=old, new=new))
 
     def caller(self, request: Request, role: Role) -> Caller:
