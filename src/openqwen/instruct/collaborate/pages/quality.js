@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { at, h } from "./dom.js";
-import { manage } from "./manage.js";
+import { Management } from "./manage.js";
 import { bars, section, square, table } from "./plots.js";
 import { duration, few, known, moment, number, percent, t } from "./texts.js";
 
@@ -22,8 +22,8 @@ export class QualityView {
   async open() {
     const numbers = h("div", { class: "numbers" });
     const title = h("h1", {}, this.site.project.title);
-    const rest = this.site.me.role === "owner" ? await manage() : [];
-    const page = h("div", { class: "page wide" }, title, numbers, rest);
+    if (this.site.me.role === "owner") this.management = new Management();
+    const page = h("div", { class: "page wide" }, title, numbers, this.management?.sections());
     at("main").replaceChildren(page);
     at("main").focus();
     await this.look(numbers);
@@ -37,6 +37,10 @@ export class QualityView {
       const read = place.contains(document.activeElement);
       if (!this.closed && text !== this.shown && !read) place.replaceChildren(...sections(found));
       if (!read) this.shown = text;
+      // Accounts are listed again when there is another person.
+      const people = found.people.map(({ name }) => name).join("\n");
+      if (people !== this.people) await this.management?.list();
+      this.people = people;
     } catch (error) {
       if (!this.shown) throw error;
       this.site.saved(error.message);
@@ -106,7 +110,7 @@ function peopleTable(people) {
   columns.push(...COLUMNS.map((name) => ({ name: t(`column.${name}`), number: true })));
   const rows = people.map(({ name, role, kind, gold, seconds, ...one }) => [
     name,
-    t(kind === "model" ? "role.model" : `role.${role}`),
+    t(kind === "human" ? `role.${role}` : `kind.${kind}`),
     number.format(one.answers),
     number.format(one.skipped),
     gold.of ? `${number.format(gold.right)} / ${number.format(gold.of)}` : "–",
@@ -114,7 +118,7 @@ function peopleTable(people) {
     duration(seconds.median),
     number.format(seconds.outliers),
     bias(one.position),
-    one.last ? moment(one.last) : "–",
+    moment(one.last),
   ]);
   return table(t("quality.people"), columns, rows);
 }

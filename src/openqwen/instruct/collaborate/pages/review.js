@@ -112,7 +112,7 @@ export class ReviewView {
         "div",
         { class: "row between" },
         h("strong", {}, name),
-        h("span", { class: "hint" }, `${moment(time)} · ${duration(seconds)}`),
+        h("span", { class: "hint" }, time && `${moment(time)} · `, duration(seconds)),
       ),
       h("p", { class: "ranks" }, orderText(ranks)),
       this.marks(answer).map((line) => h("p", { class: "note" }, line)),
