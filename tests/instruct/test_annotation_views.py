@@ -38,7 +38,7 @@ def answer(site, name, ranks, role="annotator", **more):
     client = site.join(site.invite(role), name)
     found = site.post("next", client=client)["task"]
     given = {"ranks": ranks, "scores": {}, "flags": {}, "comment": "", "demonstration": None} | more
-    body = {"lease": found["lease"]["id"], "key": f"key-{name}-1", "answer": given, "seconds": 3}
+    body = {"lease": found["lease"]["id"], "key": f"{abs(hash(name)):016x}", "answer": given, "seconds": 3}
     site.post(f"tasks/{found['id']}/answer", body, client=client)
     return client
 
@@ -120,11 +120,11 @@ def test_a_reviewer_returns_an_answer_and_its_author_sees_why(live, visit):  # n
 
 
 def test_the_owner_invites_imports_exports_and_sees_the_numbers(live, visit):  # noqa: F811
-    site = live([task("t1", 2), task("t2", 2)])
+    site = live([task("t1", 2)], overlap=4)
     answer(site, "Ada", [["A"], ["B"]])
     page = visit(site, "Boss", "owner")
     tile = page.locator(".tile", has_text="Answers").first
-    tile.get_by_text("of 4 wanted, 2 tasks").wait_for()
+    tile.get_by_text("of 4 wanted; tasks: 1").wait_for()
     assert tile.locator("dd").first.inner_text() == "1"
     assert "One annotator only" in page.locator(".tiles").inner_text()
     page.get_by_label("Role", exact=True).select_option("reviewer")
@@ -138,13 +138,15 @@ def test_the_owner_invites_imports_exports_and_sees_the_numbers(live, visit):  #
             "buffer": (json.dumps(task("t3", 2)) + '\n{"id": "t4"}\n').encode(),
         }
     )
-    page.get_by_text("1 tasks added, 0 changed, 0 known already, 1 refused").wait_for()
+    page.get_by_text("Tasks added: 1; changed: 0; known already: 0; refused: 1").wait_for()
     with page.expect_download() as caught:
         page.get_by_role("link", name="Events").click()
     kinds = [json.loads(line)["kind"] for line in caught.value.path().read_text().splitlines()]
     assert kinds.count("answered") == 1
     answer(site, "Grace", [["A"], ["B"]])
     tile.locator("dd", has_text="2").first.wait_for(timeout=20_000)  # by itself
+    square = page.get_by_role("region", name="Pairwise κ")
+    assert square.locator(".shade").count() == 2
     page.get_by_role("row", name=re.compile("Grace.*Deactivate")).get_by_role(
         "button", name="Deactivate"
     ).click()

@@ -83,7 +83,7 @@ function tiles({ progress, alpha, alpha_ranks: ranks, ac1, people }) {
     agreed("quality.alpha", alpha),
     ranks && agreed("quality.alphaRanks", ranks),
     agreed("quality.ac1", ac1),
-    tile("quality.gold", percent(of ? right / of : null), t("quality.goldHint", { right, of })),
+    tile("quality.gold", percent(of ? right / of : null), of ? t("quality.goldHint", { right, of }) : ""),
     tile("quality.skipped", number.format(progress.skipped)),
   ];
 }
@@ -134,10 +134,11 @@ function kappaSquare({ kappa, people }) {
   const found = new Map();
   for (const { a, b, value, tasks } of kappa) {
     const entry = { value, text: few(value), said: t("quality.shared", { n: tasks }) };
-    found.set(`${a} ${b}`, entry).set(`${b} ${a}`, entry);
+    found.set(`${a}\n${b}`, entry).set(`${b}\n${a}`, entry);
   }
-  const paired = people.filter(({ id }) => kappa.some(({ a, b }) => a === id || b === id));
-  return square(t("quality.kappa"), paired, (a, b) => found.get(`${a} ${b}`));
+  const names = people.map(({ name }) => name);
+  const paired = names.filter((name) => kappa.some(({ a, b }) => a === name || b === name));
+  return square(t("quality.kappa"), paired, (a, b) => found.get(`${a}\n${b}`));
 }
 
 function positions({ shares, expected, p }) {
