@@ -61,23 +61,17 @@ class Visitor:
     """A browser: it keeps cookies and sends the CSRF token."""
 
     def __init__(self, app, address="127.0.0.1"):
-        self.app, self.cookies, self.csrf, self.address = app, httpx.Cookies(), None, address
+        self.csrf = None
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(address, 1))
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://localhost")
+        self.cookies = self.http.cookies
+        self.loop = asyncio.new_event_loop()
 
     def send(self, method, path, json=None, headers=None, **options):
-        async def go():
-            transport = httpx.ASGITransport(
-                self.app, raise_app_exceptions=False, client=(self.address, 1)
-            )
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://localhost", cookies=self.cookies
-            ) as http:
-                sent = {"X-CSRF-Token": self.csrf} if self.csrf else {}
-                sent |= headers or {}
-                answer = await http.request(method, path, json=json, headers=sent, **options)
-                self.cookies = http.cookies
-                return answer
-
-        return asyncio.run(go())
+        sent = {"X-CSRF-Token": self.csrf} if self.csrf else {}
+        sent |= headers or {}
+        request = self.http.request(method, path, json=json, headers=sent, **options)
+        return self.loop.run_until_complete(request)
 
     def ok(self, method, path, json=None, **options):
         answer = self.send(method, path, json, **options)
@@ -130,17 +124,3 @@ class Place:
         with self.site.database.write() as connection:
             token = accounts.invite(connection, role, 1, None)["token"]
         return Visitor(self.app).accept(token, name)
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setattr(accounts, "_COST", {"n": 16, "r": 1, "p": 1})
-    places = []
-
-    def make(database=None, folder="project", **settings):
-        places.append(Place(tmp_path / folder, database, **settings))
-        return places[-1]
-
-    yield make
-    for one in places:
-        one.site.database.close()

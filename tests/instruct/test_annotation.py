@@ -5,23 +5,24 @@ import threading
 import time
 
 import pytest
-from annotation import PASSWORD, Visitor, make_tasks, place  # noqa: F401
+from annotation import PASSWORD, Place, make_tasks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import select
+from sqlalchemy import event, select
 
+from openqwen.instruct.collaborate import accounts
 from openqwen.instruct.collaborate.events import read_events, rebuild
 from openqwen.instruct.collaborate.export import EXPORTS
 from openqwen.instruct.collaborate.tables import STATE, work
 from openqwen.support.errors import OpenQwenError
-from openqwen.train.conversations import encode_preference
 
 
 def state(site):
     """Every row of the state tables."""
     with site.database.read() as connection:
         return {
-            table.name: sorted(map(repr, connection.execute(select(table)).all())) for table in STATE
+            table.name: sorted(map(repr, connection.execute(select(table)).all()))
+            for table in STATE
         }
 
 
@@ -32,7 +33,7 @@ def check_replay(site):
         rebuild(connection)
     assert state(site) == before
     with site.database.read() as connection:
-        numbers = [event.seq for event in read_events(connection)]
+        numbers = [e.seq for e in read_events(connection)]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
@@ -52,9 +53,7 @@ def test_an_answer_goes_from_the_page_to_the_export(place):
         best, *rest = (slots[f"Response {r} to 0"] for r in (2, 0, 1))
         demonstration = {"from": best, "text": "Better"} if person is ann else None
         scores = {best: {"helpful": 5}}
-        person.answer(
-            task, [[best], rest], scores=scores, comment="c", demonstration=demonstration
-        )
+        person.answer(task, [[best], rest], scores=scores, comment="c", demonstration=demonstration)
     assert ann.ok("POST", "/api/next", {})["reason"] == "none_left"
     (ranks,) = exported(p.site, "ranks")
     assert [answer["ranks"] for answer in ranks["answers"]] == [[[2], [0, 1]]] * 2
@@ -63,8 +62,14 @@ def test_an_answer_goes_from_the_page_to_the_export(place):
     pairs = {(q["a"], q["b"]): q for q in exported(p.site, "pairs")}
     assert (pairs[0, 2]["b_wins"], pairs[0, 2]["count"], pairs[0, 2]["margin"]) == (2, 2, -1)
     assert (pairs[0, 1]["ties"], pairs[0, 1]["margin"]) == (2, 0)
-    chosen = [(q["chosen"][0]["content"], q["rejected"][0]["content"]) for q in exported(p.site, "preferences")]
-    assert sorted(chosen) == [("Response 2 to 0", "Response 0 to 0"), ("Response 2 to 0", "Response 1 to 0")]
+    chosen = [
+        (q["chosen"][0]["content"], q["rejected"][0]["content"])
+        for q in exported(p.site, "preferences")
+    ]
+    assert sorted(chosen) == [
+        ("Response 2 to 0", "Response 0 to 0"),
+        ("Response 2 to 0", "Response 1 to 0"),
+    ]
     (d,) = exported(p.site, "demonstrations")
     assert [m["content"] for m in d["messages"]] == ["Question 0", "Better"]
     assert d["origin"]["response"] == {"model": "m2"}
@@ -94,11 +99,15 @@ def test_a_key_is_counted_once_and_a_second_window_is_told(place):
     first = ann.answer(task, ranks, "key-12345678")
     again = ann.answer(task, [["C"], ["B"], ["A"]], "key-12345678")
     assert (first["repeated"], again["repeated"], again["seq"]) == (False, True, first["seq"])
-    body = {"lease": task["lease"]["id"], "key": "key-another-1", "answer": {"ranks": [["C", "B", "A"]]}}
+    body = {
+        "lease": task["lease"]["id"],
+        "key": "key-another-1",
+        "answer": {"ranks": [["C", "B", "A"]]},
+    }
     assert ann.code("POST", f"/api/tasks/{task['id']}/answer", body) == (409, "already_answered")
     with p.site.database.read() as connection:
-        kinds = [event.kind for event in read_events(connection)]
-        (copy,) = [event for event in read_events(connection) if event.kind == "refused_copy"]
+        kinds = [e.kind for e in read_events(connection)]
+        (copy,) = [e for e in read_events(connection) if e.kind == "refused_copy"]
     assert kinds.count("answered") == 1
     assert copy.new["answer"]["ranks"] == [[0, 1, 2]]
     check_replay(p.site)
@@ -110,7 +119,11 @@ def test_a_draft_comes_back_in_every_window_and_undo_brings_the_answer_back(plac
     ann = p.person("Ann")
     task = ann.next()
     path = f"/api/tasks/{task['id']}"
-    body = {"lease": task["lease"]["id"], "answer": {"ranks": [["B"]], "comment": "half"}, "seconds": 4}
+    body = {
+        "lease": task["lease"]["id"],
+        "answer": {"ranks": [["B"]], "comment": "half"},
+        "seconds": 4,
+    }
     ann.ok("PUT", f"{path}/draft", body)
     ann.ok("PUT", f"{path}/draft", body | {"answer": {"comment": "more"}})
     again = ann.next()
@@ -225,9 +238,15 @@ def test_priorities_come_first_and_gold_tasks_are_everybodys(place):
             person.answer(task, [[r["slot"]] for r in text])
             if len(seen[name]) == 4 and name == "Ann":
                 break
-    assert [t for t in seen["Ann"] if t != "t5"][0] == "t4"
+    assert next(t for t in seen["Ann"] if t != "t5") == "t4"
     assert "t5" in seen["Ben"]
-    assert sorted(t for t in seen["Ann"] + seen["Ben"] if t != "t5") == ["t0", "t1", "t2", "t3", "t4"]
+    assert sorted(t for t in seen["Ann"] + seen["Ben"] if t != "t5") == [
+        "t0",
+        "t1",
+        "t2",
+        "t3",
+        "t4",
+    ]
     numbers = p.person("Olga", "owner").ok("GET", "/api/quality")
     gold = {q["name"]: q["gold"] for q in numbers["people"]}
     assert gold["Ben"] == {"right": 3, "of": 3}
@@ -258,7 +277,10 @@ def test_only_the_best_few_are_ranked(place):
         ({"ranks": [["A", "B", "C"]], "flags": {"A": ["rude"]}}, "answer.flags"),
         ({"ranks": [["A", "B", "C"]], "flags": {"Z": ["unsafe"]}}, "answer.flags"),
         ({"ranks": [["A", "B", "C"]], "comment": "c" * 10_001}, "answer.comment"),
-        ({"ranks": [["A", "B", "C"]], "demonstration": {"from": "A", "text": " "}}, "answer.demonstration"),
+        (
+            {"ranks": [["A", "B", "C"]], "demonstration": {"from": "A", "text": " "}},
+            "answer.demonstration",
+        ),
         ({"ranks": [["A", "B", "C"]], "stars": 5}, "answer.stars"),
     ],
 )
@@ -353,11 +375,12 @@ RANKS = st.integers(2, 6).flatmap(
 @given(st.lists(st.tuples(RANKS, st.integers(0, 10**6)), min_size=1, max_size=6), st.integers(1, 3))
 def test_drawn_rankings_equal_the_export(tmp_path_factory, drawn, people):
     """Everybody ranks every task at random, ties too; the export says so to the last tie."""
-    from annotation import Place
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accounts, "_COST", {"n": 16, "r": 1, "p": 1})
+        check_drawn(tmp_path_factory, drawn, people)
 
-    from openqwen.instruct.collaborate import accounts
 
-    accounts._COST = {"n": 16, "r": 1, "p": 1}
+def check_drawn(tmp_path_factory, drawn, people):
     p = Place(tmp_path_factory.mktemp("drawn") / "p", overlap=people)
     p.add([make_tasks(1, k, start=n)[0] for n, ((k, _), _) in enumerate(drawn)])
     wanted = {}
@@ -393,7 +416,6 @@ def test_exports_are_what_training_reads(place, tmp_path):
         ann.answer(task, [["A"], ["B"], ["C"]])
     assert all(preference(record).prompt for record in exported(p.site, "preferences"))
     assert all(len(demonstration(record)[0]) == 2 for record in exported(p.site, "demonstrations"))
-    assert encode_preference  # the reader that dpo and reward share
 
 
 def test_an_export_of_events_fills_a_new_project(place, tmp_path):
@@ -410,9 +432,7 @@ def test_an_export_of_events_fills_a_new_project(place, tmp_path):
     assert "scrypt" not in raw.text
     q = place(folder="second")
     q.add([json.loads(line) for line in raw.text.splitlines()], "events.jsonl")
-    assert state(q.site) == {
-        name: rows for name, rows in state(p.site).items()
-    }
+    assert state(q.site) == state(p.site)
     assert exported(q.site, "ranks") == exported(p.site, "ranks")
     with pytest.raises(OpenQwenError, match="in use"):
         q.add([json.loads(line) for line in raw.text.splitlines()], "events.jsonl")
@@ -439,3 +459,63 @@ def test_an_empty_project_says_so(place):
         p.add([])
 
 
+def test_the_next_task_is_found_by_indices_whatever_a_person_has_done(place):
+    """No query of `next` reads a whole table: 100,000 tasks must not make it slow."""
+    p = place(overlap=2, gold_share=0.5)
+    records = make_tasks(40)
+    records[39]["gold"] = [[0], [1], [2]]
+    p.add(records)
+    ann, ben = p.person("Ann"), p.person("Ben")
+    ben.next()
+    for _ in range(20):
+        ann.answer(ann.next(), [["A"], ["B"], ["C"]])
+    seen = []
+    engine = p.site.database.engine
+    listen = lambda c, cursor, statement, values, *rest: seen.append((statement, values))
+    event.listen(engine, "before_cursor_execute", listen)
+    ann.next()
+    event.remove(engine, "before_cursor_execute", listen)
+    read = [(s, v) for s, v in seen if s.startswith("SELECT")]
+    assert len(read) > 10
+    with p.site.database.read() as connection:
+        for statement, values in read:
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values).all()
+            for row in plan:
+                step = row[3]
+                whole = step.startswith("SCAN") and "INDEX tasks_waiting" not in step
+                # Few leases are open at a time: their index may be read whole.
+                small = "work_leases" in step or "subquery" in step.lower() or "CONSTANT" in step
+                assert not whole or small, (step, statement)
+
+
+def test_who_skipped_or_lost_a_task_and_then_looked_at_it_cannot_answer_it(place, monkeypatch):
+    p = place(overlap=1)
+    p.add(make_tasks(2))
+    rita = p.person("Rita", "reviewer")
+    task = rita.next()
+    body = {"lease": task["lease"]["id"], "key": "skip-123456", "reason": ""}
+    rita.ok("POST", f"/api/tasks/{task['id']}/skip", body)
+    rita.ok("GET", f"/api/tasks/{task['id']}")
+    answer = {"lease": task["lease"]["id"], "key": "key-12345678"}
+    answer["answer"] = {"ranks": [["A"], ["B"], ["C"]]}
+    path = f"/api/tasks/{task['id']}"
+    assert rita.code("POST", f"{path}/answer", answer) == (409, "already_answered")
+    assert rita.code("POST", f"{path}/reopen", {"key": "key-reopen-1"}) == (404, "not_found")
+    assert rita.next()["id"] != task["id"]
+    check_replay(p.site)
+
+
+def test_a_draft_after_the_lease_takes_the_place_again(place, monkeypatch):
+    p = place(overlap=1)
+    p.add(make_tasks(1))
+    ann, ben, cem = (p.person(name) for name in ("Ann", "Ben", "Cem"))
+    task = ann.next()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 31 * 60)
+    ben.answer(ben.next(), [["A"], ["B"], ["C"]])  # Ann's lease ends; Ben takes the place
+    draft = {"lease": task["lease"]["id"], "answer": {"comment": "late"}}
+    lease = ann.ok("PUT", "/api/tasks/t0/draft", draft)["lease"]
+    assert lease["seconds"] > 60
+    assert ann.next()["draft"]["answer"] == {"comment": "late"}
+    assert cem.ok("POST", "/api/next", {})["reason"] == "none_left"
+    check_replay(p.site)

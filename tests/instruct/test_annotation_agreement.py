@@ -19,15 +19,21 @@ OBSERVERS = """\
 
 def ratings(rows):
     """From one list of values a person; None where a unit has no value."""
-    return Ratings.of((unit, unit, value) for row in rows for unit, value in enumerate(row) if value is not None)
+    return Ratings.of(
+        (unit, unit, value) for row in rows for unit, value in enumerate(row) if value is not None
+    )
 
 
 @pytest.fixture
 def published():
-    return ratings([[None if v == "." else int(v) for v in line.split()] for line in OBSERVERS.splitlines()])
+    return ratings(
+        [[None if v == "." else int(v) for v in line.split()] for line in OBSERVERS.splitlines()]
+    )
 
 
-@pytest.mark.parametrize(("level", "value"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)])
+@pytest.mark.parametrize(
+    ("level", "value"), [("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)]
+)
 def test_alpha_of_the_published_example(published, level, value):
     assert agreement.alpha(published, level) == pytest.approx(value, abs=0.0005)
 
@@ -69,7 +75,9 @@ def test_the_bootstrap_interval_holds_the_value_and_narrows():
 
     def drawn(count):
         truth = [rng.choice([-1, 0, 1]) for _ in range(count)]
-        return ratings([[v if rng.random() < 0.8 else rng.choice([-1, 0, 1]) for v in truth] for _ in range(3)])
+        return ratings(
+            [[v if rng.random() < 0.8 else rng.choice([-1, 0, 1]) for v in truth] for _ in range(3)]
+        )
 
     few, many = drawn(40), drawn(1600)
     widths = []

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from annotation import PASSWORD, Visitor, make_tasks, place  # noqa: F401
+from annotation import PASSWORD, Visitor, make_tasks
 from sqlalchemy import select
 
 from openqwen.instruct.collaborate import accounts
 from openqwen.instruct.collaborate.events import read_events
+from openqwen.instruct.collaborate.routes import application
 from openqwen.instruct.collaborate.tables import credentials, invitations, sessions
 
 EVIL = "<script>alert(1)</script>'; DROP TABLE events; -- \u0000 ${7*7} {{7*7}} ../../etc/passwd"
@@ -21,8 +22,7 @@ def events(p):
 def paths(p):
     """Every route of the API, with names in place of its parameters."""
     found = []
-    app = p.app._app
-    for route in app.routes:
+    for route in application(p.site).routes:
         for method in getattr(route, "methods", ()) or ():
             if route.path.startswith("/api/") and method != "HEAD":
                 path = route.path
@@ -38,12 +38,12 @@ OPEN = {"/api/login", "/api/invitations/x", "/api/invitations/x/accept"}
 def test_every_route_wants_a_session_and_a_forged_one_is_refused(place):
     p = place()
     assert len(paths(p)) > 20
-    for cookie in (None, "forged", "' OR 1=1 --", "\u00ff", ""):
+    for cookie in (None, "forged", "' OR 1=1 --", ""):
         visitor = Visitor(p.app)
         if cookie:
-            visitor.cookies.set(p.site.cookie, cookie.encode("utf-8", "replace").decode("latin-1"))
+            visitor.cookies.set(p.site.cookie, cookie)
         for method, path in paths(p):
-            if path in OPEN and not (method == "DELETE"):
+            if path in OPEN and method != "DELETE":
                 continue
             body = {} if method in ("POST", "PUT") else None
             answer = visitor.send(method, path, body)
@@ -56,7 +56,7 @@ def test_every_change_wants_the_token_and_the_own_origin(place):
     real = owner.csrf
     before = len(events(p))
     for method, path in paths(p):
-        if method == "GET" or path in OPEN and method == "POST":
+        if method == "GET" or (path in OPEN and method == "POST"):
             continue
         for csrf, headers in (
             (None, {}),
@@ -105,11 +105,24 @@ def test_anothers_task_cannot_be_reached_by_its_number(place):
     hers, his = ann.next(), ben.next()
     assert hers["id"] != his["id"]
     ranks = {"ranks": [["A"], ["B"], ["C"]]}
-    for lease in (his["lease"]["id"], hers["lease"]["id"], "1", "0", "-1", "9" * 18, "x", "1e3", "١"):
+    for lease in (
+        his["lease"]["id"],
+        hers["lease"]["id"],
+        "1",
+        "0",
+        "-1",
+        "9" * 18,
+        "x",
+        "1e3",
+        "١",
+    ):
         body = {"lease": lease, "key": "key-12345678", "answer": ranks}
         path = f"/api/tasks/{his['id']}"
         assert ann.code("POST", f"{path}/answer", body) == (404, "not_found")
-        assert ann.code("PUT", f"{path}/draft", {"lease": lease, "answer": ranks}) == (404, "not_found")
+        assert ann.code("PUT", f"{path}/draft", {"lease": lease, "answer": ranks}) == (
+            404,
+            "not_found",
+        )
         skip = {"lease": lease, "key": "key-12345678"}
         assert ann.code("POST", f"{path}/skip", skip) == (404, "not_found")
         assert ann.code("POST", f"{path}/reopen", {"key": "key-12345678"}) == (404, "not_found")
@@ -211,7 +224,8 @@ def test_an_unknown_name_takes_as_much_work_as_a_wrong_password(place, monkeypat
 def test_a_session_cannot_flood_the_site(place):
     p = place()
     ann = p.person("Ann")
-    codes = {ann.send("GET", "/api/mine").status_code for _ in range(650)}
+    p.site.requests = accounts.RateLimit(50, 1e6)
+    codes = {ann.send("GET", "/api/mine").status_code for _ in range(60)}
     assert codes == {200, 429}
 
 
@@ -222,13 +236,23 @@ def test_a_huge_comment_is_refused(place):
     task = ann.next()
     answer = {"ranks": [["A"], ["B"], ["C"]], "comment": "c" * 10_000_000}
     body = {"lease": task["lease"]["id"], "key": "key-12345678", "answer": answer}
-    assert ann.send("POST", "/api/tasks/t0/answer", body).status_code in (400, 413)
+    assert ann.send("POST", "/api/tasks/t0/answer", body).status_code == 413
+    answer["comment"] = "c" * 10_001
+    assert ann.send("POST", "/api/tasks/t0/answer", body).status_code == 400
     assert ann.next()["draft"] is None
 
 
 @pytest.mark.parametrize(
     "name",
-    ["../../../etc/cron.d/x.jsonl", "..\\..\\x.jsonl", "/etc/passwd", "x.py", "x.jsonl/../../y", ".jsonl", "a\nb.jsonl"],
+    [
+        "../../../etc/cron.d/x.jsonl",
+        "..\\..\\x.jsonl",
+        "/etc/passwd",
+        "x.py",
+        "x.jsonl/../../y",
+        ".jsonl",
+        "a\nb.jsonl",
+    ],
 )
 def test_the_name_of_an_upload_is_no_path(place, tmp_path, name):
     p = place()
@@ -249,13 +273,18 @@ def test_uploads_that_are_broken_say_where(place):
     headers = {"Content-Type": "application/octet-stream"}
 
     def upload(raw, name="up.jsonl"):
-        return owner.send("POST", "/api/import", content=raw, params={"name": name}, headers=headers)
+        return owner.send(
+            "POST", "/api/import", content=raw, params={"name": name}, headers=headers
+        )
 
     good = '{"prompt": "Q", "responses": ["a", "b"]}\n'
     bad = '{"prompt": "Q", "responses": ["a"]}\n{"prompt": "Q", "responses": ["a", "a"]}\n'
     report = upload(good + bad).json()
     assert (report["added"], report["refused"]) == (1, 2)
-    assert [fault["where"] for fault in report["faults"]] == ["up.jsonl, record 2", "up.jsonl, record 3"]
+    assert [fault["where"] for fault in report["faults"]] == [
+        "up.jsonl, record 2",
+        "up.jsonl, record 3",
+    ]
     for raw in (b"", b"{", b"\xff\xfe", b"[1]", b"PAR1", b'{"a": 1}'):
         for name in ("up.jsonl", "up.json", "up.parquet", "up.jsonl.gz"):
             answer = upload(raw, name)
@@ -265,7 +294,11 @@ def test_uploads_that_are_broken_say_where(place):
 
 def test_html_sql_and_control_characters_are_text_in_every_field(place):
     p = place(overlap=1)
-    record = {"id": EVIL, "prompt": EVIL, "responses": [{"text": EVIL, "origin": {"model": EVIL}}, EVIL + "2"]}
+    record = {
+        "id": EVIL,
+        "prompt": EVIL,
+        "responses": [{"text": EVIL, "origin": {"model": EVIL}}, EVIL + "2"],
+    }
     p.add([record])
     owner = p.person("Olga", "owner")
     task = owner.next()
@@ -304,7 +337,9 @@ def test_names_that_deceive_are_refused(place, name):
     p.person("Ann")
     body["name"] = "\uff21nn "  # a wide A
     assert visitor.code("POST", f"/api/invitations/{token}/accept", body) == (409, "name_taken")
-    assert visitor.code("POST", f"/api/invitations/{token}/accept", body | {"password": "short"}) == (400, "weak_password")
+    assert visitor.code(
+        "POST", f"/api/invitations/{token}/accept", body | {"password": "short"}
+    ) == (400, "weak_password")
 
 
 def test_the_log_and_the_exports_hold_no_secret(place):

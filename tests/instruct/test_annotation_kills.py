@@ -39,13 +39,12 @@ class KilledServer:
         words = ["annotate", str(folder), "--port", str(self.port)]
         words += ["--database", database] if database else []
         self.command = [sys.executable, "-m", "openqwen.cli", *words]
-        self.log = open(folder.parent / "server.log", "ab")
+        self.log = folder.parent / "server.log"
 
     def start(self):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            self.command, stdout=self.log, stderr=self.log, env=environment
-        )
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
         for _ in range(600):
             assert self.process.poll() is None, "the server did not start"
             try:
@@ -91,7 +90,12 @@ class Annotator(threading.Thread):
             numbers = {r["slot"]: int(r["text"].split()[1]) for r in task["responses"]}
             key = str(uuid.uuid4())
             self.sent[key] = (task["id"], [sorted(numbers[s] for s in tier) for tier in ranks])
-            body = {"lease": task["lease"]["id"], "key": key, "seconds": 1, "answer": {"ranks": ranks}}
+            body = {
+                "lease": task["lease"]["id"],
+                "key": key,
+                "seconds": 1,
+                "answer": {"ranks": ranks},
+            }
             self.post(f"/api/tasks/{task['id']}/answer", body)
 
     def post(self, path, body):
@@ -167,7 +171,9 @@ def check(tmp_path, database):
     from test_annotation import check_replay, exported
 
     check_replay(site)
-    ranks = {(t["id"], a["person"]): a["ranks"] for t in exported(site, "ranks") for a in t["answers"]}
+    ranks = {
+        (t["id"], a["person"]): a["ranks"] for t in exported(site, "ranks") for a in t["answers"]
+    }
     assert len(ranks) == len(answered)
     print(json.dumps({"answers": len(answered), "sent again": sum(a.again for a in crowd)}))
     site.database.close()

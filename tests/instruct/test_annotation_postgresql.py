@@ -62,7 +62,9 @@ def test_a_database_of_another_project_is_refused(place, tmp_path):
         Site(other, AnnotateConfig(database=p.site.config.database))
 
 
-@pytest.mark.parametrize("url", ["mysql://u@h/d", "nothing", "postgresql://u:secret@/d?host=/nowhere"])
+@pytest.mark.parametrize(
+    "url", ["mysql://u@h/d", "nothing", "postgresql://u:secret@/d?host=/nowhere"]
+)
 def test_a_wrong_url_is_named_without_its_password(tmp_path, url):
     with pytest.raises(OpenQwenError) as error:
         Site(tmp_path / "p", AnnotateConfig(database=url))

@@ -23,7 +23,6 @@ _SHORTEST, _LONGEST = 10, 1_000  # characters of a password
 _COST = {"n": 2**14, "r": 8, "p": 5}  # of scrypt, as OWASP advises: 16 MB and about 0.2 s
 _HASHING = threading.BoundedSemaphore(2)  # so that log-ins take neither all CPUs nor all memory
 _MOST_KEPT = 10_000  # callers that a rate limit remembers
-_NO_HASH = "scrypt$16384$8$5$" + "00" * 16 + "$" + "00" * 32
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,17 @@ def hash_password(password: str) -> str:
         message = f"A password has {_SHORTEST} to {_LONGEST} characters."
         raise ApiError(400, message, "password", "weak_password")
     salt = secrets.token_bytes(16)
+    return _written(salt, _scrypt(password, salt, **_COST))
+
+
+def _written(salt: bytes, hashed: bytes) -> str:
     cost = "$".join(str(_COST[name]) for name in ("n", "r", "p"))
-    return f"scrypt${cost}${salt.hex()}${_scrypt(password, salt, **_COST).hex()}"
+    return f"scrypt${cost}${salt.hex()}${hashed.hex()}"
 
 
 def password_is(password: str, known: str | None) -> bool:
     """Whether a password has this hash. Without a hash the answer takes as long."""
-    _, n, r, p, salt, found = (known or _NO_HASH).split("$")
+    _, n, r, p, salt, found = (known or _written(bytes(16), bytes(32))).split("$")
     made = _scrypt(password[:_LONGEST], bytes.fromhex(salt), n=int(n), r=int(r), p=int(p))
     return hmac.compare_digest(made, bytes.fromhex(found)) and known is not None
 

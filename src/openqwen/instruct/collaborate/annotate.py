@@ -25,7 +25,13 @@ from openqwen.instruct.collaborate.events import (
     loads,
     record,
 )
-from openqwen.instruct.collaborate.queue import free_slot, left_for, next_work, work_of
+from openqwen.instruct.collaborate.queue import (
+    free_slot,
+    left_for,
+    next_work,
+    renewed,
+    work_of,
+)
 from openqwen.instruct.collaborate.settings import ProjectConfig
 from openqwen.instruct.collaborate.tables import contents, events, people, tasks, work
 
@@ -94,6 +100,8 @@ def save_draft(
         raise answered_already()
     if row.status in ("skipped", "looked"):
         raise not_found()
+    if row.status in ("expired", "returned"):
+        row = renewed(connection, row, project, time.time()) or row
     answer = stored(body, loads(row.order), project)
     before = loads(row.draft) or {}
     new = {name: value for name, value in answer.items() if before.get(name) != value}
@@ -115,16 +123,17 @@ def submit(
     seconds: float,
     project: ProjectConfig,
 ) -> Json | None:
-    """Record an answer, once for each key. None: the task is answered already, by another key.
+    """Record an answer, once for each key.
 
-    In that case what was sent is in the log, as `refused_copy`.
+    None: the task is answered already, by another key, or the person has looked at the answers of
+    others. In these cases what was sent is in the log, as `refused_copy`.
     """
     if (known := _repeated(connection, person, key, "answered", task)) is not None:
         return _receipt(connection, known, project)
     row = _leased(connection, person, task, lease)
     order = loads(row.order)
     answer = check_complete(stored(body, order, project), len(order), project)
-    if row.status == "answered":
+    if row.status in ("answered", "looked"):
         change = {"answer": answer}
         place = (person, task, row.version, order)
         record(connection, LogEvent("refused_copy", *place, loads(row.answer), change, seconds))
@@ -213,7 +222,6 @@ def answered_already() -> ApiError:
     """The answer to a second answer."""
     message = "You have answered this task already, perhaps in another window."
     return ApiError(409, message, code="already_answered")
-
 
 
 def _leased(connection: Connection, person: str, task: str, lease: str) -> Row:

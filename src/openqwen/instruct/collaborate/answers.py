@@ -109,7 +109,9 @@ def check_complete(answer: Answer, count: int, project: ProjectConfig) -> Answer
     if written and not text:
         raise _invalid("The demonstration is empty.", "demonstration")
     if project.demonstrations == "required" and not text and not answer["none_good"]:
-        raise _invalid("Write the demonstration, or mark that no response is good.", "demonstration")
+        raise _invalid(
+            "Write the demonstration, or mark that no response is good.", "demonstration"
+        )
     return answer
 
 

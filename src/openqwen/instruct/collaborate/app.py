@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from openqwen.http.gate import LOOPBACK, Gate
 from openqwen.http.server import become_user, listen, run, url_of, uvicorn_server
 from openqwen.instruct.collaborate.accounts import invite_first_owner
@@ -12,6 +14,8 @@ from openqwen.instruct.collaborate.routes import application
 from openqwen.instruct.collaborate.settings import AnnotateConfig
 from openqwen.instruct.collaborate.site import Site
 from openqwen.support.progress import console, notice
+
+_LARGEST = 2 << 20  # bytes of a request that is no import
 
 
 def annotate(source: str, config: AnnotateConfig) -> None:
@@ -39,10 +43,22 @@ def annotate(source: str, config: AnnotateConfig) -> None:
         site.database.close()
 
 
-def gated(site: Site) -> Gate:
-    """The site's application behind its gate. People show no key but a session."""
-    config = site.config
-    return Gate(application(site), [], site.hosts, frozenset(), config.max_body, config.idle)
+def gated(site: Site) -> ASGIApp:
+    """The site's application behind its gates. People show no key but a session.
+
+    Only an import may be large: the body is read before anybody knows who sends it.
+    """
+    config, app = site.config, application(site)
+    small, large = (
+        Gate(app, [], site.hosts, frozenset(), limit, config.idle)
+        for limit in (min(_LARGEST, config.max_body), config.max_body)
+    )
+
+    async def by_path(scope: Scope, receive: Receive, send: Send) -> None:
+        gate = large if scope.get("path") == "/api/import" else small
+        await gate(scope, receive, send)
+
+    return by_path
 
 
 def _greet(site: Site, url: str) -> None:

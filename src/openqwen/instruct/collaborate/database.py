@@ -32,26 +32,21 @@ class Database:
     Args:
         place: an SQLite file, or a PostgreSQL URL.
         project: its id; a database of another project is refused.
-        writable: False for an export.
 
     Raises:
         OpenQwenError: the database cannot be opened, is damaged, or is another project's.
     """
 
-    def __init__(self, place: Path | str, project: str, writable: bool = True):
+    def __init__(self, place: Path | str, project: str):
         self.place = place
         self._writing = threading.Lock()
         try:
             self.engine = _sqlite(place) if isinstance(place, Path) else _postgresql(place)
             with self.engine.connect() as connection:
                 self._check(connection)
-            if writable:
-                with self.write() as connection:
-                    _migrate(connection)
-                    _claim(connection, project, self.name)
-            else:
-                with self.read() as connection:
-                    _check_project(connection, project, self.name)
+            with self.write() as connection:
+                _migrate(connection)
+                _claim(connection, project, self.name)
         except DBAPIError as error:
             raise self.failure(error) from None
 
@@ -179,12 +174,9 @@ def _migrate(connection: Connection) -> None:
 
 
 def _claim(connection: Connection, project: str, name: str) -> None:
+    """Write the project's id into a new database; refuse that of another project."""
     if connection.execute(select(about.c.value).where(about.c.name == "project")).first() is None:
         connection.execute(about.insert().values(name="project", value=project))
-    _check_project(connection, project, name)
-
-
-def _check_project(connection: Connection, project: str, name: str) -> None:
     found = connection.execute(select(about.c.value).where(about.c.name == "project")).scalar()
     if found != project:
         what = f"This database belongs to the project {found}, not to {project}."

@@ -6,7 +6,7 @@ ordered by their number, never by their time: a clock may jump.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,6 +29,7 @@ JUDGE_LANE = -2
 _BLOCK = 1_000  # events that are read or written at a time
 _PREVIEW = 120  # characters
 _JSON = ("order", "old", "new")
+Values = dict[str, Any]  # of columns
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def record_all(connection: Connection, given: Iterable[LogEvent]) -> list[LogEve
     last = connection.execute(select(func.coalesce(func.max(events.c.seq), 0))).scalar_one()
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     numbered = [
-        LogEvent(**(asdict(event) | {"seq": last + number, "at": event.at or now}))
+        replace(event, seq=last + number, at=event.at or now)
         for number, event in enumerate(given, 1)
     ]
     if numbered:
@@ -133,7 +134,7 @@ def loads(text: str | None) -> Any:
 
 
 def _row(event: LogEvent) -> dict[str, Any]:
-    return asdict(event) | {name: dumps(getattr(event, name)) for name in _JSON}
+    return vars(event) | {name: dumps(getattr(event, name)) for name in _JSON}
 
 
 def _fold(connection: Connection, block: list[LogEvent]) -> None:
@@ -167,7 +168,8 @@ def _imported(connection: Connection, imports: list[LogEvent]) -> None:
 
 
 def _of_body(body: dict[str, Any]) -> dict[str, Any]:
-    text = " ".join(str(body["prompt"][-1]["content"]).split())
+    text = str(body["prompt"][-1]["content"]).replace("\0", " ")  # PostgreSQL's texts lack it
+    text = " ".join(text.split())
     return {"preview": text[:_PREVIEW], "responses": len(body["responses"])}
 
 
@@ -202,7 +204,7 @@ def _opened(connection: Connection, event: LogEvent) -> None:
     values |= {"slot": new["slot"], "seq": event.seq}
     if row is None:
         key = {"task": event.task, "version": event.version, "person": event.person}
-        rest = {"order": dumps(event.order), "seconds": 0.0}
+        rest: Values = {"order": dumps(event.order), "seconds": 0.0}
         connection.execute(insert(work).values(**key, **values, **rest))
     else:
         _update_work(connection, event, **values)
@@ -225,7 +227,7 @@ def _draft(connection: Connection, event: LogEvent) -> None:
     """Work in progress. new: {"answer": the fields that changed, "lease_until"}."""
     row = _work(connection, event)
     draft = (loads(row.draft) if row else None) or {}
-    values = {"draft": dumps(draft | event.new["answer"]), "seq": event.seq}
+    values: Values = {"draft": dumps(draft | event.new["answer"]), "seq": event.seq}
     values |= {"lease_until": event.new["lease_until"], "seconds": event.seconds}
     _update_work(connection, event, **values)
 
@@ -234,11 +236,11 @@ def _answered(connection: Connection, event: LogEvent) -> None:
     """An answer. new: {"answer", "slot"}; a slot of None where others fill all places."""
     new = event.new
     row = _work(connection, event)
-    values = {"status": "answered", "answer": dumps(new["answer"]), "draft": None}
+    values: Values = {"status": "answered", "answer": dumps(new["answer"]), "draft": None}
     values |= {"slot": new["slot"], "seq": event.seq, "seconds": event.seconds or 0.0}
     if row is None:  # an imported answer
         key = {"task": event.task, "version": event.version, "person": event.person}
-        rest = {"order": dumps(event.order), "opened": event.seq, "lease_until": 0.0}
+        rest: Values = {"order": dumps(event.order), "opened": event.seq, "lease_until": 0.0}
         connection.execute(insert(work).values(**key, **values, **rest))
     else:
         _update_work(connection, event, verdict=None, **values)
@@ -248,7 +250,7 @@ def _answered(connection: Connection, event: LogEvent) -> None:
 
 def _skipped(connection: Connection, event: LogEvent) -> None:
     """The person gives the task back. new: {"reason"}. The draft stays."""
-    values = {"answer": dumps(event.new), "seconds": event.seconds or 0.0}
+    values: Values = {"answer": dumps(event.new), "seconds": event.seconds or 0.0}
     _give_up(connection, event, status="skipped", **values)
 
 
@@ -271,7 +273,12 @@ def _reopened(connection: Connection, event: LogEvent) -> None:
 
 
 def _looked(connection: Connection, event: LogEvent) -> None:
-    """A reviewer has seen the answers, and is not given the task any more."""
+    """A reviewer sees the answers, and is not given the task any more."""
+    row = _work(connection, event)
+    if row is not None:
+        if row.status != "answered":
+            _give_up(connection, event, status="looked")
+        return
     key = {"task": event.task, "version": event.version, "person": event.person}
     values = {"status": "looked", "order": "[]", "lease_until": 0.0, "opened": event.seq}
     connection.execute(insert(work).values(**key, **values, seconds=0.0, seq=event.seq))

@@ -13,7 +13,6 @@ from sqlalchemy import Connection
 
 from openqwen.http.json_body import dump_json
 from openqwen.instruct.collaborate import bradley_terry
-from openqwen.instruct.collaborate.answers import preference
 from openqwen.instruct.collaborate.database import Database
 from openqwen.instruct.collaborate.events import read_events
 from openqwen.instruct.collaborate.quality import quality
@@ -61,7 +60,7 @@ def export_ranks(connection: Connection, project: ProjectConfig) -> Iterator[Rec
 
 
 def _ranking(answer: PersonAnswer) -> Record:
-    about = {"person": answer.person, "name": answer.name, "kind": answer.kind}
+    about: Record = {"person": answer.person, "name": answer.name, "kind": answer.kind}
     about |= {"seconds": answer.seconds, "order": answer.order, "seq": answer.seq}
     return about | answer.answer
 
@@ -200,7 +199,7 @@ def _votes(result: TaskResult) -> dict[tuple[int, int], tuple[int, int, int]]:
     for answer in result.answers:
         if answer.kind == "model":
             continue
-        for pair, value in preference(answer.ranks, result.count).items():
+        for pair, value in answer.pairs.items():
             votes.setdefault(pair, []).append(value)
     return {
         pair: (values.count(1), values.count(-1), values.count(0))
@@ -260,10 +259,10 @@ def _origin(project: ProjectConfig, result: TaskResult) -> Record:
     """How a record came to be: by people, from this task of this project."""
     assert result.body is not None
     people = sum(answer.kind != "model" for answer in result.answers)
-    about = {"method": "annotation", "project": project.id, "task": result.id}
+    about: Record = {"method": "annotation", "project": project.id, "task": result.id}
     about |= {"version": result.row.version, "annotators": people}
-    parents = result.body["origin"]
-    return about | {"parents": [parents] if parents else []}
+    instruction = result.body["origin"]
+    return about | {"parents": instruction.get("parents", []), "instruction": instruction}
 
 
 def _assistant(text: str) -> Record:

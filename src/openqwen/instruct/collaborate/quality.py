@@ -5,7 +5,7 @@ import statistics
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from sqlalchemy import Connection, func, select
 
 from openqwen.instruct.collaborate import agreement, bradley_terry
-from openqwen.instruct.collaborate.agreement import Level, Ratings
+from openqwen.instruct.collaborate.agreement import Ratings
 from openqwen.instruct.collaborate.answers import mean_ranks, preference
 from openqwen.instruct.collaborate.database import Database
 from openqwen.instruct.collaborate.events import loads
@@ -69,7 +69,7 @@ def quality(connection: Connection, project: ProjectConfig) -> Json:
     return {
         "progress": progress(connection),
         "alpha": _measured(ratings, annotators, lambda r, w: agreement.alpha(r, "nominal", w)),
-        "alpha_ranks": _measured(ranks, annotators, lambda r, w: agreement.alpha(r, "ordinal", w)),
+        "alpha_ranks": _measured(ranks, annotators, _alpha_of_ranks, interval=False),
         "ac1": _measured(ratings, annotators, agreement.ac1),
         "criteria": {
             criterion.id: agreement.alpha(Ratings.of(_scores(human, criterion.id)), "interval")
@@ -111,7 +111,7 @@ def preferences(found: Iterable[TaskResult]) -> list[tuple[int, int, str, int]]:
     for number, result in enumerate(found):
         units: dict[tuple[int, int], int] = {}
         for answer in result.answers:
-            for pair, value in preference(answer.ranks, result.count).items():
+            for pair, value in answer.pairs.items():
                 if pair not in units:
                     units[pair] = unit
                     unit += 1
@@ -139,7 +139,14 @@ def _scores(found: Iterable[TaskResult], criterion: str) -> Iterable[tuple[int, 
         unit += result.count
 
 
-def _measured(ratings: Ratings, annotators: int, measure: agreement.Measure) -> Json:
+def _alpha_of_ranks(ratings: Ratings, weights: np.ndarray | None) -> float | None:
+    return agreement.alpha(ratings, "ordinal", weights)
+
+
+def _measured(
+    ratings: Ratings, annotators: int, measure: agreement.Measure, interval: bool = True
+) -> Json:
+    """A measure of agreement with its interval, or why it has no value."""
     value = measure(ratings, None) if len(ratings.counts) else None
     code = None
     if annotators < 2:
@@ -148,7 +155,8 @@ def _measured(ratings: Ratings, annotators: int, measure: agreement.Measure) -> 
         value, code = None, "no_overlap"
     elif value is None:
         code = "no_variation"
-    low, high = (value is not None and agreement.interval(ratings, measure)) or (None, None)
+    bounds = agreement.interval(ratings, measure) if interval and value is not None else None
+    low, high = bounds or (None, None)
     why = _WHY[code] if code else None
     return {"value": value, "low": low, "high": high, "why": why, "why_code": code}
 
@@ -187,13 +195,13 @@ def _people(
         for answer in result.answers:
             answers[answer.person].append(answer)
             if result.gold is not None:
-                right, of = gold_pairs(answer.ranks, result.gold, result.count)
+                right, of = gold_pairs(answer.pairs, result.gold, result.count)
                 gold[answer.person][0] += right
                 gold[answer.person][1] += of
     same = _agreement_of_people(pairs)
     logs = [math.log(a.seconds) for given in answers.values() for a in given if a.seconds > 0]
     chosen = select(work.c.person, func.count()).where(work.c.status == "skipped")
-    skips = dict(connection.execute(chosen.group_by(work.c.person)).tuples().all())
+    skips: dict[str, int] = dict(connection.execute(chosen.group_by(work.c.person)).tuples().all())
     last = select(events.c.person, func.max(events.c.seq)).group_by(events.c.person).subquery()
     when = select(events.c.person, events.c.at).join(last, events.c.seq == last.c[1])
     times = dict(connection.execute(when).tuples().all())
@@ -218,10 +226,9 @@ def _people(
 
 
 def gold_pairs(
-    ranks: Sequence[Sequence[int]], gold: Sequence[Sequence[int]], count: int
+    given: Mapping[tuple[int, int], int], gold: Sequence[Sequence[int]], count: int
 ) -> tuple[int, int]:
     """(pairs ordered as the known ranks order them, pairs that those order)."""
-    given = preference(ranks, count)
     known = {pair: value for pair, value in preference(gold, count).items() if value}
     return sum(given.get(pair) == value for pair, value in known.items()), len(known)
 
@@ -300,7 +307,7 @@ def _worst(found: Sequence[TaskResult]) -> list[Json]:
     """The tasks on which people agree least."""
     listed = []
     for result in found:
-        share = pair_agreement([answer.ranks for answer in result.answers], result.count)
+        share = pair_agreement(answer.pairs for answer in result.answers)
         if share is not None:
             about = {"id": result.id, "preview": result.row.preview, "agreement": share}
             listed.append(about | {"answers": len(result.answers)})
@@ -320,7 +327,7 @@ def _models(connection: Connection, found: Sequence[TaskResult]) -> list[Json]:
         for answer in result.answers:
             if answer.kind == "model":
                 continue
-            for (a, b), value in preference(answer.ranks, result.count).items():
+            for (a, b), value in answer.pairs.items():
                 first, second = index.get(models[a]), index.get(models[b])
                 if first is None or second is None or first == second:
                     continue
@@ -338,9 +345,7 @@ def _models(connection: Connection, found: Sequence[TaskResult]) -> list[Json]:
     return sorted(plain, key=lambda row: -row["score"])
 
 
-def _models_of(
-    connection: Connection, found: Sequence[TaskResult]
-) -> list[list[str | None]]:
+def _models_of(connection: Connection, found: Sequence[TaskResult]) -> list[list[str | None]]:
     """The model of each response of each task."""
     by_task: dict[str, list[str | None]] = {}
     present = (contents.c.task == tasks.c.id) & (contents.c.version == tasks.c.version)

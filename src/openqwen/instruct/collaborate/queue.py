@@ -4,9 +4,9 @@ A task has `wanted` places (the overlap). A person holds a place from the lease 
 the answer. A lease that runs out frees its place when someone else looks for work; the draft stays,
 and an answer that comes later is kept, as an extra one where all places are taken.
 
-`turn` is the event since which a task waits. Whenever a place becomes free the task waits anew, so a
-person's frontier (the turn of the latest task taken) says exactly where to look next, and the next
-task is one step in an index however many tasks there are.
+`turn` is the event since which a task waits. Whenever a place becomes free the task waits anew, so
+a person's frontier (the turn of the latest task taken) says exactly where to look next, and the
+next task is one step in an index however many tasks there are.
 
 Statuses of work: open (a lease), expired, answered, skipped, returned (a reviewer refused the
 answer), looked (a reviewer saw others' answers), stale (the task has changed).
@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, exists, func, select
+from sqlalchemy import Connection, Row, exists, func, literal, select
 
 from openqwen.instruct.collaborate.events import (
     GOLD_LANE,
@@ -28,7 +28,16 @@ from openqwen.instruct.collaborate.events import (
     record_all,
 )
 from openqwen.instruct.collaborate.settings import LEVELS, ProjectConfig
-from openqwen.instruct.collaborate.tables import frontiers, people, tasks, work
+from openqwen.instruct.collaborate.tables import (
+    GOLD,
+    OPEN,
+    UNFINISHED,
+    WAITING,
+    frontiers,
+    people,
+    tasks,
+    work,
+)
 
 _MOST_COUNTED = 1_000  # tasks that are left
 _MOST_EXPIRED = 200  # leases that one request ends
@@ -52,7 +61,7 @@ def next_work(
     if (row := _open_work(connection, person.id)) is not None:
         half = now + project.lease / 2
         renew = row.status != "open" or not half <= row.lease_until <= now + project.lease
-        return Turn(_renewed(connection, row, project, now) if renew else row)
+        return Turn(renewed(connection, row, project, now) if renew else row)
     if (row := lease_next(connection, person, project, now)) is not None:
         return Turn(row)
     soonest = _held_by_others(connection, person.id)
@@ -97,7 +106,7 @@ def left_for(connection: Connection, person: str) -> int:
     reached = _frontiers(connection, person)
     left = 0
     for level in range(LEVELS):
-        waiting = select(tasks.c.id).where(*_waiting(level, reached.get(level, 0)))
+        waiting = select(literal(1)).where(*_waiting(level, reached.get(level, 0)))
         few = waiting.limit(_MOST_COUNTED - left).subquery()
         left += connection.execute(select(func.count()).select_from(few)).scalar_one()
     return left
@@ -114,13 +123,13 @@ def drawn_order(
 
 def _open_work(connection: Connection, person: str) -> Row | None:
     """The latest lease or returned answer; else a draft whose place nobody else has taken."""
-    chosen = select(work).where(work.c.person == person).order_by(work.c.seq.desc()).limit(1)
-    held = chosen.where(work.c.status.in_(("open", "returned")))
+    chosen = select(work).where(work.c.person == person, UNFINISHED)
+    chosen = chosen.order_by(work.c.seq.desc()).limit(1)
+    held = chosen.where(work.c.status != "expired")
     if (row := connection.execute(held).first()) is not None:
         return row
-    present = (tasks.c.id == work.c.task, tasks.c.version == work.c.version, tasks.c.free > 0)
-    late = chosen.where(work.c.status == "expired", exists().where(*present))
-    return connection.execute(late).first()
+    present = (tasks.c.id == work.c.task, tasks.c.version == work.c.version, WAITING)
+    return connection.execute(chosen.where(exists().where(*present))).first()
 
 
 def _end_leases(connection: Connection, person: str, project: ProjectConfig, now: float) -> None:
@@ -129,7 +138,7 @@ def _end_leases(connection: Connection, person: str, project: ProjectConfig, now
     A lease that ends later than any new one could was given before the clock was set back.
     """
     late = (work.c.lease_until < now) | (work.c.lease_until > now + 2 * project.lease)
-    here = (work.c.status == "open", work.c.person != person, late)
+    here = (OPEN, work.c.person != person, late)
     rows = connection.execute(select(work).where(*here).limit(_MOST_EXPIRED)).all()
     ended = [LogEvent("expired", row.person, row.task, row.version) for row in rows]
     record_all(connection, ended)
@@ -152,7 +161,7 @@ def _next_task(
 
     if person.kind == "model":  # a judge takes no place of a person
         return first(after(JUDGE_LANE)), JUDGE_LANE
-    gold = (tasks.c.gold.is_not(None), after(GOLD_LANE))
+    gold = (GOLD, after(GOLD_LANE))
     share = random.Random(f"{project.seed}/gold/{person.id}/{person.done}").random()
     if share < project.gold_share and (row := first(*gold)):
         return row, GOLD_LANE
@@ -163,12 +172,12 @@ def _next_task(
 
 
 def _waiting(level: int, turn: int) -> tuple[Any, ...]:
-    return (tasks.c.free > 0, tasks.c.priority == level, tasks.c.turn > turn)
+    return (WAITING, tasks.c.priority == level, tasks.c.turn > turn)
 
 
 def _frontiers(connection: Connection, person: str) -> dict[int, int]:
     chosen = select(frontiers.c.lane, frontiers.c.turn).where(frontiers.c.person == person)
-    return {lane: turn for lane, turn in connection.execute(chosen)}
+    return dict(connection.execute(chosen).tuples().all())
 
 
 def _lease(
@@ -181,7 +190,8 @@ def _lease(
     return work_of(connection, person, task.id, task.version)
 
 
-def _renewed(connection: Connection, row: Row, project: ProjectConfig, now: float) -> Row | None:
+def renewed(connection: Connection, row: Row, project: ProjectConfig, now: float) -> Row | None:
+    """The same work with a new lease; it takes a free place if it has lost its own."""
     slot = row.slot
     is_judge = connection.execute(select(people.c.kind).where(people.c.id == row.person)).scalar()
     if slot is None and is_judge != "model":
@@ -196,6 +206,6 @@ def _held_by_others(connection: Connection, person: str) -> float | None:
     """When the first lease ends on a task that this person has not had; None: there is none."""
     other = work.alias()
     had = exists().where(other.c.task == work.c.task, other.c.person == person)
-    here = (work.c.status == "open", work.c.slot.is_not(None), work.c.person != person)
+    here = (OPEN, work.c.slot.is_not(None), work.c.person != person)
     soonest = select(func.min(work.c.lease_until)).where(*here, ~had)
     return connection.execute(soonest).scalar()

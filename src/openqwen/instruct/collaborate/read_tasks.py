@@ -159,7 +159,7 @@ def _task(
     if len(set(texts)) < len(texts):
         raise OpenQwenError("Two responses are the same.")
     origin = dict(as_mapping(record.get("origin")))
-    body = {"prompt": messages, "responses": responses, "origin": origin}
+    body: Record = {"prompt": messages, "responses": responses, "origin": origin}
     raw = dump_json(body)
     if len(raw) > _LONGEST:
         raise OpenQwenError(f"The task has more than {_LONGEST:,} bytes.")
@@ -350,7 +350,6 @@ def _add_answer(
     new = {"answer": answer, "slot": free_slot(connection, task.id, version)}
     record(connection, LogEvent("answered", person, task.id, version, order, new=new))
     return True
-
 
 
 def _holds_events(path: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select
 
-from openqwen.instruct.collaborate.answers import Answer
+from openqwen.instruct.collaborate.answers import Answer, preference
 from openqwen.instruct.collaborate.events import loads
 from openqwen.instruct.collaborate.tables import contents, people, tasks, work
 
@@ -15,7 +15,10 @@ _BLOCK = 1_000  # tasks
 
 @dataclass(frozen=True)
 class PersonAnswer:
-    """One person's answer to a task. order: the response shown at each place."""
+    """One person's answer to a task.
+
+    order: the response shown at each place. pairs: see `answers.preference`.
+    """
 
     person: str
     name: str
@@ -24,6 +27,7 @@ class PersonAnswer:
     order: list[int]
     seconds: float
     seq: int
+    pairs: dict[tuple[int, int], int]
 
     @property
     def ranks(self) -> list[list[int]]:
@@ -91,4 +95,5 @@ def _add_answers(
         if row.task in block:
             answer, order = loads(row.answer), loads(row.order)
             about = (row.person, row.name, row.kind, answer, order, row.seconds, row.seq)
-            block[row.task].answers.append(PersonAnswer(*about))
+            pairs = preference(answer["ranks"], block[row.task].count)
+            block[row.task].answers.append(PersonAnswer(*about, pairs))

@@ -1,5 +1,6 @@
 """What reviewers and owners do with tasks: look at answers, judge them, set priority and gold."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from sqlalchemy import Connection, Row, func, select
@@ -26,9 +27,7 @@ def list_tasks(
     if order == "answers":
         chosen = chosen.order_by(tasks.c.answers.desc(), tasks.c.number)
     if order in ("number", "answers"):
-        rows = connection.execute(
-            chosen.order_by(tasks.c.number).offset(offset).limit(limit)
-        ).all()
+        rows = connection.execute(chosen.order_by(tasks.c.number).offset(offset).limit(limit)).all()
         return {"total": total, "tasks": _listed(connection, rows)}
     answered = chosen.where(tasks.c.answers > 0).order_by(tasks.c.answers.desc(), tasks.c.number)
     listed = _listed(connection, connection.execute(answered.limit(_SCANNED)).all())
@@ -44,7 +43,7 @@ def _listed(connection: Connection, rows: Any) -> list[Json]:
     listed = []
     for row in rows:
         answers = by_task.get((row.id, row.version), [])
-        rankings = [answer["ranks"] for answer in answers]
+        given = [preference(answer["ranks"], row.responses) for answer in answers]
         flags = sum(len(names) for answer in answers for names in answer["flags"].values())
         listed.append(
             {
@@ -53,7 +52,7 @@ def _listed(connection: Connection, rows: Any) -> list[Json]:
                 "preview": row.preview,
                 "answers": row.answers,
                 "wanted": row.wanted,
-                "agreement": pair_agreement(rankings, row.responses),
+                "agreement": pair_agreement(given),
                 "flags": flags,
                 "gold": row.gold is not None,
                 "priority": row.priority,
@@ -67,16 +66,18 @@ def answers_by_task(connection: Connection, ids: list[str]) -> dict[tuple[str, i
     found: dict[tuple[str, int], list[Json]] = {}
     for start in range(0, len(ids), 500):
         here = (work.c.task.in_(ids[start : start + 500]), work.c.status == "answered")
-        for row in connection.execute(select(work.c.task, work.c.version, work.c.answer).where(*here)):
+        for row in connection.execute(
+            select(work.c.task, work.c.version, work.c.answer).where(*here)
+        ):
             found.setdefault((row.task, row.version), []).append(loads(row.answer))
     return found
 
 
-def pair_agreement(rankings: list[list[list[int]]], count: int) -> float | None:
+def pair_agreement(given: Iterable[Mapping[tuple[int, int], int]]) -> float | None:
     """The share of (two people, two responses) on which the people agree; None where none is."""
     votes: dict[tuple[int, int], list[int]] = {}
-    for ranks in rankings:
-        for pair, value in preference(ranks, count).items():
+    for pairs in given:
+        for pair, value in pairs.items():
             votes.setdefault(pair, []).append(value)
     same = both = 0
     for values in votes.values():
@@ -97,8 +98,7 @@ def look(connection: Connection, person: Row, task: str) -> Json:
     if mine is not None and mine.status in ("open", "returned"):
         message = "Answer or skip this task before you see the answers of others."
         raise ApiError(403, message, code="answer_first")
-    if mine is None:
-        record(connection, LogEvent("looked", person.id, task, row.version))
+    record(connection, LogEvent("looked", person.id, task, row.version))
     body = content(connection, task, row.version)
     responses = [
         {"index": n, "text": r["text"], "model": r["origin"].get("model"), "origin": r["origin"]}
@@ -154,9 +154,7 @@ def judge_answer(
     return {"seq": record(connection, event).seq, "repeated": False}
 
 
-def set_task(
-    connection: Connection, person: str, task: str, given: dict[str, Any]
-) -> Json:
+def set_task(connection: Connection, person: str, task: str, given: dict[str, Any]) -> Json:
     """Change a task's priority, or its known ranks (gold)."""
     row = _task(connection, task)
     old = {"priority": row.priority, "gold": loads(row.gold)}

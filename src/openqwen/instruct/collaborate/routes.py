@@ -24,7 +24,7 @@ from openqwen.instruct.collaborate.events import LogEvent, read_events, record
 from openqwen.instruct.collaborate.export import EXPORTS, export_bytes
 from openqwen.instruct.collaborate.read_tasks import import_file
 from openqwen.instruct.collaborate.site import Site, address
-from openqwen.instruct.collaborate.tables import invitations, people
+from openqwen.instruct.collaborate.tables import people
 from openqwen.support.hub import DATA_SUFFIXES
 
 Plain = r"^[^\x00]*$"  # PostgreSQL's texts cannot hold it
@@ -324,8 +324,8 @@ def _add_owner(app: FastAPI, site: Site) -> None:
     def reset(caller: Owner, request: Request, person: Id, body: dict[str, None]) -> Response:
         with database.write() as connection:
             row = accounts.find_person(connection, person)
-            if row.kind == "model":
-                raise ApiError(400, "A judge has no password.", code="not_allowed")
+            if row.kind != "human":
+                raise ApiError(400, "Only people's accounts have passwords.", code="not_allowed")
             made = accounts.invite(connection, row.role, 7, caller.person.id, person)
         return JSON(site.as_link(request, made))
 

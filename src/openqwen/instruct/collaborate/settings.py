@@ -22,7 +22,7 @@ _TEMPLATE = """\
 id: {id}                     # never change it: sessions and exports name it
 title: {title}
 language: en                 # of the page at first: en or zh
-overlap: 2                   # people who answer each task
+overlap: 2                   # people who answer each task that is added from now on
 ties: true                   # responses may share a rank
 best: null                   # a number: only the best so many must be ranked
 demonstrations: optional     # off, optional, or required
@@ -52,7 +52,9 @@ class AnnotateConfig(ListenConfig):
         False, description="browsers reach the site over HTTPS, by a proxy: cookies are secure"
     )
     database: str | None = Field(
-        None, description="a PostgreSQL URL; default: an SQLite file in the project's folder"
+        None,
+        description="a PostgreSQL URL, better given in OPENQWEN_DATABASE if it holds a password; "
+        "default: an SQLite file in the project's folder",
     )
     import_: list[Path] = Field([], description="files of tasks to add before the site starts")
     export: Path | None = Field(
@@ -64,7 +66,7 @@ class AnnotateConfig(ListenConfig):
         ".gguf file, a hub id, or URL#MODEL of a server with OpenAI's API",
     )
     judge_tasks: int = Field(100, ge=1, description="most tasks that the judge answers")
-    max_body: int = Field(64 << 20, gt=0, description="largest request, in bytes")
+    max_body: int = Field(64 << 20, gt=0, description="largest file to import, in bytes")
 
 
 class Criterion(Settings):

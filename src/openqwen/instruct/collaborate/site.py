@@ -1,6 +1,7 @@
 """A project that is being annotated: its settings, its database, and what limits its visitors."""
 
 import hmac
+import os
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -37,7 +38,8 @@ class Site:
     def __init__(self, folder: Path, config: AnnotateConfig):
         self.folder, self.config = folder, config
         self.project = open_project(folder)
-        self.database = Database(config.database or folder / DATABASE_FILE, self.project.id)
+        url = config.database or os.environ.get("OPENQWEN_DATABASE")
+        self.database = Database(url or folder / DATABASE_FILE, self.project.id)
         self.quality = QualityCache(self.database, self.project)
         self.cookie = f"openqwen_{self.project.id}"
         self.requests = RateLimit(600, 30)  # of one session, or of one address without one

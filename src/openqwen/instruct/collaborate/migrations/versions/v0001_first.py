@@ -1,5 +1,7 @@
 """The first tables."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -11,7 +13,7 @@ def upgrade() -> None:
     """Make the tables. A later change of `tables.py` is a migration of its own."""
     big, text, whole, real = sa.BigInteger, sa.Text, sa.Integer, sa.Float
 
-    def need(name: str, kind: type, **options: bool) -> sa.Column:
+    def need(name: str, kind: type, **options: Any) -> sa.Column:
         return sa.Column(name, kind, nullable=False, **options)
 
     def maybe(*names: str, kind: type = text) -> list[sa.Column]:
@@ -68,6 +70,8 @@ def upgrade() -> None:
     )
     op.create_index("work_mine", "work", ["person", "seq"])
     _partial("work_leases", "work", ["lease_until"], sa.text("status = 'open'"))
+    unfinished = sa.text("status IN ('open', 'returned', 'expired')")
+    _partial("work_unfinished", "work", ["person", "seq"], unfinished)
     op.create_table(
         "frontiers",
         sa.Column("person", text, primary_key=True),
@@ -84,9 +88,7 @@ def upgrade() -> None:
         need("since", text),
         need("done", whole),
     )
-    op.create_table(
-        "credentials", sa.Column("person", text, primary_key=True), need("hash", text)
-    )
+    op.create_table("credentials", sa.Column("person", text, primary_key=True), need("hash", text))
     op.create_table(
         "sessions",
         sa.Column("hash", text, primary_key=True),
