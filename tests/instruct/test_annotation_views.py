@@ -38,7 +38,12 @@ def answer(site, name, ranks, role="annotator", **more):
     client = site.join(site.invite(role), name)
     found = site.post("next", client=client)["task"]
     given = {"ranks": ranks, "scores": {}, "flags": {}, "comment": "", "demonstration": None} | more
-    body = {"lease": found["lease"]["id"], "key": f"{abs(hash(name)):016x}", "answer": given, "seconds": 3}
+    body = {
+        "lease": found["lease"]["id"],
+        "key": f"{abs(hash(name)):016x}",
+        "answer": given,
+        "seconds": 3,
+    }
     site.post(f"tasks/{found['id']}/answer", body, client=client)
     return client
 
@@ -247,21 +252,9 @@ def busy(live):  # noqa: F811
 def test_axe_finds_no_fault(live, visit, scheme):  # noqa: F811
     site = busy(live)
     page = visit(site, "Boss", "owner", color_scheme=scheme, reduced_motion="reduce")
-    assert {name: axe_faults(page) for name in states(page, site)} == dict.fromkeys(
-        [
-            "rank",
-            "rank with an editor and a toast",
-            "keys",
-            "skip",
-            "mine",
-            "review",
-            "quality",
-            "review/t1",
-            "log in",
-            "invitation",
-        ],
-        [],
-    )
+    found = {name: axe_faults(page) for name in states(page, site)}
+    assert len(found) == 10
+    assert {name: faults for name, faults in found.items() if faults} == {}
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])

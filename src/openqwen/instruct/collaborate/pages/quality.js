@@ -75,15 +75,16 @@ function tiles({ progress, alpha, alpha_ranks: ranks, ac1, people }) {
       { class: "tile" },
       h("dt", {}, t(key)),
       h("dd", {}, value),
-      h("dd", { class: "hint" }, hint),
+      h("dd", { class: "hint" }, hint || ""),
     );
+  const golden = of && t("quality.goldHint", { right, of });
   const agreed = (key, one) => tile(key, few(one.value), `${interval(one)} ${t(`${key}Hint`)}`);
   return [
     tile("quality.answers", number.format(progress.answers), t("quality.wanted", progress)),
     agreed("quality.alpha", alpha),
     ranks && agreed("quality.alphaRanks", ranks),
     agreed("quality.ac1", ac1),
-    tile("quality.gold", percent(of ? right / of : null), of ? t("quality.goldHint", { right, of }) : ""),
+    tile("quality.gold", percent(of ? right / of : null), golden),
     tile("quality.skipped", number.format(progress.skipped)),
   ];
 }

@@ -13,10 +13,14 @@ export class ReviewView {
     Object.assign(this, { site, order: ORDERS[0], offset: 0, text: "" });
   }
 
-  close() {}
+  close() {
+    this.closed = true;
+  }
 
   async open(item = null) {
-    at("main").replaceChildren(item ? await this.task(item) : await this.list());
+    const page = item ? await this.task(item) : await this.list();
+    if (this.closed) return;
+    at("main").replaceChildren(page);
     at("main").focus();
   }
 
