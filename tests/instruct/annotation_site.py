@@ -130,8 +130,7 @@ def watched(page, site):
     page.on(
         "request",
         lambda request: (
-            faults.append(request.url)
-            if urlsplit(request.url).netloc not in (host, "") else None
+            faults.append(request.url) if urlsplit(request.url).netloc not in (host, "") else None
         ),
     )
     return faults

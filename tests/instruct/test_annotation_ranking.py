@@ -268,9 +268,8 @@ def test_a_skipped_task_goes_to_others(live, visit):  # noqa: F811
     page.get_by_role("heading", name="No task for you now").wait_for()
     other = visit(site, "Grace")
     assert new_task(other) == 2
-    assert [event["new"] for event in site.export("events") if event["kind"] == "skipped"][0][
-        "reason"
-    ] == "not my field"
+    [skipped] = [event for event in site.export("events") if event["kind"] == "skipped"]
+    assert skipped["new"]["reason"] == "not my field"
 
 
 def test_a_draft_is_there_after_a_reload_and_in_another_browser(live, visit, chromium):  # noqa: F811
@@ -356,6 +355,31 @@ def test_a_session_that_ends_loses_nothing(live, visit):  # noqa: F811
     page.get_by_role("heading", name="No task for you now").wait_for()
     [[answer]] = site.answers().values()
     assert answer["comment"] == "kept"
+
+
+def test_a_browser_without_room_sends_the_answer_all_the_same(live, visit):  # noqa: F811
+    site = live([task("t1", 2)])
+    page = visit(site)
+    page.evaluate("Storage.prototype.setItem = () => { throw new DOMException('full') }")
+    place(page, "A", 1)
+    place(page, "B", 1)
+    submitted(page)
+    assert len(site.answers()) == 1
+
+
+def test_a_late_page_does_not_replace_the_one_that_was_asked_for_next(live, visit):  # noqa: F811
+    page = visit(live([task("t1", 2)]))
+    held = []
+    page.route("**/mine*", held.append)
+    page.get_by_role("link", name="My answers").click()
+    page.get_by_role("link", name="Rank", exact=True).click()
+    page.locator("a[aria-current]", has_text="Rank").wait_for()
+    new_task(page)
+    for route in held:
+        route.continue_()
+    page.wait_for_timeout(300)
+    assert held
+    assert new_task(page) == 2
 
 
 def test_two_browsers_of_one_person_give_one_answer(live, visit, chromium):  # noqa: F811

@@ -19,6 +19,8 @@ const ROLES = {
   reviewer: ["rank", "mine", "review", "quality"],
   owner: ["rank", "mine", "review", "quality"],
 };
+// A reviewer who opens the site takes no task: an open task of one's own cannot be reviewed.
+const FIRST = { annotator: "rank", reviewer: "review", owner: "quality" };
 
 /** What views share: who is logged in, the project, and the outbox. */
 const site = {
@@ -35,8 +37,8 @@ const site = {
     drawTop(name);
     if (name === "invitation" && item) return showInvitation(decodeURIComponent(item), enter);
     if (!this.me) return showLogin(enter);
-    const allowed = ROLES[this.me.role] ?? ROLES.annotator;
-    const chosen = allowed.includes(name) ? name : "rank";
+    const allowed = ROLES[this.me.role];
+    const chosen = allowed.includes(name) ? name : FIRST[this.me.role];
     const view = new VIEWS[chosen](this);
     this.view = view;
     document.title = `${t(`nav.${chosen}`)}: ${this.project.title}`;
@@ -103,7 +105,7 @@ async function enter() {
       onchange: changed,
       onrefused: refused,
     });
-    if (location.hash.startsWith("#/invitation")) history.replaceState(null, "", "#/rank");
+    if (location.hash.startsWith("#/invitation")) history.replaceState(null, "", "#/");
   }
   await site.draw();
   const earlier = new Error(t("refused.earlier"));
@@ -126,8 +128,8 @@ function refused(entry, error) {
 
 function drawTop(name) {
   const { me, project } = site;
-  const links = me ? (ROLES[me.role] ?? ROLES.annotator) : [];
-  const current = links.includes(name) ? name : "rank";
+  const links = me ? ROLES[me.role] : [];
+  const current = links.includes(name) ? name : FIRST[me?.role];
   const link = (to) =>
     h("a", { href: `#/${to}`, "aria-current": to === current && "page" }, t(`nav.${to}`));
   at("top").replaceChildren(

@@ -10,10 +10,13 @@ export class MineView {
     this.site = site;
   }
 
-  close() {}
+  close() {
+    this.closed = true;
+  }
 
   async open() {
     const { answers } = await api.mine();
+    if (this.closed) return;
     const list = h("ol", { class: "entries" }, answers.map((one) => this.entry(one)));
     const hint = h("p", { class: "hint" }, t(answers.length ? "mine.hint" : "mine.none"));
     const title = h("h1", {}, t("nav.mine"));

@@ -3,6 +3,7 @@
  *
  * Drafts and answers lie in localStorage, whose writes are over before the page can be closed. An
  * answer carries a key that the server counts once, so it may be sent again after any failure.
+ * Where the browser has no storage, or it is full, this page alone keeps them.
  */
 
 const LONGEST_WAIT = 30_000; // milliseconds between two tries
@@ -15,6 +16,7 @@ export class Outbox {
    */
   constructor(owner, { send, onchange, onrefused }) {
     this.prefix = `openqwen.annotate.${owner}.`;
+    this.memory = new Map();
     Object.assign(this, { send, onchange, onrefused, wait: 1000, timer: 0, running: null });
     this.wake = () => this.flush();
     addEventListener("online", this.wake);
@@ -27,13 +29,29 @@ export class Outbox {
   }
 
   name = (kind, id) => `${this.prefix}${kind}.${id}`;
-  get = (kind, id) => JSON.parse(localStorage.getItem(this.name(kind, id)));
-  put = (kind, id, value) => localStorage.setItem(this.name(kind, id), JSON.stringify(value));
-  drop = (kind, id) => localStorage.removeItem(this.name(kind, id));
+  read = (name) => JSON.parse(this.memory.get(name) ?? localStorage.getItem(name));
+  get = (kind, id) => this.read(this.name(kind, id));
+
+  put(kind, id, value) {
+    const name = this.name(kind, id);
+    this.memory.delete(name);
+    try {
+      localStorage.setItem(name, JSON.stringify(value));
+    } catch {
+      localStorage.removeItem(name);
+      this.memory.set(name, JSON.stringify(value));
+    }
+  }
+
+  drop(kind, id) {
+    this.memory.delete(this.name(kind, id));
+    localStorage.removeItem(this.name(kind, id));
+  }
 
   list(kind) {
-    const names = Object.keys(localStorage).filter((name) => name.startsWith(this.name(kind, "")));
-    return names.map((name) => JSON.parse(localStorage.getItem(name)));
+    const names = new Set([...Object.keys(localStorage), ...this.memory.keys()]);
+    const wanted = [...names].filter((name) => name.startsWith(this.name(kind, "")));
+    return wanted.map((name) => this.read(name));
   }
 
   /** Answers that the server has not acknowledged, oldest first. */

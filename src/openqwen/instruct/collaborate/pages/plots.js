@@ -43,15 +43,15 @@ export function table(caption, columns, rows) {
   return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, whole);
 }
 
-/** A square of numbers up to 1, shaded. people: {id, name}; find(a, b): {value, text, said}. */
-export function square(caption, people, find) {
+/** A square of numbers up to 1, shaded. find(a, b) of two names: {value, text, said}. */
+export function square(caption, names, find) {
   const cell = (a, b) => {
-    const found = find(a.id, b.id);
+    const found = a === b ? null : find(a, b);
     if (!found) return "–";
     const node = h("span", { class: "shade", title: found.said }, found.text);
     return styled(node, "--depth", `${Math.round(45 * Math.max(found.value ?? 0, 0))}%`);
   };
-  const columns = [{ name: caption }, ...people.map(({ name }) => ({ name, number: true }))];
-  const rows = people.map((a) => [a.name, ...people.map((b) => cell(a, b))]);
+  const columns = [{ name: caption }, ...names.map((name) => ({ name, number: true }))];
+  const rows = names.map((a) => [a, ...names.map((b) => cell(a, b))]);
   return table(caption, columns, rows);
 }

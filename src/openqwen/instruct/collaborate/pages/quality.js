@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { at, h } from "./dom.js";
-import { manage } from "./manage.js";
+import { Management } from "./manage.js";
 import { bars, section, square, table } from "./plots.js";
 import { duration, few, known, moment, number, percent, t } from "./texts.js";
 
@@ -22,8 +22,8 @@ export class QualityView {
   async open() {
     const numbers = h("div", { class: "numbers" });
     const title = h("h1", {}, this.site.project.title);
-    const rest = this.site.me.role === "owner" ? await manage() : [];
-    const page = h("div", { class: "page wide" }, title, numbers, rest);
+    if (this.site.me.role === "owner") this.management = new Management();
+    const page = h("div", { class: "page wide" }, title, numbers, this.management?.sections());
     at("main").replaceChildren(page);
     at("main").focus();
     await this.look(numbers);
@@ -37,6 +37,10 @@ export class QualityView {
       const read = place.contains(document.activeElement);
       if (!this.closed && text !== this.shown && !read) place.replaceChildren(...sections(found));
       if (!read) this.shown = text;
+      // Accounts are listed again when there is another person.
+      const people = found.people.map(({ name }) => name).join("\n");
+      if (people !== this.people) await this.management?.list();
+      this.people = people;
     } catch (error) {
       if (!this.shown) throw error;
       this.site.saved(error.message);
@@ -71,15 +75,16 @@ function tiles({ progress, alpha, alpha_ranks: ranks, ac1, people }) {
       { class: "tile" },
       h("dt", {}, t(key)),
       h("dd", {}, value),
-      h("dd", { class: "hint" }, hint),
+      h("dd", { class: "hint" }, hint || ""),
     );
+  const golden = of && t("quality.goldHint", { right, of });
   const agreed = (key, one) => tile(key, few(one.value), `${interval(one)} ${t(`${key}Hint`)}`);
   return [
     tile("quality.answers", number.format(progress.answers), t("quality.wanted", progress)),
     agreed("quality.alpha", alpha),
     ranks && agreed("quality.alphaRanks", ranks),
     agreed("quality.ac1", ac1),
-    tile("quality.gold", percent(of ? right / of : null), t("quality.goldHint", { right, of })),
+    tile("quality.gold", percent(of ? right / of : null), golden),
     tile("quality.skipped", number.format(progress.skipped)),
   ];
 }
@@ -106,7 +111,7 @@ function peopleTable(people) {
   columns.push(...COLUMNS.map((name) => ({ name: t(`column.${name}`), number: true })));
   const rows = people.map(({ name, role, kind, gold, seconds, ...one }) => [
     name,
-    t(kind === "model" ? "role.model" : `role.${role}`),
+    t(kind === "human" ? `role.${role}` : `kind.${kind}`),
     number.format(one.answers),
     number.format(one.skipped),
     gold.of ? `${number.format(gold.right)} / ${number.format(gold.of)}` : "–",
@@ -114,7 +119,7 @@ function peopleTable(people) {
     duration(seconds.median),
     number.format(seconds.outliers),
     bias(one.position),
-    one.last ? moment(one.last) : "–",
+    moment(one.last),
   ]);
   return table(t("quality.people"), columns, rows);
 }
@@ -130,10 +135,11 @@ function kappaSquare({ kappa, people }) {
   const found = new Map();
   for (const { a, b, value, tasks } of kappa) {
     const entry = { value, text: few(value), said: t("quality.shared", { n: tasks }) };
-    found.set(`${a} ${b}`, entry).set(`${b} ${a}`, entry);
+    found.set(`${a}\n${b}`, entry).set(`${b}\n${a}`, entry);
   }
-  const paired = people.filter(({ id }) => kappa.some(({ a, b }) => a === id || b === id));
-  return square(t("quality.kappa"), paired, (a, b) => found.get(`${a} ${b}`));
+  const names = people.map(({ name }) => name);
+  const paired = names.filter((name) => kappa.some(({ a, b }) => a === name || b === name));
+  return square(t("quality.kappa"), paired, (a, b) => found.get(`${a}\n${b}`));
 }
 
 function positions({ shares, expected, p }) {

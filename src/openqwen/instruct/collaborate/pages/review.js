@@ -13,10 +13,14 @@ export class ReviewView {
     Object.assign(this, { site, order: ORDERS[0], offset: 0, text: "" });
   }
 
-  close() {}
+  close() {
+    this.closed = true;
+  }
 
   async open(item = null) {
-    at("main").replaceChildren(item ? await this.task(item) : await this.list());
+    const page = item ? await this.task(item) : await this.list();
+    if (this.closed) return;
+    at("main").replaceChildren(page);
     at("main").focus();
   }
 
@@ -112,7 +116,7 @@ export class ReviewView {
         "div",
         { class: "row between" },
         h("strong", {}, name),
-        h("span", { class: "hint" }, `${moment(time)} · ${duration(seconds)}`),
+        h("span", { class: "hint" }, time && `${moment(time)} · `, duration(seconds)),
       ),
       h("p", { class: "ranks" }, orderText(ranks)),
       this.marks(answer).map((line) => h("p", { class: "note" }, line)),

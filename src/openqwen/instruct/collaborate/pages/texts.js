@@ -58,6 +58,7 @@ export function duration(seconds) {
 
 /** A moment, from an ISO 8601 text. */
 export function moment(time) {
+  if (!time) return "–";
   const shown = { dateStyle: "medium", timeStyle: "short" };
   return new Intl.DateTimeFormat(language, shown).format(new Date(time));
 }
