@@ -1,6 +1,6 @@
 """A pool of real instructions: HH prompts, GSM8K's training questions, questions from books.
 
-    python benchmarks/instructions/pool.py pool.jsonl [--harmless 800] [--gsm8k 800] [--books made]
+    python benchmarks/instructions/pool.py pool.jsonl [--harmless 1000] [--gsm8k 950] [--books made]
 
 Needs the files of OPENQWEN_SHARED_DATA. `made` is an artifact of `openqwen synthesize repurpose`
 (steps.sh makes one from passages of books): its instructions are added, 400 of them by default.
@@ -50,23 +50,23 @@ def passages(folder: Path, count: int) -> None:
     """Write documents of a few thousand characters from many books, for `repurpose`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "books.jsonl", "w", encoding="utf-8") as file:
-        for n, book in enumerate(records(DATA / "corpus/books_en_train_1.jsonl.gz")):
+        written = 0
+        for book in records(DATA / "corpus/books_en_train_1.jsonl.gz"):
             for part in range(-(-count // 150)):
                 start = 20_000 + 40_000 * part  # behind title pages and lists of contents
                 text = book["text"][start : start + 3_000]
-                if len(text) == 3_000:
+                if len(text) == 3_000 and written < count:
                     record = {"id": f"{book['id']}/{part}", "text": text}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if n == 149:
-                break
+                    written += 1
 
 
 def main() -> None:
     """Write the pool, or the passages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--harmless", type=int, default=800)
-    parser.add_argument("--gsm8k", type=int, default=800)
+    parser.add_argument("--harmless", type=int, default=1_000)
+    parser.add_argument("--gsm8k", type=int, default=950)
     parser.add_argument("--books", type=Path)
     parser.add_argument("--from-books", type=int, default=400)
     parser.add_argument(

@@ -90,7 +90,7 @@ GOOD = Marks(("is it an answer", "request"), other=harder)
 def test_each_stage_goes_on_from_the_last(tmp_path):
     counts, records, report = evolve(tmp_path, GOOD)
     assert counts["instructions"] == 6 * 4
-    one = [r for r in records if r["id"].partition("/")[0] == "i2"]
+    one = [r for r in records if r["id"].partition("~")[0] == "i2"]
     assert [r["level"] for r in one] == [0, 1, 2, 3]
     texts = [r["prompt"][0]["content"] for r in one]
     assert all(new.startswith(old) and len(new) > len(old) for old, new in pairwise(texts))

@@ -1,19 +1,26 @@
 """Tags by scripted models, and InsTag's aggregation in closed form."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from method_runs import BAD, Marks, lines
 from scripted import Scripted, number, run
 
 from hostile import Hostile
 from openqwen.cli import main
-from openqwen.engine import Output
+from openqwen.engine import Engine, Output
 from openqwen.instruct.collaborate.aggregate import AggregationConfig, aggregate, plain
+from openqwen.instruct.collaborate.embed import embedder
+from openqwen.instruct.collaborate.mining import dbscan
 from openqwen.instruct.collaborate.pool import Instruction, read_pool
 from openqwen.instruct.collaborate.tag import TagConfig, Tagging, build_tree, read_tags
+from openqwen.model import load_model
 from openqwen.support.errors import OpenQwenError
+from openqwen.tokenizer import load_tokenizer
 
 
 def config(**values):
@@ -131,7 +138,8 @@ def test_the_order_of_instructions_changes_no_tag():
         ('{"tag": "one", "explanation": 3}', ["one"]),
         ('[{"tag": "A", "explanation": "x"}, {"tag": "B", "expl', ["A"]),
         ('Sure! {"tag": "A"}\n{"tag": "B"}', ["A", "B"]),
-        ('[{"tag": 7}, {"tag": "***"}, {"tag": ""}, "loose", null]', []),
+        ('[{"tag": 7}, {"tag": "***"}, {"tag": ""}, ["A"], null]', []),
+        ('["math", "word problem", 3, "math"]', ["math", "word problem"]),
         (f'[{{"tag": "{"long " * 40}"}}]', []),
         ("tags: math, numbers", []),
         ("[" * 5_000, []),
@@ -299,3 +307,28 @@ def test_a_server_without_embeddings(tmp_path, server, capsys):
     assert "The server gives no embeddings" in capsys.readouterr().err
     assert len(server.seen) == 19
     assert main(words(tmp_path, server, "--aggregation.distance", "0")) == 0
+
+
+def test_embeddings_of_an_engine_have_length_one_in_their_frame():
+    seen = []
+
+    class Embedding:
+        def embed(self, texts):
+            seen.extend(texts)
+            return torch.tensor([[3.0, 4.0], [0.0, 0.0]])[: len(texts)]
+
+    vectors = embedder(Embedding())(["math", ""])
+    assert vectors.tolist() == [[pytest.approx(0.6), pytest.approx(0.8)], [0.0, 0.0]]
+    assert seen[0] == 'This topic: "math" means in one word: "'
+    with pytest.raises(OpenQwenError, match="no embeddings"):
+        embedder(Scripted(SAYS))(["math"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("OPENQWEN_REAL_CHECKPOINT" not in os.environ, reason="needs the checkpoint")
+def test_a_real_model_puts_forms_of_a_word_near_each_other():
+    path = Path(os.environ["OPENQWEN_REAL_CHECKPOINT"])
+    engine = Engine(load_model(path, quantize="int8"), load_tokenizer(path))
+    words = ["math", "mathematics", "travel", "travelling", "history"]
+    vectors = embedder(engine)(words)
+    assert dbscan(vectors, 0.03, 1).tolist() == [0, 0, 1, 1, 2]

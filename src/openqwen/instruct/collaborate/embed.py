@@ -20,10 +20,7 @@ _DO = "give a model that has them, or --aggregation.distance 0"
 
 
 def embedder(generator: Generator) -> Embed:
-    """The embeddings of texts by a generator: rows of length 1, without their mean.
-
-    The vectors of such a model have a large common part, which hides the differences.
-    """
+    """The embeddings of texts by a generator: rows of length 1."""
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         parts: list[np.ndarray] = []
@@ -33,8 +30,6 @@ def embedder(generator: Generator) -> Embed:
                 parts.append(_vectors(generator, framed))
                 bar.advance(len(framed))
         vectors_ND = np.concatenate(parts)
-        if len(vectors_ND) > 2:  # two vectors without their mean are always opposite
-            vectors_ND = vectors_ND - vectors_ND.mean(0)
         lengths = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
         return np.asarray(vectors_ND / np.maximum(lengths, 1e-12))
 

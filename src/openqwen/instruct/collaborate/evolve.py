@@ -104,7 +104,7 @@ class Evolution(Method):
             if not evolved:
                 continue
             last = evolved
-            record = {"id": f"{item.id}/{level}", "prompt": [{"role": "user", "content": evolved}]}
+            record = {"id": f"{item.id}~{level}", "prompt": [{"role": "user", "content": evolved}]}
             work.record("instructions", {**record, "level": level, "operator": operator})
 
     def _evolve(

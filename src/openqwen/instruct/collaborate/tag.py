@@ -4,7 +4,6 @@ Lu et al. 2023, "#InsTag: Instruction Tagging for Analyzing Supervised Fine-tuni
 Models"; Qwen2 report, section 4.1 ("Automatic Ontology Extraction"). The prompts are ours.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from openqwen.engine import Output, Sampling, Structure
+from openqwen.engine import Output, Sampling
 from openqwen.instruct.collaborate.aggregate import AggregationConfig, Embed, aggregate
 from openqwen.instruct.collaborate.embed import embedder
 from openqwen.instruct.collaborate.page import Section, write_page
@@ -31,20 +30,6 @@ from openqwen.support.stage import PROMPTS, Stage, StageRun
 _OBJECT = re.compile(r"\{[^{}]*\}")
 _LONGEST_TAG = 80  # characters
 _EXPLANATIONS = 3  # kept of each tag; so are examples
-_SCHEMA = {
-    "type": "array",
-    "minItems": 1,
-    "maxItems": 12,
-    "items": {
-        "type": "object",
-        "properties": {
-            "tag": {"type": "string", "minLength": 2, "maxLength": 60},
-            "explanation": {"type": "string", "maxLength": 120},
-        },
-        "required": ["tag", "explanation"],
-        "additionalProperties": False,
-    },
-}
 
 
 class TagConfig(SynthesisConfig):
@@ -54,10 +39,6 @@ class TagConfig(SynthesisConfig):
     most_tags: int = Field(24, ge=1, description="tags of an instruction that are read")
     longest: int = Field(
         4_000, ge=1, description="characters of an instruction that the model is shown"
-    )
-    structured: bool = Field(
-        False,
-        description="let the model write nothing but JSON of the right form (needs llguidance)",
     )
     completeness: bool = Field(
         True, description="let the model score, 0 to 10, whether an instruction says all it must"
@@ -90,17 +71,13 @@ class Tagging(Method):
             return
         text = instruction.text[: self.config.longest]
         prompt = work.messages("tag", text=text)
-        structure = Structure("json_schema", json.dumps(_SCHEMA))
-        sampling = Sampling(
-            max_tokens=self.config.max_tokens,
-            structure=structure if self.config.structured else None,
-        )
-        (output,) = yield from work.ask([prompt], sampling)
+        (output,) = yield from work.ask([prompt], Sampling(self.config.max_tokens))
         whole = reading.json_value(output.text) is not None and output.finish_reason == "stop"
         work.gate("is JSON", whole)  # of a broken list, the whole entries are read
         tags = read_tags(output)[: self.config.most_tags]
         if not work.gate("has tags", bool(tags), "no tags" if whole else "no JSON", output.text):
             return
+        work.gate("all are explained", all(entry["explanation"] for entry in tags))
         values: dict[str, Any] = {"raw": tags}
         if self.config.completeness:
             asked = work.messages("complete", text=text)
@@ -126,11 +103,12 @@ def read_tags(output: Output) -> list[dict[str, str]]:
         value = [reading.json_value(text) for text in _OBJECT.findall(output.text)]
     tags: dict[str, dict[str, str]] = {}
     for entry in value:
-        if not isinstance(entry, dict) or not isinstance(entry.get("tag"), str):
+        given = entry if isinstance(entry, dict) else {"tag": entry}  # many write bare texts
+        if not isinstance(given.get("tag"), str):
             continue
-        tag = " ".join(entry["tag"].split())
+        tag = " ".join(given["tag"].split())
         if tag and len(tag) <= _LONGEST_TAG and any(map(str.isalnum, tag)):
-            explanation = entry.get("explanation")
+            explanation = given.get("explanation")
             told = explanation[:500] if isinstance(explanation, str) else ""
             tags.setdefault(tag, {"tag": tag, "explanation": told})
     return list(tags.values())
@@ -153,7 +131,7 @@ def build_tree(folder: Path, config: AggregationConfig, embed: Embed | None) -> 
     report = read_json(folder / "synthesis.json")
     if not records:
         what = f"No instruction got a tag: {report['reasons']}."
-        do = "give another model, or --structured; finished calls are kept"
+        do = "give another model"
         raise OpenQwenError(what, "instructions tag", do)
     raw = [[entry["tag"] for entry in record["raw"]] for record in records]
     tree, rules = aggregate(raw, config, embed)
