@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from openqwen.engine import Output
 from openqwen.model import ModelConfig, Qwen2, Scorer, initialize, load_model, save_checkpoint
+from openqwen.model.lora import load_adapter, merge_adapters
 from openqwen.support.errors import OpenQwenError
 from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 from openqwen.train import losses
@@ -321,3 +322,51 @@ def test_every_token_has_the_version_of_its_weights(start, tmp_path):
 def test_settings_that_do_not_fit_are_named(start, tmp_path, fields, what):
     with pytest.raises((OpenQwenError, ValueError), match=what):
         run(start, tmp_path, settings(**fields))
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_adapters_are_trained_over_the_frozen_start(start, tmp_path, quantize):
+    config = settings(
+        lora={"rank": 2}, sampler={"quantize": quantize}, beta=0.1, save={"seconds": 0}
+    )
+    _, log = run(start, tmp_path / "whole", config)
+    assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert log[-1]["kl"] > 0
+    found = load_model(tmp_path / "whole" / "out")
+    expected = load_model(start[0] / "model")
+    before = {n: p.clone() for n, p in expected.named_parameters()}
+    load_adapter(expected, tmp_path / "whole" / "out" / "adapter")
+    merge_adapters(expected)
+    for name, parameter in found.named_parameters():
+        assert_close(parameter, dict(expected.named_parameters())[name], rtol=0, atol=1e-6)
+        changed = any(f".{target}.weight" in name for target in config.lora.targets)
+        assert torch.equal(parameter, before[name]) != changed, name
+
+
+def test_adapters_with_a_moving_reference_are_refused():
+    with pytest.raises(ValueError, match="a reference that stays"):
+        settings(lora={"rank": 2}, reference={"refresh": "copy"})
+
+
+def test_problems_as_they_were_published_are_prompts(start, tmp_path):
+    file = tmp_path / "gsm8k.jsonl"
+    problems = [{"question": f"{n} + 1?", "answer": f"Add.\n#### {n + 1}"} for n in range(3)]
+    file.write_text("".join(json.dumps(p) + "\n" for p in problems))
+    place = Place(tmp_path / "out", tmp_path / "scratch", 1, "grpo")
+    config = settings(form="gsm8k", system="Think.", rewards={"sources": ["grader"]})
+    training = GrpoTraining(config, start[0] / "model", file, start[1], place, None)
+    assert [record["grader"] for record in training.pool.records] == ["math"] * 3
+    assert training.pool.records[1]["reference"]["answer"] == "2"
+    assert training.pool.records[1]["prompt"][0] == {"role": "system", "content": "Think."}
+    assert "Think." in start[1].decode(training.pool.ids[1])
+
+
+def test_a_judge_that_is_not_named_is_an_error_before_anything_is_sampled(start, tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    asked = [{"role": "user", "content": "Say one."}]
+    task = {"id": "a", "prompt": asked, "grader": "judge", "reference": {"rubric": "Be good."}}
+    file.write_text(json.dumps(task) + "\n")
+    place = Place(tmp_path / "out", tmp_path / "scratch", 1, "grpo")
+    config = settings(rewards={"sources": ["grader"]})
+    with pytest.raises(OpenQwenError, match="needs the model 'judge'"):
+        GrpoTraining(config, start[0] / "model", file, start[1], place, None)

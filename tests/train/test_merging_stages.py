@@ -199,7 +199,7 @@ def test_the_plan_counts_what_merging_keeps():
         return plan_devices._setting(stage, ModelConfig.named("qwen2.5-0.5b"), 1).moments
 
     assert moments() == 8
-    assert moments(base="extend", reserve=0.01) == pytest.approx(12.08)
+    assert moments(base="extend", reserve=0.01) == pytest.approx(12.165)
     assert moments(base="extend", reserve=0.5, store="bfloat16", every=2) == 8 + 2 + 4 + 4
     assert moments(base="extend", form="ties", reserve=0.01, alpha=0) == 8
 
@@ -215,13 +215,13 @@ def test_bytes_are_those_that_the_optimizer_holds(base):
         kept = sum(
             tensor.nbytes
             for part in optimizer._parts.values()
-            for tensor in (part.task.values, part.task.index)
+            for tensor in vars(part.task).values()
             if tensor is not None
         )
         for state in optimizer.state.values():
             kept += sum(state[name].nbytes for name in ("lost", "cached") if name in state)
         weights = model.config.parameters()
-        assert config.merging.bytes_per_weight * weights == pytest.approx(kept, rel=0.02)
+        assert config.merging.bytes_per_weight * weights == pytest.approx(kept, rel=0.06)
 
 
 def test_every_stage_that_shares_the_optimizers_settings_offers_it():

@@ -6,7 +6,6 @@
 // pass, over the weights alone: `collect` writes down the steps that may be large enough.
 
 #include <atomic>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>

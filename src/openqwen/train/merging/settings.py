@@ -73,7 +73,8 @@ class MergingConfig(Settings):
         dense = {"float32": 4.0, "bfloat16": 2.0, "disk": 0.0}[self.store]
         fresh = self.form == "dare" and self.scaling == "none"
         sparse = self.reserve <= SPARSE and not fresh
-        task = 8 * self.reserve if sparse else dense
+        kept = (2 if self.store == "bfloat16" else 4) * self.reserve + 1 / 8  # values, and bits
+        task = kept if sparse else dense
         used = self.alpha > 0 or (self.form, self.signs) == ("ties", "unweighted")
         lost, cached = 4 * (used or self.every > 1), 4 * (self.every > 1)
         return task * used + lost + cached

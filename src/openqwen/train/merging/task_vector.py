@@ -76,7 +76,7 @@ def _bits(kept: Tensor) -> tuple[Tensor, Tensor]:
     weights = (2 ** torch.arange(LANES, device=kept.device)).to(torch.int16)  # the last: −2¹⁵
     words = (padded.view(-1, LANES) * weights).sum(1, dtype=torch.int16)
     counts = padded.view(-1, BLOCK).sum(1)
-    return words, counts.cumsum(0) - counts
+    return words[: -(-len(kept) // LANES)].clone(), counts.cumsum(0) - counts
 
 
 @dataclass(frozen=True)
