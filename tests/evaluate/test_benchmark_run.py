@@ -295,3 +295,20 @@ def test_a_stage_of_a_recipe_scores_benchmarks_too(data, tmp_path):
     assert found[0] == found[1]
     evaluation = read_evaluation(tmp_path / "a" / "out")
     assert compare_on("gsm8k", evaluation, evaluation)["n"] == 2
+
+
+def test_contexts_that_begin_alike_are_computed_once(tmp_path):
+    """Of a shared prefix all whole pages but the first time come from the cache."""
+    words, network = tokenizer(), model()
+    engine = Engine(network, words)
+    prefix = words.encode("Many words stand before each of the questions, always the same. " * 8)
+    pairs = [([*prefix, 20 + n], [30 + n, 31 + n]) for n in range(12)]
+    bar = Progress("x", len(pairs), "choices")
+    found = subject(engine, tmp_path, words).likelihoods(pairs, bar)
+    stats, page = engine.stats(), engine.config.page_size
+    assert stats.tokens_in == sum(len(a) + len(b) for a, b in pairs)
+    assert stats.cache_hits == 11 * (len(prefix) // page) * page
+    for (context, target), reply in zip(pairs, found, strict=True):
+        assert math.fsum(reply.logprobs) == pytest.approx(
+            plain_sum(network, context, target), abs=1e-4
+        )

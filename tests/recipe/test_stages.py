@@ -51,7 +51,7 @@ def test_gains_are_on_the_own_start_at_equal_temperature(tmp_path, monkeypatch):
     found = {}
     for name, right in models.items():
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "manifest.json", {"stage": name})
+        write_json(tmp_path / name / "scores.json", {"stage": name})
         start = (
             {}
             if name == "evaluate-sft"

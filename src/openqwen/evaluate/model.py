@@ -76,7 +76,8 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
     model, tokenizer = load_model(folder, device=best_device()), load_tokenizer(folder)
     engine = Engine(model, tokenizer)
     plain = "base" not in run.inputs
-    scores = _text_scores(model, tokenizer, config, run.inputs["corpus"] / "heldout.parquet")
+    scores: dict[str, Any] = {"stage": run.label}  # the next stage names it as its start
+    scores |= _text_scores(model, tokenizer, config, run.inputs["corpus"] / "heldout.parquet")
 
     # The same tasks for every stage and every run: their seed is not the run's.
     tasks = generate_tasks(Generators(0)["evaluate"], config.checked, split="heldout")
@@ -195,8 +196,8 @@ def _test_scores(generator: Generator, config: EvaluateConfig, run: StageRun) ->
     for name, (_, field, _) in _TEMPERATURES.items():
         gain = paired_gain(_right(before, field), _right(answers, field), problems)
         scores |= _named(f"{name}_gain", *gain)
-    manifest = read_json(run.inputs["start"] / "manifest.json")
-    scores["start"] = manifest["stage"].removeprefix("evaluate-")
+    earlier = read_json(run.inputs["start"] / "scores.json")
+    scores["start"] = earlier["stage"].removeprefix("evaluate-")
     return scores | _win_rates(before, run.inputs["reward"], tasks, answers)
 
 

@@ -49,7 +49,7 @@ def _heat_maps(
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for evaluation, label in zip(evaluations, labels):
-        for name, scores in sorted(evaluation.scores.items()):
+        for name, scores in evaluation.scores.items():
             cells: dict[tuple[str, int], list[float]] = {}
             for row in evaluation.rows(name) if scores.get("long") else []:
                 if row["status"] != "infra":
@@ -72,7 +72,8 @@ def _grid(cells: Mapping[tuple[str, int], Sequence[float]]) -> dict[str, Any]:
     lengths = sorted({length for _, length in means})
     overall = [fmean([m for (_, n), m in means.items() if n == length]) for length in lengths]
     grid = [(row, [means.get((row, length)) for length in lengths]) for row in rows]
-    return {"lengths": lengths, "rows": grid, "overall": overall}
+    named = "depth" if all(row.endswith(" %") for row in rows) else "task"
+    return {"named": named, "lengths": lengths, "rows": grid, "overall": overall}
 
 
 def _positions(
@@ -82,7 +83,7 @@ def _positions(
     return [
         (label, scores["reading"] or "", scores["positions"])
         for evaluation, label in zip(evaluations, labels)
-        for _, scores in sorted(evaluation.scores.items())
+        for scores in evaluation.scores.values()
         if scores.get("positions")
     ]
 
