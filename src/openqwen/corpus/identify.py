@@ -25,6 +25,10 @@ _LETTERS = re.compile(r"[^\W\d_]")
 _ASCII = re.compile(r"[\x00-\x7f]*")
 _MIXED_SHARE = {"ja": 0.05}  # of letters that kana are in Japanese; all others need half
 
+_ENGLISH = frozenset(_TABLES["english"]["words"].split())
+_ENGLISH_SHARE = 0.25
+# A text without any of these names no licence.
+_LICENCE_WORDS = ("licen", "permission", "redistribution", "creativecommons", "cc0")
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([A-Za-z0-9.+-]+(?: (?:OR|AND|WITH) [\w.+-]+)*)")
 _LICENCES = [(re.compile(row["pattern"], re.I), row["name"]) for row in _TABLES["licences"]]
 _CREATIVE = re.compile(r"creativecommons\.org/licenses/(by(?:-nc)?(?:-nd|-sa)?)/(\d\.\d)", re.I)
@@ -72,6 +76,9 @@ def language_of(text: str) -> str:
         for code, pattern in _COUNTED.items():
             if len(pattern.findall(part)) > _MIXED_SHARE.get(code, 0.5) * letters:
                 return code
+    words = part.lower().split()
+    if sum(word in _ENGLISH for word in words) > _ENGLISH_SHARE * len(words):
+        return "en"
     return _classifier()(part)
 
 
@@ -97,6 +104,9 @@ def programming_language(suffix: str, text: str) -> str:
 
 def licence_of(text: str) -> str:
     """The licence that the beginning of a text names, as an SPDX identifier; "" if none."""
+    beginning = text[:_HEAD].lower()
+    if not any(word in beginning for word in _LICENCE_WORDS):
+        return ""
     head = " ".join(re.sub(r"(?m)^\s*(?:#|//|\*|--|;|%|/\*)+", " ", text[:_HEAD]).split())
     if match := _SPDX.search(head):
         return match[1]
