@@ -3,7 +3,7 @@
 datatrove has its own environment, since its pins differ from ours:
 
     python3 -m venv peers/datatrove
-    peers/datatrove/bin/pip install datatrove==0.10.1 spacy nltk regex tldextract "xxhash<4"
+    peers/datatrove/bin/pip install datatrove==0.10.1 spacy nltk regex tldextract tokenizers "xxhash<4"
     python benchmarks/filters_datatrove.py --datatrove peers/datatrove/bin/python --text FILE.jsonl.gz...
 
 Texts are cut into documents of about 3,000 characters; web-like pages that fail one rule each are

@@ -132,8 +132,8 @@ def test_a_preset_takes_the_place_of_the_profile(folder, tmp_path):
     (step,) = (step for step in report["steps"] if step["name"] == "filter")
     assert set(step["reasons"]) == {"word count", "lines"}  # C4 cuts blank lines
     assert report["sources"]["letters"]["documents"] > 20
-    _, report = build(CorpusConfig(folder=folder, presets={"*": "code"}), tmp_path / "code")
-    assert set(report["steps"][2]["reasons"]) == {"line length"}
+    with pytest.raises(OpenQwenError, match="62 x line length, 1 x file length"):
+        build(CorpusConfig(folder=folder, presets={"*": "code"}), tmp_path / "code")
 
 
 FILES = ("train.parquet", "heldout.parquet", "corpus.json", "decisions.parquet", "quarantine.jsonl")
@@ -203,6 +203,17 @@ def test_too_much_that_cannot_be_read_is_an_error_at_the_end(folder, tmp_path):
     assert build(config, tmp_path / "out", scratch=scratch)[0]["skipped"] == 21
 
 
+def test_ids_that_come_twice_are_counted_and_nothing_is_lost(folder, tmp_path):
+    lines = [{"id": str(n // 2), "text": essay(f"record{n}")} for n in range(8)]
+    (folder / "letters/records.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = CorpusConfig(folder=folder, profiles={"letters": "text"})
+    metrics, report = build(config, tmp_path / "out")
+    assert report["read"]["duplicate_ids"] == metrics["read_duplicate_ids"] == 4
+    assert metrics["near_dropped"] == 1
+    ids = [d["id"] for n in FILES[:2] for d in read_documents(tmp_path / "out" / n)]
+    assert len(ids) == len(set(ids)) == 68
+
+
 def test_a_sample_of_the_documents(folder, tmp_path):
     config = CorpusConfig(folder=folder, sample=0.5, heldout_share=0.2)
     first = build(config, tmp_path / "one")[0]["read_documents"]
@@ -221,7 +232,7 @@ def test_a_cap_and_a_profile_for_one_source(folder, tmp_path):
     ("files", "message"),
     [
         ({}, "no document that can be read"),
-        ({"a.png": b"x", "b.txt": b"\xff"}, "1 x unknown file type"),
+        ({"a.png": b"x", "b.txt": b"\0"}, "1 x unknown file type"),
         ({"a.txt": b"too short"}, "Every document was filtered out"),
         ({"a.txt": essay("a").encode()}, "No document could be held out"),
     ],

@@ -117,6 +117,13 @@ def test_where_the_facets_tags_and_grades_come_from():
     assert grade({"score": "high"}) is None
 
 
+def test_decisions_of_the_corpus_are_filtered_by_step_and_rule():
+    row = {"id": "a", "step": "near", "rule": "near-duplicate", "why": "like b", "kept": False}
+    assert (describe(row).form, describe(row).text) == ("decision", "near-duplicate: like b")
+    found = facets(row, "decision")
+    assert (found["kind"], found["reason"]) == ("near", "near-duplicate")
+
+
 def test_filters_and_their_counts(client):
     page = client([D, P, TASK, DOCUMENT, D | {"origin": {}}])
     assert page.numbers() == [1, 2, 3, 4, 5]

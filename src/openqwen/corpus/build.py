@@ -38,7 +38,6 @@ from openqwen.corpus.work import (
     FINAL,
     MAPPED,
     RAW,
-    Fates,
     MapItem,
     ReadUnit,
     applying,
@@ -110,7 +109,11 @@ class _Build:
             what = "Every document was filtered out."
             raise _nothing_left(what, self.config, self.account.reasons())
         chunks = [*chunks, *self._extra(extra_documents)]
-        self._all("deduplicate", applying, self._fates(chunks), len(chunks))
+        comparison = Comparison(self.config, chunks, self.scratch)
+        comparison.run()
+        if count := comparison.duplicate_ids():
+            read["read"]["duplicate_ids"] = count
+        self._all("deduplicate", applying, comparison.fates(), len(chunks))
         for name in chunks:
             self.account.merge(self._json(FINAL, name)["steps"])
         entries = _Entries(self.scratch / FINAL, chunks)
@@ -213,6 +216,7 @@ class _Build:
             "numbers": np.arange(len(given)),
             "owners": np.zeros(0, np.int64),
             "spans": np.zeros((0, 2), np.int64),
+            "given": np.zeros(0, np.uint64),
         }
         folder = self.scratch / MAPPED
         if not (self.scratch / FINAL / f"{EXTRA}.json").exists():
@@ -223,11 +227,6 @@ class _Build:
         empty: dict[str, Any] = {"contaminated": {}, "scores": {}, "decisions": []}
         write_compact(folder / f"{EXTRA}.json", {"entries": entries, **empty})
         return [EXTRA]
-
-    def _fates(self, chunks: Sequence[str]) -> Iterator[Fates]:
-        comparison = Comparison(self.config, chunks, self.scratch)
-        comparison.run()
-        yield from comparison.fates()
 
     def _held_out(self, entries: "_Entries") -> set[str]:
         held = heldout(entries, self.config.heldout_share, self.config.heldout_max_bytes, self.seed)

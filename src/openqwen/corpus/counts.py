@@ -6,10 +6,12 @@ compiler is found.
 
 import ctypes
 import re
+import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ _pointer, _text, _size, _count = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # name -> types of the result and the arguments
     "words_new": (_pointer,),
     "words_free": (None, _pointer),
-    "words_add": (None, _pointer, _text, _size, _pointer, _pointer, _text, _size),
+    "words_add": (None, _pointer, _text, _size, _text, _text, _text, _size),
     "words_read": (_count, _pointer, _text, _size, _pointer, _count),
     "words_count": (None, _pointer, _pointer, _size, _pointer),
     "words_hash": (ctypes.c_uint64, _text, _size),
@@ -145,17 +147,13 @@ class WordCounter:
     def _add(self, stretch: str) -> None:
         assert self._library
         words = split_stretch(stretch)
-        sizes = [len(word.encode("utf-8", "surrogatepass")) for word in words]
-        ends = np.cumsum(sizes, dtype=np.int64)
-        characters = np.array([len(word) for word in words], np.int64)
+        form = f"{len(words)}q"
+        sizes = (len(word.encode("utf-8", "surrogatepass")) for word in words)
+        ends = struct.pack(form, *accumulate(sizes))
+        characters = struct.pack(form, *map(len, words))
         flags = bytes(map(_flags, words))
         self._library.openqwen_words_add(
-            self._handle,
-            *_sized(stretch),
-            ends.ctypes.data,
-            characters.ctypes.data,
-            flags,
-            len(words),
+            self._handle, *_sized(stretch), ends, characters, flags, len(words)
         )
         self._known += 1
 

@@ -46,6 +46,11 @@ class Comparison:
         self.near = self._array("near", count)  # the first document of the cluster
         self._repeated = np.zeros(0, bool)  # of each paragraph of the documents that are left
 
+    def duplicate_ids(self) -> int:
+        """How many records have an id that an earlier one of their source has."""
+        found = first_occurrences(self._mapped("given-ids"))
+        return sum(int((first != numbers).sum()) for numbers, first in found)
+
     def run(self) -> None:
         """Decide about all documents."""
         keys = self._mapped("exact-keys").reshape(-1, 2)
@@ -88,15 +93,16 @@ class Comparison:
         self.count = self.main = 0
         size = 0
         with ExitStack() as files:
-            keys, ids, ends = (
+            keys, ids, ends, given = (
                 files.enter_context(open(self._keys / name, "wb"))
-                for name in ("exact-keys", "ids", "id-ends")
+                for name in ("exact-keys", "ids", "id-ends", "given-ids")
             )
             for name in names:
                 chunk = _Chunk(name, self.count)
                 self._chunks.append(chunk)
                 arrays, found = self._load(chunk)
                 keys.write(arrays["exact"].tobytes())
+                given.write(arrays["given"].tobytes())
                 for entry in found["entries"]:
                     raw = entry[0].encode()
                     ids.write(raw)

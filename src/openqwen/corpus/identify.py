@@ -6,9 +6,10 @@ slowest step of all.
 """
 
 import re
+import tomllib
 from collections.abc import Callable
 from functools import cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from openqwen.corpus.documents import Document
 from openqwen.support.command import pip_install
@@ -18,89 +19,22 @@ _READ = 500  # characters that the language is found by
 _HEAD = 4_000  # characters at the beginning in which a licence is looked for
 _LEAST = 20  # letters; shorter texts have no language that can be told
 _BOOK = 100_000  # characters
-# Scripts that one language is written in, with its code. Kana come before Chinese characters, which
-# Japanese has too.
-_SCRIPTS = {
-    "ja": "\u3040-\u30ff",
-    "ko": "\uac00-\ud7af",
-    "zh": "\u3400-\u4dbf\u4e00-\u9fff",
-    "th": "\u0e00-\u0e7f",
-    "lo": "\u0e80-\u0eff",
-    "my": "\u1000-\u109f",
-    "km": "\u1780-\u17ff",
-    "el": "\u0370-\u03ff",
-    "ka": "\u10a0-\u10ff",
-    "hy": "\u0530-\u058f",
-    "ta": "\u0b80-\u0bff",
-    "te": "\u0c00-\u0c7f",
-    "kn": "\u0c80-\u0cff",
-    "ml": "\u0d00-\u0d7f",
-    "gu": "\u0a80-\u0aff",
-    "pa": "\u0a00-\u0a7f",
-    "si": "\u0d80-\u0dff",
-}
-_COUNTED = {code: re.compile(f"[{span}]") for code, span in _SCRIPTS.items()}
+_TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_COUNTED = {code: re.compile(f"[{span}]") for code, span in _TABLES["scripts"].items()}
 _LETTERS = re.compile(r"[^\W\d_]")
 _ASCII = re.compile(r"[\x00-\x7f]*")
 _MIXED_SHARE = {"ja": 0.05}  # of letters that kana are in Japanese; all others need half
 
-# The beginning of a licence's text, or its name as files give it, and its SPDX identifier.
+_ENGLISH = frozenset(_TABLES["english"]["words"].split())
+_ENGLISH_SHARE = 0.25
+# A text without any of these names no licence.
+_LICENCE_WORDS = ("licen", "permission", "redistribution", "creativecommons", "cc0")
 _SPDX = re.compile(r"SPDX-License-Identifier:\s*([A-Za-z0-9.+-]+(?: (?:OR|AND|WITH) [\w.+-]+)*)")
-_LICENCES = [
-    (re.compile(pattern, re.IGNORECASE), name)
-    for pattern, name in (
-        (r"licensed under the apache license,? version 2", "Apache-2.0"),
-        (r"apache license\s+version 2\.0, january 2004", "Apache-2.0"),
-        (r"permission is hereby granted, free of charge, to any person obtaining a copy", "MIT"),
-        (r"(?:released|licensed) under the (?:terms of the )?mit licen[sc]e", "MIT"),
-        (r"permission to use, copy, modify, and/?(?:or)? distribute this software for any", "ISC"),
-        (r"gnu affero general public license", "AGPL-3.0"),
-        (r"gnu (?:lesser|library) general public license", "LGPL"),
-        (r"gnu general public license[^.]{0,120}version 3", "GPL-3.0"),
-        (r"gnu general public license", "GPL-2.0"),
-        (r"mozilla public license,? v(?:ersion|\.)? ?2\.0", "MPL-2.0"),
-        (r"neither the name of .{0,200}? nor the names of", "BSD-3-Clause"),
-        (r"redistribution and use in source and binary forms", "BSD-2-Clause"),
-        (r"python software foundation license", "PSF-2.0"),
-        (r"creativecommons\.org/publicdomain/zero|\bcc0\b", "CC0-1.0"),
-        (r"free and unencumbered software released into the public domain", "Unlicense"),
-    )
-]
+_LICENCES = [(re.compile(row["pattern"], re.I), row["name"]) for row in _TABLES["licences"]]
 _CREATIVE = re.compile(r"creativecommons\.org/licenses/(by(?:-nc)?(?:-nd|-sa)?)/(\d\.\d)", re.I)
 
-# Suffixes of files, by language.
-_LANGUAGES = {
-    **{s: s for s in ("java", "kotlin", "scala", "swift", "dart", "zig", "nim", "lua", "php")},
-    **{s: s for s in ("go", "r", "sql", "cmake", "vim")},
-    "python": "py pyi pyx",
-    "c": "c h",
-    "c++": "cc cpp cxx hpp hh cu",
-    "c#": "cs",
-    "javascript": "js jsx mjs",
-    "typescript": "ts tsx",
-    "shell": "sh bash zsh",
-    "perl": "pl pm",
-    "kotlin": "kt",
-    "rust": "rs",
-    "ruby": "rb",
-    "julia": "jl",
-    "haskell": "hs",
-    "ocaml": "ml",
-    "clojure": "clj",
-    "erlang": "erl",
-    "elixir": "ex exs",
-    "powershell": "ps1",
-    "objective-c": "m mm",
-    "fortran": "f f90 f95",
-    "assembly": "asm s",
-    "lisp": "el lisp scm",
-    "verilog": "v",
-    "vhdl": "vhd",
-    "protocol buffers": "proto",
-    "make": "mk",
-}
 _PROGRAMMING = {
-    suffix: name for name, suffixes in _LANGUAGES.items() for suffix in suffixes.split()
+    suffix: name for name, suffixes in _TABLES["programming"].items() for suffix in suffixes.split()
 }
 _SHEBANG = re.compile(r"#!.{0,80}?\b(python|bash|sh|perl|ruby|node|lua|php)[\d.]*\s")
 _SHEBANGS = {"bash": "shell", "sh": "shell", "node": "javascript"}
@@ -142,6 +76,9 @@ def language_of(text: str) -> str:
         for code, pattern in _COUNTED.items():
             if len(pattern.findall(part)) > _MIXED_SHARE.get(code, 0.5) * letters:
                 return code
+    words = part.lower().split()
+    if sum(word in _ENGLISH for word in words) > _ENGLISH_SHARE * len(words):
+        return "en"
     return _classifier()(part)
 
 
@@ -167,6 +104,9 @@ def programming_language(suffix: str, text: str) -> str:
 
 def licence_of(text: str) -> str:
     """The licence that the beginning of a text names, as an SPDX identifier; "" if none."""
+    beginning = text[:_HEAD].lower()
+    if not any(word in beginning for word in _LICENCE_WORDS):
+        return ""
     head = " ".join(re.sub(r"(?m)^\s*(?:#|//|\*|--|;|%|/\*)+", " ", text[:_HEAD]).split())
     if match := _SPDX.search(head):
         return match[1]

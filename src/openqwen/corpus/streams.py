@@ -29,7 +29,7 @@ _MOJIBAKE = re.compile(
     "\u2030\u0160\u2039\u0152\u017d\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u02dc\u2122\u0161"
     "\u203a\u0153\u017e\u0178]{2})"
 )
-_REPAIRED_SHARE = 0.02  # of characters that may be controls or unknown in a text that was guessed
+_ODD_SHARE = 0.02  # of characters that may be controls or unknown where an encoding was guessed
 
 
 class HostileFileError(Exception):
@@ -127,9 +127,8 @@ def decode(raw: bytes, repair: bool) -> tuple[str, str]:
 
     Raises UnicodeDecodeError where the bytes are no text.
     """
-    for mark, name in ((b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if repair and raw.startswith(mark):
-            return raw.decode(name), name
+    if repair and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16"), "utf-16"
     try:
         text = raw.decode("utf-8-sig")
         return (mend(text), "utf-8") if repair else (text, "utf-8")
@@ -139,7 +138,7 @@ def decode(raw: bytes, repair: bool) -> tuple[str, str]:
             raise
         text = raw.decode(name, "replace")
         odd = sum(c == "\ufffd" or (c < " " and c not in "\t\n\r\f") for c in text)
-        if odd > _REPAIRED_SHARE * len(text):
+        if odd > _ODD_SHARE * len(text):
             raise
         return text, name
 

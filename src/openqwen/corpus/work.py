@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from openqwen.corpus.clean import Span, long_pieces
 from openqwen.corpus.config import CorpusConfig
@@ -246,11 +247,14 @@ def document_keys(config: CorpusConfig, documents: list[Document]) -> dict[str, 
     """What the documents of a chunk are compared by with all others.
 
     exact: uint64 [N, 2]. bands: uint64 [N, bands]. pieces: uint64 [P], one for each long paragraph;
-    spans: int64 [P, 2], where it stands; owners: int64 [P], its document.
+    spans: int64 [P, 2], where it stands; owners: int64 [P], its document. given: uint64, one for
+    each id that a record came with.
     """
     texts = [document["text"] for document in documents]
     exact = np.frombuffer(b"".join(map(exact_key, texts)), np.uint64).reshape(-1, 2)
     bands = [band_keys(signatures(b, config.minhash), config.minhash) for b in text_batches(texts)]
+    ids = [d["source"] + "/" + d["meta"]["id"] for d in documents if "id" in d["meta"]]
+    given = [xxhash.xxh3_64_intdigest(name.encode()) for name in ids]
     keys, spans, owners = [], [], []
     for number, document in enumerate(documents):
         code = document["meta"]["profile"] == "code"
@@ -264,6 +268,7 @@ def document_keys(config: CorpusConfig, documents: list[Document]) -> dict[str, 
         "pieces": np.array(keys, np.uint64),
         "spans": np.array(spans, np.int64).reshape(-1, 2),
         "owners": np.array(owners, np.int64),
+        "given": np.array(given, np.uint64),
     }
 
 
