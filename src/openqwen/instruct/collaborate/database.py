@@ -85,7 +85,10 @@ class Database:
 
     def failure(self, error: DBAPIError) -> OpenQwenError:
         """What a user can do about an error of the database."""
-        reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else "unknown"
+        given = error.orig.args[0] if error.orig and error.orig.args else "unknown"
+        if isinstance(given, dict):  # pg8000's fields of an error; M is the message
+            given = given.get("M", "unknown")
+        reason = str(given).strip().partition("\n")[0].rstrip(".")
         do = "check that the database is reachable and that its disk has space"
         if "readonly" in reason or "read-only" in reason or "unable to open" in reason:
             do = "let this user write the file and its folder"

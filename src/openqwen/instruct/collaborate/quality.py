@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, text
 
 from openqwen.instruct.collaborate import agreement, bradley_terry
 from openqwen.instruct.collaborate.agreement import Ratings
@@ -90,9 +90,10 @@ def progress(connection: Connection) -> Json:
     total, answers, wanted = connection.execute(select(*columns)).one()
     full = select(func.count()).where(tasks.c.answers >= tasks.c.wanted)
     skipped = select(func.count()).where(work.c.status == "skipped")
-    day = func.substr(events.c.at, 1, 10)
+    day = func.substr(events.c.at, 1, 10).label("day")
     per_day = select(day, func.count()).join(work, work.c.seq == events.c.seq)
-    per_day = per_day.where(work.c.status == "answered").group_by(day)
+    # By the label: an expression with parameters is another one at each place to PostgreSQL.
+    per_day = per_day.where(work.c.status == "answered").group_by(text("day"))
     return {
         "tasks": total,
         "answers": int(answers or 0),
@@ -101,7 +102,7 @@ def progress(connection: Connection) -> Json:
         "skipped": connection.execute(skipped).scalar(),
         "days": [
             {"day": day, "answers": count}
-            for day, count in connection.execute(per_day.order_by(day))
+            for day, count in connection.execute(per_day.order_by(text("day")))
         ],
     }
 
