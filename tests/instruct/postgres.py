@@ -12,7 +12,7 @@ import pytest
 
 def programs():
     """The folder of PostgreSQL's programs; the test is skipped without one."""
-    pytest.importorskip("psycopg", reason="psycopg is not installed")
+    pytest.importorskip("pg8000", reason="pg8000 is not installed")
     for name in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True):
         return name.parent
     found = shutil.which("initdb")
@@ -56,8 +56,9 @@ def server(options=""):
 
 def new_database(folder, name):
     """The URL of a new, empty database."""
-    import psycopg
+    from pg8000.native import Connection
 
-    with psycopg.connect(f"host={folder} user=postgres dbname=postgres", autocommit=True) as c:
-        c.execute(f'CREATE DATABASE "{name}"')
+    connection = Connection("postgres", unix_sock=f"{folder}/.s.PGSQL.5432")
+    connection.run(f'CREATE DATABASE "{name}"')
+    connection.close()
     return f"postgresql://postgres@/{name}?host={folder}"

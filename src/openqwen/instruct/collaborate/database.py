@@ -85,7 +85,10 @@ class Database:
 
     def failure(self, error: DBAPIError) -> OpenQwenError:
         """What a user can do about an error of the database."""
-        reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else "unknown"
+        given = error.orig.args[0] if error.orig and error.orig.args else "unknown"
+        if isinstance(given, dict):  # pg8000's fields of an error; M is the message
+            given = given.get("M", "unknown")
+        reason = str(given).strip().partition("\n")[0].rstrip(".")
         do = "check that the database is reachable and that its disk has space"
         if "readonly" in reason or "read-only" in reason or "unable to open" in reason:
             do = "let this user write the file and its folder"
@@ -145,7 +148,11 @@ def _postgresql(url: str) -> Engine:
     try:
         parsed = make_url(url)
         if parsed.drivername in ("postgres", "postgresql"):
-            parsed = parsed.set(drivername="postgresql+psycopg")
+            parsed = parsed.set(drivername="postgresql+pg8000")
+        query = dict(parsed.query)
+        if str(query.get("host", "")).startswith("/"):  # as libpq writes the folder of a socket
+            query["unix_sock"] = f"{query.pop('host')}/.s.PGSQL.{query.pop('port', 5432)}"
+            parsed = parsed.set(query=query)
         if parsed.get_backend_name() != "postgresql":
             raise ArgumentError(f"the scheme is {parsed.drivername}")
         return create_engine(parsed, pool_size=20, max_overflow=20, pool_pre_ping=True)
@@ -155,7 +162,7 @@ def _postgresql(url: str) -> Engine:
         raise OpenQwenError(what, "--database", do) from None
     except ModuleNotFoundError as error:
         what = f"PostgreSQL needs the library {error.name}."
-        raise OpenQwenError(what, "--database", pip_install("psycopg[binary]")) from None
+        raise OpenQwenError(what, "--database", pip_install("openqwen[postgresql]")) from None
 
 
 def _migrate(connection: Connection) -> None:

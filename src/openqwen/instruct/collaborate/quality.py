@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, text
 
 from openqwen.instruct.collaborate import agreement, bradley_terry
 from openqwen.instruct.collaborate.agreement import Ratings
@@ -90,8 +90,10 @@ def progress(connection: Connection) -> Json:
     total, answers, wanted = connection.execute(select(*columns)).one()
     full = select(func.count()).where(tasks.c.answers >= tasks.c.wanted)
     skipped = select(func.count()).where(work.c.status == "skipped")
-    day = func.substr(events.c.at, 1, 10)
-    per_day = select(day, func.count()).where(events.c.kind == "answered").group_by(day)
+    day = func.substr(events.c.at, 1, 10).label("day")
+    per_day = select(day, func.count()).join(work, work.c.seq == events.c.seq)
+    # By the label: an expression with parameters is another one at each place to PostgreSQL.
+    per_day = per_day.where(work.c.status == "answered").group_by(text("day"))
     return {
         "tasks": total,
         "answers": int(answers or 0),
@@ -100,7 +102,7 @@ def progress(connection: Connection) -> Json:
         "skipped": connection.execute(skipped).scalar(),
         "days": [
             {"day": day, "answers": count}
-            for day, count in connection.execute(per_day.order_by(day))
+            for day, count in connection.execute(per_day.order_by(text("day")))
         ],
     }
 
@@ -202,8 +204,9 @@ def _people(
     logs = [math.log(a.seconds) for given in answers.values() for a in given if a.seconds > 0]
     chosen = select(work.c.person, func.count()).where(work.c.status == "skipped")
     skips: dict[str, int] = dict(connection.execute(chosen.group_by(work.c.person)).tuples().all())
-    last = select(events.c.person, func.max(events.c.seq)).group_by(events.c.person).subquery()
-    when = select(events.c.person, events.c.at).join(last, events.c.seq == last.c[1])
+    last = select(work.c.person, func.max(work.c.seq).label("seq")).group_by(work.c.person)
+    latest = last.subquery()
+    when = select(latest.c.person, events.c.at).join(events, events.c.seq == latest.c.seq)
     times = dict(connection.execute(when).tuples().all())
     rows = connection.execute(select(people).order_by(people.c.since, people.c.name)).all()
     return [

@@ -14,6 +14,7 @@ answer), looked (a reviewer saw others' answers), stale (the task has changed).
 
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +106,7 @@ def left_for(connection: Connection, person: str) -> int:
     """How many tasks have a free place for a person; no more than 1,000 are counted."""
     reached = _frontiers(connection, person)
     left = 0
-    for level in range(LEVELS):
+    for level in _levels(connection):
         waiting = select(literal(1)).where(*_waiting(level, reached.get(level, 0)))
         few = waiting.limit(_MOST_COUNTED - left).subquery()
         left += connection.execute(select(func.count()).select_from(few)).scalar_one()
@@ -165,10 +166,20 @@ def _next_task(
     share = random.Random(f"{project.seed}/gold/{person.id}/{person.done}").random()
     if share < project.gold_share and (row := first(*gold)):
         return row, GOLD_LANE
-    for level in reversed(range(LEVELS)):
+    for level in _levels(connection):
         if row := first(*_waiting(level, reached.get(level, 0))):
             return row, level
     return first(*gold), GOLD_LANE
+
+
+def _levels(connection: Connection) -> Iterator[int]:
+    """The priorities at which tasks wait, highest first."""
+    level: int | None = LEVELS
+    while level is not None:
+        lower = select(func.max(tasks.c.priority)).where(WAITING, tasks.c.priority < level)
+        level = connection.execute(lower).scalar()
+        if level is not None:
+            yield level
 
 
 def _waiting(level: int, turn: int) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from openqwen.instruct.collaborate.annotate import Json, content, not_found
 from openqwen.instruct.collaborate.answers import check_ranks, preference, renamed
 from openqwen.instruct.collaborate.events import LogEvent, event_with_key, loads, record
 from openqwen.instruct.collaborate.queue import work_of
-from openqwen.instruct.collaborate.tables import people, tasks, work
+from openqwen.instruct.collaborate.tables import events, people, tasks, work
 
 Order = Literal["number", "disagreement", "flags", "answers"]
 _SCANNED = 20_000  # tasks that an order by their answers looks at
@@ -106,8 +106,9 @@ def look(connection: Connection, person: Row, task: str) -> Json:
     ]
     here = (work.c.task == task, work.c.version == row.version, work.c.status == "answered")
     chosen = (
-        select(work, people.c.name, people.c.kind)
+        select(work, people.c.name, people.c.kind, events.c.at)
         .join(people, people.c.id == work.c.person)
+        .join(events, events.c.seq == work.c.seq)
         .where(*here)
         .order_by(work.c.seq)
     )
@@ -127,7 +128,8 @@ def look(connection: Connection, person: Row, task: str) -> Json:
 def _answer_shown(row: Row) -> Json:
     shown = renamed(loads(row.answer), str)
     about = {"id": row.person, "person": row.person, "name": row.name, "kind": row.kind}
-    return about | shown | {"seconds": row.seconds, "seq": row.seq, "verdict": loads(row.verdict)}
+    when = {"seconds": row.seconds, "at": row.at, "seq": row.seq}
+    return about | shown | when | {"verdict": loads(row.verdict)}
 
 
 def judge_answer(

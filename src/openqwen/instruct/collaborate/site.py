@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fastapi import Request
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, delete, insert, select
 from starlette.responses import Response
 
 from openqwen.http.errors import ApiError
@@ -16,10 +16,10 @@ from openqwen.instruct.collaborate import accounts
 from openqwen.instruct.collaborate.accounts import Caller, RateLimit, Role
 from openqwen.instruct.collaborate.annotate import Json
 from openqwen.instruct.collaborate.database import Database
-from openqwen.instruct.collaborate.events import LogEvent, as_event, record
+from openqwen.instruct.collaborate.events import LogEvent, dumps, loads, record
 from openqwen.instruct.collaborate.quality import QualityCache
 from openqwen.instruct.collaborate.settings import DATABASE_FILE, AnnotateConfig, open_project
-from openqwen.instruct.collaborate.tables import events, invitations, people
+from openqwen.instruct.collaborate.tables import about, invitations, people
 
 _SAFE = ("GET", "HEAD")
 
@@ -57,10 +57,11 @@ class Site:
 
     def _record_settings(self, connection: Connection) -> None:
         """Record the project's settings where they have changed since the last start."""
-        chosen = select(events).where(events.c.kind == "configured").order_by(events.c.seq.desc())
-        row = connection.execute(chosen.limit(1)).first()
-        old, new = as_event(row).new if row else None, self.project.model_dump()
+        known = connection.execute(select(about.c.value).where(about.c.name == "settings")).scalar()
+        old, new = loads(known), self.project.model_dump()
         if old != new:
+            connection.execute(delete(about).where(about.c.name == "settings"))
+            connection.execute(insert(about).values(name="settings", value=dumps(new)))
             record(connection, LogEvent("configured", old=old, new=new))
 
     def caller(self, request: Request, role: Role) -> Caller:
