@@ -360,7 +360,7 @@ def test_a_session_that_ends_loses_nothing(live, visit):  # noqa: F811
 def test_a_browser_without_room_sends_the_answer_all_the_same(live, visit):  # noqa: F811
     site = live([task("t1", 2)])
     page = visit(site)
-    page.evaluate("Storage.prototype.setItem = () => { throw new DOMException('full') }")
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full') } }")
     place(page, "A", 1)
     place(page, "B", 1)
     submitted(page)
@@ -370,7 +370,7 @@ def test_a_browser_without_room_sends_the_answer_all_the_same(live, visit):  # n
 def test_a_late_page_does_not_replace_the_one_that_was_asked_for_next(live, visit):  # noqa: F811
     page = visit(live([task("t1", 2)]))
     held = []
-    page.route("**/mine*", held.append)
+    page.route("**/mine?*", lambda route: held.append(route))
     page.get_by_role("link", name="My answers").click()
     page.get_by_role("link", name="Rank", exact=True).click()
     page.locator("a[aria-current]", has_text="Rank").wait_for()

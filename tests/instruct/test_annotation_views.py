@@ -115,7 +115,8 @@ def test_a_reviewer_returns_an_answer_and_its_author_sees_why(live, visit):  # n
     section.get_by_role("button", name="Return to its author").click()
     page.get_by_label("What should be changed?").fill("Read C again.")
     page.locator("dialog").get_by_role("button", name="Return to its author").click()
-    section.get_by_text("Read C again.").wait_for()
+    page.locator(".toast", has_text="went back to its author").wait_for()
+    page.get_by_role("heading", name="1 answer").wait_for()
     author.goto(f"{site.url}/#/mine")
     author.get_by_text("Read C again.").wait_for()
     author.get_by_role("link", name="Rank", exact=True).click()
@@ -210,6 +211,8 @@ def states(page, site):
     """Every view of the site, one after the other."""
     page.get_by_role("link", name="Rank", exact=True).click()
     new_task(page)
+    # A task that one holds open cannot be reviewed.
+    other = "t1" if "Short" in page.locator(".prompt").inner_text() else "t2"
     yield "rank"
     place(page, "A", 1)
     page.locator(".card").first.get_by_role("button", name="Edit into").click()
@@ -225,7 +228,7 @@ def states(page, site):
     page.get_by_label("Reason (optional)").wait_for()
     yield "skip"
     page.keyboard.press("Escape")
-    for view in ("mine", "review", "quality", "review/t1"):
+    for view in ("mine", "review", "quality", f"review/{other}"):
         page.goto(f"{site.url}/#/{view}")
         page.locator("#main .page").wait_for()
         page.wait_for_timeout(300)

@@ -142,7 +142,7 @@ function drawTop(name) {
     me && iconButton("keys", t("keys.title"), showKeys),
     me && button(me.name, showPerson, "small", { "aria-haspopup": "dialog" }),
   );
-  at("skip").textContent = t("skipLink");
+  at("skip-link").textContent = t("skipLink");
 }
 
 function languageChoice() {
@@ -197,7 +197,7 @@ async function logout() {
 
 addEventListener("keydown", (event) => press(event, { help: showKeys, ...site.view?.keys?.() }));
 addEventListener("hashchange", () => site.draw());
-at("skip").addEventListener("click", (event) => (event.preventDefault(), at("main").focus()));
+at("skip-link").addEventListener("click", (event) => (event.preventDefault(), at("main").focus()));
 await speak();
 nameButtons();
 await enter().catch((error) => (drawTop(""), site.trouble(error)));

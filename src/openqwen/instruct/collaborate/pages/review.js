@@ -102,7 +102,7 @@ export class ReviewView {
 
   answer(task, { id, name, ranks, verdict, seconds, at: time, ...answer }) {
     const { comment, demonstration } = answer;
-    const judge = (accepted) => this.judge(task.id, id, accepted, verdict);
+    const judge = (accepted) => this.judge(task.id, id, accepted);
     const choose = (key, accepted) => {
       const pressed = { "aria-pressed": String(verdict?.accepted === accepted) };
       return button(t(key), () => judge(accepted), "small", pressed);
@@ -157,7 +157,7 @@ export class ReviewView {
     const onsubmit = (event) => {
       event.preventDefault();
       dialog.close();
-      this.act(task, api.judge(task, answer, false, why.value.trim()));
+      this.act(task, api.judge(task, answer, false, why.value.trim()), t("review.gone"));
     };
     const go = h("p", {}, h("button", { class: "button primary" }, t("review.return")));
     const label = h("label", { for: "why" }, t("review.why"));
@@ -166,9 +166,10 @@ export class ReviewView {
   }
 
   /** Show the task again when a change is done. */
-  async act(task, done) {
+  async act(task, done, said = "") {
     try {
       await done;
+      if (said) toast(said);
       await this.open(task);
     } catch (error) {
       toast(error.message);
