@@ -23,6 +23,7 @@ HARDER = (
         (TEXT, "copied"),
         (TEXT.upper().replace(".", "!"), "copied"),
         (f"{TEXT} Please.", "copied"),
+        ("Sure, I can help with that.", "answered"),
         ("Write a poem of twelve lines about the sea.", "shortened"),
         (f"Sure! Here is a poem. {TEXT} The waves are grey.", "answered"),
         (f"{TEXT} There are 3 + 4 = 7 houses by the shore in all.", "answered"),
@@ -64,6 +65,7 @@ def test_what_models_write_around_an_instruction_is_removed():
     assert bare('**New Instruction:** "Do it twice."') == "Do it twice."
     assert bare("Here is the rewritten prompt: Do it.") == "Do it."
     assert bare("新指令：写两次。") == "写两次。"
+    assert bare("Request: Do it.") == "Do it."
     assert bare('"A" and "B"') == '"A" and "B"'
     assert bare(" Do it. ") == "Do it."
 

@@ -30,7 +30,7 @@ from openqwen.tasks.instructions.languages import language_of
 Operator = Literal["constrain", "deepen", "concretize", "reason"]
 _LABEL = re.compile(
     r"^[\s*#]*(?:(?:here is )?(?:the )?(?:new|rewritten|revised|evolved) (?:instruction|prompt)"
-    r"|instruction|prompt|新指令|指令)[\s*]*[:：][\s*]*",
+    r"|instruction|prompt|request|新指令|指令|请求)[\s*]*[:：][\s*]*",
     re.I,
 )
 _QUOTES = {'"': '"', "“": "”", "「": "」", "'": "'"}
@@ -143,12 +143,12 @@ def failure(text: str, evolved: str) -> str:
     added = (Counter(new) - Counter(old)).total()
     if added < _ADDED and len(new) >= len(old):
         return "copied"
-    if len(new) < len(old):
-        return "shortened"
     if _OPENING.match(evolved) and not _OPENING.match(text):
         return "answered"
     if len(equations(evolved)) > len(equations(text)) or evolved.count("```") > text.count("```"):
         return "answered"
+    if len(new) < len(old):
+        return "shortened"
     if _PROMPT_WORDS.search(evolved) and not _PROMPT_WORDS.search(text):
         return "talks of the prompt"
     return "changed language" if _other_language(text, evolved) else ""
