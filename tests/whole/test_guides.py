@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "docs" / "guides"
 # What each page makes.
 RESULTS = {
+    "annotation": ["data/demonstrations.jsonl", "data/preferences.jsonl"],
     "align": ["mine/sft/model.safetensors", "mine/dpo/manifest.json", "mine/scores/scores.json"],
     "pretrain": [
         "base/extended/model.safetensors",
