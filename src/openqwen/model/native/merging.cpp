@@ -6,6 +6,7 @@
 // pass, over the weights alone: `collect` writes down the steps that may be large enough.
 
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
