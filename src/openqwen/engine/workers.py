@@ -189,7 +189,7 @@ class EngineHost:
 
 
 @dataclass(eq=False)
-class _Asked:
+class _OpenRequest:
     """A request, and how often a worker died that worked on it."""
 
     tag: Hashable
@@ -201,7 +201,7 @@ class _Asked:
 class _Desk:
     """What one worker is at: its open requests by their numbers, and its calls, in order."""
 
-    open: dict[int, _Asked] = field(default_factory=dict)
+    open: dict[int, _OpenRequest] = field(default_factory=dict)
     calls: deque[WorkerCall] = field(default_factory=deque)
 
 
@@ -210,7 +210,7 @@ class WorkersLane(Lane):
 
     def __init__(self, generator: EngineWorkers):
         self._owner = generator
-        self._queue: deque[_Asked] = deque()
+        self._queue: deque[_OpenRequest] = deque()
         self._numbers = count()
         self._desks: list[_Desk] = []
 
@@ -219,7 +219,7 @@ class WorkersLane(Lane):
         return len(self._queue) + sum(len(desk.open) for desk in self._desks)
 
     def submit(self, tag: Hashable, prompt: Prompt, sampling: Sampling, seed: int) -> None:
-        self._queue.append(_Asked(tag, (prompt, sampling, seed)))
+        self._queue.append(_OpenRequest(tag, (prompt, sampling, seed)))
 
     def wait(self) -> Ended:
         self._deal()

@@ -393,6 +393,9 @@ class _Actor:
 def joined_ray(config: WorkersConfig) -> Iterator[Any]:
     """The module `ray`, joined to a cluster, which is started here if none is named."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local" and "ray" not in sys.modules:  # read when Ray is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # it listens on all interfaces
     try:
         import ray
     except ImportError:
@@ -401,11 +404,9 @@ def joined_ray(config: WorkersConfig) -> Iterator[Any]:
     if ray.is_initialized():  # by the caller
         yield ray
         return
-    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
     with ExitStack() as stack:
         here: dict[str, Any] = {}
         if address == "local":
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray listens on all interfaces
             # In /tmp, since the path of a socket must be short.
             folder = TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
             here = {"_temp_dir": stack.enter_context(folder), "object_store_memory": _OBJECTS}
