@@ -107,6 +107,7 @@ def evaluate(
         raise OpenQwenError("No model is named.", do=do)
     options = BenchmarkOptions(seed, samples, temperature, max_tokens)
     chosen = _at_hand(tasks, data, judge is not None)
+    published_items = {b.name: load_items(b, data, seed, limit) for b in chosen if not b.long}
     output = output or Path("evaluations") / "-".join(filter(None, [Path(model).name, quantize]))
     cache = cache or output.parent / "cache"
     plan = plan_lengths(chosen, None if generator else model, lengths, long_context)
@@ -122,7 +123,7 @@ def evaluate(
             wanted = plan.lengths(benchmark)
             items, sums = generate_items(benchmark, data, subject.tokens, seed, wanted, limit)
         else:
-            items, sums = load_items(benchmark, data, seed, limit)
+            items, sums = published_items[benchmark.name]
             # What cannot be asked must not stop the run later.
             subject.check(benchmark.name, items[0].prompt, bool(benchmark.choices))
         loaded.append((benchmark, items, sums))
