@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from openqwen.corpus import counts
 from openqwen.corpus.config import PublishedRules
-from openqwen.corpus.counts import WordCounter, plain_counts, plain_repeated, plain_top
+from openqwen.corpus.counts import EnglishCounter, plain_counts, plain_repeated, plain_top
 from openqwen.corpus.english import english_words, split_stretch
 from openqwen.corpus.published import PublishedFilters, no_text
 
@@ -97,7 +97,7 @@ PIECES = ["word", "Word", "A", "is", "the", "don't", "Mr.", "co", "U.S.", "x-y",
 @given(st.lists(st.sampled_from(PIECES), max_size=40))
 def test_compiled_counts_equal_plain_ones(pieces):
     text, stop = "".join(pieces), ["the", "is", "word"]
-    counter = WordCounter(stop)
+    counter = EnglishCounter(stop)
     words = english_words(text)
     assert counter.read(text) == plain_counts(words, text, stop)
     for n in (1, 2, 3, 5):
@@ -108,7 +108,7 @@ def test_compiled_counts_equal_plain_ones(pieces):
 def test_a_full_table_begins_anew(monkeypatch):
     monkeypatch.setattr(counts, "_TABLE", 1)
     monkeypatch.setattr(counts, "_UNKNOWN", 2)
-    counter = WordCounter([])
+    counter = EnglishCounter([])
     text = " ".join(f"{n}-a" for n in range(9))
     assert counter.read(text).words == 27
 
