@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from openqwen.corpus.config import CorpusConfig
-from openqwen.corpus.decide import Comparison, check_classifier
+from openqwen.corpus.decide import CorpusComparison, check_classifier
 from openqwen.corpus.decisions import DECISIONS, Decisions
 from openqwen.corpus.decontaminate import read_items
 from openqwen.corpus.deduplicate import exact_key
@@ -109,7 +109,7 @@ class _Build:
             what = "Every document was filtered out."
             raise _nothing_left(what, self.config, self.account.reasons())
         chunks = [*chunks, *self._extra(extra_documents)]
-        comparison = Comparison(self.config, chunks, self.scratch)
+        comparison = CorpusComparison(self.config, chunks, self.scratch)
         comparison.run()
         if count := comparison.duplicate_ids():
             read["read"]["duplicate_ids"] = count

@@ -1,7 +1,7 @@
 """Counts of English words that the published filter rules need, in Python and compiled.
 
-`plain_counts` is the definition. `WordCounter` gives the same numbers from compiled code, where a
-compiler is found.
+`plain_counts` is the definition. `EnglishCounter` gives the same numbers from compiled code, where
+a compiler is found.
 """
 
 import ctypes
@@ -77,7 +77,7 @@ class WordCounts(NamedTuple):
     sentences: int
 
 
-class WordCounter:
+class EnglishCounter:
     """The counts of one text at a time.
 
     Args:
@@ -173,7 +173,7 @@ def plain_counts(words: Sequence[str], text: str, stop_words: Sequence[str]) -> 
 
 
 def plain_top(words: Sequence[str], n: int) -> int:
-    """See `WordCounter.top_characters`; of equally frequent n-grams the first one."""
+    """See `EnglishCounter.top_characters`; of equally frequent n-grams the first one."""
     grams = Counter(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
     if not grams:
         return 0
@@ -182,7 +182,7 @@ def plain_top(words: Sequence[str], n: int) -> int:
 
 
 def plain_repeated(words: Sequence[str], n: int) -> int:
-    """See `WordCounter.repeated_characters`; n-grams are compared without spaces."""
+    """See `EnglishCounter.repeated_characters`; n-grams are compared without spaces."""
     seen: set[str] = set()
     characters = at = 0
     while at + n <= len(words):

@@ -27,7 +27,7 @@ class _Chunk(NamedTuple):
     first: int
 
 
-class Comparison:
+class CorpusComparison:
     """Compares the documents of all mapped chunks.
 
     Args:

@@ -18,6 +18,7 @@ from openqwen.corpus.documents import Document
 from openqwen.corpus.read import FolderReader
 
 _TOPICS = "pydoc topics"
+_ARCHIVES = (".zip", ".gz", ".zst")
 _SITE = frozenset({"site-packages", "dist-packages"})
 # Python's list of its modules, and the tests, which the list leaves out. Other files in the folder
 # belong to the distribution or the user.
@@ -41,6 +42,8 @@ class InstallationReader(FolderReader):
         """The documents of a file and, of a module, its reference page."""
         if name == _TOPICS:
             yield from _topics()
+        elif path.suffix in _ARCHIVES:  # data of tests, some of it broken on purpose
+            self.skips.add("unknown file type", name, why=f"no reader for {path.suffix}")
         else:
             yield from self._documents(path, name)
 

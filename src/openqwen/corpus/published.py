@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from openqwen.corpus.config import Preset, PublishedRules
-from openqwen.corpus.counts import SENTENCE_END, WordCounter, WordCounts
+from openqwen.corpus.counts import SENTENCE_END, EnglishCounter, WordCounts
 from openqwen.corpus.filters import Failure
 
 _PARAGRAPH_END = re.compile(r"\n{2,}")
@@ -63,7 +63,7 @@ class PublishedFilters:
 
     def __init__(self, rules: PublishedRules):
         self._rules = rules
-        self._counter = WordCounter(rules.gopher.stop_words)
+        self._counter = EnglishCounter(rules.gopher.stop_words)
         self._read: tuple[str, WordCounts] | None = None
         presets: dict[Preset, list[Callable[[str], FilteredText]]] = {
             "gopher": [self._gopher],

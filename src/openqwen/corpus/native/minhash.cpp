@@ -79,7 +79,9 @@ extern "C" void openqwen_minhash(const uint8_t* text, const int64_t* starts, siz
         shingles.clear();
         for (size_t first = 0; first + shingle_words <= words.size(); ++first) {
             uint64_t shingle = 0;
-            for (size_t j = 0; j < shingle_words; ++j) shingle = shingle * kGamma + words[first + j];
+            for (size_t j = 0; j < shingle_words; ++j) {
+                shingle = shingle * kGamma + words[first + j];
+            }
             shingles.push_back(mix(shingle));
         }
         minima(shingles, flips, factors, count, out + i * count);

@@ -381,7 +381,9 @@ void openqwen_words_count(void* counter, const uint64_t* stop, size_t stops, dou
 
 uint64_t openqwen_words_hash(const uint8_t* word, size_t size) { return hash_bytes(word, size); }
 
-double openqwen_words_top(void* counter, size_t n) { return static_cast<Counter*>(counter)->top(n); }
+double openqwen_words_top(void* counter, size_t n) {
+    return static_cast<Counter*>(counter)->top(n);
+}
 
 double openqwen_words_repeated(void* counter, size_t n) {
     return static_cast<Counter*>(counter)->repeated(n);
