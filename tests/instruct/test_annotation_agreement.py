@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from openqwen.instruct.collaborate import agreement, bradley_terry
-from openqwen.instruct.collaborate.agreement import Ratings
+from openqwen.instruct.collaborate.agreement import RatingTable
 
 # Krippendorff 2011, section C: four observers, twelve units, missing values.
 OBSERVERS = """\
@@ -19,7 +19,7 @@ OBSERVERS = """\
 
 def ratings(rows):
     """From one list of values a person; None where a unit has no value."""
-    return Ratings.of(
+    return RatingTable.of(
         (unit, unit, value) for row in rows for unit, value in enumerate(row) if value is not None
     )
 

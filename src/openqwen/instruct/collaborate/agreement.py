@@ -12,12 +12,12 @@ from typing import Literal
 import numpy as np
 
 Level = Literal["nominal", "ordinal", "interval"]
-Measure = Callable[["Ratings", np.ndarray | None], float | None]
+Measure = Callable[["RatingTable", np.ndarray | None], float | None]
 _RESAMPLES = 100
 
 
 @dataclass(frozen=True)
-class Ratings:
+class RatingTable:
     """Values that people gave to units, such as the preference between two responses.
 
     counts: how often each value was given, [units, values], units with one value or more.
@@ -29,7 +29,7 @@ class Ratings:
     groups: np.ndarray
 
     @classmethod
-    def of(cls, given: Iterable[tuple[int, int, float]]) -> "Ratings":
+    def of(cls, given: Iterable[tuple[int, int, float]]) -> "RatingTable":
         """From triples (task, unit, value)."""
         table = np.array(list(given), float).reshape(-1, 3)
         values, columns = np.unique(table[:, 2], return_inverse=True)
@@ -46,7 +46,7 @@ class Ratings:
 
 
 def alpha(
-    ratings: Ratings, level: Level = "nominal", weights: np.ndarray | None = None
+    ratings: RatingTable, level: Level = "nominal", weights: np.ndarray | None = None
 ) -> float | None:
     """Krippendorff's alpha: 1 is full agreement, 0 is what chance gives.
 
@@ -83,7 +83,7 @@ def _distances(values: np.ndarray, totals: np.ndarray, level: Level) -> np.ndarr
     return (middle[:, None] - middle[None, :]) ** 2
 
 
-def ac1(ratings: Ratings, weights: np.ndarray | None = None) -> float | None:
+def ac1(ratings: RatingTable, weights: np.ndarray | None = None) -> float | None:
     """Gwet's AC1, which does not collapse where nearly all values are the same.
 
     Returns:
@@ -116,7 +116,7 @@ def kappa(first: Iterable[float], second: Iterable[float]) -> float | None:
     return None if chance == 1 else (observed - chance) / (1 - chance)
 
 
-def interval(ratings: Ratings, measure: Measure, seed: int = 0) -> tuple[float, float] | None:
+def interval(ratings: RatingTable, measure: Measure, seed: int = 0) -> tuple[float, float] | None:
     """The 95% bootstrap interval of a measure; tasks are resampled, with all their units.
 
     None where too few resamples have a value.

@@ -14,7 +14,7 @@ import numpy as np
 from sqlalchemy import Connection, func, select, text
 
 from openqwen.instruct.collaborate import agreement, bradley_terry
-from openqwen.instruct.collaborate.agreement import Ratings
+from openqwen.instruct.collaborate.agreement import RatingTable
 from openqwen.instruct.collaborate.answers import mean_ranks, preference
 from openqwen.instruct.collaborate.database import Database
 from openqwen.instruct.collaborate.events import loads
@@ -62,8 +62,8 @@ def quality(connection: Connection, project: ProjectConfig) -> Json:
     pairs = preferences(found)
     # Agreement of people; a judge's with them is in the kappas and in its own line.
     human = [replace(r, answers=[a for a in r.answers if a.kind != "model"]) for r in found]
-    ranks = Ratings.of(_ranks(human))
-    ratings = Ratings.of((task, unit, value) for task, unit, _, value in preferences(human))
+    ranks = RatingTable.of(_ranks(human))
+    ratings = RatingTable.of((task, unit, value) for task, unit, _, value in preferences(human))
     answers = [answer for result in human for answer in result.answers]
     annotators = len({answer.person for answer in answers})
     return {
@@ -72,7 +72,7 @@ def quality(connection: Connection, project: ProjectConfig) -> Json:
         "alpha_ranks": _measured(ranks, annotators, _alpha_of_ranks, interval=False),
         "ac1": _measured(ratings, annotators, agreement.ac1),
         "criteria": {
-            criterion.id: agreement.alpha(Ratings.of(_scores(human, criterion.id)), "interval")
+            criterion.id: agreement.alpha(RatingTable.of(_scores(human, criterion.id)), "interval")
             for criterion in project.criteria
         },
         "kappa": _kappas(pairs, found),
@@ -141,12 +141,12 @@ def _scores(found: Iterable[TaskResult], criterion: str) -> Iterable[tuple[int, 
         unit += result.count
 
 
-def _alpha_of_ranks(ratings: Ratings, weights: np.ndarray | None) -> float | None:
+def _alpha_of_ranks(ratings: RatingTable, weights: np.ndarray | None) -> float | None:
     return agreement.alpha(ratings, "ordinal", weights)
 
 
 def _measured(
-    ratings: Ratings, annotators: int, measure: agreement.Measure, interval: bool = True
+    ratings: RatingTable, annotators: int, measure: agreement.Measure, interval: bool = True
 ) -> Json:
     """A measure of agreement with its interval, or why it has no value."""
     value = measure(ratings, None) if len(ratings.counts) else None
