@@ -153,7 +153,7 @@ def choose(
     config: SelectConfig,
 ) -> Selection:
     """Leave out near-duplicates and low scores, then sample."""
-    signature = signatures((instruction.text for instruction in pool), config.near_duplicates)
+    signature = signatures([one.text for one in pool], config.near_duplicates)
     first = near_duplicates(signature, config.near_duplicates)
     dropped: dict[int, str] = {}
     for query, one in enumerate(found):
