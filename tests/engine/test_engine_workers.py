@@ -162,6 +162,9 @@ class Scripted:
     def ready(self, place):
         return place not in self.missing
 
+    def wait_for_one(self):
+        """There is nothing to wait for."""
+
     def call(self, place, method, *arguments):
         future = Future()
         call = WorkerCall(place, None, future)
@@ -207,12 +210,9 @@ def test_requests_are_dealt_evenly_and_neighbours_together():
 
 def test_a_worker_that_has_no_room_yet_holds_nothing_up():
     lane, workers = lane_of(2, 4, 6, missing=[1])
-    for numbers in ([0, 1], [2, 3], [4, 5]):
-        assert sent(workers, 0) == numbers
-        workers.calls[0] = workers.calls[0][:1]
-        workers.answer(0, numbers)
+    while lane.open:
+        workers.answer(0, workers.calls[0][0][1])
         lane.wait()
-    assert lane.open == 0
     assert sent(workers, 1) == []
     lane, workers = lane_of(2, 4, 6, missing=[1])
     workers.missing.clear()
