@@ -13,7 +13,7 @@ from collections import Counter
 
 import httpx
 import pytest
-from annotation import DEFAULTS, PASSWORD, PROJECT, make_tasks
+from annotation import DEFAULTS, PROJECT, make_tasks
 from postgres import new_database, server
 
 from openqwen.instruct.collaborate import accounts
