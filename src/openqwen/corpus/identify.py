@@ -88,7 +88,7 @@ def _classifier() -> Callable[[str], str]:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
         what = "The package py3langid, which finds the language of documents, is not installed."
-        do = f"{pip_install('openqwen[instructions]')}, or set identify to false"
+        do = f"{pip_install('py3langid')}, or set identify to false"
         raise OpenQwenError(what, "identify", do) from None
     model = LanguageIdentifier.from_model_file(MODEL_FILE)
     return lambda text: str(model.classify(text.lower())[0])

@@ -37,7 +37,7 @@ def _identifier() -> Any:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
         what = "Instructions about the language of an answer need py3langid."
-        raise OpenQwenError(what, do=pip_install("openqwen[instructions]")) from None
+        raise OpenQwenError(what, do=pip_install("py3langid")) from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
     identifier.set_languages([*KNOWN])
     return identifier
