@@ -48,7 +48,7 @@ def test_few_items_are_read_ahead(tmp_path, ahead):
 def test_what_a_killed_worker_was_asked_is_asked_again(tmp_path, kind, capsys):
     found = list(map_in_order(partial(work.dying, tmp_path, 2), range(12), kind, TWO))
     assert found == [2 * n for n in range(12)]
-    assert len(work.pids(tmp_path)) == 4
+    assert len(work.pids(tmp_path)) >= 3  # a late one may find nothing left
     assert capsys.readouterr().err.count("a worker died and is replaced") == 2
 
 
