@@ -8,7 +8,7 @@ import pytest
 
 from openqwen import cli
 from openqwen.corpus import CorpusConfig, build_corpus
-from openqwen.corpus.build import _score_weights
+from openqwen.corpus.decide import score_weights
 from openqwen.corpus.documents import read_documents
 from openqwen.corpus.quality import (
     QualityClassifier,
@@ -177,5 +177,5 @@ def test_a_folder_without_a_classifier_is_named(tmp_path):
 @pytest.mark.parametrize("weights", [{"spma": 1.0}, {"education": 0.0, "spam": 0.0}])
 def test_weights_that_fit_no_dimension_are_refused(weights):
     with pytest.raises(OpenQwenError, match="dimension") as error:
-        _score_weights(["education", "spam"], weights)
+        score_weights(["education", "spam"], weights)
     assert "education, spam" in str(error.value)
