@@ -429,3 +429,8 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    @property
+    def shown(self) -> str:
+        """The text as a browser shows it, where it keeps no line ends."""
+        return re.sub(r"[ \n\t]+", " ", self.text)

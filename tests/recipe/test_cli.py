@@ -113,8 +113,8 @@ def test_a_stage_alone_with_bad_input(call, arguments, status, told):
 def test_the_plan_of_a_real_recipe_has_an_estimate_for_every_stage(tmp_path, capsys):
     assert openqwen.cli.main(["run", "tiny", "--output", str(tmp_path / "run"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "17 of 17 to make" in printed
-    assert printed.count("~") == 18
+    assert "19 of 19 to make" in printed
+    assert printed.count("~") == 20
     assert not (tmp_path / "run").exists()
 
 

@@ -44,7 +44,7 @@ def test_every_section_is_there_and_closed(page, source):
 
 
 def test_headlines_and_scores_are_shown(page):
-    shown = page.text.replace("\u202f", " ")
+    shown = page.shown.replace("\u202f", " ")
     results = ("1.902", "2.214", "14 % below gzip -9", "65.0 %", "78.3 %", "61.2 %", "54 % to 68 %")
     assert "1.802 to 2.002" in shown  # the documents' interval of bits per byte
     for result in (*results, "58.1 %", "52 % to 64 %", "1.022×"):
@@ -123,10 +123,10 @@ def test_benchmarks_that_the_recipe_names_have_columns(tmp_path):
 
 def test_steps_account_for_documents_that_join_later(page):
     assert (
-        page.text.count("2,000 join here") == 2
+        page.shown.count("2,000 join here") == 2
     )  # at exact deduplication, and in the finished corpus
-    assert page.text.count("2,000 pass by") == 1  # near deduplication
-    assert "499 documents dropped" in page.text
+    assert page.shown.count("2,000 pass by") == 1  # near deduplication
+    assert "499 documents dropped" in page.shown
 
 
 def test_nothing_is_loaded_from_elsewhere(page, source):
@@ -223,7 +223,9 @@ def test_steps_without_anything_to_learn_are_told_and_not_drawn(page):
 
 
 def test_tokens_and_speed_are_of_the_whole_stage(page):
-    assert "12.3M tokens · 20.5k tokens/s" in page.text  # 1,500 steps of 8,192 tokens in 0.4 s each
+    assert (
+        "12.3M tokens · 20.5k tokens/s" in page.shown
+    )  # 1,500 steps of 8,192 tokens in 0.4 s each
 
 
 def test_reused_and_stale_stages_are_told(tmp_path):
