@@ -29,7 +29,7 @@ LONGEST_ROOMS = {
     "recipe": 3_301,
     "sandbox": 2_685,
     "serve": 3_434,
-    "support": 2_424,
+    "support": 2_453,
     "tasks": 3_508,
     "tokenizer": 2_615,
     "train": 9_476,

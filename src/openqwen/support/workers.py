@@ -20,8 +20,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import islice
 from multiprocessing import connection
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
@@ -135,9 +135,9 @@ class Workers:
             self._started[call.place] = self._all[call.place].call("", ())
 
     def close(self) -> None:
-        """End all workers, and Ray if it was started here."""
-        for worker in self._all:
-            worker.close()
+        """End all workers, and Ray if it was started here. A second call does nothing."""
+        while self._all:
+            self._all.pop().close()
         self._stack.close()
 
     def __enter__(self) -> "Workers":
@@ -217,9 +217,14 @@ def map_in_order(
     with Workers(make, kind, config or WorkersConfig()) as workers:
         waiting, calls = enumerate(items), deque[RetriedCall]()
         while True:
-            for number, item in islice(waiting, ahead * len(workers) - len(calls)):
+            while len(calls) < ahead * len(workers):
                 busy = Counter(one.call.place for one in calls if not one.call.future.done())
                 place = min(_ready(workers), key=busy.__getitem__)
+                if busy[place] >= ahead:  # what is left is for workers that still start
+                    break
+                if (following := next(waiting, None)) is None:
+                    break
+                number, item = following
                 calls.append(RetriedCall(workers, place, f"item {number}", "__call__", item))
             if not calls:
                 return
@@ -401,9 +406,33 @@ def joined_ray(config: WorkersConfig) -> Iterator[Any]:
     except ImportError:
         do = pip_install("openqwen[ray]")
         raise OpenQwenError("Ray is not installed.", "engine ray", do) from None
-    if ray.is_initialized():  # by the caller
+    if ray.is_initialized() and not _joined.users:  # by the caller
         yield ray
         return
+    if not _joined.users:
+        _joined.end = _start_ray(ray, address, config)
+    _joined.users += 1
+    try:
+        yield ray
+    finally:  # the last that uses it ends it, whoever was first
+        _joined.users -= 1
+        if not _joined.users:
+            _joined.end.close()
+
+
+@dataclass
+class JoinedRay:
+    """What ends Ray, which this process joined, and how many use it."""
+
+    users: int = 0
+    end: ExitStack = field(default_factory=ExitStack)
+
+
+_joined = JoinedRay()
+
+
+def _start_ray(ray: Any, address: str, config: WorkersConfig) -> ExitStack:
+    """Join a cluster, or start one; returns what ends it."""
     with ExitStack() as stack:
         here: dict[str, Any] = {}
         if address == "local":
@@ -427,4 +456,4 @@ def joined_ray(config: WorkersConfig) -> Iterator[Any]:
                 raise OpenQwenError(what, address, "check it by `ray status`") from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminated)  # Ray has put its own in place
-        yield ray
+        return stack.pop_all()
