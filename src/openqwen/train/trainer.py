@@ -289,7 +289,7 @@ class Trainer(Generic[Micro]):
             self._stop_or_skip(step, rate, problem, earlier)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                vectors = group["params"][0].dim() <= 1
+                vectors = all(parameter.dim() <= 1 for parameter in group["params"])
                 own = rate * self.optimizer_config.vector_rate if vectors else rate
                 group["lr"] = torch.tensor(own) if isinstance(group["lr"], Tensor) else own
             if micros and not problem:
