@@ -111,17 +111,22 @@ def test_a_killed_program_takes_its_workers_with_it(tmp_path, kind, name):
     if kind == "ray":
         pytest.importorskip("ray")
     code = f"""
-        import signal, sys
+        import signal
         from functools import partial
         from pathlib import Path
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
         import chunk_work
         from openqwen.support.workers import WorkersConfig, map_in_order
         make = partial(chunk_work.stuck, Path({str(tmp_path)!r}))
         list(map_in_order(make, [1, 2, 3], {kind!r}, WorkersConfig(count=2)))
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=-1, text=True)
+    paths = [os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stderr=-1,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},  # Ray's workers read that
+    )
     while len(work.pids(tmp_path)) < 2:
         time.sleep(0.05)
         assert process.poll() is None, process.stderr.read()
