@@ -24,6 +24,7 @@ prefer: {prompts: 16, heldout_prompts: 10, samples: 1}
 reward: {batch: 8, max_length: 200}
 dpo: {batch: 8, max_length: 200}
 online_dpo: {steps: 1, batch: 2, samples: 2, max_tokens: 4}
+grpo: {episodes: 1, batch: 2, samples: 2, max_tokens: 4}
 evaluate: {context: 128, heldout_bytes: 2000, checked: 17, test: 34, sample_tokens: 2, max_tokens: 6}
 """
 
