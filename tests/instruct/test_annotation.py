@@ -406,38 +406,6 @@ def check_drawn(tmp_path_factory, drawn, people):
     p.site.database.close()
 
 
-def test_exports_are_what_training_reads(place, tmp_path):
-    from openqwen.tokenizer.messages import demonstration, preference
-
-    p = place(overlap=1)
-    p.add(make_tasks(3))
-    ann = p.person("Ann")
-    while (task := ann.next()) is not None:
-        ann.answer(task, [["A"], ["B"], ["C"]])
-    assert all(preference(record).prompt for record in exported(p.site, "preferences"))
-    assert all(len(demonstration(record)[0]) == 2 for record in exported(p.site, "demonstrations"))
-
-
-def test_an_export_of_events_fills_a_new_project(place, tmp_path):
-    import json
-
-    p = place(overlap=1)
-    p.add(make_tasks(3))
-    ann = p.person("Ann")
-    ann.answer(ann.next(), [["B"], ["A", "C"]])
-    owner = p.person("Olga", "owner")
-    raw = owner.send("GET", "/api/export/events")
-    assert raw.headers["content-disposition"] == 'attachment; filename="events.jsonl"'
-    assert PASSWORD not in raw.text
-    assert "scrypt" not in raw.text
-    q = place(folder="second")
-    q.add([json.loads(line) for line in raw.text.splitlines()], "events.jsonl")
-    assert state(q.site) == state(p.site)
-    assert exported(q.site, "ranks") == exported(p.site, "ranks")
-    with pytest.raises(OpenQwenError, match="in use"):
-        q.add([json.loads(line) for line in raw.text.splitlines()], "events.jsonl")
-
-
 def test_one_annotator_is_told_that_there_is_no_agreement(place):
     p = place()
     p.add(make_tasks(2))

@@ -15,7 +15,6 @@ from test_annotation import (  # noqa: F401
     test_a_task_whose_content_changes_is_asked_anew,
     test_an_answer_goes_from_the_page_to_the_export,
     test_an_empty_project_says_so,
-    test_an_export_of_events_fills_a_new_project,
     test_fifteen_at_once_never_hold_the_same_place,
     test_nobody_sees_answers_before_their_own_and_who_looked_gets_no_task,
     test_priorities_come_first_and_gold_tasks_are_everybodys,
@@ -24,6 +23,7 @@ from test_annotation_attacks import (  # noqa: F401
     test_html_sql_and_control_characters_are_text_in_every_field,
     test_the_log_and_the_exports_hold_no_secret,
 )
+from test_annotation_exports import test_an_export_of_events_fills_a_new_project  # noqa: F401
 
 from openqwen.instruct.collaborate import accounts
 from openqwen.instruct.collaborate.settings import AnnotateConfig

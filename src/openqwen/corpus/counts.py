@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-class WordCounts(NamedTuple):
+class CompiledCounts(NamedTuple):
     """Counts over the words of a text.
 
     plain: words that are more than symbols, plain_characters: of these. alphabetic: words with a
@@ -93,7 +93,7 @@ class EnglishCounter:
             hashes = [self._library.openqwen_words_hash(*_sized(w)) for w in self._stop_words]
             self._stop_hashes = np.array(hashes, np.uint64)
             self._unknown = np.empty((_UNKNOWN, 2), np.int64)
-            self._out = np.empty(len(WordCounts._fields), np.float64)
+            self._out = np.empty(len(CompiledCounts._fields), np.float64)
             self._handle: int | None = None
             self._fresh()
 
@@ -101,7 +101,7 @@ class EnglishCounter:
         if self._library and self._handle:
             self._library.openqwen_words_free(self._handle)
 
-    def read(self, text: str) -> WordCounts:
+    def read(self, text: str) -> CompiledCounts:
         """Take a text and count its words; the other methods then answer for it."""
         if not self._library:
             self._text, self._words = text, english_words(text)
@@ -116,7 +116,7 @@ class EnglishCounter:
         self._library.openqwen_words_count(
             self._handle, stop.ctypes.data, len(stop), out.ctypes.data
         )
-        return WordCounts(*map(int, out.tolist()))
+        return CompiledCounts(*map(int, out.tolist()))
 
     def top_characters(self, n: int) -> int:
         """Characters of all occurrences of the most frequent n-gram, with the spaces inside."""
@@ -158,11 +158,11 @@ class EnglishCounter:
         self._known += 1
 
 
-def plain_counts(words: Sequence[str], text: str, stop_words: Sequence[str]) -> WordCounts:
+def plain_counts(words: Sequence[str], text: str, stop_words: Sequence[str]) -> CompiledCounts:
     """The counts, word by word."""
     flags = list(map(_flags, words))
     plain = [word for word, flag in zip(words, flags, strict=True) if not flag & _SYMBOL]
-    return WordCounts(
+    return CompiledCounts(
         len(words),
         len(plain),
         sum(map(len, plain)),

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from openqwen.corpus.config import Preset, PublishedRules
-from openqwen.corpus.counts import SENTENCE_END, EnglishCounter, WordCounts
+from openqwen.corpus.counts import SENTENCE_END, CompiledCounts, EnglishCounter
 from openqwen.corpus.filters import Failure
 
 _PARAGRAPH_END = re.compile(r"\n{2,}")
@@ -64,7 +64,7 @@ class PublishedFilters:
     def __init__(self, rules: PublishedRules):
         self._rules = rules
         self._counter = EnglishCounter(rules.gopher.stop_words)
-        self._read: tuple[str, WordCounts] | None = None
+        self._read: tuple[str, CompiledCounts] | None = None
         presets: dict[Preset, list[Callable[[str], FilteredText]]] = {
             "gopher": [self._gopher],
             "c4": [lambda text: self._c4(text, end_punctuation=True)],
@@ -83,7 +83,7 @@ class PublishedFilters:
                 return FilteredText(text, cut, done.failed)
         return FilteredText(text, cut, None)
 
-    def _counts(self, text: str) -> WordCounts:
+    def _counts(self, text: str) -> CompiledCounts:
         if self._read is None or self._read[0] is not text:
             self._read = text, self._counter.read(text)
         return self._read[1]

@@ -56,8 +56,8 @@ class Books:
         return cls(sentences)
 
 
-class Context(Protocol):
-    """A kind of context."""
+class Filling(Protocol):
+    """A kind of context, whose length is a number of units."""
 
     @property
     def least(self) -> int:
@@ -209,7 +209,7 @@ class Documents:
         return {"context": context, "query": self.question, "count": 1, "answers": self.answers}
 
 
-def fitting(context: Context, tokens: Callable[[int], int], room: int) -> int | None:
+def fitting(context: Filling, tokens: Callable[[int], int], room: int) -> int | None:
     """The most units with which `tokens(n)` is at most `room`; None where the least are too many.
 
     The search goes by interpolation, as tokens grow about evenly with the units. It ends when a

@@ -9,9 +9,9 @@ from openqwen.evaluate.benchmark import Benchmark, LongTask, evaluated, template
 from openqwen.evaluate.haystack import (
     NOISE,
     Books,
-    Context,
     Documents,
     Draws,
+    Filling,
     Needles,
     Values,
     common_words,
@@ -242,7 +242,7 @@ class _Maker:
     def item(
         self,
         task: LongTask,
-        context: Context,
+        context: Filling,
         length: int,
         name: str,
         depth: float | None,
@@ -284,7 +284,7 @@ class _Maker:
         """A short solved example of the task, with what goes between it and the question."""
         draws = Draws(rng, self.words(task))
         short = room < 4_096 - 128
-        context: Context = variables(draws, letters=3)
+        context: Filling = variables(draws, letters=3)
         units, marked = 5, False
         if task.kind == "common_words":
             context, units, marked = common_words(draws, room, True), 20 if short else 40, True
@@ -298,7 +298,7 @@ class _Maker:
         """The words of the task's books."""
         return self.library.books(task.books or self.benchmark.data.test).words
 
-    def context(self, task: LongTask, room: int, rng: Any, depth: float | None) -> Context | None:
+    def context(self, task: LongTask, room: int, rng: Any, depth: float | None) -> Filling | None:
         """The context of one question; None where its documents are not at hand, which is told."""
         if task.kind == "documents":
             return self.documents(task, rng)
