@@ -9,7 +9,7 @@ import httpx
 import pytest
 import yaml
 
-from openqwen.http.server import listen, url_of, uvicorn_server
+from openqwen.http.server import listen, open_url, uvicorn_server
 from openqwen.instruct.collaborate.accounts import invite_first_owner
 from openqwen.instruct.collaborate.app import gated
 from openqwen.instruct.collaborate.settings import AnnotateConfig
@@ -45,7 +45,7 @@ class LiveSite:
         (folder / "project.yaml").write_text(yaml.safe_dump(given))
         self.site = Site(folder, AnnotateConfig(port=0))
         self.listener = listen("127.0.0.1", 0)
-        self.url = url_of(self.listener)
+        self.url = open_url(self.listener)
         self.server = uvicorn_server(gated(self.site), 5.0, 1.0)
         run = lambda: asyncio.run(self.server.serve([self.listener]))
         self.thread = threading.Thread(target=run, daemon=True)

@@ -233,6 +233,13 @@ def test_undo_and_redo_walk_through_the_changes(live, visit):  # noqa: F811
     assert page.locator("#undo").is_disabled()
 
 
+def opened_again(page):
+    """Undo the answer that was sent, and wait until the server has its task."""
+    with page.expect_response(lambda response: response.url.endswith("/reopen")):
+        page.locator(".toast").get_by_role("button", name="Undo").click()
+    page.evaluate("() => null")  # the page has run what waited for the response
+
+
 def test_an_answer_can_be_opened_again_and_changed(live, visit):  # noqa: F811
     site = live([task("t1", 2), task("t2", 2)])
     page = visit(site)
@@ -241,7 +248,7 @@ def test_an_answer_can_be_opened_again_and_changed(live, visit):  # noqa: F811
     numbers = shown_numbers(page)
     first = page.locator(".prompt").inner_text()
     submitted(page)
-    page.locator(".toast").get_by_role("button", name="Undo").click()
+    opened_again(page)
     page.locator(".prompt", has_text=first).wait_for()
     assert [row.strip() for row in page.locator(".ladder .place .chips").all_inner_texts()] == [
         "A",
@@ -256,6 +263,22 @@ def test_an_answer_can_be_opened_again_and_changed(live, visit):  # noqa: F811
     page.get_by_role("link", name="My answers").click()
     page.locator(".entries .button").click()
     page.locator(".prompt", has_text=first).wait_for()
+
+
+def test_a_task_opened_again_stays_though_the_next_one_arrives_later(live, visit):  # noqa: F811
+    page = visit(live([task("t1", 2), task("t2", 2)]))
+    place(page, "A", 1)
+    place(page, "B", 2)
+    first = page.locator(".prompt").inner_text()
+    held = []
+    page.route("**/api/next", lambda route: held.append(route))
+    submitted(page)
+    opened_again(page)
+    with page.expect_response("**/api/next"):
+        for route in held:
+            route.continue_()
+    page.wait_for_timeout(300)  # the page has had time to show the wrong task
+    assert page.locator(".prompt").inner_text() == first
 
 
 def test_a_skipped_task_goes_to_others(live, visit):  # noqa: F811

@@ -33,8 +33,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def open_url(listener: socket.socket) -> str:
+    """The address of a socket, which listens from now on: early clients wait for the server."""
+    listener.listen()
+    return url_of(listener)
+
+
 def url_of(listener: socket.socket) -> str:
-    """The address of a listening socket."""
+    """The address of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

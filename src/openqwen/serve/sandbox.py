@@ -26,7 +26,7 @@ from openqwen.http import errors
 from openqwen.http.errors import ApiError
 from openqwen.http.json_body import JSON, JSONRoute
 from openqwen.http.limits import ConcurrencyLimit, while_connected
-from openqwen.http.server import become_user, client_keys, listen, serve_app, url_of
+from openqwen.http.server import become_user, client_keys, listen, open_url, serve_app
 from openqwen.sandbox import Limits, Pool, Program, Verdict
 from openqwen.sandbox.languages import TABLE, available
 from openqwen.sandbox.limits import NOT_COMPILED
@@ -177,6 +177,6 @@ def serve_sandbox(config: SandboxConfig) -> None:
     keys = client_keys(config)
     become_user(config.user, None)
     with Pool(config.workers, tier=config.tier, packages=config.packages) as pool:
-        console.print(f"sandbox; tier {pool.tier}; {', '.join(available())}; {url_of(listener)}")
+        console.print(f"sandbox; tier {pool.tier}; {', '.join(available())}; {open_url(listener)}")
         app = sandbox_application(pool, config)
         serve_app(app, config, listener, keys, frozenset({"/health", "/v1/ping"}))

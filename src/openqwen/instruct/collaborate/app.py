@@ -6,7 +6,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from openqwen.http.gate import LOOPBACK, Gate
-from openqwen.http.server import become_user, listen, run, url_of, uvicorn_server
+from openqwen.http.server import become_user, listen, open_url, run, uvicorn_server
 from openqwen.instruct.collaborate.accounts import invite_first_owner
 from openqwen.instruct.collaborate.export import write_exports
 from openqwen.instruct.collaborate.read_tasks import ImportReport, import_file
@@ -35,7 +35,7 @@ def annotate(source: str, config: AnnotateConfig) -> None:
             for name, count in write_exports(site.database, site.project, config.export).items():
                 console.print(f"{config.export / name}.jsonl: {count:,} records")
         if listener:
-            url = url_of(listener)
+            url = open_url(listener)
             _greet(site, url)
             server = uvicorn_server(gated(site), config.idle, config.drain)
             asyncio.run(run(server, listener))

@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from openqwen.http import errors
 from openqwen.http.errors import ApiError
 from openqwen.http.json_body import JSON, JSONRoute
-from openqwen.http.server import become_user, client_keys, listen, serve_app, url_of
+from openqwen.http.server import become_user, client_keys, listen, open_url, serve_app
 from openqwen.http.static import SHARED, PageFiles
 from openqwen.instruct.inspect.describe import shown
 from openqwen.instruct.inspect.index import Entry, open_index
@@ -141,5 +141,5 @@ def inspect(source: str, config: InspectConfig) -> None:
     keys = client_keys(config)
     become_user(config.user, config.cache)
     page = DataPage(source, config)
-    console.print(f"{source}: {page.index.count:,} records; {url_of(listener)}")
+    console.print(f"{source}: {page.index.count:,} records; {open_url(listener)}")
     serve_app(application(page), config, listener, keys, page_files().paths)

@@ -70,12 +70,10 @@ const site = {
   async reopen(task) {
     try {
       const { task: found } = await api.reopen(task);
-      if (!(this.view instanceof RankView)) {
-        history.pushState(null, "", "#/rank");
-        this.view?.close();
-        this.view = new RankView(this);
-        drawTop("rank");
-      }
+      if (!(this.view instanceof RankView)) history.pushState(null, "", "#/rank");
+      this.view?.close(); // it may be waiting for the next task, which must not replace this one
+      this.view = new RankView(this);
+      drawTop("rank");
       this.view.start(found);
     } catch (error) {
       toast(error.message);
