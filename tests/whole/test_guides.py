@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from openqwen.cli import main
+
 ROOT = Path(__file__).parents[2]
 GUIDES = ROOT / "docs" / "guides"
+TWO_WORDS = ("synthesize", "instructions")
 # What each page makes.
 RESULTS = {
     "annotation": ["data/demonstrations.jsonl", "data/preferences.jsonl"],
@@ -55,6 +58,33 @@ def shell(text: str, folder: Path) -> str:
             os.killpg(started.pid, signal.SIGTERM)
     assert started.returncode == 0, printed
     return printed
+
+
+def written_commands() -> dict[str, set[str]]:
+    """The flags that guides, README and recipes give to each verb, by the verb's words."""
+    found: dict[str, set[str]] = {}
+    recipes = (ROOT / "src" / "openqwen" / "recipes").glob("*.yaml")
+    for page in (*GUIDES.glob("*.md"), ROOT / "README.md", *recipes):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^[ #`]*(openqwen [a-z].*)$", text, re.M):
+            words = re.split(r"[`#|]| > ", line)[0].split()[1:]
+            verb = " ".join(
+                words[:2] if words[0] in TWO_WORDS and words[1][0] != "-" else words[:1]
+            )
+            flags = {word.split("=")[0] for word in words if word.startswith("--")} - {"--help"}
+            if verb == "evaluate" and "--corpus" in flags:  # the recipes' stage
+                verb = "evaluate --corpus FOLDER"
+            found.setdefault(verb, set()).update(flags)
+    return found
+
+
+@pytest.mark.parametrize(("verb", "flags"), sorted(written_commands().items()))
+def test_every_flag_of_a_written_command_exists(verb, flags, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with contextlib.suppress(SystemExit):
+        main([*verb.split(), "--help"])
+    printed = capsys.readouterr().out
+    assert [flag for flag in sorted(flags) if not re.search(rf"{flag}(?![-.\w])", printed)] == []
 
 
 @pytest.fixture(scope="session")
