@@ -25,6 +25,7 @@ RECIPE_VERBS = {
     "serve": "Serve a model over HTTP: OpenAI's API and a chat page.",
     "inspect": "Browse demonstrations, preferences, tasks or documents on a page.",
     "annotate": "Let people rank responses and write demonstrations, on a site of their own.",
+    "instructions tree": "Merge, rename, move and drop tags of `instructions tag`, on a page.",
     "convert": "Convert a checkpoint: folder, .gguf file or hub id to folder or .gguf file.",
     "quantize": "Store weights in 8 or 4 bits, for a CPU.",
     "report": "Write the HTML report of a run folder.",
@@ -68,6 +69,11 @@ _SERVERS: dict[str, tuple[str, str, tuple[str, str] | None]] = {
         "openqwen.instruct.collaborate.app:annotate",
         ("PROJECT", "The project's folder; a new one is made."),
     ),
+    "instructions tree": (
+        "openqwen.instruct.collaborate.tree_site:TreeConfig",
+        "openqwen.instruct.collaborate.tree_site:tree",
+        ("FOLDER", "An artifact of `instructions tag`."),
+    ),
     "sandbox": (
         "openqwen.serve.settings:SandboxConfig",
         "openqwen.serve.sandbox:serve_sandbox",
@@ -101,10 +107,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: Sequence[str]) -> int:
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if verb in _GROUPS:
-        verb, rest = _method(verb, rest)
-    if " ".join(arguments[:2]) in _FUNCTIONS:  # a verb of two words
+    if " ".join(arguments[:2]) in RECIPE_VERBS and len(arguments) > 1:  # a verb of two words
         verb, rest = " ".join(arguments[:2]), arguments[2:]
+    elif verb in _GROUPS:
+        verb, rest = _method(verb, rest)
     if verb in ("--help", "-h", "help"):
         print(_overview())
     elif verb == "--version":
@@ -137,10 +143,12 @@ def _dispatch(arguments: Sequence[str]) -> int:
 def _method(group: str, arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
     """Turn `synthesize METHOD ...` into the stage of that method and its arguments."""
     stages = graph.verbs()
-    methods = [name.removeprefix(f"{group}-") for name in stages if name.startswith(f"{group}-")]
+    texts = {" ".join(_words(name)): text for name, text in stages.items()} | RECIPE_VERBS
+    start = f"{group} "
+    methods = {name.removeprefix(start): texts[name] for name in texts if name.startswith(start)}
     if not arguments or arguments[0] in ("--help", "-h"):
         lines = [f"usage: {command(group, 'METHOD', '...')}", "", _GROUPS[group], "", "Methods:"]
-        lines += [f"  {name:<14}{stages[f'{group}-{name}']}" for name in methods]
+        lines += [f"  {name:<14}{text}" for name, text in methods.items()]
         print("\n".join(lines))
         raise SystemExit(0)
     if arguments[0] not in methods:
@@ -268,6 +276,8 @@ def _stage(name: str, arguments: Sequence[str]) -> None:
     outside |= graph.outside_of(config)
     node = graph.Node(name, stage, config, outside=outside)
     run_alone(node, options.output, options.seed, command(*_words(name), *arguments))
+    if name == "instructions-tag":
+        print(f"Refine its tree on a page: {command('instructions', 'tree', options.output)}")
 
 
 def _stage_options(stage: Any) -> type[Any]:
@@ -305,7 +315,7 @@ def _serve(verb: str, arguments: Sequence[str]) -> None:
         fields.append(("source", Annotated[str, tyro.conf.Positional, about]))
     options: type[Any] = dataclasses.make_dataclass("ServeOptions", fields)
     given = [text for text in _without_flag(arguments, "--model") if text != "--serve"]
-    program = command(verb) if argument else command(verb, "--serve")
+    program = command(*verb.split()) if argument else command(verb, "--serve")
     flags, config = parse(given, options, _named(settings)(), program, RECIPE_VERBS[verb])
     try:
         serve = _named(function)

@@ -1,6 +1,5 @@
 """The tree of tags and its history: every edit, undo, and a later run."""
 
-import copy
 from dataclasses import asdict
 
 import pytest
@@ -11,9 +10,8 @@ from openqwen.instruct.collaborate.tree import (
     TagEdit,
     TagNode,
     TagTree,
-    active_edits,
-    append_edit,
     apply_edits,
+    history,
     read_edits,
 )
 from openqwen.support.errors import OpenQwenError
@@ -52,7 +50,8 @@ def test_a_merge_takes_forms_and_children():
     assert "math" not in one.nodes
     assert one.nodes["maths"].forms == {"Maths": 1, "Math": 2, "math!": 1}
     assert one.nodes["algebra"].parent == "maths"
-    one.recount(RAW)
+    assert one.nodes["maths"].count == 3  # the larger one, while nobody knows which have both
+    one.place(RAW)
     assert one.nodes["maths"].count == 3  # not 4: one instruction had both
     assert one.tags_of(RAW)[1] == ["maths"]
 
@@ -91,34 +90,36 @@ def test_rename_move_and_drop():
         (edit("undo", undoes=7), "nothing to undo"),
     ],
 )
-def test_an_edit_that_cannot_be_applied_changes_nothing(tmp_path, bad, what):
-    path = tmp_path / "edits.jsonl"
-    append_edit(path, tree(), edit("drop", tag="style"))
-    append_edit(path, tree(), edit("undo"))
-    before = path.read_bytes()
-    with pytest.raises(OpenQwenError, match=what):
-        append_edit(path, tree(), bad)
-    assert path.read_bytes() == before
+def test_an_edit_that_cannot_be_applied_changes_nothing(bad, what):
     one = tree()
-    assert len(apply_edits(one, [bad])) == 1
+    (note,) = apply_edits(one, [bad])
+    assert what in note
     assert plain(one) == plain(tree())
 
 
-def test_the_history_is_appended_and_an_undo_is_a_line_too(tmp_path):
-    path = tmp_path / "edits.jsonl"
-    append_edit(path, tree(), edit("merge", tag="maths", into="math", by="ann"))
-    append_edit(path, tree(), edit("drop", tag="poem", by="bob"))
-    append_edit(path, tree(), edit("undo", undoes=0))
-    edits = read_edits(path)
-    assert [e.edit for e in edits] == ["merge", "drop", "undo"]
-    assert edits[0].by == "ann"
-    assert edits[0].at
-    active, notes = active_edits(edits)
-    assert list(active) == [1]
-    assert notes == []
+def test_an_undo_can_be_undone():
+    merge, drop = edit("merge", tag="maths", into="math"), edit("drop", tag="poem")
+    edits = [merge, drop, edit("undo", undoes=0)]
+    found = history(edits)
+    assert (list(found.active), found.undone, found.faults) == ([1], {0: 2}, {})
+    again = [*edits, edit("undo", undoes=2)]
+    assert list(history(again).active) == [0, 1]  # the merge is at its old place
+    assert plain(changed(*again)) == plain(changed(merge, drop))
+    assert history([*again, edit("undo", undoes=2)]).faults == {4: "there is nothing to undo"}
+    assert list(history([*again, edit("undo", undoes=0)]).active) == [1]
+
+
+def test_a_copy_is_changed_alone():
     one = tree()
-    apply_edits(one, edits)
-    assert set(one.nodes) == set(NAMES) - {"poem"}
+    apply_edits(one.copy(), [edit("merge", tag="maths", into="math"), edit("drop", tag="poem")])
+    assert plain(one) == plain(tree())
+
+
+def test_edits_are_read_from_a_file(tmp_path):
+    path = tmp_path / "edits.jsonl"
+    assert read_edits(path) == []
+    path.write_text('{"edit": "drop", "tag": "poem"}\n')
+    assert read_edits(path) == [edit("drop", tag="poem")]
     path.write_text('{"edit": "explode"}\n')
     with pytest.raises(OpenQwenError, match="edit is 'explode'"):
         read_edits(path)
@@ -175,7 +176,7 @@ def test_a_tree_is_written_and_read(tmp_path):
     again = TagTree.read(tmp_path)
     assert plain(again) == plain(one)
     assert again.steps == one.steps
-    assert plain(copy.deepcopy(again)) == plain(TagTree.read(tmp_path / "tree.json"))
+    assert plain(again.copy()) == plain(TagTree.read(tmp_path / "tree.json"))
     (tmp_path / "tree.json").write_text("[]")
     with pytest.raises(OpenQwenError, match="no tree"):
         TagTree.read(tmp_path)

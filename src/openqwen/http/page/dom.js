@@ -27,6 +27,7 @@ const DRAWINGS = {
   stop: "M7.5 7.5h9v9h-9z",
   copy: "M9 9h10v11H9zM15 9V4H5v11h4",
   edit: "M5 19l1-4L16.5 4.5l3 3L9 18zM14 7l3 3",
+  fold: "M6 10l6 6 6-6",
   again: "M19.5 12a7.5 7.5 0 1 1-2.3-5.4M19.5 4v4.2h-4.2",
   prompt: "M6 4h12v16H6zM9 8.5h6M9 12h6M9 15.5h3.5",
   check: "M5 12.5l4.5 4.5L19 7.5",
@@ -40,6 +41,9 @@ const DRAWINGS = {
   left: "M14 6l-6 6 6 6",
   right: "M10 6l6 6-6 6",
   down: "M12 5v14M6 13l6 6 6-6",
+  undo: "M9 6L4 11l5 5M4 11h10a6 6 0 0 1 6 6v2",
+  redo: "M15 6l5 5-5 5M20 11H10a6 6 0 0 0-6 6v2",
+  history: "M12 4a8 8 0 1 0 0 16 8 8 0 0 0 0-16zM12 8v4.5l3 2",
   keys: "M3 7h18v10H3zM7 10.5h.01M11 10.5h.01M15 10.5h.01M8 14h8",
 };
 
@@ -65,8 +69,33 @@ export function iconButton(name, label, onclick, props = {}) {
   );
 }
 
+/** A button with a text. kind: of its look, as "small" or "primary". */
+export const button = (text, onclick, kind = "", props = {}) =>
+  h("button", { type: "button", class: `button ${kind}`, onclick, ...props }, text);
+
+const THEMES = { auto: "light", light: "dark", dark: "auto" };
+
+/** A button that goes from the system's theme to light, to dark, and back. */
+export function themeButton(label) {
+  const root = document.documentElement;
+  const change = () => {
+    const chosen = THEMES[root.dataset.theme] ?? "auto";
+    root.dataset.theme = chosen;
+    localStorage.setItem("openqwen.theme", chosen);
+    face.replaceChildren(icon(chosen));
+  };
+  const face = iconButton(root.dataset.theme, label, change);
+  return face;
+}
+
 /** Words on shared buttons; a page in another language sets its own. */
-export const words = { copy: "Copy", copied: "Copied", code: "Copy code", table: "Table" };
+export const words = {
+  close: "Close",
+  copy: "Copy",
+  copied: "Copied",
+  code: "Copy code",
+  table: "Table",
+};
 
 /** Copy text, also without the clipboard API, which exists in a secure context only. */
 export async function copy(text) {

@@ -18,7 +18,7 @@ from openqwen.corpus.config import MinHashConfig
 from openqwen.corpus.deduplicate import near_duplicates, signatures
 from openqwen.instruct.collaborate.page import Section, write_page
 from openqwen.instruct.collaborate.pool import Instruction, read_pool, write_pool
-from openqwen.instruct.collaborate.tree import TagTree, apply_edits, read_edits
+from openqwen.instruct.collaborate.tree import EDITS, TagTree, apply_edits, read_edits
 from openqwen.instruct.synthesize import reading
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_jsonl
@@ -43,7 +43,7 @@ class SelectConfig(Settings):
 
     count: int = Field(6_000, ge=1, description="instructions to select; InsTag's 6,000")
     edits: Path | None = Field(
-        None, description="a file of edits of the tree of tags; by default none"
+        None, description="people's edits of the tree of tags; by default those of the artifact"
     )
     least_complexity: int = Field(1, ge=0, description="drop instructions with fewer tags")
     least_diversity: float = Field(0, ge=0, description="drop those with a lower tag diversity")
@@ -216,10 +216,18 @@ def run_select(run: StageRun) -> dict[str, float]:
 
 def _tags(pool: Sequence[Instruction], source: Path, edits: Path | None) -> list[list[str]]:
     """The tags of the instructions, after people's edits of the tree."""
+    folder = source if source.is_dir() else source.parent
+    beside = folder / EDITS
+    if edits is None and beside.exists():
+        if folder is source:
+            edits = beside
+        else:  # the input, and so the selection, does not depend on them
+            notice("edits of the tree are not used; give the folder, or --edits", beside)
     if edits is None:
         return [list(instruction.tags) for instruction in pool]
-    tree = TagTree.read(source if source.is_dir() else source.parent)
-    for note in apply_edits(tree, read_edits(edits)):
+    tree, changes = TagTree.read(folder), read_edits(edits)
+    notice(f"{len(changes):,} edits of the tree of tags are applied", edits)
+    for note in apply_edits(tree, changes):
         notice(note, edits)
     return tree.tags_of(instruction.raw for instruction in pool)
 

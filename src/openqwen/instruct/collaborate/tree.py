@@ -5,21 +5,20 @@ that are only appended: the tree that people see is a fold over it. Edits name t
 or by a form of it as a model wrote it, so that they apply again to the tree of a later run.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from pydantic import Field
 
-from openqwen.instruct.synthesize.journal import Journal
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl, write_json
 from openqwen.support.settings import Settings, validate
 
 TREE = "tree.json"
+EDITS = "edits.jsonl"  # beside it, what people have changed
 _FORMAT = 1
 
 
@@ -29,7 +28,8 @@ class TagEdit(Settings):
     merge: the instructions of `tag` get the tag `into`, and its children move there.
     rename: `tag` is called `name`. move: `tag` stands below `parent`, or at the top without one.
     drop: no instruction has `tag`; its children move up. undo: the edit with the number `undoes`
-    (its line, counted from 0), or the last one that holds, does not hold.
+    (its line, counted from 0), or the last one that holds, does not hold; where that is an undo,
+    what it undid holds again, at its old place. key: of the request that brought the edit.
     """
 
     edit: Literal["merge", "rename", "move", "drop", "undo"]
@@ -40,6 +40,7 @@ class TagEdit(Settings):
     undoes: int | None = Field(None, ge=0)
     by: str = Field("", max_length=200)
     at: str = Field("", max_length=40)
+    key: str = Field("", max_length=64)
 
 
 @dataclass
@@ -61,10 +62,15 @@ class TagNode:
 
 @dataclass
 class TagTree:
-    """Tags by name, the most frequent first; steps: counts before and after each aggregation."""
+    """Tags by name, the most frequent first; steps: counts before and after each aggregation.
+
+    places: the numbers of the instructions that have a form; without them the count of a merged tag
+    is not exact.
+    """
 
     nodes: dict[str, TagNode]
     steps: list[dict[str, Any]] = field(default_factory=list)
+    places: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, path: Path) -> "TagTree":
@@ -95,11 +101,25 @@ class TagTree:
         names = {form: name for name, node in self.nodes.items() for form in node.forms}
         return [list(dict.fromkeys(names[f] for f in forms if f in names)) for forms in raw]
 
-    def recount(self, raw: Iterable[Iterable[str]]) -> None:
-        """Count the instructions of each tag anew, after edits."""
-        counts = Counter(tag for tags in self.tags_of(raw) for tag in tags)
-        for name, node in self.nodes.items():
-            node.count = counts[name]
+    def copy(self) -> "TagTree":
+        """A tree that can be changed without a change of this one."""
+        nodes = {name: replace(node, forms=dict(node.forms)) for name, node in self.nodes.items()}
+        return TagTree(nodes, self.steps, self.places)
+
+    def place(self, raw: Iterable[Iterable[str]]) -> None:
+        """Note which instructions have which forms, and count the instructions of each tag."""
+        found: dict[str, list[int]] = {}
+        for number, forms in enumerate(raw):
+            for form in set(forms):
+                found.setdefault(form, []).append(number)
+        self.places = {form: np.array(some, np.int32) for form, some in found.items()}
+        for node in self.nodes.values():
+            node.count = len(self.instructions_of(node))
+
+    def instructions_of(self, node: TagNode) -> np.ndarray:
+        """The numbers of the instructions that have a tag, in order."""
+        some = [self.places[form] for form in node.forms if form in self.places]
+        return np.unique(np.concatenate(some)) if some else np.zeros(0, np.int32)
 
     def apply(self, edit: TagEdit) -> None:
         """Change the tree.
@@ -115,9 +135,11 @@ class TagTree:
             if node.name in self._above(into):
                 into.parent = node.parent
             self._remove(node, into.name)
-            for form, count in node.forms.items():
-                into.forms[form] = count
-            into.count = max(into.count, node.count)
+            into.forms.update(node.forms)
+            into.explanations = [*into.explanations, *node.explanations]
+            into.examples = [*into.examples, *node.examples]
+            more = max(into.count, node.count)
+            into.count = len(self.instructions_of(into)) if self.places else more
         elif edit.edit == "rename":
             self._rename(node, " ".join(edit.name.split()))
         elif edit.edit == "move":
@@ -169,52 +191,54 @@ def read_edits(path: Path) -> list[TagEdit]:
     return [validate(TagEdit, line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
-def active_edits(edits: Iterable[TagEdit]) -> tuple[dict[int, TagEdit], list[str]]:
-    """The edits that hold, by number, and why an undo has no effect."""
-    active: dict[int, TagEdit] = {}
-    notes = []
+class EditHistory(NamedTuple):
+    """What became of edits, by their numbers.
+
+    active: those that hold. undone: the others, and the undo of each. faults: why an edit, or an
+    undo, has no effect.
+    """
+
+    active: dict[int, TagEdit]
+    undone: dict[int, int]
+    faults: dict[int, str]
+
+
+def history(edits: Sequence[TagEdit]) -> EditHistory:
+    """Which edits hold."""
+    undone: dict[int, int] = {}
+    undid: dict[int, int] = {}
+    faults: dict[int, str] = {}
+    active: set[int] = set()
     for number, edit in enumerate(edits):
         if edit.edit != "undo":
-            active[number] = edit
+            active.add(number)
             continue
-        undone = edit.undoes if edit.undoes is not None else max(active, default=-1)
-        if active.pop(undone, None) is None:
-            notes.append(f"edit {number}: there is nothing to undo")
-    return active, notes
+        target = edit.undoes if edit.undoes is not None else max(active, default=-1)
+        if target in active:
+            active.remove(target)
+            undone[target], undid[number] = number, target
+        elif target in undid:
+            again = undid.pop(target)
+            del undone[again]
+            active.add(again)
+        else:
+            faults[number] = "there is nothing to undo"
+    return EditHistory({number: edits[number] for number in sorted(active)}, undone, faults)
 
 
-def apply_edits(tree: TagTree, edits: Iterable[TagEdit]) -> list[str]:
-    """Apply the edits that hold to a tree; returns why some could not be applied."""
-    active, notes = active_edits(edits)
-    for number, edit in active.items():
+def fold(tree: TagTree, edits: Sequence[TagEdit]) -> EditHistory:
+    """Apply the edits that hold to a tree."""
+    found = history(edits)
+    for number, edit in found.active.items():
         try:
             tree.apply(edit)
         except OpenQwenError as error:
-            notes.append(f"edit {number}, {edit.edit} '{edit.tag}': {error.what}")
-    return notes
+            found.faults[number] = error.what
+    return found
 
 
-def append_edit(path: Path, tree: TagTree, edit: TagEdit) -> list[str]:
-    """Append an edit to a file.
-
-    Args:
-        path: the file of edits; it need not exist.
-        tree: the tree of `tree.json`; all edits that hold are applied to it.
-        edit: without a time it gets the present one.
-
-    Returns:
-        Why edits of the file could not be applied.
-
-    Raises:
-        OpenQwenError: this edit cannot be applied; the file is as before.
-    """
-    edits = read_edits(path)
-    notes = apply_edits(tree, [*edits, edit])
-    mine = [note for note in notes if note.startswith(f"edit {len(edits)}")]
-    if mine:
-        raise OpenQwenError(f"The edit cannot be applied: {mine[0]}", path)
-    stamped = edit.model_copy(update={"at": edit.at or datetime.now(UTC).isoformat()})
-    journal = Journal(path)
-    journal.append(stamped.model_dump(exclude_defaults=True))
-    journal.close()
-    return notes
+def apply_edits(tree: TagTree, edits: Sequence[TagEdit]) -> list[str]:
+    """Apply the edits that hold to a tree; returns why some could not be applied."""
+    faults = fold(tree, edits).faults
+    names = {number: f"{edits[number].edit} '{edits[number].tag}'" for number in faults}
+    return [f"edit {number}, {names[number]}: {what}" for number, what in sorted(faults.items())]

@@ -23,12 +23,16 @@ class Journal:
 
     A line that a kill or a full disk cut short is removed when the file is opened again.
 
+    Args:
+        path: the file; it need not exist.
+        flush: seconds between two flushes to the disk; with 0 each line is flushed.
+
     Raises:
         OpenQwenError: another process has opened the file, or there is no space left.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, flush: float = _FLUSH):
+        self.path, self.flush = path, flush
         with disk_errors(path):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +93,7 @@ class Journal:
             try:
                 while data:
                     data = data[self._file.write(data) :]
-                if time.monotonic() - self._flushed > _FLUSH:
+                if time.monotonic() - self._flushed >= self.flush:
                     os.fsync(self._file.fileno())
                     self._flushed = time.monotonic()
             except OSError:

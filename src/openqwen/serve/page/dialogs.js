@@ -1,24 +1,7 @@
 /** Windows above the page: the prompt as rendered, and the keys. */
 
-import { copyButton, h, iconButton, number } from "./dom.js";
-
-function show(title, kind, ...content) {
-  const dialog = h(
-    "dialog",
-    { "aria-label": title, class: kind },
-    h(
-      "header",
-      {},
-      h("h2", {}, title),
-      iconButton("close", "Close", () => dialog.close()),
-    ),
-    content,
-  );
-  dialog.addEventListener("close", () => dialog.remove());
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-  document.body.append(dialog);
-  dialog.showModal();
-}
+import { show } from "./dialog.js";
+import { copyButton, h, number } from "./dom.js";
 
 /** The text that the model reads, control tokens marked. */
 export function showPrompt({ prompt, tokens }) {

@@ -1,5 +1,6 @@
 /** Requests to the server. A request that changes something carries the session's CSRF token. */
 
+import { newKey } from "./outbox.js";
 import { known, t } from "./texts.js";
 
 /** What is wrong. status 0: no response. */
@@ -35,12 +36,6 @@ async function send(method, path, body = {}, again = true) {
 const get = (path) => send("GET", path);
 const post = (path, body) => send("POST", path, body);
 const part = encodeURIComponent;
-
-/** A random name that nothing else has; also where the page is not in a secure context. */
-function newKey() {
-  const bytes = crypto.getRandomValues(new Uint8Array(16));
-  return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
-}
 
 /** Who is logged in, and the project; null where nobody is. */
 export async function me() {

@@ -1,18 +1,18 @@
 /** The annotation site: who is logged in, which view the address names, and the line at the top. */
 
 import * as api from "./api.js";
-import { at, copy, h, icon, iconButton, toast, words } from "./dom.js";
+import { show } from "./dialog.js";
+import { at, button, copy, h, iconButton, themeButton, toast, words } from "./dom.js";
 import { press, showKeys } from "./keys.js";
 import { showInvitation, showLogin, showPassword } from "./login.js";
 import { MineView } from "./mine.js";
 import { Outbox } from "./outbox.js";
-import { button, message, show } from "./parts.js";
+import { message } from "./parts.js";
 import { QualityView } from "./quality.js";
 import { RankView } from "./rank.js";
 import { ReviewView } from "./review.js";
-import { choose, language, languages, speak, t } from "./texts.js";
+import { languageChoice, speak, t } from "./texts.js";
 
-const THEMES = { auto: "light", light: "dark", dark: "auto" };
 const VIEWS = { rank: RankView, mine: MineView, review: ReviewView, quality: QualityView };
 const ROLES = {
   annotator: ["rank", "mine"],
@@ -97,8 +97,7 @@ async function enter() {
   site.project = found?.project ?? null;
   if (found) {
     await speak(found.project.language);
-    nameButtons();
-    site.outbox = new Outbox(`${found.project.id}.${found.person.id}`, {
+    site.outbox = new Outbox(`annotate.${found.project.id}.${found.person.id}`, {
       send: api.deliver,
       onchange: changed,
       onrefused: refused,
@@ -135,42 +134,12 @@ function drawTop(name) {
     links.length > 1 && h("nav", { "aria-label": t("nav.title") }, links.map(link)),
     h("span", { id: "saved", class: "hint", role: "status" }),
     h("span", { class: "gap" }),
-    languageChoice(),
-    themeButton(),
+    languageChoice(() => site.draw()),
+    themeButton(t("theme")),
     me && iconButton("keys", t("keys.title"), showKeys),
     me && button(me.name, showPerson, "small", { "aria-haspopup": "dialog" }),
   );
   at("skip-link").textContent = t("skipLink");
-}
-
-function languageChoice() {
-  const onchange = async (event) => {
-    await choose(event.target.value);
-    nameButtons();
-    await site.draw();
-    at("language").focus();
-  };
-  const options = languages().map(([value, name]) =>
-    h("option", { value, selected: value === language, lang: value }, name),
-  );
-  return h("select", { id: "language", "aria-label": t("language"), onchange }, options);
-}
-
-function themeButton() {
-  const root = document.documentElement;
-  const change = () => {
-    const chosen = THEMES[root.dataset.theme] ?? "auto";
-    root.dataset.theme = chosen;
-    localStorage.setItem("openqwen.theme", chosen);
-    button.replaceChildren(icon(chosen));
-  };
-  const button = iconButton(root.dataset.theme, t("theme"), change);
-  return button;
-}
-
-/** The words of buttons that all pages share. */
-function nameButtons() {
-  for (const name of Object.keys(words)) words[name] = t(`words.${name}`);
 }
 
 /** Whose session this is, and what to do with it. */
@@ -197,5 +166,4 @@ addEventListener("keydown", (event) => press(event, { help: showKeys, ...site.vi
 addEventListener("hashchange", () => site.draw());
 at("skip-link").addEventListener("click", (event) => (event.preventDefault(), at("main").focus()));
 await speak();
-nameButtons();
 await enter().catch((error) => (drawTop(""), site.trouble(error)));

@@ -1,8 +1,8 @@
 /** One response: its text, its place, its scores and flags, and the demonstration made of it. */
 
-import { h } from "./dom.js";
+import { button, h } from "./dom.js";
 import { draggable } from "./drag.js";
-import { button, markdown } from "./parts.js";
+import { markdown } from "./parts.js";
 import { t } from "./texts.js";
 
 /** Numbers to choose from, as radio buttons. A click on the chosen one takes the choice back. */

@@ -1,7 +1,7 @@
 /** Keys: what each one does, a list of them, and a person's own choice, kept in this browser. */
 
-import { at, h } from "./dom.js";
-import { button, show } from "./parts.js";
+import { show } from "./dialog.js";
+import { at, button, h } from "./dom.js";
 import { t } from "./texts.js";
 
 const KEPT = "openqwen.annotate.keys";

@@ -1,8 +1,9 @@
 /** Logging in, accepting an invitation, and changing the password. */
 
 import * as api from "./api.js";
+import { show } from "./dialog.js";
 import { at, h, toast } from "./dom.js";
-import { message, show } from "./parts.js";
+import { message } from "./parts.js";
 import { t } from "./texts.js";
 
 const SHORTEST = 10; // characters of a password

@@ -1,8 +1,7 @@
 /** What the owner does: invitations, accounts, import and export. */
 
 import * as api from "./api.js";
-import { copyButton, h, toast } from "./dom.js";
-import { button } from "./parts.js";
+import { button, copyButton, h, toast } from "./dom.js";
 import { section, table } from "./plots.js";
 import { moment, t } from "./texts.js";
 

@@ -1,8 +1,7 @@
 /** A person's own last answers, to look at and to open again. */
 
 import * as api from "./api.js";
-import { at, h } from "./dom.js";
-import { button } from "./parts.js";
+import { at, button, h } from "./dom.js";
 import { moment, t } from "./texts.js";
 
 export class MineView {

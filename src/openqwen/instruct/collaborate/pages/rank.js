@@ -2,11 +2,12 @@
 
 import * as api from "./api.js";
 import { Card } from "./card.js";
-import { announce, at, h, iconButton, toast } from "./dom.js";
+import { show } from "./dialog.js";
+import { announce, at, button, h, iconButton, toast } from "./dom.js";
 import { keyNodes, keyOf } from "./keys.js";
 import { Ladder } from "./ladder.js";
 import { inserted, missing, placed, stepped, tiers } from "./order.js";
-import { button, letterOf, markdown, message, promptNodes, show } from "./parts.js";
+import { letterOf, markdown, message, promptNodes } from "./parts.js";
 import { t } from "./texts.js";
 import { Work } from "./work.js";
 

@@ -1,8 +1,9 @@
 /** What reviewers see: tasks, most disputed first, and the answers that people gave to one. */
 
 import * as api from "./api.js";
-import { at, h, toast } from "./dom.js";
-import { button, letterOf, markdown, promptNodes, show } from "./parts.js";
+import { show } from "./dialog.js";
+import { at, button, h, toast } from "./dom.js";
+import { letterOf, markdown, promptNodes } from "./parts.js";
 import { duration, few, moment, percent, t } from "./texts.js";
 
 const LIMIT = 50; // tasks on a page

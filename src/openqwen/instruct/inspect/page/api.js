@@ -1,32 +1,9 @@
-/** Requests to the server, with the key where it wants one. */
+/** Requests of the data page. */
 
-export class Refusal extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
-}
+import { posted, send } from "./request.js";
 
-async function send(path, options = {}) {
-  const key = sessionStorage.getItem("openqwen.key");
-  const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refusal(0, "The server does not answer. Start `openqwen inspect` again.");
-  }
-  if (response.ok) return response;
-  const body = await response.json().catch(() => ({}));
-  throw new Refusal(response.status, body.error?.message ?? `Status ${response.status}.`);
-}
+const OFFLINE = "The server does not answer. Start `openqwen inspect` again.";
 
-export const ask = async (path, signal) => (await send(path, { signal })).json();
-
-export const post = async (path) => {
-  const headers = { "Content-Type": "application/json" };
-  return (await send(path, { method: "POST", body: "{}", headers })).json();
-};
-
-export const text = async (path) => (await send(path)).text();
+export const ask = async (path, signal) => (await send(path, OFFLINE, { signal })).json();
+export const post = async (path) => (await send(path, OFFLINE, posted({}))).json();
+export const text = async (path) => (await send(path, OFFLINE)).text();

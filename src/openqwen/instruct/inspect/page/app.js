@@ -1,12 +1,23 @@
 /** The data page: the address holds the filters and the record, so every view has a link. */
 
 import * as api from "./api.js";
-import { announce, at, copy, download, h, icon, iconButton, number, toast } from "./dom.js";
+import {
+  announce,
+  at,
+  button,
+  copy,
+  download,
+  h,
+  iconButton,
+  number,
+  themeButton,
+  toast,
+} from "./dom.js";
 import { facets } from "./facets.js";
 import { list } from "./list.js";
 import { recordNodes, trouble } from "./record.js";
+import { keyForm } from "./request.js";
 
-const THEMES = { auto: "light", light: "dark", dark: "auto" };
 const view = { plain: false, difference: false };
 let about = null;
 let shown = null; // the record that is shown, or null
@@ -151,11 +162,7 @@ async function drawFilters(filters, signal) {
       { class: "row between" },
       h("h2", {}, `${number.format(statistics.total)} records`),
       [...filters].length > 0 &&
-        h(
-          "button",
-          { type: "button", class: "button small", onclick: clear },
-          "Clear filters",
-        ),
+        button("Clear filters", clear, "small"),
       iconButton("close", "Close the filters", closeFilters, { id: "close-filters" }),
     ),
     ...facets(statistics, filters, change),
@@ -177,23 +184,15 @@ function drawTop() {
   at("stale").hidden = !stale;
   at("stale").replaceChildren(
     `The source ${stale} since it was read. `,
-    h("button", { type: "button", class: "button small", onclick: readAgain }, "Read it again"),
+    button("Read it again", readAgain, "small"),
   );
 }
 
 function buildTop() {
-  const root = document.documentElement;
   const find = (event) => {
     event.preventDefault();
     change({ text: at("search").value.trim() || null });
   };
-  const theme = () => {
-    const chosen = THEMES[root.dataset.theme] ?? "auto";
-    root.dataset.theme = chosen;
-    localStorage.setItem("openqwen.theme", chosen);
-    button.replaceChildren(icon(chosen));
-  };
-  const button = iconButton(root.dataset.theme, "Light or dark", theme);
   const home = (event) => (event.preventDefault(), clear());
   const opened = { id: "open-filters", "aria-controls": "filters" };
   at("top").append(
@@ -214,7 +213,7 @@ function buildTop() {
         autocomplete: "off",
       }),
     ),
-    button,
+    themeButton("Light or dark"),
     h("p", { id: "stale", role: "status", hidden: true }),
   );
 }
@@ -236,23 +235,9 @@ const closeFilters = () => document.body.classList.remove("with-filters");
 
 function drawError(error) {
   const more = [];
-  if (error.status === 401) more.push(keyForm());
-  else if (error.status === 409)
-    more.push(
-      h("button", { type: "button", class: "button small", onclick: readAgain }, "Read it again"),
-    );
+  if (error.status === 401) more.push(keyForm(draw));
+  else if (error.status === 409) more.push(button("Read it again", readAgain, "small"));
   at("main").replaceChildren(trouble(error.message, ...more));
-}
-
-function keyForm() {
-  const field = h("input", { type: "password", "aria-label": "Key", autocomplete: "off" });
-  const use = (event) => {
-    event.preventDefault();
-    sessionStorage.setItem("openqwen.key", field.value.trim());
-    draw();
-  };
-  const button = h("button", { class: "button primary" }, "Use this key");
-  return h("form", { class: "row", onsubmit: use }, field, button);
 }
 
 document.addEventListener("keydown", (event) => {

@@ -1,5 +1,7 @@
 /** Texts of the interface, one JSON file a language; the choice is remembered in this browser. */
 
+import { at, h, words } from "./dom.js";
+
 const LANGUAGES = { en: "English", zh: "中文" };
 const CHOICE = "openqwen.language";
 let texts = {};
@@ -7,23 +9,33 @@ let plural = new Intl.PluralRules("en");
 export let language = "en";
 export let number = new Intl.NumberFormat("en");
 
-/** Remember a language and load it. */
-export function choose(wanted) {
-  localStorage.setItem(CHOICE, wanted);
-  return speak();
-}
-
 /** Load the chosen language; without one, the project's or the browser's. */
 export async function speak(wanted = null) {
   const named = [localStorage.getItem(CHOICE), wanted, ...navigator.languages];
   const short = named.map((name) => name?.slice(0, 2));
   const chosen = short.find((name) => name in LANGUAGES) ?? "en";
-  if (chosen === language && known("again")) return;
+  if (chosen === language && Object.keys(texts).length) return;
   texts = await (await fetch(`${chosen}.json`)).json();
   language = chosen;
   plural = new Intl.PluralRules(chosen);
   number = new Intl.NumberFormat(chosen);
   document.documentElement.lang = chosen === "zh" ? "zh-CN" : chosen;
+  for (const name of Object.keys(words))
+    if (known(`words.${name}`)) words[name] = t(`words.${name}`);
+}
+
+/** A choice of the language; draw(): shows the page anew. */
+export function languageChoice(draw) {
+  const onchange = async (event) => {
+    localStorage.setItem(CHOICE, event.target.value);
+    await speak();
+    await draw();
+    at("language").focus();
+  };
+  const options = Object.entries(LANGUAGES).map(([value, name]) =>
+    h("option", { value, selected: value === language, lang: value }, name),
+  );
+  return h("select", { id: "language", "aria-label": t("language"), onchange }, options);
 }
 
 /** A text, its `{names}` filled in. `{n}` also chooses between `key.one` and `key.other`. */
@@ -62,5 +74,3 @@ export function moment(time) {
   const shown = { dateStyle: "medium", timeStyle: "short" };
   return new Intl.DateTimeFormat(language, shown).format(new Date(time));
 }
-
-export const languages = () => Object.entries(LANGUAGES);

@@ -9,13 +9,19 @@
 const LONGEST_WAIT = 30_000; // milliseconds between two tries
 const LATER = [0, 401, 403, 408, 429]; // status codes after which the same request may succeed
 
+/** A random name that nothing else has; also where the page is not in a secure context. */
+export function newKey() {
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  return [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 export class Outbox {
   /**
-   * owner: whose answers these are. send(entry): a promise; its error has a `status`.
+   * owner: whose work this is. send(entry): a promise; its error has a `status`.
    * onchange(): the state has changed. onrefused(entry, error): the server refused an answer.
    */
   constructor(owner, { send, onchange, onrefused }) {
-    this.prefix = `openqwen.annotate.${owner}.`;
+    this.prefix = `openqwen.${owner}.`;
     this.memory = new Map();
     Object.assign(this, { send, onchange, onrefused, wait: 1000, timer: 0, running: null });
     this.wake = () => this.flush();
@@ -57,11 +63,11 @@ export class Outbox {
   /** Answers that the server has not acknowledged, oldest first. */
   waiting = () => this.list("out").sort((a, b) => a.made - b.made);
 
-  /** Keep an entry `{key, task, …}` and send it. Resolves to what the server said, or null. */
+  /** Keep an entry `{key, …}` and send it. Resolves to what the server said, or null. */
   async add(entry) {
     const after = Math.max(0, ...this.waiting().map(({ made }) => made)) + 1;
     this.put("out", entry.key, { ...entry, made: Math.max(Date.now(), after) });
-    this.drop("draft", entry.task);
+    if (entry.task) this.drop("draft", entry.task);
     const said = await this.flush();
     return said.get(entry.key) ?? null;
   }
