@@ -11,6 +11,7 @@ makes them, or how often. So a part that is there is finished, after a kill too.
 """
 
 import json
+import socket
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,10 +47,12 @@ from openqwen.corpus.published import PublishedFilters
 from openqwen.corpus.quality import QualityClassifier
 from openqwen.corpus.read import FolderReader
 from openqwen.corpus.report import Account
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl, whole_file, write_text
 from openqwen.tokenizer.fast import text_batches
 
 RAW, MAPPED, FINAL = "raw", "mapped", "final"
+PLAN = "plan.json"  # what a run's scratch folder is for; it is there before the first part
 EXTRA = "extra"  # name of the chunk of documents that are given, not read
 _CHUNK_BYTES = 4_000_000  # of text, or so many documents
 _CHUNK_DOCUMENTS = 2_000
@@ -92,6 +95,23 @@ def make_reader(config: CorpusConfig) -> FolderReader:
     if config.folder is None:
         return InstallationReader(config.max_document_bytes)
     return FolderReader(config.folder, config.max_document_bytes)
+
+
+def begin_work(
+    make: Callable[..., Callable[[Any], None]], config: CorpusConfig, folder: Path, *arguments: Any
+) -> Callable[[Any], None]:
+    """The function of a worker, which may be on another machine.
+
+    Raises OpenQwenError where that machine does not see the files.
+    """
+    for what, path in (("run", folder / PLAN), ("corpus", config.folder)):
+        if path is not None and not path.exists():
+            raise OpenQwenError(
+                f"The machine {socket.gethostname()} does not see the folder of the {what}.",
+                where=path,
+                do="give absolute paths of a file system that all machines of the cluster share",
+            )
+    return make(config, folder, *arguments)
 
 
 def reading(config: CorpusConfig, folder: Path, seed: int) -> Callable[[ReadUnit], None]:
