@@ -15,6 +15,7 @@ from test_corpus_build import build, bytes_of, essay, tasks
 from openqwen.corpus import CorpusConfig, work
 from openqwen.corpus import build as corpus_build
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.files import read_jsonl
 
 STEPS = ("reading", "mapping", "applying")
 
@@ -96,7 +97,7 @@ def test_a_killed_program_goes_on_and_does_nothing_twice(raw, tmp_path, engine, 
     build(config(raw), out, tasks(), scratch=scratch)
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert bytes_of(tmp_path / "one") == bytes_of(out)
-    names = [json.loads(line)["id"] for p in scratch.glob("final/*.jsonl") for line in open(p)]
+    names = [row["id"] for path in scratch.glob("final/*.jsonl") for row in read_jsonl(path)]
     assert len(names) == len(set(names))
 
 
