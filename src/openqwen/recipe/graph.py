@@ -63,6 +63,7 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ("synthesize-reasoning", "openqwen.instruct.synthesize.methods.reasoning", None),
     ("synthesize-adapt", "openqwen.instruct.synthesize.methods.adapt", None),
     ("synthesize-critic", "openqwen.instruct.synthesize.methods.critic", None),
+    ("synthesize-pretraining", "openqwen.instruct.synthesize.methods.pretraining", None),
     ("instructions-tag", "openqwen.instruct.collaborate.tag", None),
     ("instructions-select", "openqwen.instruct.collaborate.select", None),
     ("instructions-evolve", "openqwen.instruct.collaborate.evolve", None),
