@@ -64,6 +64,7 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ("synthesize-adapt", "openqwen.instruct.synthesize.methods.adapt", None),
     ("synthesize-critic", "openqwen.instruct.synthesize.methods.critic", None),
     ("synthesize-pretraining", "openqwen.instruct.synthesize.methods.pretraining", None),
+    ("synthesize-long", "openqwen.instruct.synthesize.long_documents", None),
     ("instructions-tag", "openqwen.instruct.collaborate.tag", None),
     ("instructions-select", "openqwen.instruct.collaborate.select", None),
     ("instructions-evolve", "openqwen.instruct.collaborate.evolve", None),
