@@ -37,6 +37,7 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
         {"tokens": "tokens", "tokenizer": "tokenizer", "corpus": "corpus"},
     ),
     ("sweep", "openqwen.train.sweep", None),
+    ("corpus-mix", "openqwen.train.mixture_search", None),
     ("evaluate-pretrain", "openqwen.evaluate.model", {"model": "pretrain", "corpus": "corpus"}),
     (
         "extend",
