@@ -214,6 +214,24 @@ def test_ids_that_come_twice_are_counted_and_nothing_is_lost(folder, tmp_path):
     assert len(ids) == len(set(ids)) == 68
 
 
+def test_steps_that_are_left_out(folder, tmp_path):
+    """Each alone keeps what it would drop; all together keep every document that was read."""
+    whole = build(CorpusConfig(folder=folder), tmp_path / "whole")[0]
+    kept = whole["documents"] + whole["heldout_documents"]
+    for step, more in (("filter", 1), ("exact", 1), ("near", 1), ("paragraphs", 0)):
+        config = CorpusConfig(folder=folder, leave_out=[step])
+        metrics, report = build(config, tmp_path / step)
+        assert step not in [entry["name"] for entry in report["steps"]]
+        # Without exact deduplication the copy is a near-duplicate.
+        more = 0 if step == "exact" else more
+        assert metrics["documents"] + metrics["heldout_documents"] == kept + more
+    config = CorpusConfig(folder=folder, leave_out=["filter", "exact", "near", "paragraphs"])
+    metrics, _ = build(config, tmp_path / "all")
+    assert metrics["documents"] + metrics["heldout_documents"] == 63
+    with pytest.raises(ValidationError):
+        CorpusConfig(leave_out=["clean"])
+
+
 def test_a_sample_of_the_documents(folder, tmp_path):
     config = CorpusConfig(folder=folder, sample=0.5, heldout_share=0.2)
     first = build(config, tmp_path / "one")[0]["read_documents"]

@@ -193,7 +193,7 @@ def new_account(config: CorpusConfig, rows: list[dict[str, Any]] | None = None) 
         "personal": config.personal != "keep",
         "decontaminate": bool(config.decontaminate),
         "score": bool(config.classifier),
-    }
+    } | dict.fromkeys(config.leave_out, False)
 
     def record(document: Document, verdict: DocumentVerdict) -> None:
         if rows is not None:
@@ -211,7 +211,8 @@ def mapping(config: CorpusConfig, folder: Path) -> Callable[[MapItem], None]:
     def steps(number: int, left_out: Container[int]) -> Iterator[Step]:
         yield lambda document: cap(document, number in left_out, config.max_bytes)
         yield lambda document: clean(document, config.filters, _preset(document) is not None)
-        yield filtered
+        if "filter" not in config.leave_out:
+            yield filtered
         if (action := config.personal) != "keep":
             yield lambda document: treat_personal(document, action)
 
@@ -296,15 +297,20 @@ def applying(config: CorpusConfig, folder: Path) -> Callable[[Fates], None]:
     """The function that does with the documents of a mapped chunk what was decided."""
 
     def steps(fates: Fates, number: int) -> Iterator[Step]:
-        yield lambda document: drop_exact(document, fates.exact.get(number, str(document["id"])))
+        if "exact" not in config.leave_out:
+            first = fates.exact.get(number)
+            yield lambda document: drop_exact(document, first or str(document["id"]))
         if fates.name == EXTRA:
             return
         if config.decontaminate:
             yield lambda document: drop_contaminated(document, fates.contaminated.get(number))
         if config.classifier:
             yield lambda document: drop_low_score(document, *fates.scores[number])
-        yield lambda document: drop_near(document, fates.near.get(number, str(document["id"])))
-        yield lambda document: cut_repeats(document, fates.repeated.get(number, []))
+        if "near" not in config.leave_out:
+            like = fates.near.get(number)
+            yield lambda document: drop_near(document, like or str(document["id"]))
+        if "paragraphs" not in config.leave_out:
+            yield lambda document: cut_repeats(document, fates.repeated.get(number, []))
 
     def run(fates: Fates) -> None:
         done = folder / FINAL / f"{fates.name}.json"
