@@ -388,6 +388,30 @@ def test_memory_hardly_grows_with_the_text(tmp_path, monkeypatch):
     assert peaks[1] - peaks[0] < 0.6 * (sizes[1] - sizes[0])
 
 
+def test_large_corpora_are_several_files(folder, tmp_path, monkeypatch):
+    build(CorpusConfig(folder=folder), tmp_path / "one")
+    whole = list(read_documents(tmp_path / "one/train.parquet"))
+    monkeypatch.setattr(documents, "_FILE_BYTES", 9_000)
+    build(CorpusConfig(folder=folder), tmp_path / "many")
+    files = sorted(path.name for path in (tmp_path / "many").glob("train*.parquet"))
+    assert files[:2] == ["train-00001.parquet", "train-00002.parquet"]
+    assert len(files) > 4
+    path = tmp_path / "many/train.parquet"
+    assert list(read_documents(path)) == whole
+    assert documents.count_documents(path) == len(whole)
+    sizes = [sum(len(d["text"]) for d in read_file(part)) for part in documents.parts(path)]
+    assert all(9_000 <= size < 11_000 for size in sizes[:-1])
+    # Fewer documents, in the same place: nothing of the old ones is left.
+    assert documents.write_documents(path, whole[:3]) == 3
+    assert list(read_documents(path)) == whole[:3]
+    assert documents.write_documents(path, []) == 0
+    assert list(read_documents(path)) == []
+
+
+def read_file(path):
+    return pq.read_table(path).to_pylist()
+
+
 def test_an_unknown_field_is_refused():
     with pytest.raises(ValidationError):
         CorpusConfig(heldout=0.1)
