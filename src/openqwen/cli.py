@@ -49,7 +49,7 @@ _FUNCTIONS = {
 # Verbs of several methods, each a stage of its own: `synthesize METHOD` is the stage
 # `synthesize-METHOD`.
 _GROUPS = {
-    "synthesize": "Make demonstrations D and preferences P from files, without people.",
+    "synthesize": "Make demonstrations D, preferences P and documents from files, without people.",
     "instructions": "Make a pool of instructions ready for annotation, step by step.",
 }
 # Verbs that serve over HTTP: the class of their settings, their function, and their argument.

@@ -214,6 +214,24 @@ def test_ids_that_come_twice_are_counted_and_nothing_is_lost(folder, tmp_path):
     assert len(ids) == len(set(ids)) == 68
 
 
+def test_steps_that_are_left_out(folder, tmp_path):
+    """Each alone keeps what it would drop; all together keep every document that was read."""
+    whole = build(CorpusConfig(folder=folder), tmp_path / "whole")[0]
+    kept = whole["documents"] + whole["heldout_documents"]
+    for step, more in (("filter", 1), ("exact", 1), ("near", 1), ("paragraphs", 0)):
+        config = CorpusConfig(folder=folder, leave_out=[step])
+        metrics, report = build(config, tmp_path / step)
+        assert step not in [entry["name"] for entry in report["steps"]]
+        # Without exact deduplication the copy is a near-duplicate.
+        more = 0 if step == "exact" else more
+        assert metrics["documents"] + metrics["heldout_documents"] == kept + more
+    config = CorpusConfig(folder=folder, leave_out=["filter", "exact", "near", "paragraphs"])
+    metrics, _ = build(config, tmp_path / "all")
+    assert metrics["documents"] + metrics["heldout_documents"] == 63
+    with pytest.raises(ValidationError):
+        CorpusConfig(leave_out=["clean"])
+
+
 def test_a_sample_of_the_documents(folder, tmp_path):
     config = CorpusConfig(folder=folder, sample=0.5, heldout_share=0.2)
     first = build(config, tmp_path / "one")[0]["read_documents"]
@@ -368,6 +386,30 @@ def test_memory_hardly_grows_with_the_text(tmp_path, monkeypatch):
         sizes.append(metrics["bytes"] + metrics["heldout_bytes"])
     assert sizes[1] - sizes[0] > 400_000
     assert peaks[1] - peaks[0] < 0.6 * (sizes[1] - sizes[0])
+
+
+def test_large_corpora_are_several_files(folder, tmp_path, monkeypatch):
+    build(CorpusConfig(folder=folder), tmp_path / "one")
+    whole = list(read_documents(tmp_path / "one/train.parquet"))
+    monkeypatch.setattr(documents, "_FILE_BYTES", 9_000)
+    build(CorpusConfig(folder=folder), tmp_path / "many")
+    files = sorted(path.name for path in (tmp_path / "many").glob("train*.parquet"))
+    assert files[:2] == ["train-00001.parquet", "train-00002.parquet"]
+    assert len(files) > 4
+    path = tmp_path / "many/train.parquet"
+    assert list(read_documents(path)) == whole
+    assert documents.count_documents(path) == len(whole)
+    sizes = [sum(len(d["text"]) for d in read_file(part)) for part in documents.parts(path)]
+    assert all(9_000 <= size < 11_000 for size in sizes[:-1])
+    # Fewer documents, in the same place: nothing of the old ones is left.
+    assert documents.write_documents(path, whole[:3]) == 3
+    assert list(read_documents(path)) == whole[:3]
+    assert documents.write_documents(path, []) == 0
+    assert list(read_documents(path)) == []
+
+
+def read_file(path):
+    return pq.read_table(path).to_pylist()
 
 
 def test_an_unknown_field_is_refused():

@@ -10,6 +10,7 @@ run that was killed goes on with the chunks that are not finished.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,10 +38,12 @@ from openqwen.corpus.work import (
     EXTRA,
     FINAL,
     MAPPED,
+    PLAN,
     RAW,
     MapItem,
     ReadUnit,
     applying,
+    begin_work,
     entries_of,
     make_reader,
     mapping,
@@ -52,7 +55,7 @@ from openqwen.corpus.work import (
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import fresh_folder, read_json, read_jsonl, whole_file, write_json
 from openqwen.support.progress import progress
-from openqwen.support.workers import map_in_order
+from openqwen.support.workers import joined_ray, map_in_order
 
 _UNIT_BYTES = 8_000_000  # of files that are read together
 _UNIT_FILES = 2_000
@@ -87,7 +90,10 @@ def build_corpus(
     if scratch is None:
         with TemporaryDirectory(prefix=".", dir=folder) as name:
             return build_corpus(config, extra_documents, folder, seed, Path(name))
-    return _Build(config, folder, scratch, seed).run(extra_documents)
+    with ExitStack() as stack:
+        if config.engine == "ray":  # one cluster for all steps
+            stack.enter_context(joined_ray(config.workers))
+        return _Build(config, folder, scratch, seed).run(extra_documents)
 
 
 class _Build:
@@ -144,7 +150,7 @@ class _Build:
         *arguments: Any,
     ) -> None:
         """Work on all items by the workers that the configuration names."""
-        function = partial(make, self.config, self.scratch, *arguments)
+        function = partial(begin_work, make, self.config, self.scratch, *arguments)
         with progress(label, total, "chunks") as bar:
             work = map_in_order(function, items, self.config.engine, self.config.workers)
             for _ in work:
@@ -187,7 +193,7 @@ class _Build:
         settings = self.config.model_dump(mode="json")
         text = json.dumps([settings, self.seed, stamps], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        plan = self.scratch / "plan.json"
+        plan = self.scratch / PLAN
         if not plan.exists() or read_json(plan) != digest:
             for name in (RAW, MAPPED, FINAL):
                 fresh_folder(self.scratch / name)

@@ -231,6 +231,11 @@ class CorpusConfig(Settings):
         le=1,
         description="share of the documents that is read, by hash of id: to try filters on a few",
     )
+    leave_out: list[Literal["filter", "exact", "near", "paragraphs"]] = Field(
+        [],
+        description="steps that do not run, to see what they do: the filters, and the removal of "
+        "exact duplicates, near-duplicates and repeated paragraphs",
+    )
     identify: bool = Field(
         True,
         description="find language, licence and kind of the documents of a folder, where unknown",

@@ -53,9 +53,11 @@ class CorpusComparison:
 
     def run(self) -> None:
         """Decide about all documents."""
-        keys = self._mapped("exact-keys").reshape(-1, 2)
-        for numbers, first in first_occurrences(keys):
-            self.exact[numbers] = first
+        self.exact[:] = np.arange(self.count)
+        if "exact" not in self.config.leave_out:
+            keys = self._mapped("exact-keys").reshape(-1, 2)
+            for numbers, first in first_occurrences(keys):
+                self.exact[numbers] = first
         kept = self.exact == np.arange(self.count)
         kept[self.main :] = False  # extra documents are not compared further: templates look alike
         self._drop_by_content(kept)
@@ -140,6 +142,9 @@ class CorpusComparison:
         return float(np.average(list(ratings.values()), weights=weights))
 
     def _compare_near(self, kept: np.ndarray) -> None:
+        self.near[:] = np.arange(self.count)
+        if "near" in self.config.leave_out:
+            return
         numbers = np.flatnonzero(kept)
         with ExitStack() as files:
             bands = [
@@ -153,7 +158,6 @@ class CorpusComparison:
         clusters = Clusters(self._array("clusters", len(numbers)))
         for band in range(self.config.minhash.bands):
             clusters.link(self._mapped(f"band-{band}"))
-        self.near[:] = np.arange(self.count)
         for position, number in enumerate(numbers.tolist()):
             root = clusters.root(position)
             if root != position:
@@ -171,9 +175,10 @@ class CorpusComparison:
                 owners.write((keys["owners"][mine] + chunk.first).tobytes())
         owner = self._mapped("owners").view(np.int64)
         self._repeated = np.zeros(len(owner), bool)
-        for numbers, first in first_occurrences(self._mapped("pieces")):
-            self._repeated[numbers] = owner[first] != owner[numbers]
         self._kept = kept
+        if "paragraphs" not in self.config.leave_out:
+            for numbers, first in first_occurrences(self._mapped("pieces")):
+                self._repeated[numbers] = owner[first] != owner[numbers]
 
     def _main_keys(self) -> Iterator[tuple[_Chunk, Any]]:
         for chunk in self._chunks:

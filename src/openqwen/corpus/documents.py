@@ -26,6 +26,7 @@ _SCHEMA = pa.schema(
 # row group in memory.
 _ROWS = 1000
 _GROUP_BYTES = 64_000_000
+_FILE_BYTES = 2_000_000_000  # of text in one file; then the next one begins
 _READ_ROWS = 100  # documents that reading turns into Python objects at a time
 
 
@@ -53,39 +54,75 @@ def utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
+def parts(path: Path) -> list[Path]:
+    """The files that hold documents together: train.parquet, train-00001.parquet, and so on."""
+    found = [path]
+    while (following := _part(path, len(found))).exists():
+        found.append(following)
+    return found
+
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number:05}") if number else path
+
+
 def write_documents(path: Path, documents: Iterable[Document]) -> int:
-    """Write documents in their order; the same documents give the same bytes. Returns how many."""
-    rows: list[Document] = []
-    count = size = 0
-    with disk_errors(path), pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
-        for document in documents:
-            meta = json.dumps(document["meta"], ensure_ascii=False, sort_keys=True)
-            rows.append({**document, "meta": meta})
-            count += 1
-            size += utf8_size(document["text"])
-            if len(rows) == _ROWS or size >= _GROUP_BYTES:
-                writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
-                rows, size = [], 0
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+    """Write documents in their order, to several files where they are large; see `parts`.
+
+    The same documents give the same bytes. Returns how many there are.
+    """
+    stream = iter(documents)
+    count = number = 0
+    waiting = next(stream, None)
+    while waiting is not None or not number:
+        written, waiting = _write_part(_part(path, number), waiting, stream)
+        count, number = count + written, number + 1
+    for stale in parts(path)[number:]:
+        stale.unlink()
     return count
 
 
-def read_documents(path: Path) -> Iterator[Document]:
-    """Documents in their order, one row group in memory at a time.
+def _write_part(
+    path: Path, waiting: Document | None, stream: Iterator[Document]
+) -> tuple[int, Document | None]:
+    """Write one file: (how many documents, the first one of the next file)."""
+    rows: list[Document] = []
+    count = size = whole = 0
+    with disk_errors(path), pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+        while waiting is not None and whole < _FILE_BYTES:
+            meta = json.dumps(waiting["meta"], ensure_ascii=False, sort_keys=True)
+            rows.append({**waiting, "meta": meta})
+            count += 1
+            more = utf8_size(waiting["text"])
+            size, whole = size + more, whole + more
+            if len(rows) == _ROWS or size >= _GROUP_BYTES:
+                writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+                rows, size = [], 0
+            waiting = next(stream, None)
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA))
+    return count, waiting
 
-    Raises OpenQwenError where the file is damaged.
+
+def read_documents(path: Path) -> Iterator[Document]:
+    """Documents of a file and its other parts, in order, one row group in memory at a time.
+
+    Raises OpenQwenError where a file is damaged.
     """
-    with _damage_named(path), pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_READ_ROWS, columns=list(_COLUMNS)):
-            for document in batch.to_pylist():
-                yield {**document, "meta": json.loads(document["meta"])}
+    for part in parts(path):
+        with _damage_named(part), pq.ParquetFile(part) as file:
+            for batch in file.iter_batches(batch_size=_READ_ROWS, columns=list(_COLUMNS)):
+                for document in batch.to_pylist():
+                    yield {**document, "meta": json.loads(document["meta"])}
 
 
 def count_documents(path: Path) -> int:
-    """How many documents a file holds, from its footer alone."""
-    with _damage_named(path):
-        return pq.read_metadata(path).num_rows
+    """How many documents a file and its other parts hold, from their footers alone."""
+    count = 0
+    for part in parts(path):
+        with _damage_named(part):
+            count += pq.read_metadata(part).num_rows
+    return count
 
 
 @contextmanager

@@ -361,6 +361,8 @@ class FolderReader:
         meta: dict[str, Any] = {"profile": profile}
         if isinstance(record.get("id"), str | int):
             meta["id"] = str(record["id"]).encode("utf-8", "replace").decode("utf-8")
+        if isinstance(record.get("origin"), dict):  # how a synthetic text came to be
+            meta["origin"] = record["origin"]
         yield {
             "id": name if number is None else f"{name}#{number}",
             "text": text,

@@ -11,6 +11,7 @@ makes them, or how often. So a part that is there is finished, after a kill too.
 """
 
 import json
+import socket
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,10 +47,12 @@ from openqwen.corpus.published import PublishedFilters
 from openqwen.corpus.quality import QualityClassifier
 from openqwen.corpus.read import FolderReader
 from openqwen.corpus.report import Account
+from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl, whole_file, write_text
 from openqwen.tokenizer.fast import text_batches
 
 RAW, MAPPED, FINAL = "raw", "mapped", "final"
+PLAN = "plan.json"  # what a run's scratch folder is for; it is there before the first part
 EXTRA = "extra"  # name of the chunk of documents that are given, not read
 _CHUNK_BYTES = 4_000_000  # of text, or so many documents
 _CHUNK_DOCUMENTS = 2_000
@@ -92,6 +95,23 @@ def make_reader(config: CorpusConfig) -> FolderReader:
     if config.folder is None:
         return InstallationReader(config.max_document_bytes)
     return FolderReader(config.folder, config.max_document_bytes)
+
+
+def begin_work(
+    make: Callable[..., Callable[[Any], None]], config: CorpusConfig, folder: Path, *arguments: Any
+) -> Callable[[Any], None]:
+    """The function of a worker, which may be on another machine.
+
+    Raises OpenQwenError where that machine does not see the files.
+    """
+    for what, path in (("run", folder / PLAN), ("corpus", config.folder)):
+        if path is not None and not path.exists():
+            raise OpenQwenError(
+                f"The machine {socket.gethostname()} does not see the folder of the {what}.",
+                where=path,
+                do="give absolute paths of a file system that all machines of the cluster share",
+            )
+    return make(config, folder, *arguments)
 
 
 def reading(config: CorpusConfig, folder: Path, seed: int) -> Callable[[ReadUnit], None]:
@@ -173,7 +193,7 @@ def new_account(config: CorpusConfig, rows: list[dict[str, Any]] | None = None) 
         "personal": config.personal != "keep",
         "decontaminate": bool(config.decontaminate),
         "score": bool(config.classifier),
-    }
+    } | dict.fromkeys(config.leave_out, False)
 
     def record(document: Document, verdict: DocumentVerdict) -> None:
         if rows is not None:
@@ -191,7 +211,8 @@ def mapping(config: CorpusConfig, folder: Path) -> Callable[[MapItem], None]:
     def steps(number: int, left_out: Container[int]) -> Iterator[Step]:
         yield lambda document: cap(document, number in left_out, config.max_bytes)
         yield lambda document: clean(document, config.filters, _preset(document) is not None)
-        yield filtered
+        if "filter" not in config.leave_out:
+            yield filtered
         if (action := config.personal) != "keep":
             yield lambda document: treat_personal(document, action)
 
@@ -276,15 +297,20 @@ def applying(config: CorpusConfig, folder: Path) -> Callable[[Fates], None]:
     """The function that does with the documents of a mapped chunk what was decided."""
 
     def steps(fates: Fates, number: int) -> Iterator[Step]:
-        yield lambda document: drop_exact(document, fates.exact.get(number, str(document["id"])))
+        if "exact" not in config.leave_out:
+            first = fates.exact.get(number)
+            yield lambda document: drop_exact(document, first or str(document["id"]))
         if fates.name == EXTRA:
             return
         if config.decontaminate:
             yield lambda document: drop_contaminated(document, fates.contaminated.get(number))
         if config.classifier:
             yield lambda document: drop_low_score(document, *fates.scores[number])
-        yield lambda document: drop_near(document, fates.near.get(number, str(document["id"])))
-        yield lambda document: cut_repeats(document, fates.repeated.get(number, []))
+        if "near" not in config.leave_out:
+            like = fates.near.get(number)
+            yield lambda document: drop_near(document, like or str(document["id"]))
+        if "paragraphs" not in config.leave_out:
+            yield lambda document: cut_repeats(document, fates.repeated.get(number, []))
 
     def run(fates: Fates) -> None:
         done = folder / FINAL / f"{fates.name}.json"

@@ -37,6 +37,7 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
         {"tokens": "tokens", "tokenizer": "tokenizer", "corpus": "corpus"},
     ),
     ("sweep", "openqwen.train.sweep", None),
+    ("corpus-mix", "openqwen.train.mixture_search", None),
     ("evaluate-pretrain", "openqwen.evaluate.model", {"model": "pretrain", "corpus": "corpus"}),
     (
         "extend",
@@ -63,6 +64,8 @@ GRAPH: list[tuple[str, str, dict[str, str] | None]] = [
     ("synthesize-reasoning", "openqwen.instruct.synthesize.methods.reasoning", None),
     ("synthesize-adapt", "openqwen.instruct.synthesize.methods.adapt", None),
     ("synthesize-critic", "openqwen.instruct.synthesize.methods.critic", None),
+    ("synthesize-pretraining", "openqwen.instruct.synthesize.methods.pretraining", None),
+    ("synthesize-long", "openqwen.instruct.synthesize.long_documents", None),
     ("instructions-tag", "openqwen.instruct.collaborate.tag", None),
     ("instructions-select", "openqwen.instruct.collaborate.select", None),
     ("instructions-evolve", "openqwen.instruct.collaborate.evolve", None),

@@ -29,7 +29,7 @@ from openqwen.support.settings import Settings
 from openqwen.tasks import Task, grade
 from openqwen.tasks.grader_models import GraderModelConfig, GraderModels
 from openqwen.tasks.graders import check_task
-from openqwen.tokenizer import Tokenizer
+from openqwen.tokenizer import Tokenizer, load_tokenizer
 from openqwen.tokenizer.messages import prompt
 from openqwen.train.conversations import encode_answer
 
@@ -103,14 +103,14 @@ class RewardSources:
 
     Args:
         config: the sources.
-        tokenizer: of the policy.
+        tokenizer: of the policy; None: each reward model has its own.
         quarantine: a file that gets a line for each answer without a reward.
         reward_model: the folder of the source `reward`.
         micro_tokens: tokens of one forward call of a reward model.
     """
 
     config: RewardSourcesConfig
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     quarantine: Path
     reward_model: Path | None = None
     micro_tokens: int = 8_192
@@ -145,7 +145,7 @@ class RewardSources:
             what = f"There is no reward '{name}'.{suggestion(name, known)}"
             do = "name grader, reward, module:function, a URL, or a reward model's folder"
             raise OpenQwenError(what, where="rewards.sources", do=do)
-        return ModelReward(folder, self.tokenizer, self.micro_tokens)
+        return ModelReward(folder, self.tokenizer or load_tokenizer(folder), self.micro_tokens)
 
     def check(self, records: Iterable[Record]) -> None:
         """Raise OpenQwenError where a grader cannot grade a record, before anything is sampled."""

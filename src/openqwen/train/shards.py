@@ -16,15 +16,22 @@ from openqwen.train.parallel import join
 
 
 def held_out(
-    corpus: Path, tokenizer: Tokenizer, context: int, tokens: int, order: np.random.Generator
+    corpus: Path,
+    tokenizer: Tokenizer,
+    context: int,
+    tokens: int,
+    order: np.random.Generator,
+    source: str | None = None,
 ) -> list[Sample]:
     """`tokens` tokens of a corpus's held-out documents, shuffled, in samples of at most `context`.
 
     They come from the development half of the documents. The test half judges what these decide.
+
+    source: take documents of this source alone.
     """
     samples: list[Sample] = []
     path = corpus / "heldout.parquet"
-    documents, _ = halves(read_documents(path))
+    documents, _ = halves(d for d in read_documents(path) if source in (None, d["source"]))
     for document in (documents[n] for n in order.permutation(len(documents))):
         ids = np.array([*tokenizer.encode(document["text"]), tokenizer.endoftext_id])
         for start in range(0, len(ids) - 1, context):
@@ -35,7 +42,9 @@ def held_out(
                 return samples
     if not samples:
         raise OpenQwenError(
-            "There is no held-out text to score.", path, "give a corpus with a held-out split"
+            f"There is no held-out text{f' of {source}' if source else ''} to score.",
+            path,
+            "give a corpus with a held-out split",
         )
     return samples
 

@@ -88,7 +88,9 @@ def origin_of(record: Record) -> dict[str, Any]:
             except ValueError:
                 continue
         if isinstance(value, dict):
-            found |= value
+            # The corpus stage keeps the origin of a synthetic document in its meta.
+            inner = value.get("origin")
+            found |= value | (inner if isinstance(inner, dict) else {})
     return found
 
 

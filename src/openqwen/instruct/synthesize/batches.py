@@ -6,11 +6,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from openqwen.engine import Output
 from openqwen.engine.score import RewardModel
 from openqwen.instruct.synthesize.method import Batch
 from openqwen.sandbox import Pool, Program, RemotePool, Verdict, open_pool
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.hub import local
 from openqwen.tasks import grade
+from openqwen.train.reward_sources import RewardSources, RewardSourcesConfig
 
 _FULL = 64  # inputs at which work does not wait for more
 _LONGEST_WAIT = 5.0  # seconds that work waits for more
@@ -21,10 +24,17 @@ class BatchWork:
 
     Args:
         reward: the folder of a reward model, loaded when it is first used.
+        rewards: sources of rewards in place of that model alone, where it names any.
+        faults: a file that gets what has no reward.
     """
 
-    def __init__(self, reward: Path | None = None):
-        self._reward = reward
+    def __init__(
+        self,
+        reward: Path | None = None,
+        rewards: RewardSourcesConfig | None = None,
+        faults: Path = Path("rewards.jsonl"),
+    ):
+        self._reward, self._rewards_config, self._faults = reward, rewards, faults
         self._waiting: list[tuple[Batch, Any]] = []
         self._since = 0.0  # when the first of them came
         self._pool: Pool | RemotePool | None = None
@@ -89,7 +99,21 @@ class BatchWork:
 
     def _rewards(self, conversations: Sequence[Any]) -> list[float]:
         if self._score is None:
-            if self._reward is None:
+            if self._rewards_config and self._rewards_config.sources:
+                self._score = self._sources(self._rewards_config)
+            elif self._reward is None:
                 raise OpenQwenError("There is no reward model.", "reward", "give --reward FOLDER")
-            self._score = RewardModel.load(self._reward).score
+            else:
+                self._score = RewardModel.load(self._reward).score
         return self._score(conversations)
+
+    def _sources(self, config: RewardSourcesConfig) -> Callable[[Sequence[Any]], list[float]]:
+        """What scores conversations by several sources; NaN where they give no reward."""
+        model = local(self._reward) if self._reward else None
+        sources = RewardSources(config, None, self._faults, model)
+
+        def score(conversations: Sequence[Any]) -> list[float]:
+            records = [{"prompt": messages[:-1]} for messages in conversations]
+            return sources(records, [Output(messages[-1]["content"]) for messages in conversations])
+
+        return score

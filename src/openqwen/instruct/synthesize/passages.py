@@ -44,10 +44,14 @@ def _pieces(text: str, longest: int) -> list[tuple[str, str]]:
     return pieces
 
 
+def is_chinese(text: str) -> bool:
+    """Whether more than a quarter of the characters are Chinese."""
+    return len(_CHINESE.findall(text)) > len(text) / 4
+
+
 def length(text: str) -> int:
     """Words of a text; for a Chinese one its characters without white space."""
-    chinese = len(_CHINESE.findall(text))
-    return len("".join(text.split())) if chinese > len(text) / 4 else len(text.split())
+    return len("".join(text.split())) if is_chinese(text) else len(text.split())
 
 
 def rounded(count: int) -> int:

@@ -92,6 +92,11 @@ def label(text: str, labels: Mapping[str, str], mark: str = "") -> str | None:
     return labels[found[-1].casefold()] if found else None
 
 
+def blocks(text: str) -> list[str]:
+    """What stands in the fenced blocks of an answer, in order."""
+    return [body for _, body in _BLOCK.findall(text[:_LONGEST])]
+
+
 def json_value(text: str) -> Any | None:
     """The JSON value in an answer: that of the last block of JSON, else of the first bracket on.
 

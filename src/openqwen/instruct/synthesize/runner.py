@@ -102,7 +102,8 @@ class Synthesis:
         self.method, self.generators, self.config, self.seed = method, generators, config, seed
         self.output, self.scratch = output, scratch
         self.prompts = PromptFiles(method.name, config.prompts)
-        self.batches = BatchWork(reward)
+        rewards = getattr(config, "rewards", None)
+        self.batches = BatchWork(reward, rewards, scratch / "rewards.jsonl")
         self.active: deque[Active] = deque()
         self.queue: list[Waiting] = []  # a heap: calls of the earliest item first
         self.open: dict[str, list[Waiting]] = {}  # key of a call -> who waits for it

@@ -1,0 +1,133 @@
+"""What programs of evidence share: raw text of this machine, stages, and plots with intervals."""
+
+import html
+import json
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import xxhash
+
+from openqwen.corpus.read import FolderReader
+from openqwen.instruct.synthesize.passages import passages
+from openqwen.support.files import read_jsonl, whole_file
+
+HELDOUT = "heldout.jsonl"
+_TEXT_ENDINGS = {".txt", ".md", ".rst", ".json", ".js", ".css", ".csv", ".html", ".xml", ".toml"}
+_TEXT_NAMES = {"METADATA", "RECORD", "LICENSE", "COPYING", "NOTICE", "AUTHORS"}
+_PAGES = {".md", ".rst"}  # of packages that are held out: text that people wrote
+_LONGEST = 1_000_000  # bytes of a file
+
+
+def raw_text(folder: Path, books: Sequence[Path], megabytes: float, heldout: float = 0.1) -> None:
+    """Write raw documents of three sources, and held-out text beside them; nothing is filtered.
+
+    books: passages of English books; held out are those of a tenth of the authors. code: Python
+    files of the standard library and of installed packages, with what is generated or twice there.
+    packages: all other text of installed packages: licences, metadata, tables, minified scripts;
+    held out are READMEs and manuals of a tenth of the packages. The split is by hashes of names.
+
+    Args:
+        folder: gets raw/SOURCE/documents.jsonl and heldout.jsonl.
+        books: files of records with author and text.
+        megabytes: most text of a source.
+    """
+    if (folder / HELDOUT).exists():
+        return
+    sources = {"books": _books(books), "code": _files(True), "packages": _files(False)}
+    with whole_file(folder / HELDOUT) as held:
+        for source, found in sources.items():
+            size, held_size = 0, 0
+            path = folder / "raw" / source / "documents.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as file:
+                for group, name, text in found:
+                    record = {"id": name, "text": text}
+                    if _draw(group) < heldout:
+                        good = source != "packages" or Path(name).suffix in _PAGES
+                        if good and held_size < 300_000 and len(text) >= 400:
+                            held_size += len(text)
+                            held.write(json.dumps({"source": source, **record}) + "\n")
+                    elif _draw(name) < 0.5 and size < megabytes * 1e6:
+                        size += len(text.encode("utf-8", "replace"))
+                        file.write(json.dumps(record) + "\n")
+
+
+def _draw(name: str) -> float:
+    return xxhash.xxh3_64_intdigest(name.encode("utf-8", "replace")) / 2**64
+
+
+def _books(files: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
+    """(author, name, text) of passages."""
+    for path in files:
+        for book in read_jsonl(path):
+            for number, text in enumerate(passages(book["text"], 2_000, 8_000)):
+                yield book["author"], f"{book['id']}/{number}", text
+
+
+def _files(code: bool) -> Iterator[tuple[str, str, str]]:
+    """(package, name, text) of the files of the standard library and of installed packages."""
+    roots = [Path(sysconfig.get_path("stdlib"))] if code else []
+    for root in [*roots, Path(sysconfig.get_path("purelib"))]:
+        for path in sorted(root.rglob("*")):
+            name = str(path.relative_to(root))
+            if code:
+                wanted = path.suffix == ".py"
+            else:
+                wanted = path.suffix.lower() in _TEXT_ENDINGS or path.stem in _TEXT_NAMES
+            inside = "site-packages" in name or "__pycache__" in name
+            if not wanted or inside or not path.is_file() or path.stat().st_size > _LONGEST:
+                continue
+            text = path.read_bytes().decode("utf-8", "replace")
+            if text.strip():
+                yield Path(name).parts[0].partition("-")[0], name, text
+
+
+def heldout_documents(folder: Path) -> list[dict]:
+    """The held-out documents: {"source", "id", "text"}."""
+    return list(read_jsonl(folder / HELDOUT))
+
+
+def documents_in(folder: Path) -> int:
+    """How many documents a folder of raw text has."""
+    return sum(1 for _ in FolderReader(folder, 10**7))
+
+
+def stage(*words: object) -> None:
+    """Run `openqwen` on this machine; what is finished is not done again."""
+    command = [sys.executable, "-m", "openqwen.cli", *map(str, words)]
+    if subprocess.run(command).returncode:
+        raise SystemExit(f"it stopped at: {' '.join(command[2:])}\nthe same command continues it")
+
+
+def interval_plot(title: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """An SVG of means with their intervals. rows: label, mean, and the interval's ends."""
+    low, high = min(row[2] for row in rows), max(row[3] for row in rows)
+    room = (high - low) * 0.08 or 1.0
+    low, high = low - room, high + room
+
+    def across(value: float) -> float:
+        return 210 + 420 * (value - low) / (high - low)
+
+    height = 60 + 22 * len(rows)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 {height}" font-family="sans-serif"'
+        ' font-size="12">',
+        f'<rect width="660" height="{height}" fill="white"/>',
+        f'<text x="10" y="20" font-size="14">{html.escape(title)}</text>',
+    ]
+    for place in range(5):
+        value = low + (high - low) * place / 4
+        x = across(value)
+        lines.append(f'<path d="M{x:.1f} 32V{height - 24}" stroke="#ddd"/>')
+        lines.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{value:.3f}</text>')
+    for number, (label, mean, first, last) in enumerate(rows):
+        y = 46 + 22 * number
+        lines.append(f'<text x="200" y="{y + 4}" text-anchor="end">{html.escape(label)}</text>')
+        lines.append(
+            f'<path d="M{across(first):.1f} {y}H{across(last):.1f}" stroke="#357" stroke-width="2"/>'
+        )
+        lines.append(f'<circle cx="{across(mean):.1f}" cy="{y}" r="4" fill="#357"/>')
+    return "\n".join([*lines, "</svg>\n"])
