@@ -1,6 +1,6 @@
 """What alignment costs: skills lost against reward gained, with AdamW and with online merging.
 
-    python benchmarks/alignment_tax.py runs/seed-1 runs/seed-2 runs/seed-3 --output runs/tax
+    python benchmarks/alignment_tax.py runs/seed-1 runs/seed-2 runs/seed-3 --output runs/tax --jobs 2
     python benchmarks/alignment_tax.py runs/seed-1 runs/seed-2 runs/seed-3 --output runs/tax --print
 
 Each RUN is the folder of a finished run of the recipe `tiny`. Seed N starts from the N-th of them
@@ -17,10 +17,12 @@ two measurements by linear interpolation. Square brackets hold 95 % intervals ov
 """
 
 import argparse
+import multiprocessing
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -247,9 +249,11 @@ def train_arm(
         "online-dpo": partial(train_online, MeasuredOnlineDpo, config, steps, run, place, probe),
         "grpo": partial(train_online, MeasuredGrpo, config, steps, run, place, probe),
     }
+    start = time.monotonic()
     trainings[arm.stage]()
     write_json(path, read_json(path) | {"finished": True})
     shutil.rmtree(work)
+    print(f"{place.label}: {duration(time.monotonic() - start)}", file=sys.stderr, flush=True)
 
 
 def read_curves(arms: Sequence[Arm], seeds: Sequence[int], output: Path) -> list[Curve]:
@@ -290,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--stages", nargs="+", help="train all default optimizers in these stages")
     parser.add_argument("--betas", type=float, nargs="+", default=[1e-3], help="of --stages")
+    parser.add_argument("--jobs", type=int, default=1, help="arms at once, with a thread each")
     parser.add_argument("--print", action="store_true", help="train nothing")
     options = parser.parse_args(arguments)
     for run in options.runs:
@@ -305,16 +310,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.arms:
         arms = [arm for arm in arms if any(text in arm.folder for text in options.arms)]
     settings = load_settings(find_recipe(options.recipe), TaxSettings)
+    work = []
     for number, seed in enumerate(options.seeds):
         run = options.runs[number % len(options.runs)]
         for arm in arms:
             path = options.output / arm.folder / f"seed-{seed}.json"
-            if options.print or is_finished(path):
-                continue
-            path.parent.mkdir(parents=True, exist_ok=True)
-            start = time.monotonic()
-            train_arm(arm, seed, run, settings, path, options.every)
-            print(f"{arm.folder} seed {seed}: {duration(time.monotonic() - start)}", flush=True)
+            if not options.print and not is_finished(path):
+                work.append((arm, seed, run, settings, path, options.every))
+    if options.jobs == 1 or len(work) < 2:
+        for arguments_of_arm in work:
+            train_arm(*arguments_of_arm)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, spawn, torch.set_num_threads, (1,)) as pool:
+            for done in [pool.submit(train_arm, *one) for one in work]:
+                done.result()
     curves = read_curves(arms, options.seeds, options.output)
     if not curves:
         raise SystemExit(f"no arm is finished for all seeds in {options.output}")

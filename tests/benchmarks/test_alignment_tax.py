@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from openqwen.corpus.documents import Document, write_documents
+from openqwen.corpus.documents import write_documents
 from openqwen.model import ModelConfig, Qwen2, Scorer, initialize, save_checkpoint
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -19,9 +19,9 @@ from openqwen.tokenizer import TokenizerConfig, train_tokenizer
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 NETWORK = ModelConfig(600, 32, 48, 2, 2, 1, max_position_embeddings=256, tie_word_embeddings=True)
 TOY = """
-online_dpo: {steps: 3, batch: 2, samples: 3, max_tokens: 6, baseline: 0, save: {seconds: 0}}
-dpo: {epochs: 1, batch: 4, max_length: 200}
-grpo: {episodes: 2, batch: 2, samples: 3, max_tokens: 6, rewards: {sources: [reward]}}
+online_dpo: {steps: 3, batch: 2, samples: 3, max_tokens: 6, baseline: 0, save: {seconds: 0}, train: {learning_rate: 1e-2}}
+dpo: {epochs: 1, batch: 4, max_length: 200, train: {learning_rate: 1e-2}}
+grpo: {episodes: 2, batch: 2, samples: 3, max_tokens: 6, rewards: {sources: [reward]}, train: {learning_rate: 1e-2}}
 evaluate: {context: 64, heldout_bytes: 400, checked: 34, max_tokens: 6}
 """
 
@@ -107,7 +107,9 @@ def run_folder(tmp_path):
         save_checkpoint(model, tokenizer, folder / name)
     for name in ("corpus", "instruct", "prefer"):
         (folder / name).mkdir()
-    documents = [Document(id=str(n), text=text, source="code") for n, text in enumerate(texts)]
+    documents = [
+        {"id": str(n), "text": text, "source": "code", "meta": {}} for n, text in enumerate(texts)
+    ]
     write_documents(folder / "corpus" / "heldout.parquet", documents)
     tasks = generate_tasks(Generators(1)["tasks"], 20, split="train")
     prompts = [{"prompt": t.prompt, "grader": t.grader, "reference": t.reference} for t in tasks]
@@ -128,7 +130,7 @@ def run_folder(tmp_path):
 
 def test_a_run_without_a_reward_model_is_refused(scripts, run_folder, tmp_path):
     (run_folder / "reward" / "config.json").unlink()
-    with pytest.raises(OpenQwenError, match="reward/config.json"):
+    with pytest.raises(OpenQwenError, match=r"reward/config\.json"):
         scripts[0].main([str(run_folder), "--output", str(tmp_path / "tax")])
 
 
