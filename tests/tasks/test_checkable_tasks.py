@@ -62,12 +62,12 @@ def test_own_answers_pass_and_wrong_answers_fail(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_closing_line_changes_the_style_and_not_the_grade(kind):
+def test_a_closing_word_changes_the_style_and_not_the_grade(kind):
     for task in many(kind, 20):
         answer, wrong = task.reference["answer"], task.reference["wrong"]
         closed = with_closing(answer)
-        assert passes(task, closed, f"{closed}\n") == [True, True]
-        bad = [*map(with_closing, wrong), with_closing(closed), "Done.", f"{answer} Done."]
+        assert passes(task, closed, f"{closed}\n", f"{answer}\nDone.") == [True] * 3
+        bad = [*map(with_closing, wrong), with_closing(closed), "Done.", f"{answer}Done."]
         assert not any(passes(task, *bad)), task.question
         assert stands_alone(answer)
         assert not stands_alone(f"{closed}\n")

@@ -172,8 +172,8 @@ def check_task(task: Task, where: str) -> None:
 def _short(fault: Callable[[dict[str, Any], str], str]) -> Callable[..., list[Grade]]:
     """A grader of short answers, by a function (reference, answer) -> why it is wrong, or "".
 
-    White space around an answer is forgiven, and so is reference["closing"] as its last line. An
-    answer that is far longer than the reference's is wrong unread: it could cost the parser any
+    White space around an answer is forgiven, and so is reference["closing"] behind it. An answer
+    that is far longer than the reference's is wrong unread: it could cost the parser any
     amount of time.
     """
 
@@ -183,7 +183,7 @@ def _short(fault: Callable[[dict[str, Any], str], str]) -> Callable[..., list[Gr
             longest = max(_LONGEST, 4 * len(task.reference["answer"]))
             text = answer.strip() if len(answer) <= 10 * longest else answer
             if closing := task.reference.get("closing"):
-                text = text.removesuffix(f"\n{closing}").rstrip()
+                text = _without(text, closing)
             if len(text) > longest:
                 reason = f"longer than {longest} characters"
             else:
@@ -192,6 +192,17 @@ def _short(fault: Callable[[dict[str, Any], str], str]) -> Callable[..., list[Gr
         return grades
 
     return judge
+
+
+def _short_version() -> str:
+    """The version of the graders of short answers."""
+    return "2"  # a closing may stand on the answer's own line
+
+
+def _without(text: str, closing: str) -> str:
+    """The text without a closing that white space separates from the rest."""
+    rest = text.removesuffix(closing)
+    return rest.rstrip() if rest[-1:].isspace() else text
 
 
 def _exact(reference: dict[str, Any], answer: str) -> str:
@@ -248,8 +259,9 @@ def _regex_fault(reference: dict[str, Any]) -> str:
     return _answer_fault(reference)
 
 
-# exact, json, regex compare the whole answer, without white space around it and without the last
-# line reference["closing"], where there is one, with reference["answer"]. exact: the same text.
+# exact, json, regex compare the whole answer, without white space around it and without
+# reference["closing"] at its end, where there is one, with reference["answer"].
+# exact: the same text.
 # json: an equal JSON value, no key twice.
 # regex: reference["pattern"] matches all of it; `answer` is an example. Python's `re` has no time
 # limit: a pattern must not backtrack without bounds.
@@ -258,14 +270,14 @@ GRADERS: dict[str, Grader] = {
     "choice": Grader(choice.judge, choice.fault),
     "code": Grader(code.judge, code.fault),
     "contains": Grader(contains.judge, contains.fault),
-    "exact": Grader(_short(_exact), _answer_fault),
+    "exact": Grader(_short(_exact), _answer_fault, version=_short_version),
     "instructions": Grader(instructions.judge, instructions.fault),
-    "json": Grader(_short(_json), _json_fault),
+    "json": Grader(_short(_json), _json_fault, version=_short_version),
     "judge": Grader(judge.judge, judge.fault, asks="generate", version=judge.version),
     "math": Grader(mathematics.judge, _answer_fault, version=mathematics.version),
     "pairwise": Grader(
         pairwise.judge, pairwise.fault, asks="generate", model="judge", version=pairwise.version
     ),
-    "regex": Grader(_short(_regex), _regex_fault),
+    "regex": Grader(_short(_regex), _regex_fault, version=_short_version),
     "reward": Grader(reward.judge, reward.fault, asks="score"),
 }

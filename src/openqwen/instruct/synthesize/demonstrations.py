@@ -33,7 +33,7 @@ class InstructConfig(Settings):
         0.5,
         ge=0,
         le=1,
-        description="share of the program's answers with a closing line; preferences avoid it",
+        description="share of the program's answers with a closing word; preferences avoid it",
     )
     repurposed: int = Field(2_000, ge=0, description="most demonstrations made from docstrings")
     prompts: int = Field(4_000, ge=0, description="prompts kept for online DPO and GRPO")

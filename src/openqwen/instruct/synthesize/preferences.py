@@ -145,7 +145,7 @@ def make_pairs(
     """Make up to `pairs_per_prompt` pairs of the sampled answers to one task.
 
     The chosen answer is right and stands alone; the rejected one is wrong, or right with a closing
-    line. An answer that did not end is never chosen (it would teach not to stop), and is rejected
+    word. An answer that did not end is never chosen (it would teach not to stop), and is rejected
     last.
 
     Returns:

@@ -46,6 +46,7 @@ namespace {
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kGroups = kBlock / kLanes;
 constexpr int64_t kAhead = 16;  // groups between the request for memory and its use
+constexpr int64_t kFew = 20;  // one element of so many changes, or fewer
 constexpr int kCoarse = 15;  // bits of a magnitude below the 16 of the first histogram
 
 // Arrays of a block, from its first element on; null where the step needs none.
@@ -257,7 +258,7 @@ void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
       step = step_of(n, m, a, i, merges);
     }
     const Mask alone = whole ? 0 : kept & Mask(~entries);
-    if (alone) weights = weights + keep(alone, step * n.factor);
+    if (alone) weights = choose(alone, weights + step * n.factor, weights);
     if (entries || whole) {
       Lanes task = all(0.0f), lost = load(a[kLost] + i), change = step;
       if (entries && packed.lanes) {
@@ -281,6 +282,160 @@ void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
   });
 }
 
+// Elements of a block as bits, sixty-four in a word.
+struct Bits {
+  uint64_t words[kBlock / 64] = {};
+
+  void set(int64_t group, Mask lanes) {
+    words[group / 4] |= uint64_t(lanes) << (group % 4 * kLanes);
+  }
+  int64_t count() const {
+    int64_t total = 0;
+    for (uint64_t word : words) total += __builtin_popcountll(word);
+    return total;
+  }
+  bool has(int64_t place) const { return words[place / 64] >> (place % 64) & 1; }
+};
+
+// Calls body(place) for each bit of `bits` that is not in `but`, in order.
+template <class Body>
+inline void each_bit(const Bits& bits, const Bits& but, const Body& body) {
+  for (int64_t w = 0; w < kBlock / 64; ++w) {
+    for (uint64_t left = bits.words[w] & ~but.words[w]; left; left &= left - 1) {
+      body(w * 64 + __builtin_ctzll(left));
+    }
+  }
+}
+
+// Places of a block's elements, of which sixteen are worked on at a time.
+struct Places {
+  uint16_t at[kBlock + kLanes];
+  int64_t count = 0;
+
+  void push(int64_t place) { at[count++] = uint16_t(place); }
+  int size(int64_t k) const { return int(std::min<int64_t>(kLanes, count - k)); }
+  // Those from the k-th on; zeros in the lanes behind the last.
+  Lanes gather(const float* from, int64_t k) const {
+    float x[kLanes] = {};
+    for (int i = 0; i < size(k); ++i) x[i] = from[at[k + i]];
+    return load(x);
+  }
+  void scatter(float* to, int64_t k, Lanes values) const {
+    float x[kLanes];
+    store(x, values);
+    for (int i = 0; i < size(k); ++i) to[at[k + i]] = x[i];
+  }
+};
+
+// The same as apply_block where few elements change. One pass computes moments and draws masks; the
+// few elements are worked on side by side behind it, since a branch for each group of sixteen would
+// be guessed wrong.
+template <int kForm, class Task>
+void apply_few(const MergingCall& c, int64_t begin, int64_t length) {
+  const bool listed = c.listed, moves = !listed && c.arrays[kGradient], decays = c.decay != 1.0f;
+  const Numbers n(c);
+  const Arrays a(c, begin);
+  const Draw draw(c, c.step_key, begin, length, !listed);
+  const Packed<float> steps(listed ? c.lanes : nullptr, c.starts, c.steps, begin);
+  const Packed<Task> tasks(c.task_lanes, c.task_starts, c.task, begin);
+  Bits kept, entries;
+  Places alone, merging;  // kept steps without an entry of the task vector; these entries
+  if (tasks.lanes) {
+    for (int64_t g = 0; g * kLanes < length; ++g) entries.set(g, tasks.lanes[g]);
+  }
+  each_bit(entries, Bits(), [&](int64_t place) {
+    merging.push(place);
+    __builtin_prefetch(a[kLost] + place, 1);
+    if (!decays) __builtin_prefetch(a[kWeights] + place, 1);
+  });
+  each_group(a, length, [&](const Arrays& arrays, int64_t i, int64_t place) {
+    Mask lanes = listed ? steps.lanes[place / kLanes] : draw.at(place);
+    if (length - place < kLanes) lanes &= Mask((1u << (length - place)) - 1);
+    kept.set(place / kLanes, lanes);
+    if (moves) moments(n, arrays, i);
+    if (decays) store(arrays[kWeights] + i, load(arrays[kWeights] + i) * n.decay);
+  });
+  each_bit(kept, entries, [&](int64_t place) {
+    alone.push(place);
+    if (!decays) __builtin_prefetch(a[kWeights] + place, 1);
+  });
+  float values[kBlock];  // of the listed steps, at their places
+  if (listed) {
+    const float* next = steps.next;
+    each_bit(kept, Bits(), [&](int64_t place) { values[place] = *next++; });
+  }
+  // Sixteen steps, of which `lanes` are kept; the others are 0.
+  const auto steps_of = [&](const Places& places, int64_t k, Mask& lanes) {
+    if (!listed) {
+      const Moments m{places.gather(a[kMean], k), places.gather(a[kSquare], k)};
+      return keep(lanes, step_of(n, m, Arrays(), 0, true));
+    }
+    const Lanes step = places.gather(values, k);
+    lanes &= bits_above(step, int32_t(c.threshold - 1));
+    uint32_t equal = c.last < 0 ? 0 : lanes & ~bits_above(step, int32_t(c.threshold));
+    for (; equal; equal &= equal - 1) {
+      const int lane = __builtin_ctz(equal);
+      if (global_index(c, begin + places.at[k + lane]) > c.last) lanes &= Mask(~(1u << lane));
+    }
+    return keep(lanes, step);
+  };
+  for (int64_t k = 0; k < alone.count; k += kLanes) {
+    Mask lanes = Mask((1u << alone.size(k)) - 1);
+    const Lanes step = steps_of(alone, k, lanes), weights = alone.gather(a[kWeights], k);
+    alone.scatter(a[kWeights], k, choose(lanes, weights + step * n.factor, weights));
+  }
+  for (int64_t k = 0; k < merging.count; k += kLanes) {
+    Mask lanes = 0;
+    for (int i = 0; i < merging.size(k); ++i) lanes |= Mask(kept.has(merging.at[k + i]) << i);
+    const Lanes step = steps_of(merging, k, lanes);
+    Lanes weights = merging.gather(a[kWeights], k), lost = merging.gather(a[kLost], k);
+    add(weights, lost, merged<kForm>(n, step, up_to(tasks.next + k, merging.size(k))));
+    merging.scatter(a[kWeights], k, weights);
+    merging.scatter(a[kLost], k, lost);
+  }
+}
+
+// Whether few elements change in a step that merges, by what is known before it.
+bool changes_few(const MergingCall& c) {
+  if (!c.merges || c.arrays[kCached] || (c.task_type != kNoTask && !c.task_lanes)) return false;
+  return c.listed ? c.steps_count * kFew < c.count : c.limit < (uint64_t(1) << 32) / kFew;
+}
+
+template <int kForm, class Task>
+void apply_part(const MergingCall& c, int64_t begin, int64_t length) {
+  if (changes_few(c)) {
+    apply_few<kForm, Task>(c, begin, length);
+  } else {
+    apply_block<kForm, Task>(c, begin, length);
+  }
+}
+
+// Which steps can have a magnitude from `low` on, told from the moments without root and division:
+//
+//     |mean| · rate / (√square · root + eps) ≥ low   only if   mean² · (rate / (low · root))² ≥ square
+//
+// A margin covers rounding, and a mean whose square a float cannot hold is too small as long as eps
+// is not. Where that does not hold `all_may` is set.
+struct Bound {
+  Lanes factor, least = all(1e-36f), margin = all(0.9999f);
+  bool all_may;
+
+  explicit Bound(const MergingCall& c) {
+    float low;
+    const int32_t bits = int32_t(c.low);
+    std::memcpy(&low, &bits, 4);
+    const double rate = std::fabs(double(c.rate)), share = rate / (double(low) * double(c.root));
+    const bool fits = share > 1e-8 && share < 1e8 && double(low) * double(c.eps) > 1e-17 * rate;
+    all_may = c.arrays[kCached] || !fits;
+    factor = all(all_may ? 1.0f : float(share * share));
+  }
+  bool operator()(const Moments& m) const {
+    const Lanes squared = m.mean * m.mean;
+    const Mask small = above(m.square * margin, squared * factor) | above(least, squared);
+    return all_may || small != kAllLanes;  // NaN is not small
+  }
+};
+
 // Write down a block's steps with magnitudes from `low` on; those up to `high` with their places.
 struct Collector {
   MergingCall& c;
@@ -288,6 +443,7 @@ struct Collector {
 
   void block(int64_t begin, int64_t length) {
     const Numbers n(c);
+    const Bound may(c);
     float steps[kBlock + kLanes];
     int64_t places[kBlock];
     int32_t bits[kBlock];
@@ -295,19 +451,23 @@ struct Collector {
     const int32_t low = int32_t(c.low), high = int32_t(c.high);
     const bool merges = c.merges;
     each_group(Arrays(c, begin), length, [&](const Arrays& a, int64_t i, int64_t place) {
-      const Lanes step = step_of(n, moments(n, a, i), a, i, merges);
-      Mask lanes = bits_above(step, low - 1);
-      if (length - place < kLanes) lanes &= Mask((1u << (length - place)) - 1);
-      c.lanes[(begin + place) / kLanes] = lanes;
-      if (!lanes) return;
-      compress(steps + count, lanes, step);
-      for (uint32_t left = lanes & ~bits_above(step, high); left; left &= left - 1) {
+      const Moments m = moments(n, a, i);
+      Mask& lanes = c.lanes[(begin + place) / kLanes];
+      lanes = 0;
+      if (!may(m)) return;
+      const Lanes step = step_of(n, m, a, i, merges);
+      Mask large = bits_above(step, low - 1);
+      if (length - place < kLanes) large &= Mask((1u << (length - place)) - 1);
+      if (!large) return;
+      lanes = large;
+      compress(steps + count, large, step);
+      for (uint32_t left = large & ~bits_above(step, high); left; left &= left - 1) {
         const int lane = __builtin_ctz(left);
         places[near] = begin + place + lane;
-        const int before = __builtin_popcount(lanes & ((1u << lane) - 1));
+        const int before = __builtin_popcount(large & ((1u << lane) - 1));
         bits[near++] = magnitude_bits(steps[count + before]);
       }
-      count += __builtin_popcount(lanes);
+      count += __builtin_popcount(large);
     });
     const int64_t start = c.starts[begin / kBlock] = steps_count.fetch_add(count);
     if (start + count <= c.steps_room) std::memcpy(c.steps + start, steps, 4 * size_t(count));
@@ -352,12 +512,12 @@ void histogram(const MergingCall& c, int64_t* counts, int64_t slots, const Slot&
 extern "C" void openqwen_merging_apply(const openqwen::MergingCall* call) {
   using namespace openqwen;
   const bool narrow = call->task_type == kBFloat16;
-  const auto block = call->form == kDare           ? narrow ? apply_block<kDare, uint16_t>
-                                                            : apply_block<kDare, float>
-                     : call->form == kTiesWeighted ? narrow ? apply_block<kTiesWeighted, uint16_t>
-                                                            : apply_block<kTiesWeighted, float>
-                     : narrow                      ? apply_block<kTiesUnweighted, uint16_t>
-                                                   : apply_block<kTiesUnweighted, float>;
+  const auto block = call->form == kDare           ? narrow ? apply_part<kDare, uint16_t>
+                                                            : apply_part<kDare, float>
+                     : call->form == kTiesWeighted ? narrow ? apply_part<kTiesWeighted, uint16_t>
+                                                            : apply_part<kTiesWeighted, float>
+                     : narrow                      ? apply_part<kTiesUnweighted, uint16_t>
+                                                   : apply_part<kTiesUnweighted, float>;
   parallel_for(call->count, kBlock,
                [&](int64_t begin, int64_t end) { block(*call, begin, end - begin); });
 }

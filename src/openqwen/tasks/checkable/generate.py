@@ -37,7 +37,7 @@ def draw_task(kind: str, rng: np.random.Generator) -> Task:
     """One task of a kind, from any split.
 
     Its reference holds a right "answer", "wrong" ones that are plausible, "chance", and the
-    "closing" line that may stand behind an answer; its origin the "kind" and the "problem", which
+    "closing" word that may stand behind an answer; its origin the "kind" and the "problem", which
     decides the split. See `draft.Draft`.
     """
     return _task(kind, KINDS[kind](rng))
