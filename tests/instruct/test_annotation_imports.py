@@ -66,6 +66,13 @@ RANKER = {
         },
     ],
 }
+# The columns of a ranker with <Bucket> tags, and its internal one of items in no bucket.
+BUCKETS = RANKER | {
+    "annotations": [
+        {"completed_by": 4, "result": [{"type": "ranker", "value": {"ranker": columns}}]}
+        for columns in ({"biased": ["y"], "relevant": ["x"]}, {"relevant": ["y"], "_": ["x"]})
+    ]
+}
 PAIRWISE = {
     "id": 8,
     "data": {"prompt": "Q", "answer1": "one", "answer2": "two"},
@@ -87,6 +94,7 @@ PAIRWISE = {
         (ARGILLA, ["one", "two", "three"], [("u1", [[1], [0], [2]], ""), ("u2", [[0, 2], [1]], "")]),
         (RANKER, ["one", "two"], [("ann@example.org", [[1], [0]], "")]),
         (PAIRWISE, ["one", "two"], [("3", [[1], [0]], "")]),
+        (BUCKETS, ["one", "two"], []),
     ],
 )  # fmt: skip
 def test_a_record_of_each_form_is_read(record, texts, rankings):

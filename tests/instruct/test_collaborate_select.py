@@ -2,7 +2,12 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -135,6 +140,39 @@ def test_edits_of_the_tree_change_the_selection(tmp_path):
     _, metrics, chosen = select(tmp_path, folder, "--count", "2", "--edits", str(path))
     assert [one["tags"] for one in chosen] == [["river"], ["ship"]]
     assert metrics["coverage"] == 1.0
+
+
+def test_the_tree_that_people_refined_on_the_page_is_used(tmp_path, capsys):
+    """From the command that serves the page to the selection, without a flag."""
+    folder = pool(tmp_path)
+    _, _, before = select(tmp_path, folder, "--count", "2")
+    assert ["river"] not in [one["tags"] for one in before]
+    command = [sys.executable, "-m", "openqwen.cli", "instructions", "tree", folder, "--port", "0"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    url = next(m[0] for line in server.stdout if (m := re.search(r"http://\S+", line)))
+    edits = [{"edit": "merge", "tag": w, "into": "river"} for w in ("city", "moon", "king")]
+    edits.append({"edit": "drop", "tag": "write"})
+    body = {"key": "all of them", "after": 0, "by": "ann", "edits": edits}
+    assert httpx.post(f"{url}/api/edits", json=body).status_code == 200
+    server.terminate()
+    server.wait(30)
+    capsys.readouterr()
+    output = tmp_path / "refined"
+    words = ["instructions", "select", str(folder), "--output", str(output), "--count", "2"]
+    assert main(words) == 0
+    assert "4 edits of the tree of tags hold" in capsys.readouterr().err
+    assert [one.tags for one in read_pool(output / "instructions.jsonl")] == [("river",), ("ship",)]
+    # A file alone does not say which edits belong to it.
+    words[2], words[4] = str(folder / "instructions.jsonl"), str(tmp_path / "unrefined")
+    assert main(words) == 0
+    assert "edits of the tree are not used" in capsys.readouterr().err
+    # The selection depends on the edits: it is not reused after another one.
+    with open(folder / "edits.jsonl", "a") as file:
+        file.write('{"edit": "undo"}\n')
+    words[2], words[4] = str(folder), str(output)
+    assert main(words) == 1
+    assert "instructions" in capsys.readouterr().err
 
 
 def test_scores_have_their_closed_forms(tmp_path):

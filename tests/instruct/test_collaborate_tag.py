@@ -265,7 +265,11 @@ def words(tmp_path, server, *more):
 def test_the_verb_asks_resumes_and_is_reused(tmp_path, server, capsys):
     assert main(words(tmp_path, server, "--limits.requests", "5")) == 1
     assert "limit of 5 requests" in capsys.readouterr().err
+    capsys.readouterr()
     assert main(words(tmp_path, server)) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Refine its tree on a page: ")
+    assert last.endswith(f"instructions tree {tmp_path / 'tagged'}")
     asked = [path for path, _ in server.seen]
     assert len(asked) == 18 + 1  # none was sent twice; one call for embeddings
     tree = json.loads((tmp_path / "tagged" / "tree.json").read_text())
@@ -290,7 +294,11 @@ def test_errors_of_the_verb(tmp_path, server, capsys):
     assert "Did you mean 'tag'?" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["instructions", "--help"])
-    assert "  evolve" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "  evolve" in shown
+    assert "  tree  " in shown
+    assert main(["instructions", "tree", str(tmp_path)]) == 1
+    assert "tree.json" in capsys.readouterr().err
 
 
 def test_a_server_without_embeddings(tmp_path, server, capsys):

@@ -196,7 +196,7 @@ def test_everything_by_keys_alone(live, visit):
     page.keyboard.type("math")
     assert [one.split()[0] for one in options(page).all_inner_texts()] == ["math"]
     saved(page, lambda: press(page, "Enter"))
-    page.wait_for_function("document.querySelectorAll('[aria-level=\"2\"]').length === 3")
+    page.locator("[aria-level='2']").nth(2).wait_for()
     press(page, "End", "Delete")
     page.get_by_role("treeitem", name="style").wait_for(state="detached")
     press(page, "Control+z")

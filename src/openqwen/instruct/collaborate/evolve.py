@@ -12,14 +12,13 @@ is dropped with its reason; as in Evol-Instruct, the next stage goes on from the
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from openqwen.instruct.collaborate.pool import Instruction, read_pool
+from openqwen.instruct.collaborate.pool import Instruction, PoolMethod, read_pool
 from openqwen.instruct.synthesize import reading
-from openqwen.instruct.synthesize.method import Item, Method, Steps, Work
+from openqwen.instruct.synthesize.method import Item, Steps, Work
 from openqwen.instruct.synthesize.methods.common import AnswersConfig
 from openqwen.instruct.synthesize.paths import equations
 from openqwen.instruct.synthesize.runner import synthesize
@@ -69,31 +68,19 @@ class EvolveConfig(AnswersConfig):
     originals: bool = Field(True, description="keep the original instructions in the pool, level 0")
 
 
-class Evolution(Method):
+class Evolution(PoolMethod):
     """One item an instruction."""
 
     name = "evolve"
     files = ("instructions",)
-
-    def __init__(self, config: EvolveConfig, pool: Sequence[Instruction]):
-        super().__init__(config)
-        self.pool = pool
-
-    def items(self) -> Iterable[Item]:
-        """The instructions, in order."""
-        for instruction in self.pool:
-            yield Item(instruction.id, instruction)
 
     def steps(self, item: Item, work: Work) -> Steps[None]:
         """Make harder instructions of one."""
         original: Instruction = item.data
         config = self.config
         if config.originals:
-            origin = original.record.get("origin")
-            kept = {"instruction": origin} if isinstance(origin, dict) else {}
-            work.record(
-                "instructions", original.as_record(level=0, tags=list(original.tags)), **kept
-            )
+            record = original.as_record(level=0, tags=list(original.tags))
+            work.record("instructions", record, **original.ancestry())
         tree = config.form == "tree"
         last = original.text
         for level in range(1, 1 + (len(config.nodes) if tree else config.levels)):

@@ -1,10 +1,11 @@
 """Pools of instructions: what the steps before annotation read and write."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openqwen.instruct.synthesize.method import Item, Method
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_jsonl
 from openqwen.support.records import read_records
@@ -35,6 +36,24 @@ class Instruction:
         }
         origin = {"origin": self.record["origin"]} if "origin" in self.record else {}
         return {"id": self.id, "prompt": asked} | kept | values | origin
+
+    def ancestry(self) -> dict[str, Any]:
+        """What a record made of it keeps of its own origin."""
+        given = self.record.get("origin")
+        return {"instruction": given} if isinstance(given, dict) else {}
+
+
+class PoolMethod(Method):
+    """A method of synthesis with one item an instruction."""
+
+    def __init__(self, config: Any, pool: Sequence[Instruction]):
+        super().__init__(config)
+        self.pool = pool
+
+    def items(self) -> Iterable[Item]:
+        """The instructions, in order."""
+        for instruction in self.pool:
+            yield Item(instruction.id, instruction)
 
 
 def read_pool(source: Path) -> list[Instruction]:

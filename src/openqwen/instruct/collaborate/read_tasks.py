@@ -282,10 +282,13 @@ def _label_studio(record: Record) -> ImportedTask:
 
 
 def _result_ranks(value: Mapping[str, Any], names: list[str]) -> list[list[int]] | None:
-    """Ranks of a ranker's result, or of a pair's ("left", "right")."""
+    """Ranks of a ranker's result, or of a pair's ("left", "right").
+
+    A ranker with buckets says by its buckets' names only which one is better: it gives no ranks.
+    """
     ranker = value.get("ranker")
     if isinstance(ranker, Mapping):
-        ranker = next((v for v in ranker.values() if isinstance(v, list)), None)
+        ranker = next(iter(ranker.values())) if len(ranker) == 1 else None
     if isinstance(ranker, list):
         return _named_ranks([str(name) for name in ranker], names)
     if value.get("selected") in ("left", "right") and len(names) == 2:

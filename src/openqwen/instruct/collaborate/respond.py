@@ -6,7 +6,7 @@ temperature and a system prompt; each instruction gets a drawn choice of them.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from openqwen.engine import Sampling
-from openqwen.instruct.collaborate.pool import Instruction, read_pool
+from openqwen.instruct.collaborate.pool import Instruction, PoolMethod, read_pool
 from openqwen.instruct.synthesize import reading
 from openqwen.instruct.synthesize.config import SynthesisConfig, open_generators
-from openqwen.instruct.synthesize.method import Item, Method, Steps, Work
+from openqwen.instruct.synthesize.method import Item, Steps, Work
 from openqwen.instruct.synthesize.runner import Generators, Synthesis
 from openqwen.support.stage import PROMPTS, Stage, StageRun
 
@@ -50,23 +50,18 @@ class ResponseStrategy(NamedTuple):
     system: str
 
 
-class Responding(Method):
+class Responding(PoolMethod):
     """One item an instruction."""
 
     name = "respond"
     files = ("tasks",)
 
     def __init__(self, config: RespondConfig, pool: Sequence[Instruction], models: dict[str, str]):
-        super().__init__(config)
-        self.pool, self.models = pool, models
+        super().__init__(config, pool)
+        self.models = models
         parts = product(models, config.temperatures, config.systems)
         self.strategies = [ResponseStrategy(*part) for part in parts]
         self.sampling = {t: Sampling(config.max_tokens, t) for t in config.temperatures}
-
-    def items(self) -> Iterable[Item]:
-        """The instructions, in order."""
-        for instruction in self.pool:
-            yield Item(instruction.id, instruction)
 
     def steps(self, item: Item, work: Work) -> Steps[None]:
         """Ask for the responses to one instruction, and keep those that differ."""

@@ -18,7 +18,7 @@ from openqwen.corpus.config import MinHashConfig
 from openqwen.corpus.deduplicate import near_duplicates, signatures
 from openqwen.instruct.collaborate.page import Section, write_page
 from openqwen.instruct.collaborate.pool import Instruction, read_pool, write_pool
-from openqwen.instruct.collaborate.tree import EDITS, TagTree, apply_edits, read_edits
+from openqwen.instruct.collaborate.tree import EDITS, TagTree, apply_edits, history, read_edits
 from openqwen.instruct.synthesize import reading
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_jsonl
@@ -226,7 +226,7 @@ def _tags(pool: Sequence[Instruction], source: Path, edits: Path | None) -> list
     if edits is None:
         return [list(instruction.tags) for instruction in pool]
     tree, changes = TagTree.read(folder), read_edits(edits)
-    notice(f"{len(changes):,} edits of the tree of tags are applied", edits)
+    notice(f"{len(history(changes).active):,} edits of the tree of tags hold", edits)
     for note in apply_edits(tree, changes):
         notice(note, edits)
     return tree.tags_of(instruction.raw for instruction in pool)

@@ -5,7 +5,7 @@ Models"; Qwen2 report, section 4.1 ("Automatic Ontology Extraction"). The prompt
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from openqwen.engine import Output, Sampling
 from openqwen.instruct.collaborate.aggregate import AggregationConfig, Embed, aggregate
 from openqwen.instruct.collaborate.embed import embedder
 from openqwen.instruct.collaborate.page import Section, write_page
-from openqwen.instruct.collaborate.pool import Instruction, read_pool, write_pool
+from openqwen.instruct.collaborate.pool import Instruction, PoolMethod, read_pool, write_pool
 from openqwen.instruct.collaborate.tree import TagTree
 from openqwen.instruct.synthesize import reading
 from openqwen.instruct.synthesize.config import SynthesisConfig, open_generators
-from openqwen.instruct.synthesize.method import Item, Method, Steps, Work
+from openqwen.instruct.synthesize.method import Item, Steps, Work
 from openqwen.instruct.synthesize.runner import Synthesis
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl
@@ -48,26 +48,17 @@ class TagConfig(SynthesisConfig):
     )
 
 
-class Tagging(Method):
+class Tagging(PoolMethod):
     """One item an instruction. One that has tags already, from an earlier run, keeps them."""
 
     name = "tag"
     files = ("tagged",)
 
-    def __init__(self, config: TagConfig, pool: Sequence[Instruction]):
-        super().__init__(config)
-        self.pool = pool
-
-    def items(self) -> Iterable[Item]:
-        """The instructions, in order."""
-        for instruction in self.pool:
-            yield Item(instruction.id, instruction)
-
     def steps(self, item: Item, work: Work) -> Steps[None]:
         """Ask for tags, and for the completeness of the intent."""
         instruction: Instruction = item.data
         if instruction.raw:
-            work.record("tagged", instruction.as_record(), **_origin(instruction))
+            work.record("tagged", instruction.as_record(), **instruction.ancestry())
             return
         text = instruction.text[: self.config.longest]
         prompt = work.messages("tag", text=text)
@@ -84,13 +75,7 @@ class Tagging(Method):
             (judged,) = yield from work.ask([asked], Sampling(max_tokens=8), by="judge")
             values["completeness"] = reading.score(judged.text)
             work.gate("has a score", values["completeness"] is not None)
-        work.record("tagged", instruction.as_record(**values), **_origin(instruction))
-
-
-def _origin(instruction: Instruction) -> dict[str, Any]:
-    """What the tagged record keeps of the instruction's own origin."""
-    origin = instruction.record.get("origin")
-    return {"instruction": origin} if isinstance(origin, dict) else {}
+        work.record("tagged", instruction.as_record(**values), **instruction.ancestry())
 
 
 def read_tags(output: Output) -> list[dict[str, str]]:

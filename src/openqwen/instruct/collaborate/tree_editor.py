@@ -69,8 +69,10 @@ class TreeEditor:
         self._tree, self._history = self._folded(self._edits)
 
     def close(self) -> None:
-        """Release the file of edits."""
+        """Release the file of edits; one without edits is removed, as if it had not been opened."""
         self._journal.close()
+        if not self._edits:
+            self.path.unlink(missing_ok=True)
 
     def _folded(self, edits: Sequence[TagEdit]) -> tuple[TagTree, EditHistory]:
         tree = self._original.copy()

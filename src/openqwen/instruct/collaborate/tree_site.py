@@ -16,6 +16,7 @@ from openqwen.http.json_body import JSON, JSONRoute
 from openqwen.http.server import become_user, client_keys, listen, open_url, serve_app
 from openqwen.http.settings import HttpConfig
 from openqwen.http.static import SHARED, PageFiles
+from openqwen.instruct.collaborate.tree import TREE
 from openqwen.instruct.collaborate.tree_editor import EditRequest, TreeEditor
 from openqwen.support.progress import console
 
@@ -75,7 +76,7 @@ def page_files() -> PageFiles:
 
 def tree(source: str, config: TreeConfig) -> None:
     """Show a tree of tags on a page until SIGTERM or SIGINT."""
-    folder = Path(source)
+    folder = Path(source).parent if source.endswith(TREE) else Path(source)
     listener = listen(config.host, config.port)
     keys = client_keys(config)
     edits = config.edits or folder
