@@ -44,7 +44,7 @@ def make(options: argparse.Namespace, rest: Sequence[str]) -> None:
         arms["scored"] = ["--classifier", out / "quality", "--score.keep", *keep]
     recipe = ["--recipe", options.recipe]
     for arm, flags in arms.items():
-        words = ["corpus", *recipe, "--folder", out / "raw", *flags]
+        words = ["corpus", *recipe, "--folder", out / "text", *flags]
         stage(*words, "--output", out / arm / "corpus")
     stage("tokenizer", *recipe, "--corpus", out / "raw/corpus", "--output", out / "tokenizer")
     held = heldout_documents(out)
@@ -65,8 +65,8 @@ def make(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
 def _rate(options: argparse.Namespace, out: Path) -> Path:
     """Ratings of a sample of the raw documents by the model."""
-    share = min(1.0, options.rated / max(1, documents_in(out / "raw")))
-    words = ["synthesize", "ratings", "--documents", out / "raw", "--model", options.model]
+    share = min(1.0, options.rated / max(1, documents_in(out / "text")))
+    words = ["synthesize", "ratings", "--documents", out / "text", "--model", options.model]
     stage(*words, "--share", share, "--output", out / "ratings")
     return out / "ratings/ratings.jsonl"
 

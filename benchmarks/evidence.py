@@ -19,6 +19,8 @@ _TEXT_ENDINGS = {".txt", ".md", ".rst", ".json", ".js", ".css", ".csv", ".html",
 _TEXT_NAMES = {"METADATA", "RECORD", "LICENSE", "COPYING", "NOTICE", "AUTHORS"}
 _PAGES = {".md", ".rst"}  # of packages that are held out: text that people wrote
 _LONGEST = 1_000_000  # bytes of a file
+_HELDOUT_BYTES = 300_000  # of each source
+_HELDOUT_PIECE = 4_000  # characters of a document
 
 
 def raw_text(folder: Path, books: Sequence[Path], megabytes: float, heldout: float = 0.1) -> None:
@@ -30,29 +32,33 @@ def raw_text(folder: Path, books: Sequence[Path], megabytes: float, heldout: flo
     held out are READMEs and manuals of a tenth of the packages. The split is by hashes of names.
 
     Args:
-        folder: gets raw/SOURCE/documents.jsonl and heldout.jsonl.
+        folder: gets text/SOURCE/documents.jsonl and heldout.jsonl.
         books: files of records with author and text.
         megabytes: most text of a source.
     """
     if (folder / HELDOUT).exists():
         return
+    folder.mkdir(parents=True, exist_ok=True)
     sources = {"books": _books(books), "code": _files(True), "packages": _files(False)}
     with whole_file(folder / HELDOUT) as held:
         for source, found in sources.items():
             size, held_size = 0, 0
-            path = folder / "raw" / source / "documents.jsonl"
+            path = folder / "text" / source / "documents.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as file:
                 for group, name, text in found:
                     record = {"id": name, "text": text}
                     if _draw(group) < heldout:
                         good = source != "packages" or Path(name).suffix in _PAGES
-                        if good and held_size < 300_000 and len(text) >= 400:
-                            held_size += len(text)
+                        if good and held_size < _HELDOUT_BYTES and len(text) >= 400:
+                            record["text"] = text[:_HELDOUT_PIECE]  # of many, not of a few large
+                            held_size += len(record["text"])
                             held.write(json.dumps({"source": source, **record}) + "\n")
-                    elif _draw(name) < 0.5 and size < megabytes * 1e6:
+                    elif size < megabytes * 1e6:
                         size += len(text.encode("utf-8", "replace"))
                         file.write(json.dumps(record) + "\n")
+                    if size >= megabytes * 1e6 and held_size >= _HELDOUT_BYTES:
+                        break
 
 
 def _draw(name: str) -> float:
@@ -63,23 +69,27 @@ def _books(files: Sequence[Path]) -> Iterator[tuple[str, str, str]]:
     """(author, name, text) of passages."""
     for path in files:
         for book in read_jsonl(path):
-            for number, text in enumerate(passages(book["text"], 2_000, 8_000)):
-                yield book["author"], f"{book['id']}/{number}", text
+            found = passages(book["text"], 2_000, 8_000)
+            for number in range(0, len(found), 4):  # of more books
+                yield book["author"], f"{book['id']}/{number}", found[number]
 
 
 def _files(code: bool) -> Iterator[tuple[str, str, str]]:
-    """(package, name, text) of the files of the standard library and of installed packages."""
-    roots = [Path(sysconfig.get_path("stdlib"))] if code else []
-    for root in [*roots, Path(sysconfig.get_path("purelib"))]:
-        for path in sorted(root.rglob("*")):
+    """(package, name, text) of files of the standard library and of packages, in random order."""
+    library, packages = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
+    found: dict[str, Path] = {}
+    for root in [library, packages] if code else [packages]:
+        for path in root.rglob("*"):
             name = str(path.relative_to(root))
-            if code:
-                wanted = path.suffix == ".py"
-            else:
-                wanted = path.suffix.lower() in _TEXT_ENDINGS or path.stem in _TEXT_NAMES
-            inside = "site-packages" in name or "__pycache__" in name
-            if not wanted or inside or not path.is_file() or path.stat().st_size > _LONGEST:
-                continue
+            ending = path.suffix.lower()
+            wanted = (
+                ending == ".py" if code else ending in _TEXT_ENDINGS or path.stem in _TEXT_NAMES
+            )
+            if wanted and not {"site-packages", "__pycache__"} & set(Path(name).parts):
+                found[name] = path
+    for name in sorted(found, key=_draw):
+        path = found[name]
+        if path.is_file() and path.stat().st_size <= _LONGEST:
             text = path.read_bytes().decode("utf-8", "replace")
             if text.strip():
                 yield Path(name).parts[0].partition("-")[0], name, text

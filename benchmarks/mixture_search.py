@@ -27,7 +27,7 @@ def make(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Make the corpus once, and a search for each seed."""
     out, recipe = options.output, ["--recipe", options.recipe]
     raw_text(out, options.books, options.megabytes)
-    stage("corpus", *recipe, "--folder", out / "raw", "--output", out / "corpus")
+    stage("corpus", *recipe, "--folder", out / "text", "--output", out / "corpus")
     stage("tokenizer", *recipe, "--corpus", out / "corpus", "--output", out / "tokenizer")
     inputs = ["--corpus", out / "corpus", "--tokenizer", out / "tokenizer"]
     stage("tokens", *inputs, "--output", out / "tokens")

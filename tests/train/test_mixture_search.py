@@ -87,6 +87,21 @@ def test_no_source_is_read_too_often():
         capped(drawn(5), np.array([0.5, 0.2, 0.2]))
 
 
+def test_long_documents_are_cut_and_nothing_is_lost():
+    class Source:
+        lengths = np.array([3, 10, 1, 8])
+
+        def document(self, number):
+            return np.arange(self.lengths[number]) + 100 * number
+
+    cut = mixture_search.CutSource(Source(), 4)
+    assert cut.lengths.tolist() == [3, 4, 4, 2, 1, 4, 4]
+    pieces = [cut.document(n) for n in range(7)]
+    assert [len(piece) for piece in pieces] == cut.lengths.tolist()
+    whole = [Source().document(n) for n in range(4)]
+    assert np.concatenate(pieces).tolist() == np.concatenate(whole).tolist()
+
+
 def test_rank_correlation():
     up = np.array([1.0, 2.0, 5.0, 3.0])
     assert spearman(up, up**3) == pytest.approx(1)

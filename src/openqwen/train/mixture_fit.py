@@ -95,7 +95,8 @@ def draw_mixtures(
     """
     # Half of the mass is even: a source with a small share must be seen with a large one too.
     base = (natural_S + 1 / len(natural_S)) / 2 * len(natural_S)
-    scales = np.exp(rng.uniform(*np.log(strength), count))
+    low, high = np.log(strength).tolist()
+    scales = np.exp(rng.uniform(low, high, count))
     gammas = rng.standard_gamma(scales[:, None] * base) + 1e-12
     drawn: np.ndarray = gammas / gammas.sum(1, keepdims=True)
     return drawn

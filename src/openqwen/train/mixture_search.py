@@ -49,6 +49,7 @@ from openqwen.train.trainer import Place
 
 _BEST = 100  # simulated mixtures whose mean is proposed (RegMix)
 _SKIP = BadStepConfig(action="skip", patience=10**9)
+_ROWS = 4  # of the longest piece of a document
 _SCORED = 32  # rows that are scored together
 
 
@@ -89,6 +90,27 @@ class MixtureSearchConfig(Settings):
     )
 
 
+class CutSource:
+    """A source whose documents are cut into pieces of at most `longest` tokens.
+
+    A proxy reads few tokens. One long document would have more of them than the mixture allows.
+    """
+
+    def __init__(self, source: TokenSource, longest: int):
+        self._source, self._longest = source, longest
+        counts = -(-source.lengths // longest)
+        self._owner = np.repeat(np.arange(len(counts)), counts)
+        firsts = np.repeat(np.cumsum(counts) - counts, counts)
+        self._start = (np.arange(len(self._owner)) - firsts) * longest
+        self.lengths = np.minimum(source.lengths[self._owner] - self._start, longest)
+
+    def document(self, number: int) -> np.ndarray:
+        """Token ids of one piece."""
+        whole = self._source.document(int(self._owner[number]))
+        start = int(self._start[number])
+        return whole[start : start + self._longest]
+
+
 class MixtureSearch:
     """Proxies over one set of shards. losses of a mixture: [sources], nats per token."""
 
@@ -101,7 +123,9 @@ class MixtureSearch:
         digest: str,
         scratch: Path,
     ):
-        self.config, self.sources, self.tokenizer = config, sources, tokenizer
+        longest = _ROWS * config.data.row
+        self.sources = {name: CutSource(source, longest) for name, source in sources.items()}
+        self.config, self.tokenizer = config, tokenizer
         self.heldout, self.digest, self.scratch = heldout, digest, scratch
         self.names = sorted(sources)
         (scratch / "proxies").mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import ast
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -139,7 +139,8 @@ class PretrainingText(Method):
             text = self._pairs(text, work)
         if not text:
             return
-        details = {"rephrase": {"style": style}, "textbook": {"audience": audience}}.get(kind, {})
+        drawn = {"rephrase": {"style": style}, "textbook": {"audience": audience}}
+        details: dict[str, Any] = {**drawn.get(kind, {})}
         if self.rewarded:
             (reward,) = yield from work.reward([[*asked, assistant(text)]])
             good = reward >= self.config.least_reward  # of NaN, which is no reward, false
