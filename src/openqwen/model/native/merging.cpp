@@ -11,7 +11,7 @@
 #include <cstring>
 #include <vector>
 
-#include "masks.h"
+#include "places.h"
 #include "pool.h"
 
 namespace openqwen {
@@ -43,8 +43,6 @@ struct MergingCall {
 
 namespace {
 
-constexpr int64_t kBlock = 4096;
-constexpr int64_t kGroups = kBlock / kLanes;
 constexpr int64_t kAhead = 16;  // groups between the request for memory and its use
 constexpr int64_t kFew = 20;  // one element of so many changes, or fewer
 constexpr int kCoarse = 15;  // bits of a magnitude below the 16 of the first histogram
@@ -169,38 +167,6 @@ class Draw {
   Mask bits_[kGroups] = {};
 };
 
-inline Lanes sixteen(const float* from) { return load(from); }
-inline Lanes sixteen(const uint16_t* from) { return widen(from); }
-
-// The first `count` numbers, at most sixteen; zeros in the other lanes.
-template <class Value>
-inline Lanes up_to(const Value* from, int64_t count) {
-  if (count >= kLanes) return sixteen(from);
-  Value copy[kLanes] = {};
-  std::memcpy(copy, from, sizeof(Value) * size_t(count));
-  return sixteen(copy);
-}
-
-// Values of some of a block's elements, side by side.
-template <class Value>
-struct Packed {
-  const Mask* lanes = nullptr;
-  const Value* next = nullptr;
-
-  Packed(const Mask* all_lanes, const int64_t* starts, const void* values, int64_t begin) {
-    if (!all_lanes) return;
-    lanes = all_lanes + begin / kLanes;
-    next = static_cast<const Value*>(values) + starts[begin / kBlock];
-  }
-
-  // Those of the next sixteen elements, of which `mask` has one each.
-  Lanes take(Mask mask) {
-    const Lanes values = expand(sixteen(next), mask);
-    next += __builtin_popcount(mask);
-    return values;
-  }
-};
-
 // Which of sixteen listed steps OnTIES keeps.
 Mask largest(const MergingCall& c, Mask listed, Lanes step, int64_t place) {
   Mask kept = listed & bits_above(step, int32_t(c.threshold - 1));
@@ -281,51 +247,6 @@ void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
     store(a[kWeights] + i, weights);
   });
 }
-
-// Elements of a block as bits, sixty-four in a word.
-struct Bits {
-  uint64_t words[kBlock / 64] = {};
-
-  void set(int64_t group, Mask lanes) {
-    words[group / 4] |= uint64_t(lanes) << (group % 4 * kLanes);
-  }
-  int64_t count() const {
-    int64_t total = 0;
-    for (uint64_t word : words) total += __builtin_popcountll(word);
-    return total;
-  }
-  bool has(int64_t place) const { return words[place / 64] >> (place % 64) & 1; }
-};
-
-// Calls body(place) for each bit of `bits` that is not in `but`, in order.
-template <class Body>
-inline void each_bit(const Bits& bits, const Bits& but, const Body& body) {
-  for (int64_t w = 0; w < kBlock / 64; ++w) {
-    for (uint64_t left = bits.words[w] & ~but.words[w]; left; left &= left - 1) {
-      body(w * 64 + __builtin_ctzll(left));
-    }
-  }
-}
-
-// Places of a block's elements, of which sixteen are worked on at a time.
-struct Places {
-  uint16_t at[kBlock + kLanes];
-  int64_t count = 0;
-
-  void push(int64_t place) { at[count++] = uint16_t(place); }
-  int size(int64_t k) const { return int(std::min<int64_t>(kLanes, count - k)); }
-  // Those from the k-th on; zeros in the lanes behind the last.
-  Lanes gather(const float* from, int64_t k) const {
-    float x[kLanes] = {};
-    for (int i = 0; i < size(k); ++i) x[i] = from[at[k + i]];
-    return load(x);
-  }
-  void scatter(float* to, int64_t k, Lanes values) const {
-    float x[kLanes];
-    store(x, values);
-    for (int i = 0; i < size(k); ++i) to[at[k + i]] = x[i];
-  }
-};
 
 // The same as apply_block where few elements change. One pass computes moments and draws masks; the
 // few elements are worked on side by side behind it, since a branch for each group of sixteen would
@@ -412,7 +333,8 @@ void apply_part(const MergingCall& c, int64_t begin, int64_t length) {
 
 // Which steps can have a magnitude from `low` on, told from the moments without root and division:
 //
-//     |mean| · rate / (√square · root + eps) ≥ low   only if   mean² · (rate / (low · root))² ≥ square
+//     |mean| · rate / (√square · root + eps) ≥ low
+//         only if   mean² · (rate / (low · root))² ≥ square
 //
 // A margin covers rounding, and a mean whose square a float cannot hold is too small as long as eps
 // is not. Where that does not hold `all_may` is set.
