@@ -10,7 +10,8 @@ adds text whose end depends on places far away (Qwen2.5-1M report, section 3.1):
     order      the parts are shuffled; their right order stands at the end
 
 The functions are pure: the paragraphs of a text, a generator of random numbers and the wordings
-give a text, or "" where the paragraphs do not allow it. documents.jsonl is for the corpus stage.
+give a text, or "" where the paragraphs do not allow it. documents.jsonl is for the corpus stage,
+which cuts what an earlier document has: make them of text that the corpus does not have otherwise.
 """
 
 import json
@@ -151,7 +152,9 @@ STAGE = Stage(
     name="synthesize-long",
     help="Long documents for the long-context phase, made without a model.",
     config=LongDocumentsConfig,
-    inputs={"documents": "A folder or a file of documents: text, HTML, JSONL, Parquet."},
+    inputs={
+        "documents": "A folder or a file of documents that the corpus does not have otherwise."
+    },
     outputs=["documents"],
     run=run_long_documents,
 )
