@@ -24,7 +24,7 @@ LONGEST_ROOMS = {
     "engine": 3_863,
     "evaluate": 4_635,
     "http": 773,
-    "instruct": 11_006,
+    "instruct": 11_771,
     "model": 5_296,
     "recipe": 3_304,
     "sandbox": 2_685,
@@ -32,7 +32,7 @@ LONGEST_ROOMS = {
     "support": 2_453,
     "tasks": 3_523,
     "tokenizer": 2_615,
-    "train": 9_476,
+    "train": 9_911,
 }
 MODULES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
