@@ -216,6 +216,7 @@ def test_phrases(tmp_path):
     assert sorted(p.name for p in DATA.iterdir()) == [
         "constitution.yaml",
         "constraints.yaml",
+        "long_documents.yaml",
         "subjects.yaml",
         "system_prompts.yaml",
     ]
