@@ -162,32 +162,26 @@ class Probe:
         }
 
 
-class MeasuredOnlineDpo(OnlineDpoTraining):
+class Measured:
+    """Measures a stage's model before its steps; goes in front of the stage's own class."""
+
+    def __init__(self, probe: Probe, *given: Any):
+        """See `OnlineTraining`."""
+        super().__init__(*given)
+        self.probe = probe
+
+    def batch(self, step: int) -> Any:
+        """Measure, and make the step's micro-batches."""
+        self.probe(step, self.model)
+        return super().batch(step)
+
+
+class MeasuredOnlineDpo(Measured, OnlineDpoTraining):
     """Online DPO that is measured before its steps."""
 
-    def __init__(self, probe: Probe, *given: Any):
-        """See `OnlineTraining`."""
-        super().__init__(*given)
-        self.probe = probe
 
-    def batch(self, step: int) -> Any:
-        """Measure, and make the step's micro-batches."""
-        self.probe(step, self.model)
-        return super().batch(step)
-
-
-class MeasuredGrpo(GrpoTraining):
+class MeasuredGrpo(Measured, GrpoTraining):
     """GRPO that is measured before its steps."""
-
-    def __init__(self, probe: Probe, *given: Any):
-        """See `OnlineTraining`."""
-        super().__init__(*given)
-        self.probe = probe
-
-    def batch(self, step: int) -> Any:
-        """Measure, and make the step's micro-batches."""
-        self.probe(step, self.model)
-        return super().batch(step)
 
 
 def train_online(kind: Any, config: Any, steps: int, run: Path, place: Place, probe: Probe) -> None:

@@ -24,7 +24,7 @@ LONGEST_ROOMS = {
     "engine": 3_863,
     "evaluate": 4_635,
     "http": 773,
-    "instruct": 11_771,
+    "instruct": 11_779,
     "model": 5_296,
     "recipe": 3_304,
     "sandbox": 2_685,

@@ -1,5 +1,6 @@
 """Several people edit a tree of tags: counts, conflicts, keys, undo and redo, the file."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -287,4 +288,15 @@ def test_redo_gives_what_was_before_the_undo(tmp_path_factory, edits):
     for _ in range(done):
         editor.edit(request(*editor.state("ann")["redo"]))
     assert {name: asdict(node) for name, node in editor._tree.nodes.items()} == before
+    editor.close()
+
+
+@pytest.mark.parametrize("undoes", [0, 1, 7])
+def test_a_file_whose_undo_names_itself_or_a_later_edit_is_read(folder, undoes):
+    lines = [{"edit": "undo", "undoes": undoes}, {"edit": "undo"}, drop("poem")]
+    (folder / "edits.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    editor = TreeEditor(folder)
+    editor.edit(request(drop("style"), after=0))
+    with pytest.raises(ApiError, match=r"There is no tag 'poem'|changed meanwhile"):
+        editor.edit(request(rename("poem", "verse"), after=0))
     editor.close()

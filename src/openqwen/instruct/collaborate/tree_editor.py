@@ -135,17 +135,25 @@ class TreeEditor:
 
     def _check(self, new: Iterable[TagEdit], request: EditRequest) -> None:
         """Refuse edits of tags that have changed since their author saw them."""
-        for other in self._edits[request.after :]:
-            if other.key == request.key:
+        for number in range(request.after, len(self._edits)):
+            other = self._changed_by(number)
+            if other is None or self._edits[number].key == request.key:
                 continue
-            while other.edit == "undo":
-                active = self._history.active
-                undone = other.undoes if other.undoes is not None else max(active, default=0)
-                other = self._edits[undone]
             for edit in new:
                 if {other.tag, other.name} - {""} & _named(edit) or other.into == edit.tag:
                     what = f"'{other.tag}' has changed meanwhile."
                     raise ApiError(409, what, code="conflict")
+
+    def _changed_by(self, number: int) -> TagEdit | None:
+        """The edit that an edit makes, undoes or makes again; None where it does nothing."""
+        edit = self._edits[number]
+        while edit.edit == "undo":
+            if number in self._history.faults:  # such as an undo of itself, in a file of others
+                return None
+            active = self._history.active
+            number = edit.undoes if edit.undoes is not None else max(active, default=0)
+            edit = self._edits[number]
+        return edit
 
     def state(self, by: str = "", version: int | None = None) -> Json:
         """The tree and the recent edits; only the version where it is `version`.
