@@ -227,6 +227,8 @@ def scores(name: str) -> dict:
         "chance": 0.126,
         "gzip_bits_per_byte_by_source": {"python code": 2.1, "docstrings": 2.6, "readme": 2.8},
     }
+    if name in ("pretrain", "extend"):
+        found["loss_by_position"] = [[0, 128, 2.75], [128, 256, 2.5], [256, 300, 1.5 * bits]]
     if name in ("sft", "dpo", "online-dpo"):
         found |= {"retention": bits / RESULTS["extend"][0], "reward_mean": accuracy - 0.5}
         found |= interval("test_accuracy", accuracy - 0.01, accuracy - 0.03, accuracy + 0.01)

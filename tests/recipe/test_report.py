@@ -64,6 +64,13 @@ def test_each_stage_stands_beside_its_own_start_and_cooling_beside_it(page):
     assert "+14.0 better" in shown  # online-dpo's checked accuracy against sft's, not against dpo's
 
 
+def test_the_loss_by_position_stands_for_each_stage_before_sft(page):
+    shown = re.sub(r"\s+", " ", page.text)
+    assert "stage 0 to 128 128 to 256 256 to 300" in shown
+    assert "pretrain 2.7502.5002.912" in shown
+    assert "extend 2.7502.5002.853" in shown
+
+
 def test_an_online_stage_shows_its_curves_and_its_first_and_last_answers(page):
     shown = re.sub(r"\s+", " ", page.text)
     for title in ("Win rate over the reference's answers", "Divergence from the reference"):

@@ -19,6 +19,7 @@ from openqwen.evaluate.copying import copying_scores
 from openqwen.evaluate.intervals import grouped_interval, paired_gain, wilson_interval
 from openqwen.evaluate.items import load_items
 from openqwen.evaluate.long_context import generate_items
+from openqwen.evaluate.positions import loss_by_position
 from openqwen.evaluate.preferences import win_rate
 from openqwen.evaluate.samples import answer_samples
 from openqwen.model import Qwen2, load_model
@@ -77,7 +78,12 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
     engine = Engine(model, tokenizer)
     plain = "base" not in run.inputs
     scores: dict[str, Any] = {"stage": run.label}  # the next stage names it as its start
-    scores |= _text_scores(model, tokenizer, config, run.inputs["corpus"] / "heldout.parquet")
+    heldout = run.inputs["corpus"] / "heldout.parquet"
+    documents = [d for d in read_documents(heldout) if d["source"] != _SYNTHETIC]
+    scores |= _text_scores(model, tokenizer, config, documents)
+    if plain:
+        by_position = loss_by_position(model, tokenizer, documents, config.context)
+        scores["loss_by_position"] = by_position
 
     # The same tasks for every stage and every run: their seed is not the run's.
     tasks = generate_tasks(Generators(0)["evaluate"], config.checked, split="heldout")
@@ -100,10 +106,9 @@ def evaluate_model(run: StageRun) -> dict[str, float]:
 
 
 def _text_scores(
-    model: Qwen2, tokenizer: Tokenizer, config: EvaluateConfig, heldout: Path
+    model: Qwen2, tokenizer: Tokenizer, config: EvaluateConfig, documents: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """Bits per byte of the model and of gzip, on held-out text, and how well the model copies."""
-    documents = [d for d in read_documents(heldout) if d["source"] != _SYNTHETIC]
     development, test = (
         within_budget(half, config.heldout_bytes // 2) for half in halves(documents)
     )

@@ -46,6 +46,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "pair_tasks": sorted((run.scores("reward").get("pair_accuracy_by_task") or {}).items()),
         "reward": reward.reward_section(run),
         "source_scores": scores.source_table(run),
+        "positions": scores.position_table(run),
         "curves": training.curves(run),
         "corpus": data.corpus(run),
         "tokenizer": run.json("tokenizer", "statistics.json"),

@@ -197,6 +197,16 @@ def source_table(run: Run) -> dict[str, Any] | None:
     return {"stages": stages, "rows": rows} if rows else None
 
 
+def position_table(run: Run) -> dict[str, Any] | None:
+    """Return the loss by position in long texts of each stage before SFT."""
+    scored = {name: values for name, values in run.scored("loss_by_position").items() if values}
+    ranges = next(iter(scored.values()), [])
+    rows = [
+        {"name": name, "cells": [loss for _, _, loss in values]} for name, values in scored.items()
+    ]
+    return {"ranges": [(start, end) for start, end, _ in ranges], "rows": rows} if rows else None
+
+
 def _by_name(run: Run, key: str) -> tuple[list[str], dict[str, list[Any]]]:
     """Return (stages with this score, name in it -> its value or None at each of them)."""
     scored = run.scored(key)
