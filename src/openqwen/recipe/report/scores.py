@@ -200,7 +200,7 @@ def source_table(run: Run) -> dict[str, Any] | None:
 def position_table(run: Run) -> dict[str, Any] | None:
     """Return the loss by position in long texts of each stage before SFT."""
     scored = {name: values for name, values in run.scored("loss_by_position").items() if values}
-    ranges = next(iter(scored.values()), [])
+    ranges: list[list[float]] = next(iter(scored.values()), [])
     rows = [
         {"name": name, "cells": [loss for _, _, loss in values]} for name, values in scored.items()
     ]
