@@ -164,6 +164,11 @@ class Subject:
             why = "compares likelihoods" if choices else "begins the answer of the assistant"
             what = f"'{name}' {why}, which needs the tokenizer of the model."
             raise OpenQwenError(what, do="give a MODEL whose tokenizer is here")
+        if self.tokenizer is not None and not (isinstance(prompt, str) or self.tokenizer.template):
+            what = f"'{name}' asks in a chat, and this model's tokenizer has no chat template."
+            do = "ask benchmarks that continue a text, such as those named -base, or use an "
+            do += "instruct model, or put a chat_template.jinja into the model's folder"
+            raise OpenQwenError(what, do=do)
         self.prompt(prompt)
 
     def prompt(self, prompt: str | list[dict[str, Any]]) -> Prompt:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from openqwen.engine import Endpoint, EngineConfig, Generator
@@ -277,18 +278,26 @@ def _digest(path: Path) -> str:
 
 
 def _list(benchmarks: list[Benchmark], data: Path | None) -> None:
-    table = Table(box=box.SIMPLE, header_style="dim", pad_edge=False)
-    for column in ("benchmark", "protocol", "source", "licence", "data"):
-        table.add_column(column, overflow="fold")
+    """Print each benchmark as a block: a table of long texts cannot be read in 80 columns."""
+    ready = 0
     for benchmark in benchmarks:
         here = at_hand(benchmark, data)
+        ready += here
         hub = any(pattern.startswith(HUB) for pattern in benchmark.data.test)
-        where = "at hand" if here else f"{'hub, or ' if hub else ''}{benchmark.get}"
         protocol = f"{benchmark.protocol} ({benchmark.protocol_source})"
-        table.add_row(benchmark.name, protocol, benchmark.source, benchmark.licence, where)
-    console.print(table)
+        lines = {"protocol": protocol, "source": benchmark.source, "licence": benchmark.licence}
+        lines["data"] = "at hand" if here else f"{'hub, or ' if hub else ''}{benchmark.get}"
+        if benchmark.published:
+            lines["suites"] = ", ".join(sorted(benchmark.published))
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, text in lines.items():
+            table.add_row(f"  {name}", escape(text))
+        console.print(f"[bold]{benchmark.name}[/bold]  {escape(benchmark.title)}", highlight=False)
+        console.print(table)
     suites = sorted({suite for benchmark in benchmarks for suite in benchmark.published})
-    console.print(f"suites: {', '.join(suites)}, all", markup=False)
+    where = f" in {data}" if data else "; --data FOLDER says where your files are"
+    console.print(f"{len(benchmarks)} benchmarks, {ready} at hand{where}", markup=False)
+    console.print(f"suites: {', '.join([*suites, 'all'])}", markup=False)
     console.print(f"published scores: {'; '.join(REPORTS.values())}", markup=False)
 
 
