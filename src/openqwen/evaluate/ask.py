@@ -67,8 +67,9 @@ class ReplyCache:
         if reply.finish_reason == "error":
             return
         line = json.dumps({"key": key} | asdict(reply), ensure_ascii=False) + "\n"
-        with disk_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
-            file.write("\n" * self._torn + line)
+        # One write for each line: another run may append to the same file.
+        with disk_errors(self._path), open(self._path, "ab", buffering=0) as file:
+            file.write(("\n" * self._torn + line).encode())
         self._torn = False
 
 
