@@ -153,6 +153,13 @@ def test_a_model_without_a_chat_template_is_told_what_it_can_be_asked(place, cap
     assert run(place, "plain", "--tasks", "gsm8k-base") == 0
 
 
+def test_a_judge_that_ignores_its_format_is_told_with_its_reason(place, capsys):
+    assert run(place, "other", "--tasks", "safety", "--judge", str(place / "other")) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "answers could not be graded and are left out of the score" in shown
+    assert "of them: the judge" in shown
+
+
 def test_results_of_different_protocols_are_told(place):
     evaluation = read_evaluation(place / "out" / "other")
     other = read_evaluation(place / "out" / "other")

@@ -72,6 +72,18 @@ def test_questions_fill_their_length_in_tokens_of_the_model(ruler, encode):
             assert item.cell == (name, LENGTH)
 
 
+def test_needles_of_all_depths_and_lengths_stand_in_one_text(data, encode):
+    items, _ = generate_items(load_benchmark("needle"), data, encode, lengths=[4096, LENGTH])
+    instances = {number: [i for i in items if i.id.endswith(f"/{number}")] for number in (0, 1)}
+    firsts = []
+    for group in instances.values():
+        assert len(group) == 22
+        deep = [item.prompt[0]["content"] for item in group if item.cell[0] != "0 %"]
+        assert len({text[:400] for text in deep}) == 1
+        firsts.append(deep[0][:400])
+    assert firsts[0] != firsts[1], "each instance has its own text"
+
+
 def parts(item):
     user, assistant = item.prompt
     return user["content"], assistant["content"], item.task.reference["answers"]

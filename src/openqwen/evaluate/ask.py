@@ -115,27 +115,30 @@ class Subject:
         sampling: Sampling,
         seeds: Sequence[int],
         progress: Progress,
+        sizes: Sequence[int] | None = None,
     ) -> list[Reply]:
         """Answer prompts, in order; those that are known are not asked again.
 
         A prompt that leaves no room for an answer gets an empty one with the reason "length".
+        sizes: by how much each prompt advances the progress; None: by 1.
         """
+        steps = sizes or [1] * len(prompts)
         greedy = sampling.greedy
         settings = {k: v for k, v in asdict(sampling).items() if v != _GREEDY[k]}
         keys = [
             self._key("generate", prompt, settings, None if greedy else seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        missing = self._missing(keys, progress)
+        missing = self._missing(keys, progress, steps)
         for index in [i for i in missing if len(prompts[i]) >= self.longest]:
             missing.remove(index)
             self.cache.put(keys[index], Reply(finish_reason="length"))
-            progress.advance()
+            progress.advance(steps[index])
         missing.sort(key=lambda i: json.dumps(prompts[i]))  # common beginnings follow each other
         for index, output in self._answers(missing, lambda i: (prompts[i], sampling, seeds[i])):
             reply = Reply(output.text, len(output.token_ids), output.finish_reason or "error")
             self.cache.put(keys[index], reply)
-            progress.advance()
+            progress.advance(steps[index])
         return [self._known(key) for key in keys]
 
     def likelihoods(
@@ -150,7 +153,7 @@ class Subject:
         """
         more = [] if way is None else [repr(way)]
         keys = [self._key("score", *pair, *more) for pair in pairs]
-        missing = self._missing(keys, progress)
+        missing = self._missing(keys, progress, [1] * len(pairs))
         missing.sort(key=lambda i: pairs[i])  # common beginnings follow each other
         for index, logprobs in self._scores(missing, pairs, progress, way):
             # An impossible token has −∞, which JSON cannot hold.
@@ -192,13 +195,13 @@ class Subject:
         text = json.dumps([self.identity, *parts], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _missing(self, keys: Sequence[str], progress: Progress) -> list[int]:
+    def _missing(self, keys: Sequence[str], progress: Progress, steps: Sequence[int]) -> list[int]:
         """The first place of each key that is not known; the others count as done."""
         first: dict[str, int] = {}
         for place, key in enumerate(keys):
             if self.cache.get(key) is None:
                 first.setdefault(key, place)
-        progress.done += len(keys) - len(first)
+        progress.skip(sum(steps) - sum(steps[place] for place in first.values()))
         return list(first.values())
 
     def _scores(

@@ -1,6 +1,7 @@
 """`openqwen evaluate MODEL --tasks …`: published benchmarks, and the comparison of two results."""
 
 import hashlib
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
@@ -152,6 +153,8 @@ def evaluate(
     page = write_reports(output, [evaluation])
     table = _table(evaluation, shown)
     Console(width=max(console.width, _WIDTH)).print(table)
+    for name in shown:
+        _tell_not_graded(evaluation, name)
     console.print(f"report   {page}", markup=False)
 
 
@@ -299,6 +302,17 @@ def _list(benchmarks: list[Benchmark], data: Path | None) -> None:
     console.print(f"{len(benchmarks)} benchmarks, {ready} at hand{where}", markup=False)
     console.print(f"suites: {', '.join([*suites, 'all'])}", markup=False)
     console.print(f"published scores: {'; '.join(REPORTS.values())}", markup=False)
+
+
+def _tell_not_graded(evaluation: Evaluation, name: str) -> None:
+    """Say why answers could not be graded, such as by a judge that ignores its format."""
+    if not evaluation.scores[name]["infra"]:
+        return
+    reasons = Counter(row["reason"] for row in evaluation.rows(name) if row["status"] == "infra")
+    reason, count = reasons.most_common(1)[0]
+    total = sum(reasons.values())
+    what = f"{total} answers could not be graded and are left out of the score"
+    notice(f"{what}; {count} of them: {reason}", name)
 
 
 def _table(evaluation: Evaluation, chosen: list[str]) -> Table:
