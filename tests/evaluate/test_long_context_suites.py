@@ -403,7 +403,11 @@ def test_one_command_draws_all_ways_in_one_picture(data, tmp_path, capsys):
     assert page.count('class="heat map"') == 3
     for text in ("Long context", "<caption>yarn</caption>", "Perplexity by position", ">3k</th>"):
         assert text in page
-    assert openqwen.cli.main(words) == 0
+    within = [*words[:4], "--tasks", "needle", "--lengths", "1k", "--limit", "3"]
+    assert openqwen.cli.main([*within, "--max-tokens", "2", "--output", words[-1]]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count('class="heat map"') == 4, "the maps of the earlier run stay beside it"
+    assert "<caption>as the engine chooses</caption>" in page
 
 
 def test_lengths_beyond_the_context_are_left_out_and_told(tmp_path, capsys):

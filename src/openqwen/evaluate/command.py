@@ -253,14 +253,15 @@ def _subject(
     tokenizer = load_tokenizer(path)
     # The version: another one may compute other last digits.
     identity = f"{_digest(path)} {quantize} {device.type} {version('openqwen')}"
-    if max_context:
-        identity += f" {max_context}"
+    # A longer context may change how prompts are read, so its answers are kept apart; the scores
+    # stand beside the others.
+    kept = f"{identity} {max_context}" if max_context else identity
 
     def load() -> Generator:
         source = EngineSource(path, quantize, EngineConfig(max_context=max_context))
         return source.load() if engine == "single" else EngineWorkers(source, engine, workers)
 
-    return Subject(load, tokenizer, identity, *_caches(cache, identity))
+    return Subject(load, tokenizer, identity, *_caches(cache, kept))
 
 
 def _caches(folder: Path, identity: str) -> tuple[ReplyCache, GradeCache]:
