@@ -231,7 +231,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="most tokens of an answer")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of ours")
     parser.add_argument("--their-rounds", type=int, default=1)
-    parser.add_argument("--batch", type=int, default=4, help="theirs, of log-likelihoods")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4],
+                        help="theirs, of log-likelihoods: the fastest on one question is taken")  # fmt: skip
     parser.add_argument("--answer-batch", type=int, default=24, help="theirs, of answers")
     parser.add_argument("--parts", nargs="+", choices=["likelihoods", "answers"],
                         default=["likelihoods", "answers"])  # fmt: skip
@@ -263,7 +264,10 @@ def measure(given: argparse.Namespace, folder: Path, scratch: Path) -> None:
         for name, count in counts.items()
     }
     print(f"{torch.get_num_threads()} threads; times in seconds", flush=True)
-    unequal = likelihoods(given, folder, tasks) if "likelihoods" in given.parts else []
+    unequal = []
+    if "likelihoods" in given.parts:
+        probe = make_task("endings-probe", rows[: 4 * SHOTS + 1], given.tokens, scratch)
+        unequal = likelihoods(given, folder, tasks, probe)
     if "answers" in given.parts:
         probe = make_task("gsm8k-probe", rows[: 4 * SHOTS + PROBED], 32, scratch)
         answers(given, folder, tasks["gsm8k"], probe)
@@ -278,10 +282,22 @@ def transformers_backend(folder: Path, dtype: str, batch: int) -> Backend:
     return Backend(f"transformers {dtype}", model)
 
 
-def likelihoods(given: argparse.Namespace, folder: Path, tasks: dict[str, Task]) -> list[str]:
+def likelihoods(
+    given: argparse.Namespace, folder: Path, tasks: dict[str, Task], probe: Task
+) -> list[str]:
     """Compare the tasks of log-likelihoods; returns those whose scores are not equal."""
     ours = Backend("ours float32", EngineLM(str(folder)))
-    theirs = transformers_backend(folder, "float32", given.batch)
+    theirs = transformers_backend(folder, "float32", given.batches[0])
+    speeds = {}
+    for batch in given.batches:
+        theirs.model.batch_size_per_gpu = batch  # type: ignore[attr-defined]
+        theirs.times.clear()
+        speeds[batch] = theirs.evaluate(probe)
+        print(
+            f"{'endings, probe':<15} {theirs.name}, batch {batch} {speeds[batch]:8.2f} s",
+            flush=True,
+        )
+    best = theirs.model.batch_size_per_gpu = min(speeds, key=speeds.__getitem__)  # type: ignore[attr-defined]
     unequal = []
     for name in LIKELIHOODS:
         ours.evaluate(tasks[name], given.rounds)
@@ -294,7 +310,7 @@ def likelihoods(given: argparse.Namespace, folder: Path, tasks: dict[str, Task])
             unequal.append(name)
     total("log-likelihood", ours, theirs, LIKELIHOODS)
     del theirs
-    coarse = transformers_backend(folder, "bfloat16", given.batch)
+    coarse = transformers_backend(folder, "bfloat16", best)
     for name in LIKELIHOODS:
         coarse.evaluate(tasks[name])
         gap = largest_gap(ours.values(name), coarse.values(name))
