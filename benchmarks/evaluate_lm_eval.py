@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of ours")
     parser.add_argument("--their-rounds", type=int, default=1)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4],
-                        help="theirs, of log-likelihoods: the fastest on one question is taken")  # fmt: skip
+                        help="theirs, of log-likelihoods; the fastest is taken")  # fmt: skip
     parser.add_argument("--answer-batch", type=int, default=24, help="theirs, of answers")
     parser.add_argument("--parts", nargs="+", choices=["likelihoods", "answers"],
                         default=["likelihoods", "answers"])  # fmt: skip
@@ -290,14 +290,14 @@ def likelihoods(
     theirs = transformers_backend(folder, "float32", given.batches[0])
     speeds = {}
     for batch in given.batches:
-        theirs.model.batch_size_per_gpu = batch  # type: ignore[attr-defined]
+        theirs.model.batch_size_per_gpu = batch
         theirs.times.clear()
         speeds[batch] = theirs.evaluate(probe)
         print(
             f"{'endings, probe':<15} {theirs.name}, batch {batch} {speeds[batch]:8.2f} s",
             flush=True,
         )
-    best = theirs.model.batch_size_per_gpu = min(speeds, key=speeds.__getitem__)  # type: ignore[attr-defined]
+    best = theirs.model.batch_size_per_gpu = min(speeds, key=speeds.__getitem__)
     unequal = []
     for name in LIKELIHOODS:
         ours.evaluate(tasks[name], given.rounds)
@@ -333,7 +333,7 @@ def answers(given: argparse.Namespace, folder: Path, task: Task, probe: Task) ->
     theirs.evaluate(task, given.their_rounds)
     sides = ours.values(task.name), theirs.values(task.name)
     same = sum(a == b for a, b in zip(*sides, strict=True))
-    words = [sum(len(ours.model.tok_encode(text)) for text in side) for side in sides]  # type: ignore[attr-defined]
+    words = [sum(len(ours.model.tok_encode(text)) for text in side) for side in sides]
     note = f"{ours.scores(task.name)} | {theirs.scores(task.name)}; equal answers {same}; tokens "
     report(task.name, ours, theirs, f"{note}{words[0]} | {words[1]}")
     total("generation", ours, theirs, [task.name])
