@@ -208,6 +208,68 @@ HOTPOT = [
 ]
 
 
+BELEBELE = [
+    {
+        "link": f"https://a/{n}",
+        "question_number": 1,
+        "flores_passage": f"Ann has {n} hens.",
+        "question": "How many hens has Ann? ",
+        "mc_answer1": str(n + 1),
+        "mc_answer2": str(n),
+        "mc_answer3": "none",
+        "mc_answer4": "ten",
+        "correct_answer_num": "2",
+        "dialect": "deu_Latn",
+    }
+    for n in (3, 5)
+]
+XCOPA = [
+    {
+        "premise": f"Der Becher {n} fiel.",
+        "choice1": "Er brach.",
+        "choice2": "Er sang.",
+        "question": kind,
+        "label": 0,
+        "idx": n,
+        "changed": False,
+    }
+    for n, kind in enumerate(("effect", "cause"))
+]
+M3EXAM = [
+    {
+        "question_text": "2 + 2?",
+        "background_description": ["Read."],
+        "answer_text": answer,
+        "options": options,
+        "need_image": image,
+        "language": "thai",
+        "level": "low",
+        "subject_category": "math",
+    }
+    for answer, options, image in (
+        ("2", ["1. three", "2. four"], "no"),
+        ("(B)", ["(A) three", "(B) four"], "no"),
+        ("9", ["1. three", "2. four"], "no"),
+        ("1", ["1. three", "2. four"], "yes"),
+    )
+]
+INDOMMLU = (
+    "subject,level,soal,jawaban,kunci,is_for_fewshot\n"
+    'IPA,SD,Air itu apa?,"A. cair\nB. batu\nC. api",A,1\n'
+    'IPA,SD,Api itu apa?,"A. dingin\nB. batu\nC. panas",C,0\n'
+    'IPA,SD,Tanpa kunci?,"A. ya\nB. tidak",D,0\n'
+)
+OKAPI = [
+    {"instruction": f"Was ist {n}? ", "answer": "C", "id": str(n)}
+    | {f"option_{letter}": f"{letter}{n}" for letter in "abcd"}
+    for n in range(2)
+]
+TURKISH = [
+    {"question": f"{n} nedir? ", "choices": list("vwxyz"), "answer": "E", "subject": "Fizik"}
+    for n in range(2)
+]
+
+
 def book(words: int, seed: int = 0) -> str:
     """A made-up book of sentences with different words."""
     rng = random.Random(seed)
@@ -304,12 +366,28 @@ def write_all(folder: Path) -> None:
     explained = "".join(f'{n},{row},"why"\n' for n, row in enumerate(rows))
     texts = {
         "mmlu/test/anatomy_test.csv": plain,
-        "mmlu/dev/anatomy_dev.csv": plain,
+        "mmlu/dev/anatomy_dev.csv": plain.replace("plainly", "clearly"),
         "ceval/val/law_val.csv": header + numbered,
         "ceval/dev/law_dev.csv": "id,question,A,B,C,D,answer,explanation\n" + explained,
         "cmmlu/test/arts.csv": ",Question,A,B,C,D,Answer\n" + numbered,
         "cmmlu/dev/arts.csv": ",Question,A,B,C,D,Answer\n" + numbered,
         "gpqa/gpqa_main.csv": GPQA,
+        "mmmlu/mmlu_DE-DE.csv": ",Question,A,B,C,D,Answer,Subject\n"
+        + "".join(f"{n},Was ist {n}?,1,2,3,4,B,anatomy\n" for n in (3, 4)),
+        "mmmlu/mmlu_SW-KE.csv": ",Question,A,B,C,D,Answer,Subject\n0,Ni nini?,1,2,3,4,B,anatomy\n",
+        "indommlu/IndoMMLU.csv": INDOMMLU,
+        "kmmlu/Law-test.csv": "question,answer,A,B,C,D\nWhat?,3,a,b,c,d\n",
+        "kmmlu/Law-dev.csv": "question,answer,A,B,C,D\nWhy?,1,a,b,c,d\n",
+        "jmmlu/anatomy.csv": plain,
+        "paws-x/fr/test_2k.tsv": 'id\tsentence1\tsentence2\tlabel\n1\tIl "va".\tElle va.\t0\n',
+        "paws-x/fr/dev_2k.tsv": "id\tsentence1\tsentence2\tlabel\n1\tIl lit.\tLui lit.\t1\n",
+        "xstorycloze/spring2016.val.es.tsv.split_20_80_eval.tsv": (
+            "InputStoryid\tInputSentence1\tInputSentence2\tInputSentence3\tInputSentence4\t"
+            "RandomFifthSentenceQuiz1\tRandomFifthSentenceQuiz2\tAnswerRightEnding\n"
+            "a\tUno.\tDos.\tTres.\tCuatro.\tOcho.\tCinco.\t2\n"
+        ),
+        "m3exam/thai-questions-test.json": json.dumps(M3EXAM),
+        "m3exam/thai-questions-dev.json": json.dumps(M3EXAM[:1]),
         "mgsm/mgsm_de.tsv": 'Ann hat 3 "Stifte" und kauft 2. Wie viele?\t5\n',
         "bbh/cot-prompts/navigate.txt": "canary\n-----\nWalk.\n\nQ: Is it so?\nA: The answer is Yes.\n",
         "bbh/bbh/navigate.json": json.dumps(
@@ -336,6 +414,14 @@ def write_all(folder: Path) -> None:
         "mmlu-redux/anatomy.jsonl": [REDUX, REDUX | {"error_type": "wrong_groundtruth"}],
         "arc/ARC-Challenge-Test.jsonl": [ARC],
         "arc/ARC-Challenge-Train.jsonl": [ARC | {"id": "q2"}],
+        "belebele/deu_Latn.jsonl": BELEBELE,
+        "xcopa/it/test.it.jsonl": XCOPA,
+        "xcopa/it/val.it.jsonl": [XCOPA[0] | {"premise": "Das Glas fiel."}],
+        "xwinograd/en.jsonl": [WINO, WINO | {"answer": "2"}],
+        "okapi-mmlu/de/test.jsonl": OKAPI,
+        "okapi-mmlu/de/train.jsonl": OKAPI[:1],
+        "turkishmmlu/test.jsonl": TURKISH,
+        "turkishmmlu/dev.jsonl": TURKISH[:1],
         "hellaswag/hellaswag_val.jsonl": [HELLA],
         "hellaswag/hellaswag_train.jsonl": [HELLA | {"ind": 2}],
         "winogrande/dev.jsonl": [WINO],
@@ -363,3 +449,8 @@ def write_all(folder: Path) -> None:
             pa.Table.from_pylist([PRO | {"question_id": len(part)}]),
             folder / f"mmlu-pro/{part}-0.parquet",
         )
+    solved = {"question": "Frage: Wie viele?", "answer": "Schritt-für-Schritt-Antwort: Es sind 5."}
+    asked = {"question": "Ann hat 3. Wie viele?", "answer": None}
+    for part, record in (("train", solved), ("test", asked)):
+        rows = [record | {"answer_number": 5, "equation_solution": None}]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"mgsm/de-{part}.parquet")

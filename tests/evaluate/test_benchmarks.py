@@ -62,6 +62,12 @@ RIGHT = {
     "ceval": "B",
     "cmmlu": "答案：B",
     "mgsm": "\\boxed{5}",
+    "mgsm-base": "Ann hat 3 und 2. Die Antwort lautet 5.",
+    "indommlu": "C",
+    "kmmlu": "C",
+    "jmmlu": "B",
+    "okapi-mmlu": "C",
+    "turkishmmlu": "E",
     "theoremqa": "\\boxed{0}",
     "ifeval": "I say something.",
     "ifeval-fr": "Je dis quelque chose.",
@@ -76,6 +82,7 @@ def test_a_right_answer_passes_and_another_does_not(name, data):
     wrong = {"humaneval": "    return 5", "humaneval-plus": "    return 6 if x == 3 else x"}
     wrong |= {"multipl-e": "    return 5;", "mbpp-plus": "def plus(x):\n    return 12"}
     wrong |= dict.fromkeys(["ifeval", "ifeval-fr"], "One, two.")
+    wrong |= dict.fromkeys(["indommlu", "kmmlu", "okapi-mmlu"], "B")
     texts = [RIGHT[name], wrong.get(name, "The answer is 77, \\boxed{C}")]
     found = [_extracted(text, form.extract, form.first) for text in texts]
     assert [one.passed for one in grade([task] * 2, found)] == [True, False]
@@ -84,9 +91,10 @@ def test_a_right_answer_passes_and_another_does_not(name, data):
 def test_prompts_of_choices_are_those_of_the_harness(data):
     mmlu = first("mmlu-base", data)
     head = "The following are multiple choice questions (with answers) about anatomy.\n\n"
-    one = "How many legs has a dog, plainly?\nA. 2\nB. 4\nC. 6\nD. 8\nAnswer:"
+    one = "How many legs has a dog, clearly?\nA. 2\nB. 4\nC. 6\nD. 8\nAnswer:"
     two = "Which is a colour?\nA. red\nB. run\nC. ten\nD. two, or three\nAnswer:"
-    assert mmlu.prompt == f"{head}{one} B\n\n{two} A\n\n{one}"
+    asked = one.replace("clearly", "plainly")
+    assert mmlu.prompt == f"{head}{one} B\n\n{two} A\n\n{asked}"
     assert (mmlu.options, mmlu.correct) == ([" A", " B", " C", " D"], [0, 1, 0, 0])
     hella = first("hellaswag", data)
     assert hella.prompt.endswith("Washing: A man holds a plate. He")
@@ -100,6 +108,38 @@ def test_prompts_of_choices_are_those_of_the_harness(data):
     assert arc.options == [" a liquid", " a stone"]
     truth = first("truthfulqa", data)
     assert (truth.options, truth.correct) == ([" No.", " They cannot.", " Yes."], [1, 1, 0])
+
+
+def test_prompts_in_other_languages(data):
+    bele = load_items(load_benchmark("belebele"), data)[0]
+    assert bele[0].prompt.count("Answer:") == 2, "another question of the language is the example"
+    assert bele[0].prompt.endswith("How many hens has Ann?\nA: 4\nB: 3\nC: none\nD: ten\nAnswer:")
+    cause = load_items(load_benchmark("xcopa"), data)[0][1]
+    assert cause.prompt == "Das Glas fiel quindi er brach.\n\nDer Becher 1 fiel perché"
+    assert (cause.options, cause.correct) == ([" er brach.", " er sang."], [1, 0])
+    xwino = load_items(load_benchmark("xwinograd"), data)[0]
+    assert [item.correct for item in xwino] == [[1, 0], [0, 1]]
+    assert xwino[0].prompt == "The cup is not in the bag, since the bag is too large.\n\n"
+    story = first("xstorycloze", data)
+    assert (story.category, story.prompt) == ("es", "Uno. Dos. Tres. Cuatro.")
+    assert (story.options, story.correct) == ([" Ocho.", " Cinco."], [0, 1])
+    paws = first("paws-x", data)
+    assert paws.prompt == "Il lit, n'est-ce pas? Oui, lui lit.\n\nIl \"va\", n'est-ce pas?"
+    assert (paws.options, paws.correct) == ([" No, elle va.", " Oui, elle va."], [1, 0])
+    exam = load_items(load_benchmark("m3exam"), data)[0]
+    assert [item.category for item in exam] == ["thai low math"] * 2, (
+        "no picture, and a known answer"
+    )
+    assert [item.options for item in exam] == [[" 1", " 2"], [" A", " B"]]
+    assert exam[1].prompt.endswith("Read.\n2 + 2?\n(A) three\n(B) four\nAnswer:")
+    mmmlu = load_items(load_benchmark("mmmlu"), data)[0]
+    assert [item.category for item in mmmlu] == ["DE-DE anatomy"] * 2
+    (indo,), _ = load_items(load_benchmark("indommlu-base"), data)
+    assert (indo.options, indo.correct) == ([" A", " B", " C"], [0, 0, 1])
+    assert "Air itu apa?\nA. cair\nB. batu\nC. api\nJawaban: A\n\nApi" in indo.prompt
+    mgsm = first("mgsm-base", data).prompt
+    example = "Frage: Wie viele?\nSchritt-für-Schritt-Antwort: Es sind 5.\n\n"
+    assert mgsm == f"{example}Frage: Ann hat 3. Wie viele?\nSchritt-für-Schritt-Antwort:"
 
 
 def test_chat_shots_are_turns_and_code_answers_begin_with_a_fence(data):
@@ -116,6 +156,12 @@ def test_splits_and_shots_are_kept_apart(data):
     assert [item.id for item in load_items(load_benchmark("mmlu-redux"), data)[0]] == ["anatomy/1"]
     gpqa = first("gpqa-base", data)
     assert gpqa.prompt.count("Which is a noble gas?") == 1, "a question is no example of itself"
+
+
+def test_examples_and_questions_may_count_their_ids_alike(data):
+    items = load_items(load_benchmark("xcopa"), data)[0]
+    assert [item.id for item in items] == ["it/0", "it/1"]
+    assert ["Das Glas" in item.prompt for item in items] == [True, True], "val/0 is no test/0"
 
 
 def test_options_are_shuffled_by_the_seed_alone(data):

@@ -130,6 +130,36 @@ def test_two_models_are_compared_on_the_same_questions(place, capsys, tmp_path):
     }  # fmt: skip
 
 
+def test_two_runs_into_one_folder_keep_both_scores(place, tmp_path):
+    done = read_evaluation(place / "out" / "other")
+    empty = done.results | {"scores": {}}
+    runs = [command.Evaluation(tmp_path, empty | {"scores": {}}) for _ in range(2)]
+    for run_, name in zip(runs, ("gsm8k", "hellaswag")):
+        run_.add(name, done.scores[name], done.rows(name))
+    assert set(read_evaluation(tmp_path).scores) == {"gsm8k", "hellaswag"}
+    another = command.Evaluation(tmp_path, empty | {"identity": "another", "scores": {}})
+    another.add("gsm8k", done.scores["gsm8k"], done.rows("gsm8k"))
+    assert set(read_evaluation(tmp_path).scores) == {"gsm8k"}, "scores of another model"
+
+
+def test_a_model_without_a_chat_template_is_told_what_it_can_be_asked(place, capsys):
+    save_checkpoint(model(3), tokenizer(), place / "plain", chat=True)
+    for path in place.glob("plain/chat_template*"):
+        path.unlink()
+    path = place / "plain" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": None}))
+    assert run(place, "plain", "--tasks", "gsm8k") == 1
+    assert "benchmarks that continue a text" in " ".join(capsys.readouterr().err.split())
+    assert run(place, "plain", "--tasks", "gsm8k-base") == 0
+
+
+def test_a_judge_that_ignores_its_format_is_told_with_its_reason(place, capsys):
+    assert run(place, "other", "--tasks", "safety", "--judge", str(place / "other")) == 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "answers could not be graded and are left out of the score" in shown
+    assert "of them: the judge" in shown
+
+
 def test_results_of_different_protocols_are_told(place):
     evaluation = read_evaluation(place / "out" / "other")
     other = read_evaluation(place / "out" / "other")

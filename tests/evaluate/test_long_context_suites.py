@@ -72,6 +72,18 @@ def test_questions_fill_their_length_in_tokens_of_the_model(ruler, encode):
             assert item.cell == (name, LENGTH)
 
 
+def test_needles_of_all_depths_and_lengths_stand_in_one_text(data, encode):
+    items, _ = generate_items(load_benchmark("needle"), data, encode, lengths=[4096, LENGTH])
+    instances = {number: [i for i in items if i.id.endswith(f"/{number}")] for number in (0, 1)}
+    firsts = []
+    for group in instances.values():
+        assert len(group) == 22
+        deep = [item.prompt[0]["content"] for item in group if item.cell[0] != "0 %"]
+        assert len({text[:400] for text in deep}) == 1
+        firsts.append(deep[0][:400])
+    assert firsts[0] != firsts[1], "each instance has its own text"
+
+
 def parts(item):
     user, assistant = item.prompt
     return user["content"], assistant["content"], item.task.reference["answers"]
@@ -391,7 +403,11 @@ def test_one_command_draws_all_ways_in_one_picture(data, tmp_path, capsys):
     assert page.count('class="heat map"') == 3
     for text in ("Long context", "<caption>yarn</caption>", "Perplexity by position", ">3k</th>"):
         assert text in page
-    assert openqwen.cli.main(words) == 0
+    within = [*words[:4], "--tasks", "needle", "--lengths", "1k", "--limit", "3"]
+    assert openqwen.cli.main([*within, "--max-tokens", "2", "--output", words[-1]]) == 0
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count('class="heat map"') == 4, "the maps of the earlier run stay beside it"
+    assert "<caption>as the engine chooses</caption>" in page
 
 
 def test_lengths_beyond_the_context_are_left_out_and_told(tmp_path, capsys):

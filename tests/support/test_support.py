@@ -13,7 +13,7 @@ from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
 from openqwen.support.files import read_json, read_jsonl, write_jsonl, write_text
 from openqwen.support.generators import Generators
 from openqwen.support.gguf import read_header
-from openqwen.support.progress import duration
+from openqwen.support.progress import Progress, duration
 from openqwen.support.records import read_records
 from openqwen.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 
@@ -121,3 +121,11 @@ def test_float32_on_a_gpu_is_float32_until_it_is_told_otherwise(monkeypatch):
             assert precision() == "highest"
         assert precision() == "high"
     assert precision() == "highest"
+
+
+def test_what_was_done_before_does_not_count_for_the_rate(monkeypatch):
+    monkeypatch.setattr("openqwen.support.progress.time.monotonic", lambda: 0.0)
+    work = Progress("work", 100, "steps")
+    work.skip(50)
+    work.advance(10)
+    assert "40s left" in work._line(10.0).plain

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from openqwen.sandbox import Pool, Verdict, best_tier
+from openqwen.sandbox.languages import available
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, read_jsonl
 from openqwen.tasks import Grade, Task, code, grade
@@ -240,3 +241,14 @@ def test_published_verdicts_on_completions_of_humaneval(size, right):
     assert (len(tasks), sum(verdicts)) == (164, right)
     graded = grade(tasks, [completions[one.id] for one in tasks])
     assert [one.passed for one in graded] == verdicts
+
+
+@pytest.mark.skipif("javascript" not in available(), reason="node is not installed")
+def test_the_error_of_a_program_in_javascript_is_its_reason():
+    reference = {"inputs": [""], "language": "javascript"}
+    reference["limits"] = {"seconds": 15, "memory_mb": 4096, "processes": 32}
+    task = Task("t", [], "code", reference)
+    source = "const assert = require('node:assert');\nassert.deepEqual(1, 2);"
+    (found,) = grade([task], [source])
+    assert not found.passed
+    assert "AssertionError" in found.reason

@@ -67,8 +67,9 @@ class ReplyCache:
         if reply.finish_reason == "error":
             return
         line = json.dumps({"key": key} | asdict(reply), ensure_ascii=False) + "\n"
-        with disk_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
-            file.write("\n" * self._torn + line)
+        # One write for each line: another run may append to the same file.
+        with disk_errors(self._path), open(self._path, "ab", buffering=0) as file:
+            file.write(("\n" * self._torn + line).encode())
         self._torn = False
 
 
@@ -114,27 +115,30 @@ class Subject:
         sampling: Sampling,
         seeds: Sequence[int],
         progress: Progress,
+        sizes: Sequence[int] | None = None,
     ) -> list[Reply]:
         """Answer prompts, in order; those that are known are not asked again.
 
         A prompt that leaves no room for an answer gets an empty one with the reason "length".
+        sizes: by how much each prompt advances the progress; None: by 1.
         """
+        steps = sizes or [1] * len(prompts)
         greedy = sampling.greedy
         settings = {k: v for k, v in asdict(sampling).items() if v != _GREEDY[k]}
         keys = [
             self._key("generate", prompt, settings, None if greedy else seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        missing = self._missing(keys, progress)
+        missing = self._missing(keys, progress, steps)
         for index in [i for i in missing if len(prompts[i]) >= self.longest]:
             missing.remove(index)
             self.cache.put(keys[index], Reply(finish_reason="length"))
-            progress.advance()
+            progress.advance(steps[index])
         missing.sort(key=lambda i: json.dumps(prompts[i]))  # common beginnings follow each other
         for index, output in self._answers(missing, lambda i: (prompts[i], sampling, seeds[i])):
             reply = Reply(output.text, len(output.token_ids), output.finish_reason or "error")
             self.cache.put(keys[index], reply)
-            progress.advance()
+            progress.advance(steps[index])
         return [self._known(key) for key in keys]
 
     def likelihoods(
@@ -149,7 +153,7 @@ class Subject:
         """
         more = [] if way is None else [repr(way)]
         keys = [self._key("score", *pair, *more) for pair in pairs]
-        missing = self._missing(keys, progress)
+        missing = self._missing(keys, progress, [1] * len(pairs))
         missing.sort(key=lambda i: pairs[i])  # common beginnings follow each other
         for index, logprobs in self._scores(missing, pairs, progress, way):
             # An impossible token has −∞, which JSON cannot hold.
@@ -164,6 +168,11 @@ class Subject:
             why = "compares likelihoods" if choices else "begins the answer of the assistant"
             what = f"'{name}' {why}, which needs the tokenizer of the model."
             raise OpenQwenError(what, do="give a MODEL whose tokenizer is here")
+        if self.tokenizer is not None and not (isinstance(prompt, str) or self.tokenizer.template):
+            what = f"'{name}' asks in a chat, and this model's tokenizer has no chat template."
+            do = "ask benchmarks that continue a text, such as those named -base, or use an "
+            do += "instruct model, or put a chat_template.jinja into the model's folder"
+            raise OpenQwenError(what, do=do)
         self.prompt(prompt)
 
     def prompt(self, prompt: str | list[dict[str, Any]]) -> Prompt:
@@ -186,13 +195,13 @@ class Subject:
         text = json.dumps([self.identity, *parts], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _missing(self, keys: Sequence[str], progress: Progress) -> list[int]:
+    def _missing(self, keys: Sequence[str], progress: Progress, steps: Sequence[int]) -> list[int]:
         """The first place of each key that is not known; the others count as done."""
         first: dict[str, int] = {}
         for place, key in enumerate(keys):
             if self.cache.get(key) is None:
                 first.setdefault(key, place)
-        progress.done += len(keys) - len(first)
+        progress.skip(sum(steps) - sum(steps[place] for place in first.values()))
         return list(first.values())
 
     def _scores(

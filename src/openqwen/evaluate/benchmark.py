@@ -3,7 +3,8 @@
 Texts of a prompt are Jinja templates; what gives a value (a reference, a list of choices) is a
 Jinja expression. Both run in Jinja's sandbox and see a record's fields by their names, and:
     record      all fields, for names that are no identifiers: record["Correct Answer"]
-    file        name of the record's file without its ending; folder: name of the file's folder
+    file        name of the record's file up to its first dot; filename: its whole name; folder:
+                name of the file's folder
     number      number of the record in its file, from 1; part: "test" or "shots"
     category    what `category` gives
     beside      the text of the file that `data.beside` names

@@ -166,7 +166,10 @@ def _replies(
     replies: dict[int, Reply] = {}
     turn = questions[0].turn
     label = benchmark.name if turn == 1 else f"{benchmark.name}, turn {turn}"
-    with progress(label, len(questions), "answers") as bar:
+    # Long prompts take as long as they are: their tokens are counted, not the answers.
+    sizes = [question.item.cell[1] if question.item.cell else 1 for question in questions]
+    unit = "tokens" if benchmark.generate else "answers"
+    with progress(label, sum(sizes), unit) as bar:
         for (temperature, way, stops), places in groups.items():
             sampling = Sampling(
                 options.max_tokens or form.max_tokens,
@@ -176,7 +179,8 @@ def _replies(
             )
             prompts: list[Prompt] = [subject.prompt(questions[place].prompt) for place in places]
             seeds = [_seed(benchmark, questions[place], options) for place in places]
-            found = subject.generate(prompts, sampling, seeds, bar)
+            steps = [sizes[place] for place in places]
+            found = subject.generate(prompts, sampling, seeds, bar, steps)
             replies |= dict(zip(places, found, strict=True))
     return [replies[place] for place in range(len(questions))]
 

@@ -1,6 +1,7 @@
 """`openqwen evaluate MODEL --tasks …`: published benchmarks, and the comparison of two results."""
 
 import hashlib
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from openqwen.engine import Endpoint, EngineConfig, Generator
@@ -151,6 +153,8 @@ def evaluate(
     page = write_reports(output, [evaluation])
     table = _table(evaluation, shown)
     Console(width=max(console.width, _WIDTH)).print(table)
+    for name in shown:
+        _tell_not_graded(evaluation, name)
     console.print(f"report   {page}", markup=False)
 
 
@@ -249,14 +253,15 @@ def _subject(
     tokenizer = load_tokenizer(path)
     # The version: another one may compute other last digits.
     identity = f"{_digest(path)} {quantize} {device.type} {version('openqwen')}"
-    if max_context:
-        identity += f" {max_context}"
+    # A longer context may change how prompts are read, so its answers are kept apart; the scores
+    # stand beside the others.
+    kept = f"{identity} {max_context}" if max_context else identity
 
     def load() -> Generator:
         source = EngineSource(path, quantize, EngineConfig(max_context=max_context))
         return source.load() if engine == "single" else EngineWorkers(source, engine, workers)
 
-    return Subject(load, tokenizer, identity, *_caches(cache, identity))
+    return Subject(load, tokenizer, identity, *_caches(cache, kept))
 
 
 def _caches(folder: Path, identity: str) -> tuple[ReplyCache, GradeCache]:
@@ -277,19 +282,38 @@ def _digest(path: Path) -> str:
 
 
 def _list(benchmarks: list[Benchmark], data: Path | None) -> None:
-    table = Table(box=box.SIMPLE, header_style="dim", pad_edge=False)
-    for column in ("benchmark", "protocol", "source", "licence", "data"):
-        table.add_column(column, overflow="fold")
+    """Print each benchmark as a block: a table of long texts cannot be read in 80 columns."""
+    ready = 0
     for benchmark in benchmarks:
         here = at_hand(benchmark, data)
+        ready += here
         hub = any(pattern.startswith(HUB) for pattern in benchmark.data.test)
-        where = "at hand" if here else f"{'hub, or ' if hub else ''}{benchmark.get}"
         protocol = f"{benchmark.protocol} ({benchmark.protocol_source})"
-        table.add_row(benchmark.name, protocol, benchmark.source, benchmark.licence, where)
-    console.print(table)
+        lines = {"protocol": protocol, "source": benchmark.source, "licence": benchmark.licence}
+        lines["data"] = "at hand" if here else f"{'hub, or ' if hub else ''}{benchmark.get}"
+        if benchmark.published:
+            lines["suites"] = ", ".join(sorted(benchmark.published))
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, text in lines.items():
+            table.add_row(f"  {name}", escape(text))
+        console.print(f"[bold]{benchmark.name}[/bold]  {escape(benchmark.title)}", highlight=False)
+        console.print(table)
     suites = sorted({suite for benchmark in benchmarks for suite in benchmark.published})
-    console.print(f"suites: {', '.join(suites)}, all", markup=False)
+    where = f" in {data}" if data else "; --data FOLDER says where your files are"
+    console.print(f"{len(benchmarks)} benchmarks, {ready} at hand{where}", markup=False)
+    console.print(f"suites: {', '.join([*suites, 'all'])}", markup=False)
     console.print(f"published scores: {'; '.join(REPORTS.values())}", markup=False)
+
+
+def _tell_not_graded(evaluation: Evaluation, name: str) -> None:
+    """Say why answers could not be graded, such as by a judge that ignores its format."""
+    if not evaluation.scores[name]["infra"]:
+        return
+    reasons = Counter(row["reason"] for row in evaluation.rows(name) if row["status"] == "infra")
+    reason, count = reasons.most_common(1)[0]
+    total = sum(reasons.values())
+    what = f"{total} answers could not be graded and are left out of the score"
+    notice(f"{what}; {count} of them: {reason}", name)
 
 
 def _table(evaluation: Evaluation, chosen: list[str]) -> Table:

@@ -1,5 +1,7 @@
 """Results on disk: how they are written, read, and compared on the same questions."""
 
+import fcntl
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,11 +48,23 @@ class Evaluation:
         return list(read_jsonl(self.folder / "answers" / f"{benchmark}.jsonl"))
 
     def add(self, benchmark: str, scores: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-        """Write the answers of a benchmark and its scores beside the earlier ones."""
+        """Write the answers of a benchmark and its scores beside the earlier ones.
+
+        Another run of the same model may write into the folder at the same time: its scores stay.
+        """
         (self.folder / "answers").mkdir(parents=True, exist_ok=True)
-        write_jsonl(self.folder / "answers" / f"{benchmark}.jsonl", rows)
-        self.scores[benchmark] = scores
-        write_json(self.folder / RESULTS, self.results)
+        lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system ends it with the process
+            if (self.folder / RESULTS).is_file():
+                found = read_evaluation(self.folder).results
+                if found["identity"] == self.results["identity"]:
+                    self.scores.update(found["scores"])
+            write_jsonl(self.folder / "answers" / f"{benchmark}.jsonl", rows)
+            self.scores[benchmark] = scores
+            write_json(self.folder / RESULTS, self.results)
+        finally:
+            os.close(lock)
 
 
 def read_evaluation(folder: Path) -> Evaluation:

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,9 @@ def load_items(
     items: dict[str, BenchmarkItem] = {}
     for where, values in records:
         known = groups.get(values["category"], everything)
-        shots = [shot for shot in known if shot["id"] != values["id"]]
-        item = _item(benchmark, values, shots[: benchmark.prompt.shots], where)
+        # By the record: two files may count their ids alike, and one file may give both parts.
+        others = (shot for shot in known if shot["record"] != values["record"])
+        item = _item(benchmark, values, list(islice(others, benchmark.prompt.shots)), where)
         if item.id in items:
             what = f"Two records have the id '{item.id}'."
             raise OpenQwenError(what, where, "correct 'id' of the benchmark, or the data")
@@ -213,7 +215,13 @@ def _records(
             fields = {key: value for key, value in record.items() if str(key).isidentifier()}
             file = path.name.split(".")[0]
             values: Values = tables | fields | {"record": record, "file": file, "number": number}
-            values |= {"folder": path.parent.name, "letters": _LETTERS, "part": part, "turn": 1}
+            values |= {
+                "filename": path.name,
+                "folder": path.parent.name,
+                "letters": _LETTERS,
+                "part": part,
+                "turn": 1,
+            }
             values["category"] = str(record.get("category") or "")
             if not _value(benchmark.data.keep or "true", values, "data.keep", where):
                 continue

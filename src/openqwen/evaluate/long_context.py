@@ -227,7 +227,12 @@ class _Maker:
             place = sample if depth is None else f"{depth:g}/{sample}"
             name = f"{task.name}/{length}/{place}"
             rng = Generators(self.seed)[f"long/{self.benchmark.name}/{name}"]
-            context = self.context(task, length - self.answer_tokens, rng, depth)
+            hay = rng
+            if depth is not None:
+                # One text for all depths and lengths: they compare, and the engine computes what
+                # stands before the needle once.
+                hay = Generators(self.seed)[f"hay/{self.benchmark.name}/{task.name}/{sample}"]
+            context = self.context(task, length - self.answer_tokens, rng, hay, depth)
             if context is None:
                 continue
             before = self.example(task, length - self.answer_tokens, rng) if task.example else ""
@@ -298,7 +303,9 @@ class _Maker:
         """The words of the task's books."""
         return self.library.books(task.books or self.benchmark.data.test).words
 
-    def context(self, task: LongTask, room: int, rng: Any, depth: float | None) -> Filling | None:
+    def context(
+        self, task: LongTask, room: int, rng: Any, hay: Any, depth: float | None
+    ) -> Filling | None:
         """The context of one question; None where its documents are not at hand, which is told."""
         if task.kind == "documents":
             return self.documents(task, rng)
@@ -308,9 +315,11 @@ class _Maker:
             return frequent_words(Draws(rng), room)
         if task.kind == "common_words":
             return common_words(Draws(rng, self.words(task)), room, False)
-        return self.needles(task, room, rng, depth)
+        return self.needles(task, room, rng, hay, depth)
 
-    def needles(self, task: LongTask, room: int, rng: Any, depth: float | None) -> Needles:
+    def needles(
+        self, task: LongTask, room: int, rng: Any, hay: Any, depth: float | None
+    ) -> Needles:
         """A haystack with the task's needles."""
         words = self.words(task) if "words" in (task.keys, task.values) else []
         draws = Draws(rng, words)
@@ -331,12 +340,12 @@ class _Maker:
         if task.haystack == "books":
             sentences = self.library.books(task.books or self.benchmark.data.test).sentences
             joint = "" if task.language == "zh" else " "
-            start = int(rng.integers(len(sentences)))
+            start = int(hay.integers(len(sentences)))
             return Needles(sentences, needle, pairs, queried, depths, joint, start)
-        hay = [NOISE] * room
+        noise: Sequence[str] = [NOISE] * room
         if task.haystack == "needles":
-            hay = _LazyNeedles(needle, Draws(rng, words), task, room)  # type: ignore[assignment]
-        return Needles(hay, needle, pairs, queried, depths, "\n")
+            noise = _LazyNeedles(needle, Draws(rng, words), task, room)
+        return Needles(noise, needle, pairs, queried, depths, "\n")
 
     def documents(self, task: LongTask, rng: Any) -> Documents | None:
         """A question with documents of SQuAD or HotpotQA."""

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import secrets
 import select
 import signal
@@ -308,9 +309,19 @@ def _verdict(
         status = "passed" if judged and result["passed"] is True else "failed"
         reason = str(result.get("reason", "")) if judged else "the tests did not end"
         if report.get("status") != 0 and stderr.strip():
-            reason = stderr.strip().splitlines()[-1][:500]
+            reason = _last_words(stderr)
     code = os.waitstatus_to_exitcode(report["status"])
     return Verdict(status, stdout, stderr, float(report.get("seconds", 0.0)), wall, reason, code)
+
+
+def _last_words(stderr: str) -> str:
+    """The line that says why a program ended: the last one; of Node, whose own name is last, the
+    line with the error.
+    """
+    lines = stderr.strip().splitlines()
+    if lines and lines[-1].startswith("Node.js v"):
+        lines = [line for line in lines if re.match(r"(Uncaught )?\w*Error\b", line)] or lines[:-1]
+    return lines[-1][:500] if lines else ""
 
 
 def _ending(
@@ -333,7 +344,7 @@ def _ending(
     code = os.waitstatus_to_exitcode(report["status"])
     if report.get("compiled") is False:
         return "failed", NOT_COMPILED
-    last = stderr.strip().splitlines()[-1] if stderr.strip() else ""
+    last = _last_words(stderr)
     if code and (last.startswith("MemoryError") or "std::bad_alloc" in stderr):
         return "memory", f"more than {limits.memory_mb} MiB"
     spent = report["seconds"] >= 0.9 * limits.seconds  # the kernel counts CPU time in two ways
@@ -341,7 +352,7 @@ def _ending(
         return "timeout", f"more than {limits.seconds:g} seconds of CPU time"
     if code < 0:
         return "crashed", f"killed by {signal.Signals(-code).name}"
-    return ("failed", last[:500] or f"exit status {code}") if code else ("passed", "")
+    return ("failed", last or f"exit status {code}") if code else ("passed", "")
 
 
 def _payload(program: Program) -> bytes:

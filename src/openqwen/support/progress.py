@@ -49,6 +49,11 @@ class Progress:
         self._start = self._shown = time.monotonic()
         self._live: Live | None = None
 
+    def skip(self, amount: float) -> None:
+        """Count `amount` units as done before: they do not count for the rate."""
+        self.done += amount
+        self._done_before += amount
+
     def advance(self, amount: float = 1, **notes: object) -> None:
         """Count `amount` more units as done; notes (loss="3.21") are shown behind the numbers."""
         self.done += amount
