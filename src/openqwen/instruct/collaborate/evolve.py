@@ -43,6 +43,7 @@ _PROMPT_WORDS = re.compile(
     re.I,
 )
 _ADDED = 2  # fewest words that an evolution adds
+_KEPT = 0.3  # smallest share of the different words of an instruction that its evolution keeps
 _LANGUAGE_LETTERS = 60  # fewer letters than this do not tell one language of a script from another
 _VERDICTS = {"request": "request", "answer": "answer", "请求": "request", "回答": "answer"}
 
@@ -138,7 +139,10 @@ def failure(text: str, evolved: str) -> str:
         return "shortened"
     if _PROMPT_WORDS.search(evolved) and not _PROMPT_WORDS.search(text):
         return "talks of the prompt"
-    return "changed language" if _other_language(text, evolved) else ""
+    if _other_language(text, evolved):
+        return "changed language"
+    kept = len(set(old) & set(new)) / max(len(set(old)), 1)
+    return "another subject" if kept < _KEPT else ""
 
 
 def _other_language(text: str, evolved: str) -> bool:
