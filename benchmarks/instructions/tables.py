@@ -6,6 +6,8 @@ With Playwright's Chromium it also photographs the reports of the tags and of th
 """
 
 import argparse
+import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -105,7 +107,9 @@ def photograph(folder: Path) -> None:
         return
     try:
         with sync_playwright() as playwright:
-            page = playwright.chromium.launch().new_page(viewport={"width": 900, "height": 700})
+            path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 900, "height": 700})
             for name in ("tagged", "chosen"):
                 page.goto((folder / name / "report.html").resolve().as_uri())
                 page.screenshot(path=folder / f"{name}.png", full_page=True)

@@ -43,7 +43,7 @@ _PROMPT_WORDS = re.compile(
     re.I,
 )
 _ADDED = 2  # fewest words that an evolution adds
-_KEPT = 0.3  # smallest share of the different words of an instruction that its evolution keeps
+_KEPT = 0.25  # smallest share of an instruction's longer words that its evolution keeps
 _LANGUAGE_LETTERS = 60  # fewer letters than this do not tell one language of a script from another
 _VERDICTS = {"request": "request", "answer": "answer", "请求": "request", "回答": "answer"}
 
@@ -141,8 +141,8 @@ def failure(text: str, evolved: str) -> str:
         return "talks of the prompt"
     if _other_language(text, evolved):
         return "changed language"
-    kept = len(set(old) & set(new)) / max(len(set(old)), 1)
-    return "another subject" if kept < _KEPT else ""
+    subject = {word for word in old if len(word) > 3 or not word.isascii()}
+    return "another subject" if len(subject & set(new)) < _KEPT * len(subject) else ""
 
 
 def _other_language(text: str, evolved: str) -> bool:

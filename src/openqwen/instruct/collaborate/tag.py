@@ -32,8 +32,8 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 _LONGEST_TAG = 80  # characters
 _EXPLANATIONS = 3  # kept of each tag; so are examples
 # Words are counted, not characters: a bound of characters cuts a small model's words in the middle.
-_TAG = r"[^\s\"\\.,:;?!()\[\]{}]{1,24}( [^\s\"\\.,:;?!()\[\]{}]{1,24}){0,3}"
-_TOLD = r"[^\s\"\\\[\]{}]{1,40}( [^\s\"\\\[\]{}]{1,40}){0,15}"
+_TAG = r"[^\s\"\\.,:;?!()\[\]{}]+( [^\s\"\\.,:;?!()\[\]{}]+){0,3}"
+_TOLD = r"[^\s\"\\\[\]{}]+( [^\s\"\\\[\]{}]+){0,15}"
 
 
 class TagConfig(SynthesisConfig):
