@@ -38,7 +38,8 @@ Rank the responses to an instruction from best to worst.
 {responses}
 
 First say in a few sentences how the responses differ. Then write one last line with all letters \
-({slots}): ">" where the left one is better, "=" where two are equally good. Example of its form: {example}"""
+({slots}): ">" where the left one is better, "=" where two are equally good. \
+Example of its form: {example}"""
 
 
 def run_judge(

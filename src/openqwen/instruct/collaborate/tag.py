@@ -93,7 +93,7 @@ def answer_form(most: int) -> Structure:
     """A list of 1 to `most` tags of up to four words, each with an explanation of up to 16."""
     texts = {"tag": _TAG, "explanation": _TOLD}
     fields = {name: {"type": "string", "pattern": f"^{form}$"} for name, form in texts.items()}
-    entry = {"type": "object", "properties": fields, "required": list(fields)}
+    entry: dict[str, Any] = {"type": "object", "properties": fields, "required": list(fields)}
     entry["additionalProperties"] = False
     schema = {"type": "array", "items": entry, "minItems": 1, "maxItems": most}
     return Structure("json_schema", json.dumps(schema))
