@@ -1,6 +1,6 @@
 """A pool of real instructions: HH prompts, GSM8K's training questions, questions from books.
 
-    python benchmarks/instructions/pool.py pool.jsonl [--harmless 1000] [--gsm8k 950] [--books made]
+    python benchmarks/instructions/pool.py pool.jsonl [--harmless 1100] [--gsm8k 950] [--books made]
 
 Needs the files of OPENQWEN_SHARED_DATA. `made` is an artifact of `openqwen synthesize repurpose`
 (steps.sh makes one from passages of books): its instructions are added, 400 of them by default.
@@ -65,7 +65,7 @@ def main() -> None:
     """Write the pool, or the passages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--harmless", type=int, default=1_000)
+    parser.add_argument("--harmless", type=int, default=1_100)
     parser.add_argument("--gsm8k", type=int, default=950)
     parser.add_argument("--books", type=Path)
     parser.add_argument("--from-books", type=int, default=400)
