@@ -1,11 +1,12 @@
 """The annotation site under load: next task with fifteen annotators, export, memory.
 
     .venv/bin/python benchmarks/annotation.py --tasks 100000 --people 15 --seconds 60 --rankings 50000
+    .venv/bin/python benchmarks/annotation.py --seconds 600 --rankings 1000    # memory
 
 Starts `openqwen annotate` as a process of its own on a new project in a temporary folder, and prints
 one line of JSON: seconds of the import, percentiles of POST /api/next and of an answer in
-milliseconds, answers a second, the server's memory over time in MB, seconds of an export of so many
-rankings. --database URL measures PostgreSQL.
+milliseconds once all have logged in, answers a second, the server's memory over time in MB, seconds
+of an export of so many rankings. --database URL measures PostgreSQL.
 """
 
 import argparse
@@ -25,17 +26,16 @@ import httpx
 import numpy as np
 
 from openqwen.instruct.collaborate import accounts
-from openqwen.instruct.collaborate.annotate import answer_event
-from openqwen.instruct.collaborate.answers import SLOTS, AnswerBody, check_complete, stored
-from openqwen.instruct.collaborate.events import loads
+from openqwen.instruct.collaborate.answers import check_complete
+from openqwen.instruct.collaborate.events import LogEvent, record_all
 from openqwen.instruct.collaborate.export import export_bytes
-from openqwen.instruct.collaborate.queue import lease_next
 from openqwen.instruct.collaborate.read_tasks import import_file
 from openqwen.instruct.collaborate.settings import AnnotateConfig
 from openqwen.instruct.collaborate.site import Site
-from openqwen.instruct.collaborate.tables import people
 from openqwen.support.files import write_jsonl
+from openqwen.support.progress import progress
 
+BLOCK = 500  # answers of one transaction
 PASSWORD = "a long password"
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "for", "it", "as", "was", "with", "be"]
 
@@ -49,13 +49,15 @@ def make_tasks(count):
         yield {"id": f"t{n}", "prompt": f"{n}: {words}", "responses": responses}
 
 
-def annotator(url, token, seconds, times):
-    """One person: take a task, answer it, think."""
+def annotator(url, token, seconds, times, logged_in):
+    """One person: log in, wait for the others, then take a task, answer it, think."""
     with httpx.Client(base_url=url, timeout=60) as http:
         body = {"name": f"P{token[:8]}", "password": PASSWORD}
         me = http.post(f"/api/invitations/{token}/accept", json=body).raise_for_status().json()
         http.headers["X-CSRF-Token"] = me["csrf"]
-        rng, end = random.Random(token), time.monotonic() + seconds
+        rng = random.Random(token)
+        logged_in.wait()  # a password's hash takes 0.2 s of a CPU, by design
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             begun = time.perf_counter()
             answer = http.post("/api/next", json={})
@@ -102,42 +104,48 @@ def serve(folder, database, tokens, seconds, think, result):
             except httpx.TransportError:
                 time.sleep(0.2)
         times = {"next": [], "answer": [], "think": think}
-        crowd = [threading.Thread(target=annotator, args=(url, t, seconds, times)) for t in tokens]
-        begun = time.monotonic()
+        logged_in = threading.Barrier(len(tokens) + 1)
+        given = (seconds, times, logged_in)
+        crowd = [threading.Thread(target=annotator, args=(url, t, *given)) for t in tokens]
         for thread in crowd:
+            thread.daemon = True
             thread.start()
-        sizes = []
-        while any(thread.is_alive() for thread in crowd):
-            sizes.append(memory(process.pid))
-            time.sleep(min(10, seconds / 5))
-        result["answers_per_second"] = round(len(times["answer"]) / (time.monotonic() - begun), 1)
-        result["next_ms"], result["answer_ms"] = (
-            percentiles(times["next"]),
-            percentiles(times["answer"]),
-        )
+        logged_in.wait(120)
+        begun, sizes = time.monotonic(), []
+        with progress("annotators", seconds, "seconds") as bar:
+            while any(thread.is_alive() for thread in crowd):
+                sizes.append(memory(process.pid))
+                time.sleep(min(10, seconds / 5))
+                done = min(time.monotonic() - begun, seconds)
+                bar.advance(done - bar.done, answers=len(times["answer"]), mb=sizes[-1])
+        if len(times["answer"]) < len(tokens):
+            raise SystemExit("annotators failed: see the errors above")
+        result["answers_per_second"] = round(len(times["answer"]) / seconds, 1)
+        result["next_ms"] = percentiles(times["next"])
+        result["answer_ms"] = percentiles(times["answer"])
         result["memory_mb"] = sizes
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 
 
-def rank_many(site, count):
-    """Answers without HTTP, many in one transaction: only to have something to export."""
+def rank_many(site, tasks, count):
+    """Answers to the last tasks, as an import records them: only to have something to export."""
     with site.database.write() as connection:
-        name = accounts.add_person(connection, "Filler", "annotator", "human")
-    rng, done = random.Random(1), 0
-    while done < count:
-        with site.database.write() as connection:
-            person = connection.execute(people.select().where(people.c.id == name)).one()
-            for _ in range(min(500, count - done)):
-                row = lease_next(connection, person, site.project, time.time())
-                order = loads(row.order)
-                slots = list(SLOTS[: len(order)])
-                rng.shuffle(slots)
-                body = AnswerBody(ranks=[[slot] for slot in slots])
-                answer = check_complete(stored(body, order, site.project), len(order), site.project)
-                answer_event(connection, row, answer, 1.0, None)
-                done += 1
+        person = accounts.add_person(connection, "Filler", "annotator", "human")
+    rng = random.Random(1)
+    with progress("rankings", count, "answers") as bar:
+        for start in range(0, count, BLOCK):
+            given = []
+            for n in range(start, min(start + BLOCK, count)):
+                order = rng.sample(range(4), 4)
+                ranks = [[response] for response in rng.sample(range(4), 4)]
+                new = {"answer": check_complete({"ranks": ranks}, 4, site.project), "slot": 0}
+                task = f"t{tasks - 1 - n}"  # those that the people above have not reached
+                given.append(LogEvent("answered", person, task, 1, order, new=new, seconds=1.0))
+            with site.database.write() as connection:
+                record_all(connection, given)
+            bar.advance(len(given))
 
 
 def main():
@@ -150,6 +158,8 @@ def main():
     parser.add_argument("--rankings", type=int, default=50_000)
     parser.add_argument("--database", default=None)
     options = parser.parse_args()
+    if options.rankings + options.people * options.seconds / options.think > options.tasks:
+        parser.error("there are too few tasks for these people and rankings")
     result = {"tasks": options.tasks, "people": options.people, "cpus": os.cpu_count()}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place, "project")
@@ -164,7 +174,7 @@ def main():
                 for _ in range(options.people)
             ]
         serve(folder, options.database, tokens, options.seconds, options.think, result)
-        rank_many(site, options.rankings)
+        rank_many(site, options.tasks, options.rankings)
         for name in ("ranks", "preferences", "demonstrations"):
             begun = time.monotonic()
             lines = sum(

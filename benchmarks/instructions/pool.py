@@ -1,6 +1,6 @@
 """A pool of real instructions: HH prompts, GSM8K's training questions, questions from books.
 
-    python benchmarks/instructions/pool.py pool.jsonl [--harmless 1000] [--gsm8k 950] [--books made]
+    python benchmarks/instructions/pool.py pool.jsonl [--harmless 1100] [--gsm8k 950] [--books made]
 
 Needs the files of OPENQWEN_SHARED_DATA. `made` is an artifact of `openqwen synthesize repurpose`
 (steps.sh makes one from passages of books): its instructions are added, 400 of them by default.
@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from openqwen.support.files import write_jsonl
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("OPENQWEN_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -48,24 +50,22 @@ def books(made: Path) -> list[str]:
 
 def passages(folder: Path, count: int) -> None:
     """Write documents of a few thousand characters from many books, for `repurpose`."""
+    written: list[dict[str, Any]] = []
+    for book in records(DATA / "corpus/books_en_train_1.jsonl.gz"):
+        for part in range(-(-count // 150)):
+            start = 20_000 + 40_000 * part  # behind title pages and lists of contents
+            text = book["text"][start : start + 3_000]
+            if len(text) == 3_000 and len(written) < count:
+                written.append({"id": f"{book['id']}/{part}", "text": text})
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "books.jsonl", "w", encoding="utf-8") as file:
-        written = 0
-        for book in records(DATA / "corpus/books_en_train_1.jsonl.gz"):
-            for part in range(-(-count // 150)):
-                start = 20_000 + 40_000 * part  # behind title pages and lists of contents
-                text = book["text"][start : start + 3_000]
-                if len(text) == 3_000 and written < count:
-                    record = {"id": f"{book['id']}/{part}", "text": text}
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    written += 1
+    write_jsonl(folder / "books.jsonl", written)
 
 
 def main() -> None:
     """Write the pool, or the passages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--harmless", type=int, default=1_000)
+    parser.add_argument("--harmless", type=int, default=1_100)
     parser.add_argument("--gsm8k", type=int, default=950)
     parser.add_argument("--books", type=Path)
     parser.add_argument("--from-books", type=int, default=400)
@@ -85,12 +85,11 @@ def main() -> None:
         random.Random(0).shuffle(texts)
         sources.append([(name, text) for text in texts[:count]])
     found = [one for row in zip_longest(*sources) for one in row if one]
-    with open(asked.output, "w", encoding="utf-8") as file:
-        for n, (name, text) in enumerate(found):
-            prompt = [{"role": "user", "content": text}]
-            origin = {"method": "read", "source": name}
-            line = {"id": f"{name}-{n}", "prompt": prompt, "origin": origin}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    lines = []
+    for n, (name, text) in enumerate(found):
+        line = {"id": f"{name}-{n}", "prompt": [{"role": "user", "content": text}]}
+        lines.append(line | {"origin": {"method": "read", "source": name}})
+    write_jsonl(asked.output, lines)
     print({name: len(some) for (name, _, _), some in zip(parts, sources)}, len(found))
 
 

@@ -22,7 +22,7 @@ class Scripted:
     """answer: (prompt as text, seed) -> text, an Output, or an exception to raise."""
 
     def __init__(self, answer):
-        self.answer, self.asked = answer, []
+        self.answer, self.asked, self.sampled = answer, [], []
 
     def generate(self, prompts, sampling=None, seeds=None, progress=None):
         assert isinstance(sampling, Sampling)
@@ -30,6 +30,7 @@ class Scripted:
         for prompt, seed in zip(prompts, seeds, strict=True):
             text = "\n".join(m["content"] for m in prompt)
             self.asked.append((text, seed))
+            self.sampled.append(sampling)
             said = self.answer(text, seed)
             if isinstance(said, BaseException):
                 raise said

@@ -1,6 +1,8 @@
 """Attacks on the annotation site over HTTP: refused, recorded, and nothing leaks."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from annotation import PASSWORD, Visitor, make_tasks
@@ -205,6 +207,20 @@ def test_thousands_of_log_ins_are_refused_and_neither_hashed_nor_written(place, 
     assert {event.new["reason"] for event in refused} == {"wrong_password", "too_many"}
     body = {"name": "Ann", "password": PASSWORD}
     assert Visitor(p.app, "10.0.0.8").send("POST", "/api/login", body).status_code == 200
+
+
+def test_passwords_are_hashed_by_two_threads_however_many_ask(monkeypatch):
+    threads = set()
+
+    def scrypt(*_, **__):
+        threads.add(threading.get_ident())
+        return bytes(32)
+
+    monkeypatch.setattr(accounts.hashlib, "scrypt", scrypt)
+    with ThreadPoolExecutor(8) as pool:
+        hashed = list(pool.map(accounts.hash_password, [PASSWORD] * 40))
+    assert len(set(hashed)) == 40  # each has a salt of its own
+    assert 1 <= len(threads) <= 2
 
 
 def test_an_unknown_name_takes_as_much_work_as_a_wrong_password(place, monkeypatch):

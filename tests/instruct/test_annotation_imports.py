@@ -167,6 +167,9 @@ def test_a_judge_is_one_more_annotator_and_is_left_out_of_p(place):
     counts = run_judge(p.site.database, p.site.project, "judge", 100, judge)
     assert counts == {"answered": 4, "skipped": 1}
     assert "m1" not in judge.prompts[0][0]["content"]
+    examples = {p[0]["content"].rpartition("form: ")[2] for p in judge.prompts}
+    assert all(ranks_of(example, "ABC") for example in examples)
+    assert len(examples) > 1  # a judge that copies it favours no place
     assert exported(p.site, "preferences") == []
     assert run_judge(p.site.database, p.site.project, "judge", 100, judge)["answered"] == 0
     owner = p.person("Olga", "owner")

@@ -38,6 +38,11 @@ HARDER = (
             "d'elle pendant l'hiver.",
             "changed language",
         ),
+        (
+            "How do I bake bread for eight guests on Sunday in a small gas oven and a flat that "
+            "stands 2,000 metres above the sea?",
+            "another subject",
+        ),
         ("…", "no words"),
     ],
 )

@@ -13,14 +13,16 @@ from scripted import Scripted, number, run
 from hostile import Hostile
 from openqwen.cli import main
 from openqwen.engine import Engine, Output
+from openqwen.engine.constrain import Structures
 from openqwen.instruct.collaborate.aggregate import AggregationConfig, aggregate, plain
 from openqwen.instruct.collaborate.embed import embedder
 from openqwen.instruct.collaborate.mining import dbscan
 from openqwen.instruct.collaborate.pool import Instruction, read_pool
-from openqwen.instruct.collaborate.tag import TagConfig, Tagging, build_tree, read_tags
+from openqwen.instruct.collaborate.tag import TagConfig, Tagging, answer_form, build_tree, read_tags
 from openqwen.model import load_model
 from openqwen.support.errors import OpenQwenError
-from openqwen.tokenizer import load_tokenizer
+from openqwen.tokenizer import Tokenizer, load_tokenizer
+from openqwen.tokenizer.pretokenize import BYTES_IN_ID_ORDER
 
 
 def config(**values):
@@ -189,7 +191,7 @@ def test_broken_json_is_counted_and_its_whole_entries_are_read(tmp_path):
     cut = Output('[{"tag": "Math", "explanation": "x"}, {"tag": "sh', finish_reason="length")
 
     def model(text, seed):
-        place = int(text.rsplit("Question ", 1)[1].strip("?"))
+        place = int(text.rsplit("Question ", 1)[1].partition("?")[0])
         return [TAGS, cut, "no tags here"][place % 3]
 
     counted, _, folder = tag(tmp_path, model, completeness=False)
@@ -201,6 +203,39 @@ def test_broken_json_is_counted_and_its_whole_entries_are_read(tmp_path):
     page = (folder / "report.html").read_text()
     assert "8 of 12 answers were broken JSON" in page
     assert "no JSON" in (folder / "quarantine.jsonl").read_text()
+
+
+def test_the_form_of_the_answer_is_forced_unless_that_is_switched_off(tmp_path):
+    _, generator, _ = tag(tmp_path / "one", SAYS, POOL[:1], most_tags=3, completeness=False)
+    assert generator.sampled[0].structure == answer_form(3)
+    _, generator, _ = tag(tmp_path / "two", SAYS, POOL[:1], forced=False, completeness=False)
+    assert generator.sampled[0].structure is None
+
+
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        ('[{"tag":"word problem","explanation":"numbers in a story"}]', True),
+        ('[{"tag":"a","explanation":"b"},{"tag":"诗歌","explanation":"要求写一首诗"}]', True),
+        ('[{"tag":"a b c d e","explanation":"b"}]', False),
+        ('[{"tag":"Why?","explanation":"b"}]', False),
+        ('[{"tag":"a"}]', False),
+        ('[{"tag":"a","explanation":"b"},{"tag":"a","explanation":"b"},{"tag":"c', False),
+        ("[]", False),
+        ("Sure", False),
+    ],
+)
+def test_the_forced_form_takes_short_tags_alone(said, whole):
+    pytest.importorskip("llguidance")
+    words = Tokenizer(BYTES_IN_ID_ORDER, [])
+    matcher = Structures(words, [words.eos_id]).matcher(answer_form(2))
+    ids = words.encode(said)
+    fits = len(matcher.fitting(ids)) == len(ids)
+    for token in ids if fits else ():
+        matcher.accept(token)
+    ends = matcher.complete or bool(matcher.masks([], words.vocab_size)[0][words.eos_id])
+    assert (fits and ends) == whole
+    assert not whole or len(read_tags(Output(said, finish_reason="stop"))) == len(json.loads(said))
 
 
 def test_a_model_of_nonsense_is_an_error_that_says_so(tmp_path):
@@ -244,9 +279,10 @@ def server():
             ]
             handler.say(200, {"data": data[::-1]})
             return
-        text = body["messages"][-1]["content"]
+        text = body["messages"][-1]["content"].rpartition("Instruction:")[2]  # not the examples
         topic = "alpha" if "1" in text else "alps" if "2" in text else "beta"
-        said = "Score: 4" if "Score" in text else json.dumps([{"tag": topic, "explanation": "e"}])
+        said = json.dumps([{"tag": topic, "explanation": "e"}])
+        said = "Score: 4" if "Score" in body["messages"][-1]["content"] else said
         handler.say(200, {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]})
 
     server.respond = respond

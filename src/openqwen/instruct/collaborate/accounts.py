@@ -7,6 +7,7 @@ import threading
 import time
 import unicodedata
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -21,7 +22,8 @@ Role = Literal["annotator", "reviewer", "owner"]
 ROLES: tuple[Role, ...] = ("annotator", "reviewer", "owner")  # each may do what those before may
 _SHORTEST, _LONGEST = 10, 1_000  # characters of a password
 _COST = {"n": 2**14, "r": 8, "p": 5}  # of scrypt, as OWASP advises: 16 MB and about 0.2 s
-_HASHING = threading.BoundedSemaphore(2)  # so that log-ins take neither all CPUs nor all memory
+# Log-ins take neither all CPUs nor all memory: each thread that computes a hash keeps its 16 MB.
+_HASHING = ThreadPoolExecutor(2, "scrypt")
 _MOST_KEPT = 10_000  # callers that a rate limit remembers
 
 
@@ -93,8 +95,8 @@ def password_is(password: str, known: str | None) -> bool:
 
 def _scrypt(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
     text = unicodedata.normalize("NFKC", password).encode("utf-8", "replace")
-    with _HASHING:
-        return hashlib.scrypt(text, salt=salt, n=n, r=r, p=p, maxmem=2**27, dklen=32)
+    cost = {"n": n, "r": r, "p": p, "maxmem": 2**27}
+    return _HASHING.submit(hashlib.scrypt, text, salt=salt, dklen=32, **cost).result()
 
 
 def iso(seconds: float) -> str:

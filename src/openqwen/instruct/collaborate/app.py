@@ -30,7 +30,8 @@ def annotate(source: str, config: AnnotateConfig) -> None:
         if config.judge:
             from openqwen.instruct.collaborate.judge_annotator import run_judge
 
-            run_judge(site.database, site.project, config.judge, config.judge_tasks)
+            given = (config.judge, config.judge_tasks, None, config.judge_quantize)
+            run_judge(site.database, site.project, *given)
         if config.export:
             for name, count in write_exports(site.database, site.project, config.export).items():
                 console.print(f"{config.export / name}.jsonl: {count:,} records")

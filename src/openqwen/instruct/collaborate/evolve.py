@@ -43,6 +43,7 @@ _PROMPT_WORDS = re.compile(
     re.I,
 )
 _ADDED = 2  # fewest words that an evolution adds
+_KEPT = 0.25  # smallest share of an instruction's longer words that its evolution keeps
 _LANGUAGE_LETTERS = 60  # fewer letters than this do not tell one language of a script from another
 _VERDICTS = {"request": "request", "answer": "answer", "请求": "request", "回答": "answer"}
 
@@ -138,7 +139,10 @@ def failure(text: str, evolved: str) -> str:
         return "shortened"
     if _PROMPT_WORDS.search(evolved) and not _PROMPT_WORDS.search(text):
         return "talks of the prompt"
-    return "changed language" if _other_language(text, evolved) else ""
+    if _other_language(text, evolved):
+        return "changed language"
+    subject = {word for word in old if len(word) > 3 or not word.isascii()}
+    return "another subject" if len(subject & set(new)) < _KEPT * len(subject) else ""
 
 
 def _other_language(text: str, evolved: str) -> bool:

@@ -35,17 +35,17 @@ def export_events(connection: Connection, project: ProjectConfig) -> Iterator[Re
 def export_ranks(connection: Connection, project: ProjectConfig) -> Iterator[Record]:
     """Each task's responses by Bradley-Terry, with 95% intervals, and every person's ranks."""
     for block in results(connection):
-        for result, (scores, low, high) in zip(block, _strengths(block)):
+        for result, (order, scores, low, high) in zip(block, _ranked(block)):
             assert result.body is not None
-            order = np.argsort(-scores, kind="stable")
+            given = result.body["responses"]
             responses = [
                 {
-                    "index": int(n),
-                    "score": round(float(scores[n]), 6),
-                    "low": round(float(low[n]), 6),
-                    "high": round(float(high[n]), 6),
-                    "text": result.body["responses"][n]["text"],
-                    "model": result.body["responses"][n]["origin"].get("model"),
+                    "index": n,
+                    "score": scores[n],
+                    "low": low[n],
+                    "high": high[n],
+                    "text": given[n]["text"],
+                    "model": given[n]["origin"].get("model"),
                 }
                 for n in order
             ]
@@ -102,16 +102,21 @@ def export_preferences(connection: Connection, project: ProjectConfig) -> Iterat
                 continue
             assert result.body is not None
             responses = result.body["responses"]
+            common = _origin(project, result)
             for pair, (wins, losses, ties) in _votes(result).items():
                 count = wins + losses + ties
                 if wins == losses:
                     continue
                 chosen, rejected = pair if wins > losses else reversed(pair)
-                origin = _origin(project, result)
-                origin |= {"margin": abs(wins - losses) / count, "count": count}
-                origin |= {"wins": max(wins, losses), "losses": min(wins, losses), "ties": ties}
-                origin |= {"chosen": responses[chosen]["origin"]}
-                origin |= {"rejected": responses[rejected]["origin"]}
+                origin = common | {
+                    "margin": abs(wins - losses) / count,
+                    "count": count,
+                    "wins": max(wins, losses),
+                    "losses": min(wins, losses),
+                    "ties": ties,
+                    "chosen": responses[chosen]["origin"],
+                    "rejected": responses[rejected]["origin"],
+                }
                 yield {
                     "prompt": result.body["prompt"],
                     "chosen": [_assistant(responses[chosen]["text"])],
@@ -127,7 +132,7 @@ def export_demonstrations(connection: Connection, project: ProjectConfig) -> Ite
     scores and none of its barred flags, and no other shares the first place.
     """
     for block in results(connection):
-        for result, (scores, _, _) in zip(block, _strengths(block)):
+        for result, (strengths, row) in zip(block, _fit(block)):
             if result.gold is not None:
                 continue
             assert result.body is not None
@@ -139,7 +144,7 @@ def export_demonstrations(connection: Connection, project: ProjectConfig) -> Ite
                 if source is not None:
                     about["response"] = result.body["responses"][source]["origin"]
                 yield {"messages": [*prompt, _assistant(text)], "origin": origin | about}
-            best = None if written else _best(result, scores, project)
+            best = None if written else _best(result, strengths.scores[row], project)
             if best is not None:
                 response = result.body["responses"][best]
                 about = {"edited": False, "from": best, "response": response["origin"]}
@@ -223,8 +228,15 @@ def _fit(block: list[TaskResult]) -> list[tuple[bradley_terry.Strengths, int]]:
     return [fitted[n] for n in range(len(block))]
 
 
-def _strengths(block: list[TaskResult]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    return [(s.scores[row], s.low[row], s.high[row]) for s, row in _fit(block)]
+def _ranked(block: list[TaskResult]) -> Iterator[tuple[list[Any], ...]]:
+    """Of each task: its responses in order, their strengths, and the bounds of these."""
+    tables: dict[int, tuple[list[Any], ...]] = {}
+    for strengths, row in _fit(block):
+        if id(strengths) not in tables:  # all tasks of one size at once: NumPy's calls cost more
+            order = np.argsort(-strengths.scores, kind="stable").tolist()
+            values = (strengths.scores, strengths.low, strengths.high)
+            tables[id(strengths)] = (order, *(np.round(one, 6).tolist() for one in values))
+        yield tuple(table[row] for table in tables[id(strengths)])
 
 
 def _written(result: TaskResult) -> dict[str, PersonAnswer]:

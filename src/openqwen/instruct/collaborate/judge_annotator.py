@@ -4,20 +4,22 @@ It sees what people see: the responses in an order drawn for it, and the guideli
 place of a person, and exports leave its answers out of D and P.
 """
 
+import random
 import re
 import time
 from collections.abc import Sequence
 
 from sqlalchemy import Connection, Row, select
 
-from openqwen.engine import Endpoint, Engine, Generator, Sampling
+from openqwen.engine import Endpoint, EngineConfig, Generator, Sampling
+from openqwen.engine.workers import EngineSource
 from openqwen.instruct.collaborate.accounts import add_person
 from openqwen.instruct.collaborate.annotate import answer_event, content
 from openqwen.instruct.collaborate.answers import SLOTS, AnswerBody, check_complete, stored
 from openqwen.instruct.collaborate.database import Database
 from openqwen.instruct.collaborate.events import LogEvent, loads, record
 from openqwen.instruct.collaborate.queue import lease_next
-from openqwen.instruct.collaborate.settings import ProjectConfig
+from openqwen.instruct.collaborate.settings import ProjectConfig, Quantization
 from openqwen.instruct.collaborate.tables import people, work
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.hub import local
@@ -36,7 +38,8 @@ Rank the responses to an instruction from best to worst.
 {responses}
 
 First say in a few sentences how the responses differ. Then write one last line with all letters \
-({slots}): ">" where the left one is better, "=" where two are equally good. Example: B > A = C"""
+({slots}): ">" where the left one is better, "=" where two are equally good. \
+Example of its form: {example}"""
 
 
 def run_judge(
@@ -45,6 +48,7 @@ def run_judge(
     source: str,
     most: int,
     generator: Generator | None = None,
+    quantize: Quantization | None = None,
 ) -> dict[str, int]:
     """Let a model answer tasks of the queue.
 
@@ -52,11 +56,12 @@ def run_judge(
         source: a folder, a .gguf file, a hub id, or URL#MODEL of a server with OpenAI's API.
         most: tasks that it answers in this run; an interrupted run goes on where it was.
         generator: the model, if it is loaded already.
+        quantize: how its weights are stored where it is loaded here.
 
     Returns:
         How many tasks it "answered" and "skipped" (its answers had no order of all responses).
     """
-    name, generator = _open(source, generator)
+    name, generator = _open(source, quantize, generator)
     counts = {"answered": 0, "skipped": 0}
     with progress("judge", most, "tasks") as bar:
         while (asked := counts["answered"] + counts["skipped"]) < most:
@@ -106,11 +111,20 @@ def judge_messages(
         instruction=asked,
         responses="\n\n".join(texts),
         slots=", ".join(slots),
+        example=_example(slots, f"{project.seed}/{row.task}/{row.version}"),
     )
     return [{"role": "user", "content": text}]
 
 
-def _open(source: str, generator: Generator | None) -> tuple[str, Generator]:
+def _example(slots: str, name: str) -> str:
+    """An order of all slots, drawn for each task: a weak judge copies it, and favours no place."""
+    drawn = random.Random(f"example/{name}").sample(slots, len(slots))
+    return f"{' > '.join(drawn[:-1])} {'=' if len(drawn) > 2 else '>'} {drawn[-1]}"
+
+
+def _open(
+    source: str, quantize: Quantization | None, generator: Generator | None
+) -> tuple[str, Generator]:
     """(the judge's name, its model)."""
     if generator is not None:
         return source, generator
@@ -120,12 +134,7 @@ def _open(source: str, generator: Generator | None) -> tuple[str, Generator]:
             do = "give URL#MODEL, such as http://127.0.0.1:8000/v1#qwen"
             raise OpenQwenError("The judge's model is not named.", "--judge", do)
         return name, Endpoint(url, name)
-    from openqwen.model import load_model
-    from openqwen.support.device import best_device
-    from openqwen.tokenizer import load_tokenizer
-
-    folder = local(source)
-    engine = Engine(load_model(folder, device=best_device()), load_tokenizer(folder))
+    engine = EngineSource(local(source), quantize, EngineConfig(max_running=_BATCH)).load()
     return source.rstrip("/").rpartition("/")[2], engine
 
 

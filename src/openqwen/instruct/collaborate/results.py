@@ -10,7 +10,7 @@ from openqwen.instruct.collaborate.answers import Answer, preference
 from openqwen.instruct.collaborate.events import loads
 from openqwen.instruct.collaborate.tables import contents, people, tasks, work
 
-_BLOCK = 1_000  # tasks
+_BLOCK = 200  # tasks: more objects that live at once cost the garbage collector more
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from openqwen.support.settings import Settings, validate
 PROJECT_FILE = "project.yaml"
 DATABASE_FILE = "annotations.db"
 LEVELS = 10  # priorities are 0 to 9
+Quantization = Literal["int8", "int4"]
 _NAME = r"^[A-Za-z0-9_-]{1,40}$"
 _TEMPLATE = """\
 # An annotation project of OpenQwen. Changes count from the next start of `openqwen annotate`.
@@ -64,6 +65,9 @@ class AnnotateConfig(ListenConfig):
         None,
         description="a model that answers as one more annotator; the site is not run: a folder, a "
         ".gguf file, a hub id, or URL#MODEL of a server with OpenAI's API",
+    )
+    judge_quantize: Quantization | None = Field(
+        None, description="quantise the judge's weights when they are loaded"
     )
     judge_tasks: int = Field(100, ge=1, description="most tasks that the judge answers")
     max_body: int = Field(64 << 20, gt=0, description="largest file to import, in bytes")

@@ -4,6 +4,7 @@ Lu et al. 2023, "#InsTag: Instruction Tagging for Analyzing Supervised Fine-tuni
 Models"; Qwen2 report, section 4.1 ("Automatic Ontology Extraction"). The prompts are ours.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from openqwen.engine import Output, Sampling
+from openqwen.engine import Output, Sampling, Structure
 from openqwen.instruct.collaborate.aggregate import AggregationConfig, Embed, aggregate
 from openqwen.instruct.collaborate.embed import embedder
 from openqwen.instruct.collaborate.page import Section, write_page
@@ -30,6 +31,9 @@ from openqwen.support.stage import PROMPTS, Stage, StageRun
 _OBJECT = re.compile(r"\{[^{}]*\}")
 _LONGEST_TAG = 80  # characters
 _EXPLANATIONS = 3  # kept of each tag; so are examples
+# Words are counted, not characters: a bound of characters cuts a small model's words in the middle.
+_TAG = r"[^\s\"\\.,:;?!()\[\]{}]+( [^\s\"\\.,:;?!()\[\]{}]+){0,3}"
+_TOLD = r"[^\s\"\\\[\]{}]+( [^\s\"\\\[\]{}]+){0,15}"
 
 
 class TagConfig(SynthesisConfig):
@@ -39,6 +43,11 @@ class TagConfig(SynthesisConfig):
     most_tags: int = Field(24, ge=1, description="tags of an instruction that are read")
     longest: int = Field(
         4_000, ge=1, description="characters of an instruction that the model is shown"
+    )
+    forced: bool = Field(
+        True,
+        description="force the form of the answer, a JSON list of short tags; by a server, "
+        "one that follows JSON schemas",
     )
     completeness: bool = Field(
         True, description="let the model score, 0 to 10, whether an instruction says all it must"
@@ -62,7 +71,9 @@ class Tagging(PoolMethod):
             return
         text = instruction.text[: self.config.longest]
         prompt = work.messages("tag", text=text)
-        (output,) = yield from work.ask([prompt], Sampling(self.config.max_tokens))
+        form = answer_form(self.config.most_tags) if self.config.forced else None
+        sampling = Sampling(self.config.max_tokens, structure=form)
+        (output,) = yield from work.ask([prompt], sampling)
         whole = reading.json_value(output.text) is not None and output.finish_reason == "stop"
         work.gate("is JSON", whole)  # of a broken list, the whole entries are read
         tags = read_tags(output)[: self.config.most_tags]
@@ -76,6 +87,16 @@ class Tagging(PoolMethod):
             values["completeness"] = reading.score(judged.text)
             work.gate("has a score", values["completeness"] is not None)
         work.record("tagged", instruction.as_record(**values), **instruction.ancestry())
+
+
+def answer_form(most: int) -> Structure:
+    """A list of 1 to `most` tags of up to four words, each with an explanation of up to 16."""
+    texts = {"tag": _TAG, "explanation": _TOLD}
+    fields = {name: {"type": "string", "pattern": f"^{form}$"} for name, form in texts.items()}
+    entry: dict[str, Any] = {"type": "object", "properties": fields, "required": list(fields)}
+    entry["additionalProperties"] = False
+    schema = {"type": "array", "items": entry, "minItems": 1, "maxItems": most}
+    return Structure("json_schema", json.dumps(schema))
 
 
 def read_tags(output: Output) -> list[dict[str, str]]:
