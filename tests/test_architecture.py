@@ -22,17 +22,17 @@ LONGEST_ROOMS = {
     ".": 480,
     "corpus": 5_049,
     "engine": 3_863,
-    "evaluate": 4_635,
+    "evaluate": 4_767,
     "http": 773,
-    "instruct": 11_779,
+    "instruct": 11_832,
     "model": 5_296,
-    "recipe": 3_304,
-    "sandbox": 2_685,
+    "recipe": 3_315,
+    "sandbox": 2_696,
     "serve": 3_434,
-    "support": 2_453,
+    "support": 2_458,
     "tasks": 3_523,
     "tokenizer": 2_615,
-    "train": 9_911,
+    "train": 9_990,
 }
 MODULES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path
