@@ -34,7 +34,11 @@ from openqwen.tasks.checkable import generate_tasks
 # How tasks are answered -> the field of an answer in test.jsonl.
 DECODING = {"greedy": "correct", "at 0.7": "correct_at_0.7", "at 1.0": "sampled_correct"}
 # The same of the style: whether an answer stands alone.
-STYLE = {"greedy": "style", "at 0.7": "style_at_0.7", "at 1.0": "sampled_style"}
+STYLE = {
+    "style, greedy": "style",
+    "style, at 0.7": "style_at_0.7",
+    "style, at 1.0": "sampled_style",
+}
 
 
 class Interval(NamedTuple):
@@ -120,31 +124,8 @@ def tables(runs: Sequence[Run]) -> str:
     if not stages:
         raise OpenQwenError("No stage of this run was tested.", runs[0].folder, "run it up to sft")
     problems = problems_of(runs[0], stages[0])
-    lines = ["| stage | answers | each seed, % | mean, % | gain on its start, points | each seed |"]
-    lines.append("|---|---|---|---|---|---|")
-    for stage in stages:
-        start = runs[0].scores(stage).get("start")
-        for title, field in DECODING.items():
-            values_SN = right(runs, stage, field)
-            cells = [stage, title, _each(values_SN, _percent), _told(values_SN, problems, _percent)]
-            if start:
-                gain_SN = values_SN - right(runs, start, field)
-                cells += [
-                    f"{_told(gain_SN, problems, _points)} on {start}",
-                    _each(gain_SN, _points),
-                ]
-            else:
-                means = 100 * values_SN.mean(1)
-                far = float(np.abs(means - means.mean()).max())
-                cells += [f"seeds lie within ±{far:.1f} of their mean", ""]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| stage | answers that stand alone | each seed, % | mean, % |"]
-    lines.append("|---|---|---|---|")
-    for stage in stages:
-        for title, field in STYLE.items():
-            values_SN = right(runs, stage, field)
-            each, mean = _each(values_SN, _percent), _told(values_SN, problems, _percent)
-            lines.append(f"| {stage} | style, {title} | {each} | {mean} |")
+    lines = _shares(runs, stages, DECODING, "answers that are right", problems)
+    lines += ["", *_shares(runs, stages, STYLE, "answers that stand alone", problems)]
     lines += ["", "| reward model | each seed, % |", "|---|---|"]
     pairs = (("pairs ranked right", "test_pair_accuracy"), ("near misses", "test_near_accuracy"))
     scores = [run.scores("reward") for run in runs]
@@ -156,6 +137,36 @@ def tables(runs: Sequence[Run]) -> str:
         if found:
             lines.append(f"| {title} | {', '.join(map(_percent, found))} |")
     return "\n".join(lines)
+
+
+def _shares(
+    runs: Sequence[Run],
+    stages: Sequence[str],
+    fields: dict[str, str],
+    title: str,
+    problems: Sequence[str],
+) -> list[str]:
+    """A table of the shares of answers with these fields, and of their gains on the stage's start."""
+    lines = [
+        f"| stage | {title} | each seed, % | mean, % | gain on its start, points | each seed |"
+    ]
+    lines.append("|---|---|---|---|---|---|")
+    for stage in stages:
+        start = runs[0].scores(stage).get("start")
+        for decoding, field in fields.items():
+            values_SN = right(runs, stage, field)
+            told = _told(values_SN, problems, _percent)
+            cells = [stage, decoding, _each(values_SN, _percent), told]
+            if start:
+                gain_SN = values_SN - right(runs, start, field)
+                gain = _told(gain_SN, problems, _points)
+                cells += [f"{gain} on {start}", _each(gain_SN, _points)]
+            else:
+                means = 100 * values_SN.mean(1)
+                far = float(np.abs(means - means.mean()).max())
+                cells += [f"seeds lie within ±{far:.1f} of their mean", ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _told(values_SN: np.ndarray, problems: Sequence[str], show) -> str:
