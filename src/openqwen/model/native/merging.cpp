@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "places.h"
@@ -32,7 +33,7 @@ struct MergingCall {
   const int64_t* task_starts;
   uint64_t step_key, task_key, limit;
   int64_t form, task_type, fresh, merges;
-  int64_t low, high, listed;
+  int64_t low, high, listed, keep;
   Mask* lanes;
   int64_t* starts;
   float* steps;
@@ -246,7 +247,7 @@ void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
 }
 
 template <int kForm, class Task>
-void apply_part(const MergingCall& c, int64_t begin, int64_t length) {
+void apply_kept(const MergingCall& c, int64_t begin, int64_t length) {
   if (c.listed) {
     apply_block<kForm, kListed, Task>(c, begin, length);
   } else if (c.merges && !(c.limit >> 32)) {
@@ -352,37 +353,76 @@ void histogram(const MergingCall& c, int64_t* counts, int64_t slots, const Slot&
   }
 }
 
+void apply(const MergingCall& c) {
+  const bool narrow = c.task_type == kBFloat16;
+  const auto block = c.form == kDare           ? narrow ? apply_kept<kDare, uint16_t>
+                                                        : apply_kept<kDare, float>
+                     : c.form == kTiesWeighted ? narrow ? apply_kept<kTiesWeighted, uint16_t>
+                                                        : apply_kept<kTiesWeighted, float>
+                     : narrow                  ? apply_kept<kTiesUnweighted, uint16_t>
+                                               : apply_kept<kTiesUnweighted, float>;
+  parallel_for(c.count, kBlock,
+               [&](int64_t begin, int64_t end) { block(c, begin, end - begin); });
+}
+
+void collect(MergingCall& c) {
+  Collector collector{c};
+  parallel_for(c.count, kBlock,
+               [&](int64_t begin, int64_t end) { collector.block(begin, end - begin); });
+  c.steps_count = collector.steps_count;
+  c.near_count = collector.near_count;
+  c.above = collector.above;
+  c.arrays[kGradient] = nullptr;  // the moments are updated
+}
+
+// Find the magnitude of the `keep`-th largest step among those that `collect` wrote down: whether
+// it is within the bounds. See `collected` in train/merging/largest.py, which does so over ranks.
+bool choose_last(MergingCall& c) {
+  const int64_t left = c.keep - c.above, near = c.near_count;
+  if (c.steps_count > c.steps_room || near > c.near_room || left < 0) return false;
+  if (left > near && c.low > 1) return false;
+  c.threshold = left ? c.low : c.high + 1;
+  c.last = -1;
+  if (left == 0 || left >= near) return true;
+  std::vector<int32_t> bits(c.near_bits, c.near_bits + near);
+  std::nth_element(bits.begin(), bits.begin() + (left - 1), bits.end(), std::greater<int32_t>());
+  const int32_t found = bits[left - 1];
+  const int64_t larger = std::count_if(bits.begin(), bits.begin() + left,
+                                       [=](int32_t value) { return value > found; });
+  std::vector<int64_t> equal;
+  for (int64_t k = 0; k < near; ++k) {
+    if (c.near_bits[k] == found) equal.push_back(global_index(c, c.near_places[k]));
+  }
+  c.threshold = found;
+  const int64_t kept = left - larger;
+  if (kept == int64_t(equal.size())) return true;
+  std::nth_element(equal.begin(), equal.begin() + (kept - 1), equal.end());
+  c.last = equal[kept - 1];
+  return true;
+}
+
 }  // namespace
 }  // namespace openqwen
 
-// Merge the step with the task vector, after the moments' update where there is a gradient.
-extern "C" void openqwen_merging_apply(const openqwen::MergingCall* call) {
+// Do the steps of several parameters, one after the other. With `keep`, the largest steps are
+// chosen first; where they are not found, the moments alone are updated and `listed` is 0.
+extern "C" void openqwen_merging_steps(openqwen::MergingCall* calls, int64_t count) {
   using namespace openqwen;
-  const bool narrow = call->task_type == kBFloat16;
-  const auto block = call->form == kDare           ? narrow ? apply_part<kDare, uint16_t>
-                                                            : apply_part<kDare, float>
-                     : call->form == kTiesWeighted ? narrow ? apply_part<kTiesWeighted, uint16_t>
-                                                            : apply_part<kTiesWeighted, float>
-                     : narrow                      ? apply_part<kTiesUnweighted, uint16_t>
-                                                   : apply_part<kTiesUnweighted, float>;
-  parallel_for(call->count, kBlock,
-               [&](int64_t begin, int64_t end) { block(*call, begin, end - begin); });
+  for (MergingCall* call = calls; call < calls + count; ++call) {
+    if (call->keep) {
+      collect(*call);
+      call->listed = choose_last(*call);
+    }
+    if (!call->keep || call->listed) apply(*call);
+  }
 }
 
 // Update the moments where there is a gradient, and write down the large steps.
-extern "C" void openqwen_merging_collect(openqwen::MergingCall* call) {
-  using namespace openqwen;
-  Collector collector{*call};
-  parallel_for(call->count, kBlock,
-               [&](int64_t begin, int64_t end) { collector.block(begin, end - begin); });
-  call->steps_count = collector.steps_count;
-  call->near_count = collector.near_count;
-  call->above = collector.above;
-}
+extern "C" void openqwen_merging_collect(openqwen::MergingCall* call) { openqwen::collect(*call); }
 
 // Update the moments where there is a gradient, and count the magnitudes of the step: by their
 // upper 16 bits with bucket < 0, else by their lower 15 bits within that bucket.
-extern "C" void openqwen_merging_count(const openqwen::MergingCall* call, int64_t bucket,
+extern "C" void openqwen_merging_count(openqwen::MergingCall* call, int64_t bucket,
                                        int64_t* counts) {
   using namespace openqwen;
   if (bucket < 0) {
