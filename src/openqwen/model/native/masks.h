@@ -38,9 +38,15 @@ inline Mask bits_above(Lanes a, int32_t bound) {
   return _mm512_cmpgt_epi32_mask(_mm512_castps_si512(_mm512_abs_ps(a.x)),
                                  _mm512_set1_epi32(bound));
 }
-// The lanes of the mask, side by side; all sixteen floats at `to` are written.
+// The lanes of the mask, side by side; sixteen floats at `to` may be written.
 inline void compress(float* to, Mask mask, Lanes a) {
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, a.x));
+}
+// The same of the lanes' numbers, counted from `first`.
+inline void compress_places(int32_t* to, Mask mask, int32_t first) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i places = _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, places));
 }
 // The opposite: the first lanes of a, in the lanes of the mask.
 inline Lanes expand(Lanes a, Mask mask) { return {_mm512_maskz_expand_ps(mask, a.x)}; }
@@ -107,6 +113,12 @@ inline void compress(float* to, Mask mask, Lanes a) {
   store(x, a);
   for (int i = 0; i < kLanes; ++i) {
     *to = x[i];
+    to += mask >> i & 1;
+  }
+}
+inline void compress_places(int32_t* to, Mask mask, int32_t first) {
+  for (int i = 0; i < kLanes; ++i) {
+    *to = first + i;
     to += mask >> i & 1;
   }
 }

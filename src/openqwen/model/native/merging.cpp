@@ -11,7 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
+#include <utility>
 #include <vector>
 
 #include "places.h"
@@ -48,6 +48,7 @@ struct MergingCall {
 namespace {
 
 constexpr int64_t kAhead = 8, kFar = 64;  // groups between the request for memory and its use
+constexpr int64_t kBuckets = 4096;  // of magnitudes near the last one that is kept
 constexpr int kCoarse = 15;  // bits of a magnitude below the 16 of the first histogram
 
 // Arrays of a block, from its first element on; null where the step needs none.
@@ -292,9 +293,8 @@ struct Collector {
   void block(int64_t begin, int64_t length) {
     const Numbers n(c);
     const Bound may(c);
-    float steps[kBlock + kLanes];
-    int64_t places[kBlock];
-    int32_t bits[kBlock];
+    float steps[kBlock + kLanes], near_steps[kBlock + kLanes];
+    int32_t places[kBlock + kLanes];
     int64_t count = 0, near = 0;
     const int32_t low = int32_t(c.low), high = int32_t(c.high);
     const bool merges = c.merges;
@@ -309,21 +309,20 @@ struct Collector {
       if (!large) return;
       lanes = large;
       compress(steps + count, large, step);
-      for (uint32_t left = large & ~bits_above(step, high); left; left &= left - 1) {
-        const int lane = __builtin_ctz(left);
-        places[near] = begin + place + lane;
-        const int before = __builtin_popcount(large & ((1u << lane) - 1));
-        bits[near++] = magnitude_bits(steps[count + before]);
-      }
       count += __builtin_popcount(large);
+      const Mask within = large & Mask(~bits_above(step, high));
+      if (!within) return;
+      compress(near_steps + near, within, magnitude(step));
+      compress_places(places + near, within, int32_t(place));
+      near += __builtin_popcount(within);
     });
     const int64_t start = c.starts[begin / kBlock] = steps_count.fetch_add(count);
     if (start + count <= c.steps_room) std::memcpy(c.steps + start, steps, 4 * size_t(count));
     above.fetch_add(count - near);
     const int64_t at = near ? near_count.fetch_add(near) : 0;
     if (near && at + near <= c.near_room) {
-      std::memcpy(c.near_places + at, places, 8 * size_t(near));
-      std::memcpy(c.near_bits + at, bits, 4 * size_t(near));
+      for (int64_t k = 0; k < near; ++k) c.near_places[at + k] = begin + places[k];
+      std::memcpy(c.near_bits + at, near_steps, 4 * size_t(near));
     }
   }
 };
@@ -378,26 +377,29 @@ void collect(MergingCall& c) {
 // Find the magnitude of the `keep`-th largest step among those that `collect` wrote down: whether
 // it is within the bounds. See `collected` in train/merging/largest.py, which does so over ranks.
 bool choose_last(MergingCall& c) {
-  const int64_t left = c.keep - c.above, near = c.near_count;
+  int64_t left = c.keep - c.above;
+  const int64_t near = c.near_count;
   if (c.steps_count > c.steps_room || near > c.near_room || left < 0) return false;
   if (left > near && c.low > 1) return false;
   c.threshold = left ? c.low : c.high + 1;
   c.last = -1;
   if (left == 0 || left >= near) return true;
-  std::vector<int32_t> bits(c.near_bits, c.near_bits + near);
-  std::nth_element(bits.begin(), bits.begin() + (left - 1), bits.end(), std::greater<int32_t>());
-  const int32_t found = bits[left - 1];
-  const int64_t larger = std::count_if(bits.begin(), bits.begin() + left,
-                                       [=](int32_t value) { return value > found; });
-  std::vector<int64_t> equal;
+  // The bucket in which it is, then its elements in order: larger ones first, then smaller indices.
+  int shift = 0;
+  while ((c.high - c.low) >> shift >= kBuckets) ++shift;
+  const auto bucket_of = [&](int64_t k) { return (c.near_bits[k] - c.low) >> shift; };
+  int64_t counts[kBuckets] = {}, bucket = kBuckets;
+  for (int64_t k = 0; k < near; ++k) ++counts[bucket_of(k)];
+  while (left > 0) left -= counts[--bucket];
+  left += counts[bucket];
+  std::vector<std::pair<int64_t, int64_t>> found;
   for (int64_t k = 0; k < near; ++k) {
-    if (c.near_bits[k] == found) equal.push_back(global_index(c, c.near_places[k]));
+    if (bucket_of(k) != bucket) continue;
+    found.push_back({-int64_t(c.near_bits[k]), global_index(c, c.near_places[k])});
   }
-  c.threshold = found;
-  const int64_t kept = left - larger;
-  if (kept == int64_t(equal.size())) return true;
-  std::nth_element(equal.begin(), equal.begin() + (kept - 1), equal.end());
-  c.last = equal[kept - 1];
+  std::nth_element(found.begin(), found.begin() + (left - 1), found.end());
+  c.threshold = -found[left - 1].first;
+  c.last = found[left - 1].second;
   return true;
 }
 
