@@ -213,8 +213,7 @@ void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
     if (entries && !packed.lanes) ask(a[kLost] + i);
     if (packed.lanes) {  // far between, so each one takes longer; without a branch
       const int64_t far = std::min(g + kFar, last) - g;
-      const float* lost = a[kLost] + i + far * kLanes;
-      __builtin_prefetch(packed.lanes[g + far] ? lost : a[kWeights] + i, 1);
+      __builtin_prefetch((packed.lanes[g + far] ? a[kLost] + far * kLanes : a[kWeights]) + i, 1);
     }
     Lanes step, weights = load(a[kWeights] + i) * n.decay;
     if (kKept == kListed) {

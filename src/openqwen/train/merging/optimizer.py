@@ -264,9 +264,9 @@ class OnlineMerging(torch.optim.AdamW):
         step = int(state["step"].item())
         if step not in known:
             known[step] = self._numbers(group, step)
-        local = {name: _local(value).view(-1) for name, value in state.items() if name != "step"}
-        local["weights"] = _local(parameter).detach().view(-1)
-        gradient = _local(cast(Tensor, parameter.grad)).contiguous().view(-1)
+        local = {name: _local(value) for name, value in state.items() if name != "step"}
+        local["weights"] = _local(parameter)
+        gradient = _local(cast(Tensor, parameter.grad)).contiguous()
         return _MergedStep(self, part, local, known[step], step), gradient
 
     def _numbers(self, group: dict[str, Any], step: int) -> StepNumbers:
@@ -290,7 +290,7 @@ class OnlineMerging(torch.optim.AdamW):
 class _MergedStep:
     """One step of one parameter, on this rank's elements.
 
-    local: weights, exp_avg, exp_avg_sq, and where there are any lost and cached, [count].
+    local: weights, exp_avg, exp_avg_sq, and where there are any lost and cached.
     """
 
     def __init__(
@@ -312,7 +312,8 @@ class _MergedStep:
 
     def plain(self, gradient: Tensor) -> None:
         """The step in plain PyTorch."""
-        local, numbers, part = self.local, self.numbers, self.part
+        self.local = {name: value.detach().view(-1) for name, value in self.local.items()}
+        local, numbers, part, gradient = self.local, self.numbers, self.part, gradient.view(-1)
         weights = local["weights"]
         dtype = torch.promote_types(weights.dtype, torch.float32)
         mean, square = local["exp_avg"].to(dtype), local["exp_avg_sq"].to(dtype)
