@@ -101,7 +101,7 @@ class LargestSteps:
 
     def run(self, steps: Sequence[PendingStep]) -> None:
         """Do the steps; their calls lack what OnTIES needs."""
-        alone, others = list[PendingStep](), list[PendingStep]()
+        alone, failed, others = (list[PendingStep]() for _ in range(3))
         for step in steps:
             known = self._set_guess(step) and step.part.reduce is whole
             step.call.keep = step.part.largest if known else 0
@@ -112,11 +112,22 @@ class LargestSteps:
                 self._learn(step, done)
             else:  # the moments are updated
                 step.call.gradient = step.call.keep = 0
-                others.append(step)
+                failed.append(step)
+        # All ranks take the same way here, also those that hold nothing of a parameter.
         for step in others:
-            self._choose(step)
-            self._learn(step, step.call)
-            kernels.steps([step.call])
+            if not (self._set_guess(step) and self._collected(step.call, step.part)):
+                failed.append(step)
+            else:
+                self._finish(step)
+        for step in failed:
+            _set_bounds(step.call, *_by_histogram(step.call, step.part))
+            found = self._collected(step.call, step.part)
+            assert found
+            self._finish(step)
+
+    def _finish(self, step: PendingStep) -> None:
+        self._learn(step, step.call)
+        kernels.steps([step.call])
 
     def _learn(self, step: PendingStep, done: kernels.MergingCall) -> None:
         self._guesses[step.part.name].learn(done.threshold, step.rate, done.steps_count)
@@ -132,15 +143,6 @@ class LargestSteps:
             room = guess.room(call.count)
             _set_bounds(call, guess.bounds(step.rate), (room, room))
         return guess.value is not None
-
-    def _choose(self, step: PendingStep) -> None:
-        """Update the moments, and prepare the call for the parameter's largest steps."""
-        call, part = step.call, step.part
-        if call.gradient and self._set_guess(step) and self._collected(call, part):
-            return
-        _set_bounds(call, *_by_histogram(call, part))
-        found = self._collected(call, part)
-        assert found
 
     def _collected(self, call: kernels.MergingCall, part: MergedParameter) -> bool:
         """Write steps down, and find the last kept magnitude among those within the bounds.
