@@ -374,7 +374,7 @@ void collect(MergingCall& c) {
 }
 
 // Find the magnitude of the `keep`-th largest step among those that `collect` wrote down: whether
-// it is within the bounds. See `collected` in train/merging/largest.py, which does so over ranks.
+// it is within the bounds. See `_collected` in train/merging/largest.py, which does so over ranks.
 bool choose_last(MergingCall& c) {
   int64_t left = c.keep - c.above;
   const int64_t near = c.near_count;
