@@ -125,9 +125,10 @@ inline Lanes step_of(const Numbers& n, const Moments& m, const Arrays& a, int64_
   return a[kCached] && merges ? step + load(a[kCached] + i) : step;
 }
 
-// (1 − α) F(d) ⊕ α F(τ) of kept entries.
+// (1 − α) F(d) ⊕ α F(τ) of kept entries. Always inlined: without AVX-512 a call passes Lanes through
+// memory, and the whole loop takes more than twice the time.
 template <int kForm>
-inline Lanes merged(const Numbers& n, Lanes step, Lanes task) {
+[[gnu::always_inline]] inline Lanes merged(const Numbers& n, Lanes step, Lanes task) {
   const Lanes a = step * n.factor, b = task * n.alpha, zero = all(0.0f);
   if (kForm == kDare) return a + b;
   if (kForm == kTiesWeighted) {
@@ -181,7 +182,8 @@ class Draw {
 };
 
 // Which of sixteen listed steps OnTIES keeps.
-Mask largest(const MergingCall& c, Mask listed, Lanes step, int64_t place) {
+[[gnu::always_inline]] inline Mask largest(const MergingCall& c, Mask listed, Lanes step,
+                                           int64_t place) {
   Mask kept = listed & bits_above(step, int32_t(c.threshold - 1));
   if (c.last < 0) return kept;
   for (uint32_t equal = kept & ~bits_above(step, int32_t(c.threshold)); equal; equal &= equal - 1) {
