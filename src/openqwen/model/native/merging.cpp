@@ -125,8 +125,8 @@ inline Lanes step_of(const Numbers& n, const Moments& m, const Arrays& a, int64_
   return a[kCached] && merges ? step + load(a[kCached] + i) : step;
 }
 
-// (1 − α) F(d) ⊕ α F(τ) of kept entries. Always inlined: without AVX-512 a call passes Lanes through
-// memory, and the whole loop takes more than twice the time.
+// (1 − α) F(d) ⊕ α F(τ) of kept entries. Always inlined: without AVX-512 a call passes Lanes
+// through memory, and the whole loop takes more than twice the time.
 template <int kForm>
 [[gnu::always_inline]] inline Lanes merged(const Numbers& n, Lanes step, Lanes task) {
   const Lanes a = step * n.factor, b = task * n.alpha, zero = all(0.0f);
