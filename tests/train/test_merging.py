@@ -1,12 +1,15 @@
 """The Online Merging Optimizer against the paper's equations, AdamW, and itself on other paths."""
 
 import itertools
+import platform
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from openqwen.support import splitmix
+from openqwen.model import kernels as model_kernels
+from openqwen.support import native, splitmix
 from openqwen.support.errors import OpenQwenError
 from openqwen.train.merging import OnlineMerging, kernels
 from openqwen.train.merging.masks import LocalElements, random_mask, stream
@@ -136,11 +139,34 @@ def test_the_compiled_step_gives_the_bits_of_the_plain_one(
         assert torch.equal(compiled[name], plain[name]), name
 
 
+OLDER = {"avx2": ("-mno-avx512f",), "loops": ("-mno-avx512f", "-mno-avx2", "-mno-fma")}
+
+
+@pytest.fixture(params=["this", *OLDER])
+def processor(request, monkeypatch):
+    """The step is compiled for this processor or for an older one."""
+    if request.param not in OLDER:
+        return
+    folder = Path(model_kernels.__file__).parent / "native"
+    names = ("lanes.h", "masks.h", "places.h", "pool.h", "pool.cpp", "merging.cpp")
+    sources = [folder / name for name in names]
+    flags = (*model_kernels._FLAGS, *OLDER[request.param])
+    if platform.machine() != "x86_64" or not (older := native.load("merging", sources, flags)):
+        pytest.skip("builds for older processors are of x86-64")
+
+    def function(name, *arguments):
+        kernel = getattr(older, name)
+        kernel.argtypes, kernel.restype = arguments, None
+        return kernel
+
+    monkeypatch.setattr(kernels, "function", function)
+
+
 @pytest.mark.parametrize("settings", FORMS, ids=lambda s: "-".join(s.values()))
 @pytest.mark.parametrize("reserve", [0.3, 0.02])
 @pytest.mark.parametrize("size", [(5, 4096), (1, 20_003), (37, 541)])
 def test_blocks_and_their_ends_have_the_bits_of_the_plain_step(
-    settings, reserve, size, monkeypatch
+    settings, reserve, size, processor, monkeypatch
 ):
     """Tensors of several blocks, some of which end within sixteen elements."""
     rng = np.random.default_rng(5)

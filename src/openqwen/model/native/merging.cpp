@@ -1,14 +1,17 @@
 // The Online Merging Optimizer's step on one parameter (train/merging/).
 //
 // Every operation is a single float operation in the order of train/merging/plain.py, so both give
-// the same bits. AdamW's step waits for memory. So this one reads little more: moments, masks and
-// merge are one pass, in which a weight that nothing changes is not touched. OnTIES needs a second
-// pass, over the weights alone: `collect` writes down the steps that may be large enough.
+// the same bits. AdamW's step waits for memory, and so does this one: moments, masks and merge are
+// one pass. Nearly all is computed for all sixteen elements of a group, since branches that depend
+// on masks cost more than arithmetic. OnTIES needs a second pass, over the weights alone: `collect`
+// writes down the steps that may be large enough.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "places.h"
@@ -18,6 +21,7 @@ namespace openqwen {
 
 enum MergingForm { kDare = 0, kTiesWeighted = 1, kTiesUnweighted = 2 };
 enum MergingTask { kNoTask = 0, kFloat32 = 1, kBFloat16 = 2 };
+enum MergingKept { kAll, kDrawn, kListed };  // steps: all, by random numbers, those of the list
 enum MergingArray { kWeights, kMean, kSquare, kLost, kCached, kGradient, kArrays };
 
 // Fields are described in train/merging/kernels.py, which fills them.
@@ -29,7 +33,7 @@ struct MergingCall {
   const int64_t* task_starts;
   uint64_t step_key, task_key, limit;
   int64_t form, task_type, fresh, merges;
-  int64_t low, high, listed;
+  int64_t low, high, listed, keep;
   Mask* lanes;
   int64_t* starts;
   float* steps;
@@ -43,8 +47,8 @@ struct MergingCall {
 
 namespace {
 
-constexpr int64_t kAhead = 16;  // groups between the request for memory and its use
-constexpr int64_t kFew = 20;  // one element of so many changes, or fewer
+constexpr int64_t kAhead = 8, kFar = 64;  // groups between the request for memory and its use
+constexpr int64_t kBuckets = 4096;  // of magnitudes near the last one that is kept
 constexpr int kCoarse = 15;  // bits of a magnitude below the 16 of the first histogram
 
 // Arrays of a block, from its first element on; null where the step needs none.
@@ -62,20 +66,22 @@ struct Arrays {
 // + i. Where a tensor ends with fewer, these are a copy behind which zeros stand.
 template <class Body>
 inline void each_group(const Arrays& arrays, int64_t length, const Body& body) {
-  int64_t place = 0;
-  for (; place + kLanes <= length; place += kLanes) body(arrays, place, place);
-  if (place == length) return;
+  const int64_t whole = length / kLanes * kLanes;
+  const size_t rest = 4 * size_t(length - whole);
   float copies[kArrays][kLanes] = {};
-  Arrays padded;
-  const size_t bytes = 4 * size_t(length - place);
-  for (int k = 0; k < kArrays; ++k) {
-    if (!arrays[k]) continue;
-    padded.at[k] = copies[k];
-    std::memcpy(copies[k], arrays[k] + place, bytes);
+  Arrays here = arrays;
+  // Two rounds of one loop: a body with two callers would not be inlined, at twice the time.
+  for (const bool ends : {false, true}) {
+    for (int k = 0; ends && k < kArrays; ++k) {
+      if (!arrays[k]) continue;
+      here.at[k] = copies[k];
+      std::memcpy(copies[k], arrays[k] + whole, rest);
+    }
+    const int64_t first = ends ? whole : 0, count = ends ? length - whole : whole;
+    for (int64_t i = 0; i < count; i += kLanes) body(here, i, first + i);
   }
-  body(padded, 0, place);
   for (int k = 0; k <= kCached; ++k) {
-    if (arrays[k]) std::memcpy(arrays[k] + place, copies[k], bytes);
+    if (arrays[k]) std::memcpy(arrays[k] + whole, copies[k], rest);
   }
 }
 
@@ -93,10 +99,17 @@ struct Moments {
   Lanes mean, square;
 };
 
+// Ask for memory that is used some groups later.
+inline void ask(const float* from) {
+  __builtin_prefetch(from + kAhead * kLanes, 1);
+}
+
 // The moments, updated where there is a gradient.
 inline Moments moments(const Numbers& n, const Arrays& a, int64_t i) {
+  for (int k : {kMean, kSquare}) ask(a[k] + i);
   Lanes mean = load(a[kMean] + i), square = load(a[kSquare] + i);
   if (a[kGradient]) {
+    ask(a[kGradient] + i);
     const Lanes g = load(a[kGradient] + i) * n.scale;
     mean = mean * n.keep1 + g * n.new1;
     square = square * n.keep2 + g * g * n.new2;
@@ -112,9 +125,10 @@ inline Lanes step_of(const Numbers& n, const Moments& m, const Arrays& a, int64_
   return a[kCached] && merges ? step + load(a[kCached] + i) : step;
 }
 
-// (1 − α) F(d) ⊕ α F(τ) of kept entries.
+// (1 − α) F(d) ⊕ α F(τ) of kept entries. Always inlined: without AVX-512 a call passes Lanes
+// through memory, and the whole loop takes more than twice the time.
 template <int kForm>
-inline Lanes merged(const Numbers& n, Lanes step, Lanes task) {
+[[gnu::always_inline]] inline Lanes merged(const Numbers& n, Lanes step, Lanes task) {
   const Lanes a = step * n.factor, b = task * n.alpha, zero = all(0.0f);
   if (kForm == kDare) return a + b;
   if (kForm == kTiesWeighted) {
@@ -168,7 +182,8 @@ class Draw {
 };
 
 // Which of sixteen listed steps OnTIES keeps.
-Mask largest(const MergingCall& c, Mask listed, Lanes step, int64_t place) {
+[[gnu::always_inline]] inline Mask largest(const MergingCall& c, Mask listed, Lanes step,
+                                           int64_t place) {
   Mask kept = listed & bits_above(step, int32_t(c.threshold - 1));
   if (c.last < 0) return kept;
   for (uint32_t equal = kept & ~bits_above(step, int32_t(c.threshold)); equal; equal &= equal - 1) {
@@ -179,155 +194,68 @@ Mask largest(const MergingCall& c, Mask listed, Lanes step, int64_t place) {
 }
 
 // Change a block's weights. Task: the type of the task vector's values.
-template <int kForm, class Task>
+template <int kForm, int kKept, class Task>
 void apply_block(const MergingCall& c, int64_t begin, int64_t length) {
   const Numbers n(c);
-  const bool merges = c.merges, listed = c.listed, decays = c.decay != 1.0f;
-  const bool draws = merges && !(c.limit >> 32), whole = c.arrays[kCached];
+  const bool merges = c.merges, whole = c.arrays[kCached];
   const bool has_task = merges && c.task_type != kNoTask, fresh = has_task && c.fresh;
-  const Draw draw(c, c.step_key, begin, length, draws);
+  const Draw draw(c, c.step_key, begin, length, kKept == kDrawn);
   const Draw task_draw(c, c.task_key, begin, length, fresh);
-  Packed<float> steps(listed ? c.lanes : nullptr, c.starts, c.steps, begin);
+  Packed<float> steps(kKept == kListed ? c.lanes : nullptr, c.starts, c.steps, begin);
   Packed<Task> packed(has_task ? c.task_lanes : nullptr, c.task_starts, c.task, begin);
   const Task* dense = static_cast<const Task*>(c.task) + (has_task && !packed.lanes ? begin : 0);
-  const Arrays arrays(c, begin);
-  // Elements whose step is kept, and those with an entry of the task vector, which are changed with
-  // compensation. They are few and far between, so their memory is asked for some groups before.
-  Mask kept_lanes[kGroups], task_lanes[kGroups];
-  const int64_t groups = (length + kLanes - 1) / kLanes;
-  const auto choose_lanes = [&](int64_t g) {
-    const Mask step = listed ? steps.lanes[g] : draws ? draw.at(g * kLanes) : kAllLanes;
-    Mask task = 0;
-    if (has_task) {
-      task = packed.lanes ? packed.lanes[g] : fresh ? task_draw.at(g * kLanes) : kAllLanes;
-    }
-    kept_lanes[g] = step;
-    task_lanes[g] = task;
-    const float* here = arrays[kWeights];
-    __builtin_prefetch((task ? arrays[kLost] : here) + g * kLanes, 1);
-    __builtin_prefetch(here + (step | task ? g * kLanes : 0), 1);
-    if (fresh && task) __builtin_prefetch(dense + g * kLanes);
-  };
-  for (int64_t g = 0; g < std::min(kAhead, groups); ++g) choose_lanes(g);
-  each_group(arrays, length, [&](const Arrays& a, int64_t i, int64_t place) {
+  const int64_t last = (length - 1) / kLanes;
+  each_group(Arrays(c, begin), length, [&](const Arrays& a, int64_t i, int64_t place) {
     const int64_t g = place / kLanes;
-    if (g + kAhead < groups) choose_lanes(g + kAhead);
-    Mask kept = kept_lanes[g], entries = task_lanes[g];
-    Moments m;
-    if (!listed) m = moments(n, a, i);
-    if (!kept && !entries && !decays && !whole) return;
-    Lanes step = all(0.0f), weights = load(a[kWeights] + i) * n.decay;
-    if (kept && listed) {
-      step = steps.take(kept);
-      kept = largest(c, kept, step, begin + place);
-    } else if (kept) {
-      step = step_of(n, m, a, i, merges);
+    // Elements with an entry of the task vector, which are changed with compensation.
+    const Mask entries = packed.lanes ? packed.lanes[g]
+                         : fresh      ? task_draw.at(place)
+                                      : Mask(has_task ? kAllLanes : 0);
+    ask(a[kWeights] + i);
+    if (entries && !packed.lanes) ask(a[kLost] + i);
+    if (packed.lanes) {  // far between, so each one takes longer; without a branch
+      const int64_t far = std::min(g + kFar, last) - g;
+      __builtin_prefetch((packed.lanes[g + far] ? a[kLost] + far * kLanes : a[kWeights]) + i, 1);
     }
-    const Mask alone = whole ? 0 : kept & Mask(~entries);
-    if (alone) weights = choose(alone, weights + step * n.factor, weights);
-    if (entries || whole) {
-      Lanes task = all(0.0f), lost = load(a[kLost] + i), change = step;
-      if (entries && packed.lanes) {
-        task = packed.take(entries);
-      } else if (entries) {
-        task = keep(entries, up_to(dense + place, length - place));
-      }
-      if (merges) change = merged<kForm>(n, keep(kept, step), task);
-      if (whole) {
-        const Lanes cached = load(a[kCached] + i);
-        if (merges) change = change - cached;
-        store(a[kCached] + i, merges ? all(0.0f) : cached + step);
-        entries = kAllLanes;
-      }
-      Lanes total = weights, rest = lost;
-      add(total, rest, change);
-      weights = choose(entries, total, weights);
-      store(a[kLost] + i, choose(entries, rest, lost));
+    Lanes step, weights = load(a[kWeights] + i) * n.decay;
+    if (kKept == kListed) {
+      const Mask listed = steps.lanes[g];
+      if (!listed && !entries && !whole) return store(a[kWeights] + i, weights);
+      step = steps.take(listed);
+      step = keep(largest(c, listed, step, begin + place), step);
+    } else {
+      step = step_of(n, moments(n, a, i), a, i, merges);
+      if (kKept == kDrawn) step = keep(draw.at(place), step);
     }
-    store(a[kWeights] + i, weights);
-  });
-}
-
-// The same as apply_block where few elements change. One pass computes moments and draws masks; the
-// few elements are worked on side by side behind it, since a branch for each group of sixteen would
-// be guessed wrong.
-template <int kForm, class Task>
-void apply_few(const MergingCall& c, int64_t begin, int64_t length) {
-  const bool listed = c.listed, moves = !listed && c.arrays[kGradient], decays = c.decay != 1.0f;
-  const Numbers n(c);
-  const Arrays a(c, begin);
-  const Draw draw(c, c.step_key, begin, length, !listed);
-  const Packed<float> steps(listed ? c.lanes : nullptr, c.starts, c.steps, begin);
-  const Packed<Task> tasks(c.task_lanes, c.task_starts, c.task, begin);
-  Bits kept, entries;
-  Places alone, merging;  // kept steps without an entry of the task vector; these entries
-  if (tasks.lanes) {
-    for (int64_t g = 0; g * kLanes < length; ++g) entries.set(g, tasks.lanes[g]);
-  }
-  each_bit(entries, Bits(), [&](int64_t place) {
-    merging.push(place);
-    __builtin_prefetch(a[kLost] + place, 1);
-    if (!decays) __builtin_prefetch(a[kWeights] + place, 1);
-  });
-  each_group(a, length, [&](const Arrays& arrays, int64_t i, int64_t place) {
-    Mask lanes = listed ? steps.lanes[place / kLanes] : draw.at(place);
-    if (length - place < kLanes) lanes &= Mask((1u << (length - place)) - 1);
-    kept.set(place / kLanes, lanes);
-    if (moves) moments(n, arrays, i);
-    if (decays) store(arrays[kWeights] + i, load(arrays[kWeights] + i) * n.decay);
-  });
-  each_bit(kept, entries, [&](int64_t place) {
-    alone.push(place);
-    if (!decays) __builtin_prefetch(a[kWeights] + place, 1);
-  });
-  float values[kBlock];  // of the listed steps, at their places
-  if (listed) {
-    const float* next = steps.next;
-    each_bit(kept, Bits(), [&](int64_t place) { values[place] = *next++; });
-  }
-  // Sixteen steps, of which `lanes` are kept; the others are 0.
-  const auto steps_of = [&](const Places& places, int64_t k, Mask& lanes) {
-    if (!listed) {
-      const Moments m{places.gather(a[kMean], k), places.gather(a[kSquare], k)};
-      return keep(lanes, step_of(n, m, Arrays(), 0, true));
+    const Lanes plain = weights + step * n.factor;
+    if (!entries && !whole) return store(a[kWeights] + i, plain);
+    Lanes task = all(0.0f), lost = load(a[kLost] + i), change = step, rest = lost;
+    if (packed.lanes) {
+      task = packed.take(entries);
+    } else if (entries) {
+      task = keep(entries, up_to(dense + place, length - place));
     }
-    const Lanes step = places.gather(values, k);
-    lanes &= bits_above(step, int32_t(c.threshold - 1));
-    uint32_t equal = c.last < 0 ? 0 : lanes & ~bits_above(step, int32_t(c.threshold));
-    for (; equal; equal &= equal - 1) {
-      const int lane = __builtin_ctz(equal);
-      if (global_index(c, begin + places.at[k + lane]) > c.last) lanes &= Mask(~(1u << lane));
+    if (merges) change = merged<kForm>(n, step, task);
+    if (whole) {
+      const Lanes cached = load(a[kCached] + i);
+      if (merges) change = change - cached;
+      store(a[kCached] + i, merges ? all(0.0f) : cached + step);
     }
-    return keep(lanes, step);
-  };
-  for (int64_t k = 0; k < alone.count; k += kLanes) {
-    Mask lanes = Mask((1u << alone.size(k)) - 1);
-    const Lanes step = steps_of(alone, k, lanes), weights = alone.gather(a[kWeights], k);
-    alone.scatter(a[kWeights], k, choose(lanes, weights + step * n.factor, weights));
-  }
-  for (int64_t k = 0; k < merging.count; k += kLanes) {
-    Mask lanes = 0;
-    for (int i = 0; i < merging.size(k); ++i) lanes |= Mask(kept.has(merging.at[k + i]) << i);
-    const Lanes step = steps_of(merging, k, lanes);
-    Lanes weights = merging.gather(a[kWeights], k), lost = merging.gather(a[kLost], k);
-    add(weights, lost, merged<kForm>(n, step, up_to(tasks.next + k, merging.size(k))));
-    merging.scatter(a[kWeights], k, weights);
-    merging.scatter(a[kLost], k, lost);
-  }
-}
-
-// Whether few elements change in a step that merges, by what is known before it.
-bool changes_few(const MergingCall& c) {
-  if (!c.merges || c.arrays[kCached] || (c.task_type != kNoTask && !c.task_lanes)) return false;
-  return c.listed ? c.steps_count * kFew < c.count : c.limit < (uint64_t(1) << 32) / kFew;
+    add(weights, rest, change);
+    const Mask exact = whole ? kAllLanes : entries;
+    store(a[kWeights] + i, choose(exact, weights, plain));
+    store(a[kLost] + i, choose(exact, rest, lost));
+  });
 }
 
 template <int kForm, class Task>
-void apply_part(const MergingCall& c, int64_t begin, int64_t length) {
-  if (changes_few(c)) {
-    apply_few<kForm, Task>(c, begin, length);
+void apply_kept(const MergingCall& c, int64_t begin, int64_t length) {
+  if (c.listed) {
+    apply_block<kForm, kListed, Task>(c, begin, length);
+  } else if (c.merges && !(c.limit >> 32)) {
+    apply_block<kForm, kDrawn, Task>(c, begin, length);
   } else {
-    apply_block<kForm, Task>(c, begin, length);
+    apply_block<kForm, kAll, Task>(c, begin, length);
   }
 }
 
@@ -366,9 +294,8 @@ struct Collector {
   void block(int64_t begin, int64_t length) {
     const Numbers n(c);
     const Bound may(c);
-    float steps[kBlock + kLanes];
-    int64_t places[kBlock];
-    int32_t bits[kBlock];
+    float steps[kBlock + kLanes], near_steps[kBlock + kLanes];
+    int32_t places[kBlock + kLanes];
     int64_t count = 0, near = 0;
     const int32_t low = int32_t(c.low), high = int32_t(c.high);
     const bool merges = c.merges;
@@ -383,21 +310,20 @@ struct Collector {
       if (!large) return;
       lanes = large;
       compress(steps + count, large, step);
-      for (uint32_t left = large & ~bits_above(step, high); left; left &= left - 1) {
-        const int lane = __builtin_ctz(left);
-        places[near] = begin + place + lane;
-        const int before = __builtin_popcount(large & ((1u << lane) - 1));
-        bits[near++] = magnitude_bits(steps[count + before]);
-      }
       count += __builtin_popcount(large);
+      const Mask within = large & Mask(~bits_above(step, high));
+      if (!within) return;
+      compress(near_steps + near, within, magnitude(step));
+      compress_places(places + near, within, int32_t(place));
+      near += __builtin_popcount(within);
     });
     const int64_t start = c.starts[begin / kBlock] = steps_count.fetch_add(count);
     if (start + count <= c.steps_room) std::memcpy(c.steps + start, steps, 4 * size_t(count));
     above.fetch_add(count - near);
     const int64_t at = near ? near_count.fetch_add(near) : 0;
     if (near && at + near <= c.near_room) {
-      std::memcpy(c.near_places + at, places, 8 * size_t(near));
-      std::memcpy(c.near_bits + at, bits, 4 * size_t(near));
+      for (int64_t k = 0; k < near; ++k) c.near_places[at + k] = begin + places[k];
+      std::memcpy(c.near_bits + at, near_steps, 4 * size_t(near));
     }
   }
 };
@@ -427,37 +353,79 @@ void histogram(const MergingCall& c, int64_t* counts, int64_t slots, const Slot&
   }
 }
 
+void apply(const MergingCall& c) {
+  const bool narrow = c.task_type == kBFloat16;
+  const auto block = c.form == kDare           ? narrow ? apply_kept<kDare, uint16_t>
+                                                        : apply_kept<kDare, float>
+                     : c.form == kTiesWeighted ? narrow ? apply_kept<kTiesWeighted, uint16_t>
+                                                        : apply_kept<kTiesWeighted, float>
+                     : narrow                  ? apply_kept<kTiesUnweighted, uint16_t>
+                                               : apply_kept<kTiesUnweighted, float>;
+  parallel_for(c.count, kBlock,
+               [&](int64_t begin, int64_t end) { block(c, begin, end - begin); });
+}
+
+void collect(MergingCall& c) {
+  Collector collector{c};
+  parallel_for(c.count, kBlock,
+               [&](int64_t begin, int64_t end) { collector.block(begin, end - begin); });
+  c.steps_count = collector.steps_count;
+  c.near_count = collector.near_count;
+  c.above = collector.above;
+  c.arrays[kGradient] = nullptr;  // the moments are updated
+}
+
+// Find the magnitude of the `keep`-th largest step among those that `collect` wrote down: whether
+// it is within the bounds. See `_collected` in train/merging/largest.py, which does so over ranks.
+bool choose_last(MergingCall& c) {
+  int64_t left = c.keep - c.above;
+  const int64_t near = c.near_count;
+  if (c.steps_count > c.steps_room || near > c.near_room || left < 0) return false;
+  if (left > near && c.low > 1) return false;
+  c.threshold = left ? c.low : c.high + 1;
+  c.last = -1;
+  if (left == 0 || left >= near) return true;
+  // The bucket in which it is, then its elements in order: larger ones first, then smaller indices.
+  int shift = 0;
+  while ((c.high - c.low) >> shift >= kBuckets) ++shift;
+  const auto bucket_of = [&](int64_t k) { return (c.near_bits[k] - c.low) >> shift; };
+  int64_t counts[kBuckets] = {}, bucket = kBuckets;
+  for (int64_t k = 0; k < near; ++k) ++counts[bucket_of(k)];
+  while (left > 0) left -= counts[--bucket];
+  left += counts[bucket];
+  std::vector<std::pair<int64_t, int64_t>> found;
+  for (int64_t k = 0; k < near; ++k) {
+    if (bucket_of(k) != bucket) continue;
+    found.push_back({-int64_t(c.near_bits[k]), global_index(c, c.near_places[k])});
+  }
+  std::nth_element(found.begin(), found.begin() + (left - 1), found.end());
+  c.threshold = -found[left - 1].first;
+  c.last = found[left - 1].second;
+  return true;
+}
+
 }  // namespace
 }  // namespace openqwen
 
-// Merge the step with the task vector, after the moments' update where there is a gradient.
-extern "C" void openqwen_merging_apply(const openqwen::MergingCall* call) {
+// Do the steps of several parameters, one after the other. With `keep`, the largest steps are
+// chosen first; where they are not found, the moments alone are updated and `listed` is 0.
+extern "C" void openqwen_merging_steps(openqwen::MergingCall* calls, int64_t count) {
   using namespace openqwen;
-  const bool narrow = call->task_type == kBFloat16;
-  const auto block = call->form == kDare           ? narrow ? apply_part<kDare, uint16_t>
-                                                            : apply_part<kDare, float>
-                     : call->form == kTiesWeighted ? narrow ? apply_part<kTiesWeighted, uint16_t>
-                                                            : apply_part<kTiesWeighted, float>
-                     : narrow                      ? apply_part<kTiesUnweighted, uint16_t>
-                                                   : apply_part<kTiesUnweighted, float>;
-  parallel_for(call->count, kBlock,
-               [&](int64_t begin, int64_t end) { block(*call, begin, end - begin); });
+  for (MergingCall* call = calls; call < calls + count; ++call) {
+    if (call->keep) {
+      collect(*call);
+      call->listed = choose_last(*call);
+    }
+    if (!call->keep || call->listed) apply(*call);
+  }
 }
 
 // Update the moments where there is a gradient, and write down the large steps.
-extern "C" void openqwen_merging_collect(openqwen::MergingCall* call) {
-  using namespace openqwen;
-  Collector collector{*call};
-  parallel_for(call->count, kBlock,
-               [&](int64_t begin, int64_t end) { collector.block(begin, end - begin); });
-  call->steps_count = collector.steps_count;
-  call->near_count = collector.near_count;
-  call->above = collector.above;
-}
+extern "C" void openqwen_merging_collect(openqwen::MergingCall* call) { openqwen::collect(*call); }
 
 // Update the moments where there is a gradient, and count the magnitudes of the step: by their
 // upper 16 bits with bucket < 0, else by their lower 15 bits within that bucket.
-extern "C" void openqwen_merging_count(const openqwen::MergingCall* call, int64_t bucket,
+extern "C" void openqwen_merging_count(openqwen::MergingCall* call, int64_t bucket,
                                        int64_t* counts) {
   using namespace openqwen;
   if (bucket < 0) {

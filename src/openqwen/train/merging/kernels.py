@@ -1,6 +1,8 @@
-"""The compiled step of one parameter, native/merging.cpp, for contiguous float32 on a CPU."""
+"""The compiled steps, native/merging.cpp, for contiguous float32 parameters on a CPU."""
 
 import ctypes
+import dataclasses
+from collections.abc import Sequence
 from ctypes import c_float, c_int64, c_void_p
 from typing import Any
 
@@ -9,10 +11,12 @@ from torch import Tensor
 
 from openqwen.model.kernels import address, follow_torch, function
 from openqwen.model.structs import Address
+from openqwen.train.merging.plain import StepNumbers
 
 FORMS = {("dare", "weighted"): 0, ("dare", "unweighted"): 0}
 FORMS |= {("ties", "weighted"): 1, ("ties", "unweighted"): 2}
 _TYPES = {torch.float32: 1, torch.bfloat16: 2}
+_Numbers = c_float * len(dataclasses.fields(StepNumbers))
 
 
 class MergingCall(ctypes.Structure):
@@ -29,10 +33,10 @@ class MergingCall(ctypes.Structure):
     near_…: those of a magnitude up to `high`, with their local places; above: how many are larger.
     A list with more entries than its room is not complete. Magnitudes are bits of floats. listed:
     the step keeps what was written down, from `threshold` on; of the equal ones those with global
-    indices up to `last`, all if it is negative.
+    indices up to `last`, all if it is negative. keep: how many steps the kernel itself is to choose
+    by the same lists; 0: it is not.
 
-    The numbers are AdamW's: moments times keep plus the gradient (times scale) times new, step =
-    mean · rate / (√square · root + eps).
+    numbers: `StepNumbers` in order.
     """
 
     _fields_ = [
@@ -41,23 +45,25 @@ class MergingCall(ctypes.Structure):
         *((name, Address) for name in ("task", "task_lanes", "task_starts")),
         *((name, Address) for name in ("step_key", "task_key", "limit")),  # unsigned, 64 bits
         *((name, c_int64) for name in ("form", "task_type", "fresh", "merges")),
-        *((name, c_int64) for name in ("low", "high", "listed")),
+        *((name, c_int64) for name in ("low", "high", "listed", "keep")),
         *((name, Address) for name in ("lanes", "starts", "steps")),
         *((name, c_int64) for name in ("steps_room", "steps_count")),
         *((name, Address) for name in ("near_places", "near_bits")),
         *((name, c_int64) for name in ("near_room", "near_count", "above")),
         *((name, c_int64) for name in ("threshold", "last")),
-        *((name, c_float) for name in ("scale", "keep1", "new1", "keep2", "new2")),
-        *((name, c_float) for name in ("rate", "root", "eps", "decay", "factor", "alpha")),
+        ("numbers", _Numbers),
     ]
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the compiled step can work on these tensors."""
-    plain = all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
-    )
-    return plain and _apply() is not None
+    plain = all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+    return plain and _steps() is not None
+
+
+def packed(numbers: StepNumbers) -> ctypes.Array[c_float]:
+    """The numbers as a call has them."""
+    return _Numbers(*vars(numbers).values())
 
 
 def call(**fields: Any) -> MergingCall:
@@ -68,17 +74,18 @@ def call(**fields: Any) -> MergingCall:
     return MergingCall(task_type=kind, **values)
 
 
-def apply(merging: MergingCall) -> None:
-    """Do the step."""
-    _run(_apply(), merging)
+def steps(calls: Sequence[MergingCall]) -> list[MergingCall]:
+    """Do the steps of some parameters in one call. Returns the calls with what was found."""
+    kernel, given = _steps(), (MergingCall * len(calls))(*calls)
+    assert kernel is not None
+    follow_torch()
+    kernel(ctypes.addressof(given), len(given))
+    return list(given)
 
 
 def collect(merging: MergingCall) -> None:
     """Update the moments, and write down the large steps and how many there are."""
-    _run(function("openqwen_merging_collect", c_void_p), merging)
-
-
-def _run(kernel: Any, merging: MergingCall) -> None:
+    kernel = function("openqwen_merging_collect", c_void_p)
     assert kernel is not None
     follow_torch()
     kernel(ctypes.addressof(merging))
@@ -97,5 +104,5 @@ def count(merging: MergingCall, bucket: int, slots: int) -> Tensor:
     return counts
 
 
-def _apply() -> Any:
-    return function("openqwen_merging_apply", c_void_p)
+def _steps() -> Any:
+    return function("openqwen_merging_steps", c_void_p, c_int64)

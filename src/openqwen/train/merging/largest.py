@@ -3,18 +3,20 @@
 The magnitude of the k-th largest step changes little from one step to the next. So the pass that
 updates the moments also writes down the steps above a guess of it and counts them. If the k-th
 largest is within the guessed bounds, it is chosen among the few that lie there, and nothing is read
-twice. If not, a histogram of all magnitudes gives the bounds. The guess decides about the time
-alone, not about the result, so it is not part of the state. It is the same on all ranks.
+twice: by the kernel, or where ranks share the parameter, here. If not, a histogram of all
+magnitudes gives the bounds. The guess decides about the time alone, not about the result, so it is
+not part of the state. It is the same on all ranks.
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from openqwen.train.merging import kernels
-from openqwen.train.merging.select import DIGIT, bounds_of, digit_of
+from openqwen.train.merging.select import DIGIT, bounds_of, digit_of, whole
 from openqwen.train.merging.task_vector import BLOCK, LANES, MergedParameter
 
 _COARSE = 15  # bits of a float32's magnitude below its upper digit
@@ -23,6 +25,13 @@ _INFINITE = 0x7F800000  # the bits of infinity; NaN is above
 _TINY = 2**15  # magnitudes below count as 0 in a guess
 _SMALL = 2**14  # parameters of which all magnitudes are compared
 _REFINE = 16  # a bucket with more than 1/16 of the elements is divided
+_LISTS = {
+    "lanes": torch.int16,
+    "starts": torch.int64,
+    "steps": torch.float32,
+    "near_places": torch.int64,
+    "near_bits": torch.int32,
+}
 _FIRST, _NARROWEST, _WIDEST = 0.05, 0.005, 0.25  # widths of a guess, as shares of it
 
 
@@ -70,83 +79,126 @@ class _Guess:
         return (self.value or 0.0) * (rate / self.rate if self.rate else 1.0)
 
 
+@dataclass(frozen=True)
+class PendingStep:
+    """A parameter whose step is to be done by the kernel.
+
+    rate: the learning rate. gradient: to which the call points, so it must live until then.
+    """
+
+    call: kernels.MergingCall
+    part: MergedParameter
+    rate: float
+    gradient: Tensor
+
+
 class LargestSteps:
-    """Finds the steps that OnTIES keeps, for all parameters of an optimizer."""
+    """Does the steps that keep the largest entries, for all parameters of an optimizer."""
 
     def __init__(self) -> None:
         self._guesses: dict[str, _Guess] = {}
+        self._lists = [torch.empty(0, dtype=dtype) for dtype in _LISTS.values()]
 
-    def choose(
-        self, call: kernels.MergingCall, part: MergedParameter, rate: float
-    ) -> tuple[Tensor, ...]:
-        """Update the moments, and prepare the call for the parameter's largest steps.
+    def run(self, steps: Sequence[PendingStep]) -> None:
+        """Do the steps; their calls lack what OnTIES needs."""
+        alone, failed, others = (list[PendingStep]() for _ in range(3))
+        for step in steps:
+            known = self._set_guess(step) and step.part.reduce is whole
+            step.call.keep = step.part.largest if known else 0
+            (alone if known else others).append(step)
+        self._set_lists([step.call for step in alone])
+        for step, done in zip(alone, kernels.steps([step.call for step in alone])):
+            if done.listed:
+                self._learn(step, done)
+            else:  # the moments are updated
+                step.call.gradient = step.call.keep = 0
+                failed.append(step)
+        # All ranks take the same way here, also those that hold nothing of a parameter.
+        for step in others:
+            if not (self._set_guess(step) and self._collected(step.call, step.part)):
+                failed.append(step)
+            else:
+                self._finish(step)
+        for step in failed:
+            _set_bounds(step.call, *_by_histogram(step.call, step.part))
+            found = self._collected(step.call, step.part)
+            assert found
+            self._finish(step)
 
-        call: without what OnTIES needs. rate: the learning rate. Returns the lists to which the
-        call points.
-        """
+    def _finish(self, step: PendingStep) -> None:
+        self._learn(step, step.call)
+        kernels.steps([step.call])
+
+    def _learn(self, step: PendingStep, done: kernels.MergingCall) -> None:
+        self._guesses[step.part.name].learn(done.threshold, step.rate, done.steps_count)
+
+    def _set_guess(self, step: PendingStep) -> bool:
+        """Give a call the guessed bounds and rooms; whether there is a guess."""
+        call, part = step.call, step.part
         guess = self._guesses.setdefault(part.name, _Guess())
-        count = part.elements.count
-        lists = None
         if part.total <= _SMALL:
-            lists = _collect(call, part, (1, _MOST), (count, count))
-        elif guess.value is not None:
-            room = guess.room(count)
-            lists = _collect(call, part, guess.bounds(rate), (room, room))
-        if lists is None:
-            lists = _collect(call, part, *_by_histogram(call, part))
-        assert lists is not None
-        guess.learn(call.threshold, rate, call.steps_count)
-        return lists
+            _set_bounds(call, (1, _MOST), (call.count, call.count))
+            return True
+        if guess.value is not None:
+            room = guess.room(call.count)
+            _set_bounds(call, guess.bounds(step.rate), (room, room))
+        return guess.value is not None
+
+    def _collected(self, call: kernels.MergingCall, part: MergedParameter) -> bool:
+        """Write steps down, and find the last kept magnitude among those within the bounds.
+
+        False if the magnitude is not within the bounds, or a rank had too little room. The kernel's
+        `choose_last` does the same for one rank.
+        """
+        self._set_lists([call])
+        kernels.collect(call)
+        full = call.steps_count > call.steps_room or call.near_count > call.near_room
+        counts = part.reduce(torch.tensor([call.above, call.near_count, int(full)]))
+        above, near, full = counts.tolist()
+        left = part.largest - above
+        if full or left < 0 or (left > near and call.low > 1):
+            return False
+        call.listed, call.threshold, call.last = 1, call.low, -1
+        if left == 0:
+            call.threshold = call.high + 1
+        elif left < near:
+            places, bits = (kept[: call.near_count] for kept in self._lists[3:])
+            found, call.last = bounds_of(
+                bits.long() - call.low,
+                left,
+                lambda equal: part.elements.index(places[equal]),
+                part.reduce,
+                (call.high - call.low).bit_length(),
+            )
+            call.threshold = call.low + found
+        return True
+
+    def _set_lists(self, calls: Sequence[kernels.MergingCall]) -> None:
+        """Give calls that run one after the other the lists, which are as long as one needs."""
+        if not calls:
+            return
+        count = max(call.count for call in calls)
+        room = max(call.steps_room for call in calls) + LANES  # the kernel reads sixteen at a time
+        near = max(call.near_room for call in calls)
+        sizes = (-(-count // LANES), -(-count // BLOCK), room, near, near)
+        for at, (size, dtype) in enumerate(zip(sizes, _LISTS.values())):
+            if len(self._lists[at]) < size:
+                self._lists[at] = torch.empty(size, dtype=dtype)
+        for call in calls:
+            for name, kept in zip(_LISTS, self._lists):
+                setattr(call, name, kept.data_ptr())
 
 
-def _collect(
-    call: kernels.MergingCall,
-    part: MergedParameter,
-    bounds: tuple[int, int],
-    rooms: tuple[int, int],
-) -> tuple[Tensor, ...] | None:
-    """Write steps down, and find the last kept magnitude among those within the bounds.
-
-    bounds: `MergingCall.low` and `high`. rooms: for steps, and for near ones. Returns the lists of
-    steps; None if the magnitude is not within the bounds, or a rank had too little room.
-    """
-    low, high = call.low, call.high = bounds
+def _set_bounds(call: kernels.MergingCall, bounds: tuple[int, int], rooms: tuple[int, int]) -> None:
+    """Bounds of the last kept magnitude, and rooms for steps, and for those within the bounds."""
+    call.low, call.high = bounds
     call.steps_room, call.near_room = rooms
-    lanes = torch.empty(-(-call.count // LANES), dtype=torch.int16)
-    starts = torch.empty(-(-call.count // BLOCK), dtype=torch.int64)
-    steps = torch.empty(call.steps_room + LANES)  # the kernel reads sixteen at a time
-    places = torch.empty(call.near_room, dtype=torch.int64)
-    bits = torch.empty(call.near_room, dtype=torch.int32)
-    call.lanes, call.starts, call.steps = lanes.data_ptr(), starts.data_ptr(), steps.data_ptr()
-    call.near_places, call.near_bits = places.data_ptr(), bits.data_ptr()
-    kernels.collect(call)
-    call.gradient = 0  # the moments are updated
-    full = call.steps_count > call.steps_room or call.near_count > call.near_room
-    counts = part.reduce(torch.tensor([call.above, call.near_count, int(full)]))
-    above, near, full = counts.tolist()
-    left = part.largest - above
-    if full or left < 0 or (left > near and low > 1):
-        return None
-    call.listed, call.threshold, call.last = 1, low, -1
-    if left == 0:
-        call.threshold = high + 1
-    elif left < near:
-        places, bits = places[: call.near_count], bits[: call.near_count]
-        found, call.last = bounds_of(
-            bits.long() - low,
-            left,
-            lambda equal: part.elements.index(places[equal]),
-            part.reduce,
-            (high - low).bit_length(),
-        )
-        call.threshold = low + found
-    return lanes, starts, steps
 
 
 def _by_histogram(
     call: kernels.MergingCall, part: MergedParameter
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Bounds of the last kept magnitude, and how many steps this rank has from the lower one on."""
+    """Bounds of the last kept magnitude, and how many steps this rank has there and above."""
     mine = kernels.count(call, -1, 2**DIGIT)
     call.gradient = 0
     counts = part.reduce(mine.clone())

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from openqwen.support.errors import OpenQwenError
 from openqwen.train.merging import kernels
-from openqwen.train.merging.largest import LargestSteps
+from openqwen.train.merging.largest import LargestSteps, PendingStep
 from openqwen.train.merging.masks import LocalElements, limit, random_mask, stream
 from openqwen.train.merging.plain import (
     Form,
@@ -174,11 +174,28 @@ class OnlineMerging(torch.optim.AdamW):
                 loss = closure()
         found = getattr(self, "found_inf", None)  # from a gradient scaler: this step is left out
         if found is None or not found.item():
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._update(parameter, group)
+            self._step()
         return loss
+
+    def _step(self) -> None:
+        all_kept, largest = list[PendingStep](), list[PendingStep]()
+        for group in self.param_groups:
+            numbers: dict[int, StepNumbers] = {}
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                run, gradient = self._prepared(parameter, group, numbers)
+                if kernels.usable(gradient, *run.local.values()):
+                    pending = PendingStep(
+                        run.call(gradient), run.part, float(group["lr"]), gradient
+                    )
+                    (largest if run.selects else all_kept).append(pending)
+                else:
+                    run.plain(gradient)
+        if all_kept:
+            kernels.steps([pending.call for pending in all_kept])
+        if largest:
+            self._largest.run(largest)
 
     def _named(self) -> list[tuple[str, Tensor]]:
         named: list[tuple[str, Tensor]] = []
@@ -238,19 +255,19 @@ class OnlineMerging(torch.optim.AdamW):
                 state[name] = torch.zeros_like(parameter, dtype=dtype).detach()
         return state
 
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _prepared(
+        self, parameter: Tensor, group: dict[str, Any], known: dict[int, StepNumbers]
+    ) -> tuple["_MergedStep", Tensor]:
+        """A parameter's next step, and its gradient. known: the numbers of the group's steps."""
         state, part = self._state(parameter), self._parts[parameter]
         state["step"] += 1
         step = int(state["step"].item())
-        numbers = self._numbers(group, step)
-        local = {name: _local(value).view(-1) for name, value in state.items() if name != "step"}
-        local["weights"] = _local(parameter).detach().view(-1)
-        gradient = _local(cast(Tensor, parameter.grad)).contiguous().view(-1)
-        run = _MergedStep(self, part, local, numbers, step)
-        if kernels.usable(gradient, *local.values()):
-            run.compiled(gradient, float(group["lr"]))
-        else:
-            run.plain(gradient)
+        if step not in known:
+            known[step] = self._numbers(group, step)
+        local = {name: _local(value) for name, value in state.items() if name != "step"}
+        local["weights"] = _local(parameter)
+        gradient = _local(cast(Tensor, parameter.grad)).contiguous()
+        return _MergedStep(self, part, local, known[step], step), gradient
 
     def _numbers(self, group: dict[str, Any], step: int) -> StepNumbers:
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
@@ -273,7 +290,7 @@ class OnlineMerging(torch.optim.AdamW):
 class _MergedStep:
     """One step of one parameter, on this rank's elements.
 
-    local: weights, exp_avg, exp_avg_sq, and where there are any lost and cached, [count].
+    local: weights, exp_avg, exp_avg_sq, and where there are any lost and cached.
     """
 
     def __init__(
@@ -286,15 +303,17 @@ class _MergedStep:
     ):
         self.optimizer, self.part, self.local, self.numbers = optimizer, part, local, numbers
         self.merges = step % optimizer.every == 0
-        self.step_key = stream(optimizer._seed, part.name, step, "step")
-        self.task_key = stream(optimizer._seed, part.name, step, "task")
         drops = optimizer.reserve < 1 and self.merges
         self.draws = drops and optimizer.form == "dare"
         self.selects = drops and optimizer.form == "ties"
+        keys = partial(stream, optimizer._seed, part.name, step)
+        self.step_key = keys("step") if self.draws else 0
+        self.task_key = keys("task") if optimizer._fresh else 0
 
     def plain(self, gradient: Tensor) -> None:
         """The step in plain PyTorch."""
-        local, numbers, part = self.local, self.numbers, self.part
+        self.local = {name: value.detach().view(-1) for name, value in self.local.items()}
+        local, numbers, part, gradient = self.local, self.numbers, self.part, gradient.view(-1)
         weights = local["weights"]
         dtype = torch.promote_types(weights.dtype, torch.float32)
         mean, square = local["exp_avg"].to(dtype), local["exp_avg_sq"].to(dtype)
@@ -316,10 +335,10 @@ class _MergedStep:
             step = torch.where(mask, step, 0.0)
         weights.copy_(self._changed(exact, step))
 
-    def compiled(self, gradient: Tensor, rate: float) -> None:
-        """The same by the compiled kernel. rate: the learning rate."""
+    def call(self, gradient: Tensor) -> kernels.MergingCall:
+        """The arguments of the same by the compiled kernel, without those of OnTIES."""
         optimizer, local, part = self.optimizer, self.local, self.part
-        call = kernels.call(
+        return kernels.call(
             weights=local["weights"],
             mean=local["exp_avg"],
             square=local["exp_avg_sq"],
@@ -336,12 +355,8 @@ class _MergedStep:
             form=kernels.FORMS[optimizer.form, optimizer.signs],
             fresh=optimizer._fresh,
             merges=self.merges,
-            **vars(self.numbers),
+            numbers=kernels.packed(self.numbers),
         )
-        # The lists must live until the call is done.
-        lists = optimizer._largest.choose(call, part, rate) if self.selects else ()
-        kernels.apply(call)
-        del lists
 
     def _changed(self, weights: Tensor, step: Tensor) -> Tensor:
         """The weights after the step, of which the kept entries are given."""

@@ -38,10 +38,10 @@ def sum_over_parts(parameter: Tensor) -> Reduce:
             dist.all_reduce(counts, group=group)
         return counts
 
-    return reduce if groups else _whole
+    return reduce if groups else whole
 
 
-def _whole(counts: Tensor) -> Tensor:
+def whole(counts: Tensor) -> Tensor:
     """The sum where one rank holds all."""
     return counts
 
@@ -109,7 +109,7 @@ def bounds_of(
 
 def _kth(keys: Tensor, k: int, reduce: Reduce, size: int) -> tuple[int, int]:
     """The k-th largest of keys of `size` bits over all ranks, and its rank among equal keys."""
-    if reduce is _whole and len(keys) <= _SMALL:
+    if reduce is whole and len(keys) <= _SMALL:
         found = keys.kthvalue(len(keys) - k + 1).values
         return int(found), k - int((keys > found).sum())
     value = 0
