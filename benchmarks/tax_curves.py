@@ -63,7 +63,8 @@ class Curve:
     def change(self, skill: str, reward: float) -> np.ndarray:
         """What each item changed where a reward is reached: [seeds, items].
 
-        text: bits per byte, a document's share of them; greedy, sampled: right answers.
+        text: bits per byte of all documents, as one item, since each seed holds out other documents;
+        greedy, sampled: right answers.
         """
         rows = []
         for seed, points in enumerate(self.seeds):
@@ -74,9 +75,8 @@ class Curve:
         return np.array(rows)
 
     def owners(self, skill: str) -> list[str]:
-        """The problem or the document of each item."""
-        point = self.seeds[0][0]
-        return list(map(str, range(len(point["bits"])))) if skill == "text" else point["problems"]
+        """The problem of each item."""
+        return ["all documents"] if skill == "text" else self.seeds[0][0]["problems"]
 
     def loss(self, skill: str, reward: float, against: "Curve | None" = None) -> Interval:
         """The mean change at a reward, or what it is more than another arm's at the same one."""
@@ -94,8 +94,7 @@ class Curve:
 def _items(point: dict[str, Any], skill: str) -> np.ndarray:
     if skill != "text":
         return np.array(point[skill], float)
-    # The mean over documents is then the bits per byte of all.
-    return np.array(point["bits"]) / np.mean(point["bytes"])
+    return np.array([sum(point["bits"]) / sum(point["bytes"])])
 
 
 def groups(curves: Sequence[Curve]) -> dict[str, list[Curve]]:

@@ -72,6 +72,15 @@ def test_changes_are_read_where_the_reward_is_the_same(scripts, arms):
     assert slow.step_at(0, 2.0) == (2, 0.5)
 
 
+def test_each_seed_may_hold_out_other_documents(scripts, arms):
+    one = [point(0, 5, [1] * 4, [200, 600]), point(4, 9, [1] * 4, [200, 680])]
+    other = [{**p, "bits": [400], "bytes": [100]} for p in one]
+    other[1]["bits"] = [430]
+    found = scripts[1].Curve("AdamW", "dpo, β 1", [one, other]).loss("text", 4.0)
+    assert found.mean == pytest.approx((80 / 400 + 30 / 100) / 2)
+    assert found.low < 0.2 < 0.3 < found.high  # over seeds
+
+
 def test_an_arm_that_hardly_moves_does_not_set_the_reward(scripts, arms):
     still = scripts[1].Curve("still", "dpo, β 1", [[point(0, 5, [1] * 4, [1, 1])]] * 2)
     assert scripts[1].common_reward([*arms, still]) == 3.0
