@@ -146,7 +146,7 @@ def _shares(
     title: str,
     problems: Sequence[str],
 ) -> list[str]:
-    """A table of the shares of answers with these fields, and of their gains on the stage's start."""
+    """A table of the shares of answers with these fields, and of the gains on the start."""
     lines = [
         f"| stage | {title} | each seed, % | mean, % | gain on its start, points | each seed |"
     ]

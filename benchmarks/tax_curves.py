@@ -63,7 +63,7 @@ class Curve:
     def change(self, skill: str, reward: float) -> np.ndarray:
         """What each item changed where a reward is reached: [seeds, items].
 
-        text: bits per byte of all documents, as one item, since each seed holds out other documents;
+        text: bits per byte of all documents, as one item, since seeds hold out other documents;
         greedy, sampled: right answers.
         """
         rows = []

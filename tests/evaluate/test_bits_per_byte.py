@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from byte_tokenizer import ByteTokenizer
 from torch import nn
 
 from openqwen.corpus.documents import halves
@@ -14,15 +15,6 @@ from openqwen.model import ModelConfig, Packed, Qwen2, initialize
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import gzip_bits_per_byte
 from openqwen.support.generators import Generators
-
-
-class ByteTokenizer:
-    """One token a byte; `<|endoftext|>` is 256."""
-
-    endoftext_id = 256
-
-    def encode(self, text, allow_control=False):
-        return list(text.encode())
 
 
 class Uniform(nn.Module):

@@ -4,21 +4,13 @@ import math
 
 import pytest
 import torch
+from byte_tokenizer import ByteTokenizer
 from torch import nn
 
 from openqwen.evaluate.copying import copying_scores
 from openqwen.model import ModelConfig
 
 VOCABULARY = 257
-
-
-class ByteTokenizer:
-    """One token a byte; `<|endoftext|>` is 256."""
-
-    endoftext_id = 256
-
-    def encode(self, text, allow_control=False):
-        return list(text.encode())
 
 
 class Copier(nn.Module):

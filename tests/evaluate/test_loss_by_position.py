@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from byte_tokenizer import ByteTokenizer
 from torch import nn
 
 from openqwen.evaluate.positions import loss_by_position
@@ -13,15 +14,6 @@ VOCABULARY = 257
 SURE = 3.0
 KNOWN = math.log(math.exp(SURE) + VOCABULARY - 1) - SURE  # the loss where it expects the right one
 UNKNOWN = math.log(VOCABULARY)
-
-
-class ByteTokenizer:
-    """One token a byte; `<|endoftext|>` is 256."""
-
-    endoftext_id = 256
-
-    def encode(self, text, allow_control=False):
-        return list(text.encode())
 
 
 class Counter(nn.Module):

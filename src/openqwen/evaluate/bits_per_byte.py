@@ -101,8 +101,8 @@ def bits_per_byte(
     with progress("bits per byte", tokens, "tokens") as work:
         for cut in cut_to_budget([len(window.inputs) for window in all_windows], _FORWARD_TOKENS):
             pack = all_windows[cut]
-            for window, nats in zip(pack, _score(model, pack, device), strict=True):
-                result.bits[window.document] += nats / math.log(2)
+            for window, nats in zip(pack, window_losses(model, pack, device), strict=True):
+                result.bits[window.document] += float(nats.sum()) / math.log(2)
                 result.tokens += len(window.targets)
                 work.advance(len(window.targets))
     model.train(was_training)
@@ -121,15 +121,16 @@ def windows(ids: Sequence[int], first: int, context: int, document: int = 0) -> 
         scored, start = end, start + context // 2
 
 
-def _score(model: Qwen2, pack: Sequence[Window], device: torch.device | str) -> list[float]:
-    """Negative log-likelihood in nats of each window's targets."""
-    attention = Packed.from_lengths([len(window.inputs) for window in pack])
+def window_losses(
+    model: Qwen2, pack: Sequence[Window], device: torch.device | str
+) -> tuple[Tensor, ...]:
+    """Negative log-likelihood in nats of each target, [targets] for each window; one forward."""
+    attention = Packed.from_lengths([len(window.inputs) for window in pack]).to(device)
     tokens_T = torch.tensor([i for window in pack for i in window.inputs], device=device)
     hidden_TD = model(tokens_T, attention.positions.to(device), attention)
     targets = torch.tensor([t for window in pack for t in window.targets], device=device)
     logprobs, _ = score_tokens(model, hidden_TD[_scored_rows(pack).to(device)], targets)
-    nats = -logprobs.double()
-    return [float(part.sum()) for part in nats.split([len(window.targets) for window in pack])]
+    return (-logprobs.double()).split([len(window.targets) for window in pack])
 
 
 def _scored_rows(pack: Sequence[Window]) -> Tensor:

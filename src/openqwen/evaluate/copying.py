@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from openqwen.engine.score import score_tokens
-from openqwen.model import Packed, Qwen2
+from openqwen.evaluate.bits_per_byte import Window, window_losses
+from openqwen.model import Qwen2
 from openqwen.tasks.checkable.words import WORDS
 from openqwen.tokenizer import Tokenizer
 
@@ -24,14 +24,11 @@ def copying_scores(model: Qwen2, tokenizer: Tokenizer) -> dict[str, float]:
     rng = np.random.default_rng(0)
     lists = [rng.choice(WORDS, _LENGTH, replace=False) for _ in range(_LISTS)]
     ids = [tokenizer.encode("".join(f" {word}" for word in words)) for words in lists]
-    packed = Packed.from_lengths([2 * len(once) for once in ids]).to(model.device)
     tokens = [[tokenizer.endoftext_id, *once, *once] for once in ids]
-    fed_T = torch.tensor([i for each in tokens for i in each[:-1]], device=model.device)
-    targets_T = torch.tensor([i for each in tokens for i in each[1:]], device=model.device)
-    hidden_TD = model(fed_T, packed.positions.to(model.device), packed)
-    losses_T = -score_tokens(model, hidden_TD, targets_T)[0].double()
+    pack = [Window(each[:-1], each[1:], n) for n, each in enumerate(tokens)]
+    losses = window_losses(model, pack, model.device)
     first = second = count = 0.0
-    for part, once in zip(losses_T.split([2 * len(once) for once in ids]), ids):
+    for part, once in zip(losses, ids):
         # Nothing says which word comes first.
         first += float(part[1 : len(once)].sum())
         second += float(part[len(once) + 1 :].sum())

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openqwen.engine.score import score_tokens
-from openqwen.model import Packed, Qwen2
+from openqwen.evaluate.bits_per_byte import Window, window_losses
+from openqwen.model import Qwen2
 from openqwen.tokenizer import Tokenizer
 
 _FIRST = 128  # the end of the first range of positions; the ranges double from there on
@@ -30,12 +30,9 @@ def loss_by_position(
         [start, end, mean loss in nats] of ranges of positions; empty without a text of that length.
     """
     losses_W: list[Tensor] = []
-    for window in _windows(tokenizer, documents, length):
-        packed = Packed.from_lengths([length]).to(model.device)
-        fed_T = torch.tensor([tokenizer.endoftext_id, *window[:-1]], device=model.device)
-        hidden_TD = model(fed_T, packed.positions.to(model.device), packed)
-        targets_T = torch.tensor(window, device=model.device)
-        losses_W.append(-score_tokens(model, hidden_TD, targets_T)[0].double().cpu())
+    for ids in _windows(tokenizer, documents, length):
+        window = Window([tokenizer.endoftext_id, *ids[:-1]], ids, document=0)
+        losses_W += window_losses(model, [window], model.device)
     if not losses_W:
         return []
     mean_T = torch.stack(losses_W).mean(0)
