@@ -283,6 +283,19 @@ def book(words: int, seed: int = 0) -> str:
     return " ".join(sentences)
 
 
+RUMMLU = [
+    {
+        "instruction": "Задание: {text}\nA {option_a}\nB {option_b}\nC {option_c}\nD {option_d}",
+        "inputs": {
+            "text": f"Сколько будет {n} + 1?",
+            **{f"option_{letter}": str(n + k) for k, letter in enumerate("abcd")},
+            "subject": "Абстрактная алгебра",
+        },
+        "outputs": "B",
+        "meta": {"domain": "abstract_algebra", "id": n},
+    }
+    for n in (1, 2)
+]
 MULTIPL_E = {
     "cpp": {
         "name": "HumanEval_0_double",
@@ -298,8 +311,41 @@ MULTIPL_E = {
         "tests": "const assert = require('node:assert');\nassert.deepEqual(twice(3),6);",
         "stop_tokens": ["\nfunction "],
     },
-    "java": {"name": "HumanEval_0_double", "language": "java", "prompt": "", "tests": "",
-             "stop_tokens": []},
+    "java": {
+        "name": "HumanEval_0_double",
+        "language": "java",
+        "prompt": "import org.javatuples.*;\nclass Problem {\n    // Twice x.\n"
+        "    public static long twice(long x) {\n",
+        "tests": "    }\n    public static void main(String[] args) {\n"
+        "    assert(twice(3l) == 6l);\n    }\n\n}\n",
+        "stop_tokens": ["\n    }\n"],
+    },
+    "cs": {
+        "name": "HumanEval_0_double",
+        "language": "cs",
+        "prompt": "using System.Diagnostics;\nclass Problem {\n    // Twice x.\n"
+        "    public static long Twice(long x) {\n",
+        "tests": "    }\n    public static void Main(string[] args) {\n"
+        "    Debug.Assert(Twice(3L) == 6L);\n    }\n\n}\n",
+        "stop_tokens": ["\n    }\n"],
+    },
+    "php": {
+        "name": "HumanEval_0_double",
+        "language": "php",
+        "prompt": "<?php\n// Twice x.\nfunction twice($x) {\n",
+        "tests": "if (twice(3) !== 6) { throw new Exception('Test failed!'); }",
+        "stop_tokens": ["\nfunction"],
+    },
+    "ts": {
+        "name": "HumanEval_0_double",
+        "language": "ts",
+        "prompt": "//Twice x.\nfunction twice(x: number): number {\n",
+        "tests": "declare var require: any;\nconst assert = require('node:assert');\n"
+        "assert.deepEqual(twice(3),6);",
+        "stop_tokens": ["\nfunction "],
+    },
+    "go": {"name": "HumanEval_0_double", "language": "go_test.go", "prompt": "", "tests": "",
+           "stop_tokens": []},
 }  # fmt: skip
 PRIVATE = [{"input": "3 4\n", "output": "7\n", "testtype": "stdin"}]
 LCB = [
@@ -372,6 +418,8 @@ def write_all(folder: Path) -> None:
         "cmmlu/test/arts.csv": ",Question,A,B,C,D,Answer\n" + numbered,
         "cmmlu/dev/arts.csv": ",Question,A,B,C,D,Answer\n" + numbered,
         "gpqa/gpqa_main.csv": GPQA,
+        "ammlu/test/anatomy_test.csv": plain,
+        "ammlu/dev/anatomy_dev.csv": plain.replace("plainly", "clearly"),
         "mmmlu/mmlu_DE-DE.csv": ",Question,A,B,C,D,Answer,Subject\n"
         + "".join(f"{n},Was ist {n}?,1,2,3,4,B,anatomy\n" for n in (3, 4)),
         "mmmlu/mmlu_SW-KE.csv": ",Question,A,B,C,D,Answer,Subject\n0,Ni nini?,1,2,3,4,B,anatomy\n",
@@ -419,6 +467,7 @@ def write_all(folder: Path) -> None:
         "xcopa/it/val.it.jsonl": [XCOPA[0] | {"premise": "Das Glas fiel."}],
         "xwinograd/en.jsonl": [WINO, WINO | {"answer": "2"}],
         "okapi-mmlu/de/test.jsonl": OKAPI,
+        "rummlu/train.jsonl": RUMMLU,
         "okapi-mmlu/de/train.jsonl": OKAPI[:1],
         "turkishmmlu/test.jsonl": TURKISH,
         "turkishmmlu/dev.jsonl": TURKISH[:1],

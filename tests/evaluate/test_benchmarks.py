@@ -68,6 +68,7 @@ RIGHT = {
     "jmmlu": "B",
     "okapi-mmlu": "C",
     "turkishmmlu": "E",
+    "ammlu": "B",
     "theoremqa": "\\boxed{0}",
     "ifeval": "I say something.",
     "ifeval-fr": "Je dis quelque chose.",
@@ -132,6 +133,10 @@ def test_prompts_in_other_languages(data):
     )
     assert [item.options for item in exam] == [[" 1", " 2"], [" A", " B"]]
     assert exam[1].prompt.endswith("Read.\n2 + 2?\n(A) three\n(B) four\nAnswer:")
+    russian, _ = load_items(load_benchmark("rummlu"), data)
+    assert russian[1].prompt.endswith("Сколько будет 2 + 1?\nA. 2\nB. 3\nC. 4\nD. 5\nОтвет:")
+    assert russian[1].prompt.startswith("Сколько будет 1 + 1?")
+    assert russian[1].correct == [0, 1, 0, 0]
     mmmlu = load_items(load_benchmark("mmmlu"), data)[0]
     assert [item.category for item in mmmlu] == ["DE-DE anatomy"] * 2
     (indo,), _ = load_items(load_benchmark("indommlu-base"), data)
@@ -319,8 +324,22 @@ def test_a_language_that_is_not_installed_is_left_out_and_told(data, monkeypatch
         load_items(load_benchmark("multipl-e"), data)
 
 
+@pytest.mark.parametrize("language", ["cpp", "cs", "java", "js", "php", "ts"])
+def test_multipl_e_runs_the_tests_of_each_language(language, data):
+    items = load_items(load_benchmark("multipl-e"), data)[0]
+    task = next((item.task for item in items if item.category == language), None)
+    if task is None:
+        pytest.skip(f"{language} is not installed")
+    prefix = "$" if language == "php" else ""
+    answers = [f"  return {factor} * {prefix}x;\n" for factor in (2, 3)]
+    if language in ("cpp", "js", "php", "ts"):  # for the others the stop text is in the tests
+        answers = [f"{answer}{'' if language == 'cpp' else '}'}\n" for answer in answers]
+    assert [one.passed for one in grade([task] * 2, answers)] == [True, False]
+
+
 def test_multipl_e_begins_the_function_and_stops_at_its_end(data):
-    cpp, js = load_items(load_benchmark("multipl-e"), data)[0]
+    items = {item.category: item for item in load_items(load_benchmark("multipl-e"), data)[0]}
+    cpp, js = items["cpp"], items["js"]
     assert cpp.prompt[-1]["content"].endswith("long twice(long x) {\n")
     assert (cpp.stops, js.stops) == (("\n}",), ("\nfunction ",))
     right = "  return 2 * x;\n}\n"

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from annotation_site import PASSWORD, live, new_task, place, submitted, task, visit  # noqa: F401
+from playwright.sync_api import expect
 
 CALLS = """async (calls) => {
   const order = await import(location.origin + "/order.js");
@@ -159,7 +160,9 @@ def test_rankings_of_ten_people_equal_the_export(live, visit):  # noqa: F811
 def test_only_the_best_need_a_place_where_the_project_says_so(live, visit):  # noqa: F811
     site = live([task("t1", 5)], best=2)
     page = visit(site)
-    assert page.locator(".card").first.get_by_role("radio", name=re.compile("Place")).count() == 2
+    expect(
+        page.locator(".card").first.get_by_role("radio", name=re.compile("Place"))
+    ).to_have_count(2)
     place(page, "C", 1)
     page.get_by_text("1 response has no place yet").wait_for()
     place(page, "E", 2)
@@ -221,16 +224,16 @@ def test_undo_and_redo_walk_through_the_changes(live, visit):  # noqa: F811
     page.get_by_label("Comment (optional)").press_sequentially("many letters")
     page.keyboard.press("Escape")
     page.keyboard.press("u")
-    assert page.get_by_label("Comment (optional)").input_value() == ""
+    expect(page.get_by_label("Comment (optional)")).to_have_value("")
     page.keyboard.press("u")
     assert [row.strip() for row in rows()] == ["", "A", ""]
     page.keyboard.press("y")
     page.keyboard.press("y")
     assert [row.strip() for row in rows()] == ["B", "A", ""]
-    assert page.get_by_label("Comment (optional)").input_value() == "many letters"
+    expect(page.get_by_label("Comment (optional)")).to_have_value("many letters")
     for _ in range(3):
         page.keyboard.press("u")
-    assert page.locator("#undo").is_disabled()
+    expect(page.locator("#undo")).to_be_disabled()
 
 
 def opened_again(page):
@@ -278,7 +281,7 @@ def test_a_task_opened_again_stays_though_the_next_one_arrives_later(live, visit
         for route in held:
             route.continue_()
     page.wait_for_timeout(300)  # the page has had time to show the wrong task
-    assert page.locator(".prompt").inner_text() == first
+    expect(page.locator(".prompt")).to_have_text(first)
 
 
 def test_a_skipped_task_goes_to_others(live, visit):  # noqa: F811
@@ -303,20 +306,20 @@ def test_a_draft_is_there_after_a_reload_and_in_another_browser(live, visit, chr
         page.get_by_label("Comment (optional)").fill("half a thought")
     page.reload()
     assert new_task(page) == 3
-    assert page.get_by_label("Comment (optional)").input_value() == "half a thought"
+    expect(page.get_by_label("Comment (optional)")).to_have_value("half a thought")
     assert page.locator(".ladder [data-place='3'] .chips").inner_text().strip() == "B"
     context = chromium.new_context()
     context.add_cookies(page.context.cookies())
     second = context.new_page()
     second.goto(site.url)
     assert new_task(second) == 3
-    assert second.get_by_label("Comment (optional)").input_value() == "half a thought"
+    expect(second.get_by_label("Comment (optional)")).to_have_value("half a thought")
     with second.expect_response(lambda r: r.url.endswith("/draft") and r.status == 200):
         second.get_by_label("Comment (optional)").fill("a whole thought")
     context.close()
     page.reload()
     new_task(page)
-    assert page.get_by_label("Comment (optional)").input_value() == "a whole thought"
+    expect(page.get_by_label("Comment (optional)")).to_have_value("a whole thought")
 
 
 def test_a_lost_connection_keeps_the_answer_and_sends_it_once(live, visit):  # noqa: F811

@@ -17,6 +17,7 @@ from annotation_site import (  # noqa: F401
     visit,
     watched,
 )
+from playwright.sync_api import expect
 
 from openqwen.http.static import SHARED
 from openqwen.instruct import collaborate
@@ -59,7 +60,7 @@ def test_an_invitation_makes_an_account_once_and_a_password_logs_in(live, chromi
     page.get_by_label("Name").fill("Ada")
     page.get_by_label("Password").fill("short")
     page.get_by_role("button", name="Continue").click()
-    assert page.locator("h1").inner_text() == "Welcome"  # the browser refuses it
+    expect(page.locator("h1")).to_have_text("Welcome")  # the browser refuses it
     page.get_by_label("Password").fill(PASSWORD)
     page.keyboard.press("Enter")
     assert new_task(page) == 3
@@ -95,7 +96,7 @@ def test_roles_see_their_pages_alone(live, visit):  # noqa: F811
     page = visit(site, "Eve")
     page.goto(f"{site.url}/#/quality")
     assert new_task(page) == 3
-    assert page.get_by_text("Make an invitation link").count() == 0
+    expect(page.get_by_text("Make an invitation link")).to_have_count(0)
 
 
 def test_a_reviewer_returns_an_answer_and_its_author_sees_why(live, visit):  # noqa: F811
@@ -110,8 +111,8 @@ def test_a_reviewer_returns_an_answer_and_its_author_sees_why(live, visit):  # n
     page.get_by_role("heading", name="2 answers").wait_for()
     section = page.get_by_label("Ada", exact=True)
     assert re.fullmatch(r"[ABC]  >  [ABC] = [ABC]", section.locator(".ranks").inner_text())
-    assert "B and A are alike." in page.get_by_label("Grace", exact=True).inner_text()
-    assert page.get_by_text("model-1").count() == 1
+    expect(page.get_by_label("Grace", exact=True)).to_contain_text("B and A are alike.")
+    expect(page.get_by_text("model-1")).to_have_count(1)
     section.get_by_role("button", name="Return to its author").click()
     page.get_by_label("What should be changed?").fill("Read C again.")
     page.locator("dialog").get_by_role("button", name="Return to its author").click()
@@ -132,7 +133,7 @@ def test_the_owner_invites_imports_exports_and_sees_the_numbers(live, visit):  #
     tile = page.locator(".tile", has_text="Answers").first
     tile.get_by_text("of 4 wanted; tasks: 1").wait_for()
     assert tile.locator("dd").first.inner_text() == "1"
-    assert "One annotator only" in page.locator(".tiles").inner_text()
+    expect(page.locator(".tiles")).to_contain_text("One annotator only")
     page.get_by_label("Role", exact=True).select_option("reviewer")
     page.get_by_role("button", name="Make an invitation link").click()
     link = page.locator("#invitation-link").inner_text()
@@ -152,7 +153,7 @@ def test_the_owner_invites_imports_exports_and_sees_the_numbers(live, visit):  #
     answer(site, "Grace", [["A"], ["B"]])
     tile.locator("dd", has_text="2").first.wait_for(timeout=20_000)  # by itself
     square = page.get_by_role("region", name="Pairwise κ")
-    assert square.locator(".shade").count() == 2
+    expect(square.locator(".shade")).to_have_count(2)
     page.get_by_role("row", name=re.compile("Grace.*Deactivate")).get_by_role(
         "button", name="Deactivate"
     ).click()
@@ -194,7 +195,7 @@ def test_text_of_people_and_files_is_shown_as_text(live, visit):  # noqa: F811
             assert page.locator(".answer").inner_text().count("<script>") >= 4
         page.go_back()
         page.locator("#main .entries a").last.wait_for()
-    assert page.locator("#main img, #main script, #toasts img").count() == 0
+    expect(page.locator("#main img, #main script, #toasts img")).to_have_count(0)
 
 
 def axe_faults(page):
@@ -323,17 +324,17 @@ def test_keys_can_be_changed_and_switched_off(live, visit):  # noqa: F811
     page.keyboard.press("z")
     page.locator("#key-none").click()
     page.keyboard.press("Backspace")
-    assert page.locator("#key-none").inner_text() == "off"
+    expect(page.locator("#key-none")).to_have_text("off")
     page.keyboard.press("Escape")
     page.reload()
     new_task(page)
     page.keyboard.press("n")
-    assert not page.get_by_label("No response is good enough").is_checked()
+    expect(page.get_by_label("No response is good enough")).not_to_be_checked()
     page.keyboard.press("1")
     page.keyboard.press("u")
-    assert page.locator(".ladder [data-place='1'] .chip").count() == 1
+    expect(page.locator(".ladder [data-place='1'] .chip")).to_have_count(1)
     page.keyboard.press("z")
-    assert page.locator(".ladder [data-place='1'] .chip").count() == 0
+    expect(page.locator(".ladder [data-place='1'] .chip")).to_have_count(0)
 
 
 def test_a_screen_reader_hears_what_happens(live, visit):  # noqa: F811
@@ -356,7 +357,7 @@ def test_the_language_is_remembered_and_nothing_is_left_in_english(live, visit):
     page.get_by_label("Language").select_option("zh")
     page.get_by_role("heading", name="为回答排序").wait_for()
     assert page.locator("html").get_attribute("lang") == "zh-CN"
-    assert page.get_by_label("备注").input_value() == "a word"
+    expect(page.get_by_label("备注")).to_have_value("a word")
     page.reload()
     page.get_by_role("heading", name="为回答排序").wait_for()
     words = set(re.findall(r"[A-Za-z]{3,}", page.locator("body").inner_text()))

@@ -7,6 +7,7 @@ import re
 import threading
 
 import pytest
+from playwright.sync_api import expect
 
 from openqwen.http.server import gated, listen, url_of, uvicorn_server
 from openqwen.instruct.inspect.app import DataPage, application, page_files
@@ -113,12 +114,12 @@ def shown(page):
 
 def test_the_list_its_pages_and_its_order(page, served):
     load(page, served)
-    assert page.locator(".found").inner_text() == "1 to 50 of 103"
+    expect(page.locator(".found")).to_have_text("1 to 50 of 103")
     page.get_by_role("button", name="Next", exact=True).click()
     page.get_by_text("51 to 100 of 103").wait_for()
     page.locator("#sort").select_option("best")
     page.get_by_text("1 to 50 of 103").wait_for()
-    assert page.locator(".entry .number").first.inner_text() == "100"
+    expect(page.locator(".entry .number").first).to_have_text("100")
     page.go_back()
     page.get_by_text("51 to 100 of 103").wait_for()
     assert page.locator(".entry").last.get_attribute("href").endswith("record=100")
@@ -133,13 +134,13 @@ def test_a_link_to_a_record_keys_and_the_way_back(page, served):
     page.get_by_role("heading", name="Record 4", exact=True).wait_for()
     page.keyboard.press("k")
     page.get_by_role("heading", name="Record 1", exact=True).wait_for()
-    assert page.get_by_label("Previous record (K)").is_disabled()
+    expect(page.get_by_label("Previous record (K)")).to_be_disabled()
     assert re.search(r"method=m1.*record=1$", page.url)
     page.go_back()
     page.get_by_role("heading", name="Record 4", exact=True).wait_for()
     page.keyboard.press("Escape")
     page.locator(".entry").first.wait_for()
-    assert page.locator(".found").inner_text() == "1 to 34 of 34"
+    expect(page.locator(".found")).to_have_text("1 to 34 of 34")
     page.keyboard.press("/")
     page.keyboard.type('Question "7"')
     page.keyboard.press("Enter")
@@ -180,17 +181,17 @@ def test_filters_by_the_bars_and_the_histogram(page, served):
 def test_chosen_and_rejected_side_by_side_and_their_difference(page, served):
     load(page, served, "?record=101")
     assert shown(page) == "Record 101"
-    assert page.locator(".pair .turn").count() == 2
+    expect(page.locator(".pair .turn")).to_have_count(2)
     page.get_by_role("button", name="Difference").click()
     assert page.locator(".turn .plain del").all_inner_texts() == ["2", " four"]
     assert page.locator(".turn .plain ins").all_inner_texts() == ["two"]
     page.keyboard.press("k")
     page.get_by_role("heading", name="Record 100", exact=True).wait_for()
-    assert page.locator(".markdown h3").inner_text() == "Answer"
-    assert page.locator("figure.code pre").first.inner_text() == "print(100)"
+    expect(page.locator(".markdown h3")).to_have_text("Answer")
+    expect(page.locator("figure.code pre").first).to_have_text("print(100)")
     page.get_by_role("button", name="Plain text").click()
-    assert page.locator(".markdown").count() == 0
-    assert EVIL in page.locator(".plain").first.inner_text()
+    expect(page.locator(".markdown")).to_have_count(0)
+    expect(page.locator(".plain").first).to_contain_text(EVIL)
 
 
 DIFFERENCE = """async ([before, after]) => {
@@ -228,11 +229,11 @@ def test_hostile_broken_and_odd_records(page, served):
     load(page, served, "?record=102")
     shown(page)
     assert page.locator(".call strong").inner_text() == EVIL
-    assert page.locator("#main img, #main script, #filters img").count() == 0
+    expect(page.locator("#main img, #main script, #filters img")).to_have_count(0)
     page.keyboard.press("j")
     page.get_by_role("heading", name="Record 103", exact=True).wait_for()
-    assert "not JSON" in page.get_by_role("alert").inner_text()
-    assert EVIL in page.locator(".plain").inner_text()
+    expect(page.get_by_role("alert")).to_contain_text("not JSON")
+    expect(page.locator(".plain")).to_contain_text(EVIL)
     for query, said in (
         ("?record=104", "There is no record 104"),
         ("?record=../x", "Not Found"),
@@ -242,7 +243,7 @@ def test_hostile_broken_and_odd_records(page, served):
         page.goto(f"{served['']}/{query}")
         assert said in page.get_by_role("alert").inner_text()
     load(page, served, "?text=nothingofthiskind")
-    assert page.locator(".found").inner_text() == "No record passes the filters."
+    expect(page.locator(".found")).to_have_text("No record passes the filters.")
 
 
 def test_the_raw_record_can_be_saved(page, served):

@@ -103,6 +103,13 @@ TOOLS = {
     "c": '#include <stdio.h>\nint main(){int n;scanf("%d",&n);printf("%d\\n",2*n);}',
     "cpp": "#include <iostream>\nint main(){int n;std::cin>>n;std::cout<<2*n<<std::endl;}",
     "javascript": "console.log(2 * require('fs').readFileSync(0))",
+    "typescript": "declare var require: any;\n"
+    "const n: number = Number(require('fs').readFileSync(0));\nconsole.log(2 * n);",
+    "java": "import java.util.Scanner;\nclass Twice { public static void main(String[] given) {"
+    "System.out.println(2 * new Scanner(System.in).nextInt()); } }",
+    "csharp": "using System;\nclass Twice { static void Main() {"
+    "Console.WriteLine(2 * int.Parse(Console.ReadLine())); } }",
+    "php": "<?php echo 2 * (int) fgets(STDIN), \"\\n\";",
     "bash": "read n; echo $((2 * n))",
 }
 
@@ -113,9 +120,17 @@ def test_languages(pool, language):
         with pytest.raises(OpenQwenError, match="is not installed"):
             one(pool, TOOLS[language], language=language)
         return
-    limits = Limits(memory_mb=4096, processes=32)
+    limits = Limits(seconds=20, memory_mb=4096, processes=32)
     verdict = one(pool, TOOLS[language], language=language, stdin="21", limits=limits)
     assert (verdict.status, verdict.stdout) == ("passed", "42\n"), verdict
+
+
+@pytest.mark.skipif("csharp" not in available(), reason="Mono is not installed")
+def test_a_failed_assertion_of_csharp_is_a_failure(pool):
+    source = "using System.Diagnostics;\nclass A { static void Main() { Debug.Assert(1 == %d); } }"
+    limits = Limits(memory_mb=4096, processes=32)
+    verdicts = [one(pool, source % n, language="csharp", limits=limits) for n in (1, 2)]
+    assert [verdict.status for verdict in verdicts] == ["passed", "failed"]
 
 
 def test_what_does_not_compile_and_what_is_unknown(pool):

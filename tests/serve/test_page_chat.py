@@ -3,6 +3,7 @@
 import json
 
 from browser import context, load, page, say, settings, settled, stub, texts  # noqa: F401
+from playwright.sync_api import expect
 
 WEATHER = [
     {
@@ -33,7 +34,7 @@ def test_an_answer_comes_in_pieces(page, stub):  # noqa: F811
     assert page.locator("#turns").get_attribute("aria-busy") == "true"
     settled(page)
     assert len(early) < len(page.locator(".turn.assistant .markdown").inner_text())
-    assert page.locator(".turn.assistant strong").count() == 12
+    expect(page.locator(".turn.assistant strong")).to_have_count(12)
     body = stub.seen[0]
     assert body["messages"] == [{"role": "user", "content": "Hello"}]
     assert body["stream"]
@@ -44,7 +45,7 @@ def test_an_answer_comes_in_pieces(page, stub):  # noqa: F811
     assert "51 tokens" in stats
     assert "tokens/s" in stats
     assert "first after" in stats
-    assert page.locator("#usage").inner_text() == "62 of 4,096 tokens"
+    expect(page.locator("#usage")).to_have_text("62 of 4,096 tokens")
 
 
 def test_stop_ends_the_request_and_keeps_what_came(page, stub):  # noqa: F811
@@ -53,10 +54,10 @@ def test_stop_ends_the_request_and_keeps_what_came(page, stub):  # noqa: F811
     page.locator(".turn.assistant .markdown").wait_for()
     page.keyboard.press("Escape")
     settled(page)
-    assert page.locator(".turn.assistant .note").inner_text() == "Stopped."
+    expect(page.locator(".turn.assistant .note")).to_have_text("Stopped.")
     said = page.locator(".turn.assistant .markdown").inner_text()
     page.wait_for_timeout(300)
-    assert page.locator(".turn.assistant .markdown").inner_text() == said
+    expect(page.locator(".turn.assistant .markdown")).to_have_text(said)
     assert stub.aborted == 1
     stub.answers, stub.pause = ["Good."], 0
     say(page, "And now?")
@@ -86,7 +87,7 @@ def test_edit_makes_a_branch(page, stub):  # noqa: F811
     say(page, "Old question")
     page.press("#composer-text", "ArrowUp")
     editor = page.locator(".editor textarea")
-    assert editor.input_value() == "Old question"
+    expect(editor).to_have_value("Old question")
     editor.fill("New question")
     editor.press("Enter")
     page.get_by_text("To the new").wait_for()
@@ -132,11 +133,11 @@ def test_tool_calls_and_their_results(page, stub):  # noqa: F811
     panel = settings(page)
     tools = panel.get_by_label("Functions, as JSON")
     tools.fill("[{")
-    assert "Not JSON" in panel.locator(".wrong:not(:empty)").inner_text()
+    expect(panel.locator(".wrong:not(:empty)")).to_contain_text("Not JSON")
     tools.fill('[{"description": "x"}]')
-    assert panel.locator(".wrong:not(:empty)").inner_text() == "Tool 1 has no name."
+    expect(panel.locator(".wrong:not(:empty)")).to_have_text("Tool 1 has no name.")
     tools.fill(json.dumps(WEATHER))
-    assert panel.get_by_text("1 function: get_weather").is_visible()
+    expect(panel.get_by_text("1 function: get_weather")).to_be_visible()
     both = [
         {"content": "I shall look."},
         call("get_weather", '{"place": "Par'),
@@ -169,12 +170,12 @@ def test_a_busy_server_is_asked_again(page, stub):  # noqa: F811
     say(page, "Hi", wait=False)
     trouble = page.locator(".trouble")
     trouble.wait_for()
-    assert "Too many answers are being made." in trouble.inner_text()
-    assert "Asking again in" in trouble.inner_text()
+    expect(trouble).to_contain_text("Too many answers are being made.")
+    expect(trouble).to_contain_text("Asking again in")
     page.get_by_text("Hello there.").wait_for()
     settled(page)
     assert len(stub.seen) == 2
-    assert trouble.count() == 0
+    expect(trouble).to_have_count(0)
     stub.refusals = [(429, "Busy.", {"Retry-After": "60"})]
     say(page, "Hi", wait=False)
     page.click("text=Leave it")
@@ -198,8 +199,8 @@ def test_the_key_is_asked_for(page, stub):  # noqa: F811
     page.get_by_label("API key").press("Enter")
     page.get_by_text("Hello there.").wait_for()  # what was refused is asked again
     settled(page)
-    assert page.get_by_label("API key").count() == 0
-    assert page.locator("#model").inner_text() == "tiny"
+    expect(page.get_by_label("API key")).to_have_count(0)
+    expect(page.locator("#model")).to_have_text("tiny")
     assert page.evaluate("localStorage.getItem('openqwen.key')") is None  # until the tab closes
 
 
@@ -235,22 +236,22 @@ def test_a_message_that_is_too_long_can_be_shortened_or_taken_elsewhere(page, st
     stub.refusals = [(400, LONG, {}), (413, "The body is larger than 9 bytes.", {})]
     say(page, "A long story")
     trouble = page.locator(".turn.assistant .trouble")
-    assert "your messages resulted in 120 tokens" in trouble.inner_text()
-    assert trouble.get_by_role("button", name="Try again").count() == 0
+    expect(trouble).to_contain_text("your messages resulted in 120 tokens")
+    expect(trouble.get_by_role("button", name="Try again")).to_have_count(0)
     trouble.get_by_role("button", name="Shorten the message").click()
     field = page.get_by_label("Edit the message")
-    assert field.input_value() == "A long story"
+    expect(field).to_have_value("A long story")
     field.fill("A story")
     page.click("text=Send as a new version")
     settled(page)
     assert [m["content"] for m in stub.seen[-1]["messages"]] == ["First", "Hello there.", "A story"]
     trouble.get_by_role("button", name="New conversation with it").click()
-    assert page.locator("#composer-text").input_value() == "A story"
+    expect(page.locator("#composer-text")).to_have_value("A story")
     page.press("#composer-text", "Enter")
     settled(page)
     assert [m["content"] for m in stub.seen[-1]["messages"]] == ["A story"]
     assert texts(page, ".markdown") == ["Hello there."]
-    assert page.locator("#sidebar .open").count() == 2
+    expect(page.locator("#sidebar .open")).to_have_count(2)
 
 
 def load_without_model(page, stub, begun=False):  # noqa: F811
@@ -261,16 +262,16 @@ def load_without_model(page, stub, begun=False):  # noqa: F811
 def test_errors_stand_where_they_happen(page, stub, context):  # noqa: F811
     stub.refusals = [(400, "The prompt has 5000 tokens; this model takes 4095.", {})]
     say(page, "Long")
-    assert "this model takes 4095" in page.locator(".turn.assistant .trouble").inner_text()
+    expect(page.locator(".turn.assistant .trouble")).to_contain_text("this model takes 4095")
     stub.answers, stub.cut = ["a beginning that breaks off"], 3
     page.get_by_role("button", name="Try again").click()
     page.get_by_text("The answer broke off.").wait_for()
-    assert page.locator(".markdown").inner_text() == "a beginning tha"
+    expect(page.locator(".markdown")).to_have_text("a beginning tha")
     stub.cut = None
     page.get_by_role("button", name="Try again").click()
     page.get_by_text("a beginning that breaks off").wait_for()
     settled(page)
-    assert page.locator(".trouble").count() == 0
+    expect(page.locator(".trouble")).to_have_count(0)
     context.set_offline(True)
     say(page, "Are you there?")
     page.locator(".trouble", has_text="The server does not answer.").wait_for()
@@ -279,7 +280,7 @@ def test_errors_stand_where_they_happen(page, stub, context):  # noqa: F811
 def test_the_longest_answer_is_said_to_be_reached(page, stub):  # noqa: F811
     stub.answers = [[{"content": "Cut", "finish": "length"}]]
     say(page, "Hi")
-    assert "longest answer was reached" in page.locator(".turn.assistant .note").inner_text()
+    expect(page.locator(".turn.assistant .note")).to_contain_text("longest answer was reached")
 
 
 def test_the_prompt_as_rendered(page, stub):  # noqa: F811
@@ -289,7 +290,7 @@ def test_the_prompt_as_rendered(page, stub):  # noqa: F811
     prompt = page.locator("dialog pre").inner_text()
     assert prompt.endswith("<|im_start|>user\nAnd this<|im_end|>\n<|im_start|>assistant\n")
     assert f"{len(prompt)} tokens" in page.locator("dialog .hint").inner_text()
-    assert page.locator("dialog .control").first.inner_text() == "<|im_start|>"
+    expect(page.locator("dialog .control").first).to_have_text("<|im_start|>")
     page.keyboard.press("Escape")
     stub.renders = False
     load(page, stub)
@@ -299,18 +300,18 @@ def test_the_prompt_as_rendered(page, stub):  # noqa: F811
 def test_side_by_side(page, stub):  # noqa: F811
     panel = settings(page)
     panel.get_by_text("Two answers to each message").click()
-    assert panel.get_by_label("Second model").input_value() == "reference"
+    expect(panel.get_by_label("Second model")).to_have_value("reference")
     say(page, "Compare")
     assert sorted(body["model"] for body in stub.seen) == ["reference", "tiny"]
     boxes = [page.locator(".pair .turn").nth(n).bounding_box() for n in (0, 1)]
     assert boxes[0]["y"] == boxes[1]["y"]
     assert boxes[0]["x"] < boxes[1]["x"]
-    assert page.locator(".pair .turn.chosen .label").inner_text() == "tiny"
+    expect(page.locator(".pair .turn.chosen .label")).to_have_text("tiny")
     stub.answers = ["Again."]
     page.click("text=Continue with this")
     panel.get_by_text("Two answers to each message").click()
     say(page, "Next")
-    assert page.locator(".pair .turn.chosen .label").inner_text() == "reference"
+    expect(page.locator(".pair .turn.chosen .label")).to_have_text("reference")
     assert stub.seen[2]["messages"][1] == {"role": "assistant", "content": "Hello there."}
     panel.get_by_text("Two answers to each message").click()
     panel.get_by_label("Its path").fill("https://elsewhere.example/v1")
@@ -331,7 +332,7 @@ def test_token_probabilities(page, stub):  # noqa: F811
     assert stub.seen[0]["top_logprobs"] == 5
     page.hover(".turn.assistant")
     page.click(".turn.assistant [aria-label='Token probabilities']")
-    assert page.locator(".tokens-view").inner_text() == "Hello world"
+    expect(page.locator(".tokens-view")).to_have_text("Hello world")
     assert "81.9 %" in page.locator(".token").first.get_attribute("title")
 
 
@@ -352,13 +353,13 @@ def test_keys(page, stub):  # noqa: F811
     field.fill("one")
     field.press("Shift+Enter")
     field.press_sequentially("two")
-    assert field.input_value() == "one\ntwo"
+    expect(field).to_have_value("one\ntwo")
     assert stub.seen == []
     page.keyboard.press("Control+/")
-    assert page.locator("dialog").get_by_text("Stop the answer").is_visible()
+    expect(page.locator("dialog").get_by_text("Stop the answer")).to_be_visible()
     page.keyboard.press("Escape")
     page.keyboard.press("Control+,")
-    assert page.locator("#panel").is_visible()
+    expect(page.locator("#panel")).to_be_visible()
     page.keyboard.press("Control+,")
     assert page.locator("#panel").is_hidden()
     field.press("Enter")
@@ -383,4 +384,4 @@ def test_nothing_said_becomes_html(page, stub):  # noqa: F811
     page.click("#show-prompt")
     page.locator("dialog pre").wait_for()
     assert not page.evaluate("window.hacked")
-    assert page.locator("img").count() == 0
+    expect(page.locator("img")).to_have_count(0)

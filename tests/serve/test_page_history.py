@@ -3,6 +3,7 @@
 import json
 
 from browser import context, load, page, say, settings, settled, stub, texts  # noqa: F401
+from playwright.sync_api import expect
 
 
 def test_a_reload_loses_nothing(page, stub):  # noqa: F811
@@ -15,8 +16,8 @@ def test_a_reload_loses_nothing(page, stub):  # noqa: F811
     load(page, stub)
     assert texts(page, ".turn.user .plain") == ["First question"]
     assert texts(page, ".versions") == ["2/2"]
-    assert page.locator("#composer-text").input_value() == "not sent yet"
-    assert settings(page).get_by_label("System prompt").input_value() == "Be kind."
+    expect(page.locator("#composer-text")).to_have_value("not sent yet")
+    expect(settings(page).get_by_label("System prompt")).to_have_value("Be kind.")
     assert page.locator("#sidebar .current").inner_text().startswith("First question")
 
 
@@ -29,7 +30,7 @@ def test_a_reload_while_an_answer_comes(page, stub):  # noqa: F811
     load(page, stub)
     kept = page.locator(".markdown").inner_text()
     assert kept.startswith(said)
-    assert page.get_by_text("Interrupted; what had come is kept.").is_visible()
+    expect(page.get_by_text("Interrupted; what had come is kept.")).to_be_visible()
     stub.answers, stub.pause = ["Done."], 0
     page.click("[aria-label=Regenerate]")
     page.get_by_text("Done.").wait_for()
@@ -50,7 +51,7 @@ def test_conversations_can_be_named_searched_and_deleted(page, stub):  # noqa: F
     for n in range(7):
         page.click(".button.new")
         say(page, f"Question number {n}")
-    assert page.locator("#sidebar .list li").count() == 7
+    expect(page.locator("#sidebar .list li")).to_have_count(7)
     page.get_by_label("Search conversations").fill("number 3")
     assert texts(page, "#sidebar .list .name") == ["Question number 3"]
     page.locator("#sidebar .list .open").click()
@@ -63,13 +64,13 @@ def test_conversations_can_be_named_searched_and_deleted(page, stub):  # noqa: F
     page.get_by_label("Search conversations").fill("")
     page.locator("#sidebar .current .menu summary").click()
     page.click("#sidebar .current .choices >> text=Delete")
-    assert page.locator("#sidebar .list li").count() == 6
+    expect(page.locator("#sidebar .list li")).to_have_count(6)
     page.click("text=Undo")
     page.locator("#title", has_text="The third").wait_for()
     page.locator("#sidebar .current .menu summary").click()
     page.click("#sidebar .current .choices >> text=Delete")
     load(page, stub)
-    assert page.locator("#sidebar .list li").count() == 6
+    expect(page.locator("#sidebar .list li")).to_have_count(6)
     assert "The third" not in texts(page, "#sidebar .list .name")
 
 
@@ -90,7 +91,7 @@ def test_export_and_import(page, stub, chromium, tmp_path):  # noqa: F811
         "input[type=file]", file
     )  # again into the same browser: the same conversation
     page.get_by_text("One conversation is imported.").wait_for()
-    assert page.locator("#sidebar .list li").count() == 1
+    expect(page.locator("#sidebar .list li")).to_have_count(1)
     other = chromium.new_context().new_page()
     load(other, stub)
     other.set_input_files("input[type=file]", file)
@@ -115,7 +116,7 @@ def test_import_of_messages_and_of_nonsense(page, stub, tmp_path):  # noqa: F811
     page.set_input_files("input[type=file]", demonstrations)
     page.get_by_text("2 conversations are imported.").wait_for()
     assert texts(page, ".turn.user .plain") == ["U0"]
-    assert settings(page).get_by_label("System prompt").input_value() == "S"
+    expect(settings(page).get_by_label("System prompt")).to_have_value("S")
     ring = {
         "a": {"role": "user", "content": "x", "parent": "b"},
         "b": {"role": "user", "content": "x", "parent": "a"},
@@ -138,7 +139,7 @@ def test_import_of_messages_and_of_nonsense(page, stub, tmp_path):  # noqa: F811
         file.write_text(wrong)
         page.set_input_files("input[type=file]", file)
         page.get_by_text(said).wait_for()
-    assert page.locator("#sidebar .list li").count() == 2
+    expect(page.locator("#sidebar .list li")).to_have_count(2)
 
 
 def test_two_tabs_do_not_overwrite_each_other(page, stub, context):  # noqa: F811
@@ -182,8 +183,8 @@ def test_an_answer_that_another_tab_writes_goes_on_in_this_one(page, stub, conte
     other.locator("#sidebar .open").click()
     other.locator(".turn.running .markdown").wait_for()
     other.wait_for_timeout(2000)  # longer than a tab that is gone is waited for
-    assert other.locator(".turn.running").count() == 1
-    assert other.locator(".note").count() == 0
+    expect(other.locator(".turn.running")).to_have_count(1)
+    expect(other.locator(".note")).to_have_count(0)
     assert other.locator("#send").is_hidden()
     other.click("#stop")
     settled(page)
@@ -202,7 +203,7 @@ def test_an_answer_whose_tab_is_gone_is_interrupted(page, stub, context):  # noq
     page.locator(".turn.running .markdown").wait_for()
     writer.close()
     page.get_by_text("Interrupted; what had come is kept.").wait_for()
-    assert page.locator("#send").is_visible()
+    expect(page.locator("#send")).to_be_visible()
 
 
 def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page, stub):  # noqa: F811
@@ -215,7 +216,7 @@ def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page, stub): 
     page.wait_for_timeout(1000)
     assert stub.aborted == 1
     load(page, stub)
-    assert page.locator("#sidebar .open").count() == 0
+    expect(page.locator("#sidebar .open")).to_have_count(0)
 
 
 def test_what_is_being_written_stays_when_another_tab_changes_something(page, stub, context):  # noqa: F811
@@ -224,5 +225,5 @@ def test_what_is_being_written_stays_when_another_tab_changes_something(page, st
     load(other, stub)
     say(other, "From elsewhere")
     page.locator("#sidebar .open", has_text="From elsewhere").wait_for()
-    assert page.locator("#composer-text").input_value() == "half a thou"
-    assert page.locator(".welcome").is_visible()
+    expect(page.locator("#composer-text")).to_have_value("half a thou")
+    expect(page.locator(".welcome")).to_be_visible()

@@ -2,6 +2,7 @@
 
 import pytest
 from browser import context, load, page, say, settings, settled, stub, texts  # noqa: F401
+from playwright.sync_api import expect
 from stub_api import PAGE
 
 LONG = (
@@ -137,7 +138,7 @@ def test_on_a_phone_a_finger_finds_what_it_presses(page, stub):  # noqa: F811
     busy_page(page, stub)
     page.click("[aria-label=Regenerate] >> nth=0")
     settled(page)
-    assert page.locator(".versions").count() == 1
+    expect(page.locator(".versions")).to_have_count(1)
     assert page.evaluate(SMALL) == []
     page.click("#open-sidebar")
     page.locator("#sidebar .menu summary").click()

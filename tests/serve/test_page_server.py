@@ -5,6 +5,7 @@ the next prompt.
 import json
 
 from browser import context, say, settings, settled, texts  # noqa: F401
+from playwright.sync_api import expect
 
 WRITTEN = (
     r'Let me look\.\n<tool_call>\n\{"name": "get_weather", "arguments": \{"place": '
@@ -50,4 +51,4 @@ def test_a_call_that_the_model_writes(context, server):  # noqa: F811
         "tool_call_id": call["tool_calls"][0]["id"],
         "content": '{"celsius": 21}',
     }
-    assert page.locator(".turn.assistant").count() == 2
+    expect(page.locator(".turn.assistant")).to_have_count(2)

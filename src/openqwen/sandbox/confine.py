@@ -7,6 +7,7 @@ new privileges, Landlock, a seccomp filter, resource limits.
 """
 
 import contextlib
+import glob
 import json
 import os
 import resource
@@ -18,7 +19,8 @@ from typing import Any
 from openqwen.sandbox import kernel
 
 NOBODY = 65534
-SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", "/etc/alternatives")
+_SETTINGS = ("/etc/alternatives", "/etc/mono", *glob.glob("/etc/java-*-openjdk"))
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", *_SETTINGS)
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 BOX = "/box"

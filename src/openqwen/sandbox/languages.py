@@ -17,10 +17,32 @@ class Language:
     tool: str
 
 
+# Mono goes on behind a failed Debug.Assert, and tells of it only where this variable is set.
+_MONO = """
+MONO_TRACE_LISTENER=Console.Error mono main.exe 2> errors
+status=$?
+cat errors >&2
+if grep -q DefaultTraceListener.Fail errors; then status=1; fi
+exit $status
+"""
+# A heap of a quarter of the machine's memory, Java's default, does not fit in the sandbox.
+_JAVA = ("java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-ea")
 TABLE = {
     "c": Language("main.c", (("cc", "-O2", "-o", "main", "main.c", "-lm"), ("./main",)), "cc"),
     "cpp": Language("main.cpp", (("c++", "-O2", "-o", "main", "main.cpp"), ("./main",)), "c++"),
     "javascript": Language("main.js", (("node", "main.js"),), "node"),
+    "typescript": Language(
+        "main.ts", (("tsc", "--target", "esnext", "main.ts"), ("node", "main.js")), "tsc"
+    ),
+    "java": Language(  # the first class of the file is the program
+        "Main.java", ((*_JAVA, "-cp", "/usr/share/java/javatuples.jar", "Main.java"),), "javac"
+    ),
+    "csharp": Language(
+        "main.cs",
+        (("mcs", "-d:DEBUG", "-r:System.Numerics.dll", "main.cs"), ("sh", "-c", _MONO)),
+        "mcs",
+    ),
+    "php": Language("main.php", (("php", "main.php"),), "php"),
     "bash": Language("main.sh", (("bash", "main.sh"),), "bash"),
 }
 
