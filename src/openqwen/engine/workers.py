@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from openqwen.engine.config import EngineConfig
 from openqwen.engine.generator import Generator, Output, Prompt, Sampling
 from openqwen.engine.lanes import Ended, Lane
 from openqwen.engine.seeds import seed_of
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.settings import Quantization
 from openqwen.support.workers import (
     WAIT,
     DeathCount,
@@ -45,7 +46,7 @@ class EngineSource:
     """The checkpoint that an engine is loaded from. version: the number of the weights."""
 
     path: Path
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: Quantization | None = None
     config: EngineConfig = _DEFAULTS
     version: int = 0
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich import box
@@ -32,6 +32,7 @@ from openqwen.support.files import sha256
 from openqwen.support.hub import HUB, local
 from openqwen.support.page.text import percent, signed
 from openqwen.support.progress import console, duration, notice
+from openqwen.support.settings import Quantization
 from openqwen.support.workers import WorkersConfig, WorkKind
 from openqwen.tasks import GradeCache
 from openqwen.tokenizer import load_tokenizer
@@ -58,7 +59,7 @@ def evaluate(
     seed: int = 0,
     lengths: str = "",
     long_context: str = "",
-    quantize: Literal["int8", "int4"] | None = None,
+    quantize: Quantization | None = None,
     generator: str | None = None,
     served_name: str | None = None,
     judge: str | None = None,

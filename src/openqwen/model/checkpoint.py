@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from openqwen.model.config import ModelConfig, token_ids
 from openqwen.model.decoder import Qwen2, Scorer
 from openqwen.model.gguf import read_gguf
-from openqwen.model.quantize import Kind, QuantizedQwen2, check
+from openqwen.model.quantize import QuantizedQwen2, check
 from openqwen.model.quantize import quantize as quantized
 from openqwen.model.quantize_gpu import quantize_on_gpu
 from openqwen.model.stored import Stored, has_weights, same_numbers, stored_in_folder, weight_files
@@ -26,6 +26,7 @@ from openqwen.support.files import read_json, refuse_pointer, write_json
 from openqwen.support.gguf import find_gguf
 from openqwen.support.hub import local
 from openqwen.support.progress import notice
+from openqwen.support.settings import Quantization
 
 _GENERATION = "generation_config.json"
 _REWARD_WEIGHTS = "reward_weights"  # in config.json: a criterion's label -> its weight
@@ -52,7 +53,7 @@ def load_model(
     dtype: str | None = "float32",
     device: str | torch.device = "cpu",
     advance: Callable[[int], None] = ignore,
-    quantize: Kind | None = None,
+    quantize: Quantization | None = None,
 ) -> Qwen2:
     """Read a language model. Half-precision weights that need no cast are used from the file.
 
@@ -218,7 +219,7 @@ def _note_impossible_stops(config: ModelConfig, path: Path) -> None:
         notice(f"eos_token_id {', '.join(outside)} is outside the vocabulary and ignored", path)
 
 
-def _read_packed(path: Path, kind: Kind | None) -> QuantizedQwen2 | None:
+def _read_packed(path: Path, kind: Quantization | None) -> QuantizedQwen2 | None:
     """The model of a folder with weights that this package quantised; None for any other source."""
     if not (path / "config.json").is_file() or not has_weights(path):
         return None

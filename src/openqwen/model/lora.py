@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from openqwen.model.quantize import Kind, QuantizedLinear, check, refuse_quantized
+from openqwen.model.quantize import QuantizedLinear, check, refuse_quantized
 from openqwen.support.errors import OpenQwenError, disk_errors, suggestion
 from openqwen.support.files import read_json, refuse_pointer, write_json
-from openqwen.support.settings import Settings
+from openqwen.support.settings import Quantization, Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -121,7 +121,7 @@ class LoraLinear(nn.Module):
         return self.base.requires_grad_(True)
 
 
-def _packed(linear: nn.Linear, kind: Kind) -> QuantizedLinear:
+def _packed(linear: nn.Linear, kind: Quantization) -> QuantizedLinear:
     check(kind, linear.weight.device)
     biases = [] if linear.bias is None else [linear.bias.detach()]
     matrix = QuantizedLinear(linear.in_features, {"": linear.out_features}, kind, bool(biases))

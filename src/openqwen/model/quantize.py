@@ -10,7 +10,7 @@ can learn on top of it.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from ctypes import addressof, c_int64, c_void_p
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ from openqwen.model.rope import Rotation
 from openqwen.model.structs import NO_TRANSFORM, RMS_NORM, SWIGLU, LayerCall, LinearCall
 from openqwen.model.weights import without_memory
 from openqwen.support.errors import OpenQwenError
+from openqwen.support.settings import Quantization
 
-Kind = Literal["int8", "int4"]
 Network = TypeVar("Network", bound=nn.Module)
 # What a matrix does to its input first: an RMSNorm, `swiglu`, or None for nothing.
 Transform = Callable[[Tensor], Tensor] | None
@@ -37,7 +37,7 @@ Transform = Callable[[Tensor], Tensor] | None
 # and v, whose inputs and biases have outliers; and the feed-forward networks of the first sixth of
 # the layers. In the 0.5B the last two cost 0.6 bits a weight and reduce the increase of perplexity
 # from 7.4 % to 3.3 % (docs/log.md).
-_CAREFUL: Kind = "int8"
+_CAREFUL: Quantization = "int8"
 _CAREFUL_LAYERS = 6  # one layer in so many, the first ones
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # their numbers in quantize.cpp
 # Rows that pass through a feed-forward network at once, so that what lies between its matrices
@@ -64,7 +64,9 @@ class PackedMatrix(nn.Module):
     packed: Tensor
     bias: Tensor | None
 
-    def __init__(self, inputs: int, parts: Mapping[str, int], kind: Kind, bias: bool = False):
+    def __init__(
+        self, inputs: int, parts: Mapping[str, int], kind: Quantization, bias: bool = False
+    ):
         super().__init__()
         self.inputs, self.outputs = inputs, sum(parts.values())
         self.parts, self.form = dict(parts), FORMATS[kind]
@@ -196,7 +198,7 @@ class QuantizedEmbedding(PackedMatrix):
 class QuantizedFeedForward(nn.Module):
     """The SwiGLU feed-forward network with two packed matrices."""
 
-    def __init__(self, hidden_size: int, width: int, kind: Kind):
+    def __init__(self, hidden_size: int, width: int, kind: Quantization):
         super().__init__()
         gate_up = {"gate_proj": width, "up_proj": width}
         self.gate_up_proj = QuantizedLinear(hidden_size, gate_up, kind)
@@ -217,7 +219,7 @@ class QuantizedFeedForward(nn.Module):
 class QuantizedSparseFeedForward(nn.Module):
     """A mixture of experts (model/experts.py) with packed matrices; the router stays in float32."""
 
-    def __init__(self, config: ModelConfig, kind: Kind):
+    def __init__(self, config: ModelConfig, kind: Quantization):
         super().__init__()
         self.active, self.renormalised = config.num_experts_per_tok, config.norm_topk_prob
         width, shared = config.moe_intermediate_size, config.shared_expert_intermediate_size
@@ -245,7 +247,7 @@ class QuantizedSparseFeedForward(nn.Module):
 class QuantizedLayer(nn.Module):
     """As `decoder.Layer`; the matrices compute the norms, activations and residuals beside them."""
 
-    def __init__(self, config: ModelConfig, number: int, kind: Kind):
+    def __init__(self, config: ModelConfig, number: int, kind: Quantization):
         super().__init__()
         width, self.number, head = config.hidden_size, number, config.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -334,7 +336,7 @@ class QuantizedDecoder(Decoder):
 class QuantizedQwen2(Qwen2):
     """The language model with packed weights: on a CPU, frozen, float32 between the matrices."""
 
-    def __init__(self, config: ModelConfig, kind: Kind):
+    def __init__(self, config: ModelConfig, kind: Quantization):
         nn.Module.__init__(self)
         self.config, self.kind = config, kind
         with without_memory():
@@ -386,7 +388,7 @@ class QuantizedQwen2(Qwen2):
         return torch.float32
 
 
-def quantize(model: Qwen2, kind: Kind) -> QuantizedQwen2:
+def quantize(model: Qwen2, kind: Quantization) -> QuantizedQwen2:
     """The same network with weights of 8 or 4 bits, in new memory.
 
     Raises OpenQwenError where the model is not on a CPU or is quantised already, or the kind is

@@ -1,13 +1,13 @@
 """Settings of the server: each field is a flag of `openqwen serve`."""
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from openqwen.engine import EngineConfig
 from openqwen.http.settings import HttpConfig
 from openqwen.sandbox import Tier
+from openqwen.support.settings import Quantization
 
 
 class ServeConfig(HttpConfig):
@@ -23,7 +23,7 @@ class ServeConfig(HttpConfig):
     device: str | None = Field(
         None, description="device of the model; default: a GPU where there is one"
     )
-    quantize: Literal["int8", "int4"] | None = Field(
+    quantize: Quantization | None = Field(
         None, description="weights in 8 or 4 bits, quantized while loading"
     )
     max_context: str | None = Field(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -22,6 +22,7 @@ from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.files import parse_json, write_json
 from openqwen.support.progress import console
+from openqwen.support.settings import Quantization
 from openqwen.tokenizer import load_tokenizer
 
 _COMMANDS = {
@@ -57,7 +58,7 @@ def chat(
     max_tokens: Annotated[int, tyro.conf.arg(help="Longest answer, in tokens.")] = 1024,
     seed: Annotated[int, tyro.conf.arg(help="Seed of the sampling.")] = 0,
     quantize: Annotated[
-        Literal["int8", "int4"] | None,
+        Quantization | None,
         tyro.conf.arg(help="Weights in 8 or 4 bits, quantized while loading."),
     ] = None,
     max_context: Annotated[

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 from openqwen.support.errors import OpenQwenError, suggestion
 
 Configuration = TypeVar("Configuration", bound=BaseModel)
+Quantization = Literal["int8", "int4"]  # of a model's weights; see model/quantize.py
 
 
 class Settings(BaseModel):

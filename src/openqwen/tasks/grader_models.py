@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -13,7 +12,7 @@ from openqwen.model import load_model
 from openqwen.support.device import best_device
 from openqwen.support.errors import OpenQwenError, suggestion
 from openqwen.support.hub import local
-from openqwen.support.settings import Settings
+from openqwen.support.settings import Quantization, Settings
 from openqwen.tasks.graders import GRADERS
 from openqwen.tasks.models import GraderModel
 from openqwen.tasks.task import Task
@@ -28,7 +27,7 @@ class GraderModelConfig(Settings):
         description="a checkpoint: folder, .gguf file or hub id; for the grader `reward` a reward"
         " model, for `judge` a chat model",
     )
-    quantize: Literal["int8", "int4"] | None = Field(
+    quantize: Quantization | None = Field(
         None, description="of `judge`: quantise the weights when they are loaded"
     )
     url: str = Field(

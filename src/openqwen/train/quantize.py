@@ -1,7 +1,7 @@
 """`openqwen quantize SOURCE TARGET --to int8`: write a folder of quantised weights."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -10,6 +10,7 @@ from openqwen.model.quantize import bits_per_weight, refuse_quantized
 from openqwen.model.quantize import quantize as quantized
 from openqwen.support.hub import local
 from openqwen.support.progress import console, progress
+from openqwen.support.settings import Quantization
 from openqwen.tokenizer import load_tokenizer
 from openqwen.train.convert import refuse, write_folder
 
@@ -23,7 +24,7 @@ def quantize(
     target: Annotated[
         Path, tyro.conf.Positional, tyro.conf.arg(help="The folder to make.", metavar="TARGET")
     ],
-    to: Annotated[Literal["int8", "int4"], tyro.conf.arg(help="Type of the weights.")] = "int8",
+    to: Annotated[Quantization, tyro.conf.arg(help="Type of the weights.")] = "int8",
     overwrite: Annotated[
         bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Replace the target if it exists.")
     ] = False,

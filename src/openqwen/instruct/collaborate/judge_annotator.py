@@ -19,11 +19,12 @@ from openqwen.instruct.collaborate.answers import SLOTS, AnswerBody, check_compl
 from openqwen.instruct.collaborate.database import Database
 from openqwen.instruct.collaborate.events import LogEvent, loads, record
 from openqwen.instruct.collaborate.queue import lease_next
-from openqwen.instruct.collaborate.settings import ProjectConfig, Quantization
+from openqwen.instruct.collaborate.settings import ProjectConfig
 from openqwen.instruct.collaborate.tables import people, work
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.hub import local
 from openqwen.support.progress import console, progress
+from openqwen.support.settings import Quantization
 
 _BATCH = 16  # tasks that are asked at once
 _LONGEST = 1_024  # tokens of an answer

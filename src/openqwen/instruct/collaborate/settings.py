@@ -11,12 +11,11 @@ from openqwen.http.settings import ListenConfig
 from openqwen.support.command import command
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import write_text
-from openqwen.support.settings import Settings, validate
+from openqwen.support.settings import Quantization, Settings, validate
 
 PROJECT_FILE = "project.yaml"
 DATABASE_FILE = "annotations.db"
 LEVELS = 10  # priorities are 0 to 9
-Quantization = Literal["int8", "int4"]
 _NAME = r"^[A-Za-z0-9_-]{1,40}$"
 _TEMPLATE = """\
 # An annotation project of OpenQwen. Changes count from the next start of `openqwen annotate`.

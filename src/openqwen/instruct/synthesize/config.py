@@ -12,7 +12,7 @@ from openqwen.engine import Endpoint, EngineConfig, Generator
 from openqwen.engine.workers import EngineSource, EngineWorkers
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.hub import local
-from openqwen.support.settings import Settings
+from openqwen.support.settings import Quantization, Settings
 from openqwen.support.workers import WorkersConfig, WorkKind
 
 
@@ -50,7 +50,7 @@ class SynthesisConfig(Settings):
     model: Path | None = Field(
         None, description="the model: a Hugging Face folder, a .gguf file or a hub id"
     )
-    quantize: Literal["int8", "int4"] | None = Field(
+    quantize: Quantization | None = Field(
         None, description="quantise the weights when they are loaded"
     )
     engine: WorkKind = Field(
