@@ -21,18 +21,18 @@ WIDEST_LINE = 100
 LONGEST_ROOMS = {
     ".": 480,
     "corpus": 5_049,
-    "engine": 3_863,
+    "engine": 3_864,
     "evaluate": 4_767,
-    "http": 773,
+    "http": 776,
     "instruct": 11_832,
-    "model": 5_296,
+    "model": 5_299,
     "recipe": 3_315,
-    "sandbox": 2_696,
-    "serve": 3_434,
-    "support": 2_458,
+    "sandbox": 2_720,
+    "serve": 3_435,
+    "support": 2_459,
     "tasks": 3_523,
     "tokenizer": 2_615,
-    "train": 9_985,
+    "train": 10_027,
 }
 MODULES = {
     ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__"): path

@@ -40,7 +40,7 @@ from openqwen.train.metrics import (
     to_line,
     updated,
 )
-from openqwen.train.optimizer import OptimizerConfig, build_optimizers, learning_rate
+from openqwen.train.optimizer import OptimizerConfig, build_optimizers, learning_rate, make_moments
 from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.parallel import World, join
 from openqwen.train.recompute import recompute
@@ -172,6 +172,8 @@ class Trainer(Generic[Micro]):
         first = load_state(
             self.scratch, self.model, optimizers, self.generators, self.world, self.beside
         )
+        for optimizer in optimizers:
+            make_moments(optimizer)
         metrics = self._resume_metrics(first)
         self._train(first, optimizers, metrics)
         self._finish(metrics)
