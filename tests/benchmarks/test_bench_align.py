@@ -54,7 +54,14 @@ def test_our_side_measures_a_random_model(script, data, tmp_path, kind, monkeypa
         script.dpo_stage, "reference_log_probs", script.dpo_stage.reference_log_probs
     )
     job = {"kind": kind, "model": str(tmp_path / "model"), "folder": str(tmp_path), "steps": 2}
-    job |= {"batch": 2, "rate": 1e-6, "samples": 3, "answer": 5, "precision": "float32"}
+    job |= {
+        "batch": 2,
+        "rate": 1e-6,
+        "samples": 3,
+        "answer": 5,
+        "precision": "float32",
+        "sampler": "none",
+    }
     found = script.ours(job)
     assert found["seconds"] > 0
     assert found["memory"] > 0
