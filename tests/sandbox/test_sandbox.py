@@ -109,7 +109,7 @@ TOOLS = {
     "System.out.println(2 * new Scanner(System.in).nextInt()); } }",
     "csharp": "using System;\nclass Twice { static void Main() {"
     "Console.WriteLine(2 * int.Parse(Console.ReadLine())); } }",
-    "php": '<?php echo 2 * (int) fgets(STDIN), "\\n";',
+    "php": '<?php $n = trim(fgets(STDIN)); echo ctype_digit($n) ? 2 * $n : "?", "\\n";',
     "bash": "read n; echo $((2 * n))",
 }
 

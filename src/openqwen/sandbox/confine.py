@@ -19,7 +19,7 @@ from typing import Any
 from openqwen.sandbox import kernel
 
 NOBODY = 65534
-_SETTINGS = ("/etc/alternatives", "/etc/mono", *glob.glob("/etc/java-*-openjdk"))
+_SETTINGS = ("/etc/alternatives", "/etc/mono", "/etc/php", *glob.glob("/etc/java-*-openjdk"))
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", *_SETTINGS)
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("null", "zero", "full", "random", "urandom")
