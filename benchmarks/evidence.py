@@ -13,6 +13,7 @@ import xxhash
 from openqwen.corpus.read import FolderReader
 from openqwen.instruct.synthesize.passages import passages
 from openqwen.support.files import read_jsonl, whole_file
+from openqwen.support.page.charts import ticks
 
 HELDOUT = "heldout.jsonl"
 _TEXT_ENDINGS = {".txt", ".md", ".rst", ".json", ".js", ".css", ".csv", ".html", ".xml", ".toml"}
@@ -128,11 +129,10 @@ def interval_plot(title: str, rows: Sequence[tuple[str, float, float, float]]) -
         f'<rect width="660" height="{height}" fill="white"/>',
         f'<text x="10" y="20" font-size="14">{html.escape(title)}</text>',
     ]
-    for place in range(5):
-        value = low + (high - low) * place / 4
+    for value in ticks(low, high, about=6):
         x = across(value)
         lines.append(f'<path d="M{x:.1f} 32V{height - 24}" stroke="#ddd"/>')
-        lines.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{value:.3f}</text>')
+        lines.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{value:g}</text>')
     for number, (label, mean, first, last) in enumerate(rows):
         y = 46 + 22 * number
         lines.append(f'<text x="200" y="{y + 4}" text-anchor="end">{html.escape(label)}</text>')
