@@ -6,8 +6,8 @@
 Both runs start from MODEL (a folder of float32 weights), train all of them on the same short pairs
 of Anthropic's HH in the same order, one a step, and are kept in FOLDER: the same command goes on
 where it was. It prints, for each window of steps, the mean loss of float32, the mean difference of
-bfloat16's to it with its standard error, and the largest difference; then the same for the steps in
-which a wrong gradient would show first, the last half.
+bfloat16's to it with its standard error, and the largest difference. The last line is of the last
+half of the steps.
 """
 
 import re
@@ -58,7 +58,7 @@ def main(data: Path, model: Path, output: Path, steps: int = 200, rate: float = 
 
 
 def short_pairs(data: Path, count: int) -> list[Record]:
-    """The first pairs of one question, both answers together below 600 characters."""
+    """The first pairs whose question and two answers have less than 600 characters together."""
     pairs = []
     for row in read_jsonl(data):
         asked, chosen = _turns(row["chosen"])

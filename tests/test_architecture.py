@@ -27,7 +27,7 @@ LONGEST_ROOMS = {
     "instruct": 11_832,
     "model": 5_299,
     "recipe": 3_315,
-    "sandbox": 2_720,
+    "sandbox": 2_721,
     "serve": 3_435,
     "support": 2_459,
     "tasks": 3_523,

@@ -331,9 +331,8 @@ def test_multipl_e_runs_the_tests_of_each_language(language, data):
     if task is None:
         pytest.skip(f"{language} is not installed")
     prefix = "$" if language == "php" else ""
-    answers = [f"  return {factor} * {prefix}x;\n" for factor in (2, 3)]
-    if language in ("cpp", "js", "php", "ts"):  # for the others the stop text is in the tests
-        answers = [f"{answer}{'' if language == 'cpp' else '}'}\n" for answer in answers]
+    end = "}\n" if language in ("js", "php", "ts") else ""  # else the tests begin with it
+    answers = [f"  return {factor} * {prefix}x;\n{end}" for factor in (2, 3)]
     assert [one.passed for one in grade([task] * 2, answers)] == [True, False]
 
 

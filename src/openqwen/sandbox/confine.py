@@ -19,6 +19,7 @@ from typing import Any
 from openqwen.sandbox import kernel
 
 NOBODY = 65534
+# Mono, PHP and Java do not run without their settings.
 _SETTINGS = ("/etc/alternatives", "/etc/mono", "/etc/php", *glob.glob("/etc/java-*-openjdk"))
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin", *_SETTINGS)
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")

@@ -17,7 +17,7 @@ class Language:
     tool: str
 
 
-# Mono goes on behind a failed Debug.Assert, and tells of it only where this variable is set.
+# Mono continues after a failed Debug.Assert. It writes of it only where this variable is set.
 _MONO = """
 MONO_TRACE_LISTENER=Console.Error mono main.exe 2> errors
 status=$?

@@ -52,7 +52,7 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_ND, head_VD, targets_N, normalizer_N, *kept = ctx.saved_tensors
         to_hidden, to_head, *_ = ctx.needs_input_grad  # a frozen head (adapters) costs nothing
-        low_VD = head_VD.to(hidden_ND.dtype) if to_hidden or not kept else head_VD
+        low_VD = head_VD.to(hidden_ND.dtype)
         grad_hidden_ND = torch.empty_like(hidden_ND) if to_hidden else None
         grad_head_VD = None
         for n, start in enumerate(range(0, len(targets_N), CHUNK)):
