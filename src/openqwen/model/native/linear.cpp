@@ -15,20 +15,15 @@
 #include "packed.h"
 #include "pool.h"
 #include "simd.h"
+#include "widened.h"
 
 namespace openqwen {
 namespace {
 
 constexpr int64_t kSlab = 512;                 // rows that are held as bytes at one time
 constexpr int64_t kCached = 384 * 1024;        // bytes of activations that stay in a core's cache
+constexpr int64_t kManyRows = 4;               // from here on widened.h is faster, where it is used
 constexpr int64_t kRoundedInputs = 32 * 1024;  // inputs that a thread rounds at a time, at least
-
-// A group of a row of activations q · scale. Weights are stored as w + kZero, and
-// Σ w q = Σ (w + kZero) q − kZero Σ q, so every sum of products starts at offset = −kZero Σ q.
-struct Group {
-  float scale;
-  int32_t offset;
-};
 
 // The first `count` numbers, at most sixteen; the other lanes are 0.
 Lanes load_up_to(const float* x, int64_t count) {
@@ -85,6 +80,7 @@ Group to_bytes(const float* x, int8_t* out) {
 // The bytes of some rows, [rows, groups · kGroup], and their groups, [rows, groups].
 struct Activations {
   std::vector<int8_t> bytes;
+  std::vector<int16_t> widened;  // the bytes as widened.h wants them, where it is used
   std::vector<Group> groups;
 };
 
@@ -181,43 +177,95 @@ void block_of(int64_t rows, const uint8_t* tile, const int8_t* bytes, const Grou
   block<V, Format, Rows>(tile, bytes, group, groups, out);
 }
 
+// Adds bias and residual to the sums of rows from `row` on, [count, 32], and writes them to out.
+void finish(const LinearCall& linear, const float* residual, float (*sums)[kTile], int64_t row,
+            int64_t count, int64_t column, float* out) {
+  const int64_t n = linear.outputs, columns = std::min<int64_t>(kTile, n - column);
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t at = (row + r) * n + column;
+    if (linear.bias) {
+      for (int64_t i = 0; i < columns; ++i) sums[r][i] += linear.bias[column + i];
+    }
+    if (residual) {
+      for (int64_t i = 0; i < columns; ++i) sums[r][i] += residual[at + i];
+    }
+    std::copy(sums[r], sums[r] + columns, out + at);
+  }
+}
+
+// Rows first..last times tiles begin..end.
 template <class V, class Format>
-void multiply(const LinearCall& linear, const Activations& from, int64_t rows,
-              const float* residual, float* out) {
-  const int64_t groups = pieces(linear.inputs, Format::kGroup);
+void piece(const LinearCall& linear, const Activations& from, int64_t first, int64_t last,
+           int64_t begin, int64_t end, const float* residual, float* out) {
+  const int64_t groups = pieces(linear.inputs, Format::kGroup), width = groups * Format::kGroup;
+  alignas(64) float sums[V::kRows][kTile];
+  for (int64_t t = begin; t < end; ++t) {
+    const uint8_t* tile = linear.packed + t * groups * Format::kBytes;
+    for (int64_t m = first; m < last; m += V::kRows) {
+      const int64_t count = std::min<int64_t>(V::kRows, last - m);
+      block_of<V, Format>(count, tile, from.bytes.data() + m * width,
+                          from.groups.data() + m * groups, groups, sums);
+      finish(linear, residual, sums, m, count, t * kTile, out);
+    }
+  }
+}
+
+// The same by widened.h.
+template <class V, class Format>
+void widened_piece(const LinearCall& linear, const Activations& from, int64_t first, int64_t last,
+                   int64_t begin, int64_t end, const float* residual, float* out) {
+  const int64_t groups = pieces(linear.inputs, Format::kGroup), width = groups * Format::kGroup;
+  struct alignas(64) Row {
+    float sums[kTile];
+  };
+  thread_local std::vector<Row> sums;
+  sums.resize(last - first);
+  auto to = reinterpret_cast<float (*)[kTile]>(sums.data());
+  for (int64_t t = begin; t < end; ++t) {
+    V::template tile<Format>(linear.packed + t * groups * Format::kBytes,
+                             from.widened.data() + first * width,
+                             from.groups.data() + first * groups, groups, last - first, to);
+    finish(linear, residual, to, first, last - first, t * kTile, out);
+  }
+}
+
+template <class V>
+void widen(Activations& activations, int64_t rows, int64_t width) {
+  activations.widened.resize(rows * width);
+  const int8_t* from = activations.bytes.data();
+  int16_t* to = activations.widened.data();
+  parallel_for(rows, pieces(kRoundedInputs, width), [&](int64_t begin, int64_t end) {
+    V::widen_row(from + begin * width, (end - begin) * width, to + begin * width);
+  });
+}
+
+template <class V, class Format>
+void multiply(const LinearCall& linear, Activations& from, int64_t rows, const float* residual,
+              float* out) {
   const int64_t tiles = pieces(linear.outputs, kTile);
-  const int64_t width = groups * Format::kGroup, n = linear.outputs;
+  const int64_t width = pieces(linear.inputs, Format::kGroup) * Format::kGroup;
+  const bool widened = V::kWidens && rows >= kManyRows;
+  if constexpr (V::kWidens) {
+    if (widened) widen<V>(from, rows, width);
+  }
   // Rows are taken in parts whose activations stay in the cache while all tiles pass by.
-  const int64_t part_rows = std::max<int64_t>(kCached / width / V::kRows, 1) * V::kRows;
+  const int64_t cached = kCached / (widened ? 2 : 1);
+  const int64_t part_rows = std::max<int64_t>(cached / width / V::kRows, 1) * V::kRows;
   const int64_t parts = pieces(rows, part_rows);
   // With few rows, as in decoding, the product waits for memory, which is fastest in long runs.
   // With more rows it waits for arithmetic, which finer pieces share out more evenly.
   const int64_t grain =
       rows <= V::kRows ? pieces(tiles, 4) : std::clamp<int64_t>(tiles / 16, 1, 16);
   const int64_t ranges = pieces(tiles, grain);
-  WorkerPool::shared().run(parts * ranges, [&](int64_t piece) {
-    const int64_t first = piece / ranges * part_rows, last = std::min(first + part_rows, rows);
-    const int64_t begin = piece % ranges * grain, end = std::min(begin + grain, tiles);
-    alignas(64) float sums[V::kRows][kTile];
-    for (int64_t t = begin; t < end; ++t) {
-      const uint8_t* tile = linear.packed + t * groups * Format::kBytes;
-      const int64_t column = t * kTile, columns = std::min<int64_t>(kTile, n - column);
-      for (int64_t m = first; m < last; m += V::kRows) {
-        const int64_t count = std::min<int64_t>(V::kRows, last - m);
-        block_of<V, Format>(count, tile, from.bytes.data() + m * width,
-                            from.groups.data() + m * groups, groups, sums);
-        for (int64_t r = 0; r < count; ++r) {
-          const int64_t at = (m + r) * n + column;
-          if (linear.bias) {
-            for (int64_t i = 0; i < columns; ++i) sums[r][i] += linear.bias[column + i];
-          }
-          if (residual) {
-            for (int64_t i = 0; i < columns; ++i) sums[r][i] += residual[at + i];
-          }
-          std::copy(sums[r], sums[r] + columns, out + at);
-        }
+  WorkerPool::shared().run(parts * ranges, [&](int64_t number) {
+    const int64_t first = number / ranges * part_rows, last = std::min(first + part_rows, rows);
+    const int64_t begin = number % ranges * grain, end = std::min(begin + grain, tiles);
+    if constexpr (V::kWidens) {
+      if (widened) {
+        return widened_piece<V, Format>(linear, from, first, last, begin, end, residual, out);
       }
     }
+    piece<V, Format>(linear, from, first, last, begin, end, residual, out);
   });
 }
 
@@ -240,14 +288,14 @@ void read_row(const uint8_t* packed, int64_t inputs, int64_t row, float* out) {
   }
 }
 
-using Multiply = void (*)(const LinearCall&, const Activations&, int64_t, const float*, float*);
+using Multiply = void (*)(const LinearCall&, Activations&, int64_t, const float*, float*);
 
 // One for each instruction set, the best last.
 template <class Format>
 constexpr Multiply kPaths[] = {
     multiply<Portable, Format>,
 #if defined(__AVX2__) && defined(__FMA__)
-    multiply<Avx2, Format>,
+    multiply<Widened, Format>,
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
     multiply<Avx512, Format>,

@@ -36,8 +36,16 @@ inline uint32_t to_bits(float value) {
 // for a fraction. Unlike a library call these plain operations let loops vectorise.
 inline float nearest(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
+// A group of a row of activations q · scale. Weights are stored as w + kZero, and
+// Σ w q = Σ (w + kZero) q − kZero Σ q, so every sum of products starts at offset = −kZero Σ q.
+struct Group {
+  float scale;
+  int32_t offset;
+};
+
 struct Portable {
-  static constexpr int kRows = 1;  // of a register block
+  static constexpr int kRows = 1;         // of a register block
+  static constexpr bool kWidens = false;  // has `widen_row` and `tile` of widened.h
   struct I {
     int32_t lane[16];
   };
@@ -169,6 +177,7 @@ struct Avx2 {
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
 struct Avx512 {
   static constexpr int kRows = 6;
+  static constexpr bool kWidens = false;
   using I = __m512i;
   using F = __m512;
   using W = __m512i;
