@@ -16,6 +16,7 @@ from openqwen.model.config import ModelConfig
 from openqwen.model.experts import Routing, SparseFeedForward
 from openqwen.model.feed_forward import FeedForward
 from openqwen.model.fused import fused
+from openqwen.model.linear import Linear
 from openqwen.model.rope import Rotation
 
 
@@ -169,10 +170,10 @@ class SelfAttention(nn.Module):
         self.number = number
         self.heads = (-1, config.head_dim)  # −1: under tensor parallelism a rank has some of them
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """[T, D] → [T, D]."""

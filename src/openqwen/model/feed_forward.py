@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openqwen.model.fused import fused
+from openqwen.model.linear import Linear
 
 
 class FeedForward(nn.Module):
@@ -11,9 +12,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width, bias=False)
+        self.up_proj = Linear(hidden_size, width, bias=False)
+        self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor, routing: object = None) -> Tensor:
         """[T, D] → [T, D]. routing: unused; the argument exists for `SparseFeedForward`."""

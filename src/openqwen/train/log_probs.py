@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openqwen.model.linear import product
 from openqwen.support.progress import console
 
 CHUNK = 1_024  # tokens whose logits are computed at a time
@@ -36,7 +37,7 @@ class _LogProbs(torch.autograd.Function):
         kept: list[Tensor] = []
         normalizers, scores = [], []
         for hidden, targets in zip(low_ND.split(CHUNK), targets_N.split(CHUNK)):
-            rounded_CV = hidden @ low_VD.T
+            rounded_CV = product(hidden, low_VD.T)
             if keep:
                 kept.append(rounded_CV)
             logits_CV = rounded_CV.float()
@@ -59,13 +60,13 @@ class _LogProbs(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             # Logits are large, so the kept ones in float32 themselves become their gradient:
             # d log p(target) / d logits = onehot(target) − softmax
-            slope_CV = (kept[n] if kept else hidden_ND[rows] @ low_VD.T).float()
+            slope_CV = (kept[n] if kept else product(hidden_ND[rows], low_VD.T)).float()
             slope_CV.sub_(normalizer_N[rows, None]).exp_().mul_(-grads[0][rows, None])
             at = torch.arange(slope_CV.shape[0], device=slope_CV.device)
             slope_CV[at, targets_N[rows]] += grads[0][rows]
             slope_CV = slope_CV.to(hidden_ND.dtype)
             if grad_hidden_ND is not None:
-                grad_hidden_ND[rows] = slope_CV @ low_VD
+                grad_hidden_ND[rows] = product(slope_CV, low_VD)
             if to_head:
                 grad_head_VD = _with_product(grad_head_VD, slope_CV, hidden_ND[rows])
         if grad_hidden_ND is not None:
@@ -97,7 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_N), size):
             rows = slice(start, start + size)
             # A block is large, so one tensor holds in turn logits, logits − max, exp and gradient.
-            slope_CV = (low_ND[rows] @ low_VD.T).float()
+            slope_CV = product(low_ND[rows], low_VD.T).float()
             slope_CV -= slope_CV.amax(dim=1, keepdim=True)
             total -= slope_CV.gather(1, targets_N[rows, None]).sum()
             sums_C1 = slope_CV.exp_().sum(dim=1, keepdim=True)
@@ -108,7 +109,7 @@ class _CrossEntropy(torch.autograd.Function):
             slope_CV[torch.arange(len(slope_CV), device=slope_CV.device), targets_N[rows]] -= 1.0
             slope_CV = slope_CV.to(dtype)
             if grad_hidden_ND is not None:
-                torch.mm(slope_CV, low_VD, out=grad_hidden_ND[rows])
+                grad_hidden_ND[rows] = product(slope_CV, low_VD)
             if to_head:
                 grad_head_VD = _with_product(grad_head_VD, slope_CV, low_ND[rows])
         if grad_hidden_ND is not None:
@@ -158,10 +159,10 @@ def _dtype(hidden_ND: Tensor) -> torch.dtype:
 def _with_product(sum_VD: Tensor | None, slope_CV: Tensor, hidden_CD: Tensor) -> Tensor:
     """sum + slopeᵀ · hidden in float32; the sum itself is changed. None: 0."""
     if sum_VD is None:
-        return (slope_CV.T @ hidden_CD).float()
+        return product(slope_CV.T, hidden_CD).float()
     if slope_CV.dtype == torch.float32:
         return sum_VD.addmm_(slope_CV.T, hidden_CD)
-    return sum_VD.add_(slope_CV.T @ hidden_CD)
+    return sum_VD.add_(product(slope_CV.T, hidden_CD))
 
 
 def _of_head(grad_VD: Tensor | None, head_VD: Tensor, wanted: bool) -> Tensor | None:
