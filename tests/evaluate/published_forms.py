@@ -436,6 +436,15 @@ def write_all(folder: Path) -> None:
         "alignbench/data_v1.1_release.jsonl": ALIGNBENCH,
         "winogrande/train_xl.jsonl": [WINO | {"qID": "q2"}],
     }
+    for part, count in (("dev", 5), ("devtest", 2)):
+        for code, word in (
+            ("eng", "book"),
+            ("deu", "Buch"),
+            ("zho_simpl", "书"),
+            ("zul", "ibhuku"),
+        ):
+            text = "".join(f"{word} {number} {part}.\n" for number in range(1, count + 1))
+            texts[f"flores101_dataset/{part}/{code}.{part}"] = text
     texts |= {
         name: "".join(json.dumps(row) + "\n" for row in found) for name, found in lines.items()
     }

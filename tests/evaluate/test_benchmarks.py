@@ -70,6 +70,7 @@ RIGHT = {
     "turkishmmlu": "E",
     "ammlu": "B",
     "theoremqa": "\\boxed{0}",
+    "flores-base": " book 1 devtest.",
     "ifeval": "I say something.",
     "ifeval-fr": "Je dis quelque chose.",
 }
@@ -127,6 +128,17 @@ def test_prompts_in_other_languages(data):
     paws = first("paws-x", data)
     assert paws.prompt == "Il lit, n'est-ce pas? Oui, lui lit.\n\nIl \"va\", n'est-ce pas?"
     assert (paws.options, paws.correct) == ([" No, elle va.", " Oui, elle va."], [1, 0])
+    flores = {item.id: item for item in load_items(load_benchmark("flores-base"), data)[0]}
+    assert [name for name in flores if name.endswith("/2")] == [
+        "deu-eng/2", "eng-deu/2", "zho_simpl-eng/2", "eng-zho_simpl/2",
+    ], "both directions of the languages that are named, English beside them"  # fmt: skip
+    to = flores["eng-deu/2"]
+    line = "Translate the following English statements to German.\nbook {} dev{}.\n"
+    assert to.prompt.startswith(line.format(1, "") + "Buch 1 dev.\n\n" + line.format(2, ""))
+    assert to.prompt.endswith("Buch 5 dev.\n\n" + line.format(2, "test"))
+    assert to.task.reference == {"translation": "Buch 2 devtest.", "tokenizer": "13a"}
+    assert flores["eng-zho_simpl/1"].task.reference["tokenizer"] == "zh"
+    assert flores["deu-eng/1"].task.reference["translation"] == "book 1 devtest."
     exam = load_items(load_benchmark("m3exam"), data)[0]
     assert [item.category for item in exam] == ["thai low math"] * 2, (
         "no picture, and a known answer"
@@ -314,11 +326,19 @@ def test_packed_tests_are_never_run(tmp_path):
             unpacked(broken)
 
 
-def test_a_language_that_is_not_installed_is_left_out_and_told(data, monkeypatch, capsys):
+def test_a_language_that_cannot_run_here_is_left_out_and_told(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(item_files, "available", lambda: ["python", "javascript"])
     items, _ = load_items(load_benchmark("multipl-e"), data)
     assert [item.category for item in items] == ["js"]
     assert "cpp is not installed: 1 questions are left out" in capsys.readouterr().err
+    monkeypatch.setattr(item_files, "available", lambda: ["java", "javascript"])
+    jar = tmp_path / "library.jar"
+    benchmark = load_benchmark("multipl-e")
+    benchmark.answer.libraries["java"] = str(jar)
+    assert [item.category for item in load_items(benchmark, data)[0]] == ["js"]
+    assert f"java lacks {jar}: 1 questions are left out" in capsys.readouterr().err
+    jar.touch()
+    assert [item.category for item in load_items(benchmark, data)[0]] == ["java", "js"]
     monkeypatch.setattr(item_files, "available", lambda: ["python"])
     with pytest.raises(OpenQwenError, match="None of the languages"):
         load_items(load_benchmark("multipl-e"), data)

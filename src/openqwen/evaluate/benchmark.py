@@ -139,6 +139,9 @@ class BenchmarkData(Settings):
         "", description="expression for the records of a JSON file, its `root`"
     )
     columns: list[str] = Field([], description="columns of a CSV or TSV file without a header")
+    lines: bool = Field(
+        False, description="each line of a file is a record: its `text`, and its `number` from 1"
+    )
     keep: JinjaValue = Field(
         "", description="expression; records for which it is false are left out"
     )
@@ -187,14 +190,17 @@ class BenchmarkAnswer(Settings):
     reference: dict[str, JinjaValue] = Field(
         {}, description="expressions of the grader's reference"
     )
+    libraries: dict[str, str] = Field(
+        {}, description="language of programs -> a file that they need; without it they are not run"
+    )
     temperature: JinjaValue = Field(
         "", description="expression of the temperature, in place of --temperature"
     )
     baseline: str = Field("", description="whose answers a judge compares with (pairwise)")
-    metric: Literal["accuracy", "score", "rating", "pairwise"] = Field(
+    metric: Literal["accuracy", "score", "rating", "pairwise", "bleu"] = Field(
         "accuracy",
         description="mean of right and wrong; of the grader's scores; of a judge's ratings as a "
-        "share of the highest; win rate against the baseline",
+        "share of the highest; win rate against the baseline; BLEU of each category as a whole",
     )
 
 
@@ -309,6 +315,8 @@ class Benchmark(Settings):
             raise ValueError("give one of 'answer.reader' and 'answer.grader'")
         if self.answer and (self.answer.grader == "pairwise") != (self.answer.metric == "pairwise"):
             raise ValueError('the grader "pairwise" and the metric "pairwise" need each other')
+        if self.answer and self.answer.metric == "bleu" and self.answer.grader != "translation":
+            raise ValueError('the metric "bleu" needs the grader "translation"')
         if self.prompt.turns and (self.prompt.form == "base" or self.answer is None):
             raise ValueError("'prompt.turns' is for the form \"chat\" and the table [answer]")
         return self

@@ -23,6 +23,7 @@ from openqwen.evaluate.intervals import (
 from openqwen.evaluate.items import BenchmarkItem
 from openqwen.evaluate.judges import grade_answers
 from openqwen.evaluate.long_context import Reading
+from openqwen.evaluate.translation import bleu_scores
 from openqwen.model import LongContext
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.generators import Generators
@@ -81,6 +82,9 @@ def run_benchmark(
     if benchmark.answer and benchmark.answer.metric == "pairwise" and scores["n"]:
         kept = [row for row in rows if row["games"]]
         scores |= pairwise_scores(kept, benchmark.answer.baseline)
+    if benchmark.answer and benchmark.answer.metric == "bleu" and scores["n"]:
+        kept = [row for row in rows if row["status"] != "infra"]
+        scores |= bleu_scores(kept, options.seed)
     if benchmark.judged:
         scores["judge"] = ", ".join(model.identity for model in subject.judges.values())
     scores |= {"seconds": round(time.monotonic() - started, 1), "protocol": benchmark.protocol}

@@ -152,16 +152,20 @@ def load_items(
 
 
 def _runnable(benchmark: Benchmark, items: dict[str, BenchmarkItem]) -> dict[str, BenchmarkItem]:
-    """The items without programs in languages that are not installed, which are told."""
+    """The items whose programs can run here. Languages that are left out are told."""
     wanted = {
         name: item.task.reference.get("language", "python")
         for name, item in items.items()
         if item.task and item.task.grader == "code"
     }
-    absent = set(wanted.values()) - set(available()) if wanted else set()
+    libraries = benchmark.answer.libraries if benchmark.answer else {}
+    lacking = {name: file for name, file in libraries.items() if not Path(file).exists()}
+    absent = set(wanted.values()) - (set(available()) - set(lacking)) if wanted else set()
     for language in sorted(absent):
         count = sum(one == language for one in wanted.values())
-        notice(f"{language} is not installed: {count} questions are left out", benchmark.name)
+        what = f"{language} lacks {lacking[language]}" if language in lacking else ""
+        what = what or f"{language} is not installed"
+        notice(f"{what}: {count} questions are left out", benchmark.name)
     kept = {name: item for name, item in items.items() if wanted.get(name) not in absent}
     if not kept:
         what = f"None of the languages of '{benchmark.name}' is installed."
@@ -261,7 +265,11 @@ def _text(folder: Path, name: str) -> str:
 
 def _read(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     plain = path.name.removesuffix(".gz").removesuffix(".zst")
-    if plain.endswith((".csv", ".tsv")):
+    if benchmark.data.lines:
+        with open_binary(path) as binary:
+            for number, line in enumerate(io.TextIOWrapper(binary, encoding="utf-8-sig"), 1):
+                yield f"{path}:{number}", {"text": line.rstrip("\r\n"), "number": number}
+    elif plain.endswith((".csv", ".tsv")):
         yield from _table(path, "\t" if plain.endswith(".tsv") else ",", benchmark.data.columns)
     elif benchmark.data.records:
         try:

@@ -22,6 +22,7 @@ from openqwen.tasks import (
     mathematics,
     pairwise,
     reward,
+    translation,
 )
 from openqwen.tasks.cache import GradeCache
 from openqwen.tasks.models import GraderModel
@@ -265,7 +266,7 @@ def _regex_fault(reference: dict[str, Any]) -> str:
 # json: an equal JSON value, no key twice.
 # regex: reference["pattern"] matches all of it; `answer` is an example. Python's `re` has no time
 # limit: a pattern must not backtrack without bounds.
-# choice, code, contains, instructions, judge, math, pairwise, reward: see their files.
+# choice, code, contains, instructions, judge, math, pairwise, reward, translation: see their files.
 GRADERS: dict[str, Grader] = {
     "choice": Grader(choice.judge, choice.fault),
     "code": Grader(code.judge, code.fault),
@@ -280,4 +281,5 @@ GRADERS: dict[str, Grader] = {
     ),
     "regex": Grader(_short(_regex), _regex_fault, version=_short_version),
     "reward": Grader(reward.judge, reward.fault, asks="score"),
+    "translation": Grader(translation.judge, translation.fault),
 }
