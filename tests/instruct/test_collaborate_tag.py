@@ -183,7 +183,8 @@ def test_a_pool_is_tagged(tmp_path):
         "explanations": ["numbers"] * 3,
         "examples": ["i0", "i1", "i2"],
     }
-    assert "12 instructions have 2 tags. 0 of 12" in (folder / "report.html").read_text()
+    said = "12 of 12 instructions that the model tagged have one or more of 2 different tags. 0 of"
+    assert said in (folder / "report.html").read_text()
     assert not (folder / "tagged.jsonl").exists()
 
 

@@ -172,7 +172,9 @@ def _explain(tree: TagTree, records: Sequence[dict[str, Any]], tags: Sequence[li
 def _write_page(folder: Path, tree: TagTree, report: dict[str, Any], rules: Sequence[str]) -> None:
     json_gate = report["gates"].get("is JSON", {"passed": 0, "of": 0})
     broken = json_gate["of"] - json_gate["passed"]
-    lead = f"{count(report['tagged'])} instructions have {count(tree.steps[-1]['tags'])} tags. "
+    left = tree.steps[-1]
+    lead = f"{count(left['instructions'])} of {count(report['tagged'])} instructions that the model"
+    lead += f" tagged have one or more of {count(left['tags'])} different tags. "
     lead += f"{count(broken)} of {count(json_gate['of'])} answers were broken JSON."
     first = tree.steps[0]["tags"] or 1
     steps = [
