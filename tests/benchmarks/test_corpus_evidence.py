@@ -27,10 +27,12 @@ def machine(tmp_path, monkeypatch):
         package = tmp_path / f"packages/pack{n}"
         package.mkdir(parents=True)
         (package / "code.py").write_text(f"def f{n}():\n    return {n}\n" * 30)
-        (package / "README.md").write_text(f"# Pack {n}\n\n" + f"It does {n} things. " * 40)
         (package / "table.json").write_text(json.dumps(list(range(n, n + 200))))
         (tmp_path / "packages" / f"pack{n}-1.0.dist-info").mkdir()
-        (tmp_path / f"packages/pack{n}-1.0.dist-info/LICENSE").write_text("Do as you like. " * 40)
+        about = tmp_path / f"packages/pack{n}-1.0.dist-info"
+        (about / "LICENSE").write_text("Do as you like. " * 40)
+        said = f"It does {n} things. " * 40 if n % 2 else "Do as you like. " * 40
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: pack{n}\n\n{said}")
     (tmp_path / "library").mkdir()
     for n in range(30):
         (tmp_path / f"library/module{n}.py").write_text(f"VALUE = {n}\n" * 80)
@@ -59,7 +61,10 @@ def test_raw_text_and_held_out_text_have_no_author_or_package_in_common(script, 
         assert mine
         assert other
         assert not mine & other
-    assert all(d["id"].endswith(".md") for d in held if d["source"] == "packages")
+    said = [d["text"] for d in held if d["source"] == "packages"]
+    assert all(text.startswith("It does") for text in said), (
+        "no metadata, no licence, nothing known"
+    )
     assert evidence.documents_in(out / "text") > 100
     before = (out / "heldout.jsonl").stat().st_mtime_ns
     evidence.raw_text(out, [machine / "books.jsonl"], 1.0)

@@ -179,3 +179,18 @@ def test_weights_that_fit_no_dimension_are_refused(weights):
     with pytest.raises(OpenQwenError, match="dimension") as error:
         score_weights(["education", "spam"], weights)
     assert "education, spam" in str(error.value)
+
+
+def test_ratings_that_are_all_alike_are_no_ratings(tmp_path, capsys):
+    path = tmp_path / "ratings.jsonl"
+    one = [{"text": f"text {n}", "scores": {"education": 0, "writing": 2}} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in one), encoding="utf-8")
+    command = ["quality", "--ratings", str(path), "--output", str(tmp_path / "made")]
+    assert cli.main(command) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "All 30 documents have the same ratings: education 0, writing 2." in said
+    one[3]["scores"]["writing"] = 4
+    path.write_text("".join(json.dumps(row) + "\n" for row in one), encoding="utf-8")
+    assert cli.main(command) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "all 30 documents have one rating (education 0): nothing is learnt" in said

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from openqwen.corpus.words import hash_words
 from openqwen.support.errors import OpenQwenError
 from openqwen.support.files import read_json, write_json
+from openqwen.support.progress import notice
 from openqwen.support.records import read_records
 from openqwen.support.settings import Settings
 from openqwen.support.stage import Effort, Stage, StageRun
@@ -239,6 +240,17 @@ def read_ratings(path: Path) -> tuple[list[str], list[dict[str, float]]]:
     return texts, ratings
 
 
+def _tell_constant(ratings: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Tell dimensions in which all ratings are alike. Raises OpenQwenError where all are."""
+    same = {name: x for name, x in ratings[0].items() if all(row[name] == x for row in ratings)}
+    told = ", ".join(f"{name} {x:g}" for name, x in same.items())
+    if len(same) == len(ratings[0]):
+        what = f"All {len(ratings)} documents have the same ratings: {told}."
+        raise OpenQwenError(what, path, "let a larger model rate them: this one cannot tell them")
+    if same:
+        notice(f"all {len(ratings)} documents have one rating ({told}): nothing is learnt", path)
+
+
 def run_quality(run: StageRun) -> dict[str, float]:
     """Ratings → a classifier, with its agreement on the ratings that are held out."""
     # It imports torch, which the processes that filter a corpus do not need.
@@ -246,6 +258,7 @@ def run_quality(run: StageRun) -> dict[str, float]:
 
     config: QualityConfig = run.config
     texts, ratings = read_ratings(run.data("ratings"))
+    _tell_constant(ratings, run.data("ratings"))
     order = Generators(run.seed)["heldout"].permutation(len(texts)).tolist()
     held, rest = np.split(order, [max(1, round(config.heldout * len(order)))])
     part = QualityClassifier.fit([texts[i] for i in rest], [ratings[i] for i in rest], config)

@@ -72,7 +72,7 @@ class MixtureSearchConfig(Settings):
     )
     rope_theta: float = Field(10_000.0, gt=1, description="RoPE base")
     train: OptimizerConfig = Field(
-        default_factory=lambda: OptimizerConfig(learning_rate=4e-3), description="optimizer"
+        default_factory=lambda: OptimizerConfig(learning_rate=1e-3), description="optimizer"
     )
     heldout_tokens: int = Field(10_000, gt=0, description="held-out tokens of each source")
     targets: dict[str, float] = Field(
