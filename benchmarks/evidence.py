@@ -62,7 +62,7 @@ def raw_text(folder: Path, books: Sequence[Path], megabytes: float, heldout: flo
                 if size >= megabytes * 1e6 and held_size >= _HELDOUT_BYTES:
                     break
     index = EvaluationIndex({str(number): one["text"] for number, one in enumerate(held)})
-    known = index.shared_runs(one.text for one in FolderReader(folder / "text", 10**7))
+    known = index.shared_runs(one["text"] for one in FolderReader(folder / "text", 10**7))
     with whole_file(folder / HELDOUT) as out:
         for number, one in enumerate(held):
             if str(number) not in known:
