@@ -8,12 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openqwen.model import ModelConfig, Qwen2, initialize
+from openqwen.train.compute import computing
 from openqwen.train.losses import next_token
 from openqwen.train.packed_batch import PackedBatch
 from openqwen.train.recompute import recompute
 
 
-def gradient_and_memory(model):
+def gradient_and_memory(model, precision="float32"):
     """Gradients, and bytes of distinct tensors that the forward pass keeps for the backward pass,
     weights apart.
     """
@@ -28,7 +29,8 @@ def gradient_and_memory(model):
     rows = PackedBatch.of(
         [(list(range(1, 60)), [1] * 59), (list(range(3, 40)), [0] * 20 + [1] * 17)]
     )
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, computing(precision, torch.device("cpu")):
         loss = next_token(model, rows).sum
     size = sum(kept.values())
     loss.backward()
@@ -42,12 +44,13 @@ def plain():
     return model
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("what", ["cheap", "layers"])
-def test_gradients_are_the_same_bits_and_names_stay(plain, what):
-    expected, _ = gradient_and_memory(copy.deepcopy(plain))
+def test_gradients_are_the_same_bits_and_names_stay(plain, what, precision):
+    expected, _ = gradient_and_memory(copy.deepcopy(plain), precision)
     model = copy.deepcopy(plain)
     recompute(model, what)
-    found, _ = gradient_and_memory(model)
+    found, _ = gradient_and_memory(model, precision)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert model.state_dict().keys() == plain.state_dict().keys()
 

@@ -67,8 +67,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if a.dtype == torch.float32 or a.device.type != "cpu" or _has_bfloat16():
         return a @ b if bias is None else torch.addmm(bias, a, b)
     with torch.autocast("cpu", enabled=False):  # it would round them again
-        out = a.float() @ b.float()
-    return (out if bias is None else out.add_(bias)).to(a.dtype)
+        if bias is None:
+            return (a.float() @ b.float()).to(a.dtype)
+        return torch.addmm(bias.float(), a.float(), b.float()).to(a.dtype)
 
 
 @cache
