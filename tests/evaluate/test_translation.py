@@ -7,6 +7,7 @@ import pytest
 from sacrebleu.metrics import BLEU
 
 from openqwen.evaluate.benchmark import load_benchmark
+from openqwen.evaluate.items import load_items
 from openqwen.evaluate.translation import bleu_scores
 from openqwen.support.errors import OpenQwenError
 from openqwen.tasks import Task, grade
@@ -99,6 +100,27 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
             grade([task], ["a"])
     finally:
         grader._metric.cache_clear()
+
+
+def test_lines_keep_their_numbers_and_broken_ones_are_named(tmp_path):
+    for part in ("dev", "devtest"):
+        folder = tmp_path / "flores101_dataset" / part
+        folder.mkdir(parents=True)
+        for code in ("eng", "deu"):
+            lines = [f"{code} {number}" for number in range(1, 8)]
+            lines[1] = " "
+            (folder / f"{code}.{part}").write_text("\r\n".join(lines) + "\n\n", encoding="utf-8")
+    benchmark = load_benchmark("flores-base")
+    items, _ = load_items(benchmark, tmp_path)
+    pairs = {item.id: item.task.reference["translation"] for item in items}
+    assert pairs["deu-eng/3"] == "eng 3"
+    assert len(pairs) == 12
+    (folder / "eng.devtest").write_bytes(b"eng 1\n\xff\n")
+    with pytest.raises(OpenQwenError, match="cannot be read"):
+        load_items(benchmark, tmp_path)
+    (folder / "eng.devtest").write_text("eng 1\n", encoding="utf-8")
+    with pytest.raises(OpenQwenError, match="cannot be computed"):
+        load_items(benchmark, tmp_path)
 
 
 def test_the_metric_needs_the_grader(tmp_path):

@@ -266,9 +266,7 @@ def _text(folder: Path, name: str) -> str:
 def _read(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     plain = path.name.removesuffix(".gz").removesuffix(".zst")
     if benchmark.data.lines:
-        with open_binary(path) as binary:
-            for number, line in enumerate(io.TextIOWrapper(binary, encoding="utf-8-sig"), 1):
-                yield f"{path}:{number}", {"text": line.rstrip("\r\n"), "number": number}
+        yield from _texts(path)
     elif plain.endswith((".csv", ".tsv")):
         yield from _table(path, "\t" if plain.endswith(".tsv") else ",", benchmark.data.columns)
     elif benchmark.data.records:
@@ -285,6 +283,16 @@ def _read(benchmark: Benchmark, path: Path) -> Iterator[tuple[str, Mapping[str, 
         yield from _lines(path)
     else:
         yield from read_records(path)
+
+
+def _texts(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A record for each line."""
+    try:
+        with open_binary(path) as binary:
+            for number, line in enumerate(io.TextIOWrapper(binary, encoding="utf-8-sig"), 1):
+                yield f"{path}:{number}", {"text": line.strip(), "number": number}
+    except (UnicodeDecodeError, OSError) as error:
+        raise OpenQwenError(f"This file cannot be read: {error}.", path) from None
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
