@@ -260,12 +260,12 @@ def test_one_stage_named_or_not_is_the_same_training(tmp_path):
 
 @pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
 def test_held_out_text_is_measured_and_the_best_weights_are_kept(tmp_path, experts):
-    """The rate is too high at the peak, so that the best weights are not the last."""
+    """The rate rises until it is far too high, so that the best weights are not the last."""
     settings = config(
         network=NETWORK | experts,
         stages={},
         data={"tokens": 2_000, "context": 16, "batch_tokens": 200, "micro_tokens": 40},
-        train=OptimizerConfig(learning_rate=0.3, schedule="constant"),
+        train=OptimizerConfig(learning_rate=4.0, warmup_share=0.95),
         validation={"tokens": 100, "every": 2, "outcome": "best"},
     )
     held = [
