@@ -175,7 +175,7 @@ def test_two_tabs_do_not_overwrite_each_other(page, stub, context):  # noqa: F81
 
 
 def test_an_answer_that_another_tab_writes_goes_on_in_this_one(page, stub, context):  # noqa: F811
-    stub.answers, stub.pause = ["word " * 200], 0.02
+    stub.answers, stub.pause = ["word " * 3_000], 0.02
     say(page, "Tell me", wait=False)
     page.locator(".markdown").wait_for()
     other = context.new_page()
@@ -195,7 +195,7 @@ def test_an_answer_that_another_tab_writes_goes_on_in_this_one(page, stub, conte
 
 
 def test_an_answer_whose_tab_is_gone_is_interrupted(page, stub, context):  # noqa: F811
-    stub.answers, stub.pause = ["word " * 300], 0.02
+    stub.answers, stub.pause = ["word " * 3_000], 0.02
     writer = context.new_page()
     load(writer, stub)
     say(writer, "Tell me", wait=False)
