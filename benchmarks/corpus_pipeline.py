@@ -81,7 +81,7 @@ def main() -> None:
         "--share", type=float, default=0.1, help="of the documents that datatrove gets"
     )
     options = parser.parse_args()
-    texts = list(pieces(options.text, int(options.megabytes * 1e6 / 2_900)))
+    texts = list(pieces(options.text, int(options.megabytes * 1e6 / 2_900), step=3_000))
     size = sum(len(text.encode()) for text in texts) / 1e6
     filters, minhash = PublishedFilters(PublishedRules()), MinHashConfig()
     for text in texts[:2_000]:

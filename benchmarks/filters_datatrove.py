@@ -55,15 +55,18 @@ print(json.dumps(seconds))
 """
 
 
-def pieces(paths: list[Path], most: int) -> Iterator[str]:
-    """Documents of about 3,000 characters that end at a line's end, spread over the files."""
+def pieces(paths: list[Path], most: int, step: int = 9_000) -> Iterator[str]:
+    """Documents of about 3,000 characters that end at a line's end, spread over the files.
+
+    step: characters from the start of one to the next in a text.
+    """
     from openqwen.support.records import read_records
 
     for path in paths:
         left = most // len(paths)
         for _, record in read_records(path):
             text = next((v for k, v in record.items() if k in ("text", "answer", "chosen")), "")
-            for start in range(0, len(text), 9_000):
+            for start in range(0, len(text), step):
                 piece = text[start : start + 3_000].rpartition("\n")[0].strip("\n")
                 if piece.strip() and left:
                     yield piece

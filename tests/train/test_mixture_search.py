@@ -16,6 +16,7 @@ from openqwen.train.mixture_fit import (
     draw_mixtures,
     fit_loss,
     spearman,
+    within,
 )
 
 NATURAL = np.array([0.7, 0.2, 0.1])
@@ -85,6 +86,13 @@ def test_no_source_is_read_too_often():
     assert found[inside] == pytest.approx(free[inside])
     with pytest.raises(OpenQwenError, match="last for 90%"):
         capped(drawn(5), np.array([0.5, 0.2, 0.2]))
+
+
+def test_no_mixture_is_proposed_beyond_those_that_were_seen():
+    seen = np.array([[0.2, 0.8], [0.6, 0.4]])
+    mixtures = np.array([[0.1, 0.9], [0.2, 0.8], [0.5, 0.5], [0.61, 0.39]])
+    assert within(mixtures, seen).tolist() == [[0.2, 0.8], [0.5, 0.5]]
+    assert within(mixtures[[0, 3]], seen).tolist() == mixtures[[0, 3]].tolist()
 
 
 def test_long_documents_are_cut_and_nothing_is_lost():

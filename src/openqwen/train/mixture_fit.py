@@ -125,6 +125,17 @@ def capped(weights_MS: np.ndarray, most_S: np.ndarray) -> np.ndarray:
     return result / result.sum(1, keepdims=True)
 
 
+def within(mixtures_MS: np.ndarray, seen_RS: np.ndarray) -> np.ndarray:
+    """The mixtures in which each source has a weight in the range of those seen.
+
+    Beyond it a quadratic polynomial promises what no training has shown. All of them are returned
+    where none is in the range, as with a cap that no proxy had.
+    """
+    inside = (mixtures_MS >= seen_RS.min(0)) & (mixtures_MS <= seen_RS.max(0))
+    found = mixtures_MS[inside.all(1)]
+    return found if len(found) else mixtures_MS
+
+
 def best_mixture(
     fits: Sequence[LossFit], targets_S: np.ndarray, mixtures_MS: np.ndarray, best: int
 ) -> np.ndarray:

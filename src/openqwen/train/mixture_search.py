@@ -4,7 +4,8 @@ RegMix (Liu et al. 2024, arXiv 2407.01492); Qwen2 and Qwen2.5 chose their mixtur
 small models too (Qwen2 report, 3.1).
 
     random mixtures → proxies → held-out loss of each source → regressions (mixture_fit.py)
-    → 100,000 simulated mixtures → the mean of the best → measured beside the natural one
+    → 100,000 simulated mixtures, in the range of the proxies' → the mean of the best
+    → measured beside the natural one
 
 The regressions see losses of proxies of one size and one amount of data. RegMix found that the
 order of mixtures stays when the model grows a thousandfold; it is for the user to check.
@@ -38,6 +39,7 @@ from openqwen.train.mixture_fit import (
     draw_mixtures,
     fit_loss,
     spearman,
+    within,
 )
 from openqwen.train.optimizer import BadStepConfig, OptimizerConfig
 from openqwen.train.packed_batch import PackedBatch, Sample
@@ -187,7 +189,8 @@ def search(found: MixtureSearch, targets_S: np.ndarray, seed: int) -> dict[str, 
     simulated = draw_mixtures(
         natural_S, config.strength, config.simulated, generators["mixture.simulated"]
     )
-    proposed_S = best_mixture(fits, targets_S, capped(simulated, most_S), _BEST)
+    seen = within(capped(simulated, most_S), mixtures_RS)
+    proposed_S = best_mixture(fits, targets_S, seen, _BEST)
     result: dict[str, Any] = {
         "sources": found.names,
         "targets": targets_S.tolist(),
