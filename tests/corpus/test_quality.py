@@ -193,4 +193,4 @@ def test_ratings_that_are_all_alike_are_no_ratings(tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in one), encoding="utf-8")
     assert cli.main(command) == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "all 30 documents have one rating (education 0): nothing is learnt" in said
+    assert "all 30 ratings are the same (education 0): nothing is learnt" in said

@@ -246,9 +246,9 @@ def _tell_constant(ratings: Sequence[Mapping[str, float]], path: Path) -> None:
     told = ", ".join(f"{name} {x:g}" for name, x in same.items())
     if len(same) == len(ratings[0]):
         what = f"All {len(ratings)} documents have the same ratings: {told}."
-        raise OpenQwenError(what, path, "let a larger model rate them: this one cannot tell them")
+        raise OpenQwenError(what, path, "let a larger model rate them: it must tell them apart")
     if same:
-        notice(f"all {len(ratings)} documents have one rating ({told}): nothing is learnt", path)
+        notice(f"all {len(ratings)} ratings are the same ({told}): nothing is learnt", path)
 
 
 def run_quality(run: StageRun) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from openqwen.support.generators import Generators
-from openqwen.tasks.translation import corpus_bleu, counts
+from openqwen.tasks.translation import bleu, counts
 
 _DRAWS = 1_000  # of the bootstrap (Koehn 2004)
 
@@ -28,10 +28,10 @@ def bleu_scores(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, A
     scores, drawn, categories = [], np.zeros(_DRAWS), {}
     for name, group in sorted(directions.items()):
         sentences = np.array([counts(_said(row), row["reference"]) for row in group])
-        score = corpus_bleu(sentences)
+        score = bleu(sentences.sum(0))
         # How often each sentence is drawn: the sums of all draws are one product.
         times = draw.multinomial(len(group), np.full(len(group), 1 / len(group)), size=_DRAWS)
-        resampled = np.array([corpus_bleu(total[None]) for total in times @ sentences])
+        resampled = np.array([bleu(total) for total in times @ sentences])
         scores.append(score)
         drawn += resampled
         categories[name] = _interval(score, resampled) | {"n": len({row["id"] for row in group})}

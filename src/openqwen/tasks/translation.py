@@ -3,7 +3,7 @@
 reference: {"translation": text, "tokenizer"?: one of sacrebleu's that need no download; "13a" is
 the default, "zh" is for Chinese, "char" for text without spaces between words}
     The score is the sentence's own BLEU from 0 to 1. BLEU of a whole corpus is not the mean of
-    these: `corpus_bleu` adds up counts of several sentences first.
+    these: the counts of its sentences are added up first.
 An answer passes if it is the reference. It needs sacrebleu (`pip install openqwen[translation]`).
 """
 
@@ -26,7 +26,7 @@ def judge(tasks: Sequence[Task], answers: Sequence[str]) -> list[Grade]:
     grades = []
     for task, answer in zip(tasks, answers, strict=True):
         wanted, text = task.reference["translation"].strip(), answer.strip()
-        score = corpus_bleu([counts(text, task.reference)])
+        score = bleu(counts(text, task.reference), sentence=True)
         grades.append(Grade(text == wanted, score, f"BLEU {100 * score:.1f}"))
     return grades
 
@@ -38,15 +38,15 @@ def counts(answer: str, reference: dict[str, Any]) -> np.ndarray:
     return np.array([*found.counts, *found.totals, found.sys_len, found.ref_len])
 
 
-def corpus_bleu(sentences: Sequence[np.ndarray] | np.ndarray) -> float:
-    """BLEU of sentences together, from 0 to 1; see `counts`. Of one sentence: short ones too."""
-    total = np.asarray(sentences).sum(axis=0).tolist()
+def bleu(counted: np.ndarray, sentence: bool = False) -> float:
+    """BLEU from 0 to 1 of `counts`, or of their sum. sentence: no n-gram longer than the text."""
+    total = counted.tolist()
     found = _metric("13a").compute_bleu(
         total[:_ORDERS],
         total[_ORDERS : 2 * _ORDERS],
         *total[2 * _ORDERS :],
         smooth_method="exp",
-        effective_order=len(sentences) == 1,
+        effective_order=sentence,
     )
     return min(1.0, float(found.score) / 100)
 
